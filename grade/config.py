@@ -1,0 +1,358 @@
+"""The settings of a run, as typed dataclasses: names, units, defaults, and the checks that need no model.
+
+The command line (`grade.cli`) builds its options, its help and its YAML keys from these classes, so a field's
+docstring here is what `grade train --help` prints. Nothing heavy is imported: `--help` must be quick.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import List, Literal, Optional
+
+
+class GradeError(Exception):
+    """The user can mend it: its text names the setting, the reason and the fix; the CLI exits with 2."""
+
+
+@dataclass
+class TaskConfig:
+    """Where prompts come from and how they are cut."""
+
+    name: Literal["sentiment", "demo"] = "sentiment"
+    """`sentiment`: labelled reviews, continued to turn positive. `demo`: the same, written by a grammar."""
+    dataset: str = "stanfordnlp/imdb"
+    """Hub dataset, `save_to_disk` folder, or folder with train.* and test.* (parquet, csv or jsonl)."""
+    text_column: str = "text"
+    """Column with the review, a string."""
+    label_column: str = "label"
+    """Column with the label: integers or strings."""
+    positive_label: str = "1"
+    """Value of the label column that means 'positive' (compared as text)."""
+    split_seed: int = 0
+    """Seed of the one shuffle before the training file is cut into splits."""
+    reward_examples: int = 5000
+    """Reviews that train the reward head: the first of the shuffled training file."""
+    policy_examples: int = 10000
+    """Reviews whose openings are training prompts: the next ones."""
+    validation_examples: int = 2000
+    """Reviews held out for validation prompts and the head's accuracy: the next ones."""
+    prompt_sentences: int = 2
+    """A prompt is at most this many opening sentences of a review."""
+    prompt_max_chars: int = 200
+    """A prompt is cut to this many characters, at a word's end."""
+    prompt_max_tokens: int = 32
+    """A prompt is cut to this many tokens."""
+
+
+@dataclass
+class LoraSettings:
+    """The trainable adapter (peft LoRA). Everything else stays frozen."""
+
+    r: int = 16
+    """Rank."""
+    alpha: float = 32.0
+    """Scale numerator: updates are multiplied by alpha / r."""
+    dropout: float = 0.05
+    """Adapter dropout, a probability. Only active with method.replay_dropout."""
+    target_modules: List[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    """Names of the linear layers that get an adapter. Not the head, not the embedding."""
+
+
+@dataclass
+class ModelConfig:
+    """The policy: a causal language model, frozen, with an adapter."""
+
+    name: str = "Qwen/Qwen3-4B"
+    """Hub name or folder of a transformers causal language model."""
+    revision: Optional[str] = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Dtype of the frozen weights. Adapters are float32."""
+    attn_implementation: Optional[str] = None
+    """Attention as transformers names it (sdpa, eager, flash_attention_2); null: transformers' choice."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+
+
+@dataclass
+class RewardConfig:
+    """The differentiable reward, in [0, 1]: the probability that the text is positive."""
+
+    model: Optional[str] = None
+    """Classifier with the policy's vocabulary (hub name or folder); null: a head on the frozen base."""
+    positive_label: Optional[str] = None
+    """The classifier's label to raise, by name; null: the one called positive, or the last of two."""
+    input: Literal["prompt+response", "response"] = "prompt+response"
+    """What the reward reads, the same in training and evaluation."""
+    path: Optional[str] = None
+    """Folder of a trained head; null: one under output_dir named by its training, made when missing."""
+    hidden_size: int = 256
+    """Width of the head's hidden layer."""
+    epochs: int = 20
+    """Passes over the head's training features."""
+    learning_rate: float = 1e-3
+    """AdamW step size of the head."""
+    weight_decay: float = 0.01
+    """AdamW weight decay of the head."""
+    batch_size: int = 64
+    """Reviews in a step of the head's training."""
+    max_tokens: int = 128
+    """Reviews are cut to this many tokens for the head's training."""
+    seed: int = 0
+    """Seed of the head's initial weights and of its batches."""
+
+
+@dataclass
+class GenerationConfig:
+    """How responses are sampled: temperature 1 over the top_k candidates."""
+
+    max_new_tokens: int = 64
+    """Longest response in tokens, the end-of-sequence token included."""
+    min_new_tokens: int = 8
+    """End-of-sequence cannot be chosen before this many tokens."""
+    top_k: int = 256
+    """Candidates per token; they are the support of sampling and of the gradient."""
+    ignore_eos: bool = False
+    """End-of-sequence is an ordinary token and every response has max_new_tokens."""
+    samples_per_prompt: int = 1
+    """Responses per prompt in training; the prompt's KV cache is computed once for all of them."""
+    batch_size: Optional[int] = None
+    """Sequences decoded together in training; null: all of a step's."""
+
+
+@dataclass
+class MethodConfig:
+    """The gradient estimator and its objective: -mean reward + kl_coef * KL."""
+
+    name: Literal["grade-ste", "grade"] = "grade-ste"
+    """`grade-ste`: straight-through, hard tokens fed forward. `grade`: soft tokens fed forward."""
+    estimator: Literal["gumbel", "rao", "straight_through", "reinmax"] = "gumbel"
+    """Local rule from a token's embedding gradient to its logits; `grade` needs `gumbel`."""
+    rao_samples: int = 16
+    """Conditional Gumbel draws per token that `rao` averages."""
+    kl_coef: float = 0.1
+    """Weight of the KL term, per nat."""
+    kl_direction: Literal["policy_ref", "ref_policy"] = "policy_ref"
+    """`policy_ref`: kl(policy‖ref). `ref_policy`: kl(ref‖policy). Exact over the vocabulary."""
+    kl_reduction: Literal["token_mean", "sequence_sum"] = "token_mean"
+    """`token_mean`: over the global batch's real tokens. `sequence_sum`: per response, mean over those."""
+    kl_prefix_grad: Literal["both", "policy", "none"] = "both"
+    """KL's gradient through earlier tokens: by both models (exact), by the policy only, or not at all."""
+    tau_start: float = 2.0
+    """Temperature of the relaxation at step 0. Sampling itself stays at temperature 1."""
+    tau_end: float = 0.5
+    """Temperature after tau_steps; linear in between, constant after."""
+    tau_steps: int = 2000
+    """Optimizer steps of the annealing."""
+    max_hops: int = 16
+    """Most applications of the hop operator per step; exact at max_new_tokens - 1."""
+    hop_tol: float = 1e-2
+    """A sequence stops hopping when its last change relative to its gradient (hidden space) is below this."""
+    replay_dropout: bool = False
+    """Adapter dropout during replay. Breaks the fixed point of `grade`, which refuses it."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward passes: less memory, more time."""
+    prompt_cache: bool = True
+    """The frozen pass reads prompts from a KV cache, one per distinct prompt; off with checkpointing."""
+    head_chunk_mib: int = 256
+    """Memory for the head's logits chunks, MiB."""
+
+
+@dataclass
+class TrainConfig:
+    """The optimizer and the run."""
+
+    steps: int = 250
+    """Optimizer steps."""
+    batch_size: int = 1
+    """Responses replayed together on one process (a micro-batch)."""
+    accumulation_steps: int = 16
+    """Micro-batches per optimizer step; the gradient equals that of the one large batch."""
+    learning_rate: float = 1e-5
+    """AdamW step size."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW weight decay of the adapter."""
+    adam_beta1: float = 0.9
+    """AdamW first-moment decay."""
+    adam_beta2: float = 0.999
+    """AdamW second-moment decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW denominator offset."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    run_dir: Optional[str] = None
+    """Folder of the run; null: output_dir/name-seed<seed>."""
+    resume: bool = False
+    """Continue the run in run_dir from its last checkpoint; the result equals an uninterrupted run."""
+    overwrite: bool = False
+    """Delete what run_dir holds and start again."""
+    save_every: int = 50
+    """Steps between checkpoints for resuming; one is always written at the end."""
+    tensorboard: bool = True
+    """Write tensorboard events to run_dir/tensorboard."""
+    wandb: bool = False
+    """Log to Weights & Biases (needs the extra `wandb`)."""
+    wandb_project: str = "grade"
+    """Project name on Weights & Biases."""
+    samples_logged: int = 4
+    """Responses written to samples.jsonl at each logged step."""
+    samples_every: int = 10
+    """Steps between entries of samples.jsonl."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Fixed prompts, fixed noise: the base model and every checkpoint answer the same questions."""
+
+    every: int = 25
+    """Optimizer steps between validations; the base model is validated first and the last step always."""
+    validation_prompts: int = 500
+    """Validation prompts, the same ones each time."""
+    test_prompts: int = 2000
+    """Test prompts, used once, with the best checkpoint and the base model."""
+    sampler: Literal["policy", "top_p"] = "policy"
+    """`policy`: the sampler of training. `top_p`: the fewest candidates that hold top_p of the mass."""
+    top_p: float = 0.9
+    """Probability mass of the `top_p` sampler."""
+    batch_size: int = 64
+    """Sequences decoded together."""
+    seed: int = 1234
+    """Seed of the evaluation's noise, apart from the training's."""
+    samples: int = 16
+    """Responses kept in evaluation.json for reading."""
+
+
+@dataclass
+class Config:
+    """Everything a run depends on."""
+
+    name: str = "grade"
+    """Name of the experiment: the first part of its folder names."""
+    seed: int = 0
+    """Seed of adapter initialisation, prompt order and sampling noise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: the accelerator where there is one."""
+    output_dir: str = "runs"
+    """Folder for run directories and trained reward heads."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def run_dir(self) -> str:
+        return self.train.run_dir or f"{self.output_dir}/{self.name}-seed{self.seed}"
+
+
+# (setting, smallest allowed value, is that value itself allowed)
+_LOWER_BOUNDS = [
+    ("task.reward_examples", 2, True),
+    ("task.policy_examples", 1, True),
+    ("task.validation_examples", 1, True),
+    ("task.prompt_sentences", 1, True),
+    ("task.prompt_max_chars", 1, True),
+    ("task.prompt_max_tokens", 1, True),
+    ("model.lora.r", 1, True),
+    ("model.lora.alpha", 0, False),
+    ("model.lora.dropout", 0, True),
+    ("reward.hidden_size", 1, True),
+    ("reward.epochs", 1, True),
+    ("reward.learning_rate", 0, True),
+    ("reward.weight_decay", 0, True),
+    ("reward.batch_size", 1, True),
+    ("reward.max_tokens", 1, True),
+    ("generation.max_new_tokens", 1, True),
+    ("generation.min_new_tokens", 0, True),
+    ("generation.top_k", 1, True),
+    ("generation.samples_per_prompt", 1, True),
+    ("generation.batch_size", 1, True),
+    ("method.rao_samples", 1, True),
+    ("method.kl_coef", 0, True),
+    ("method.tau_start", 0, False),
+    ("method.tau_end", 0, False),
+    ("method.tau_steps", 1, True),
+    ("method.max_hops", 0, True),
+    ("method.hop_tol", 0, True),
+    ("method.head_chunk_mib", 1, True),
+    ("train.steps", 1, True),
+    ("train.batch_size", 1, True),
+    ("train.accumulation_steps", 1, True),
+    ("train.learning_rate", 0, True),
+    ("train.warmup_steps", 0, True),
+    ("train.weight_decay", 0, True),
+    ("train.adam_beta1", 0, True),
+    ("train.adam_beta2", 0, True),
+    ("train.adam_epsilon", 0, False),
+    ("train.max_grad_norm", 0, True),
+    ("train.save_every", 1, True),
+    ("train.samples_logged", 0, True),
+    ("train.samples_every", 1, True),
+    ("evaluation.every", 1, True),
+    ("evaluation.validation_prompts", 1, True),
+    ("evaluation.test_prompts", 1, True),
+    ("evaluation.top_p", 0, False),
+    ("evaluation.batch_size", 1, True),
+    ("evaluation.samples", 0, True),
+]
+_BELOW_ONE = ["model.lora.dropout", "train.adam_beta1", "train.adam_beta2"]
+
+
+def get_setting(config: Config, dotted: str):
+    """The value of `section.name` in `config`."""
+    value = config
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def validate(config: Config) -> None:
+    """Refuse settings that cannot work, before anything is loaded.
+
+    Raises:
+        GradeError: naming the setting, the reason and the fix.
+    """
+    for name, bound, inclusive in _LOWER_BOUNDS:
+        value = get_setting(config, name)
+        if value is None:
+            continue
+        if not math.isfinite(value) or value < bound or (value == bound and not inclusive):
+            raise GradeError(f"{name} is {value}: it must be {'at least' if inclusive else 'above'} {bound}.")
+    for name in _BELOW_ONE:
+        if get_setting(config, name) >= 1:
+            raise GradeError(f"{name} is {get_setting(config, name)}: it must be below 1.")
+    generation, method, train = config.generation, config.method, config.train
+    if config.evaluation.top_p > 1:
+        raise GradeError(f"evaluation.top_p is {config.evaluation.top_p}: a probability mass is at most 1.")
+    if not config.model.lora.target_modules:
+        raise GradeError("model.lora.target_modules is empty: nothing would be trained. Name a layer.")
+    if generation.max_new_tokens < generation.min_new_tokens:
+        raise GradeError(
+            f"generation.max_new_tokens ({generation.max_new_tokens}) is below generation.min_new_tokens "
+            f"({generation.min_new_tokens}): raise the first or lower the second."
+        )
+    if method.name == "grade" and method.replay_dropout:
+        raise GradeError(
+            "method.replay_dropout cannot be true with method.name=grade: its soft tokens are a fixed point "
+            "of the model that sampled them, which dropout would change. Use grade-ste or set it to false."
+        )
+    if method.name == "grade" and method.estimator != "gumbel":
+        raise GradeError(
+            f"method.estimator={method.estimator} needs method.name=grade-ste: soft tokens are the "
+            "Gumbel-Softmax weights themselves, so only `gumbel` is their gradient."
+        )
+    per_step = train.batch_size * train.accumulation_steps
+    if per_step % generation.samples_per_prompt:
+        raise GradeError(
+            f"train.batch_size * train.accumulation_steps ({per_step}) is not a multiple of "
+            f"generation.samples_per_prompt ({generation.samples_per_prompt}): a prompt's samples would "
+            "be split over two steps. Change one of the three."
+        )
+    if train.resume and train.overwrite:
+        raise GradeError("train.resume and train.overwrite are both true: choose one.")

@@ -1,0 +1,1 @@
+"""One file per method, readable top to bottom, losses as pure functions."""

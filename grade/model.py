@@ -1,0 +1,198 @@
+"""The policy: one causal language model seen twice, with its adapter on (policy) and off (frozen base).
+
+This is the whole contract between `grade` and transformers. A model fits when
+    hidden = backbone(inputs_embeds=X, attention_mask, position_ids)       # after the final norm
+    logits = cap * tanh((scale * hidden @ W^T + bias) / cap)               # cap, bias optional
+    X      = embedding_scale * E[ids]
+holds; `grade.probe` measures that it does, and finds `scale`, `cap` and `embedding_scale`, before any run.
+
+Adapter and dropout switches are module state, but activation checkpointing runs a forward again during backward,
+when the switches may stand elsewhere. So every checkpointed layer records the state of its own forward and puts it
+back for the recomputation (`_checkpoint_contexts`).
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from typing import Iterator, List, NamedTuple, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from grade.config import GradeError
+from grade.probe import probe_embedding, probe_head, probe_passes
+
+
+class State(NamedTuple):
+    """What the next forward of the shared weights is: the policy or the base, with or without adapter dropout."""
+
+    adapters: bool
+    dropout: bool
+
+
+class Policy:
+    """A peft model with the pieces replay needs.
+
+    Args:
+        model: `PeftModel` around a transformers causal language model; only adapter parameters are trainable.
+        tokenizer: its tokenizer.
+        probe: measure on a few tokens that the model fits the contract above. Costs a handful of tiny forwards.
+
+    Attributes:
+        backbone: the transformer without its head.
+        embedding: [V, d] input table; `embedding_scale` multiplies its rows.
+        head, head_bias: [V, d] and [V] or None; `logit_scale` and `softcap` complete the head.
+        suppressed: [n] int64, ids the tokenizer does not know (padding of the vocabulary); never sampled.
+        eos_ids: [m] int64, ids that end a response.
+
+    Raises:
+        GradeError: the model does something between embedding and logits that replay would get wrong.
+    """
+
+    def __init__(self, model, tokenizer, *, probe: bool = True):
+        self.model, self.tokenizer = model, tokenizer
+        self.causal_lm = model.get_base_model()
+        self.config = self.causal_lm.config
+        self.backbone = self.causal_lm.base_model
+        self._adapter_layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self._checkpoint_layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self._state = State(adapters=True, dropout=False)
+        model.eval()
+
+        head, table = self.causal_lm.get_output_embeddings(), self.causal_lm.get_input_embeddings()
+        if head is None or isinstance(head, BaseTunerLayer) or isinstance(table, BaseTunerLayer):
+            raise GradeError(
+                "model.lora.target_modules reaches the head or the embedding (or the model has no head): replay "
+                "shares both with the frozen base. Adapt inner layers only."
+            )
+        self.embedding, self.embedding_scale = table.weight.detach(), 1.0
+        self.head = head.weight.detach()
+        self.head_bias = head.bias.detach() if getattr(head, "bias", None) is not None else None
+        self.logit_scale, self.softcap = 1.0, None
+        if probe:
+            self.embedding_scale = probe_embedding(self)
+            self.logit_scale, self.softcap = probe_head(self)
+            probe_passes(self)
+
+        known = torch.tensor(sorted(set(tokenizer.get_vocab().values())))
+        unknown = torch.ones(self.vocab_size, dtype=torch.bool)
+        unknown[known[known < self.vocab_size]] = False
+        self.suppressed = unknown.nonzero().squeeze(1).to(self.device)
+        self.eos_ids = torch.tensor(_eos_ids(self.causal_lm, tokenizer), dtype=torch.int64, device=self.device)
+        # Pad only fills positions that masks exclude, so any id will do; eos may double as pad.
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(self.eos_ids[0])
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.shape[0]
+
+    @property
+    def context_length(self) -> Optional[int]:
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def head_transform(self) -> dict:
+        """The head's keyword arguments for `grade_kernels`."""
+        return {"bias": self.head_bias, "scale": self.logit_scale, "softcap": self.softcap}
+
+    def parameters(self) -> List[torch.nn.Parameter]:
+        """The trainable parameters, in a fixed order."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[...] ids -> [..., d], what the model itself feeds for them."""
+        return torch.nn.functional.embedding(ids, self.embedding) * self.embedding_scale
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.config.get_text_config())
+
+    def hidden(self, embeddings: Tensor, mask: Tensor, cache: Optional[DynamicCache] = None) -> Tensor:
+        """Final hidden states of `embeddings`, under the current state.
+
+        Args:
+            embeddings: [B, T, d], the last T positions of the sequence; earlier ones are in `cache`.
+            mask: [B, T_past + T] bool, real positions of the whole sequence; left padding is fine.
+            cache: grows in place by T positions.
+
+        Returns:
+            [B, T, d].
+        """
+        positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -embeddings.shape[1]:]
+        out = self.backbone(
+            inputs_embeds=embeddings, attention_mask=mask.long(), position_ids=positions,
+            past_key_values=cache, use_cache=cache is not None,
+        )
+        return out.last_hidden_state
+
+    # -- state -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def state(self, *, adapters: bool, dropout: bool = False, checkpoint: bool = False) -> Iterator[None]:
+        """Run forwards as the policy (`adapters=True`) or as the frozen base.
+
+        Args:
+            dropout: adapter dropout on. Every other dropout is always off.
+            checkpoint: recompute these forwards' layers in backward (after `enable_checkpointing`).
+        """
+        previous = self._state
+        self._apply(State(adapters, dropout))
+        # transformers checkpoints a layer only while its training flag is up. Raising it on the layer alone leaves
+        # every dropout and attention module below it in eval mode.
+        for layer in self._checkpoint_layers if checkpoint else ():
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in self._checkpoint_layers if checkpoint else ():
+                layer.training = False
+            self._apply(previous)
+
+    def _apply(self, state: State) -> None:
+        if state == self._state:
+            return
+        for layer in self._adapter_layers:
+            # Not enable_adapters(): it also flips requires_grad, and autograd drops the gradients of a leaf whose
+            # flag is down while a recomputation of the base runs inside its backward.
+            layer._disable_adapters = not state.adapters
+            for dropout in layer.lora_dropout.values():
+                dropout.train(state.dropout)
+        self._state = state
+
+    def enable_checkpointing(self) -> None:
+        """Let `state(checkpoint=True)` recompute activations in backward.
+
+        Raises:
+            GradeError: the architecture has no checkpointed layers.
+        """
+        enable = getattr(self.causal_lm, "activation_checkpointing_enable", None)  # transformers >= 5.20
+        enable = enable or self.causal_lm.gradient_checkpointing_enable
+        if not self._checkpoint_layers or not self.causal_lm.supports_gradient_checkpointing:
+            raise GradeError(
+                f"method.activation_checkpointing: {type(self.causal_lm).__name__} has no layers that transformers "
+                "can checkpoint. Set it to false."
+            )
+        enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
+
+    def _checkpoint_contexts(self):
+        """Contexts of a layer's forward and of its recomputation, which sees the state of that forward."""
+        return nullcontext(), self.state(**self._state._asdict())
+
+
+def _eos_ids(causal_lm, tokenizer) -> List[int]:
+    """Every id that ends a response: the generation config's, else the model's, else the tokenizer's."""
+    for source in (getattr(causal_lm, "generation_config", None), causal_lm.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return sorted(set(ids)) if isinstance(ids, (list, tuple)) else [ids]
+    raise GradeError("model.name: neither the generation config nor the tokenizer names an end-of-sequence token.")

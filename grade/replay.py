@@ -1,0 +1,279 @@
+"""The exact gradient of a sampled response, from parallel passes only (replay and hops).
+
+Sampling kept no graph. One parallel forward with the fed embeddings X as a leaf gives every step's hidden state h at
+once, and the gradient g at h solves
+
+    g = g_direct + A g,      A = (head pull-back) . D . (dh/dX)^T
+
+because the embedding of token s + 1 depends on the logits of step s through the soft token, whose local
+vector-Jacobian product is D (`grade_kernels.soft_token_vjp`). A moves gradients to earlier tokens only, so
+g = sum_h A^h g_direct is finite: exact after S - 1 hops, close long before. Each hop is one backward pass with
+respect to X; the parameters are touched once, at the end.
+
+g_direct holds the KL gradient at each step's logits, and through D the gradients that reach a token's embedding from
+outside the policy: the reward's, and KL's through the reference.
+
+Everything here is per sequence: micro-batches of any size give the same gradient.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Callable, ContextManager, List, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from grade.model import Policy
+from grade.passes import BasePass, base_pass, fed_embeddings, policy_pass
+from grade.reward import Reward
+from grade.rollout import Rollout, support_is_allowed
+from grade_kernels import VocabHead, soft_token_vjp, vocab_head
+
+
+@dataclass
+class ReplaySettings:
+    """How the gradient is computed; the fields of `MethodConfig` with the same names say what they mean.
+
+    Args:
+        tau: temperature of the relaxation at this step.
+        any_process: given whether this process wants another hop, whether any does. Sharded models need all
+            processes to run the same number of passes; the extra ones change nothing.
+        phase: given a phase's name ("forward", "hops", "backward"), a context that times it.
+    """
+
+    tau: float
+    estimator: str = "gumbel"
+    rao_samples: int = 16
+    kl_direction: str = "policy_ref"
+    kl_prefix_grad: str = "both"
+    max_hops: int = 16
+    hop_tol: float = 1e-2
+    dropout: bool = False
+    checkpoint: bool = False
+    prompt_cache: bool = True
+    chunk_bytes: int = 2**28
+    any_process: Callable[[bool], bool] = bool
+    phase: Callable[[str], ContextManager] = lambda name: nullcontext()
+
+
+@dataclass
+class ReplayResult:
+    """Values at the sampled responses. Per-token tensors are [B, S] float32, 0 where the mask is.
+
+    Args:
+        reward: [B].
+        kl, entropy, logprob, mass: nats, nats, nats, and the share of probability on the candidates.
+        hops: [B] int64, hops until the sequence converged or the cap.
+        residual: [B], last relative change of its gradient.
+    """
+
+    reward: Tensor
+    kl: Tensor
+    entropy: Tensor
+    logprob: Tensor
+    mass: Tensor
+    hops: Tensor
+    residual: Tensor
+
+
+@dataclass
+class Forward:
+    """The forward half: what evaluation needs, and what the backward half starts from."""
+
+    hidden: Tensor          # [B, S, d], policy states that predict the tokens
+    base: BasePass
+    reward: Tensor          # [B]
+    head: VocabHead         # rows are the n real tokens, in the order of mask.nonzero()
+
+    def per_token(self, values: Tensor, mask: Tensor) -> Tensor:
+        """[n] values of real tokens -> [B, S]."""
+        return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def forward(
+    policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings,
+    x: Tensor, x_base: Tensor, x_reward: Tensor | None, *, grad: bool, adapters: bool = True,
+) -> Forward:
+    """Policy pass, base pass, reward and vocabulary sweep over the real tokens.
+
+    Args:
+        x, x_base: [B, S, d], the same embeddings as separate leaves of the two passes.
+        x_reward: [B, S, d_r] for a reward with a pass of its own, else None.
+        grad: also pull KL's gradient back to both hidden states.
+        adapters: False evaluates the base model itself as the policy.
+    """
+    hidden = policy_pass(
+        policy, rollout, x, dropout=settings.dropout, checkpoint=settings.checkpoint, adapters=adapters
+    )
+    base = base_pass(
+        policy, rollout, x_base, prompt_cache=settings.prompt_cache, checkpoint=settings.checkpoint
+    )
+    if reward.shares_base_pass:
+        score = reward.from_base(base, rollout.mask)
+    else:
+        score = reward.from_embeddings(rollout, x_reward, checkpoint=settings.checkpoint)
+    head = vocab_head(
+        hidden.detach()[rollout.mask], policy.head, ref_hidden=base.reference.detach()[rollout.mask],
+        indices=rollout.indices[rollout.mask], tokens=rollout.tokens[rollout.mask],
+        direction=settings.kl_direction, grad=grad, chunk_bytes=settings.chunk_bytes, **policy.head_transform,
+    )
+    return Forward(hidden, base, score, head)
+
+
+@torch.no_grad()
+def score(policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings, *, adapters: bool = True):
+    """Reward and per-token values of a rollout, without gradients: a `ReplayResult` with no hops."""
+    x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
+    x_reward = None
+    if not reward.shares_base_pass:
+        x_reward = fed_embeddings(rollout, reward.table, reward.embedding_scale)
+    done = forward(policy, reward, rollout, settings, x, x, x_reward, grad=False, adapters=adapters)
+    nothing = torch.zeros(len(rollout), device=x.device)
+    return _result(done, rollout, hops=nothing.long(), residual=nothing)
+
+
+def replay(
+    policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings, *,
+    reward_weight: Tensor, kl_weight: Tensor,
+) -> ReplayResult:
+    """Add the gradient of  sum(kl_weight * kl) - sum(reward_weight * reward)  to the policy's parameters.
+
+    Args:
+        reward_weight: [B], usually 1 over the global batch.
+        kl_weight: [B, S], what each token's KL counts; entries at padding are ignored.
+    """
+    mask = rollout.mask
+    x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale).requires_grad_()
+    x_base = x.detach().clone().requires_grad_()
+    x_reward = None
+    if not reward.shares_base_pass:
+        x_reward = fed_embeddings(rollout, reward.table, reward.embedding_scale).requires_grad_()
+    with settings.phase("forward"):
+        done = forward(policy, reward, rollout, settings, x, x_base, x_reward, grad=True)
+    with settings.phase("hops"):
+        kl_weight = kl_weight[mask][:, None].to(done.head.grad_hidden.dtype)  # [n, 1]
+        kl_gradient = kl_weight * done.head.grad_hidden  # [n, d], KL at the logits of its own step
+        incoming = _outside_gradients(
+            policy, reward, done, mask, x_base, x_reward, reward_weight,
+            kl_weight * done.head.grad_ref_hidden if settings.kl_prefix_grad == "both" else None,
+        )
+        local_rule = _local_rule(policy, rollout, settings, done.head)
+        direct = local_rule(incoming)
+        if settings.kl_prefix_grad != "none":
+            direct = direct + kl_gradient
+        gradient, hops, residual = solve_hops(
+            direct, mask, lambda g: _input_vjp(policy, done.hidden, x, mask, g), local_rule, policy, settings
+        )
+        if settings.kl_prefix_grad == "none":
+            gradient = gradient + kl_gradient
+    with settings.phase("backward"):
+        torch.autograd.backward(
+            done.hidden, _dense(gradient, mask).to(done.hidden.dtype), inputs=policy.parameters()
+        )
+    return _result(done, rollout, hops=hops, residual=residual)
+
+
+def solve_hops(
+    direct: Tensor, mask: Tensor, input_vjp: Callable[[Tensor], Tensor], local_rule: Callable, policy: Policy,
+    settings: ReplaySettings,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Sum the series of hops, sequence by sequence until each has converged.
+
+    Args:
+        direct: [n, d], g_direct at the real tokens' hidden states.
+        mask: [B, S] bool, which tokens those are.
+        input_vjp: [n, d] at the hidden states -> [n, d] at the embeddings of the same tokens.
+        local_rule: list of (gradient [n, d_m], table) -> [n, d] at the hidden states.
+
+    Returns:
+        (g [n, d], hops [B], residual [B]). A sequence stops, and no longer changes, once the norm of its last
+        term is at most `hop_tol` times that of its sum.
+    """
+    sequence = mask.nonzero()[:, 0]  # [n], which sequence a row belongs to
+    active = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+    hops = torch.zeros(len(mask), dtype=torch.int64, device=mask.device)
+    residual = torch.ones(len(mask), device=mask.device, dtype=direct.dtype)
+    total, term = direct, direct
+    for _ in range(settings.max_hops):
+        if not settings.any_process(bool(active.any())):
+            break
+        term = local_rule([(input_vjp(term), policy.embedding)]) * active[sequence, None]
+        total = total + term
+        change = _norms(term, sequence, len(mask)) / _norms(total, sequence, len(mask)).clamp_min(1e-38)
+        residual = torch.where(active, change, residual)
+        hops += active
+        active = active & (change > settings.hop_tol)
+    return total, hops, residual
+
+
+def _norms(rows: Tensor, sequence: Tensor, count: int) -> Tensor:
+    """[n, d] rows -> [count] Euclidean norm over each sequence's rows."""
+    squares = rows.square().sum(-1)
+    return torch.zeros(count, dtype=rows.dtype, device=rows.device).index_add_(0, sequence, squares).sqrt()
+
+
+def _outside_gradients(
+    policy: Policy, reward: Reward, done: Forward, mask: Tensor, x_base: Tensor, x_reward: Tensor | None,
+    reward_weight: Tensor, reference_gradient: Tensor | None,
+) -> List[Tuple[Tensor, Tensor]]:
+    """Gradients at the tokens' embeddings from the reward and, through the reference, from KL.
+
+    Returns:
+        (gradient [n, d_m] with respect to the table's rows, table [V, d_m]) per model that was fed the tokens.
+    """
+    outputs, gradients = [], []
+    if reference_gradient is not None:
+        outputs.append(done.base.reference)
+        gradients.append(_dense(reference_gradient, mask).to(done.base.reference.dtype))
+    if reward.shares_base_pass:
+        outputs.append(done.reward)
+        gradients.append(-reward_weight.to(done.reward.dtype))
+    incoming = []
+    if outputs:
+        (at_base,) = torch.autograd.grad(outputs, [x_base], gradients)
+        incoming.append((at_base[mask] * policy.embedding_scale, policy.embedding))
+    if not reward.shares_base_pass:
+        (at_reward,) = torch.autograd.grad(done.reward, [x_reward], -reward_weight.to(done.reward.dtype))
+        incoming.append((at_reward[mask] * reward.embedding_scale, reward.table))
+    return incoming
+
+
+def _local_rule(policy: Policy, rollout: Rollout, settings: ReplaySettings, head: VocabHead) -> Callable:
+    """D and the pull-back to the hidden state, for the draws of this rollout; linear in its argument."""
+    mask = rollout.mask
+    allowed = support_is_allowed(policy, rollout)[mask]
+    draws = dict(
+        logits=torch.where(allowed, head.logits, -torch.inf), indices=rollout.indices[mask],
+        tokens=rollout.tokens[mask], rows=rollout.rows[mask], seed=rollout.seed, tau=settings.tau,
+        estimator=settings.estimator, samples=settings.rao_samples, weight=policy.head,
+        scale=policy.logit_scale, softcap=policy.softcap,
+    )
+
+    def rule(incoming: Sequence[Tuple[Tensor, Tensor]]) -> Tensor:
+        return soft_token_vjp([g for g, _ in incoming], [table for _, table in incoming], **draws).dhidden
+
+    return rule
+
+
+def _input_vjp(policy: Policy, hidden: Tensor, x: Tensor, mask: Tensor, gradient: Tensor) -> Tensor:
+    """[n, d] at the policy's hidden states -> [n, d] at the table rows of the tokens; keeps the graph."""
+    dense = _dense(gradient, mask).to(hidden.dtype)
+    (at_x,) = torch.autograd.grad(hidden, [x], dense, retain_graph=True)
+    return at_x[mask] * policy.embedding_scale
+
+
+def _dense(rows: Tensor, mask: Tensor) -> Tensor:
+    """[n, d] rows of real tokens -> [B, S, d] with zeros at padding."""
+    out = torch.zeros(*mask.shape, rows.shape[-1], dtype=rows.dtype, device=rows.device)
+    out[mask] = rows
+    return out
+
+
+def _result(done: Forward, rollout: Rollout, *, hops: Tensor, residual: Tensor) -> ReplayResult:
+    head, mask = done.head, rollout.mask
+    return ReplayResult(
+        done.reward.detach(), *(done.per_token(v, mask) for v in (head.kl, head.entropy, head.logprob, head.mass)),
+        hops=hops, residual=residual,
+    )

@@ -1,0 +1,211 @@
+"""Sampling without a graph: KV cache, top-k Gumbel at temperature 1, end of sequence, masks by position.
+
+A rollout keeps what replay needs to see the same draw again: the prompt, the token ids, the candidate ids they were
+drawn from (the support of everything after) and the noise rows. Masks come from positions, never from token ids: a
+response ends with the first end-of-sequence token, which is part of it, and pad may equal that token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Iterator, List, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from grade.model import Policy
+from grade_kernels import SparseTokens, linear_gumbel_topk, soft_embedding, vocab_head
+from grade_kernels.random import gumbel
+
+# Decoding asks whether all rows have ended only this often: the question waits for the device.
+_END_CHECK_INTERVAL = 8
+
+
+@dataclass
+class Sampling:
+    """How tokens are drawn.
+
+    Args:
+        max_new_tokens, min_new_tokens: length of a response, its end-of-sequence token included.
+        top_k: candidates per token.
+        tau: temperature of the relaxed weights; tokens do not depend on it.
+        soft: feed the relaxed mixture (GRADE) instead of the token (GRADE-STE).
+        ignore_eos: end-of-sequence does not end a response.
+        top_p: draw from the smallest set of candidates that holds this mass; None draws from all of them.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    top_k: int = 256
+    tau: float = 1.0
+    soft: bool = False
+    ignore_eos: bool = False
+    top_p: Optional[float] = None
+
+
+@dataclass
+class Rollout:
+    """B sampled responses. Tensors have the batch first and can be cut along it.
+
+    Args:
+        prompt_ids, prompt_mask: [B, P] int64 and bool, left-padded.
+        tokens: [B, S] int64; pad after a response's end.
+        mask: [B, S] bool, real tokens, end-of-sequence included.
+        indices: [B, S, k] int64, the candidates of each draw in the order (logit, then lower id).
+        weights: [B, S, k] float32, the mixtures that were fed back; None when tokens were.
+        token_weight: [B, S] float32, relaxed weight of the sampled token.
+        rows: [B, S] int64, noise rows.
+        min_new_tokens, seed, samples_per_prompt: of the draw. Samples of one prompt stand next to each other.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    tokens: Tensor
+    mask: Tensor
+    indices: Tensor
+    token_weight: Tensor
+    rows: Tensor
+    weights: Optional[Tensor] = None
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    seed: int = 0
+    samples_per_prompt: int = 1
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def cut(self, start: int, stop: int) -> "Rollout":
+        """Responses start..stop, with the columns that hold only padding left out."""
+        part = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            part[f.name] = value[start:stop] if isinstance(value, Tensor) else value
+        prompt = int(part["prompt_mask"].sum(1).max())
+        response = int(part["mask"].sum(1).max())
+        for name in ("prompt_ids", "prompt_mask"):
+            part[name] = part[name][:, part[name].shape[1] - prompt:]
+        for name in ("tokens", "mask", "indices", "token_weight", "rows", "weights"):
+            if part[name] is not None:
+                part[name] = part[name][:, :response]
+        if (stop - start) % self.samples_per_prompt or start % self.samples_per_prompt:
+            part["samples_per_prompt"] = 1  # a prompt's samples are split: treat every response by itself
+        return replace(self, **part)
+
+    def micro_batches(self, size: int) -> Iterator["Rollout"]:
+        for start in range(0, len(self), size):
+            yield self.cut(start, min(start + size, len(self)))
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int, device=None) -> tuple[Tensor, Tensor]:
+    """Left-pad token lists to [B, P] ids (int64) and their mask (bool)."""
+    width = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt):] = torch.tensor(prompt, dtype=torch.int64)
+        mask[row, width - len(prompt):] = True
+    return ids.to(device), mask.to(device)
+
+
+def suppressed_ids(policy: Policy, step: int, min_new_tokens: int, ignore_eos: bool) -> Tensor:
+    """Ids that may not be sampled as token number `step` (from 0)."""
+    if step + 1 < min_new_tokens and not ignore_eos:
+        return torch.cat([policy.suppressed, policy.eos_ids])
+    return policy.suppressed
+
+
+def support_is_allowed(policy: Policy, rollout: Rollout) -> Tensor:
+    """[B, S, k] bool: candidates that could be sampled. False only where k exceeds what was left to choose from."""
+    banned = torch.zeros(policy.vocab_size, dtype=torch.bool, device=policy.device)
+    banned[policy.suppressed] = True
+    allowed = ~banned[rollout.indices]
+    if rollout.min_new_tokens > 1 and not rollout.ignore_eos:
+        early = slice(0, rollout.min_new_tokens - 1)
+        allowed[:, early] &= ~torch.isin(rollout.indices[:, early], policy.eos_ids)
+    return allowed
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, sampling: Sampling, *,
+    seed: int, first_rows: Tensor, samples_per_prompt: int = 1, adapters: bool = True,
+) -> Rollout:
+    """Draw responses.
+
+    Args:
+        prompt_ids, prompt_mask: [U, P], left-padded, one row per distinct prompt.
+        seed: keys the noise together with the row, so the same seed and rows give the same noise in any batch.
+        first_rows: [B] int64, noise row of each response's first token; its s-th token uses first_rows + s.
+        samples_per_prompt: responses per prompt, B = U * samples_per_prompt; the prompt is computed once.
+        adapters: sample from the policy, or from the frozen base.
+
+    Returns:
+        A rollout of B responses, at most `sampling.max_new_tokens` long.
+    """
+    with policy.state(adapters=adapters):
+        cache = policy.new_cache()
+        hidden = policy.hidden(policy.embed(prompt_ids), prompt_mask, cache)[:, -1]  # [U, d]
+        if samples_per_prompt > 1:
+            cache.batch_repeat_interleave(samples_per_prompt)
+            hidden = hidden.repeat_interleave(samples_per_prompt, dim=0)
+            prompt_ids = prompt_ids.repeat_interleave(samples_per_prompt, dim=0)
+            prompt_mask = prompt_mask.repeat_interleave(samples_per_prompt, dim=0)
+        batch, prompt_length = prompt_ids.shape
+        steps = sampling.max_new_tokens
+        attention = torch.cat([prompt_mask, prompt_mask.new_ones(batch, steps)], dim=1)  # [B, P + S]
+        alive = torch.ones(batch, dtype=torch.bool, device=prompt_ids.device)
+        rows = first_rows[:, None] + torch.arange(steps, device=first_rows.device)  # [B, S]
+        drawn: List[SparseTokens] = []
+        mask: List[Tensor] = []
+        for step in range(steps):
+            suppress = suppressed_ids(policy, step, sampling.min_new_tokens, sampling.ignore_eos)
+            draw = _draw(policy, hidden, sampling, seed, rows[:, step], suppress)
+            draw = replace(draw, tokens=torch.where(alive, draw.tokens, policy.pad_id))
+            drawn.append(draw)
+            mask.append(alive)
+            if not sampling.ignore_eos:
+                alive = alive & ~torch.isin(draw.tokens, policy.eos_ids)
+                if (step + 1) % _END_CHECK_INTERVAL == 0 and not alive.any():
+                    break
+            if step + 1 < steps:
+                fed = soft_embedding(draw, policy.embedding) * policy.embedding_scale
+                hidden = policy.hidden(fed[:, None], attention[:, : prompt_length + step + 1], cache)[:, 0]
+    tokens = torch.stack([d.tokens for d in drawn], dim=1)
+    indices = torch.stack([d.indices for d in drawn], dim=1)
+    weights = torch.stack([d.weights for d in drawn], dim=1)
+    real = torch.stack(mask, dim=1)
+    chosen = (weights * (indices == tokens[..., None])).sum(-1)
+    rollout = Rollout(
+        prompt_ids, prompt_mask, tokens, real, indices, chosen, rows[:, : tokens.shape[1]],
+        weights=weights if sampling.soft else None, min_new_tokens=sampling.min_new_tokens,
+        ignore_eos=sampling.ignore_eos, seed=seed, samples_per_prompt=samples_per_prompt,
+    )
+    return rollout.cut(0, len(rollout))
+
+
+def _draw(policy: Policy, hidden: Tensor, sampling: Sampling, seed: int, rows: Tensor, suppress: Tensor):
+    """One token per row: [B, d] hidden states -> SparseTokens of [B]."""
+    if sampling.top_p is None:
+        return linear_gumbel_topk(
+            hidden, policy.head, sampling.top_k, sampling.tau, seed=seed, rows=rows, suppress=suppress,
+            hard=not sampling.soft, **policy.head_transform,
+        )
+    out = vocab_head(hidden, policy.head, k=sampling.top_k, suppress=suppress, **policy.head_transform)
+    inside = nucleus(out.logits, out.lse, sampling.top_p)
+    noise = gumbel(seed, 0, rows[:, None], out.indices, dtype=torch.float32)
+    noisy = torch.where(inside, out.logits + noise, -torch.inf)
+    tokens = out.indices.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
+    return SparseTokens(out.indices, torch.softmax(noisy / sampling.tau, -1), tokens, out.mass, hard=not sampling.soft)
+
+
+def nucleus(logits: Tensor, lse: Tensor, top_p: float) -> Tensor:
+    """[..., k] bool: the fewest leading candidates that hold `top_p` of the full distribution's mass.
+
+    Args:
+        logits: [..., k], descending.
+        lse: [...], log-sum-exp over the full vocabulary.
+        top_p: mass in (0, 1]. Where all k candidates hold less, all are kept.
+    """
+    mass = torch.exp(logits - lse[..., None])
+    before = mass.cumsum(-1) - mass  # mass of the candidates ahead of this one
+    return before < top_p
