@@ -1,0 +1,45 @@
+# Two commands from a fresh machine with Python 3.10 or newer: `make demo` and `make test`.
+#   PYTHON=python3.12 make test          another interpreter for the virtual environment
+#   make test PYTEST_ARGS="-k config -x" arguments for pytest
+#   make demo DEMO_ARGS="--seed 1"       overrides for `grade demo`
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint clean
+
+help:
+	@echo "make demo     install into $(VENV) and train a tiny model from scratch to a better one (DEMO_ARGS)"
+	@echo "make test     install into $(VENV) and run the tests (PYTEST_ARGS)"
+	@echo "make lint     check style with ruff"
+	@echo "make install  only install into $(VENV)"
+	@echo "make clean    remove $(VENV), caches and build files (not runs/)"
+
+install: $(STAMP)
+
+# The stamp is the last thing written, so an installation that was cut short is repeated, and a finished one is
+# not, until what it was made from changes.
+$(STAMP): setup.py constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m grade demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache
+	find grade grade_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,73 @@
+"""Adapters and trainer state on disk, always whole: written beside their place, then moved into it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+from grade.config import GradeError
+from grade.model import Policy
+
+STATE_FILE = "trainer_state.pt"
+
+
+def save_checkpoint(directory: Path, policy: Policy, state: Optional[dict] = None) -> None:
+    """Write the adapter as peft does (`PeftModel.from_pretrained` loads it) and, for resuming, the trainer's state.
+
+    An interruption leaves the earlier checkpoint or the new one, never half of either.
+    """
+    fresh, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    policy.model.save_pretrained(str(fresh))
+    if state is not None:
+        torch.save(state, fresh / STATE_FILE)
+    if directory.exists():
+        directory.rename(old)
+    fresh.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_adapter(directory: Path, policy: Policy) -> None:
+    """Put a saved adapter's weights into the policy.
+
+    Raises:
+        GradeError: the folder holds no adapter, or one of another shape.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    if not (directory / "adapter_config.json").is_file():
+        raise GradeError(f"checkpoint {directory}: no adapter is saved there (adapter_config.json is missing).")
+    weights = load_peft_weights(str(directory), device=str(policy.device))
+    try:
+        outcome = set_peft_model_state_dict(policy.model, weights)
+    except RuntimeError as error:
+        raise GradeError(f"checkpoint {directory} does not fit this model and LoRA setting: {error}") from error
+    expected = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    missing = [name for name in outcome.missing_keys if name in expected]
+    if missing or outcome.unexpected_keys:
+        raise GradeError(
+            f"checkpoint {directory} does not fit model.lora: {len(missing)} adapter tensors are missing from it and "
+            f"{len(outcome.unexpected_keys)} have no place here. Use the config the run was made with."
+        )
+
+
+def load_state(directory: Path) -> dict:
+    """The trainer's state saved with a checkpoint.
+
+    Raises:
+        GradeError: there is none.
+    """
+    path = latest(directory) / STATE_FILE
+    if not path.is_file():
+        raise GradeError(f"train.resume: {directory} holds no checkpoint to continue from. Start without it.")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def latest(directory: Path) -> Path:
+    """`directory`, or the copy that an interruption between two renames left in its place."""
+    old = directory.with_name(directory.name + ".old")
+    return old if not directory.exists() and old.exists() else directory

@@ -1,0 +1,234 @@
+"""`grade doctor`: what this machine has, which path every kernel takes here, and what is missing.
+
+Looking never fails: what cannot be found out is reported as a problem, with the way to mend it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import sys
+import threading
+import urllib.error
+import urllib.request
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from grade import __version__
+
+# Distributions whose versions decide how a run behaves; the second column is what installs a missing one.
+PACKAGES = {
+    "torch": "pip install torch",
+    "triton": "pip install triton (Linux only)",
+    "transformers": "pip install transformers",
+    "peft": "pip install peft",
+    "datasets": "pip install datasets",
+    "accelerate": "pip install accelerate",
+    "jsonargparse": "pip install 'jsonargparse[signatures]'",
+    "rich": "pip install rich",
+    "safetensors": "pip install safetensors",
+    "tensorboard": "pip install tensorboard",
+}
+OPTIONAL_PACKAGES = {
+    "wandb": "pip install -e '.[wandb]'",
+    "matplotlib": "pip install -e '.[report]'",
+    "pytest": "pip install -e '.[dev]'",
+}
+HUB_TIMEOUT = 3.0  # seconds
+
+
+def run_doctor(as_json: bool = False) -> None:
+    """Look, and print tables or JSON."""
+    report = examine()
+    if as_json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    else:
+        show(report)
+
+
+def examine() -> Dict[str, Any]:
+    """Everything the doctor knows, in types that JSON has.
+
+    Returns:
+        {"versions": {name: version or None}, "optional": {same}, "cuda", "rocm": version or None,
+        "cpu": {"cores", "torch_threads"}, "devices": [{"name", "kind", "memory_gib"}],
+        "kernels": {kernel: {device kind: backend or the reason for none}},
+        "hub": {"reachable": bool or None, "detail"}, "caches": {name: folder}, "problems": [text]}
+    """
+    problems: List[str] = []
+    report: Dict[str, Any] = {
+        "versions": {"grade": __version__, "python": platform.python_version(), **_versions(PACKAGES)},
+        "optional": _versions(OPTIONAL_PACKAGES),
+    }
+    for name, remedy in PACKAGES.items():
+        unsupported = name == "triton" and platform.system() != "Linux"
+        if report["versions"][name] is None and not unsupported:
+            problems.append(f"{name} is missing: {remedy}")
+    torch = _import("torch", problems)
+    report["cuda"] = torch.version.cuda if torch else None
+    report["rocm"] = getattr(torch.version, "hip", None) if torch else None
+    threads = torch.get_num_threads() if torch else None
+    report["cpu"] = {"cores": os.cpu_count(), "torch_threads": threads}
+    report["devices"] = _devices(torch, problems) if torch else []
+    kinds = ["cpu"] + (["cuda"] if report["devices"] else [])
+    report["kernels"] = _kernels(torch, kinds, problems) if torch else {}
+    report["hub"] = check_hub()
+    if report["hub"]["reachable"] is False:
+        problems.append(
+            f"the hub is not reachable ({report['hub']['detail']}): models and datasets must be local "
+            "folders or already in the cache; behind a proxy set HTTPS_PROXY, with a mirror HF_ENDPOINT"
+        )
+    report["caches"] = _caches()
+    report["problems"] = problems
+    return report
+
+
+def check_hub(timeout: float = HUB_TIMEOUT) -> Dict[str, Any]:
+    """Whether the hub answers: {"reachable": bool, or None in offline mode, "detail": text}.
+
+    Never takes longer than `timeout` seconds: looking a name up has no timeout of its own, so the request
+    runs in a thread that is left behind when it does not come back.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return {"reachable": None, "detail": "HF_HUB_OFFLINE is set: not asked"}
+    endpoint = _hub_endpoint()
+    if endpoint is None:
+        return {"reachable": False, "detail": "huggingface_hub is missing: pip install huggingface_hub"}
+    answer: List[Dict[str, Any]] = []
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout):
+                answer.append({"reachable": True, "detail": endpoint})
+        except urllib.error.HTTPError as error:
+            answer.append({"reachable": False, "detail": f"{endpoint} answers {error.code} {error.reason}"})
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            answer.append({"reachable": False, "detail": f"{endpoint}: {reason}"})
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return answer[0] if answer else {"reachable": False, "detail": f"{endpoint}: no answer in {timeout:g} s"}
+
+
+def show(report: Dict[str, Any]) -> None:
+    """Print the report as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+
+    def table(title: str, rows: List[List[Any]], headers: Optional[List[str]] = None) -> None:
+        grid = Table(title=title, title_justify="left", show_header=headers is not None)
+        for index in range(len(rows[0]) if rows else 1):
+            grid.add_column(headers[index] if headers else None, overflow="fold")
+        for row in rows:
+            grid.add_row(*[str(cell) for cell in row])
+        console.print(grid)
+
+    versions = {**report["versions"], "CUDA": report["cuda"], "ROCm": report["rocm"]}
+    rows = [[name, version or "-"] for name, version in versions.items()]
+    rows += [[f"{name} (optional)", version or "-"] for name, version in report["optional"].items()]
+    table("versions", rows)
+    cpu = report["cpu"]
+    devices = [["cpu", f"{cpu['cores']} cores, torch uses {cpu['torch_threads']} threads"]]
+    devices += [[d["kind"], f"{d['name']}, {d['memory_gib']} GiB"] for d in report["devices"]]
+    table("devices", devices)
+    if report["kernels"]:
+        kinds = list(next(iter(report["kernels"].values())))
+        rows = [[name, *backends.values()] for name, backends in report["kernels"].items()]
+        table("kernels", rows, ["kernel", *[f"on {kind}" for kind in kinds]])
+    hub = report["hub"]
+    state = {True: "reachable", False: "not reachable", None: "offline mode"}[hub["reachable"]]
+    table("places", [["hub", f"{state}: {hub['detail']}"], *map(list, report["caches"].items())])
+    for problem in report["problems"]:
+        console.print(f"problem: {problem}", markup=False, highlight=False)
+    if not report["problems"]:
+        console.print("Nothing is missing.")
+
+
+# --- parts -------------------------------------------------------------------------------------------------
+
+
+def _versions(packages: Dict[str, str]) -> Dict[str, Optional[str]]:
+    versions: Dict[str, Optional[str]] = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _import(name: str, problems: List[str]) -> Any:
+    """A module, or None with a problem: a broken installation is what a doctor is asked about."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever a broken library raises
+        problems.append(f"{name} cannot be imported: {type(error).__name__}: {error}")
+        return None
+
+
+def _devices(torch: Any, problems: List[str]) -> List[Dict[str, Any]]:
+    """The accelerators that torch sees, CUDA and ROCm alike."""
+    if not torch.cuda.is_available():
+        return []
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        try:
+            properties = torch.cuda.get_device_properties(index)
+        except RuntimeError as error:
+            problems.append(f"accelerator {index} does not work: {error}")
+            continue
+        memory = round(properties.total_memory / 2**30, 1)
+        devices.append({"name": properties.name, "kind": f"cuda:{index}", "memory_gib": memory})
+    return devices
+
+
+def _kernels(torch: Any, kinds: List[str], problems: List[str]) -> Dict[str, Dict[str, str]]:
+    """The backend of every public operation of `grade_kernels`, on each kind of device."""
+    kernels = _import("grade_kernels", problems)
+    backend = _import("grade_kernels.backend", problems)
+    if kernels is None or backend is None:
+        return {}
+    table: Dict[str, Dict[str, str]] = {}
+    for name in sorted(getattr(kernels, "__all__", [])):
+        function = inspect.unwrap(getattr(kernels, name))
+        # Classes and helpers have one implementation; what has several asks `backend_for`.
+        if not inspect.isfunction(function) or "backend_for" not in function.__code__.co_names:
+            continue
+        table[name] = {}
+        for kind in kinds:
+            try:
+                table[name][kind] = backend.backend_for(name, torch.empty(0, device=kind))
+            except (RuntimeError, ValueError) as error:
+                table[name][kind] = "none"
+                problem = f"kernels: {error}"
+                if problem not in problems:
+                    problems.append(problem)
+    return table
+
+
+def _hub_endpoint() -> Optional[str]:
+    """Address of the hub: HF_ENDPOINT, or what huggingface_hub was built with."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import constants
+
+    return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+
+
+def _caches() -> Dict[str, str]:
+    """Where downloads and compiled kernels are kept, whether or not the folders exist yet."""
+    home = Path.home()
+    hub_home = Path(os.environ.get("HF_HOME") or home / ".cache" / "huggingface")
+    hub_cache = Path(os.environ.get("HF_HUB_CACHE") or hub_home / "hub")
+    datasets = Path(os.environ.get("HF_DATASETS_CACHE") or hub_home / "datasets")
+    triton = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+    return {"hub cache": str(hub_cache), "datasets cache": str(datasets), "triton cache": str(triton)}

@@ -1,0 +1,194 @@
+"""Evaluation on fixed prompts with fixed noise, the same for the base model and for every checkpoint.
+
+The noise rows depend on the prompt's number alone, so batch size and number of processes change nothing, and
+differences between two models are paired: same prompts, same noise.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+import torch
+from accelerate.utils import gather_object
+
+from grade.config import Config, GradeError
+from grade.metrics import unique_token_ratio
+from grade.model import Policy
+from grade.replay import ReplaySettings, score
+from grade.reward import Reward
+from grade.rollout import Sampling, pad_prompts, sample
+
+SPLIT_ROWS = {"validation": 0, "test": 2**40}  # far apart: no noise row is shared between splits
+
+
+@dataclass
+class Evaluation:
+    """One model on one split.
+
+    Args:
+        reward, reward_stderr: mean over prompts and its standard error.
+        kl: nats per token, of the config's direction, along the model's own responses.
+        kl_sequence: nats per response.
+        entropy: nats per token.
+        unique_token_ratio: distinct over all tokens of a response, mean over responses.
+        mean_length: tokens per response.
+        eos_rate: share of responses that ended by themselves.
+        prompts: how many.
+        samples: the first few, as text.
+    """
+
+    split: str
+    step: Optional[int]
+    model: str
+    reward: float
+    reward_stderr: float
+    kl: float
+    kl_sequence: float
+    entropy: float
+    unique_token_ratio: float
+    mean_length: float
+    eos_rate: float
+    prompts: int
+    samples: List[dict] = field(default_factory=list)
+
+    def summary(self) -> Dict[str, float]:
+        """The numbers, for the log."""
+        return {
+            k: v for k, v in asdict(self).items() if isinstance(v, (int, float)) and k not in ("step", "prompts")
+        }
+
+
+def evaluation_sampling(config: Config, sampling: Sampling) -> Sampling:
+    """Training's sampler, or the nucleus sampler of the paper's evaluation. Tokens are fed back, not mixtures: what
+    a user of the trained model would do, and the same for every method."""
+    top_p = config.evaluation.top_p if config.evaluation.sampler == "top_p" else None
+    return replace(sampling, soft=False, top_p=top_p)
+
+
+def evaluate(
+    policy: Policy, reward: Reward, prompts: Sequence[List[int]], config: Config, *, split: str, step: Optional[int],
+    sampling: Sampling, settings: ReplaySettings, adapters: bool = True, accelerator=None, tick=None,
+) -> Evaluation:
+    """Sample a response to every prompt and score it.
+
+    Args:
+        prompts: token ids, without padding; prompt i always gets the same noise.
+        split: "validation" or "test".
+        step: optimizer steps the policy has had, for the record.
+        adapters: False evaluates the base model.
+        accelerator: shares the prompts among its processes; every process returns the whole result.
+        tick: called with the number of prompts done after each batch.
+    """
+    processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    sampling = evaluation_sampling(config, sampling)
+    size, numbers = config.evaluation.batch_size, list(range(process, len(prompts), processes))
+    records: List[dict] = []
+    for start in range(0, len(numbers), size):
+        chosen = numbers[start: start + size]
+        ids, mask = pad_prompts([prompts[i] for i in chosen], policy.pad_id, policy.device)
+        rows = SPLIT_ROWS[split] + torch.tensor(chosen, device=policy.device) * sampling.max_new_tokens
+        rollout = sample(
+            policy, ids, mask, sampling, seed=config.evaluation.seed, first_rows=rows, adapters=adapters
+        )
+        records += _records(policy, rollout, score(policy, reward, rollout, settings, adapters=adapters), chosen)
+        if tick is not None:
+            tick(len(chosen) * processes)
+    if processes > 1:
+        records = gather_object(records)
+    records.sort(key=lambda r: r["number"])
+    return _summary(records, config, split=split, step=step, model="policy" if adapters else "base")
+
+
+def _records(policy: Policy, rollout, result, numbers: Sequence[int]) -> List[dict]:
+    """Per-response values, small enough to send between processes."""
+    mask, unique = rollout.mask, unique_token_ratio(rollout.tokens, rollout.mask)
+    last = rollout.tokens.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
+    columns = {
+        "reward": result.reward, "kl": result.kl.sum(1), "entropy": result.entropy.sum(1), "unique": unique,
+        "length": mask.sum(1), "ended": torch.isin(last, policy.eos_ids),
+    }
+    columns = {name: values.tolist() for name, values in columns.items()}
+    return [
+        {
+            "number": number, **{name: values[i] for name, values in columns.items()},
+            "prompt": text_of(policy, rollout.prompt_ids[i], rollout.prompt_mask[i]),
+            "response": text_of(policy, rollout.tokens[i], mask[i]),
+        }
+        for i, number in enumerate(numbers)
+    ]
+
+
+def text_of(policy: Policy, ids: torch.Tensor, mask: torch.Tensor) -> str:
+    """The text of the real tokens, special tokens left out."""
+    return policy.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
+
+
+def _summary(records: List[dict], config: Config, *, split: str, step: Optional[int], model: str) -> Evaluation:
+    rewards = torch.tensor([r["reward"] for r in records], dtype=torch.float64)
+    count, tokens = len(records), sum(r["length"] for r in records)
+    kl = sum(r["kl"] for r in records)
+    return Evaluation(
+        split=split, step=step, model=model, reward=rewards.mean().item(),
+        reward_stderr=(rewards.std().item() / count**0.5) if count > 1 else 0.0, kl=kl / tokens,
+        kl_sequence=kl / count, entropy=sum(r["entropy"] for r in records) / tokens,
+        unique_token_ratio=sum(r["unique"] for r in records) / count, mean_length=tokens / count,
+        eos_rate=sum(r["ended"] for r in records) / count, prompts=count,
+        samples=[
+            {k: r[k] for k in ("prompt", "response", "reward")} for r in records[: config.evaluation.samples]
+        ],
+    )
+
+
+def write_evaluations(path: Path, evaluations: Dict[str, object]) -> None:
+    """evaluation.json, replaced as a whole."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(evaluations, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> List[Evaluation]:
+    """`grade evaluate`: base model and a checkpoint of a run on one split; prints a table, keeps the result.
+
+    Args:
+        config: the run's, with overrides.
+        checkpoint: "best", "last", or a folder with an adapter.
+        split: "validation" or "test".
+    """
+    from grade.loading import load_policy, load_reward, load_tokenizer
+    from grade.methods.grade import Grade
+    from grade.checkpoint import latest, load_adapter
+    from grade.report import evaluation_table
+    from grade.tasks import load_task
+    from grade.trainer import make_accelerator
+    from rich.console import Console
+
+    folder = latest(run_dir / "checkpoints" / checkpoint) if checkpoint in ("best", "last") else Path(checkpoint)
+    if not (folder / "adapter_config.json").is_file():
+        raise GradeError(f"--checkpoint {checkpoint}: {folder} holds no adapter (adapter_config.json is missing).")
+    accelerator = make_accelerator(config)
+    tokenizer = load_tokenizer(config)
+    task = load_task(config)
+    policy = load_policy(config, tokenizer, accelerator.device)
+    with accelerator.main_process_first():
+        reward = load_reward(config, policy, task)
+    load_adapter(folder, policy)
+    limit = config.evaluation.test_prompts if split == "test" else config.evaluation.validation_prompts
+    prompts = task.prompts(split, tokenizer, limit=limit)
+    method = Grade(policy, reward, config)
+    rows = [
+        evaluate(
+            policy, reward, prompts, config, split=split, step=None, sampling=method.sampling(0),
+            settings=method.settings(0), adapters=adapters, accelerator=accelerator,
+        )
+        for adapters in (False, True)
+    ]
+    if accelerator.is_main_process:
+        name = checkpoint if checkpoint in ("best", "last") else folder.name
+        write_evaluations(
+            run_dir / f"evaluation-{split}-{name}.json", {"checkpoint": str(folder), "rows": [asdict(r) for r in rows]}
+        )
+        Console().print(evaluation_table(rows, title=f"{split}, {rows[0].prompts} prompts, checkpoint {name}"))
+    return rows

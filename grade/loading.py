@@ -1,0 +1,110 @@
+"""Load what a config names: tokenizer, base model with its adapter, reward. Mistakes end in words, early."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from grade.config import Config, GradeError
+from grade.model import Policy
+
+
+def load_tokenizer(config: Config):
+    """The policy's tokenizer, padding on the left.
+
+    Raises:
+        GradeError: model.name cannot be found.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model.name, revision=config.model.revision)
+    except (OSError, ValueError) as error:
+        raise _not_loadable(config, error) from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(config: Config, tokenizer, device: torch.device) -> Policy:
+    """The base model, frozen, with a fresh adapter initialised from config.seed.
+
+    Raises:
+        GradeError: the model cannot be found or used, its context is too short, it has no such target modules, or
+            generation.top_k exceeds its vocabulary.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(config.model.name, revision=config.model.revision)
+    except (OSError, ValueError) as error:
+        raise _not_loadable(config, error) from error
+    _check_fits(config, settings)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            config.model.name, revision=config.model.revision, dtype=getattr(torch, config.model.dtype),
+            attn_implementation=config.model.attn_implementation,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(config, error) from error
+    return Policy(add_adapter(base.to(device), config), tokenizer)
+
+
+def add_adapter(base, config: Config):
+    """The frozen base with a LoRA adapter; the same seed gives the same adapter whatever ran before."""
+    lora = config.model.lora
+    linear = {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    missing = [name for name in lora.target_modules if not any(m == name for m in linear)]
+    if missing:
+        raise GradeError(
+            f"model.lora.target_modules: {config.model.name} has no linear layer called {', '.join(missing)}. "
+            f"It has {', '.join(sorted(linear))}."
+        )
+    settings = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
+        task_type="CAUSAL_LM", fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()),
+    )
+    base.requires_grad_(False)
+    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        return get_peft_model(base, settings)
+
+
+def load_reward(config: Config, policy: Policy, task):
+    """The reward a config asks for: a classifier, or the trained head (trained now if there is none yet)."""
+    from grade.reward import SharedReward, load_classifier
+    from grade.reward_training import load_or_train_head
+
+    if config.reward.model is not None:
+        return load_classifier(
+            config.reward.model, policy, positive_label=config.reward.positive_label, reads=config.reward.input
+        )
+    return SharedReward(policy, load_or_train_head(config, policy, task), config.reward.input)
+
+
+def _check_fits(config: Config, settings) -> None:
+    text = settings.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    prompt, response = config.task.prompt_max_tokens, config.generation.max_new_tokens
+    if context is not None and prompt + response > context:
+        raise GradeError(
+            f"task.prompt_max_tokens ({prompt}) + generation.max_new_tokens ({response}) is {prompt + response}, but "
+            f"the context of {config.model.name} is {context} tokens. Lower one of them."
+        )
+    if config.reward.model is None and context is not None and config.reward.max_tokens > context:
+        raise GradeError(
+            f"reward.max_tokens ({config.reward.max_tokens}) exceeds the context of {config.model.name}, {context} "
+            "tokens. Lower it."
+        )
+    if config.generation.top_k > text.vocab_size:
+        raise GradeError(
+            f"generation.top_k ({config.generation.top_k}) exceeds the vocabulary of {config.model.name}, "
+            f"{text.vocab_size} tokens. Lower it."
+        )
+
+
+def _not_loadable(config: Config, error: Exception) -> GradeError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return GradeError(
+        f"model.name={config.model.name} cannot be loaded: {reason} Name a folder with a model, or a hub model "
+        "while the hub can be reached (`grade doctor` tells)."
+    )

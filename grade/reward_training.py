@@ -1,0 +1,186 @@
+"""Train the reward head: frozen base features once, then a small classifier on them.
+
+The base is causal, so the mean over a review's first n states is the feature of its first n tokens: one pass gives
+the features of the whole (cut) review and of the shorter text that the policy's responses will really be. The head
+is trained on both and its accuracy is reported on both, on reviews it has not seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Dict, List, Sequence, Tuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grade.config import Config, GradeError
+from grade.model import Policy
+from grade.passes import accumulation_dtype
+from grade.reward import RewardHead
+
+_HEAD_FILE, _REPORT_FILE = "head.safetensors", "reward.json"
+_FEATURE_BATCH = 32
+
+
+def judged_length(config: Config) -> int:
+    """Tokens of the text that the reward will judge in training."""
+    prompt = config.task.prompt_max_tokens if config.reward.input == "prompt+response" else 0
+    return prompt + config.generation.max_new_tokens
+
+
+def head_identity(config: Config, task) -> dict:
+    """What a trained head depends on; two equal identities may share one head."""
+    reward = asdict(config.reward)
+    del reward["path"], reward["model"], reward["positive_label"]
+    return {
+        "model": config.model.name, "revision": config.model.revision, "dtype": config.model.dtype,
+        "reward": reward, "judged_length": judged_length(config), "task": task.describe(),
+    }
+
+
+def head_folder(config: Config, task) -> Path:
+    """reward.path, or a folder under output_dir named by the head's identity."""
+    if config.reward.path is not None:
+        return Path(config.reward.path)
+    text = json.dumps(head_identity(config, task), sort_keys=True)
+    return Path(config.output_dir) / f"reward-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def load_or_train_head(config: Config, policy: Policy, task) -> RewardHead:
+    """The trained head of this config, from its folder or trained into it now.
+
+    Raises:
+        GradeError: reward.path holds something else than a head for this model.
+    """
+    folder = head_folder(config, task)
+    if (folder / _HEAD_FILE).is_file():
+        return _load(folder, config, policy)
+    if config.reward.path is not None and folder.exists() and any(folder.iterdir()):
+        raise GradeError(f"reward.path={folder} holds no reward head ({_HEAD_FILE} is missing). Name another folder.")
+    head, report = train_head(config, policy, task)
+    report["identity"] = head_identity(config, task)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    save_file(head.state_dict(), folder / _HEAD_FILE)  # last: its presence says that the folder is complete
+    return head
+
+
+def head_report(config: Config, task) -> dict:
+    """The accuracies stored with the head, empty before it is trained."""
+    path = head_folder(config, task) / _REPORT_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _load(folder: Path, config: Config, policy: Policy) -> RewardHead:
+    weights = load_file(folder / _HEAD_FILE)
+    hidden, features = weights["layers.0.weight"].shape
+    if features != policy.head.shape[1]:
+        raise GradeError(
+            f"reward.path={folder}: its head reads {features} features, {config.model.name} has "
+            f"{policy.head.shape[1]}. Name the head of this model, or leave reward.path null to train one."
+        )
+    head = RewardHead(features, hidden)
+    head.load_state_dict(weights)
+    return head
+
+
+def train_head(config: Config, policy: Policy, task) -> Tuple[RewardHead, dict]:
+    """Train on task.reward, report on task.validation.
+
+    Returns:
+        (head in float32 on the policy's device, {"accuracy": {"<n> tokens": share}, "loss": nats, ...}).
+    """
+    lengths = sorted({min(judged_length(config), config.reward.max_tokens), config.reward.max_tokens})
+    train_x, train_y = features_of(policy, task.reward, lengths, "Reward features")
+    held_x, held_y = features_of(policy, task.validation, lengths, "Held-out features")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.reward.seed)
+        head = RewardHead(policy.head.shape[1], config.reward.hidden_size)
+    head.to(policy.device)
+    loss = _fit(head, train_x.flatten(0, 1), train_y.repeat(len(lengths)), config)
+    accuracy = {
+        f"{length} tokens": ((head(held_x[i])[:, 1] > head(held_x[i])[:, 0]).long() == held_y).float().mean().item()
+        for i, length in enumerate(lengths)
+    }
+    return head, {
+        "accuracy": accuracy, "loss": loss, "judged_length": judged_length(config),
+        "trained_on": len(task.reward), "held_out": len(task.validation),
+    }
+
+
+def _fit(head: RewardHead, features: Tensor, labels: Tensor, config: Config) -> float:
+    """Minimise cross-entropy with AdamW; the mean loss of the last epoch, nats."""
+    settings = config.reward
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    total = 0.0
+    for _ in range(settings.epochs):
+        total = 0.0
+        for batch in torch.randperm(len(features), generator=generator).split(settings.batch_size):
+            batch = batch.to(features.device)
+            loss = torch.nn.functional.cross_entropy(head(features[batch]), labels[batch])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch)
+    return total / len(features)
+
+
+@torch.no_grad()
+def features_of(policy: Policy, examples: Sequence, lengths: List[int], title: str) -> Tuple[Tensor, Tensor]:
+    """Mean-pooled base states of the first n tokens of each text, for each n in `lengths`.
+
+    Returns:
+        (features [len(lengths), N, d] float32, labels [N] int64).
+    """
+    limit = max(lengths)
+    encoded = policy.tokenizer([e.text for e in examples], truncation=True, max_length=limit)["input_ids"]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # equal lengths together: little padding
+    out = torch.empty(len(lengths), len(encoded), policy.head.shape[1], device=policy.device)
+    starts = range(0, len(order), _FEATURE_BATCH)
+    for start in track(starts, description=title, console=Console(stderr=True), transient=True):
+        rows = order[start: start + _FEATURE_BATCH]
+        width = len(encoded[rows[-1]])
+        ids = torch.full((len(rows), width), policy.pad_id)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(encoded[row])] = torch.tensor(encoded[row])
+            mask[i, : len(encoded[row])] = True
+        ids, mask = ids.to(policy.device), mask.to(policy.device)
+        with policy.state(adapters=False):
+            hidden = policy.hidden(policy.embed(ids), mask)
+        sums = (hidden.to(accumulation_dtype(hidden)) * mask[..., None]).cumsum(1)  # [b, T, d]
+        for i, length in enumerate(lengths):
+            counts = mask[:, :length].sum(1)
+            out[i, rows] = sums[torch.arange(len(rows)), counts - 1] / counts[:, None]
+    labels = torch.tensor([e.label for e in examples], device=policy.device)
+    return out, labels
+
+
+def train_reward(config: Config) -> Dict[str, float]:
+    """`grade reward`: train the head of a config (or find it trained) and print its accuracy."""
+    from grade.loading import load_policy, load_tokenizer
+    from grade.tasks import load_task
+    from grade.trainer import make_accelerator
+
+    if config.reward.model is not None:
+        raise GradeError("reward.model names a trained classifier: there is no head to train. Set it to null.")
+    tokenizer = load_tokenizer(config)
+    task = load_task(config)
+    policy = load_policy(config, tokenizer, make_accelerator(config).device)
+    load_or_train_head(config, policy, task)
+    report = head_report(config, task)
+    console = Console()
+    console.print(f"Reward head: {head_folder(config, task)}")
+    for text, value in report["accuracy"].items():
+        judged = " (the length it will judge)" if text == f"{report['judged_length']} tokens" else ""
+        console.print(f"  held-out accuracy on the first {text}{judged}: {value:.3f} of {report['held_out']} reviews")
+    return report["accuracy"]

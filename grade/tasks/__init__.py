@@ -1,0 +1,276 @@
+"""Tasks: labelled texts, the splits that are cut from them, and the openings that serve as prompts.
+
+A task is four disjoint lists of examples. The reward head learns from `reward`, the policy continues openings of
+`policy`, `validation` picks the checkpoint and `test` is looked at once. Everything that decides what a model reads
+(cleaning, cutting, special tokens) is in this file, so that every task, the policy and the reward read the same.
+Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+from typing import Iterable, Iterator, Sequence
+
+from grade.config import Config, GradeError, TaskConfig
+
+SPLITS = ("reward", "policy", "validation", "test")
+
+_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+
+# Where a sentence ends. It errs towards missing an end: that only lengthens a prompt, which the limits in characters
+# and tokens then cut, while a false end ("I met Mr.") would spoil it.
+_SENTENCE_END = re.compile(
+    r"(?<![.!?…])"  # start of a run of marks, so that a long row of dots is read once
+    r"(?<!\b[A-HJ-Z])"  # an initial (J. Smith, U.S.), but 'I' may end a sentence
+    r"(?<!\b[MD]r)(?<!\bMrs)(?<!\bMs)(?<!\bSt)(?<!\bvs)"  # titles
+    r"(?<!\b[a-z]\.[a-z])"  # e.g., i.e., p.m.
+    r"[.!?…]+[\"'”’)\]]*"  # the marks, with closing quotes and brackets
+    r"(?=\s(?![a-z]))"  # then a space and no lower-case letter ('Well... maybe' goes on; 3.5 has no space)
+    r"|[。！？]+[”’」』）]*"  # scripts that put no space between sentences
+)
+
+_ROWS_PER_BATCH = 1024  # texts handed to the tokenizer at once
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text.
+
+    Attributes:
+        id: names the row it came from, for example `train/17`.
+        text: the cleaned text.
+        label: 1 positive, 0 negative.
+    """
+
+    id: str
+    text: str
+    label: int
+
+
+def clean(text: str) -> str:
+    """`text` with HTML line breaks as spaces and every run of whitespace as one space."""
+    return " ".join(_BREAK.sub(" ", text).split())
+
+
+def opening(text: str, sentences: int, max_chars: int) -> str:
+    """The first sentences of a cleaned text.
+
+    Args:
+        text: cleaned text (see `clean`).
+        sentences: at most this many sentences.
+        max_chars: at most this many characters, cut at a word's end. A single longer word is cut where it stands:
+            scripts without spaces would come out empty otherwise.
+
+    Returns:
+        A prefix of `text` without trailing whitespace; empty only if `text` is.
+    """
+    end = len(text)
+    for count, match in enumerate(_SENTENCE_END.finditer(text), start=1):
+        if count == sentences:
+            end = match.end()
+            break
+        if match.end() >= max_chars:
+            break
+    if end > max_chars:
+        end = max_chars
+        if not text[end].isspace():
+            last_space = text.rfind(" ", 0, end)
+            end = last_space if last_space > 0 else end
+    return text[:end].rstrip()
+
+
+def encode(tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Token ids of texts that a model is to continue or to read.
+
+    As `tokenizer(text)` gives them, so with BOS exactly where the tokenizer adds it by itself, but without tokens that
+    it puts *after* the text: a model has nothing to say after EOS. They are told by position, as BOS and EOS may be one
+    id. The policy's prompts and the reward's reviews both come from here.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        texts: B texts.
+        max_tokens: longest row, BOS included; the end is cut off.
+
+    Returns:
+        B lists of ids, not padded. A text without tokens gives an empty list, not a lone BOS.
+
+    Raises:
+        GradeError: `max_tokens` leaves no room for text.
+    """
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    marked = tokenizer("a", add_special_tokens=True)["input_ids"]
+    extra = len(marked) - len(plain)
+    before = next((i for i in range(extra + 1) if marked[i : i + len(plain)] == plain), 0)
+    after = extra - before
+    if max_tokens <= before:
+        raise GradeError(
+            f"A limit of {max_tokens} tokens leaves no room for text: the tokenizer starts every text with {before} "
+            "of its own. Raise task.prompt_max_tokens (prompts) or reward.max_tokens (reviews)."
+        )
+    rows = []
+    for start in range(0, len(texts), _ROWS_PER_BATCH):
+        batch = list(texts[start : start + _ROWS_PER_BATCH])
+        # Cut by hand below: a tokenizer's own truncation keeps EOS and may cut on the left.
+        ids = tokenizer(
+            batch, add_special_tokens=True, padding=False, truncation=False, verbose=False, return_attention_mask=False
+        )["input_ids"]
+        rows += [row[: len(row) - after][:max_tokens] if len(row) > extra else [] for row in ids]
+    return rows
+
+
+def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
+    """`examples` in an order that depends on `seed` and their number only.
+
+    Sorted by `random()` keys: of Python's generators, that sequence alone is promised to stay the same in later
+    versions, and `Random.shuffle` is not.
+    """
+    generator = random.Random(seed)
+    keys = [generator.random() for _ in examples]
+    return [examples[i] for i in sorted(range(len(examples)), key=keys.__getitem__)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Four disjoint splits of labelled texts, and the prompts made from them.
+
+    Attributes:
+        source: where the texts come from, for the record.
+        settings: the `task` section of the configuration.
+        reward: trains the reward head.
+        policy: training prompts.
+        validation: prompts and texts for choosing a checkpoint and judging the head.
+        test: prompts and texts for the final evaluation.
+    """
+
+    source: str
+    settings: TaskConfig
+    reward: list[Example]
+    policy: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+    def __post_init__(self) -> None:
+        ids = [example.id for split in SPLITS for example in self.examples(split)]
+        if len(set(ids)) != len(ids):
+            raise AssertionError(f"{len(ids) - len(set(ids))} ids occur twice in the splits of {self.source}")
+
+    def examples(self, split: str) -> list[Example]:
+        """The examples of a split named in `SPLITS`; any other name raises ValueError."""
+        if split not in SPLITS:
+            raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
+        return getattr(self, split)
+
+    def openings(self, split: str) -> Iterator[str]:
+        """Openings of a split's texts, in order, cut to `prompt_sentences` and `prompt_max_chars`; may be empty."""
+        for example in self.examples(split):
+            yield opening(example.text, self.settings.prompt_sentences, self.settings.prompt_max_chars)
+
+    def prompts(self, split: str, tokenizer, limit: int | None = None) -> list[list[int]]:
+        """Token ids of a split's openings, in the split's order.
+
+        Args:
+            split: one of `SPLITS`.
+            tokenizer: the policy's tokenizer.
+            limit: at most this many prompts (the first ones); null for all.
+
+        Returns:
+            Lists of 1 to `prompt_max_tokens` ids, not padded. Openings that come out empty are skipped.
+
+        Raises:
+            GradeError: `prompt_max_tokens` leaves no room for text.
+        """
+        texts = [text for text in self.openings(split) if text]
+        wanted = len(texts) if limit is None else limit
+        prompts: list[list[int]] = []
+        start = 0
+        while len(prompts) < wanted and start < len(texts):
+            # As many as are still missing: more than one round only where a tokenizer knows no token of a text.
+            batch = texts[start : start + wanted - len(prompts)]
+            start += len(batch)
+            prompts += [row for row in encode(tokenizer, batch, self.settings.prompt_max_tokens) if row]
+        return prompts
+
+    def describe(self) -> dict:
+        """What a run records about its data, ready for JSON: source, seed and, per split, size and two hashes.
+
+        `ids_sha256` tells whether two runs used the same rows in the same order, `texts_sha256` whether the rows said
+        the same (it covers texts and labels, not ids).
+        """
+        splits = {}
+        for name in SPLITS:
+            examples = self.examples(name)
+            splits[name] = {
+                "examples": len(examples),
+                "positive": sum(example.label for example in examples),
+                "ids_sha256": _sha256(example.id for example in examples),
+                "texts_sha256": _sha256(f"{example.label} {example.text}" for example in examples),
+            }
+        return {
+            "task": self.settings.name,
+            "dataset": self.source,
+            "split_seed": self.settings.split_seed,
+            "splits": splits,
+        }
+
+
+def cut_splits(train: Sequence[Example], test: Sequence[Example], settings: TaskConfig, source: str) -> Task:
+    """Cut a task from the rows of a training and a test file.
+
+    One shuffle of the training rows (files are often sorted by label), then three consecutive stretches, so no row can
+    be in two. The test rows are shuffled by the same seed: their first n are a random subset.
+
+    Raises:
+        GradeError: too few training rows, or reward examples of a single class.
+    """
+    sizes = (settings.reward_examples, settings.policy_examples, settings.validation_examples)
+    if sum(sizes) > len(train):
+        raise GradeError(
+            f"task.reward_examples + task.policy_examples + task.validation_examples = {sizes[0]} + {sizes[1]} + "
+            f"{sizes[2]} = {sum(sizes)}, but the training data of {source} has {len(train)} rows. Lower one of the "
+            "three or use more data."
+        )
+    rows = shuffled(train, settings.split_seed)
+    first, second, third = sizes[0], sizes[0] + sizes[1], sum(sizes)
+    reward = rows[:first]
+    if len({example.label for example in reward}) < 2:
+        raise GradeError(
+            f"All {len(reward)} reward examples have the same label: raise task.reward_examples "
+            "or change task.split_seed."
+        )
+    return Task(
+        source=source,
+        settings=settings,
+        reward=reward,
+        policy=rows[first:second],
+        validation=rows[second:third],
+        test=shuffled(test, settings.split_seed),
+    )
+
+
+def load_task(config: Config) -> Task:
+    """The task that `config.task.name` names.
+
+    Raises:
+        GradeError: the data cannot be found, read or split as the settings ask; it says what to change.
+    """
+    name = config.task.name
+    if name == "sentiment":
+        from grade.tasks import sentiment
+
+        return sentiment.load(config.task)
+    if name == "demo":
+        from grade.tasks import demo
+
+        return demo.load(config.task)
+    raise GradeError(f"task.name is {name!r}: it must be sentiment or demo.")
+
+
+def _sha256(parts: Iterable[str]) -> str:
+    """Hash of a list of strings; a separator that cleaned text cannot hold keeps their borders apart."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogatepass") + b"\x00")
+    return digest.hexdigest()

@@ -1,0 +1,294 @@
+"""Settings: their bounds and rules, their YAML, the shipped configs, and that every field is documented."""
+
+import dataclasses
+import re
+from typing import get_type_hints
+
+import pytest
+import yaml
+
+from grade import config_io
+from grade.config import (
+    _BELOW_ONE,
+    _LOWER_BOUNDS,
+    Config,
+    GradeError,
+    LoraSettings,
+    ModelConfig,
+    TrainConfig,
+    get_setting,
+    validate,
+)
+
+SHIPPED = ["demo", "imdb_gpt2_medium", "imdb_qwen3_4b", "imdb_small"]
+SETTINGS = list(config_io.setting_types())
+
+
+def with_settings(**settings) -> Config:
+    """Defaults but for `section__field=value`."""
+    config = Config()
+    for name, value in settings.items():
+        set_setting(config, name.replace("__", "."), value)
+    return config
+
+
+def set_setting(config: Config, dotted: str, value) -> None:
+    *sections, last = dotted.split(".")
+    setattr(get_setting(config, ".".join(sections)) if sections else config, last, value)
+
+
+# --- validate ----------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_valid():
+    validate(Config())
+
+
+@pytest.mark.parametrize("name, bound, inclusive", _LOWER_BOUNDS)
+def test_lower_bounds(name, bound, inclusive):
+    config = Config()
+    set_setting(config, name, bound - 1)
+    relation = "at least" if inclusive else "above"
+    with pytest.raises(GradeError, match=f"^{re.escape(name)} is {bound - 1}: it must be {relation} {bound}"):
+        validate(config)
+    set_setting(config, name, bound)
+    if inclusive:
+        # The bound itself is fine, whatever rule between settings it may break.
+        try:
+            validate(config)
+        except GradeError as error:
+            assert not str(error).startswith(f"{name} is")
+    else:
+        with pytest.raises(GradeError, match=f"must be above {bound}"):
+            validate(config)
+
+
+def test_every_number_has_a_bound_or_a_reason():
+    """A number without a bound is either a seed or checked by a rule of its own."""
+    numbers = {name for name, kind in config_io.setting_types().items() if kind in (int, float)}
+    unbounded = numbers - {name for name, _, _ in _LOWER_BOUNDS}
+    assert unbounded == {"seed", "task.split_seed", "reward.seed", "evaluation.seed"}
+
+
+@pytest.mark.parametrize("name", _BELOW_ONE)
+def test_below_one(name):
+    config = Config()
+    set_setting(config, name, 1.0)
+    with pytest.raises(GradeError, match=f"{re.escape(name)} is 1.0: it must be below 1"):
+        validate(config)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_are_finite(value):
+    with pytest.raises(GradeError, match="train.learning_rate is (nan|inf)"):
+        validate(with_settings(train__learning_rate=value))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"evaluation__top_p": 1.5}, "evaluation.top_p is 1.5"),
+        ({"model__lora__target_modules": []}, "target_modules is empty"),
+        ({"generation__max_new_tokens": 4}, r"max_new_tokens \(4\) is below generation.min_new_tokens \(8\)"),
+        ({"method__name": "grade", "method__replay_dropout": True}, "replay_dropout cannot be true"),
+        ({"method__name": "grade", "method__estimator": "rao"}, "estimator=rao needs method.name=grade-ste"),
+        ({"train__accumulation_steps": 3, "generation__samples_per_prompt": 2}, r"\(3\) is not a multiple"),
+        ({"train__resume": True, "train__overwrite": True}, "choose one"),
+    ],
+)
+def test_rules_between_settings(settings, message):
+    with pytest.raises(GradeError, match=message):
+        validate(with_settings(**settings))
+
+
+def test_what_the_rules_allow():
+    validate(with_settings(method__name="grade", method__estimator="gumbel"))
+    validate(with_settings(method__replay_dropout=True))
+    validate(with_settings(generation__max_new_tokens=8, generation__min_new_tokens=8))
+    validate(with_settings(generation__samples_per_prompt=4))
+    validate(with_settings(evaluation__top_p=1.0))
+
+
+# --- YAML --------------------------------------------------------------------------------------------------
+
+
+def test_default_values_round_trip(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(config_io.config_to_yaml(Config()), encoding="utf-8")
+    assert config_io.config_from_yaml(path) == Config()
+
+
+def test_round_trip_keeps_every_value_and_type(tmp_path):
+    """Values that YAML is known to change: 1e-05, 'no', '1', a whole float, non-ASCII text."""
+    config = with_settings(
+        name="прогон",
+        train__learning_rate=1e-05,
+        train__adam_epsilon=1e-300,
+        train__run_dir="runs/1e5",
+        task__positive_label="no",
+        task__text_column="1",
+        reward__positive_label="0",
+        model__revision="0123",
+        model__lora__alpha=7.0,
+        model__lora__target_modules=["yes", "2"],
+        generation__batch_size=3,
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(config_io.config_to_yaml(config), encoding="utf-8")
+    again = config_io.config_from_yaml(path)
+    assert again == config
+    assert config_io.config_to_yaml(again) == config_io.config_to_yaml(config)
+    assert type(again.model.lora.alpha) is float
+
+
+def test_result_is_typed_dataclasses():
+    config = config_io.load_config("imdb_small", ["--model.lora.r=4", "--train.learning_rate", "1"])
+    assert type(config) is Config and type(config.train) is TrainConfig
+    assert type(config.model) is ModelConfig and type(config.model.lora) is LoraSettings
+    assert config.model.lora.r == 4 and config.train.learning_rate == 1.0
+
+
+def test_no_two_configs_share_a_list():
+    config_io.load_config("imdb_small").model.lora.target_modules.append("head")
+    assert "head" not in config_io.load_config("imdb_small").model.lora.target_modules
+    assert "head" not in Config().model.lora.target_modules
+
+
+def test_precedence_is_default_file_option(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train:\n  steps: 7\n  learning_rate: 1e-3\n")
+    config = config_io.load_config(path, ["--train.steps", "9"])
+    assert config.train.steps == 9
+    assert config.train.learning_rate == 1e-3
+    assert config.train.accumulation_steps == TrainConfig().accumulation_steps
+
+
+def test_empty_file_and_empty_section_mean_defaults(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing\n")
+    assert config_io.config_from_yaml(path) == Config()
+    path.write_text("train:\n  # steps: 3\n")
+    assert config_io.config_from_yaml(path) == Config()
+
+
+def test_lists_and_null_on_the_command_line():
+    config = config_io.load_config(
+        "imdb_small",
+        [
+            *("--model.lora.target_modules", "[q_proj, v_proj]"),
+            *("--generation.batch_size", "null"),
+            *("--train.resume", "true"),
+        ],
+    )
+    assert config.model.lora.target_modules == ["q_proj", "v_proj"]
+    assert config.generation.batch_size is None and config.train.resume is True
+
+
+# --- shipped configs ---------------------------------------------------------------------------------------
+
+
+def test_the_shipped_configs():
+    assert config_io.shipped_configs() == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_config_loads_and_says_how_to_launch_it(name):
+    config = config_io.load_config(name)
+    assert config.name == name
+    command = "grade demo" if name == "demo" else f"grade train {name}"
+    assert f"#   {command}\n" in config_io.find_config(name).read_text(encoding="utf-8")
+
+
+def test_qwen_config_is_table_3():
+    config = config_io.load_config("imdb_qwen3_4b")
+    lora, train, method, generation = config.model.lora, config.train, config.method, config.generation
+    assert config.model.name == "Qwen/Qwen3-4B" and config.model.dtype == "bfloat16"
+    assert (lora.r, lora.alpha, lora.dropout) == (16, 32, 0.05)
+    assert lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert (train.learning_rate, train.batch_size, train.accumulation_steps) == (1e-5, 1, 16)
+    assert (train.steps, train.max_grad_norm) == (250, 1.0)
+    assert (generation.max_new_tokens, generation.min_new_tokens, generation.top_k) == (64, 8, 256)
+    assert (method.tau_start, method.tau_end, method.tau_steps) == (2.0, 0.5, 2000)
+    assert (method.kl_coef, method.kl_reduction) == (0.1, "token_mean")
+    task = config.task
+    assert (task.prompt_sentences, task.prompt_max_chars, task.prompt_max_tokens) == (2, 200, 32)
+    assert config.evaluation.every == 100
+
+
+def test_gpt2_config_is_the_first_experiment():
+    config = config_io.load_config("imdb_gpt2_medium")
+    train, method, generation = config.train, config.method, config.generation
+    assert config.model.name == "openai-community/gpt2-medium" and config.model.dtype == "float32"
+    assert config.model.lora.target_modules == ["c_attn", "c_proj"]
+    assert (train.batch_size, train.accumulation_steps, train.steps) == (4, 4, 2000)
+    assert train.learning_rate == 1e-4
+    assert (generation.max_new_tokens, generation.min_new_tokens) == (48, 16)
+    assert (method.tau_steps, method.kl_reduction) == (1000, "sequence_sum")
+
+
+# --- documentation -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    parser = config_io.new_parser(prog="grade train")
+    config_io.add_settings(parser)
+    return " ".join(parser.format_help().split())
+
+
+@pytest.fixture(scope="module")
+def docstrings() -> dict:
+    """{dotted name: docstring} read from the classes' source, independently of jsonargparse."""
+    import ast
+    import inspect
+
+    import grade.config
+
+    classes = {}
+    for node in ast.parse(inspect.getsource(grade.config)).body:
+        if isinstance(node, ast.ClassDef):
+            texts = {}
+            for statement, following in zip(node.body, node.body[1:], strict=False):
+                is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                if isinstance(statement, ast.AnnAssign) and is_text:
+                    texts[statement.target.id] = following.value.value
+            classes[node.name] = texts
+
+    def collect(section, prefix):
+        for name, kind in get_type_hints(section).items():
+            if dataclasses.is_dataclass(kind):
+                yield from collect(kind, f"{prefix}{name}.")
+            else:
+                yield prefix + name, classes[section.__name__].get(name, "")
+
+    return dict(collect(Config, ""))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_is_documented_in_help(name, help_text, docstrings):
+    text = " ".join(docstrings[name].split())
+    assert text.endswith(".") and len(text) >= 5, f"{name} has no docstring in grade/config.py"
+    # argparse may break a line after a hyphen, which leaves a space behind when lines are joined again.
+    squeezed = help_text.replace("- ", "-")
+    assert f"--{name} " in squeezed
+    after = squeezed.split(f"--{name} ", 1)[1]
+    assert text.replace("- ", "-") in after
+    default = get_setting(Config(), name)
+    shown = "null" if default is None else str(default)
+    assert f"default: {shown})" in after.split(text.replace("- ", "-"), 1)[1][:200]
+
+
+def test_help_shows_a_named_config_as_defaults(capsys):
+    from grade.cli import main
+
+    assert main(["train", "imdb_small", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Optimizer steps. (type: int, default: 150)" in shown
+
+
+def test_yaml_of_a_config_lists_every_setting():
+    def leaves(tree, prefix=""):
+        for key, value in tree.items():
+            yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+    assert list(leaves(yaml.safe_load(config_io.config_to_yaml(Config())))) == SETTINGS
