@@ -17,15 +17,17 @@ from pathlib import Path
 from grade.config import GradeError
 from grade.tasks import demo
 
+# Chosen by held-out loss and by how many sampled reviews keep to one opinion: learning rates of 2e-3 and 6e-3 and three
+# narrower layers do worse in the same time.
 SETTINGS = {
-    "vocabulary": 640,  # bytes, merges and two special tokens; the grammar has about 400 words
-    "hidden_size": 160,
-    "intermediate_size": 432,
-    "layers": 3,
-    "heads": 5,
+    "vocabulary": 768,  # bytes, merges and two special tokens; the grammar has about 350 words
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "layers": 2,
+    "heads": 6,
     "context": 256,
-    "steps": 500,
-    "batch_size": 32,  # reviews per step
+    "steps": 1000,
+    "batch_size": 16,  # reviews per step
     "learning_rate": 3e-3,
     "warmup_steps": 30,
     "weight_decay": 0.1,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from grade.config import Config, GradeError
 from grade.model import Policy
@@ -39,6 +42,7 @@ def load_policy(config: Config, tokenizer, device: torch.device) -> Policy:
     except (OSError, ValueError) as error:
         raise _not_loadable(config, error) from error
     _check_fits(config, settings)
+    transformers_logging.disable_progress_bar()  # one line per file of weights says less than it costs to read
     try:
         base = AutoModelForCausalLM.from_pretrained(
             config.model.name, revision=config.model.revision, dtype=getattr(torch, config.model.dtype),
@@ -66,7 +70,10 @@ def add_adapter(base, config: Config):
     base.requires_grad_(False)
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        return get_peft_model(base, settings)
+        with warnings.catch_warnings():
+            # peft asks a property that transformers has renamed; users can do nothing about it.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return get_peft_model(base, settings)
 
 
 def load_reward(config: Config, policy: Policy, task):

@@ -13,7 +13,7 @@ back for the recomputation (`_checkpoint_contexts`).
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Iterator, List, NamedTuple, Optional
 
 import torch
@@ -27,10 +27,12 @@ from grade.probe import probe_embedding, probe_head, probe_passes
 
 
 class State(NamedTuple):
-    """What the next forward of the shared weights is: the policy or the base, with or without adapter dropout."""
+    """What the next forward of the shared weights is: the policy or the base, with or without adapter dropout, its
+    layers checkpointed or not."""
 
     adapters: bool
     dropout: bool
+    checkpoint: bool = False
 
 
 class Policy:
@@ -146,28 +148,26 @@ class Policy:
             checkpoint: recompute these forwards' layers in backward (after `enable_checkpointing`).
         """
         previous = self._state
-        self._apply(State(adapters, dropout))
-        # transformers checkpoints a layer only while its training flag is up. Raising it on the layer alone leaves
-        # every dropout and attention module below it in eval mode.
-        for layer in self._checkpoint_layers if checkpoint else ():
-            layer.training = True
+        self._apply(State(adapters, dropout, checkpoint))
         try:
             yield
         finally:
-            for layer in self._checkpoint_layers if checkpoint else ():
-                layer.training = False
             self._apply(previous)
 
     def _apply(self, state: State) -> None:
-        if state == self._state:
-            return
-        for layer in self._adapter_layers:
-            # Not enable_adapters(): it also flips requires_grad, and autograd drops the gradients of a leaf whose
-            # flag is down while a recomputation of the base runs inside its backward.
-            layer._disable_adapters = not state.adapters
-            for dropout in layer.lora_dropout.values():
-                dropout.train(state.dropout)
-        self._state = state
+        previous, self._state = self._state, state
+        if (state.adapters, state.dropout) != (previous.adapters, previous.dropout):
+            for layer in self._adapter_layers:
+                # Not enable_adapters(): it also flips requires_grad, and autograd drops the gradients of a leaf whose
+                # flag is down while a recomputation of the base runs inside its backward.
+                layer._disable_adapters = not state.adapters
+                for dropout in layer.lora_dropout.values():
+                    dropout.train(state.dropout)
+        if state.checkpoint != previous.checkpoint:
+            # transformers checkpoints a layer only while its training flag is up. Raising it on the layer alone
+            # leaves every module below it in eval mode; the layer's own code sees it down again (`_LayerState`).
+            for layer in self._checkpoint_layers:
+                layer.training = state.checkpoint
 
     def enable_checkpointing(self) -> None:
         """Let `state(checkpoint=True)` recompute activations in backward.
@@ -186,7 +186,23 @@ class Policy:
 
     def _checkpoint_contexts(self):
         """Contexts of a layer's forward and of its recomputation, which sees the state of that forward."""
-        return nullcontext(), self.state(**self._state._asdict())
+        return _LayerState(self), _LayerState(self)
+
+
+class _LayerState:
+    """Inside a checkpointed layer: the state in which it was called, training flags down (OPT and Falcon call
+    dropout with the layer's own flag). Entered for the forward and again by every backward through a kept graph."""
+
+    def __init__(self, policy: Policy):
+        self._policy, self._own = policy, policy._state._replace(checkpoint=False)
+        self._previous: List[State] = []
+
+    def __enter__(self) -> None:
+        self._previous.append(self._policy._state)
+        self._policy._apply(self._own)
+
+    def __exit__(self, *_) -> None:
+        self._policy._apply(self._previous.pop())
 
 
 def _eos_ids(causal_lm, tokenizer) -> List[int]:

@@ -23,6 +23,10 @@ class TrainingProgress:
         )
         self.bar.update(self.task, advance=1, note=note)
 
+    def say(self, line: str) -> None:
+        """A line that stays, above the bars."""
+        self.bar.console.print(line, highlight=False)
+
     @contextmanager
     def evaluation(self, split: str, prompts: int) -> Iterator[Callable[[int], None]]:
         """A second bar; yields a function to call with the number of prompts done."""
@@ -40,5 +44,5 @@ def training_progress(steps: int, done: int, *, enabled: bool) -> Iterator[Train
         TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bar:
+    with Progress(*columns, console=Console(stderr=True, quiet=not enabled), disable=not enabled) as bar:
         yield TrainingProgress(bar, steps, done)

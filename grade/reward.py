@@ -153,7 +153,7 @@ def load_classifier(name: str, policy: Policy, *, positive_label: Optional[str],
     """A hub or local classifier as a reward; its vocabulary is checked before its weights are read.
 
     Raises:
-        GradeError: not found, other vocabulary, no position-pooled score layer, or no such label.
+        GradeError: not found, other vocabulary, no trained score layer on the last hidden state, or no such label.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -164,11 +164,21 @@ def load_classifier(name: str, policy: Policy, *, positive_label: Optional[str],
         raise GradeError(f"reward.model={name} cannot be loaded: {error}") from error
     check_same_vocabulary(name, tokenizer.get_vocab(), policy.tokenizer.get_vocab())
     label = None if config.num_labels == 1 else positive_class(name, config.id2label, positive_label)
-    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=policy.dtype)
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=policy.dtype, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise GradeError(f"reward.model={name} cannot be loaded: {error}") from error
     if not isinstance(getattr(model, "score", None), nn.Linear) or config.is_encoder_decoder:
         raise GradeError(
             f"reward.model={name}: {type(model).__name__} has no `score` layer on its last hidden state. Rewards are "
             "read at the last real token, which needs a decoder classifier such as LlamaForSequenceClassification."
+        )
+    if any(key.startswith("score.") for key in found["missing_keys"]):
+        raise GradeError(
+            f"reward.model={name}: its files hold no `score` layer, so transformers drew a random one. It is a language "
+            "model, not a trained classifier: choose one that is, or leave reward.model null."
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < policy.vocab_size:

@@ -192,7 +192,7 @@ def _draw(policy: Policy, hidden: Tensor, sampling: Sampling, seed: int, rows: T
         )
     out = vocab_head(hidden, policy.head, k=sampling.top_k, suppress=suppress, **policy.head_transform)
     inside = nucleus(out.logits, out.lse, sampling.top_p)
-    noise = gumbel(seed, 0, rows[:, None], out.indices, dtype=torch.float32)
+    noise = gumbel(seed, 0, rows, out.indices, dtype=torch.float32)
     noisy = torch.where(inside, out.logits + noise, -torch.inf)
     tokens = out.indices.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
     return SparseTokens(out.indices, torch.softmax(noisy / sampling.tau, -1), tokens, out.mass, hard=not sampling.soft)
@@ -204,8 +204,11 @@ def nucleus(logits: Tensor, lse: Tensor, top_p: float) -> Tensor:
     Args:
         logits: [..., k], descending.
         lse: [...], log-sum-exp over the full vocabulary.
-        top_p: mass in (0, 1]. Where all k candidates hold less, all are kept.
+        top_p: mass in (0, 1]. Where all k candidates hold less, all are kept; so are they at 1, whatever rounding
+            does to a sum of 1.
     """
+    if top_p >= 1:
+        return torch.ones_like(logits, dtype=torch.bool)
     mass = torch.exp(logits - lse[..., None])
     before = mass.cumsum(-1) - mass  # mass of the candidates ahead of this one
     return before < top_p

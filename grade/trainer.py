@@ -230,6 +230,10 @@ class Trainer:
             if self.accelerator.is_main_process:
                 save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy)
         self._write_evaluations()
+        progress.say(
+            f"step {row.step:>4}  validation of the {row.model}: reward {row.reward:.3f} ± {row.reward_stderr:.3f}  "
+            f"KL {row.kl:.3f} nats/token  distinct tokens {row.unique_token_ratio:.2f}"
+        )
 
     def _evaluate(self, split: str, progress, *, adapters: bool) -> Evaluation:
         prompts = self.evaluation_prompts[split]

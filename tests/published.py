@@ -24,18 +24,19 @@ def adapters_off(policy):
 
 def published_loss(
     policy, head, rollout: Rollout, *, tau, k, soft, kl_coef, kl_reduction, kl_direction="policy_ref",
-    kl_prefix_grad="both", min_new_tokens=0, reads="prompt+response", check=True,
+    kl_prefix_grad="both", min_new_tokens=0, reads="prompt+response", check=True, reward_fn=None,
 ):
     """-mean reward + kl_coef * KL of the responses in `rollout`, with the graph of the published algorithm.
 
-    With `check`, asserts that each draw picks the token and the candidates that the rollout has.
+    With `check`, asserts that each draw picks the token and the candidates that the rollout has. `reward_fn`, given
+    prompt ids [P] and the response's soft tokens [S, V], returns its reward in place of `head`.
     """
     model, table = policy.causal_lm, policy.causal_lm.get_input_embeddings().weight
     rewards, kls = [], []
     for b in range(len(rollout)):
         prompt = rollout.prompt_ids[b][rollout.prompt_mask[b]]
         prompt_embeddings = model.get_input_embeddings()(prompt)
-        fed, policy_logits = [], []
+        fed, policy_logits, dense = [], [], []
         for s in range(int(rollout.mask[b].sum())):
             x = torch.cat([prompt_embeddings, *[f[None] for f in fed]])[None]
             logits = model(inputs_embeds=x, use_cache=False).logits[0, -1]
@@ -57,16 +58,22 @@ def published_loss(
             mixture = weights @ (table[order] * scale)
             fed.append(mixture if soft else table[token] * scale + mixture - mixture.detach())
             policy_logits.append(logits)
+            spread = torch.zeros_like(logits).scatter(0, order, weights)
+            one_hot = torch.nn.functional.one_hot(token, len(logits))
+            dense.append(spread if soft else one_hot + spread - spread.detach())
         policy_logits = torch.stack(policy_logits)
         response = torch.stack(fed)
         with adapters_off(policy):
-            if reads == "prompt+response":
+            if reward_fn is not None:
+                rewards.append(reward_fn(prompt, torch.stack(dense)))
+            elif reads == "prompt+response":
                 features = policy.backbone(
                     inputs_embeds=torch.cat([prompt_embeddings, response])[None], use_cache=False
                 ).last_hidden_state[0]
             else:
                 features = policy.backbone(inputs_embeds=response[None], use_cache=False).last_hidden_state[0]
-            rewards.append(torch.softmax(head(features.mean(0, keepdim=True)), -1)[0, 1])
+            if reward_fn is None:
+                rewards.append(torch.softmax(head(features.mean(0, keepdim=True)), -1)[0, 1])
             x_ref = response if kl_prefix_grad == "both" else response.detach()
             whole = torch.cat([prompt_embeddings, x_ref])[None]
             ref_logits = model(inputs_embeds=whole, use_cache=False).logits[0, len(prompt) - 1: -1]

@@ -53,7 +53,6 @@ _NEUTRAL = {
         "Every scene with the {actor} is {adjective+}.",
         "The director {handled} the {aspect} with {manner+}.",
         "Although the {aspect} was {adjective-}, the {aspects} were {adjective+} and the {actor} was {adjective+}.",
-        "The {aspects} were {adjective-} at times, but the {aspect} was {adjective+} and I {felt+} the {actor}.",
         "By the end I was {state+}.",
         "The second half is even more {adjective+} than the first.",
         "You can tell that the writers worked with {manner+}.",
@@ -133,7 +132,7 @@ _POLAR = {
         ),
         "adjective": (
             "wonderful", "brilliant", "superb", "moving", "funny", "charming", "beautiful", "excellent", "delightful",
-            "gripping", "clever", "amazing", "touching", "great", "lovely", "perfect",
+            "gripping", "clever", "touching",
         ),
         "felt": ("loved", "enjoyed", "adored", "liked"),
         "manner": ("great skill", "real passion", "gentle wit", "quiet grace", "genuine care", "joy and style"),
@@ -158,7 +157,7 @@ _POLAR = {
         ),
         "adjective": (
             "terrible", "boring", "awful", "dull", "clumsy", "ugly", "horrible", "tedious", "stupid", "dreadful",
-            "wooden", "messy", "pointless", "poor", "silly", "weak",
+            "wooden", "messy",
         ),
         "felt": ("hated", "disliked", "despised", "resented"),
         "manner": ("little effort", "no talent", "cheap tricks", "a heavy hand", "utter contempt", "lazy shortcuts"),
@@ -224,7 +223,7 @@ class _Writer:
         sign = "" if share < _NEUTRAL_SHARE else "+" if share < _NEUTRAL_SHARE + _AGREEING_SHARE else "-"
         sentences = [self.write("opening", sign)]
         closing = self.generator.random() < 0.4
-        opinions = self.generator.choice((1, 2) if closing else (1, 2, 2, 3))
+        opinions = self.generator.choice((1, 2, 2) if closing else (2, 2, 3))
         sentences += [self.write("opinion") for _ in range(opinions)]
         if closing:
             sentences.append(self.write("closing", "+"))

@@ -1,0 +1,36 @@
+"""Fixtures for the shared data and models; where they are absent, the tests that need them are skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["tiny_run"]
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _shared(*parts: str) -> Path:
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs ../shared/{'/'.join(parts)}, which is not here")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_imdb() -> Path:
+    """Folder of the IMDB reviews, train.parquet and test.parquet."""
+    return _shared("data", "imdb")
+
+
+@pytest.fixture(scope="session")
+def imdb_lm() -> Path:
+    """Folder of a 6.8M-parameter Llama trained on reviews."""
+    return _shared("models", "imdb-lm")
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """Folder of a 260K-parameter Llama trained on stories."""
+    return _shared("models", "stories260K")

@@ -1,0 +1,206 @@
+"""Every refusal: the right exception, in words that name the argument; and the backend switch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import grade_kernels as gk
+from grade_kernels import backend
+
+L = torch.randn(3, 10)
+H, W = torch.randn(3, 4), torch.randn(10, 4)
+IDS, TOK = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+META = "meta"  # a second device that every machine has
+SPARSE = gk.gumbel_topk(L, 2, seed=0)
+
+
+def sparse(**change):
+    return gk.SparseTokens(**{**vars(SPARSE), **change})
+
+
+def topk(*args, seed=0, **kwargs):
+    return lambda: gk.gumbel_topk(*args, seed=seed, **kwargs)
+
+
+def vjp(grad=H, table=W, logits=L[:, :2], indices=IDS, **kwargs):
+    kwargs = {"tokens": TOK, "seed": 0, **kwargs}
+    return lambda: gk.soft_token_vjp(grad, table, logits=logits, indices=indices, **kwargs)
+
+
+def head(hidden=H, weight=W, **kwargs):
+    return lambda: gk.vocab_head(hidden, weight, **{"k": 2, **kwargs})
+
+
+CASES = {
+    # gumbel_topk
+    "integer logits": (topk(L.long(), 2), TypeError, "logits must be float16"),
+    "list logits": (topk([1.0, 2.0], 2), TypeError, "logits must be a torch.Tensor, got list"),
+    "scalar logits": (topk(torch.tensor(1.0), 1), ValueError, "logits must have at least 1 dimension"),
+    "empty vocabulary": (topk(L[:, :0], 1), ValueError, "last dimension of logits is empty"),
+    "k of 0": (topk(L, 0), ValueError, "k must be between 1 and the vocabulary size 10, got 0"),
+    "k above V": (topk(L, 11), ValueError, "k must be between 1 and the vocabulary size 10, got 11"),
+    "default k above V": (topk(L), ValueError, "got 256"),
+    "float k": (topk(L, 2.0), TypeError, "k must be a python integer, got float"),
+    "boolean k": (topk(L, True), TypeError, "k must be a python integer, got bool"),
+    "tau of 0": (topk(L, 2, 0.0), ValueError, "tau must be a finite number above 0, got 0.0"),
+    "negative tau": (topk(L, 2, -1.0), ValueError, "tau must be a finite number above 0"),
+    "NaN tau": (topk(L, 2, float("nan")), ValueError, "tau must be a finite number above 0, got nan"),
+    "infinite tau": (topk(L, 2, float("inf")), ValueError, "tau must be a finite number above 0"),
+    "tensor tau": (topk(L, 2, torch.tensor(1.0)), TypeError, "tau must be a python number, not a tensor"),
+    "float seed": (topk(L, 2, seed=0.5), TypeError, "seed must be a python integer, got float"),
+    "tensor seed": (topk(L, 2, seed=torch.tensor(1)), TypeError, "seed must be a python integer, got Tensor"),
+    "float draw": (topk(L, 2, draw=1.5), TypeError, "draw must be a python integer"),
+    "rows of floats": (topk(L, 2, rows=TOK.float()), TypeError, "rows must be int64, got torch.float32"),
+    "rows of a wrong shape": (topk(L, 2, rows=TOK[:2]), ValueError, r"rows must have shape \(3,\), got"),
+    "int32 tokens": (topk(L, 2, tokens=TOK.int()), TypeError, "tokens must be int64, got torch.int32"),
+    "tokens of a wrong shape": (topk(L, 2, tokens=IDS), ValueError, r"tokens must have shape \(3,\)"),
+    "tokens elsewhere": (topk(L, 2, tokens=TOK.to(META)), ValueError, "tokens is on meta but the other"),
+    "int32 indices": (topk(L, indices=IDS.int()), TypeError, "indices must be int64"),
+    "indices of a wrong shape": (topk(L, indices=IDS[:2]), ValueError, r"indices must have shape \(3, 2\)"),
+    "no indices": (topk(L, indices=IDS[:, :0]), ValueError, "indices must end in a non-empty candidate"),
+    "indices in a list": (topk(L, indices=[[1]]), TypeError, "indices must be a torch.Tensor, got list"),
+    "suppress outside": (topk(L, 2, suppress=[10]), ValueError, r"id 10, outside the vocabulary 0\.\.9"),
+    "negative suppress": (topk(L, 2, suppress=[-1]), ValueError, "id -1, outside the vocabulary"),
+    "float suppress": (topk(L, 2, suppress=[1.0]), TypeError, "every id in suppress must be a python int"),
+    "int32 suppress": (topk(L, 2, suppress=TOK.int()), TypeError, "suppress must be int64"),
+    "2-d suppress": (topk(L, 2, suppress=IDS), ValueError, r"suppress must have shape \(6,\)"),
+    # place_tokens
+    "place: shape": (lambda: gk.place_tokens(IDS, TOK[:2]), ValueError, "indices must have shape"),
+    "place: dtype": (lambda: gk.place_tokens(IDS, TOK.int()), TypeError, "tokens must be int64"),
+    # soft_embedding
+    "embed dense": (lambda: gk.soft_embedding(L, W), TypeError, "tokens must be a SparseTokens"),
+    "embed integer table": (lambda: gk.soft_embedding(SPARSE, W.long()), TypeError, "weight must be float16"),
+    "embed 1-d table": (lambda: gk.soft_embedding(SPARSE, W[0]), ValueError, "weight must be .vocabulary,"),
+    "embed elsewhere": (lambda: gk.soft_embedding(SPARSE, W.to(META)), ValueError, "weight is on meta"),
+    "embed shapes": (
+        lambda: gk.soft_embedding(sparse(weights=torch.randn(3, 5)), W),
+        ValueError,
+        r"tokens.weights must have shape \(3, 2\)",
+    ),
+    # logits_kl
+    "kl shapes": (lambda: gk.logits_kl(L, L[:2]), ValueError, r"ref_logits must have shape \(3, 10\)"),
+    "kl dtype": (lambda: gk.logits_kl(L, L.long()), TypeError, "ref_logits must be float16"),
+    "kl device": (lambda: gk.logits_kl(L, L.to(META)), ValueError, "ref_logits is on meta"),
+    "kl direction": (
+        lambda: gk.logits_kl(L, L, "forward"),
+        ValueError,
+        "direction must be one of 'policy_ref', 'ref_policy', got 'forward'",
+    ),
+    # token_logprob
+    "logprob tokens": (lambda: gk.token_logprob(L, TOK.int()), TypeError, "tokens must be int64"),
+    "logprob shape": (lambda: gk.token_logprob(L, IDS), ValueError, "tokens must have shape"),
+    # heads
+    "head width": (head(weight=W[:, :3]), ValueError, "weight has rows of width 3, expected 4"),
+    "head dtype": (head(weight=W.half()), TypeError, "hidden is torch.float32 but weight is torch.float16"),
+    "head device": (head(weight=W.to(META)), ValueError, "weight is on meta"),
+    "head bias": (head(bias=torch.randn(4)), ValueError, r"bias must have shape \(10,\)"),
+    "head integer bias": (head(bias=torch.zeros(10).long()), TypeError, "bias must be float16"),
+    "head softcap": (head(softcap=0.0), ValueError, "softcap must be a finite number above 0"),
+    "head scale": (head(scale=float("nan")), ValueError, "scale must be a finite number, got nan"),
+    "head tensor scale": (head(scale=torch.tensor(1.0)), TypeError, "scale must be a python number"),
+    "head k": (head(k=11), ValueError, "k must be between 1 and the vocabulary size 10"),
+    "head direction": (head(ref_hidden=H, direction="x"), ValueError, "direction must be one of"),
+    "head ref shape": (head(ref_hidden=H[:2]), ValueError, r"ref_hidden must have shape \(3, 4\)"),
+    "head ref dtype": (head(ref_hidden=H.half()), TypeError, "ref_hidden is torch.float16 but weight"),
+    "head grad": (head(grad=True), ValueError, "grad=True asks for the gradient of the KL, which needs ref"),
+    "head chunk": (head(chunk_bytes=0), ValueError, "chunk_bytes must be at least 1"),
+    "head tokens": (head(tokens=TOK.int()), TypeError, "tokens must be int64"),
+    "head indices": (head(indices=IDS[:2]), ValueError, "indices must have shape"),
+    "linear kl ref": (
+        lambda: gk.linear_kl(H, W, H, torch.randn(9, 4)),
+        ValueError,
+        r"ref_weight must have shape \(10, 4\)",
+    ),
+    "linear kl ref width": (
+        lambda: gk.linear_kl(H, W, H, torch.randn(10, 5)),
+        ValueError,
+        "ref_weight has rows of width 5, expected 4",
+    ),
+    "linear kl rows": (lambda: gk.linear_kl(H, W, H[:2]), ValueError, "ref_hidden must have shape"),
+    "linear kl ref bias": (
+        lambda: gk.linear_kl(H, W, H, ref_bias=torch.randn(10)),
+        ValueError,
+        "ref_bias goes with ref_weight",
+    ),
+    "linear kl precision": (
+        lambda: gk.linear_kl(H, W, H.double(), W.double()),
+        TypeError,
+        "make both float64 or neither",
+    ),
+    "linear kl direction": (lambda: gk.linear_kl(H, W, H, None, "x"), ValueError, "direction must be one of"),
+    "linear logprob": (lambda: gk.linear_token_logprob(H, W, IDS), ValueError, "tokens must have shape"),
+    "linear topk": (lambda: gk.linear_gumbel_topk(H, W, 11, seed=0), ValueError, "k must be between 1 and"),
+    # soft_token_vjp
+    "vjp estimator": (vjp(estimator="ste"), ValueError, "estimator must be one of 'gumbel', 'rao', "),
+    "vjp samples": (vjp(estimator="rao", samples=0), ValueError, "samples must be at least 1, got 0"),
+    "vjp float samples": (vjp(estimator="rao", samples=1.5), TypeError, "samples must be a python integer"),
+    "vjp tau": (vjp(tau=0.0), ValueError, "tau must be a finite number above 0"),
+    "vjp rao tokens": (vjp(estimator="rao", tokens=None), ValueError, "estimator='rao' needs tokens"),
+    "vjp conditional tokens": (vjp(conditional=True, tokens=None), ValueError, "conditional=True needs"),
+    "vjp seed": (vjp(seed=None), ValueError, "estimator='gumbel' needs the seed of the noise"),
+    "vjp indices": (vjp(indices=IDS[:, :1]), ValueError, r"indices must have shape \(3, 2\)"),
+    "vjp rows": (vjp(rows=IDS), ValueError, "rows must have shape"),
+    "vjp integer logits": (vjp(logits=IDS), TypeError, "logits must be float16"),
+    "vjp table width": (vjp(table=W[:, :2]), ValueError, "embedding has rows of width 2, expected 4"),
+    "vjp grad shape": (vjp(grad=H[:2]), ValueError, "indices must have shape"),
+    "vjp pairs": (vjp(grad=[H, H], table=[W]), ValueError, r"must pair up one to one, got 2 gradient\(s\)"),
+    "vjp no models": (vjp(grad=[], table=[]), ValueError, "must pair up one to one"),
+    "vjp weight": (vjp(weight=W[0]), ValueError, "weight must be .vocabulary,"),
+    "vjp softcap": (vjp(weight=W, softcap=-1.0), ValueError, "softcap must be a finite number above 0"),
+    "pull_back": (lambda: gk.pull_back(L, IDS, W), ValueError, r"indices must have shape \(3, 10\)"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_in_words(case):
+    call, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_numpy_integers_are_integers():
+    import numpy as np
+
+    a, b = gk.gumbel_topk(L, np.int64(2), seed=np.int32(7)), gk.gumbel_topk(L, 2, seed=7)
+    assert torch.equal(a.weights, b.weights)
+
+
+OPS = {
+    "gumbel_topk": topk(L, 2),
+    "soft_embedding": lambda: gk.soft_embedding(SPARSE, W),
+    "logits_kl": lambda: gk.logits_kl(L, L),
+    "token_logprob": lambda: gk.token_logprob(L, TOK),
+    "linear_kl": lambda: gk.linear_kl(H, W, H),
+    "linear_token_logprob": lambda: gk.linear_token_logprob(H, W, TOK),
+    "linear_gumbel_topk": lambda: gk.linear_gumbel_topk(H, W, 2, seed=0),
+    "vocab_head": head(),
+    "soft_token_vjp": vjp(),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_backend_switch(monkeypatch, op):
+    for value in ("", "torch"):
+        monkeypatch.setenv(backend.VARIABLE, value)
+        OPS[op]()
+        assert gk.backend_for(op, L) == "torch"
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    with pytest.raises(RuntimeError, match=f"Triton path of {op} is not available in this version"):
+        OPS[op]()
+    monkeypatch.setenv(backend.VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="GRADE_KERNELS_BACKEND must be 'torch' or 'triton', got 'cuda'"):
+        OPS[op]()
+
+
+def test_import_is_light():
+    """Neither triton nor the compiler comes with the import, and no device is asked anything."""
+    code = (
+        "import torch, sys; before = set(sys.modules); import grade_kernels; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "assert 'triton' not in new, new; assert 'torch._dynamo' not in sys.modules; "
+        "assert not torch.cuda.is_initialized()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,50 @@
+"""Every op traces into one graph (the eager backend of AOTAutograd; no code generation)."""
+
+import pytest
+import torch
+
+import grade_kernels as gk
+
+V, D = 64, 8
+
+
+def sample_and_embed(hidden, weight, logits):
+    tokens = gk.gumbel_topk(logits, 8, 0.5, seed=1)
+    return gk.soft_embedding(tokens, weight).sum() + tokens.weights.square().sum()
+
+
+def divergence(hidden, weight, logits):
+    return gk.logits_kl(logits, logits.detach().flip(0)).sum()
+
+
+def logprob(hidden, weight, logits):
+    values, entropies = gk.token_logprob(logits, torch.tensor([1, 2, 3]))
+    return values.sum() + entropies.sum()
+
+
+def linear_divergence(hidden, weight, logits):
+    return gk.linear_kl(hidden, weight, hidden.detach().flip(0)).sum()
+
+
+def linear_sample(hidden, weight, logits):
+    return gk.linear_gumbel_topk(hidden, weight, 8, 0.5, seed=1).weights.square().sum()
+
+
+def sweep_and_vjp(hidden, weight, logits):
+    out = gk.vocab_head(hidden, weight, ref_hidden=hidden.flip(0), k=8, grad=True)
+    grad = gk.soft_token_vjp(hidden, weight, logits=out.logits, indices=out.indices, seed=1)
+    return out.grad_hidden.sum() + out.kl.sum() + grad.dlogits.square().sum()
+
+
+@pytest.mark.parametrize(
+    "function", [sample_and_embed, divergence, logprob, linear_divergence, linear_sample, sweep_and_vjp]
+)
+def test_one_graph(function):
+    arguments = [torch.randn(shape, requires_grad=True) for shape in ((3, D), (V, D), (3, V))]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
+    eager = function(*arguments)
+    torch.testing.assert_close(compiled, eager)
+    if eager.requires_grad:
+        grads = [torch.autograd.grad(x, arguments, allow_unused=True) for x in (compiled, eager)]
+        torch.testing.assert_close(*grads)

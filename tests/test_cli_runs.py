@@ -1,0 +1,114 @@
+"""The commands end to end, in processes of their own, and mistakes that only show once files are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from grade import cli
+from grade.config_io import config_to_yaml
+
+SHRUNK_DEMO = [
+    "--pretrain_steps", "20", "--task.reward_examples", "60", "--task.policy_examples", "40",
+    "--task.validation_examples", "20", "--generation.max_new_tokens", "6", "--generation.min_new_tokens", "2",
+    "--train.steps", "2", "--train.batch_size", "4", "--evaluation.every", "2", "--evaluation.validation_prompts", "8",
+    "--evaluation.test_prompts", "8", "--reward.epochs", "2",
+]
+
+
+def grade(*arguments, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "grade", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **environment},
+    )
+
+
+@pytest.mark.slow
+def test_demo_from_nothing(tmp_path):
+    done = grade("demo", "--cache_dir", tmp_path / "cache", *SHRUNK_DEMO, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "base" in done.stdout and "policy, step 2" in done.stdout
+    assert "the same prompts, before and after" in done.stdout
+    (run_dir,) = (tmp_path / "runs").glob("demo-seed0-*")
+    assert run_dir.name in done.stdout.replace("\n", "")
+    rows = json.loads((run_dir / "evaluation.json").read_text())["test"]
+    assert len(rows["base"]["samples"]) >= 3
+    assert [s["prompt"] for s in rows["base"]["samples"]] == [s["prompt"] for s in rows["best"]["samples"]]
+
+
+@pytest.mark.slow
+def test_train_evaluate_and_reload(tiny_config, tmp_path):
+    """Train, then evaluate the best checkpoint on test: the same numbers as the run's own test."""
+    config = tmp_path / "config.yaml"
+    config.write_text(config_to_yaml(tiny_config))
+    trained = grade("train", config, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    run_dir = tmp_path / "run"
+    evaluated = grade("evaluate", run_dir, "--checkpoint", "best", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "policy" in evaluated.stdout
+    test = json.loads((run_dir / "evaluation.json").read_text())["test"]
+    again = json.loads((run_dir / "evaluation-test-best.json").read_text())["rows"]
+    for before, after in zip((test["base"], test["best"]), again):
+        assert {**before, "step": None} == {**after, "step": None}
+    refused = grade("train", config, cwd=tmp_path)
+    assert refused.returncode == 2 and "--train.resume" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def mistake(tiny_config, tmp_path, capsys, *options):
+    """Run `grade train` in this process; the one message it ends with."""
+    config = tmp_path / "config.yaml"
+    config.write_text(config_to_yaml(tiny_config))
+    assert cli.main(["train", str(config), *map(str, options)]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("grade: error:")]
+    assert len(lines) == 1 and "Traceback" not in captured.err
+    assert not (tmp_path / "run").exists()
+    return lines[0]
+
+
+BAD = {
+    "missing data": (["--task.dataset", "./nowhere"], "task.dataset"),
+    "wrong column": (["--task.text_column", "review"], "task.text_column"),
+    "no such label": (["--task.positive_label", "great"], "task.positive_label"),
+    "too few rows": (["--task.reward_examples", "5000"], "task.reward_examples"),
+    "no such model": (["--model.name", "./nowhere"], "model.name"),
+    "no such layer": (["--model.lora.target_modules", "[q_prj]"], "model.lora.target_modules"),
+    "the head as a target": (["--model.lora.target_modules", "[lm_head]"], "model.lora.target_modules"),
+    "k > V": (["--generation.top_k", "100000"], "generation.top_k"),
+    "prompt longer than the context": (["--task.prompt_max_tokens", "5000"], "context"),
+    "reviews longer than the context": (["--reward.max_tokens", "5000"], "reward.max_tokens"),
+    "max below min": (["--generation.max_new_tokens", "1"], "generation.min_new_tokens"),
+    "no CUDA": (["--device", "cuda"], "device=cuda"),
+    "nothing to resume": (["--train.resume", "true"], "train.resume"),
+    "no such classifier": (["--reward.model", "./nowhere"], "reward.model"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_are_told_in_one_line(case, tiny_config, tmp_path, capsys):
+    import torch
+
+    if case == "no CUDA" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    options, expected = BAD[case]
+    assert expected in mistake(tiny_config, tmp_path, capsys, *options)
+
+
+def test_empty_dataset(tiny_config, tmp_path, capsys):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    for name in ("train", "test"):
+        (folder / f"{name}.csv").write_text("text,label\n")
+    assert "task.dataset" in mistake(tiny_config, tmp_path, capsys, "--task.dataset", folder)
+
+
+def test_checkpoint_that_is_not_there(tiny_config, tmp_path, capsys):
+    run_dir = tmp_path / "finished"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(config_to_yaml(tiny_config))
+    assert cli.main(["evaluate", str(run_dir), "--checkpoint", "best"]) == 2
+    assert "adapter_config.json" in capsys.readouterr().err

@@ -1,0 +1,267 @@
+"""Day-one invariants of the trainer, on a model of seconds and a hundred reviews."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from grade.config import GradeError
+from grade.methods.grade import kl_weight, tau_at
+from grade.metrics import step_metrics, unique_token_ratio
+from grade.trainer import Trainer, make_accelerator, prepare_run_dir, prompt_numbers, train
+
+
+class NullLog:
+    """A trainer's step outside `fit`."""
+
+    def samples(self, *args):
+        pass
+
+
+def trainer_of(config):
+    trainer = Trainer(config, make_accelerator(config), Path(config.run_dir))
+    trainer.log = NullLog()
+    return trainer
+
+
+def adapter_of(policy):
+    return torch.cat([p.detach().flatten() for p in policy.parameters()]).clone()
+
+
+def with_train(config, **changes):
+    return replace(config, train=replace(config.train, **changes))
+
+
+def one_step(config):
+    """Adapter after one step, gradient-norm metrics and all."""
+    trainer = trainer_of(config)
+    metrics = trainer.train_step()
+    return adapter_of(trainer.policy), metrics
+
+
+def test_accumulation_equals_the_large_batch(tiny_config):
+    whole, m1 = one_step(with_train(tiny_config, batch_size=8, accumulation_steps=1))
+    split, m2 = one_step(with_train(tiny_config, batch_size=2, accumulation_steps=4))
+    # AdamW's first step is lr * sign(gradient): compare what it was given, not only what it did.
+    assert m1["grad_norm"] == pytest.approx(m2["grad_norm"], rel=1e-4)
+    assert m1["reward"] == pytest.approx(m2["reward"], rel=1e-5)
+    assert m1["completions/mean_length"] == m2["completions/mean_length"]
+    assert m1["kl"] == pytest.approx(m2["kl"], abs=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_sum"])
+def test_accumulated_gradient_is_the_large_batch_gradient(tiny_config, reduction):
+    """The gradient itself, with an adapter that is not zero so that KL counts, ragged lengths and a small batch."""
+
+    def gradient(batch_size, accumulation_steps):
+        config = with_train(tiny_config, batch_size=batch_size, accumulation_steps=accumulation_steps)
+        config = replace(config, method=replace(config.method, kl_reduction=reduction, kl_coef=1.0))
+        trainer = trainer_of(config)
+        torch.manual_seed(0)
+        for name, parameter in trainer.policy.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        kept = []
+        trainer._update = lambda: kept.append(torch.cat([p.grad.flatten() for p in trainer.policy.parameters()])) or 0.0
+        trainer.learning_rate = 0.0
+        metrics = trainer.train_step()
+        assert metrics["kl"] > 1e-3
+        return kept[0]
+
+    whole, split = gradient(8, 1), gradient(2, 4)
+    assert (whole - split).norm() < 2e-4 * whole.norm()
+
+
+def test_learning_rate_zero_leaves_every_parameter_bit_identical(tiny_config):
+    trainer = trainer_of(with_train(tiny_config, learning_rate=0.0, weight_decay=0.1))
+    before = {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}
+    trainer.train_step()
+    for name, parameter in trainer.policy.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_a_step_changes_the_adapter_and_nothing_else(tiny_config):
+    trainer = trainer_of(tiny_config)
+    names = {name for name, p in trainer.policy.model.named_parameters() if p.requires_grad}
+    assert names and all("lora_" in name for name in names)
+    before = {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}
+    trainer.train_step()
+    changed = {n for n, p in trainer.policy.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and changed <= names
+
+
+def test_kl_is_zero_at_step_zero(tiny_config):
+    """Exactly, when both passes have the same shapes; below rounding when the base reads a cached prompt."""
+    same = replace(tiny_config, method=replace(tiny_config.method, prompt_cache=False))
+    assert one_step(same)[1]["kl"] == 0.0
+    assert 0.0 <= one_step(tiny_config)[1]["kl"] < 3e-7
+
+
+@pytest.mark.slow
+def test_reward_rises_on_real_reviews(tiny_config, imdb_lm, shared_imdb):
+    """Ten steps on a pretrained model: the mean of the last three rewards is above the first three by 0.05."""
+    config = with_train(tiny_config, learning_rate=2e-3, batch_size=16)
+    config = replace(
+        config, model=replace(config.model, name=str(imdb_lm)),
+        task=replace(
+            config.task, dataset=str(shared_imdb), reward_examples=1000, policy_examples=500, validation_examples=100
+        ),
+        generation=replace(config.generation, max_new_tokens=16, top_k=128),
+        reward=replace(config.reward, hidden_size=64, max_tokens=64),
+    )
+    trainer = trainer_of(config)
+    rewards = []
+    for trainer.step in range(10):
+        rewards.append(trainer.train_step()["reward"])
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.05, rewards
+
+
+def test_run_writes_what_it_promises_and_resumes_exactly(tiny_config, tmp_path):
+    """A run stopped after 2 of 4 steps and resumed equals the uninterrupted one, bit for bit."""
+    config = with_train(tiny_config, steps=4, save_every=1, run_dir=str(tmp_path / "whole"))
+    config = replace(config, evaluation=replace(config.evaluation, every=2))
+    train(config)
+
+    stopped = with_train(config, run_dir=str(tmp_path / "stopped"))
+    trainer = Trainer(stopped, make_accelerator(stopped), prepare_run_dir(stopped))
+    step = trainer.train_step
+
+    def two_steps_only():
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return step()
+
+    trainer.train_step = two_steps_only
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    train(with_train(stopped, resume=True))
+
+    whole, resumed = tmp_path / "whole", tmp_path / "stopped"
+    from safetensors.torch import load_file
+
+    for checkpoint in ("best", "last"):
+        file = f"checkpoints/{checkpoint}/adapter_model.safetensors"
+        first, second = load_file(whole / file), load_file(resumed / file)
+        assert first.keys() == second.keys() and first
+        assert all(torch.equal(first[k], second[k]) for k in first), checkpoint
+    assert json.loads((whole / "evaluation.json").read_text()) == json.loads((resumed / "evaluation.json").read_text())
+
+    def timeless(path):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for r in rows]
+
+    assert timeless(whole / "metrics.jsonl") == timeless(resumed / "metrics.jsonl")
+    check_run_directory(whole, steps=4)
+
+
+def check_run_directory(run_dir, steps):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    training = [r for r in rows if "loss" in r]
+    assert [r["step"] for r in training] == list(range(steps))
+    for name in (
+        "reward", "reward_std", "kl", "entropy", "grad_norm", "completions/mean_length", "tau", "hops", "hop_residual",
+        "topk_mass", "soft_hard_gap", "unique_token_ratio", "tokens_per_second", "memory/peak_gib", "seconds/rollout",
+        "seconds/forward", "seconds/hops", "seconds/backward", "seconds/update",
+    ):
+        assert name in training[0], name
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    assert evaluation["validation"][0]["model"] == "base"
+    assert evaluation["best"]["step"] in [r["step"] for r in evaluation["validation"][1:]]
+    assert max(r["reward"] for r in evaluation["validation"][1:]) == evaluation["best"]["reward"]
+    assert set(evaluation["test"]) == {"base", "best"}
+    assert evaluation["test"]["best"]["step"] == evaluation["best"]["step"]
+    assert (run_dir / "config.yaml").is_file() and (run_dir / "run.json").is_file()
+    assert any((run_dir / "tensorboard").iterdir())
+    assert (run_dir / "samples.jsonl").read_text().strip()
+
+
+def test_a_saved_adapter_loads_in_peft_and_gives_the_policy(tiny_config, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from grade.checkpoint import save_checkpoint
+
+    trainer = trainer_of(with_train(tiny_config, learning_rate=1e-2))
+    trainer.train_step()
+    save_checkpoint(tmp_path / "adapter", trainer.policy)
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_config.model.name, dtype=torch.float32), str(tmp_path / "adapter")
+    )
+    ids = torch.tensor([[4, 8, 15, 16, 23, 42]])
+    with torch.no_grad():
+        ours, theirs = trainer.policy.model(ids).logits, loaded(ids).logits
+        with trainer.policy.state(adapters=False):
+            base = trainer.policy.model(ids).logits
+    assert torch.equal(ours, theirs) and not torch.allclose(ours, base)
+
+
+def test_run_directory_in_use_is_refused_and_nothing_is_lost(tiny_config, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "notes.txt").write_text("mine")
+    config = with_train(tiny_config, run_dir=str(run_dir))
+    with pytest.raises(GradeError, match="train.run_dir.*--train.resume"):
+        prepare_run_dir(config)
+    with pytest.raises(GradeError, match="does not look like a run"):
+        prepare_run_dir(with_train(config, overwrite=True))
+    with pytest.raises(GradeError, match="no checkpoint to continue"):
+        prepare_run_dir(with_train(config, resume=True))
+    assert (run_dir / "notes.txt").read_text() == "mine"
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(tiny_config):
+    trainer = trainer_of(tiny_config)
+    before = adapter_of(trainer.policy)
+    accumulate = trainer.method.accumulate
+
+    def poisoned(*args, **options):
+        result = accumulate(*args, **options)
+        trainer.policy.parameters()[0].grad[0] = float("nan")
+        return result
+
+    trainer.method.accumulate = poisoned
+    with pytest.raises(GradeError, match="norm at step 0 is nan"):
+        trainer.train_step()
+    assert torch.equal(before, adapter_of(trainer.policy))
+
+
+def test_every_prompt_once_an_epoch():
+    count, per_step = 10, 4
+    numbers = [n for step in range(5) for n in prompt_numbers(step, per_step, count, seed=3)]
+    assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
+    assert numbers[:10] != numbers[10:]
+    assert prompt_numbers(0, 4, 10, seed=3) != prompt_numbers(0, 4, 10, seed=4)
+    assert len(prompt_numbers(0, 25, 10, seed=3)) == 25  # more than an epoch in one step
+
+
+def test_tau_is_linear_then_constant():
+    assert [tau_at(s, 2.0, 0.5, 10) for s in (0, 5, 10, 50)] == [2.0, 1.25, 0.5, 0.5]
+
+
+def test_kl_weights_by_hand():
+    """Two responses of 3 and 1 tokens, in a step of 8 tokens and 4 responses."""
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    assert kl_weight(mask, "token_mean", 0.4, 8, 4).tolist() == [[0.05, 0.05, 0.05], [0.05, 0.0, 0.0]]
+    assert kl_weight(mask, "sequence_sum", 0.4, 8, 4).tolist() == [[0.1, 0.1, 0.1], [0.1, 0.0, 0.0]]
+
+
+def test_unique_token_ratio_counts_real_tokens_only():
+    tokens = torch.tensor([[5, 5, 7, 9], [0, 0, 0, 0]])
+    mask = torch.tensor([[True, True, True, False], [True, True, True, True]])
+    assert unique_token_ratio(tokens, mask).tolist() == pytest.approx([2 / 3, 1 / 4])
+
+
+def test_metrics_from_sums_by_hand():
+    """Two responses: rewards 1 and 3, lengths 2 and 4, KL 2 and 6 nats."""
+    sums = torch.tensor([2, 6, 4, 10, 8, 12, 3, 1.5, 1.2, 1, 5, 0.02, 40, -9], dtype=torch.float64)
+    metrics = step_metrics(sums)
+    assert metrics["reward"] == 2 and metrics["reward_std"] == pytest.approx(2**0.5)
+    assert metrics["kl"] == pytest.approx(8 / 6) and metrics["kl_sequence"] == 4
+    assert metrics["kl_sequence_std"] == pytest.approx(8**0.5)
+    assert metrics["completions/mean_length"] == 3 and metrics["entropy"] == 2
+    assert metrics["topk_mass"] == 0.5 and metrics["soft_hard_gap"] == 0.25 and metrics["unique_token_ratio"] == 0.6
+    assert metrics["eos_rate"] == 0.5 and metrics["hops"] == 2.5 and metrics["hop_residual"] == 0.01
