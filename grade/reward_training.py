@@ -23,6 +23,7 @@ from grade.config import Config, GradeError
 from grade.model import Policy
 from grade.passes import accumulation_dtype
 from grade.reward import RewardHead
+from grade.tasks import encode
 
 _HEAD_FILE, _REPORT_FILE = "head.safetensors", "reward.json"
 _FEATURE_BATCH = 32
@@ -139,10 +140,11 @@ def features_of(policy: Policy, examples: Sequence, lengths: List[int], title: s
     """Mean-pooled base states of the first n tokens of each text, for each n in `lengths`.
 
     Returns:
-        (features [len(lengths), N, d] float32, labels [N] int64).
+        (features [len(lengths), N, d] float32, labels [N] int64) of the N texts that have any tokens.
     """
     limit = max(lengths)
-    encoded = policy.tokenizer([e.text for e in examples], truncation=True, max_length=limit)["input_ids"]
+    encoded = encode(policy.tokenizer, [e.text for e in examples], limit)
+    examples, encoded = zip(*[(e, row) for e, row in zip(examples, encoded) if row])
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # equal lengths together: little padding
     out = torch.empty(len(lengths), len(encoded), policy.head.shape[1], device=policy.device)
     starts = range(0, len(order), _FEATURE_BATCH)

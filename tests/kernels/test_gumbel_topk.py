@@ -298,6 +298,13 @@ def test_the_given_token_always_wins(dtype, scale):
     assert torch.equal(result.weights.amax(-1), result.weights[result.indices == tokens[:, None]])
 
 
+def test_the_given_token_wins_also_where_rounding_makes_a_tie():
+    # E = e^-30 puts the other candidate 1e-13 below the maximum, which is no distance in float32.
+    neg_gumbel = torch.tensor([[-1.0, -30.0]])
+    z = support_ops._truncate(torch.zeros(1, 2), neg_gumbel, torch.tensor([[True, False]]))
+    assert z[0, 1] < z[0, 0] and z[0, 0] - z[0, 1] < 1e-6
+
+
 def test_conditional_noise_matches_its_textbook_form():
     logits, tokens = torch.randn(50, 12, dtype=torch.float64), torch.arange(50) % 12
     ids = torch.arange(12).expand(50, 12)
@@ -312,3 +319,4 @@ def test_a_given_token_is_not_suppressed():
     result = gumbel_topk(logits, 3, seed=0, draw=1, tokens=torch.tensor([1, 4]), suppress=[0, 1])
     assert result.indices.tolist() == [[2, 3, 1], [2, 3, 4]]
     assert result.weights[0, 2] == result.weights[0].max()
+    torch.testing.assert_close(result.mass, torch.full((2,), 0.5))

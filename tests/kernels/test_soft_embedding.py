@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_checks import HALF, Allocations, assert_no_worse, rel_err
+from kernel_checks import HALF, Allocations, rel_err
 
 from grade_kernels import SparseTokens, gumbel_topk, reference, soft_embedding
 from grade_kernels.torch_ops import embedding as ops
@@ -73,9 +73,9 @@ def test_half_tables_are_accumulated_in_float32(monkeypatch, dtype, columns):
     (d_weights,) = torch.autograd.grad(out, tokens.weights, grad)
     gathered = table[tokens.indices]
     exact = reference.soft_embedding(tokens.weights.detach().double(), tokens.indices, table.double())
-    plain = torch.einsum("nk,nkd->nd", tokens.weights.detach().to(dtype), gathered)
     assert out.dtype == dtype
-    assert_no_worse(out, plain, exact)
+    # One rounding, of the result; rounding the weights to 16 bits would add another.
+    torch.testing.assert_close(out.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-6)
     exact = torch.einsum("nd,nkd->nk", grad.double(), gathered.double())
     assert d_weights.dtype == torch.float32 and rel_err(d_weights, exact) < 1e-6
 

@@ -1,0 +1,32 @@
+"""Sampling and differentiating through tokens: the vocabulary-sized part of the work, in bounded memory."""
+
+from grade_kernels.backend import backend_for
+from grade_kernels.embedding import soft_embedding
+from grade_kernels.gumbel import gumbel_topk, place_tokens
+from grade_kernels.head import VocabHead, vocab_head
+from grade_kernels.kl import logits_kl
+from grade_kernels.linear import linear_gumbel_topk, linear_kl, linear_token_logprob
+from grade_kernels.logprob import token_logprob
+from grade_kernels.sparse import SparseTokens
+from grade_kernels.torch_ops.chunks import chunk_rows
+from grade_kernels.vjp import SoftTokenGrad, candidate_grad, pull_back, soft_token_vjp
+
+__all__ = [
+    "SoftTokenGrad",
+    "SparseTokens",
+    "VocabHead",
+    "backend_for",
+    "candidate_grad",
+    "chunk_rows",
+    "gumbel_topk",
+    "linear_gumbel_topk",
+    "linear_kl",
+    "linear_token_logprob",
+    "logits_kl",
+    "place_tokens",
+    "pull_back",
+    "soft_embedding",
+    "soft_token_vjp",
+    "token_logprob",
+    "vocab_head",
+]

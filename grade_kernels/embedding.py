@@ -1,0 +1,80 @@
+"""soft_embedding: the embedding of a (soft) token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from grade_kernels import checks
+from grade_kernels.backend import backend_for
+from grade_kernels.sparse import SparseTokens
+from grade_kernels.torch_ops import embedding as ops
+
+
+def soft_embedding(tokens: SparseTokens, weight: Tensor) -> Tensor:
+    """Embed soft tokens: sum_j w_j E[i_j], or exactly E[token] where they are hard.
+
+    Parameters
+    ----------
+    tokens : SparseTokens
+        indices [..., k], weights [..., k], tokens [...].
+    weight : float [V, d]
+        The embedding table E.
+
+    Returns
+    -------
+    Tensor [..., d]
+        In the dtype of `weight`, accumulated in float32 (float64 for float64).  Gradients:
+
+        - to `tokens.weights`, hard or soft: <grad, E[i_j]> for each candidate;
+        - to `weight`, only if it requires grad: what the dense product `tokens.scatter(V) @ E` gives, that
+          is w_j grad to row i_j where soft, and grad to the row of the token where hard (the straight-through
+          rule replaces the derivative of the token, not the table's).  Summed in float32 in a fixed order.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On wrong dtypes, shapes or devices.
+    """
+    if not isinstance(tokens, SparseTokens):
+        raise TypeError(f"tokens must be a SparseTokens (see gumbel_topk), got {type(tokens).__name__}")
+    checks.check_table("weight", weight, None, tokens.weights.device)
+    checks.check_float("tokens.weights", tokens.weights)
+    leading = tokens.tokens.shape
+    checks.check_ids("tokens.tokens", tokens.tokens, leading, weight.device)
+    checks.check_support("tokens.indices", tokens.indices, leading, weight.device)
+    checks.check_shape("tokens.weights", tokens.weights, tokens.indices.shape)
+    backend_for("soft_embedding", weight)
+    n, k = leading.numel(), tokens.indices.shape[-1]
+    flat = _SoftEmbedding.apply(
+        tokens.weights.reshape(n, k),
+        tokens.indices.reshape(n, k),
+        tokens.tokens.reshape(n),
+        weight,
+        tokens.hard,
+    )
+    return flat.view(*leading, weight.shape[1])
+
+
+class _SoftEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weights: Tensor, indices: Tensor, chosen: Tensor, weight: Tensor, hard: bool) -> Tensor:
+        ctx.save_for_backward(weights, indices, chosen, weight)
+        ctx.hard = hard
+        if hard:
+            return F.embedding(chosen, weight)
+        return ops.weighted_sum(weights, indices, weight).to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        weights, indices, chosen, weight = ctx.saved_tensors
+        d_weights = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_weights = ops.candidate_dots(grad, indices, weight).to(weights.dtype)
+        if ctx.needs_input_grad[3]:
+            scale, ids = (None, chosen[:, None]) if ctx.hard else (weights, indices)
+            d_weight = ops.scatter_sum(scale, ids, grad, weight.shape[0]).to(weight.dtype)
+        return d_weights, None, None, d_weight, None

@@ -1,0 +1,57 @@
+"""token_logprob: log-probability of given tokens and entropy of the full distribution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grade_kernels import checks
+from grade_kernels.backend import backend_for
+from grade_kernels.torch_ops import logprob as ops
+from grade_kernels.torch_ops.chunks import rows_of
+
+
+def token_logprob(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of `tokens` and entropy, both in nats and both differentiable.
+
+    Parameters
+    ----------
+    logits : float [..., V]
+        -inf entries count as probability 0.
+    tokens : int64 [...]
+
+    Returns
+    -------
+    (logprob, entropy) : [...] each
+        float32 (float64 for float64 logits).  The backward pass recomputes the probabilities in row
+        chunks; four scalars a row are saved beside the inputs.  Gradients have the dtype of `logits`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On wrong dtypes, shapes or devices.
+    """
+    checks.check_float("logits", logits)
+    checks.check_ids("tokens", tokens, logits.shape[:-1], logits.device)
+    backend_for("token_logprob", logits)
+    return _TokenLogprob.apply(logits, tokens)
+
+
+class _TokenLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = checks.compute_dtype(logits)
+        stats = ops.token_stats(rows_of(logits), tokens.reshape(-1), dtype)
+        ctx.save_for_backward(logits, tokens, *stats)
+        return stats.logprob.view(tokens.shape).clone(), stats.entropy.view(tokens.shape).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_logprob: Tensor, d_entropy: Tensor):
+        logits, tokens, *stats = ctx.saved_tensors
+        rows = rows_of(logits)
+        grad = torch.empty(rows.shape, dtype=logits.dtype, device=logits.device)
+        d_logprob, d_entropy = d_logprob.reshape(-1), d_entropy.reshape(-1)
+        ops.token_stats_grad(rows, tokens.reshape(-1), ops.TokenStats(*stats), d_logprob, d_entropy, grad)
+        return grad.view(logits.shape), None

@@ -1,0 +1,207 @@
+"""soft_token_vjp: the gradient of a sampled token with respect to the logits it was drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grade_kernels import checks
+from grade_kernels.backend import backend_for
+from grade_kernels.gumbel import row_keys
+from grade_kernels.torch_ops import embedding as embedding_ops
+from grade_kernels.torch_ops import support as ops
+from grade_kernels.torch_ops.head import Head
+
+
+@dataclass(frozen=True)
+class SoftTokenGrad:
+    """float32 (float64 if an input is float64)."""
+
+    dlogits: Tensor  # [..., k] at the support
+    dhidden: Tensor | None  # [..., d], pulled back through the head; None without one
+
+
+@torch.no_grad()
+def soft_token_vjp(
+    grad_embedding: Tensor | Sequence[Tensor],
+    embedding: Tensor | Sequence[Tensor],
+    *,
+    logits: Tensor,
+    indices: Tensor,
+    tokens: Tensor | None = None,
+    tau: float = 1.0,
+    estimator: str = "gumbel",
+    seed: int | None = None,
+    rows: Tensor | None = None,
+    samples: int = 16,
+    conditional: bool = False,
+    weight: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> SoftTokenGrad:
+    """Map dL / d(embedding of the fed token) to dL / d(logits) over the support, and on to the hidden state.
+
+    With v_j = <dL/dX, E[i_j]>, summed over the models that were fed the token, l the logits at the support
+    and J(q) v = q * (v - <q, v>), every softmax being over the support:
+
+    gumbel
+        J(w) v / tau, w the Gumbel-Softmax weights of the draw: of the free draw 0 that sampled the token,
+        regenerated from (seed, rows), or with `conditional` of draw 1 conditional on the token, for tokens
+        that another engine sampled.  It is the rule of hard and of soft GRADE alike.
+    rao
+        The mean of J(w) v / tau over draws 1..samples conditional on the token (Paulus et al. 2021).
+    straight_through
+        J(softmax(l)) v, no noise and no tau (Bengio et al. 2013).
+    reinmax
+        2 J((onehot(token) + softmax(l / tau)) / 2) v - J(softmax(l)) v / 2 (Liu et al. 2023, algorithm 2:
+        tau shapes the first distribution only, and there is no factor 1/tau, because both Jacobians are
+        taken with respect to the logits of a softmax at temperature 1; second-order accurate at tau = 1).
+
+    All four are linear in v and sum to 0 over the support.
+
+    Parameters
+    ----------
+    grad_embedding : float [..., d_e], or a sequence of them
+        dL/dX, one for each model.
+    embedding : float [V, d_e], or an equally long sequence
+        Each model's own embedding table.
+    logits : float [..., k]
+        At the support, after scale and soft cap.  -inf entries get gradient 0.
+    indices : int64 [..., k]
+    tokens : int64 [...]
+        Needed by rao, reinmax and `conditional`; must be in the support (`place_tokens`).  Where one is
+        not, its conditional draw is a free one and its one-hot is 0.
+    tau : float
+        > 0.
+    seed, rows
+        As given to `gumbel_topk`; `seed` is needed by gumbel and rao.
+    samples : int
+        Conditional draws of rao, >= 1.
+    weight : float [V, d], optional
+        The head.  With it, dhidden = scale * sum_j dl_j (1 - (l_j / softcap)^2) weight[i_j].
+
+    Raises
+    ------
+    TypeError, ValueError
+        On wrong dtypes, shapes, devices or options.
+
+    Notes
+    -----
+    No graph is made.  Memory is a few arrays [N, k] and the chunks of `torch_ops.embedding`.
+    """
+    checks.check_float("logits", logits)
+    leading, k = logits.shape[:-1], logits.shape[-1]
+    checks.check_ids("indices", indices, logits.shape, logits.device)
+    checks.check_positive("tau", tau)
+    checks.check_choice("estimator", estimator, checks.ESTIMATORS)
+    if checks.check_int("samples", samples) < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    if tokens is not None:
+        checks.check_ids("tokens", tokens, leading, logits.device)
+    elif estimator in ("rao", "reinmax") or conditional:
+        wanted = f"estimator={estimator!r}" + (" with conditional=True" if conditional else "")
+        raise ValueError(f"{wanted} needs tokens, the sampled ids {tuple(leading)}")
+    if estimator in ("gumbel", "rao"):
+        if seed is None:
+            raise ValueError(f"estimator={estimator!r} needs the seed of the noise")
+        seed = checks.check_int("seed", seed)
+    keys = row_keys(rows, leading, logits.device)
+    if weight is not None:
+        checks.check_table("weight", weight, None, logits.device)
+        checks.check_scale_softcap(scale, softcap)
+    backend_for("soft_token_vjp", logits)
+
+    v = candidate_grad(grad_embedding, embedding, indices)
+    dtype, n = checks.compute_dtype(logits, v), leading.numel()
+    values, v = logits.reshape(n, k).to(dtype), v.reshape(n, k).to(dtype)
+    ids, chosen = indices.reshape(n, k), None if tokens is None else tokens.reshape(n)
+
+    def draw_vjp(draw: int, given: Tensor | None) -> Tensor:
+        z = ops.noisy_logits(values, ids, keys, seed, draw, given)
+        return ops.softmax_vjp(ops.tempered_softmax(z, tau), v).div_(tau)
+
+    if estimator == "gumbel":
+        grad = draw_vjp(1, chosen) if conditional else draw_vjp(0, None)
+    elif estimator == "rao":
+        grad = draw_vjp(1, chosen)
+        for draw in range(2, samples + 1):
+            grad += draw_vjp(draw, chosen)
+        grad /= samples
+    elif estimator == "straight_through":
+        grad = ops.softmax_vjp(values.softmax(-1), v)
+    else:
+        one_hot = (ids == chosen[:, None]).to(dtype)
+        midpoint = (one_hot + ops.tempered_softmax(values, tau)) / 2
+        grad = 2 * ops.softmax_vjp(midpoint, v) - ops.softmax_vjp(values.softmax(-1), v) / 2
+
+    dhidden = None
+    if weight is not None:
+        head = Head(weight, scale=scale, softcap=softcap)
+        dhidden = pull_back(head.through_softcap(grad.clone(), values), ids, weight).mul_(scale)
+        dhidden = dhidden.view(*leading, weight.shape[1])
+    return SoftTokenGrad(grad.view(*leading, k), dhidden)
+
+
+@torch.no_grad()
+def candidate_grad(
+    grad_embedding: Tensor | Sequence[Tensor], embedding: Tensor | Sequence[Tensor], indices: Tensor
+) -> Tensor:
+    """v_j = sum over models of <grad, E[i_j]>: the first-order effect of each candidate.
+
+    Parameters
+    ----------
+    grad_embedding : float [..., d_e], or a sequence of them
+    embedding : float [V, d_e], or an equally long sequence; the widths may differ between models
+    indices : int64 [..., k]
+
+    Returns
+    -------
+    Tensor [..., k]
+        float32 (float64 if an input is float64).
+    """
+    grads = [grad_embedding] if isinstance(grad_embedding, Tensor) else list(grad_embedding)
+    tables = [embedding] if isinstance(embedding, Tensor) else list(embedding)
+    if len(grads) != len(tables) or not grads:
+        raise ValueError(
+            f"grad_embedding and embedding must pair up one to one, got {len(grads)} gradient(s) "
+            f"and {len(tables)} table(s)"
+        )
+    for grad, table in zip(grads, tables, strict=True):
+        checks.check_float("grad_embedding", grad)
+        checks.check_support("indices", indices, grad.shape[:-1], grad.device)
+        checks.check_table("embedding", table, grad.shape[-1], grad.device)
+    k, n = indices.shape[-1], grads[0].shape[:-1].numel()
+    ids = indices.reshape(n, k)
+    parts = [
+        embedding_ops.candidate_dots(grad.reshape(n, grad.shape[-1]), ids, table)
+        for grad, table in zip(grads, tables, strict=True)
+    ]
+    return sum(parts[1:], start=parts[0]).view(indices.shape)
+
+
+@torch.no_grad()
+def pull_back(dlogits: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """sum_j dlogits_j weight[i_j]: a sparse gradient at the logits, pulled back to the hidden state.
+
+    Parameters
+    ----------
+    dlogits : float [..., k]
+    indices : int64 [..., k]
+    weight : float [V, d]
+        The head.  Its scale and soft cap are the caller's.
+
+    Returns
+    -------
+    Tensor [..., d]
+        float32 (float64 if an input is float64).
+    """
+    checks.check_float("dlogits", dlogits)
+    checks.check_ids("indices", indices, dlogits.shape, dlogits.device)
+    checks.check_table("weight", weight, None, dlogits.device)
+    leading, k = dlogits.shape[:-1], dlogits.shape[-1]
+    n = leading.numel()
+    flat = embedding_ops.weighted_sum(dlogits.reshape(n, k), indices.reshape(n, k), weight)
+    return flat.view(*leading, weight.shape[1])
