@@ -1,11 +1,12 @@
-"""The demo's language model: a Llama of about a million parameters, trained here on the demo's grammar and cached.
+"""The demo's language model: a Llama of about a million parameters, trained on the demo's grammar and cached.
 
-So `grade demo` needs no network and no files: `demo_model()` trains once, in about a minute on two CPU cores, and
-returns the folder of a transformers model and tokenizer.
+So `grade demo` needs no network and no files: `demo_model()` trains once, in about a minute on two CPU cores,
+and returns the folder of a transformers model and tokenizer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -17,8 +18,8 @@ from pathlib import Path
 from grade.config import GradeError
 from grade.tasks import demo
 
-# Chosen by held-out loss and by how many sampled reviews keep to one opinion: learning rates of 2e-3 and 6e-3 and three
-# narrower layers do worse in the same time.
+# Chosen by held-out loss and by how many sampled reviews keep to one opinion: learning rates of 2e-3 and 6e-3
+# and three narrower layers do worse in the same time.
 SETTINGS = {
     "vocabulary": 768,  # bytes, merges and two special tokens; the grammar has about 350 words
     "hidden_size": 192,
@@ -34,15 +35,16 @@ SETTINGS = {
     "seed": 0,
 }
 EOS, PAD = "<|endoftext|>", "<|pad|>"
+_MAX_THREADS = 4  # more of them wait for each other on matrices this small
 _BATCHES_SORTED = 8  # reviews of this many batches are sorted by length, so that a batch needs little padding
 
 
 def demo_model(cache_dir: Path | None = None, *, steps: int | None = None, progress: bool = True) -> Path:
     """The folder of the demo model, trained now unless the cache holds it.
 
-    The model lands in its place by a rename, so an interrupted run leaves nothing half-done. The folder's name carries
-    a hash of the grammar, this file and the settings: a change of any trains a new model. The same machine and torch
-    give the same weights; global random state is left alone.
+    The model lands in its place by a rename, so an interrupted run leaves nothing half-done. The folder's
+    name carries a hash of the grammar, this file and the settings: a change of any trains a new model. The
+    same machine and torch give the same weights; global random state is left alone.
 
     Args:
         cache_dir: folder for trained models; null: `$XDG_CACHE_HOME/grade` or `~/.cache/grade`.
@@ -51,7 +53,8 @@ def demo_model(cache_dir: Path | None = None, *, steps: int | None = None, progr
 
     Returns:
         A folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`, with
-        `generation_config.json` and `training.json` (settings, parameters, final loss in nats per token, seconds).
+        `generation_config.json` and `training.json` (settings, parameters, final loss in nats per token,
+        seconds).
 
     Raises:
         GradeError: the cache folder cannot be written.
@@ -63,7 +66,7 @@ def demo_model(cache_dir: Path | None = None, *, steps: int | None = None, progr
         return folder
     try:  # before the training, not after
         cache.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.TemporaryDirectory(prefix="demo-unfinished-", dir=cache)
+        staging = tempfile.TemporaryDirectory(prefix="unfinished-", dir=cache)
     except OSError as error:
         raise GradeError(
             f"The demo model is kept in {cache}, which cannot be written ({error.strerror}). "
@@ -71,7 +74,8 @@ def demo_model(cache_dir: Path | None = None, *, steps: int | None = None, progr
         ) from error
     with staging:
         made = Path(staging.name) / "model"
-        _train(made, settings, progress)
+        with _few_threads():
+            _train(made, settings, progress)
         try:
             made.rename(folder)
         except OSError:
@@ -84,6 +88,18 @@ def _user_cache() -> Path:
     # An empty or relative XDG_CACHE_HOME counts as unset, as its specification demands.
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "grade"
+
+
+@contextlib.contextmanager
+def _few_threads():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, _MAX_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _identity(settings: dict) -> str:
@@ -99,14 +115,21 @@ def _train(folder: Path, settings: dict, progress: bool) -> None:
 
     texts = [review.text for review in demo.pretraining_reviews()]
     tokenizer = _train_tokenizer(texts, settings)
-    rows = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]  # BOS comes from the tokenizer
+    rows = [
+        ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]
+    ]  # BOS comes from the tokenizer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings["seed"])
         model = _new_model(tokenizer, settings)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.95), weight_decay=settings["weight_decay"]
+        model.parameters(),
+        lr=settings["learning_rate"],
+        betas=(0.9, 0.95),
+        weight_decay=settings["weight_decay"],
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, settings))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _learning_rate_factor(step, settings)
+    )
     batches = _batches(rows, settings)
     losses: list[float] = []
     columns = (
@@ -117,7 +140,8 @@ def _train(folder: Path, settings: dict, progress: bool) -> None:
         task = bar.add_task("Training the demo model, once", total=settings["steps"], loss=math.nan)
         for _ in range(settings["steps"]):
             ids, labels = _pad(next(batches), tokenizer.pad_token_id)
-            # Padding is on the right of a causal model: nothing real reads it, so no attention mask is needed.
+            # Padding is on the right of a causal model: nothing real reads it, so no attention mask is
+            # needed.
             loss = model(input_ids=ids, labels=labels).loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -158,7 +182,11 @@ def _train_tokenizer(texts: list[str], settings: dict):
         single=f"{EOS} $A", pair=f"{EOS} $A {EOS} $B", special_tokens=[(EOS, bpe.token_to_id(EOS))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, pad_token=PAD, model_max_length=settings["context"]
+        tokenizer_object=bpe,
+        bos_token=EOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=settings["context"],
     )
 
 

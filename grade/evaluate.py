@@ -157,13 +157,14 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
         checkpoint: "best", "last", or a folder with an adapter.
         split: "validation" or "test".
     """
+    from rich.console import Console
+
+    from grade.checkpoint import latest, load_adapter
     from grade.loading import load_policy, load_reward, load_tokenizer
     from grade.methods.grade import Grade
-    from grade.checkpoint import latest, load_adapter
     from grade.report import evaluation_table
     from grade.tasks import load_task
     from grade.trainer import make_accelerator
-    from rich.console import Console
 
     folder = latest(run_dir / "checkpoints" / checkpoint) if checkpoint in ("best", "last") else Path(checkpoint)
     if not (folder / "adapter_config.json").is_file():

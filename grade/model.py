@@ -190,8 +190,8 @@ class Policy:
 
 
 class _LayerState:
-    """Inside a checkpointed layer: the state in which it was called, training flags down (OPT and Falcon call
-    dropout with the layer's own flag). Entered for the forward and again by every backward through a kept graph."""
+    """Inside a checkpointed layer: the state in which it was called, training flags down (Falcon calls dropout with
+    the layer's own flag). Entered for the forward, and again by every backward through a kept graph."""
 
     def __init__(self, policy: Policy):
         self._policy, self._own = policy, policy._state._replace(checkpoint=False)

@@ -25,7 +25,8 @@ class BasePass:
     Args:
         reference: [B, S, d], the states whose logits predict the response's tokens.
         response: [B, S, d], the states at the response's tokens.
-        prompt_sum, prompt_count: [B, d] float32 (float64 for float64 models) and [B], the prompt's states summed over real tokens.
+        prompt_sum, prompt_count: [B, d] float32 (float64 for float64 models) and [B], the prompt's states summed over
+            real tokens.
     """
 
     reference: Tensor

@@ -161,7 +161,7 @@ def load_classifier(name: str, policy: Policy, *, positive_label: Optional[str],
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise GradeError(f"reward.model={name} cannot be loaded: {error}") from error
+        raise _not_loadable(name, error) from error
     check_same_vocabulary(name, tokenizer.get_vocab(), policy.tokenizer.get_vocab())
     label = None if config.num_labels == 1 else positive_class(name, config.id2label, positive_label)
     try:
@@ -169,7 +169,7 @@ def load_classifier(name: str, policy: Policy, *, positive_label: Optional[str],
             name, dtype=policy.dtype, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        raise GradeError(f"reward.model={name} cannot be loaded: {error}") from error
+        raise _not_loadable(name, error) from error
     if not isinstance(getattr(model, "score", None), nn.Linear) or config.is_encoder_decoder:
         raise GradeError(
             f"reward.model={name}: {type(model).__name__} has no `score` layer on its last hidden state. Rewards are "
@@ -177,8 +177,8 @@ def load_classifier(name: str, policy: Policy, *, positive_label: Optional[str],
         )
     if any(key.startswith("score.") for key in found["missing_keys"]):
         raise GradeError(
-            f"reward.model={name}: its files hold no `score` layer, so transformers drew a random one. It is a language "
-            "model, not a trained classifier: choose one that is, or leave reward.model null."
+            f"reward.model={name}: its files hold no `score` layer, so transformers drew a random one. It is a "
+            "language model, not a trained classifier: choose one that is, or leave reward.model null."
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < policy.vocab_size:
@@ -187,6 +187,12 @@ def load_classifier(name: str, policy: Policy, *, positive_label: Optional[str],
             "Resize it (model.resize_token_embeddings) and save it again."
         )
     return ClassifierReward(model.to(policy.device), label, reads)
+
+
+def _not_loadable(name: str, error: Exception) -> GradeError:
+    """In one line: transformers' own message may list every architecture there is."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return GradeError(f"reward.model={name} cannot be loaded: {reason}")
 
 
 def positive_class(name: str, id2label: Dict[int, str], wanted: Optional[str]) -> int:

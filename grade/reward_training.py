@@ -144,7 +144,8 @@ def features_of(policy: Policy, examples: Sequence, lengths: List[int], title: s
     """
     limit = max(lengths)
     encoded = encode(policy.tokenizer, [e.text for e in examples], limit)
-    examples, encoded = zip(*[(e, row) for e, row in zip(examples, encoded) if row])
+    readable = [i for i, row in enumerate(encoded) if row]
+    examples, encoded = [examples[i] for i in readable], [encoded[i] for i in readable]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # equal lengths together: little padding
     out = torch.empty(len(lengths), len(encoded), policy.head.shape[1], device=policy.device)
     starts = range(0, len(order), _FEATURE_BATCH)

@@ -74,7 +74,7 @@ class Rollout:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    def cut(self, start: int, stop: int) -> "Rollout":
+    def cut(self, start: int, stop: int) -> Rollout:
         """Responses start..stop, with the columns that hold only padding left out."""
         part = {}
         for f in fields(self):
@@ -91,7 +91,7 @@ class Rollout:
             part["samples_per_prompt"] = 1  # a prompt's samples are split: treat every response by itself
         return replace(self, **part)
 
-    def micro_batches(self, size: int) -> Iterator["Rollout"]:
+    def micro_batches(self, size: int) -> Iterator[Rollout]:
         for start in range(0, len(self), size):
             yield self.cut(start, min(start + size, len(self)))
 

@@ -308,8 +308,9 @@ class Trainer:
 
 def train(config: Config) -> Dict[str, Evaluation]:
     """`grade train`: run a config and print what came out."""
-    run_dir = prepare_run_dir(config)
     accelerator = make_accelerator(config)
+    with accelerator.main_process_first():
+        run_dir = prepare_run_dir(config)
     trainer = Trainer(config, accelerator, run_dir)
     rows = trainer.fit()
     if accelerator.is_main_process:

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+
 from grade import cli
 from grade.config_io import config_to_yaml
 
@@ -21,7 +23,7 @@ SHRUNK_DEMO = [
 
 def grade(*arguments, cwd, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "grade", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "grade", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=200,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **environment},
     )
 
@@ -52,10 +54,40 @@ def test_train_evaluate_and_reload(tiny_config, tmp_path):
     assert "policy" in evaluated.stdout
     test = json.loads((run_dir / "evaluation.json").read_text())["test"]
     again = json.loads((run_dir / "evaluation-test-best.json").read_text())["rows"]
-    for before, after in zip((test["base"], test["best"]), again):
+    for before, after in zip((test["base"], test["best"]), again, strict=True):
         assert {**before, "step": None} == {**after, "step": None}
     refused = grade("train", config, cwd=tmp_path)
     assert refused.returncode == 2 and "--train.resume" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_large_batch(tiny_config, tmp_path):
+    """Two processes of 4 responses take the step of one process with 8."""
+
+    def run(name, *launcher, batch_size):
+        changed = replace(tiny_config, train=replace(
+            tiny_config.train, batch_size=batch_size, steps=2, run_dir=str(tmp_path / name)
+        ))
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(config_to_yaml(changed))
+        done = subprocess.run(
+            [*launcher, "-m", "grade", "train", str(config)], cwd=tmp_path, capture_output=True, text=True, timeout=200,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return rows, json.loads((tmp_path / name / "evaluation.json").read_text())["test"]
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    one, test_one = run("one", sys.executable, batch_size=8)
+    two, test_two = run("two", *torchrun, batch_size=4)
+    assert len(one) == len(two)
+    for first, second in zip(one, two, strict=True):
+        assert first.keys() == second.keys()
+        for name in first:
+            if not name.startswith(("seconds", "tokens_per", "memory")):
+                assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-6), name
+    assert test_two["best"]["reward"] == pytest.approx(test_one["best"]["reward"], rel=1e-5)
 
 
 def mistake(tiny_config, tmp_path, capsys, *options):

@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from published import gradients, published_loss, relative_error
 from tiny import CONFIGS, EOS, VOCAB, KeepDouble, tiny_policy, tiny_reward
-
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grade.methods.grade import kl_weight
@@ -123,9 +122,8 @@ def test_hops_are_exact_after_s_minus_one(setting):
     assert torch.equal(gradient(policy, reward, rollout, replace(settings, max_hops=longest - 1)), exact)
     one_less = gradient(policy, reward, rollout, replace(settings, max_hops=longest - 2))
     assert 0 < relative_error(one_less, exact) < 1
-    result = replay(
-        policy, reward, rollout, settings, reward_weight=torch.ones(len(rollout)), kl_weight=torch.ones(rollout.mask.shape)
-    )
+    ones = torch.ones(rollout.mask.shape)
+    result = replay(policy, reward, rollout, settings, reward_weight=ones[:, 0], kl_weight=ones)
     gradients(policy)
     # The term after a sequence's last hop is exactly zero, which is what ends it.
     assert torch.equal(result.hops, rollout.mask.sum(1)) and result.residual.max() == 0

@@ -1,9 +1,9 @@
 """Tasks: labelled texts, the splits that are cut from them, and the openings that serve as prompts.
 
-A task is four disjoint lists of examples. The reward head learns from `reward`, the policy continues openings of
-`policy`, `validation` picks the checkpoint and `test` is looked at once. Everything that decides what a model reads
-(cleaning, cutting, special tokens) is in this file, so that every task, the policy and the reward read the same.
-Nothing heavy is imported here.
+A task is four disjoint lists of examples. The reward head learns from `reward`, the policy continues openings
+of `policy`, `validation` picks the checkpoint and `test` is looked at once. Everything that decides what a
+model reads (cleaning, cutting, special tokens) is in this file, so that every task, the policy and the reward
+read the same. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SPLITS = ("reward", "policy", "validation", "test")
 
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 
-# Where a sentence ends. It errs towards missing an end: that only lengthens a prompt, which the limits in characters
-# and tokens then cut, while a false end ("I met Mr.") would spoil it.
+# Where a sentence ends. It errs towards missing an end: that only lengthens a prompt, which the limits in
+# characters and tokens then cut, while a false end ("I met Mr.") would spoil it.
 _SENTENCE_END = re.compile(
     r"(?<![.!?…])"  # start of a run of marks, so that a long row of dots is read once
     r"(?<!\b[A-HJ-Z])"  # an initial (J. Smith, U.S.), but 'I' may end a sentence
@@ -61,8 +61,8 @@ def opening(text: str, sentences: int, max_chars: int) -> str:
     Args:
         text: cleaned text (see `clean`).
         sentences: at most this many sentences.
-        max_chars: at most this many characters, cut at a word's end. A single longer word is cut where it stands:
-            scripts without spaces would come out empty otherwise.
+        max_chars: at most this many characters, cut at a word's end. A single longer word is cut where it
+            stands: scripts without spaces would come out empty otherwise.
 
     Returns:
         A prefix of `text` without trailing whitespace; empty only if `text` is.
@@ -85,9 +85,9 @@ def opening(text: str, sentences: int, max_chars: int) -> str:
 def encode(tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
     """Token ids of texts that a model is to continue or to read.
 
-    As `tokenizer(text)` gives them, so with BOS exactly where the tokenizer adds it by itself, but without tokens that
-    it puts *after* the text: a model has nothing to say after EOS. They are told by position, as BOS and EOS may be one
-    id. The policy's prompts and the reward's reviews both come from here.
+    As `tokenizer(text)` gives them, so with BOS exactly where the tokenizer adds it by itself, but without
+    tokens that it puts *after* the text: a model has nothing to say after EOS. They are told by position, as
+    BOS and EOS may be one id. The policy's prompts and the reward's reviews both come from here.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -107,15 +107,20 @@ def encode(tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
     after = extra - before
     if max_tokens <= before:
         raise GradeError(
-            f"A limit of {max_tokens} tokens leaves no room for text: the tokenizer starts every text with {before} "
-            "of its own. Raise task.prompt_max_tokens (prompts) or reward.max_tokens (reviews)."
+            f"A limit of {max_tokens} tokens leaves no room for text: the tokenizer starts every text with "
+            f"{before} of its own. Raise task.prompt_max_tokens (prompts) or reward.max_tokens (reviews)."
         )
     rows = []
     for start in range(0, len(texts), _ROWS_PER_BATCH):
         batch = list(texts[start : start + _ROWS_PER_BATCH])
         # Cut by hand below: a tokenizer's own truncation keeps EOS and may cut on the left.
         ids = tokenizer(
-            batch, add_special_tokens=True, padding=False, truncation=False, verbose=False, return_attention_mask=False
+            batch,
+            add_special_tokens=True,
+            padding=False,
+            truncation=False,
+            verbose=False,
+            return_attention_mask=False,
         )["input_ids"]
         rows += [row[: len(row) - after][:max_tokens] if len(row) > extra else [] for row in ids]
     return rows
@@ -124,8 +129,8 @@ def encode(tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
 def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
     """`examples` in an order that depends on `seed` and their number only.
 
-    Sorted by `random()` keys: of Python's generators, that sequence alone is promised to stay the same in later
-    versions, and `Random.shuffle` is not.
+    Sorted by `random()` keys: of Python's generators, that sequence alone is promised to stay the same in
+    later versions, and `Random.shuffle` is not.
     """
     generator = random.Random(seed)
     keys = [generator.random() for _ in examples]
@@ -164,7 +169,8 @@ class Task:
         return getattr(self, split)
 
     def openings(self, split: str) -> Iterator[str]:
-        """Openings of a split's texts, in order, cut to `prompt_sentences` and `prompt_max_chars`; may be empty."""
+        """Openings of a split's texts, in order, cut to `prompt_sentences` and `prompt_max_chars`; may be
+        empty."""
         for example in self.examples(split):
             yield opening(example.text, self.settings.prompt_sentences, self.settings.prompt_max_chars)
 
@@ -187,17 +193,19 @@ class Task:
         prompts: list[list[int]] = []
         start = 0
         while len(prompts) < wanted and start < len(texts):
-            # As many as are still missing: more than one round only where a tokenizer knows no token of a text.
+            # As many as are still missing: more than one round only where a tokenizer knows no token of a
+            # text.
             batch = texts[start : start + wanted - len(prompts)]
             start += len(batch)
             prompts += [row for row in encode(tokenizer, batch, self.settings.prompt_max_tokens) if row]
         return prompts
 
     def describe(self) -> dict:
-        """What a run records about its data, ready for JSON: source, seed and, per split, size and two hashes.
+        """What a run records about its data, ready for JSON: source, seed and, per split, size and two
+        hashes.
 
-        `ids_sha256` tells whether two runs used the same rows in the same order, `texts_sha256` whether the rows said
-        the same (it covers texts and labels, not ids).
+        `ids_sha256` tells whether two runs used the same rows in the same order, `texts_sha256` whether the
+        rows said the same (it covers texts and labels, not ids).
         """
         splits = {}
         for name in SPLITS:
@@ -219,8 +227,8 @@ class Task:
 def cut_splits(train: Sequence[Example], test: Sequence[Example], settings: TaskConfig, source: str) -> Task:
     """Cut a task from the rows of a training and a test file.
 
-    One shuffle of the training rows (files are often sorted by label), then three consecutive stretches, so no row can
-    be in two. The test rows are shuffled by the same seed: their first n are a random subset.
+    One shuffle of the training rows (files are often sorted by label), then three consecutive stretches, so
+    no row can be in two. The test rows are shuffled by the same seed: their first n are a random subset.
 
     Raises:
         GradeError: too few training rows, or reward examples of a single class.
@@ -228,9 +236,9 @@ def cut_splits(train: Sequence[Example], test: Sequence[Example], settings: Task
     sizes = (settings.reward_examples, settings.policy_examples, settings.validation_examples)
     if sum(sizes) > len(train):
         raise GradeError(
-            f"task.reward_examples + task.policy_examples + task.validation_examples = {sizes[0]} + {sizes[1]} + "
-            f"{sizes[2]} = {sum(sizes)}, but the training data of {source} has {len(train)} rows. Lower one of the "
-            "three or use more data."
+            "task.reward_examples + task.policy_examples + task.validation_examples = "
+            f"{sizes[0]} + {sizes[1]} + {sizes[2]} = {sum(sizes)}, but the training data of {source} has "
+            f"{len(train)} rows. Lower one of the three or use more data."
         )
     rows = shuffled(train, settings.split_seed)
     first, second, third = sizes[0], sizes[0] + sizes[1], sum(sizes)

@@ -1,8 +1,8 @@
 """A built-in task: a small grammar that writes labelled film reviews.
 
-A review is an opening and one to three sentences of opinion. Most openings are neutral (who watched what, and when),
-so that a language model trained on these reviews continues them either way and a policy has something to choose.
-Opinions may concede a point to the other side, so that one word does not settle a review.
+A review is an opening and one to three sentences of opinion. Most openings are neutral (who watched what, and
+when), so that a language model trained on these reviews continues them either way and a policy has something
+to choose. Opinions may concede a point to the other side, so that one word does not settle a review.
 
 Everything follows from a seed: no download, no files.
 """
@@ -25,7 +25,9 @@ PARTS = ("train", "test", "pretraining")
 MIN_WORDS, MAX_WORDS = 15, 45
 
 _NEUTRAL_SHARE, _AGREEING_SHARE = 0.7, 0.25  # of openings; the rest speak against the label
-_ATTEMPTS_PER_REVIEW = 200  # a part takes about one text in four, so this is far out of reach until texts run out
+_ATTEMPTS_PER_REVIEW = (
+    200  # a part takes about one text in four, so this is far out of reach until texts run out
+)
 
 # `{name}` is a neutral symbol, `{name+}` speaks for the review's label and `{name-}` against it.
 _NEUTRAL = {
@@ -52,7 +54,8 @@ _NEUTRAL = {
         "I {felt+} how the director {handled} the {aspect}.",
         "Every scene with the {actor} is {adjective+}.",
         "The director {handled} the {aspect} with {manner+}.",
-        "Although the {aspect} was {adjective-}, the {aspects} were {adjective+} and the {actor} was {adjective+}.",
+        "Although the {aspect} was {adjective-}, the {aspects} were {adjective+} and the {actor} was "
+        "{adjective+}.",
         "By the end I was {state+}.",
         "The second half is even more {adjective+} than the first.",
         "You can tell that the writers worked with {manner+}.",
@@ -91,7 +94,8 @@ _NEUTRAL = {
     "plot": (
         "who moves to a new city", "who looks for a missing child", "who inherits an old hotel",
         "who has one week to pay a debt", "who meets a stranger on a train", "who hides a stolen painting",
-        "who starts again after a long illness", "who finds a letter in the attic", "who must cross the desert",
+        "who starts again after a long illness", "who finds a letter in the attic",
+        "who must cross the desert",
         "who plans one last robbery", "who returns home after the war", "who sees a murder",
     ),
     "setting": (
@@ -104,13 +108,17 @@ _NEUTRAL = {
         "dialogue", "opening scene", "camera work", "lighting",
     ),
     "aspects": (
-        "characters", "jokes", "songs", "costumes", "effects", "action scenes", "sets", "twists", "supporting actors",
-        "love scenes",
+        "characters", "jokes", "songs", "costumes", "effects", "action scenes", "sets", "twists",
+        "supporting actors", "love scenes",
     ),
-    "actor": ("lead actor", "lead actress", "young star", "villain", "child actor", "main couple", "narrator"),
+    "actor": (
+        "lead actor", "lead actress", "young star", "villain", "child actor", "main couple", "narrator",
+    ),
     "degree": ("really", "simply", "quite", "truly", "very"),
     "handled": ("handles", "treats", "stages"),
-    "anyone": ("anyone", "my friends", "every fan of the genre", "the whole family", "people who like a {genre}"),
+    "anyone": (
+        "anyone", "my friends", "every fan of the genre", "the whole family", "people who like a {genre}",
+    ),
 }  # fmt: skip
 
 # The same symbols twice: what a positive review (1) and a negative one (0) fills in.
@@ -131,13 +139,16 @@ _POLAR = {
             "Go and see it with {anyone}, it is a gem.",
         ),
         "adjective": (
-            "wonderful", "brilliant", "superb", "moving", "funny", "charming", "beautiful", "excellent", "delightful",
-            "gripping", "clever", "touching",
+            "wonderful", "brilliant", "superb", "moving", "funny", "charming", "beautiful", "excellent",
+            "delightful", "gripping", "clever", "touching",
         ),
         "felt": ("loved", "enjoyed", "adored", "liked"),
-        "manner": ("great skill", "real passion", "gentle wit", "quiet grace", "genuine care", "joy and style"),
+        "manner": (
+            "great skill", "real passion", "gentle wit", "quiet grace", "genuine care", "joy and style",
+        ),
         "state": (
-            "smiling", "crying happy tears", "on the edge of my seat", "cheering", "completely won over", "enchanted",
+            "smiling", "crying happy tears", "on the edge of my seat", "cheering", "completely won over",
+            "enchanted",
         ),
     },
     0: {
@@ -156,11 +167,13 @@ _POLAR = {
             "Avoid it, and warn {anyone}.",
         ),
         "adjective": (
-            "terrible", "boring", "awful", "dull", "clumsy", "ugly", "horrible", "tedious", "stupid", "dreadful",
-            "wooden", "messy",
+            "terrible", "boring", "awful", "dull", "clumsy", "ugly", "horrible", "tedious", "stupid",
+            "dreadful", "wooden", "messy",
         ),
         "felt": ("hated", "disliked", "despised", "resented"),
-        "manner": ("little effort", "no talent", "cheap tricks", "a heavy hand", "utter contempt", "lazy shortcuts"),
+        "manner": (
+            "little effort", "no talent", "cheap tricks", "a heavy hand", "utter contempt", "lazy shortcuts",
+        ),
         "state": (
             "yawning", "half asleep", "looking at my watch", "ready to leave", "angry", "bored to death",
         ),
@@ -179,7 +192,9 @@ def _words(*rules: str) -> set[str]:
 
 def _lexicon(label: int) -> frozenset[str]:
     """Words that only reviews (or concessions) of one label use."""
-    own, other = ({w for rules in _POLAR[side].values() for w in _words(*rules)} for side in (label, 1 - label))
+    own, other = (
+        {w for rules in _POLAR[side].values() for w in _words(*rules)} for side in (label, 1 - label)
+    )
     return frozenset(own - other - {w for rules in _NEUTRAL.values() for w in _words(*rules)})
 
 
@@ -188,7 +203,8 @@ NEGATIVE_WORDS = _lexicon(0)
 
 
 def lexicon_score(text: str) -> int:
-    """Positive minus negative words of `text`: above 0 in every positive review, below 0 in every negative one.
+    """Positive minus negative words of `text`: above 0 in every positive review, below 0 in every negative
+    one.
 
     A judge that has nothing to do with the trained reward.
     """
@@ -197,7 +213,8 @@ def lexicon_score(text: str) -> int:
 
 
 class _Writer:
-    """Expands symbols for one review; a symbol does not come out the same way twice while there is another way."""
+    """Expands symbols for one review; a symbol does not come out the same way twice while there is another
+    way."""
 
     def __init__(self, label: int, generator: random.Random):
         self.label = label
@@ -231,7 +248,8 @@ class _Writer:
 
 
 def write_reviews(n: int, seed: int = SEED, part: str = "train") -> list[Example]:
-    """`n` distinct reviews, negative and positive in turn; the first m of them are `write_reviews(m, seed, part)`.
+    """`n` distinct reviews, negative and positive in turn; the first m of them are `write_reviews(m, seed,
+    part)`.
 
     Args:
         n: how many.
@@ -256,10 +274,17 @@ def write_reviews(n: int, seed: int = SEED, part: str = "train") -> list[Example
             text = _Writer(label, generator).review()
             # An opening against the label may outweigh a single opinion: such a review has no clear label.
             clear = (lexicon_score(text) > 0) if label else (lexicon_score(text) < 0)
-            if clear and text not in seen and MIN_WORDS <= len(text.split()) <= MAX_WORDS and _part(text) == part:
+            if (
+                clear
+                and text not in seen
+                and MIN_WORDS <= len(text.split()) <= MAX_WORDS
+                and _part(text) == part
+            ):
                 break
         else:
-            raise GradeError(f"The demo's grammar cannot write {n} distinct reviews: lower task.policy_examples.")
+            raise GradeError(
+                f"The demo's grammar cannot write {n} distinct reviews: lower task.policy_examples."
+            )
         seen.add(text)
         reviews.append(Example(f"{part}/{len(reviews)}", text, label))
     return reviews

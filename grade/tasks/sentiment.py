@@ -36,7 +36,9 @@ def load(settings: TaskConfig) -> Task:
     elif path.exists():
         raise GradeError(f"task.dataset is {name}, a file: name the folder that holds it ({_LOCAL_FILES}).")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise GradeError(f"task.dataset is {name}, and there is no such folder. Name {_LOCAL_FILES}, or a hub dataset.")
+        raise GradeError(
+            f"task.dataset is {name}, and there is no such folder. Name {_LOCAL_FILES}, or a hub dataset."
+        )
     else:
         files = _load_hub(name, settings)
     return cut_splits(files["train"], files["test"], settings, source=name)
@@ -46,16 +48,20 @@ def _load_folder(path: Path, settings: TaskConfig) -> dict[str, list[Example]]:
     import datasets
 
     if (path / "dataset_dict.json").exists():
+        for part in _PARTS:  # `datasets` saves no rows as no files, and then cannot read them
+            if (path / part).is_dir() and not any((path / part).glob("*.arrow")):
+                raise GradeError(f"The {part} data of task.dataset={path} is empty: it has no rows.")
         with _reading(path):
             data = datasets.load_from_disk(str(path))
         return _examples(data, settings)
     if (path / "dataset_info.json").exists() and (path / "state.json").exists():
         raise GradeError(
-            f"task.dataset is {path}, a single saved dataset: save a DatasetDict with the parts train and test."
+            f"task.dataset is {path}, a single saved dataset: save a DatasetDict with the parts train "
+            "and test."
         )
     reader, files = _data_files(path)
-    # The reader's cache lies in a folder of its own and goes with it: the data folder may be read-only, and no second
-    # copy of somebody's data stays behind.
+    # The reader's cache lies in a folder of its own and goes with it: the data folder may be read-only, and
+    # no second copy of somebody's data stays behind.
     with tempfile.TemporaryDirectory(prefix="grade-", ignore_cleanup_errors=True) as cache:
         with _reading(path), _quiet(datasets):
             data = datasets.load_dataset(reader, data_files=files, cache_dir=cache)
@@ -88,24 +94,25 @@ def _load_hub(name: str, settings: TaskConfig) -> dict[str, list[Example]]:
         data = datasets.load_dataset(name)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise GradeError(
-            f"task.dataset is {name}: there is no such folder here, and the hub shows no such dataset ({error}). "
-            f"Correct the name, or name {_LOCAL_FILES}."
+            f"task.dataset is {name}: there is no such folder here, and the hub shows no such dataset "
+            f"({error}). Correct the name, or name {_LOCAL_FILES}."
         ) from error
     except Exception as error:
         if _is_connection_error(error):
             raise GradeError(
-                f"task.dataset is {name}, a dataset on the hub, and the hub cannot be reached. To work without it, "
-                f"set task.dataset to {_LOCAL_FILES}."
+                f"task.dataset is {name}, a dataset on the hub, and the hub cannot be reached. To work without "
+                f"it, set task.dataset to {_LOCAL_FILES}."
             ) from error
         raise GradeError(
-            f"task.dataset is {name}, and the hub's dataset cannot be loaded ({_one_line(error)}). Save it yourself "
-            f"and set task.dataset to {_LOCAL_FILES}."
+            f"task.dataset is {name}, and the hub's dataset cannot be loaded ({_one_line(error)}). "
+            f"Save it yourself and set task.dataset to {_LOCAL_FILES}."
         ) from error
     return _examples(data, settings)
 
 
 def _is_connection_error(error: BaseException | None) -> bool:
-    """Whether a network failure is at the root. Told by class names: the hub's HTTP library has changed before."""
+    """Whether a network failure is at the root. Told by class names: the hub's HTTP library has changed
+    before."""
     while error is not None:
         names = {cls.__name__ for cls in type(error).__mro__}
         if names & {"ConnectionError", "TimeoutError", "TransportError", "OfflineModeIsEnabled"}:
@@ -133,27 +140,37 @@ def _read_part(rows, part: str, settings: TaskConfig) -> list[Example]:
         column = getattr(settings, setting)
         if column not in rows.column_names:
             raise GradeError(
-                f"{where} has no column {column!r}: set task.{setting} to one of {', '.join(rows.column_names)}."
+                f"{where} has no column {column!r}: set task.{setting} to one of "
+                f"{', '.join(rows.column_names)}."
             )
     columns = rows.select_columns(list({settings.text_column, settings.label_column})).with_format(None)[:]
     examples = []
-    for row, (text, label) in enumerate(zip(columns[settings.text_column], columns[settings.label_column])):
+    texts, labels = columns[settings.text_column], columns[settings.label_column]
+    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if text is not None and not isinstance(text, str):
             raise GradeError(
-                f"{where} has {type(text).__name__} values in column {settings.text_column!r}: task.text_column must "
-                f"name a column of strings ({', '.join(rows.column_names)})."
+                f"{where} has {type(text).__name__} values in column {settings.text_column!r}: "
+                f"task.text_column must name a column of strings ({', '.join(rows.column_names)})."
             )
         if label is None:
-            raise GradeError(f"{where} has no label in row {row}, column {settings.label_column!r}: remove such rows.")
-        examples.append(Example(f"{part}/{row}", clean(text or ""), int(str(label) == settings.positive_label)))
+            raise GradeError(
+                f"{where} has no label in row {row}, column {settings.label_column!r}: remove such rows."
+            )
+        cleaned = clean(text or "")
+        if cleaned:  # there is nothing to read or to continue in an empty review
+            examples.append(Example(f"{part}/{row}", cleaned, int(str(label) == settings.positive_label)))
+    if not examples:
+        raise GradeError(
+            f"{where} is empty: no row has text in column {settings.text_column!r} (task.text_column)."
+        )
     if len({example.label for example in examples}) < 2:
-        values = sorted({str(label) for label in columns[settings.label_column]})
+        values = sorted({str(label) for label in labels})
         shown = ", ".join(values[:10]) + (", ..." if len(values) > 10 else "")
         problem = "only positive rows" if examples[0].label else "no positive row"
         raise GradeError(
             f"{where} has {problem} by task.positive_label={settings.positive_label!r}: column "
-            f"{settings.label_column!r} holds {shown}. Both classes are needed: correct task.positive_label or "
-            "task.label_column, or use data with both."
+            f"{settings.label_column!r} holds {shown}. Both classes are needed: correct "
+            "task.positive_label or task.label_column, or use data with both."
         )
     return examples
 
@@ -164,7 +181,9 @@ def _reading(path: Path):
     try:
         yield
     except Exception as error:
-        raise GradeError(f"task.dataset is {path}, and its files cannot be read: {_one_line(error)}") from error
+        raise GradeError(
+            f"task.dataset is {path}, and its files cannot be read: {_one_line(error)}"
+        ) from error
 
 
 def _one_line(error: BaseException) -> str:
