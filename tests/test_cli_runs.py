@@ -130,6 +130,11 @@ def test_mistakes_are_told_in_one_line(case, tiny_config, tmp_path, capsys):
     assert expected in mistake(tiny_config, tmp_path, capsys, *options)
 
 
+def test_reward_model_of_another_vocabulary(tiny_config, tmp_path, capsys, stories260k):
+    message = mistake(tiny_config, tmp_path, capsys, "--reward.model", stories260k)
+    assert "reward.model" in message and "vocabulary" in message
+
+
 def test_empty_dataset(tiny_config, tmp_path, capsys):
     folder = tmp_path / "empty"
     folder.mkdir()

@@ -35,7 +35,7 @@ def draw(policy, prompts=PROMPTS, *, seed=0, rows=None, copies=1, adapters=True,
 
 def responses(rollout):
     """Real tokens of each response."""
-    return [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens, rollout.mask)]
+    return [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens, rollout.mask, strict=True)]
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def test_equals_a_sampler_without_cache_and_padding(name, soft):
             n = len(tokens)
             assert responses(rollout)[b] == tokens
             assert rollout.indices[b, :n].tolist() == supports  # the exact top-k of what may be sampled
-            chosen = torch.tensor([m[s.index(t)] for m, s, t in zip(mixtures, supports, tokens)])
+            chosen = torch.tensor([m[s.index(t)] for m, s, t in zip(mixtures, supports, tokens, strict=True)])
             assert torch.allclose(rollout.token_weight[b, :n], chosen, rtol=1e-9, atol=0)
             if soft:
                 assert torch.allclose(rollout.weights[b, :n], mixtures, rtol=1e-9, atol=1e-15)
@@ -123,16 +123,18 @@ def test_without_adapters_the_base_is_sampled():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_batch_split_and_order_change_nothing(name):
-    policy = tiny_policy(name)
-    together = responses(draw(policy))
-    rows = torch.arange(4) * 100
-    alone = [responses(draw(policy, [p], rows=rows[b: b + 1]))[0] for b, p in enumerate(PROMPTS)]
-    assert alone == together
-    order = [2, 0, 3, 1]
-    shuffled = responses(draw(policy, [PROMPTS[i] for i in order], rows=rows[order]))
-    assert shuffled == [together[i] for i in order]
-    assert responses(draw(policy, rows=rows + 7)) != together
-    assert responses(draw(policy, seed=1)) != together
+    policy, rows = tiny_policy(name), torch.arange(4) * 100
+
+    def tokens(order=(0, 1, 2, 3), shift=0, **options):
+        """The responses to these prompts in one batch, at their own rows."""
+        prompts = [PROMPTS[i] for i in order]
+        return responses(draw(policy, prompts, rows=rows[list(order)] + shift, max_new_tokens=9, **options))
+
+    together = tokens()
+    assert tokens([0]) + tokens([1, 2]) + tokens([3]) == together
+    assert tokens([2, 0, 3, 1]) == [together[i] for i in (2, 0, 3, 1)]
+    assert tokens(shift=7) != together
+    assert tokens(seed=1) != together
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
@@ -153,7 +155,7 @@ def test_samples_per_prompt_equal_repeated_prompts(name):
 def expected_mask(tokens, eos_ids):
     """Position by position: real until the first end token, which is real too."""
     mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, ids in zip(mask, tokens.tolist()):
+    for row, ids in zip(mask, tokens.tolist(), strict=True):
         for s, token in enumerate(ids):
             row[s] = True
             if token in eos_ids:
@@ -483,8 +485,7 @@ def test_pad_prompts():
     assert pad_prompts([[0, 5], [1]], pad_id=0)[1].tolist() == [[True, True], [False, True]]  # pad inside a prompt
 
 
-@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-@pytest.mark.parametrize("size", [1, 2, 3, 8, 20])
+@pytest.mark.parametrize("size, soft", [(1, True), (2, False), (3, False), (3, True), (8, True), (20, False)])
 def test_micro_batches_trim_padding_and_keep_every_token(size, soft):
     policy = tiny_policy()
     policy.eos_ids = torch.arange(0, VOCAB, 3)
@@ -492,12 +493,12 @@ def test_micro_batches_trim_padding_and_keep_every_token(size, soft):
     parts = list(rollout.micro_batches(size))
     assert [len(p) for p in parts] == [min(size, 8 - start) for start in range(0, 8, size)]
     assert sum((responses(p) for p in parts), []) == responses(rollout)
-    prompts = [ids[m].tolist() for p in parts for ids, m in zip(p.prompt_ids, p.prompt_mask)]
+    prompts = [ids[m].tolist() for p in parts for ids, m in zip(p.prompt_ids, p.prompt_mask, strict=True)]
     assert prompts == [p for p in PROMPTS for _ in range(2)]
     for name in ("indices", "token_weight", "rows") + (("weights",) if soft else ()):
         pieces = torch.cat([getattr(p, name)[p.mask] for p in parts])
         assert torch.equal(pieces, getattr(rollout, name)[rollout.mask]), name
-    for start, part in zip(range(0, 8, size), parts):
+    for start, part in zip(range(0, 8, size), parts, strict=True):
         assert part.prompt_mask[:, -1].all() and part.prompt_mask[:, 0].any()  # left-padded, no empty column
         assert part.mask[:, -1].any() and part.tokens.shape == part.mask.shape == part.rows.shape
         assert part.indices.shape[:2] == part.mask.shape == part.token_weight.shape

@@ -101,6 +101,45 @@ def test_kl_is_zero_at_step_zero(tiny_config):
     assert 0.0 <= one_step(tiny_config)[1]["kl"] < 3e-7
 
 
+VARIANTS = {
+    "grade": {"method": {"name": "grade"}},
+    "rao": {"method": {"estimator": "rao", "rao_samples": 4}},
+    "straight_through": {"method": {"estimator": "straight_through"}},
+    "reinmax": {"method": {"estimator": "reinmax"}},
+    "sequence_sum, ref_policy": {"method": {"kl_reduction": "sequence_sum", "kl_direction": "ref_policy"}},
+    "checkpointing": {"method": {"activation_checkpointing": True}},
+    "replay_dropout": {"method": {"replay_dropout": True}},
+    "samples per prompt": {"generation": {"samples_per_prompt": 2, "batch_size": 2}},
+    "ignore_eos": {"generation": {"ignore_eos": True}},
+    "response only": {"reward": {"input": "response"}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_setting_takes_a_step(tiny_config, variant):
+    config = tiny_config
+    for section, changes in VARIANTS[variant].items():
+        config = replace(config, **{section: replace(getattr(config, section), **changes)})
+    trainer = trainer_of(config)
+    before = adapter_of(trainer.policy)
+    metrics = trainer.train_step()
+    assert 0 < metrics["grad_norm"] < 10 and 0 < metrics["reward"] < 1 and metrics["kl"] < 1e-4
+    assert not torch.equal(before, adapter_of(trainer.policy))
+    if variant == "ignore_eos":
+        assert metrics["completions/mean_length"] == config.generation.max_new_tokens
+
+
+def test_smaller_decoding_batches_draw_the_same_responses(tiny_config):
+    trainer = trainer_of(tiny_config)
+    (whole,) = trainer.rollouts(0)
+    trainer.config.generation.batch_size = 1
+    parts = list(trainer.rollouts(0))
+    assert len(parts) == len(whole)
+    for row, part in enumerate(parts):
+        length = part.tokens.shape[1]
+        assert torch.equal(part.tokens[0], whole.tokens[row, :length]) and whole.mask[row].sum() == length
+
+
 @pytest.mark.slow
 def test_reward_rises_on_real_reviews(tiny_config, imdb_lm, shared_imdb):
     """Ten steps on a pretrained model: the mean of the last three rewards is above the first three by 0.05."""

@@ -6,7 +6,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
 from transformers import (
-    AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Qwen3Config,
 )
 from transformers.pytorch_utils import Conv1D
 

@@ -7,7 +7,14 @@ import json
 import pytest
 
 from grade.config import (
-    Config, EvaluationConfig, GenerationConfig, LoraSettings, MethodConfig, ModelConfig, RewardConfig, TaskConfig,
+    Config,
+    EvaluationConfig,
+    GenerationConfig,
+    LoraSettings,
+    MethodConfig,
+    ModelConfig,
+    RewardConfig,
+    TaskConfig,
     TrainConfig,
 )
 from grade.demo_model import demo_model

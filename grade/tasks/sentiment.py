@@ -100,8 +100,8 @@ def _load_hub(name: str, settings: TaskConfig) -> dict[str, list[Example]]:
     except Exception as error:
         if _is_connection_error(error):
             raise GradeError(
-                f"task.dataset is {name}, a dataset on the hub, and the hub cannot be reached. To work without "
-                f"it, set task.dataset to {_LOCAL_FILES}."
+                f"task.dataset is {name}, a dataset on the hub, and the hub cannot be reached. To "
+                f"work without it, set task.dataset to {_LOCAL_FILES}."
             ) from error
         raise GradeError(
             f"task.dataset is {name}, and the hub's dataset cannot be loaded ({_one_line(error)}). "
@@ -181,6 +181,11 @@ def _reading(path: Path):
     try:
         yield
     except Exception as error:
+        # Only the wording tells files without rows from broken ones; unrecognised, the reason is still shown.
+        empty = re.search(r'"(\w+)" corresponds to no data', str(error))
+        if empty:
+            message = f"The {empty[1]} data of task.dataset={path} is empty: it has no rows."
+            raise GradeError(message) from error
         raise GradeError(
             f"task.dataset is {path}, and its files cannot be read: {_one_line(error)}"
         ) from error
