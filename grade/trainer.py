@@ -22,8 +22,9 @@ from transformers import get_scheduler
 
 from grade.checkpoint import latest, load_adapter, load_state, save_checkpoint
 from grade.config import Config, GradeError
-from grade.config_io import config_to_yaml
+from grade.config_io import config_from_yaml, config_to_yaml
 from grade.evaluate import Evaluation, evaluate, text_of, write_evaluations
+from grade.interrupt import stop_between_steps
 from grade.loading import load_policy, load_reward, load_tokenizer
 from grade.methods.grade import Grade
 from grade.metrics import Phases, RunLog, peak_memory_gib, step_metrics, step_sums
@@ -31,6 +32,21 @@ from grade.progress import training_progress
 from grade.report import evaluation_table
 from grade.rollout import Rollout, pad_prompts, sample
 from grade.tasks import load_task
+
+
+_MAY_CHANGE_ON_RESUME = {
+    "train.resume", "train.overwrite", "train.run_dir", "output_dir", "name", "train.steps", "train.save_every",
+    "train.tensorboard", "train.wandb", "train.wandb_project", "train.samples_logged", "train.samples_every",
+    "evaluation.samples", "evaluation.batch_size", "generation.batch_size", "method.head_chunk_mib",
+}
+
+
+def flatten(settings: dict, prefix: str = "") -> Dict[str, object]:
+    """{"train": {"steps": 1}} -> {"train.steps": 1}."""
+    flat: Dict[str, object] = {}
+    for name, value in settings.items():
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return flat
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -64,6 +80,7 @@ def prepare_run_dir(config: Config) -> Path:
     run_dir = Path(config.run_dir)
     if config.train.resume:
         load_state(run_dir / "checkpoints" / "last")
+        _check_same_run(config, run_dir)
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         if not config.train.overwrite:
             raise GradeError(
@@ -74,6 +91,18 @@ def prepare_run_dir(config: Config) -> Path:
             raise GradeError(f"train.overwrite: {run_dir} does not look like a run (no config.yaml): not deleted.")
         shutil.rmtree(run_dir)
     return run_dir
+
+
+def _check_same_run(config: Config, run_dir: Path) -> None:
+    """Refuse to continue a run under other settings than it was started with."""
+    before, now = (flatten(asdict(c)) for c in (config_from_yaml(run_dir / "config.yaml"), config))
+    differing = [name for name in now if before[name] != now[name] and name not in _MAY_CHANGE_ON_RESUME]
+    if differing:
+        changes = ", ".join(f"{name} ({before[name]} then, {now[name]} now)" for name in differing)
+        raise GradeError(
+            f"train.resume: {run_dir} was started with other settings: {changes}. Put them back, or start another run "
+            "with --train.run_dir."
+        )
 
 
 class Trainer:
@@ -205,7 +234,7 @@ class Trainer:
             self._write_record()
         self.log = RunLog(self.run_dir, self.config, enabled=main, resume_step=self.step)
         try:
-            with training_progress(train.steps, self.step, enabled=main) as progress:
+            with training_progress(train.steps, self.step, enabled=main) as progress, stop_between_steps() as stop:
                 if self.step == 0 and not self.evaluations:
                     self._validate(progress, adapters=False)
                 while self.step < train.steps:
@@ -215,8 +244,11 @@ class Trainer:
                     self.step += 1
                     if self.step % every == 0 or self.step == train.steps:
                         self._validate(progress)
-                    if self.step % train.save_every == 0 or self.step == train.steps:
+                    stopping = self._any_process(stop.asked)
+                    if self.step % train.save_every == 0 or self.step == train.steps or stopping:
                         self._save()
+                    if stopping and self.step < train.steps:
+                        raise KeyboardInterrupt
                 return self._test(progress)
         finally:
             self.log.close()

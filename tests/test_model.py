@@ -76,12 +76,12 @@ def test_embed_and_head_are_the_models_own(name):
 
 
 SCALED = {
-    "cohere": (CohereConfig(**SIZES, **LLAMA_SIZES, num_key_value_heads=2, logit_scale=0.0625), 0.0625),
+    "cohere": (CohereConfig(**SIZES, **LLAMA_SIZES, num_key_value_heads=2, logit_scale=0.07), 0.07),
     "granite": (
         GraniteConfig(
-            **SIZES, **LLAMA_SIZES, num_key_value_heads=2, logits_scaling=8.0, embedding_multiplier=12.0,
+            **SIZES, **LLAMA_SIZES, num_key_value_heads=2, logits_scaling=7.0, embedding_multiplier=12.0,
             residual_multiplier=0.22, attention_multiplier=0.3,
-        ), 0.125,
+        ), 1 / 7,
     ),
 }
 
@@ -148,6 +148,17 @@ def misuse_cache(base):
     base.base_model.register_forward_hook(hook, with_kwargs=True)
 
 
+def lose_padded_rows(base):
+    """What attention with nothing to attend to gives."""
+
+    def hook(module, args, kwargs, out):
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not mask.all():
+            out.last_hidden_state = out.last_hidden_state * torch.nan
+
+    base.base_model.register_forward_hook(hook, with_kwargs=True)
+
+
 def ignore_positions(base):
     original = base.transformer.forward
     base.transformer.forward = lambda *args, position_ids=None, **kwargs: original(*args, **kwargs)
@@ -162,6 +173,7 @@ REFUSALS = [
     ("llama", treat_ids_specially, "inputs_embeds"),
     ("llama", misuse_cache, "KV cache"),
     ("gpt2", ignore_positions, "left padding"),
+    ("llama", lose_padded_rows, "left padding"),
 ]
 
 

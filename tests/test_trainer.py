@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from grade.checkpoint import load_state
 from grade.config import GradeError
 from grade.methods.grade import kl_weight, tau_at
 from grade.metrics import step_metrics, unique_token_ratio
@@ -195,6 +197,28 @@ def test_run_writes_what_it_promises_and_resumes_exactly(tiny_config, tmp_path):
 
     assert timeless(whole / "metrics.jsonl") == timeless(resumed / "metrics.jsonl")
     check_run_directory(whole, steps=4)
+
+
+def test_ctrl_c_saves_the_finished_step(tiny_config):
+    """The signal lands inside a step; the step is finished, saved, and only then does the run stop."""
+    config = with_train(tiny_config, save_every=1000)
+    trainer = Trainer(config, make_accelerator(config), prepare_run_dir(config))
+    step = trainer.train_step
+
+    def interrupted():
+        signal.raise_signal(signal.SIGINT)
+        return step()
+
+    trainer.train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert load_state(Path(config.run_dir) / "checkpoints" / "last")["step"] == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    with pytest.raises(GradeError, match=r"method.kl_coef \(0.05 then, 0.5 now\)"):
+        changed = with_train(config, resume=True)
+        prepare_run_dir(replace(changed, method=replace(config.method, kl_coef=0.5)))
+    assert prepare_run_dir(with_train(config, resume=True)) == Path(config.run_dir)
 
 
 def check_run_directory(run_dir, steps):
