@@ -100,10 +100,6 @@ class Policy:
         return self.head.shape[0]
 
     @property
-    def context_length(self) -> Optional[int]:
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
-
-    @property
     def head_transform(self) -> dict:
         """The head's keyword arguments for `grade_kernels`."""
         return {"bias": self.head_bias, "scale": self.logit_scale, "softcap": self.softcap}

@@ -113,15 +113,21 @@ def _inverse(config, name: str) -> Optional[float]:
 def _logits_of_hidden(policy, hidden: Tensor) -> Tensor:
     """The model's logits if its backbone had returned `hidden` [1, n, d]."""
 
+    replaced = []
+
     def replace(module, args, kwargs, output):
+        replaced.append(True)
         output.last_hidden_state = hidden
         return output
 
     handle = policy.backbone.register_forward_hook(replace, with_kwargs=True)
     try:
-        return policy.causal_lm(input_ids=_probe_ids(policy), use_cache=False).logits
+        logits = policy.causal_lm(input_ids=_probe_ids(policy), use_cache=False).logits
     finally:
         handle.remove()
+    if not replaced:
+        raise _refuse(policy, "does not call its `base_model` as one module")
+    return logits
 
 
 @torch.no_grad()

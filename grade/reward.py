@@ -115,7 +115,8 @@ class ClassifierReward:
             inputs_embeds=x, attention_mask=mask.long(), position_ids=positions, use_cache=False
         ).last_hidden_state
         last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)  # [B], position of the last real token
-        logits = self.model.score(hidden[torch.arange(len(hidden), device=last.device), last]).float()
+        logits = self.model.score(hidden[torch.arange(len(hidden), device=last.device), last])
+        logits = logits.to(accumulation_dtype(logits))
         return logits[:, 0] if self.label is None else logits.softmax(-1)[:, self.label]
 
 

@@ -191,7 +191,13 @@ def _draw(policy: Policy, hidden: Tensor, sampling: Sampling, seed: int, rows: T
             hard=not sampling.soft, **policy.head_transform,
         )
     out = vocab_head(hidden, policy.head, k=sampling.top_k, suppress=suppress, **policy.head_transform)
-    inside = nucleus(out.logits, out.lse, sampling.top_p)
+    lse = out.lse
+    if len(suppress):  # the nucleus is one of what may be sampled, as if the others had no mass
+        banned = vocab_head(
+            hidden, policy.head, indices=suppress.expand(len(hidden), -1), **policy.head_transform
+        ).mass
+        lse = lse + torch.log1p(-banned.clamp_max(1 - 1e-6))
+    inside = nucleus(out.logits, lse, sampling.top_p)
     noise = gumbel(seed, 0, rows, out.indices, dtype=torch.float32)
     noisy = torch.where(inside, out.logits + noise, -torch.inf)
     tokens = out.indices.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
@@ -199,11 +205,11 @@ def _draw(policy: Policy, hidden: Tensor, sampling: Sampling, seed: int, rows: T
 
 
 def nucleus(logits: Tensor, lse: Tensor, top_p: float) -> Tensor:
-    """[..., k] bool: the fewest leading candidates that hold `top_p` of the full distribution's mass.
+    """[..., k] bool: the fewest leading candidates that hold `top_p` of the distribution's mass.
 
     Args:
         logits: [..., k], descending.
-        lse: [...], log-sum-exp over the full vocabulary.
+        lse: [...], log-sum-exp over everything that may be sampled.
         top_p: mass in (0, 1]. Where all k candidates hold less, all are kept; so are they at 1, whatever rounding
             does to a sum of 1.
     """
