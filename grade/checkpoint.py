@@ -37,10 +37,17 @@ def load_adapter(directory: Path, policy: Policy) -> None:
     Raises:
         GradeError: the folder holds no adapter, or one of another shape.
     """
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 
     if not (directory / "adapter_config.json").is_file():
         raise GradeError(f"checkpoint {directory}: no adapter is saved there (adapter_config.json is missing).")
+    saved, ours = LoraConfig.from_pretrained(str(directory)), policy.model.peft_config["default"]
+    for name in ("r", "lora_alpha", "use_rslora"):
+        if getattr(saved, name) != getattr(ours, name):
+            raise GradeError(
+                f"checkpoint {directory} was trained with {name}={getattr(saved, name)}, model.lora gives "
+                f"{getattr(ours, name)}: its weights would mean something else. Use the config the run was made with."
+            )
     weights = load_peft_weights(str(directory), device=str(policy.device))
     try:
         outcome = set_peft_model_state_dict(policy.model, weights)

@@ -67,8 +67,8 @@ class ModelConfig:
     """Hub name or folder of a transformers causal language model."""
     revision: Optional[str] = None
     """Branch, tag or commit on the hub."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Dtype of the frozen weights. Adapters are float32."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of the frozen weights. Adapters are float32. Not float16: small gradients would vanish in it."""
     attn_implementation: Optional[str] = None
     """Attention as transformers names it (sdpa, eager, flash_attention_2); null: transformers' choice."""
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -301,6 +301,7 @@ _LOWER_BOUNDS = [
     ("evaluation.batch_size", 1, True),
     ("evaluation.samples", 0, True),
 ]
+_SEEDS = ["seed", "task.split_seed", "reward.seed", "evaluation.seed"]
 _BELOW_ONE = ["model.lora.dropout", "train.adam_beta1", "train.adam_beta2"]
 
 
@@ -327,6 +328,9 @@ def validate(config: Config) -> None:
     for name in _BELOW_ONE:
         if get_setting(config, name) >= 1:
             raise GradeError(f"{name} is {get_setting(config, name)}: it must be below 1.")
+    for name in _SEEDS:
+        if not 0 <= get_setting(config, name) < 2**63:
+            raise GradeError(f"{name} is {get_setting(config, name)}: a seed is between 0 and 2^63 - 1.")
     generation, method, train = config.generation, config.method, config.train
     if config.evaluation.top_p > 1:
         raise GradeError(f"evaluation.top_p is {config.evaluation.top_p}: a probability mass is at most 1.")

@@ -163,6 +163,7 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     from grade.loading import load_policy, load_reward, load_tokenizer
     from grade.methods.grade import Grade
     from grade.report import evaluation_table
+    from grade.reward_training import with_kept_head
     from grade.tasks import load_task
     from grade.trainer import make_accelerator
 
@@ -174,7 +175,7 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     task = load_task(config)
     policy = load_policy(config, tokenizer, accelerator.device)
     with accelerator.main_process_first():
-        reward = load_reward(config, policy, task)
+        reward = load_reward(with_kept_head(config, run_dir), policy, task)
     load_adapter(folder, policy)
     limit = config.evaluation.test_prompts if split == "test" else config.evaluation.validation_prompts
     prompts = task.prompts(split, tokenizer, limit=limit)

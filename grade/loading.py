@@ -6,19 +6,21 @@ import warnings
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from grade.config import Config, GradeError
 from grade.model import Policy
+from grade.reward import SharedReward, check_classifier, load_classifier
 
 
 def load_tokenizer(config: Config):
     """The policy's tokenizer, padding on the left.
 
     Raises:
-        GradeError: model.name cannot be found.
+        GradeError: model.name cannot be found, or reward.model has another vocabulary.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model.name, revision=config.model.revision)
@@ -27,6 +29,8 @@ def load_tokenizer(config: Config):
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if config.reward.model is not None:  # before any weights are read: the policy may be large
+        check_classifier(config.reward.model, tokenizer)
     return tokenizer
 
 
@@ -48,7 +52,7 @@ def load_policy(config: Config, tokenizer, device: torch.device) -> Policy:
             config.model.name, revision=config.model.revision, dtype=getattr(torch, config.model.dtype),
             attn_implementation=config.model.attn_implementation,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _not_loadable(config, error) from error
     return Policy(add_adapter(base.to(device), config), tokenizer)
 
@@ -78,7 +82,6 @@ def add_adapter(base, config: Config):
 
 def load_reward(config: Config, policy: Policy, task):
     """The reward a config asks for: a classifier, or the trained head (trained now if there is none yet)."""
-    from grade.reward import SharedReward, load_classifier
     from grade.reward_training import load_or_train_head
 
     if config.reward.model is not None:

@@ -55,19 +55,25 @@ def unique_token_ratio(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 # Sums over responses or tokens, so that micro-batches and processes can be added before dividing.
+SUMS = (
+    "responses", "tokens", "reward", "reward²", "kl", "entropy", "mass", "gap", "unique", "ended", "hops", "residual",
+    "kl²", "logprob",
+)
+
+
 def step_sums(rollout: Rollout, result: ReplayResult, eos_ids: Tensor) -> Tensor:
-    """One micro-batch's contribution to `step_metrics`, float64 [14]."""
+    """One micro-batch's contribution to `step_metrics`: float64 [len(SUMS)], on CPU."""
     mask = rollout.mask
     reward = result.reward.double()
     last = rollout.tokens.gather(1, (mask.sum(1, keepdim=True) - 1)).squeeze(1)
+    kl, relaxed = result.kl.double(), (1 - rollout.token_weight) * mask
     parts = [
-        torch.tensor(len(rollout)), mask.sum(), reward.sum(), reward.square().sum(), result.kl.double().sum(),
-        result.entropy.double().sum(), result.mass.double().sum(), ((1 - rollout.token_weight) * mask).double().sum(),
-        unique_token_ratio(rollout.tokens, mask).double().sum(), torch.isin(last, eos_ids).sum(),
-        result.hops.sum(), result.residual.double().sum(), (result.kl.double().sum(1)).square().sum(),
-        result.logprob.double().sum(),
+        torch.tensor(len(rollout), device=mask.device), mask.sum(), reward.sum(), reward.square().sum(), kl.sum(),
+        result.entropy.double().sum(), result.mass.double().sum(), relaxed.double().sum(),
+        unique_token_ratio(rollout.tokens, mask).double().sum(), torch.isin(last, eos_ids).sum(), result.hops.sum(),
+        result.residual.double().sum(), kl.sum(1).square().sum(), result.logprob.double().sum(),
     ]
-    return torch.stack([p.to(device="cpu", dtype=torch.float64) for p in parts])
+    return torch.stack([p.double() for p in parts]).cpu()
 
 
 def step_metrics(sums: Tensor) -> Dict[str, float]:
@@ -78,23 +84,25 @@ def step_metrics(sums: Tensor) -> Dict[str, float]:
     on the sampled token (0: the straight-through step is exact); `eos_rate` is the share of responses that ended by
     themselves; `hops` and `hop_residual` are means over responses.
     """
-    (count, tokens, reward, reward_squares, kl, entropy, mass, gap, unique, ended, hops, residual, kl_squares,
-     logprob) = sums.tolist()
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    count, tokens = total["responses"], total["tokens"]
+    per_response = {name: value / count for name, value in total.items()}
+    per_token = {name: value / tokens for name, value in total.items()}
     return {
-        "reward": reward / count,
-        "reward_std": _std(count, reward, reward_squares),
-        "kl": kl / tokens,
-        "kl_sequence": kl / count,
-        "kl_sequence_std": _std(count, kl, kl_squares),
-        "entropy": entropy / tokens,
-        "logprob": logprob / tokens,
-        "topk_mass": mass / tokens,
-        "soft_hard_gap": gap / tokens,
-        "unique_token_ratio": unique / count,
-        "eos_rate": ended / count,
+        "reward": per_response["reward"],
+        "reward_std": _std(count, total["reward"], total["reward²"]),
+        "kl": per_token["kl"],
+        "kl_sequence": per_response["kl"],
+        "kl_sequence_std": _std(count, total["kl"], total["kl²"]),
+        "entropy": per_token["entropy"],
+        "logprob": per_token["logprob"],
+        "topk_mass": per_token["mass"],
+        "soft_hard_gap": per_token["gap"],
+        "unique_token_ratio": per_response["unique"],
+        "eos_rate": per_response["ended"],
         "completions/mean_length": tokens / count,
-        "hops": hops / count,
-        "hop_residual": residual / count,
+        "hops": per_response["hops"],
+        "hop_residual": per_response["residual"],
     }
 
 
@@ -161,13 +169,17 @@ def _append(path: Path, rows: List[dict]) -> None:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Drop rows of steps at or after `step`: a resumed run writes them again."""
+    """Drop what a run resumed after `step` steps writes again: training rows from there on, later validations.
+
+    Training rows carry the number of their step, from 0; a validation's is the number of steps taken before it.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] < step:
+            row = json.loads(line)
+            if row["step"] < step or (row["step"] == step > 0 and any(name.startswith("validation/") for name in row)):
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue  # a line cut short when the run was stopped

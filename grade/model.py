@@ -75,9 +75,7 @@ class Policy:
         self.head_bias = head.bias.detach() if getattr(head, "bias", None) is not None else None
         self.logit_scale, self.softcap = 1.0, None
         if probe:
-            self.embedding_scale = probe_embedding(self)
-            self.logit_scale, self.softcap = probe_head(self)
-            probe_passes(self)
+            self._probe()
 
         known = torch.tensor(sorted(set(tokenizer.get_vocab().values())))
         unknown = torch.ones(self.vocab_size, dtype=torch.bool)
@@ -85,7 +83,20 @@ class Policy:
         self.suppressed = unknown.nonzero().squeeze(1).to(self.device)
         self.eos_ids = torch.tensor(_eos_ids(self.causal_lm, tokenizer), dtype=torch.int64, device=self.device)
         # Pad only fills positions that masks exclude, so any id will do; eos may double as pad.
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(self.eos_ids[0])
+        pad = tokenizer.pad_token_id
+        self.pad_id = pad if pad is not None and pad < len(self.embedding) else int(self.eos_ids[0])
+
+    def _probe(self) -> None:
+        try:
+            self.embedding_scale = probe_embedding(self)
+            self.logit_scale, self.softcap = probe_head(self)
+            probe_passes(self)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise GradeError(
+                f"model.name: {type(self.causal_lm).__name__} cannot run the passes that replay needs ({reason}). "
+                "Choose another model."
+            ) from error
 
     @property
     def device(self) -> torch.device:

@@ -91,10 +91,10 @@ def probe_head(policy) -> Tuple[float, Optional[float]]:
     bias = 0.0 if policy.head_bias is None else policy.head_bias[:_PROBE_ROWS].to(weight.dtype)
     logits, product = compare(0.05)  # small enough that a cap of 1 or more is still a straight line
     scale = (((logits - bias) * product).sum() / product.square().sum()).item()
-    for stated in (1.0, getattr(policy.config, "logit_scale", None), _inverse(policy.config, "logits_scaling")):
-        if stated is not None and abs(scale - stated) <= 1e-2 * abs(stated):
-            scale = stated  # the fit carries rounding; the config's number does not
-            break
+    known = [1.0, getattr(policy.config, "logit_scale", None), _inverse(policy.config, "logits_scaling")]
+    nearest = min((x for x in known if x is not None), key=lambda x: abs(scale - x))
+    if abs(scale - nearest) <= 1e-2 * abs(nearest):
+        scale = nearest  # the fit carries rounding; the config's number does not
     logits, product = compare(60.0)
     straight = scale * product + bias
     if _relative_error(straight, logits) < tolerance:
@@ -132,7 +132,8 @@ def _logits_of_hidden(policy, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def probe_passes(policy) -> None:
-    """Embeddings stand for ids, later tokens do not reach back, padding and the KV cache change nothing.
+    """Embeddings stand for ids, later tokens do not reach back, padding and the KV cache change nothing (padding no
+    gradient either).
 
     Raises:
         GradeError: naming the claim that fails.
@@ -161,3 +162,15 @@ def probe_passes(policy) -> None:
     parts.append(policy.hidden(embeddings[:, split:], mask, cache))
     if _relative_error(torch.cat(parts, dim=1), hidden) > tolerance:
         raise _refuse(policy, "gives other hidden states from its KV cache than from a parallel pass")
+
+    def input_gradient(embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Of a fixed combination of the real tokens' states, at their embeddings."""
+        with torch.enable_grad():
+            leaf = embeddings.detach().clone().requires_grad_()
+            states = policy.hidden(leaf, mask)[:, -_PROBE_TOKENS:]
+            direction = torch.arange(states.numel()).cos().to(states).view_as(states)
+            (gradient,) = torch.autograd.grad(states, leaf, direction)
+        return gradient[:, -_PROBE_TOKENS:]
+
+    if _relative_error(input_gradient(padded, padded_mask), input_gradient(embeddings, mask)) > tolerance:
+        raise _refuse(policy, "has other gradients under left padding")

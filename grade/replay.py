@@ -19,7 +19,7 @@ Everything here is per sequence: micro-batches of any size give the same gradien
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, ContextManager, List, Sequence, Tuple
 
 import torch
@@ -124,7 +124,8 @@ def forward(
 
 @torch.no_grad()
 def score(policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings, *, adapters: bool = True):
-    """Reward and per-token values of a rollout, without gradients: a `ReplayResult` with no hops."""
+    """Reward and per-token values of a rollout, without gradients or dropout: a `ReplayResult` with no hops."""
+    settings = replace(settings, dropout=False, checkpoint=False)
     x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
     x_reward = None
     if not reward.shares_base_pass:
@@ -245,7 +246,7 @@ def _local_rule(policy: Policy, rollout: Rollout, settings: ReplaySettings, head
     mask = rollout.mask
     allowed = support_is_allowed(policy, rollout)[mask]
     draws = dict(
-        logits=torch.where(allowed, head.logits, -torch.inf), indices=rollout.indices[mask],
+        logits=torch.where(allowed, head.logits, -torch.inf), indices=head.indices,
         tokens=rollout.tokens[mask], rows=rollout.rows[mask], seed=rollout.seed, tau=settings.tau,
         estimator=settings.estimator, samples=settings.rao_samples, weight=policy.head,
         scale=policy.logit_scale, softcap=policy.softcap,

@@ -150,20 +150,32 @@ def check_same_vocabulary(name: str, theirs: Dict[str, int], policy_vocabulary: 
     )
 
 
-def load_classifier(name: str, policy: Policy, *, positive_label: Optional[str], reads: str) -> ClassifierReward:
-    """A hub or local classifier as a reward; its vocabulary is checked before its weights are read.
+def check_classifier(name: str, policy_tokenizer):
+    """The classifier's config, if it exists and has the policy's vocabulary. Reads no weights.
 
     Raises:
-        GradeError: not found, other vocabulary, no trained score layer on the last hidden state, or no such label.
+        GradeError: not found, or other vocabulary.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise _not_loadable(name, error) from error
-    check_same_vocabulary(name, tokenizer.get_vocab(), policy.tokenizer.get_vocab())
+    check_same_vocabulary(name, tokenizer.get_vocab(), policy_tokenizer.get_vocab())
+    return config
+
+
+def load_classifier(name: str, policy: Policy, *, positive_label: Optional[str], reads: str) -> ClassifierReward:
+    """A hub or local classifier as a reward; its vocabulary is checked before its weights are read.
+
+    Raises:
+        GradeError: not found, other vocabulary, no trained score layer on the last hidden state, or no such label.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = check_classifier(name, policy.tokenizer)
     label = None if config.num_labels == 1 else positive_class(name, config.id2label, positive_label)
     try:
         model, found = AutoModelForSequenceClassification.from_pretrained(

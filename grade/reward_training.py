@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+import os
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
 import torch
 from rich.console import Console
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,8 +71,25 @@ def load_or_train_head(config: Config, policy: Policy, task) -> RewardHead:
     report["identity"] = head_identity(config, task)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    save_file(head.state_dict(), folder / _HEAD_FILE)  # last: its presence says that the folder is complete
+    fresh = folder / f"{_HEAD_FILE}.{os.getpid()}"
+    save_file(head.state_dict(), fresh)
+    fresh.replace(folder / _HEAD_FILE)  # last, and whole: its presence says that the folder is complete
     return head
+
+
+def keep_head(config: Config, task, run_dir: Path) -> None:
+    """Copy the head into the run: its reward stays what it was, whatever happens to the shared folder."""
+    source, kept = head_folder(config, task), run_dir / "reward"
+    if source != kept and not (kept / _HEAD_FILE).is_file():
+        shutil.copytree(source, kept, dirs_exist_ok=True)
+
+
+def with_kept_head(config: Config, run_dir: Path) -> Config:
+    """The config, reading the head that the run in `run_dir` was trained with, if it kept one."""
+    kept = run_dir / "reward"
+    if config.reward.model is not None or not (kept / _HEAD_FILE).is_file():
+        return config
+    return replace(config, reward=replace(config.reward, path=str(kept)))
 
 
 def head_report(config: Config, task) -> dict:
@@ -79,8 +99,20 @@ def head_report(config: Config, task) -> dict:
 
 
 def _load(folder: Path, config: Config, policy: Policy) -> RewardHead:
-    weights = load_file(folder / _HEAD_FILE)
-    hidden, features = weights["layers.0.weight"].shape
+    try:
+        weights = load_file(folder / _HEAD_FILE)
+        hidden, features = weights["layers.0.weight"].shape
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise GradeError(f"reward.path={folder}: {_HEAD_FILE} is no reward head ({error}).") from error
+    report = folder / _REPORT_FILE
+    identity = json.loads(report.read_text(encoding="utf-8")).get("identity", {}) if report.is_file() else {}
+    for name, now in (("model", config.model.name), ("reads", config.reward.input)):
+        then = identity.get("model") if name == "model" else identity.get("reward", {}).get("input")
+        if then is not None and then != now:
+            raise GradeError(
+                f"reward.path={folder}: its head was trained for {name} {then}, this config has {now}. Name the head "
+                "of this config, or leave reward.path null to train one."
+            )
     if features != policy.head.shape[1]:
         raise GradeError(
             f"reward.path={folder}: its head reads {features} features, {config.model.name} has "
@@ -97,9 +129,10 @@ def train_head(config: Config, policy: Policy, task) -> Tuple[RewardHead, dict]:
     Returns:
         (head in float32 on the policy's device, {"accuracy": {"<n> tokens": share}, "loss": nats, ...}).
     """
-    lengths = sorted({min(judged_length(config), config.reward.max_tokens), config.reward.max_tokens})
-    train_x, train_y = features_of(policy, task.reward, lengths, "Reward features")
-    held_x, held_y = features_of(policy, task.validation, lengths, "Held-out features")
+    lengths = sorted({judged_length(config), config.reward.max_tokens})
+    marks = config.reward.input == "prompt+response"  # a response by itself has no token that opens a text
+    train_x, train_y = features_of(policy, task.reward, lengths, "Reward features", special_tokens=marks)
+    held_x, held_y = features_of(policy, task.validation, lengths, "Held-out features", special_tokens=marks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.reward.seed)
         head = RewardHead(policy.head.shape[1], config.reward.hidden_size)
@@ -136,14 +169,23 @@ def _fit(head: RewardHead, features: Tensor, labels: Tensor, config: Config) -> 
 
 
 @torch.no_grad()
-def features_of(policy: Policy, examples: Sequence, lengths: List[int], title: str) -> Tuple[Tensor, Tensor]:
+def features_of(
+    policy: Policy, examples: Sequence, lengths: List[int], title: str, *, special_tokens: bool = True
+) -> Tuple[Tensor, Tensor]:
     """Mean-pooled base states of the first n tokens of each text, for each n in `lengths`.
+
+    Args:
+        special_tokens: start texts with the token the tokenizer puts there, if it does.
 
     Returns:
         (features [len(lengths), N, d] float32, labels [N] int64) of the N texts that have any tokens.
     """
     limit = max(lengths)
-    encoded = encode(policy.tokenizer, [e.text for e in examples], limit)
+    texts = [e.text for e in examples]
+    if special_tokens:
+        encoded = encode(policy.tokenizer, texts, limit)
+    else:
+        encoded = [row[:limit] for row in policy.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
     readable = [i for i, row in enumerate(encoded) if row]
     examples, encoded = [examples[i] for i in readable], [encoded[i] for i in readable]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # equal lengths together: little padding

@@ -9,6 +9,7 @@ or processes changes nothing.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import asdict
@@ -27,12 +28,12 @@ from grade.evaluate import Evaluation, evaluate, text_of, write_evaluations
 from grade.interrupt import stop_between_steps
 from grade.loading import load_policy, load_reward, load_tokenizer
 from grade.methods.grade import Grade
-from grade.metrics import Phases, RunLog, peak_memory_gib, step_metrics, step_sums
+from grade.metrics import SUMS, Phases, RunLog, peak_memory_gib, step_metrics, step_sums
 from grade.progress import training_progress
 from grade.report import evaluation_table
+from grade.reward_training import head_report, keep_head, with_kept_head
 from grade.rollout import Rollout, pad_prompts, sample
 from grade.tasks import load_task
-
 
 _MAY_CHANGE_ON_RESUME = {
     "train.resume", "train.overwrite", "train.run_dir", "output_dir", "name", "train.steps", "train.save_every",
@@ -57,7 +58,8 @@ def make_accelerator(config: Config) -> Accelerator:
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise GradeError("device=cuda, but torch sees no CUDA or ROCm device. Use device=auto or cpu.")
-    return Accelerator(cpu=config.device == "cpu")
+    # Not what accelerate would choose on Apple silicon: its GPU has no float64, which sums here use.
+    return Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
 
 
 def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> List[int]:
@@ -114,12 +116,15 @@ class Trainer:
         tokenizer = load_tokenizer(config)
         self.task = load_task(config)
         self.policy = load_policy(config, tokenizer, accelerator.device)
+        head_config = with_kept_head(config, run_dir) if config.train.resume else config
         with accelerator.main_process_first():
-            self.reward = load_reward(config, self.policy, self.task)
+            self.reward = load_reward(head_config, self.policy, self.task)
         self.method = Grade(
             self.policy, self.reward, config, any_process=self._any_process, phase=self.phases
         )
         self.prompts = self.task.prompts("policy", tokenizer)
+        if not self.prompts:
+            raise GradeError("task.policy_examples: no review gives a prompt; check the data and prompt_max_chars.")
         self.evaluation_prompts = {
             "validation": self.task.prompts("validation", tokenizer, limit=config.evaluation.validation_prompts),
             "test": self.task.prompts("test", tokenizer, limit=config.evaluation.test_prompts),
@@ -166,7 +171,7 @@ class Trainer:
             rollouts = list(self.rollouts(step))
         # The KL's token mean divides by all real tokens of the step, so they are counted before the first pull-back.
         tokens = int(self._sum(torch.tensor(float(sum(int(r.mask.sum()) for r in rollouts)))))
-        sums = torch.zeros(14, dtype=torch.float64)
+        sums = torch.zeros(len(SUMS), dtype=torch.float64)
         for rollout in rollouts:
             for micro_batch in rollout.micro_batches(config.train.batch_size):
                 result = self.method.accumulate(
@@ -202,8 +207,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf).item()
         if not math.isfinite(norm):
             raise GradeError(
-                f"the gradient's norm at step {self.step} is {norm}: the update was not made. Lower "
-                "train.learning_rate or raise method.tau_end, and continue with --train.resume true."
+                f"the gradient's norm at step {self.step} is {norm}: the update was not made. Start "
+                "another run with a lower train.learning_rate or a higher method.tau_end; the last checkpoint is kept."
             )
         self.learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
@@ -256,7 +261,7 @@ class Trainer:
     def _validate(self, progress, *, adapters: bool = True) -> None:
         row = self._evaluate("validation", progress, adapters=adapters)
         self.evaluations.append(asdict(row))
-        self.log.metrics(max(self.step - 1, 0), {f"validation/{k}": v for k, v in row.summary().items()})
+        self.log.metrics(self.step, {f"validation/{k}": v for k, v in row.summary().items()})
         if adapters and (self.best is None or row.reward > self.best["reward"]):
             self.best = {"step": self.step, "reward": row.reward}
             if self.accelerator.is_main_process:
@@ -298,14 +303,11 @@ class Trainer:
             )
 
     def _write_record(self) -> None:
-        """What the run was made of: splits and the reward head's accuracy."""
-        import json
-
-        from grade.reward_training import head_report
-
+        """What the run was made of: splits and the reward head's accuracy; and the head itself."""
         record = {"task": self.task.describe()}
         if self.config.reward.model is None:
-            record["reward_head"] = head_report(self.config, self.task)
+            keep_head(self.config, self.task, self.run_dir)
+            record["reward_head"] = head_report(with_kept_head(self.config, self.run_dir), self.task)
         (self.run_dir / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def _save(self) -> None:

@@ -11,6 +11,7 @@ from grade import config_io
 from grade.config import (
     _BELOW_ONE,
     _LOWER_BOUNDS,
+    _SEEDS,
     Config,
     GradeError,
     LoraSettings,
@@ -67,7 +68,16 @@ def test_every_number_has_a_bound_or_a_reason():
     """A number without a bound is either a seed or checked by a rule of its own."""
     numbers = {name for name, kind in config_io.setting_types().items() if kind in (int, float)}
     unbounded = numbers - {name for name, _, _ in _LOWER_BOUNDS}
-    assert unbounded == {"seed", "task.split_seed", "reward.seed", "evaluation.seed"}
+    assert unbounded == set(_SEEDS)
+
+
+@pytest.mark.parametrize("name", _SEEDS)
+@pytest.mark.parametrize("value", [-1, 2**63])
+def test_seeds_fit_a_generator(name, value):
+    config = Config()
+    set_setting(config, name, value)
+    with pytest.raises(GradeError, match=f"{name} is {value}"):
+        validate(config)
 
 
 @pytest.mark.parametrize("name", _BELOW_ONE)

@@ -9,7 +9,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import CONFIGS, EOS, LLAMA_SIZES, SIZES, TARGETS, VOCAB, KeepDouble, TinyTokenizer, tiny_policy, tiny_reward
-from transformers import AutoModelForCausalLM, CohereConfig, FalconConfig, GraniteConfig, PhiConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    GraniteConfig,
+    MambaConfig,
+    PhiConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 from grade.config import GradeError
@@ -478,3 +486,12 @@ def test_layers_that_call_dropout_themselves_do_not_drop_when_checkpointed():
             results.append((hidden, inside, torch.autograd.grad(hidden.square().sum(), [x])[0]))
     for plain, recomputed in zip(*results, strict=True):
         assert torch.allclose(recomputed, plain, rtol=1e-5, atol=1e-6 * plain.abs().max().item())
+
+
+def test_a_model_that_fails_a_probe_is_refused_by_name():
+    """Mamba has no KV cache to grow and no mask: its own error becomes one sentence."""
+    config = MambaConfig(**SIZES, hidden_size=32, num_hidden_layers=2, state_size=4)
+    base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    lora = LoraConfig(r=2, target_modules=["in_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(GradeError, match="MambaForCausalLM"):
+        Policy(get_peft_model(base, lora), TinyTokenizer())

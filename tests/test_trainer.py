@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from grade.checkpoint import load_state
+from grade.checkpoint import load_adapter, load_state, save_checkpoint
 from grade.config import GradeError
+from grade.evaluate import evaluate, evaluate_run
 from grade.methods.grade import kl_weight, tau_at
 from grade.metrics import step_metrics, unique_token_ratio
 from grade.trainer import Trainer, make_accelerator, prepare_run_dir, prompt_numbers, train
@@ -113,6 +114,7 @@ VARIANTS = {
     "replay_dropout": {"method": {"replay_dropout": True}},
     "samples per prompt": {"generation": {"samples_per_prompt": 2, "batch_size": 2}},
     "ignore_eos": {"generation": {"ignore_eos": True}},
+    "bfloat16": {"model": {"dtype": "bfloat16"}},
     "response only": {"reward": {"input": "response"}},
 }
 
@@ -199,6 +201,59 @@ def test_run_writes_what_it_promises_and_resumes_exactly(tiny_config, tmp_path):
     check_run_directory(whole, steps=4)
 
 
+def test_resuming_is_exact_with_dropout_too(tiny_config):
+    """Dropout masks follow from the seed and the step, whatever torch's own generator has been through."""
+    lora = replace(tiny_config.model.lora, dropout=0.5)
+    method = replace(tiny_config.method, replay_dropout=True)
+    config = replace(tiny_config, method=method, model=replace(tiny_config.model, lora=lora))
+    torch.manual_seed(1)
+    first, _ = one_step(config)
+    torch.manual_seed(2)
+    second, _ = one_step(config)
+    other, _ = one_step(replace(config, method=replace(config.method, replay_dropout=False)))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_evaluation_has_no_dropout(tiny_config):
+    """Also where replay has: two validations of a trained adapter are equal."""
+    lora = replace(tiny_config.model.lora, dropout=0.5)
+    config = with_train(tiny_config, learning_rate=1e-2)
+    config = replace(
+        config, method=replace(config.method, replay_dropout=True), model=replace(config.model, lora=lora)
+    )
+    trainer = trainer_of(config)
+    trainer.train_step()
+    rows = [
+        evaluate(
+            trainer.policy, trainer.reward, trainer.evaluation_prompts["validation"], config, split="validation",
+            step=1, sampling=trainer.method.sampling(1), settings=trainer.method.settings(1),
+        )
+        for _ in range(2)
+    ]
+    assert rows[0] == rows[1] and rows[0].kl > 0
+
+
+def test_a_run_keeps_its_reward(tiny_config, tmp_path):
+    """Evaluating under settings that would train another head still judges with the run's own."""
+    config = with_train(tiny_config, steps=1)
+    train(config)
+    run_dir = Path(config.run_dir)
+    heads = set(Path(config.output_dir).glob("reward-*"))
+    longer = replace(config, generation=replace(config.generation, max_new_tokens=10))
+    rows = evaluate_run(longer, run_dir, "best", "validation")
+    assert rows[0].mean_length > 0 and set(Path(config.output_dir).glob("reward-*")) == heads
+    assert (run_dir / "reward" / "head.safetensors").is_file()
+
+
+def test_a_checkpoint_of_another_alpha_is_refused(tiny_config, tmp_path):
+    trainer = trainer_of(tiny_config)
+    save_checkpoint(tmp_path / "adapter", trainer.policy)
+    other = replace(tiny_config, model=replace(tiny_config.model, lora=replace(tiny_config.model.lora, alpha=64)))
+    with pytest.raises(GradeError, match="lora_alpha=8.*64"):
+        load_adapter(tmp_path / "adapter", trainer_of(other).policy)
+    load_adapter(tmp_path / "adapter", trainer.policy)
+
+
 def test_ctrl_c_saves_the_finished_step(tiny_config):
     """The signal lands inside a step; the step is finished, saved, and only then does the run stop."""
     config = with_train(tiny_config, save_every=1000)
@@ -245,8 +300,6 @@ def check_run_directory(run_dir, steps):
 def test_a_saved_adapter_loads_in_peft_and_gives_the_policy(tiny_config, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-
-    from grade.checkpoint import save_checkpoint
 
     trainer = trainer_of(with_train(tiny_config, learning_rate=1e-2))
     trainer.train_step()

@@ -14,6 +14,10 @@ adds its share of dL/dtheta to the adapter's gradients. Where this departs from 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
 from torch import Tensor
 
 from grade.config import Config
@@ -82,9 +86,21 @@ class Grade:
         method = self.config.method
         weight = kl_weight(micro_batch.mask, method.kl_reduction, method.kl_coef, total_tokens, total_responses)
         shares = weight.new_full((len(micro_batch),), 1.0 / total_responses)
-        return replay(
-            self.policy, self.reward, micro_batch, self.settings(step), reward_weight=shares, kl_weight=weight
-        )
+        with self._dropout_of(micro_batch, step):
+            return replay(
+                self.policy, self.reward, micro_batch, self.settings(step), reward_weight=shares, kl_weight=weight
+            )
+
+    @contextmanager
+    def _dropout_of(self, micro_batch: Rollout, step: int) -> Iterator[None]:
+        """torch's generators, where dropout masks come from, set by (seed, first noise row): a resumed run repeats."""
+        if not self.config.method.replay_dropout:
+            yield
+            return
+        device = self.policy.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(hash((self.config.seed, int(micro_batch.rows[0, 0]))) % 2**63)
+            yield
 
     def loss(self, reward: float, kl_per_token: float, kl_per_response: float) -> float:
         """The objective's value from a step's means."""
