@@ -11,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 from tiny import CONFIGS, EOS, LLAMA_SIZES, SIZES, TARGETS, VOCAB, KeepDouble, TinyTokenizer, tiny_policy, tiny_reward
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
     CohereConfig,
     FalconConfig,
     GraniteConfig,

@@ -332,3 +332,17 @@ def test_unknown_task():
     config.task.name = "chess"
     with pytest.raises(GradeError, match="task.name is 'chess'"):
         load_task(config)
+
+
+def test_texts_that_stand_in_two_splits_are_counted():
+    """Data may repeat a review under another row number: disjoint as rows, counted as texts."""
+    train = [Example(f"train/{i}", f"text {i % 9}", i % 2) for i in range(10)]  # rows 0 and 9 say the same
+    test = [Example("test/0", "text 3", 1), Example("test/1", "unseen", 0)]
+    settings = replace(Config().task, reward_examples=4, policy_examples=4, validation_examples=2)
+    task = cut_splits(train, test, settings, "here")
+    counts = task.describe()["texts_in_two_splits"]
+    assert counts == task.repeated_texts() and len(counts) == 6
+    texts = {name: {e.text for e in task.examples(name)} for name in SPLITS}
+    assert all(counts[f"{a} and {b}"] == len(texts[a] & texts[b]) for a in SPLITS for b in SPLITS
+               if f"{a} and {b}" in counts)
+    assert sum(v for pair, v in counts.items() if "test" in pair) == 1

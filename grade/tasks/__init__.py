@@ -221,7 +221,14 @@ class Task:
             "dataset": self.source,
             "split_seed": self.settings.split_seed,
             "splits": splits,
+            "texts_in_two_splits": self.repeated_texts(),
         }
+
+    def repeated_texts(self) -> dict[str, int]:
+        """How many distinct texts stand in two splits, by pair. Rows are never shared, but data may repeat itself."""
+        texts = {name: {example.text for example in self.examples(name)} for name in SPLITS}
+        pairs = [(a, b) for i, a in enumerate(SPLITS) for b in SPLITS[i + 1:]]
+        return {f"{a} and {b}": len(texts[a] & texts[b]) for a, b in pairs}
 
 
 def cut_splits(train: Sequence[Example], test: Sequence[Example], settings: TaskConfig, source: str) -> Task:

@@ -1,0 +1,56 @@
+"""The same numbers on a GPU as on CPU: `pytest -m gpu`. Skipped, with a reason, where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from published import relative_error
+from test_replay import gradient, rollout_of
+from tiny import tiny_policy, tiny_reward
+
+from grade.model import Policy
+from grade.replay import ReplaySettings
+from grade.rollout import Rollout
+from grade_kernels import gumbel_topk, soft_embedding, vocab_head
+
+pytestmark = [
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+]
+
+
+def to_device(rollout: Rollout, device: str) -> Rollout:
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(rollout).items()}
+    return Rollout(**moved)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_replay(name):
+    policy = tiny_policy(name)
+    rollout = rollout_of(policy)
+    settings = ReplaySettings(tau=1.0, max_hops=8, hop_tol=0.0)
+    expected = gradient(policy, tiny_reward(policy), rollout, settings)
+    there = Policy(policy.model.to("cuda"), policy.tokenizer)
+    ours = gradient(there, tiny_reward(there), to_device(rollout, "cuda"), settings)
+    assert relative_error(ours.cpu(), expected) < 1e-3
+
+
+def test_sampling_draws_the_same_tokens():
+    """Equal noise; logits in float32 may differ in the last place, so a near-tie in 4,096 draws is allowed."""
+    logits = torch.randn(4096, 5000, generator=torch.Generator().manual_seed(0))
+    here, there = (gumbel_topk(x, 64, seed=7) for x in (logits, logits.cuda()))
+    assert torch.equal(here.indices, there.indices.cpu())
+    assert (here.tokens != there.tokens.cpu()).sum() <= 1
+    table = torch.randn(5000, 32)
+    close = (soft_embedding(here, table) - soft_embedding(there, table.cuda()).cpu()).abs().amax(-1) < 1e-6
+    assert close.float().mean() > 0.999
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_vocab_head(dtype, bound):
+    generator = torch.Generator().manual_seed(0)
+    hidden, ref, weight = (torch.randn(n, 64, generator=generator).to(dtype) for n in (96, 96, 3000))
+    tokens = torch.arange(96)
+    here = vocab_head(hidden, weight, ref_hidden=ref, k=32, tokens=tokens, grad=True)
+    there = vocab_head(hidden.cuda(), weight.cuda(), ref_hidden=ref.cuda(), k=32, tokens=tokens.cuda(), grad=True)
+    for name in ("kl", "entropy", "logprob", "lse", "grad_hidden", "grad_ref_hidden"):
+        assert relative_error(getattr(there, name).cpu().float(), getattr(here, name).float()) < bound, name
