@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Optional
 
 import torch
+from safetensors import SafetensorError
 
 from grade.config import GradeError
 from grade.model import Policy
@@ -22,13 +24,39 @@ def save_checkpoint(directory: Path, policy: Policy, state: Optional[dict] = Non
     fresh, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    policy.model.save_pretrained(str(fresh))
-    if state is not None:
-        torch.save(state, fresh / STATE_FILE)
-    if directory.exists():
-        directory.rename(old)
-    fresh.rename(directory)
+    try:
+        policy.model.save_pretrained(str(fresh))
+        if state is not None:
+            torch.save(state, fresh / STATE_FILE)
+        if directory.exists():
+            directory.rename(old)
+        fresh.rename(directory)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise GradeError(
+            f"train.run_dir: the checkpoint {directory} could not be written ({error}). What was saved before "
+            "is whole; make room and continue with --train.resume true."
+        ) from error
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_writable(setting: str, folder: Path) -> None:
+    """Find out before any work whether `folder` can be made and written; leaves no trace in it.
+
+    Raises:
+        GradeError: naming the setting.
+    """
+    try:
+        missing = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if missing:
+            folder.rmdir()
+    except OSError as error:
+        raise GradeError(
+            f"{setting}: {folder} cannot be written ({error.strerror or error}). Name another folder."
+        ) from error
 
 
 def load_adapter(directory: Path, policy: Policy) -> None:
@@ -48,11 +76,15 @@ def load_adapter(directory: Path, policy: Policy) -> None:
                 f"checkpoint {directory} was trained with {name}={getattr(saved, name)}, model.lora gives "
                 f"{getattr(ours, name)}: its weights would mean something else. Use the config the run was made with."
             )
-    weights = load_peft_weights(str(directory), device=str(policy.device))
+    try:
+        weights = load_peft_weights(str(directory), device=str(policy.device))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise GradeError(f"checkpoint {directory}: its adapter cannot be read ({_first_line(error)}).") from error
     try:
         outcome = set_peft_model_state_dict(policy.model, weights)
     except RuntimeError as error:
-        raise GradeError(f"checkpoint {directory} does not fit this model and LoRA setting: {error}") from error
+        reason = _first_line(error)
+        raise GradeError(f"checkpoint {directory} does not fit model.name and model.lora: {reason}") from error
     expected = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     missing = [name for name in outcome.missing_keys if name in expected]
     if missing or outcome.unexpected_keys:
@@ -71,7 +103,16 @@ def load_state(directory: Path) -> dict:
     path = latest(directory) / STATE_FILE
     if not path.is_file():
         raise GradeError(f"train.resume: {directory} holds no checkpoint to continue from. Start without it.")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged pickle raises depends on the damage
+        raise GradeError(
+            f"train.resume: {path} cannot be read ({_first_line(error)}). Start again with --train.overwrite true."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def latest(directory: Path) -> Path:

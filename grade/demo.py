@@ -33,13 +33,13 @@ def run_demo(
         pretrain_steps: optimizer steps of the model's own training; None: its default.
     """
     console = Console(stderr=True)
-    console.print("[bold]1/3[/bold] A language model that writes reviews (cached after the first time)")
-    config = replace(config, model=replace(config.model, name=str(demo_model(cache_dir, steps=pretrain_steps))))
     if config.train.run_dir is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         run_dir = f"{config.output_dir}/{config.name}-seed{config.seed}-{stamp}"
         config = replace(config, train=replace(config.train, run_dir=run_dir))
     run_dir = prepare_run_dir(config)
+    console.print("[bold]1/3[/bold] A language model that writes reviews (cached after the first time)")
+    config = replace(config, model=replace(config.model, name=str(demo_model(cache_dir, steps=pretrain_steps))))
     console.print("[bold]2/3[/bold] A reward: the probability that a review is positive")
     trainer = Trainer(config, make_accelerator(config), run_dir)
     console.print(f"[bold]3/3[/bold] {config.method.name.upper()}: backpropagate the reward through sampled tokens")

@@ -28,7 +28,9 @@ def stop_between_steps() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.asked = True
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A signal that whoever started the process has it ignore (nohup, a shell's background job) stays ignored.
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, ask) for number in heard}
     try:
         yield request
     finally:

@@ -48,12 +48,23 @@ def load_policy(config: Config, tokenizer, device: torch.device) -> Policy:
     _check_fits(config, settings)
     transformers_logging.disable_progress_bar()  # one line per file of weights says less than it costs to read
     try:
-        base = AutoModelForCausalLM.from_pretrained(
+        base, found = AutoModelForCausalLM.from_pretrained(
             config.model.name, revision=config.model.revision, dtype=getattr(torch, config.model.dtype),
-            attn_implementation=config.model.attn_implementation,
+            attn_implementation=config.model.attn_implementation, output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(config, error) from error
+    if found["missing_keys"]:
+        raise GradeError(
+            f"model.name={config.model.name}: its files lack {len(found['missing_keys'])} of the model's tensors (such "
+            f"as {min(found['missing_keys'])}), which transformers fills with random numbers. Name a complete model."
+        )
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= base.get_input_embeddings().weight.shape[0]:
+        raise GradeError(
+            f"model.name={config.model.name}: its tokenizer knows id {largest}, its embedding has only "
+            f"{base.get_input_embeddings().weight.shape[0]} rows. Resize it with model.resize_token_embeddings."
+        )
     return Policy(add_adapter(base.to(device), config), tokenizer)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict, replace
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from grade.checkpoint import check_writable
 from grade.config import Config, GradeError
 from grade.model import Policy
 from grade.passes import accumulation_dtype
@@ -65,9 +67,14 @@ def load_or_train_head(config: Config, policy: Policy, task) -> RewardHead:
     folder = head_folder(config, task)
     if (folder / _HEAD_FILE).is_file():
         return _load(folder, config, policy)
+    check_writable("output_dir" if config.reward.path is None else "reward.path", folder)
     if config.reward.path is not None and folder.exists() and any(folder.iterdir()):
         raise GradeError(f"reward.path={folder} holds no reward head ({_HEAD_FILE} is missing). Name another folder.")
     head, report = train_head(config, policy, task)
+    if not math.isfinite(report["loss"]):
+        raise GradeError(
+            f"reward.learning_rate={config.reward.learning_rate}: the head's loss became {report['loss']}. Lower it."
+        )
     report["identity"] = head_identity(config, task)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from transformers import get_scheduler
 
-from grade.checkpoint import latest, load_adapter, load_state, save_checkpoint
+from grade.checkpoint import check_writable, latest, load_adapter, load_state, save_checkpoint
 from grade.config import Config, GradeError
 from grade.config_io import config_from_yaml, config_to_yaml
 from grade.evaluate import Evaluation, evaluate, text_of, write_evaluations
@@ -74,10 +74,10 @@ def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> List[int]
 
 
 def prepare_run_dir(config: Config) -> Path:
-    """The run's folder, empty or holding a run to resume.
+    """The run's folder: free, or holding a run to resume or to overwrite (which `fit` deletes, once all is loaded).
 
     Raises:
-        GradeError: it holds another run's files, or nothing to resume.
+        GradeError: it holds another run's files, or nothing to resume, or cannot be written.
     """
     run_dir = Path(config.run_dir)
     if config.train.resume:
@@ -91,7 +91,7 @@ def prepare_run_dir(config: Config) -> Path:
             )
         if not (run_dir / "config.yaml").is_file():
             raise GradeError(f"train.overwrite: {run_dir} does not look like a run (no config.yaml): not deleted.")
-        shutil.rmtree(run_dir)
+    check_writable("train.run_dir", run_dir)
     return run_dir
 
 
@@ -234,6 +234,8 @@ class Trainer:
             self._restore()
         main = self.accelerator.is_main_process
         if main:
+            if train.overwrite and self.run_dir.exists():
+                shutil.rmtree(self.run_dir)
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(config_to_yaml(self.config), encoding="utf-8")
             self._write_record()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -245,6 +246,57 @@ def test_a_run_keeps_its_reward(tiny_config, tmp_path):
     assert (run_dir / "reward" / "head.safetensors").is_file()
 
 
+def test_overwriting_waits_until_everything_is_loaded(tiny_config):
+    config = with_train(tiny_config, steps=1)
+    train(config)
+    kept = Path(config.run_dir) / "evaluation.json"
+    broken = replace(with_train(config, overwrite=True), model=replace(config.model, name="./nowhere"))
+    with pytest.raises(GradeError, match="model.name"):
+        train(broken)
+    assert kept.is_file()
+    before = kept.stat().st_mtime_ns
+    train(with_train(config, overwrite=True))
+    assert kept.stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("setting", ["train.run_dir", "output_dir"])
+def test_a_folder_that_cannot_be_written_is_told_first(tiny_config, tmp_path, setting):
+    (tmp_path / "file").write_text("")
+    place = str(tmp_path / "file" / "below")
+    config = with_train(tiny_config, run_dir=place) if setting == "train.run_dir" else replace(
+        tiny_config, output_dir=place
+    )
+    with pytest.raises(GradeError, match=f"{setting}.*cannot be written"):
+        train(config)
+
+
+@pytest.mark.parametrize("damage", ["state", "adapter", "no adapter"])
+def test_damaged_checkpoints_are_told_in_words(tiny_config, damage):
+    config = with_train(tiny_config, steps=1)
+    train(config)
+    last = Path(config.run_dir) / "checkpoints" / "last"
+    if damage == "state":
+        (last / "trainer_state.pt").write_bytes(b"junk")
+    elif damage == "adapter":
+        (last / "adapter_model.safetensors").write_bytes(b"junk")
+    else:
+        (last / "adapter_model.safetensors").unlink()
+    with pytest.raises(GradeError, match="cannot be read"):
+        train(with_train(config, resume=True, steps=2))
+
+
+def test_a_model_with_missing_tensors_is_refused(tiny_config, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_config.model.name, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["num_hidden_layers"] += 1
+    if "layer_types" in settings:
+        del settings["layer_types"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(GradeError, match="its files lack"):
+        trainer_of(replace(tiny_config, model=replace(tiny_config.model, name=str(folder))))
+
+
 def test_a_checkpoint_of_another_alpha_is_refused(tiny_config, tmp_path):
     trainer = trainer_of(tiny_config)
     save_checkpoint(tmp_path / "adapter", trainer.policy)
@@ -254,7 +306,15 @@ def test_a_checkpoint_of_another_alpha_is_refused(tiny_config, tmp_path):
     load_adapter(tmp_path / "adapter", trainer.policy)
 
 
-def test_ctrl_c_saves_the_finished_step(tiny_config):
+@pytest.fixture
+def keyboard():
+    """Ctrl-C as in a terminal: a test run in the background starts with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_the_finished_step(tiny_config, keyboard):
     """The signal lands inside a step; the step is finished, saved, and only then does the run stop."""
     config = with_train(tiny_config, save_every=1000)
     trainer = Trainer(config, make_accelerator(config), prepare_run_dir(config))
