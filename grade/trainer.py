@@ -81,8 +81,15 @@ def prepare_run_dir(config: Config) -> Path:
     """
     run_dir = Path(config.run_dir)
     if config.train.resume:
-        load_state(run_dir / "checkpoints" / "last")
+        done = load_state(run_dir / "checkpoints" / "last")["step"]
         _check_same_run(config, run_dir)
+        evaluation = run_dir / "evaluation.json"
+        tested = evaluation.is_file() and "test" in json.loads(evaluation.read_text(encoding="utf-8"))
+        if done > config.train.steps or (done == config.train.steps and tested):
+            raise GradeError(
+                f"train.resume: {run_dir} has had {done} steps, train.steps is {config.train.steps}: there is nothing "
+                "left to do. Raise train.steps to go on, or look at it with `grade evaluate`."
+            )
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         if not config.train.overwrite:
             raise GradeError(

@@ -246,6 +246,13 @@ def test_a_run_keeps_its_reward(tiny_config, tmp_path):
     assert (run_dir / "reward" / "head.safetensors").is_file()
 
 
+def test_a_finished_run_is_not_tested_again(tiny_config):
+    config = with_train(tiny_config, steps=1)
+    train(config)
+    with pytest.raises(GradeError, match="has had 1 steps.*nothing left"):
+        train(with_train(config, resume=True))
+
+
 def test_overwriting_waits_until_everything_is_loaded(tiny_config):
     config = with_train(tiny_config, steps=1)
     train(config)
