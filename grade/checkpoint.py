@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 from safetensors import SafetensorError
 
-from grade.config import GradeError
+from grade.config import GradeError, first_line
 from grade.model import Policy
 
 STATE_FILE = "trainer_state.pt"
@@ -79,11 +79,11 @@ def load_adapter(directory: Path, policy: Policy) -> None:
     try:
         weights = load_peft_weights(str(directory), device=str(policy.device))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise GradeError(f"checkpoint {directory}: its adapter cannot be read ({_first_line(error)}).") from error
+        raise GradeError(f"checkpoint {directory}: its adapter cannot be read ({first_line(error)}).") from error
     try:
         outcome = set_peft_model_state_dict(policy.model, weights)
     except RuntimeError as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise GradeError(f"checkpoint {directory} does not fit model.name and model.lora: {reason}") from error
     expected = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     missing = [name for name in outcome.missing_keys if name in expected]
@@ -107,12 +107,8 @@ def load_state(directory: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle raises depends on the damage
         raise GradeError(
-            f"train.resume: {path} cannot be read ({_first_line(error)}). Start again with --train.overwrite true."
+            f"train.resume: {path} cannot be read ({first_line(error)}). Start again with --train.overwrite true."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def latest(directory: Path) -> Path:

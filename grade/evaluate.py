@@ -105,10 +105,9 @@ def evaluate(
 def _records(policy: Policy, rollout, result, numbers: Sequence[int]) -> List[dict]:
     """Per-response values, small enough to send between processes."""
     mask, unique = rollout.mask, unique_token_ratio(rollout.tokens, rollout.mask)
-    last = rollout.tokens.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
     columns = {
         "reward": result.reward, "kl": result.kl.sum(1), "entropy": result.entropy.sum(1), "unique": unique,
-        "length": mask.sum(1), "ended": torch.isin(last, policy.eos_ids),
+        "length": mask.sum(1), "ended": rollout.ended_by(policy.eos_ids),
     }
     columns = {name: values.tolist() for name, values in columns.items()}
     return [

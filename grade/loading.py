@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from grade.config import Config, GradeError
+from grade.config import Config, GradeError, first_line
 from grade.model import Policy
 from grade.reward import SharedReward, check_classifier, load_classifier
 
@@ -124,8 +124,7 @@ def _check_fits(config: Config, settings) -> None:
 
 
 def _not_loadable(config: Config, error: Exception) -> GradeError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return GradeError(
-        f"model.name={config.model.name} cannot be loaded: {reason} Name a folder with a model, or a hub model "
-        "while the hub can be reached (`grade doctor` tells)."
+        f"model.name={config.model.name} cannot be loaded: {first_line(error)} Name a folder with a model, or a hub "
+        "model while the hub can be reached (`grade doctor` tells)."
     )

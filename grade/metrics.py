@@ -65,12 +65,11 @@ def step_sums(rollout: Rollout, result: ReplayResult, eos_ids: Tensor) -> Tensor
     """One micro-batch's contribution to `step_metrics`: float64 [len(SUMS)], on CPU."""
     mask = rollout.mask
     reward = result.reward.double()
-    last = rollout.tokens.gather(1, (mask.sum(1, keepdim=True) - 1)).squeeze(1)
     kl, relaxed = result.kl.double(), (1 - rollout.token_weight) * mask
     parts = [
         torch.tensor(len(rollout), device=mask.device), mask.sum(), reward.sum(), reward.square().sum(), kl.sum(),
         result.entropy.double().sum(), result.mass.double().sum(), relaxed.double().sum(),
-        unique_token_ratio(rollout.tokens, mask).double().sum(), torch.isin(last, eos_ids).sum(), result.hops.sum(),
+        unique_token_ratio(rollout.tokens, mask).double().sum(), rollout.ended_by(eos_ids).sum(), result.hops.sum(),
         result.residual.double().sum(), kl.sum(1).square().sum(), result.logprob.double().sum(),
     ]
     return torch.stack([p.double() for p in parts]).cpu()

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grade.config import GradeError
+from grade.config import GradeError, first_line
 from grade.probe import probe_embedding, probe_head, probe_passes
 
 
@@ -92,10 +92,9 @@ class Policy:
             self.logit_scale, self.softcap = probe_head(self)
             probe_passes(self)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise GradeError(
-                f"model.name: {type(self.causal_lm).__name__} cannot run the passes that replay needs ({reason}). "
-                "Choose another model."
+                f"model.name: {type(self.causal_lm).__name__} cannot run the passes that replay needs "
+                f"({first_line(error)}). Choose another model."
             ) from error
 
     @property

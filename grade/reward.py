@@ -13,7 +13,7 @@ from typing import Dict, Optional, Protocol
 import torch
 from torch import Tensor, nn
 
-from grade.config import GradeError
+from grade.config import GradeError, first_line
 from grade.model import Policy
 from grade.passes import BasePass, accumulation_dtype
 from grade.rollout import Rollout
@@ -203,9 +203,7 @@ def load_classifier(name: str, policy: Policy, *, positive_label: Optional[str],
 
 
 def _not_loadable(name: str, error: Exception) -> GradeError:
-    """In one line: transformers' own message may list every architecture there is."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return GradeError(f"reward.model={name} cannot be loaded: {reason}")
+    return GradeError(f"reward.model={name} cannot be loaded: {first_line(error)}")
 
 
 def positive_class(name: str, id2label: Dict[int, str], wanted: Optional[str]) -> int:

@@ -91,6 +91,11 @@ class Rollout:
             part["samples_per_prompt"] = 1  # a prompt's samples are split: treat every response by itself
         return replace(self, **part)
 
+    def ended_by(self, eos_ids: Tensor) -> Tensor:
+        """[B] bool: responses whose last real token is one of `eos_ids`."""
+        last = self.tokens.gather(1, self.mask.sum(1, keepdim=True) - 1).squeeze(1)
+        return torch.isin(last, eos_ids)
+
     def micro_batches(self, size: int) -> Iterator[Rollout]:
         for start in range(0, len(self), size):
             yield self.cut(start, min(start + size, len(self)))
