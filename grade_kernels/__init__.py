@@ -7,6 +7,7 @@ from grade_kernels.head import VocabHead, vocab_head
 from grade_kernels.kl import logits_kl
 from grade_kernels.linear import linear_gumbel_topk, linear_kl, linear_token_logprob
 from grade_kernels.logprob import token_logprob
+from grade_kernels.scatter import scatter_tokens
 from grade_kernels.sparse import SparseTokens
 from grade_kernels.torch_ops.chunks import chunk_rows
 from grade_kernels.vjp import SoftTokenGrad, candidate_grad, pull_back, soft_token_vjp
@@ -25,6 +26,7 @@ __all__ = [
     "logits_kl",
     "place_tokens",
     "pull_back",
+    "scatter_tokens",
     "soft_embedding",
     "soft_token_vjp",
     "token_logprob",

@@ -1,34 +1,89 @@
-"""Which implementation an operation takes.
+"""Which implementation an operation takes: Triton on CUDA and ROCm tensors, PyTorch on the others.
 
-`GRADE_KERNELS_BACKEND=torch|triton` forces one.  This version holds the PyTorch path only, so forcing
-Triton is an error rather than a silent fall-back.
+`GRADE_KERNELS_BACKEND=torch|triton` forces one.  With `TRITON_INTERPRET=1`, set before Triton is imported,
+Triton's interpreter runs the kernels on CPU tensors.  float64 always takes the PyTorch path, on every
+device: the kernels compute in float32.
 """
 
 from __future__ import annotations
 
 import os
+from types import ModuleType
 
+import torch
 from torch import Tensor
 
 VARIABLE = "GRADE_KERNELS_BACKEND"
+# First supported and first unsupported minor version of Triton.
+TRITON_VERSIONS = ((3, 6), (3, 10))
 
 
-def backend_for(op_name: str, tensor: Tensor) -> str:
-    """The backend ("torch") that runs `op_name` on `tensor`.
+def backend_for(op_name: str, *tensors: Tensor) -> str:
+    """The backend, "torch" or "triton", that runs `op_name` on `tensors`.
 
     Raises
     ------
     RuntimeError
-        GRADE_KERNELS_BACKEND=triton: there is no Triton path in this version.
+        The Triton path is forced on tensors that it cannot take.
+    TypeError
+        It is forced on float64 tensors.
     ValueError
         GRADE_KERNELS_BACKEND holds anything else than torch or triton.
     """
     forced = os.environ.get(VARIABLE, "")
-    if forced in ("", "torch"):
+    if forced not in ("", "torch", "triton"):
+        raise ValueError(f"{VARIABLE} must be 'torch' or 'triton', got {forced!r}")
+    device = tensors[0].device
+    double = any(t.dtype == torch.float64 for t in tensors)
+    runs_here = device.type == "cuda" or (device.type == "cpu" and interpreting())
+    if forced == "torch" or (forced == "" and (double or not runs_here)):
         return "torch"
-    if forced == "triton":
-        raise RuntimeError(
-            f"{VARIABLE}=triton, but the Triton path of {op_name} is not available in this version; "
-            f"unset {VARIABLE} or set it to torch (the tensor is on {tensor.device})"
+    if double:
+        raise TypeError(
+            f"{VARIABLE}=triton, but {op_name} has float64 inputs and the kernels compute in float32; "
+            f"convert them with .float(), or unset {VARIABLE}"
         )
-    raise ValueError(f"{VARIABLE} must be 'torch' or 'triton', got {forced!r}")
+    if not runs_here:
+        raise RuntimeError(
+            f"{VARIABLE}=triton, but {op_name} was given a tensor on {device}, where the kernels cannot run; "
+            f"move it to a CUDA or ROCm device, set TRITON_INTERPRET=1 to interpret them on a CPU, "
+            f"or unset {VARIABLE}"
+        )
+    return "triton"
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def implementation(backend: str) -> ModuleType:
+    """The package of a backend's operations: `torch_ops` or `triton_ops`, module for module alike."""
+    if backend == "torch":
+        from grade_kernels import torch_ops as ops
+    else:
+        from grade_kernels import triton_ops as ops
+    return ops
+
+
+def check_triton() -> None:
+    """Refuse a missing or unsupported Triton in words; `triton_ops` asks before it defines a kernel.
+
+    Raises
+    ------
+    RuntimeError
+    """
+    (first, stop), fix = TRITON_VERSIONS, f"or set {VARIABLE}=torch"
+    works = f"{first[0]}.{first[1]} to {stop[0]}.{stop[1] - 1}"
+    wanted = f"pip install 'triton>={first[0]}.{first[1]},<{stop[0]}.{stop[1]}'"
+    try:
+        import triton
+    except ImportError as error:
+        raise RuntimeError(
+            f"Triton cannot be imported ({error}); the kernels work with {works}: {wanted}, {fix}"
+        ) from None
+    minor = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if not first <= minor < stop:
+        raise RuntimeError(
+            f"Triton {triton.__version__} is not supported; the kernels work with {works}: {wanted}, {fix}"
+        )

@@ -8,9 +8,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from grade_kernels import checks
-from grade_kernels.backend import backend_for
+from grade_kernels.backend import backend_for, implementation
 from grade_kernels.sparse import SparseTokens
-from grade_kernels.torch_ops import embedding as ops
 
 
 def soft_embedding(tokens: SparseTokens, weight: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ def soft_embedding(tokens: SparseTokens, weight: Tensor) -> Tensor:
     checks.check_ids("tokens.tokens", tokens.tokens, leading, weight.device)
     checks.check_support("tokens.indices", tokens.indices, leading, weight.device)
     checks.check_shape("tokens.weights", tokens.weights, tokens.indices.shape)
-    backend_for("soft_embedding", weight)
+    backend = backend_for("soft_embedding", weight, tokens.weights)
     n, k = leading.numel(), tokens.indices.shape[-1]
     flat = _SoftEmbedding.apply(
         tokens.weights.reshape(n, k),
@@ -54,27 +53,31 @@ def soft_embedding(tokens: SparseTokens, weight: Tensor) -> Tensor:
         tokens.tokens.reshape(n),
         weight,
         tokens.hard,
+        backend,
     )
     return flat.view(*leading, weight.shape[1])
 
 
 class _SoftEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weights: Tensor, indices: Tensor, chosen: Tensor, weight: Tensor, hard: bool) -> Tensor:
+    def forward(
+        ctx, weights: Tensor, indices: Tensor, chosen: Tensor, weight: Tensor, hard: bool, backend: str
+    ) -> Tensor:
         ctx.save_for_backward(weights, indices, chosen, weight)
-        ctx.hard = hard
+        ctx.hard, ctx.backend = hard, backend
         if hard:
             return F.embedding(chosen, weight)
-        return ops.weighted_sum(weights, indices, weight).to(weight.dtype)
+        return implementation(backend).embedding.weighted_sum(weights, indices, weight).to(weight.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         weights, indices, chosen, weight = ctx.saved_tensors
+        ops = implementation(ctx.backend).embedding
         d_weights = d_weight = None
         if ctx.needs_input_grad[0]:
             d_weights = ops.candidate_dots(grad, indices, weight).to(weights.dtype)
         if ctx.needs_input_grad[3]:
             scale, ids = (None, chosen[:, None]) if ctx.hard else (weights, indices)
             d_weight = ops.scatter_sum(scale, ids, grad, weight.shape[0]).to(weight.dtype)
-        return d_weights, None, None, d_weight, None
+        return d_weights, None, None, d_weight, None, None

@@ -9,12 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grade_kernels import checks
-from grade_kernels.backend import backend_for
+from grade_kernels.backend import backend_for, implementation
 from grade_kernels.sparse import SparseTokens
-from grade_kernels.torch_ops import support as ops
 from grade_kernels.torch_ops.chunks import rows_of
-from grade_kernels.torch_ops.logprob import log_sum_exp
-from grade_kernels.torch_ops.topk import topk_ids
+from grade_kernels.torch_ops.sample import place
 
 
 def gumbel_topk(
@@ -56,7 +54,7 @@ def gumbel_topk(
         Which draw of the noise.  Free sampling uses draw 0.  A conditional draw must be another one
         (>= 1): the bits that chose the token are no longer independent of it.
     indices : int64 [..., k], optional
-        The support, used as it is.
+        The support, used as it is; the ids of a row must be distinct.
     tokens : int64 [...], optional
         Draw the noise conditional on these tokens having won.  A token that the support misses takes its
         last place (`place_tokens`), and is never blocked by `suppress`.
@@ -80,17 +78,10 @@ def gumbel_topk(
     """
     checks.check_float("logits", logits)
     leading, vocab, device = logits.shape[:-1], logits.shape[-1], logits.device
-    args = SampleArgs.checked(leading, vocab, device, k, tau, seed, rows, draw, indices, tokens)
+    args = SampleArgs(leading, vocab, device, k, tau, seed, rows, draw, indices, tokens)
     blocked = checks.suppress_ids(suppress, vocab, device)
-    backend_for("gumbel_topk", logits)
-    with torch.no_grad():
-        flat = rows_of(logits)
-        lse = log_sum_exp(flat, checks.compute_dtype(logits)).view(leading)
-        ids = topk_ids(flat, args.k, blocked).view(*leading, args.k) if indices is None else indices
-        if tokens is not None:
-            ids, _ = place_tokens(ids, tokens)
-    values = logits.gather(-1, ids).to(checks.compute_dtype(logits))
-    return sample_support(values, ids, lse, args, tokens, blocked, hard)
+    backend = backend_for("gumbel_topk", logits)
+    return args.tokens(_GumbelTopk.apply(logits, args, blocked, backend), leading, hard)
 
 
 def place_tokens(indices: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,29 +102,33 @@ def place_tokens(indices: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     leading = tokens.shape if isinstance(tokens, Tensor) else ()
     checks.check_support("indices", indices, leading, indices.device)
     checks.check_ids("tokens", tokens, indices.shape[:-1], indices.device)
-    missed = ~(indices == tokens.unsqueeze(-1)).any(-1)
-    last = torch.where(missed, tokens, indices[..., -1])
-    return torch.cat([indices[..., :-1], last.unsqueeze(-1)], dim=-1), missed
+    return place(indices, tokens)
 
 
 class SampleArgs:
-    """The validated arguments that `gumbel_topk` and `linear_gumbel_topk` share."""
+    """The validated arguments that `gumbel_topk` and `linear_gumbel_topk` share; tensors are flat, [N, ...]."""
 
-    def __init__(self, k: int, tau: float, seed: int, rows: Tensor, draw: int):
-        self.k, self.tau, self.seed, self.rows, self.draw = k, tau, seed, rows, draw
-
-    @classmethod
-    def checked(cls, leading, vocab, device, k, tau, seed, rows, draw, indices, tokens) -> SampleArgs:
+    def __init__(self, leading, vocab, device, k, tau, seed, rows, draw, indices, tokens):
         checks.check_positive("tau", tau)
+        n = torch.Size(leading).numel()
         if indices is None:
-            k = checks.check_k(k, vocab)
+            self.k = checks.check_k(k, vocab)
         else:
             checks.check_support("indices", indices, leading, device)
-            k = indices.shape[-1]
+            self.k = indices.shape[-1]
         if tokens is not None:
             checks.check_ids("tokens", tokens, leading, device)
-        seed, draw = checks.check_int("seed", seed), checks.check_int("draw", draw)
-        return cls(k, tau, seed, row_keys(rows, leading, device), draw)
+        self.tau = float(tau)
+        self.seed, self.draw = checks.check_int("seed", seed), checks.check_int("draw", draw)
+        self.keys = row_keys(rows, leading, device)
+        self.indices = None if indices is None else indices.reshape(n, self.k)
+        self.given = None if tokens is None else tokens.reshape(n)
+
+    def tokens(self, flat: tuple[Tensor, Tensor, Tensor, Tensor], leading: torch.Size, hard: bool) -> SparseTokens:
+        """(ids [N, k], weights [N, k], tokens [N], mass [N]) in their leading shape."""
+        ids, weights, chosen, mass = flat
+        pairs = (x.view(*leading, self.k) for x in (ids, weights))
+        return SparseTokens(*pairs, chosen.view(leading), mass.view(leading), hard)
 
 
 def row_keys(rows: Tensor | None, leading: Sequence[int], device: torch.device) -> Tensor:
@@ -144,53 +139,46 @@ def row_keys(rows: Tensor | None, leading: Sequence[int], device: torch.device) 
     return rows.reshape(-1)
 
 
-def sample_support(
-    values: Tensor,
-    ids: Tensor,
-    lse: Tensor,
-    args: SampleArgs,
-    tokens: Tensor | None,
-    suppress: Tensor | None,
-    hard: bool,
-) -> SparseTokens:
-    """Sample from the logits `values` [..., k] of the support `ids`; `lse` [...] is of the whole row."""
-    values = block(values, ids, suppress, tokens)
-    n, k = lse.numel(), ids.shape[-1]
-    flat_ids = ids.reshape(n, k)
-    flat_tokens = None if tokens is None else tokens.reshape(n)
-    with torch.no_grad():
-        mass = (values - lse.unsqueeze(-1)).exp().sum(-1)
-        z = ops.noisy_logits(values.reshape(n, k), flat_ids, args.rows, args.seed, args.draw, flat_tokens)
-        chosen = ops.winner(z, flat_ids).view(lse.shape) if tokens is None else tokens
-    weights = _TemperedSoftmax.apply(values, z.view(values.shape), args.tau)
-    return SparseTokens(ids, weights, chosen, mass, hard)
-
-
-def block(values: Tensor, ids: Tensor, suppress: Tensor | None, tokens: Tensor | None) -> Tensor:
-    """Candidate logits with the suppressed ids at -inf, except where one is the given token."""
-    if suppress is None:
-        return values
-    blocked = torch.isin(ids, suppress)
-    if tokens is not None:
-        blocked = blocked & (ids != tokens.unsqueeze(-1))
-    return values.masked_fill(blocked, -torch.inf)
-
-
-class _TemperedSoftmax(torch.autograd.Function):
-    """softmax(z / tau) as a function of the logits, z - logits held fixed.
-
-    z comes ready-made: a conditional z is no differentiable shift of the logits at -inf.
-    """
+class _GumbelTopk(torch.autograd.Function):
+    """(ids [N, k], weights [N, k], tokens [N], mass [N]) of logits [..., V]; the weights have a gradient."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, z: Tensor, tau: float) -> Tensor:
-        weights = ops.tempered_softmax(z, tau)
-        ctx.save_for_backward(weights)
-        ctx.tau = tau
-        return weights
+    def forward(ctx, logits: Tensor, args: SampleArgs, suppress: Tensor | None, backend: str):
+        ids, sample = implementation(backend).sample.select_and_sample(
+            rows_of(logits), args.k, args.tau, args.keys, args.seed, args.draw, suppress, args.indices, args.given,
+            checks.compute_dtype(logits),
+        )
+        ctx.save_for_backward(ids, sample.weights)
+        ctx.like, ctx.tau, ctx.backend = (logits.shape, logits.dtype), args.tau, backend
+        ctx.mark_non_differentiable(ids, sample.tokens, sample.mass)
+        return ids, *sample
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v: Tensor):
+    def backward(ctx, _ids, v: Tensor, _tokens, _mass):
+        ids, weights = ctx.saved_tensors
+        shape, dtype = ctx.like
+        ops = implementation(ctx.backend).sample
+        grad = ops.scatter(ids, ops.weights_vjp(weights, v, ctx.tau), shape[-1], dtype)
+        return grad.view(shape), None, None, None
+
+
+class SampleSupport(torch.autograd.Function):
+    """(weights [N, k], tokens [N], mass [N]) from the logits `values` [N, k] of the support `ids`; `lse` [N] is
+    of the whole rows.  The weights have a gradient to `values`."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, ids: Tensor, lse: Tensor, args: SampleArgs, backend: str):
+        ops = implementation(backend).sample
+        sample = ops.sample(ops.Support(ids, values, lse), args.keys, args.seed, args.draw, args.given, args.tau)
+        ctx.save_for_backward(sample.weights)
+        ctx.tau, ctx.backend = args.tau, backend
+        ctx.mark_non_differentiable(sample.tokens, sample.mass)
+        return tuple(sample)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, v: Tensor, _tokens, _mass):
         (weights,) = ctx.saved_tensors
-        return ops.softmax_vjp(weights, v) / ctx.tau, None, None
+        grad = implementation(ctx.backend).sample.weights_vjp(weights, v, ctx.tau)
+        return grad, None, None, None, None

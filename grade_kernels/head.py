@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from grade_kernels import checks
-from grade_kernels.backend import backend_for
-from grade_kernels.gumbel import block, place_tokens
-from grade_kernels.torch_ops import kl as kl_ops
+from grade_kernels.backend import backend_for, implementation
 from grade_kernels.torch_ops.chunks import chunk_rows, rows_of, spans
 from grade_kernels.torch_ops.head import Head
-from grade_kernels.torch_ops.logprob import token_stats
-from grade_kernels.torch_ops.topk import topk_ids
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ def vocab_head(
     elif k is not None:
         k = checks.check_k(k, vocab)
     blocked = checks.suppress_ids(suppress, vocab, hidden.device)
-    backend_for("vocab_head", hidden)
+    ops = implementation(backend_for("vocab_head", hidden)).sweep
 
     with torch.no_grad():
         head, n = Head(weight, bias, scale, softcap), leading.numel()
@@ -130,34 +126,13 @@ def vocab_head(
         flat_ids = None if indices is None else indices.reshape(n, k)
         for a, b in spans(n, chunk_rows(vocab, chunk_bytes, head.dtype.itemsize)):
             logits = head.logits(rows[a:b])
-            chosen = None if flat_tokens is None else flat_tokens[a:b]
-            stats = token_stats(logits, chosen, head.dtype)
-            lse, logprob = stats.lse, None if chosen is None else stats.logprob
-            out.put(a, b, logprob=logprob, entropy=stats.entropy, lse=lse)
-            if k is not None:
-                ids = topk_ids(logits, k, blocked) if flat_ids is None else flat_ids[a:b]
-                if chosen is not None:
-                    ids, _ = place_tokens(ids, chosen)
-                values = block(logits.gather(-1, ids), ids, blocked, chosen)
-                out.put(a, b, indices=ids, logits=values, mass=(values - lse[:, None]).exp().sum(-1))
-            if ref_rows is not None:
-                ref_logits = head.logits(ref_rows[a:b])
-                _put_kl(out, a, b, head, logits, ref_logits, direction, grad)
+            ref_logits = None if ref_rows is None else head.logits(ref_rows[a:b])
+            ids, chosen = (None if x is None else x[a:b] for x in (flat_ids, flat_tokens))
+            out.put(a, b, ops.head_chunk(logits, ref_logits, k, blocked, ids, chosen, direction, grad, softcap))
+            if grad:  # the logits are gradients by now
+                sides = {"grad_hidden": logits, "grad_ref_hidden": ref_logits}
+                out.put(a, b, {name: head.grad_hidden(side) for name, side in sides.items()})
         return out.result(leading)
-
-
-def _put_kl(
-    out: _Rows, a: int, b: int, head: Head, logits: Tensor, ref_logits: Tensor, direction: str, grad: bool
-) -> None:
-    policy_first = direction == "policy_ref"
-    pair = (logits, ref_logits) if policy_first else (ref_logits, logits)
-    stats = kl_ops.kl_stats(*pair, head.dtype)
-    out.put(a, b, kl=stats.kl, ref_lse=stats.lse_q if policy_first else stats.lse_p)
-    if not grad:
-        return
-    # The last use of the logits: their gradients overwrite them.
-    kl_ops.kl_grads(*pair, stats, None, *pair, head.through_softcap)
-    out.put(a, b, grad_hidden=head.grad_hidden(logits), grad_ref_hidden=head.grad_hidden(ref_logits))
 
 
 class _Rows:
@@ -167,10 +142,8 @@ class _Rows:
         self.n = n
         self.tensors: dict[str, Tensor] = {}
 
-    def put(self, a: int, b: int, **pieces: Tensor | None) -> None:
+    def put(self, a: int, b: int, pieces: dict[str, Tensor]) -> None:
         for name, piece in pieces.items():
-            if piece is None:
-                continue
             if name not in self.tensors:
                 self.tensors[name] = piece.new_empty(self.n, *piece.shape[1:])
             self.tensors[name][a:b] = piece

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grade_kernels import checks
-from grade_kernels.backend import backend_for
-from grade_kernels.torch_ops import kl as ops
+from grade_kernels.backend import backend_for, implementation
+from grade_kernels.stats import KLStats
 from grade_kernels.torch_ops.chunks import rows_of
 
 
@@ -44,19 +44,20 @@ def logits_kl(logits: Tensor, ref_logits: Tensor, direction: str = "policy_ref")
     checks.check_shape("ref_logits", ref_logits, logits.shape)
     checks.check_device("ref_logits", ref_logits, logits.device)
     checks.check_choice("direction", direction, checks.DIRECTIONS)
-    backend_for("logits_kl", logits)
+    backend = backend_for("logits_kl", logits, ref_logits)
     if direction == "policy_ref":
-        return _KL.apply(logits, ref_logits)
-    return _KL.apply(ref_logits, logits)
+        return _KL.apply(logits, ref_logits, backend)
+    return _KL.apply(ref_logits, logits, backend)
 
 
 class _KL(torch.autograd.Function):
     """KL(p || q) of p_logits and q_logits [..., V]."""
 
     @staticmethod
-    def forward(ctx, p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    def forward(ctx, p_logits: Tensor, q_logits: Tensor, backend: str) -> Tensor:
         dtype = checks.compute_dtype(p_logits, q_logits)
-        stats = ops.kl_stats(rows_of(p_logits), rows_of(q_logits), dtype)
+        stats = implementation(backend).kl.kl_stats(rows_of(p_logits), rows_of(q_logits), dtype)
+        ctx.backend = backend
         ctx.save_for_backward(p_logits, q_logits, *stats)
         return stats.kl.view(p_logits.shape[:-1]).clone()
 
@@ -67,7 +68,8 @@ class _KL(torch.autograd.Function):
         p_rows, q_rows = rows_of(p_logits), rows_of(q_logits)
         out_p, out_q = (
             torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
-            for x, wanted in zip((p_rows, q_rows), ctx.needs_input_grad, strict=True)
+            for x, wanted in zip((p_rows, q_rows), ctx.needs_input_grad[:2], strict=True)
         )
-        ops.kl_grads(p_rows, q_rows, ops.KLStats(*saved), grad.reshape(-1), out_p, out_q)
-        return tuple(out if out is None else out.view(p_logits.shape) for out in (out_p, out_q))
+        kl_grads = implementation(ctx.backend).kl.kl_grads
+        kl_grads(p_rows, q_rows, KLStats(*saved), grad.reshape(-1), out_p, out_q)
+        return *(out if out is None else out.view(p_logits.shape) for out in (out_p, out_q)), None

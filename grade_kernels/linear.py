@@ -15,15 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grade_kernels import checks
-from grade_kernels.backend import backend_for
-from grade_kernels.gumbel import SampleArgs, place_tokens, sample_support
+from grade_kernels.backend import backend_for, implementation
+from grade_kernels.gumbel import SampleArgs, SampleSupport
 from grade_kernels.sparse import SparseTokens
-from grade_kernels.torch_ops import embedding as embedding_ops
-from grade_kernels.torch_ops import kl as kl_ops
-from grade_kernels.torch_ops import logprob as logprob_ops
+from grade_kernels.stats import KLStats, TokenStats
 from grade_kernels.torch_ops.chunks import chunk_rows, rows_of, spans
-from grade_kernels.torch_ops.head import Head
-from grade_kernels.torch_ops.topk import topk_ids
+from grade_kernels.torch_ops.head import Head, through_softcap
 
 
 def linear_kl(
@@ -75,8 +72,8 @@ def linear_kl(
             )
     checks.check_shape("ref_hidden", ref_hidden, (*hidden.shape[:-1], ref_hidden.shape[-1]))
     checks.check_device("ref_hidden", ref_hidden, hidden.device)
-    backend_for("linear_kl", hidden)
-    options = (scale, softcap, chunk_bytes, direction == "ref_policy")
+    backend = backend_for("linear_kl", hidden)
+    options = (scale, softcap, chunk_bytes, direction == "ref_policy", backend)
     return _LinearKL.apply(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *options)
 
 
@@ -96,8 +93,8 @@ def linear_token_logprob(
     """
     checks.check_head(hidden, weight, bias, scale, softcap)
     checks.check_ids("tokens", tokens, hidden.shape[:-1], hidden.device)
-    backend_for("linear_token_logprob", hidden)
-    return _LinearTokenLogprob.apply(hidden, weight, bias, tokens, scale, softcap, chunk_bytes)
+    backend = backend_for("linear_token_logprob", hidden)
+    return _LinearTokenLogprob.apply(hidden, weight, bias, tokens, scale, softcap, chunk_bytes, backend)
 
 
 def linear_gumbel_topk(
@@ -125,24 +122,20 @@ def linear_gumbel_topk(
     """
     checks.check_head(hidden, weight, bias, scale, softcap)
     leading, vocab = hidden.shape[:-1], weight.shape[0]
-    args = SampleArgs.checked(leading, vocab, hidden.device, k, tau, seed, rows, draw, indices, tokens)
+    args = SampleArgs(leading, vocab, hidden.device, k, tau, seed, rows, draw, indices, tokens)
     blocked = checks.suppress_ids(suppress, vocab, hidden.device)
-    backend_for("linear_gumbel_topk", hidden)
-    n, k = leading.numel(), args.k
+    backend = backend_for("linear_gumbel_topk", hidden)
+    ops, n, k = implementation(backend).sample, leading.numel(), args.k
     head = Head(weight, bias, scale, softcap)
     with torch.no_grad():
         ids = torch.empty(n, k, dtype=torch.int64, device=hidden.device)
         values = torch.empty(n, k, dtype=head.dtype, device=hidden.device)
         lse = values.new_empty(n)
         for a, b, _, logits in _chunks(hidden, head, chunk_bytes):
-            part = topk_ids(logits, k, blocked) if indices is None else indices.reshape(n, k)[a:b]
-            if tokens is not None:
-                part, _ = place_tokens(part, tokens.reshape(n)[a:b])
-            ids[a:b], values[a:b] = part, logits.gather(-1, part)
-            lse[a:b] = logprob_ops.log_sum_exp(logits, head.dtype)
-    ids, values = ids.view(*leading, k), values.view(*leading, k)
-    values = _SupportLogits.apply(hidden, weight, bias, ids, values, scale, softcap)
-    return sample_support(values, ids, lse.view(leading), args, tokens, blocked, hard)
+            given, chosen = (None if x is None else x[a:b] for x in (args.indices, args.given))
+            ids[a:b], values[a:b], lse[a:b] = ops.select(logits, k, blocked, given, chosen, head.dtype)
+    values = _SupportLogits.apply(hidden, weight, bias, ids, values, scale, softcap, backend)
+    return args.tokens((ids, *SampleSupport.apply(values, ids, lse, args, backend)), leading, hard)
 
 
 def _chunks(hidden: Tensor, head: Head, chunk_bytes: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -191,25 +184,27 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, scale, softcap, chunk_bytes, swap
+        ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, scale, softcap, chunk_bytes, swap, backend
     ):
         head, ref_head = _two_heads(weight, bias, ref_weight, ref_bias, scale, softcap)
         leading = hidden.shape[:-1]
-        stats = kl_ops.KLStats.empty(leading.numel(), head.dtype, hidden.device)
+        stats = KLStats.empty(leading.numel(), head.dtype, hidden.device)
+        kl_stats = implementation(backend).kl.kl_stats
         chunks = _paired_chunks(hidden, head, ref_hidden, ref_head, chunk_bytes)
         for (a, b, _, logits), (_, _, _, ref) in chunks:
             pair = (ref, logits) if swap else (logits, ref)
-            stats.put(a, b, kl_ops.kl_stats(*pair, head.dtype))
+            stats.put(a, b, kl_stats(*pair, head.dtype))
         ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *stats)
-        ctx.options = (scale, softcap, chunk_bytes, swap)
+        ctx.options = (scale, softcap, chunk_bytes, swap, backend)
         return stats.kl.view(leading).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *saved = ctx.saved_tensors
-        scale, softcap, chunk_bytes, swap = ctx.options
-        stats, row_weights, wanted = kl_ops.KLStats(*saved), grad.reshape(-1), ctx.needs_input_grad
+        scale, softcap, chunk_bytes, swap, backend = ctx.options
+        kl_grads = implementation(backend).kl.kl_grads
+        stats, row_weights, wanted = KLStats(*saved), grad.reshape(-1), ctx.needs_input_grad
         head, ref_head = _two_heads(weight, bias, ref_weight, ref_bias, scale, softcap)
         grads = _HeadGrads(hidden, head, wanted[:3])
         if ref_weight is None:  # both sides add to one weight gradient
@@ -221,7 +216,7 @@ class _LinearKL(torch.autograd.Function):
             # The last use of the logits: their gradients overwrite them.
             outs = (logits if grads.any else None, ref if ref_grads.any else None)
             pair, outs = ((ref, logits), outs[::-1]) if swap else ((logits, ref), outs)
-            kl_ops.kl_grads(*pair, stats.rows(a, b), row_weights[a:b], *outs, head.through_softcap)
+            kl_grads(*pair, stats.rows(a, b), row_weights[a:b], *outs, softcap)
             if grads.any:
                 grads.add(a, b, rows, logits)
             if ref_grads.any:
@@ -229,7 +224,7 @@ class _LinearKL(torch.autograd.Function):
         ref_result = ref_grads.result()
         if ref_weight is None:
             ref_result = (ref_result[0], None, None)
-        return *grads.result(), *ref_result, None, None, None, None
+        return *grads.result(), *ref_result, *[None] * 5
 
 
 def _two_heads(weight, bias, ref_weight, ref_bias, scale, softcap) -> tuple[Head, Head]:
@@ -239,57 +234,57 @@ def _two_heads(weight, bias, ref_weight, ref_bias, scale, softcap) -> tuple[Head
 
 class _LinearTokenLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, tokens, scale, softcap, chunk_bytes):
+    def forward(ctx, hidden, weight, bias, tokens, scale, softcap, chunk_bytes, backend):
         head, flat = Head(weight, bias, scale, softcap), tokens.reshape(-1)
-        stats = logprob_ops.TokenStats.empty(flat.numel(), head.dtype, hidden.device)
+        stats = TokenStats.empty(flat.numel(), head.dtype, hidden.device)
+        token_stats = implementation(backend).logprob.token_stats
         for a, b, _, logits in _chunks(hidden, head, chunk_bytes):
-            stats.put(a, b, logprob_ops.token_stats(logits, flat[a:b], head.dtype))
+            stats.put(a, b, token_stats(logits, flat[a:b], head.dtype))
         ctx.save_for_backward(hidden, weight, bias, tokens, *stats)
-        ctx.options = (scale, softcap, chunk_bytes)
+        ctx.options = (scale, softcap, chunk_bytes, backend)
         return stats.logprob.view(tokens.shape).clone(), stats.entropy.view(tokens.shape).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_logprob: Tensor, d_entropy: Tensor):
         hidden, weight, bias, tokens, *saved = ctx.saved_tensors
-        stats = logprob_ops.TokenStats(*saved)
-        scale, softcap, chunk_bytes = ctx.options
+        stats = TokenStats(*saved)
+        scale, softcap, chunk_bytes, backend = ctx.options
+        token_stats_grad = implementation(backend).logprob.token_stats_grad
         head, flat = Head(weight, bias, scale, softcap), tokens.reshape(-1)
         d_logprob, d_entropy = d_logprob.reshape(-1), d_entropy.reshape(-1)
         grads = _HeadGrads(hidden, head, ctx.needs_input_grad[:3])
         for a, b, rows, logits in _chunks(hidden, head, chunk_bytes):
             upstream = (d_logprob[a:b], d_entropy[a:b])
-            logprob_ops.token_stats_grad(
-                logits, flat[a:b], stats.rows(a, b), *upstream, logits, head.through_softcap
-            )
+            token_stats_grad(logits, flat[a:b], stats.rows(a, b), *upstream, logits, softcap)
             grads.add(a, b, rows, logits)
-        return *grads.result(), None, None, None, None
+        return *grads.result(), *[None] * 5
 
 
 class _SupportLogits(torch.autograd.Function):
-    """The logits [..., k] at the support, already computed, as a function of hidden, weight and bias."""
+    """The logits [N, k] at the support, already computed, as a function of hidden [..., d], weight and bias."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, values, scale, softcap):
+    def forward(ctx, hidden, weight, bias, ids, values, scale, softcap, backend):
         ctx.save_for_backward(hidden, weight, bias, ids, values)
-        ctx.options = (scale, softcap)
+        ctx.options = (scale, softcap, backend)
         return values.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         hidden, weight, bias, ids, values = ctx.saved_tensors
-        scale, softcap = ctx.options
-        head, (vocab, width), k = Head(weight, bias, scale, softcap), weight.shape, ids.shape[-1]
-        ids, d_raw = ids.reshape(-1, k), head.through_softcap(grad.clone(), values).reshape(-1, k)
+        scale, softcap, backend = ctx.options
+        ops, (vocab, width) = implementation(backend).embedding, weight.shape
+        d_raw = through_softcap(grad.clone(), values, softcap)
         d_hidden = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_hidden = embedding_ops.weighted_sum(d_raw, ids, weight).mul_(scale)
+            d_hidden = ops.weighted_sum(d_raw, ids, weight).mul_(scale)
             d_hidden = d_hidden.view(hidden.shape).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            d_weight = embedding_ops.scatter_sum(d_raw, ids, hidden.reshape(-1, width), vocab)
+            d_weight = ops.scatter_sum(d_raw, ids, hidden.reshape(-1, width), vocab)
             d_weight = d_weight.mul_(scale).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             ones = d_raw.new_ones(d_raw.shape[0], 1)
-            d_bias = embedding_ops.scatter_sum(d_raw, ids, ones, vocab)[:, 0].to(bias.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None
+            d_bias = ops.scatter_sum(d_raw, ids, ones, vocab)[:, 0].to(bias.dtype)
+        return d_hidden, d_weight, d_bias, *[None] * 5

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grade_kernels import checks
-from grade_kernels.backend import backend_for
-from grade_kernels.torch_ops import logprob as ops
+from grade_kernels.backend import backend_for, implementation
+from grade_kernels.stats import TokenStats
 from grade_kernels.torch_ops.chunks import rows_of
 
 
@@ -34,16 +34,16 @@ def token_logprob(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """
     checks.check_float("logits", logits)
     checks.check_ids("tokens", tokens, logits.shape[:-1], logits.device)
-    backend_for("token_logprob", logits)
-    return _TokenLogprob.apply(logits, tokens)
+    return _TokenLogprob.apply(logits, tokens, backend_for("token_logprob", logits))
 
 
 class _TokenLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, logits: Tensor, tokens: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         dtype = checks.compute_dtype(logits)
-        stats = ops.token_stats(rows_of(logits), tokens.reshape(-1), dtype)
+        stats = implementation(backend).logprob.token_stats(rows_of(logits), tokens.reshape(-1), dtype)
         ctx.save_for_backward(logits, tokens, *stats)
+        ctx.backend = backend
         return stats.logprob.view(tokens.shape).clone(), stats.entropy.view(tokens.shape).clone()
 
     @staticmethod
@@ -53,5 +53,6 @@ class _TokenLogprob(torch.autograd.Function):
         rows = rows_of(logits)
         grad = torch.empty(rows.shape, dtype=logits.dtype, device=logits.device)
         d_logprob, d_entropy = d_logprob.reshape(-1), d_entropy.reshape(-1)
-        ops.token_stats_grad(rows, tokens.reshape(-1), ops.TokenStats(*stats), d_logprob, d_entropy, grad)
-        return grad.view(logits.shape), None
+        ops = implementation(ctx.backend).logprob
+        ops.token_stats_grad(rows, tokens.reshape(-1), TokenStats(*stats), d_logprob, d_entropy, grad)
+        return grad.view(logits.shape), None, None

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from grade_kernels import checks
-from grade_kernels.backend import backend_for
+from grade_kernels.backend import backend_for, implementation
 from grade_kernels.gumbel import row_keys
-from grade_kernels.torch_ops import embedding as embedding_ops
-from grade_kernels.torch_ops import support as ops
-from grade_kernels.torch_ops.head import Head
+from grade_kernels.torch_ops.head import through_softcap
 
 
 @dataclass(frozen=True)
@@ -112,36 +110,18 @@ def soft_token_vjp(
     if weight is not None:
         checks.check_table("weight", weight, None, logits.device)
         checks.check_scale_softcap(scale, softcap)
-    backend_for("soft_token_vjp", logits)
-
-    v = candidate_grad(grad_embedding, embedding, indices)
-    dtype, n = checks.compute_dtype(logits, v), leading.numel()
-    values, v = logits.reshape(n, k).to(dtype), v.reshape(n, k).to(dtype)
-    ids, chosen = indices.reshape(n, k), None if tokens is None else tokens.reshape(n)
-
-    def draw_vjp(draw: int, given: Tensor | None) -> Tensor:
-        z = ops.noisy_logits(values, ids, keys, seed, draw, given)
-        return ops.softmax_vjp(ops.tempered_softmax(z, tau), v).div_(tau)
-
-    if estimator == "gumbel":
-        grad = draw_vjp(1, chosen) if conditional else draw_vjp(0, None)
-    elif estimator == "rao":
-        grad = draw_vjp(1, chosen)
-        for draw in range(2, samples + 1):
-            grad += draw_vjp(draw, chosen)
-        grad /= samples
-    elif estimator == "straight_through":
-        grad = ops.softmax_vjp(values.softmax(-1), v)
-    else:
-        one_hot = (ids == chosen[:, None]).to(dtype)
-        midpoint = (one_hot + ops.tempered_softmax(values, tau)) / 2
-        grad = 2 * ops.softmax_vjp(midpoint, v) - ops.softmax_vjp(values.softmax(-1), v) / 2
+    grads, tables, ids = _pairs(grad_embedding, embedding, indices)
+    sides = [*grads, *tables, *([] if weight is None else [weight])]
+    ops = implementation(backend_for("soft_token_vjp", logits, *sides))
+    dtype, n = checks.compute_dtype(logits, *grads, *tables), leading.numel()
+    values, chosen = logits.reshape(n, k), None if tokens is None else tokens.reshape(n)
+    draws = range(1, samples + 1) if estimator == "rao" else range(1, 2) if conditional else range(1)
+    grad = ops.vjp.token_vjp(grads, tables, values, ids, chosen, keys, estimator, tau, seed or 0, draws, dtype)
 
     dhidden = None
     if weight is not None:
-        head = Head(weight, scale=scale, softcap=softcap)
-        dhidden = pull_back(head.through_softcap(grad.clone(), values), ids, weight).mul_(scale)
-        dhidden = dhidden.view(*leading, weight.shape[1])
+        d_raw = through_softcap(grad * scale, values.to(dtype), softcap)
+        dhidden = ops.embedding.weighted_sum(d_raw, ids, weight).view(*leading, weight.shape[1])
     return SoftTokenGrad(grad.view(*leading, k), dhidden)
 
 
@@ -162,6 +142,13 @@ def candidate_grad(
     Tensor [..., k]
         float32 (float64 if an input is float64).
     """
+    grads, tables, ids = _pairs(grad_embedding, embedding, indices)
+    ops = implementation(backend_for("candidate_grad", *grads, *tables)).vjp
+    return ops.candidate_grad(grads, tables, ids).view(indices.shape)
+
+
+def _pairs(grad_embedding, embedding, indices: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(gradients [N, d_e], tables [V, d_e], ids [N, k]), checked."""
     grads = [grad_embedding] if isinstance(grad_embedding, Tensor) else list(grad_embedding)
     tables = [embedding] if isinstance(embedding, Tensor) else list(embedding)
     if len(grads) != len(tables) or not grads:
@@ -174,12 +161,7 @@ def candidate_grad(
         checks.check_support("indices", indices, grad.shape[:-1], grad.device)
         checks.check_table("embedding", table, grad.shape[-1], grad.device)
     k, n = indices.shape[-1], grads[0].shape[:-1].numel()
-    ids = indices.reshape(n, k)
-    parts = [
-        embedding_ops.candidate_dots(grad.reshape(n, grad.shape[-1]), ids, table)
-        for grad, table in zip(grads, tables, strict=True)
-    ]
-    return sum(parts[1:], start=parts[0]).view(indices.shape)
+    return [grad.reshape(n, grad.shape[-1]) for grad in grads], tables, indices.reshape(n, k)
 
 
 @torch.no_grad()
@@ -203,5 +185,6 @@ def pull_back(dlogits: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     checks.check_table("weight", weight, None, dlogits.device)
     leading, k = dlogits.shape[:-1], dlogits.shape[-1]
     n = leading.numel()
-    flat = embedding_ops.weighted_sum(dlogits.reshape(n, k), indices.reshape(n, k), weight)
+    ops = implementation(backend_for("pull_back", dlogits, weight)).embedding
+    flat = ops.weighted_sum(dlogits.reshape(n, k), indices.reshape(n, k), weight)
     return flat.view(*leading, weight.shape[1])

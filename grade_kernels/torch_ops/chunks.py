@@ -83,6 +83,13 @@ def rows_of(x: Tensor) -> Rows:
     return RowView(x)
 
 
+def gather(x: Rows, ids: Tensor) -> Tensor:
+    """The entries of x [N, V] at ids [N, k]: [N, k]."""
+    if isinstance(x, RowView):
+        return x.tensor.gather(-1, ids.view(*x.leading, ids.shape[-1])).view(ids.shape)
+    return x.gather(-1, ids)
+
+
 def _mergeable(x: Tensor) -> bool:
     expected = None
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):

@@ -16,6 +16,14 @@ from grade_kernels.torch_ops.chunks import spans
 _BLOCK_BYTES = 2**25
 
 
+def through_softcap(d_logits: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
+    """Gradient before the soft cap, in place: d_logits * (1 - (logits / cap)^2)."""
+    if softcap is None:
+        return d_logits
+    # A candidate blocked with -inf would make 0 * -inf; it counts as saturated.
+    return d_logits.mul_(1.0 - (logits / softcap).clamp(-1.0, 1.0).square_())
+
+
 @dataclass(frozen=True)
 class Head:
     """logits = cap * tanh((scale * hidden @ weight.T + bias) / cap), without the tanh if softcap is None."""
@@ -40,13 +48,6 @@ class Head:
         if self.softcap is not None:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
         return out
-
-    def through_softcap(self, d_logits: Tensor, logits: Tensor) -> Tensor:
-        """Gradient before the soft cap, in place: d_logits * (1 - (logits / cap)^2)."""
-        if self.softcap is None:
-            return d_logits
-        # A candidate blocked with -inf would make 0 * -inf; it counts as saturated.
-        return d_logits.mul_(1.0 - (logits / self.softcap).clamp(-1.0, 1.0).square_())
 
     def grad_hidden(self, d_raw: Tensor) -> Tensor:
         """d_raw [r, V] (before the soft cap) -> d hidden [r, d] in `dtype`."""

@@ -11,13 +11,13 @@ exactly 0, and a pair that differs by a bf16 rounding keeps all its digits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from grade_kernels.stats import KLStats
 from grade_kernels.torch_ops.chunks import Rows, pieces
+from grade_kernels.torch_ops.head import through_softcap
 from grade_kernels.torch_ops.logprob import peak_and_norm
 
 # phi is a power series up to this |x|: expm1(x) - x has lost a factor 2/x of precision there.
@@ -29,40 +29,6 @@ _SERIES = {
 }
 # Where x exceeds this cap, p_i phi(x_i) = q_i to working precision, whatever p_i; see `_Pair`.
 _CAP = {torch.float32: 20.0, torch.float64: 40.0}
-
-
-class KLStats(NamedTuple):
-    """Per row [N]: all that the gradient needs beside the logits.
-
-    A log-sum-exp is kept as its two parts, because log p = (logit - peak) - norm loses less than
-    logit - (peak + norm).
-    """
-
-    kl: Tensor
-    peak_p: Tensor  # largest logit
-    norm_p: Tensor  # log-sum-exp minus the peak
-    peak_q: Tensor
-    norm_q: Tensor
-    shift: Tensor  # the difference of the log-sum-exps, q's minus p's, to full precision
-
-    @property
-    def lse_p(self) -> Tensor:
-        return self.peak_p + self.norm_p
-
-    @property
-    def lse_q(self) -> Tensor:
-        return self.peak_q + self.norm_q
-
-    @classmethod
-    def empty(cls, n: int, dtype: torch.dtype, device: torch.device) -> KLStats:
-        return cls(*torch.empty(len(cls._fields), n, dtype=dtype, device=device).unbind())
-
-    def put(self, a: int, b: int, part: KLStats) -> None:
-        for whole, rows in zip(self, part, strict=True):
-            whole[a:b] = rows
-
-    def rows(self, a: int, b: int) -> KLStats:
-        return KLStats(*(stat[a:b] for stat in self))
 
 
 def kl_stats(p_logits: Rows, q_logits: Rows, dtype: torch.dtype) -> KLStats:
@@ -83,12 +49,12 @@ def kl_grads(
     row_weights: Tensor | None,
     out_p: Tensor | None,
     out_q: Tensor | None,
-    through: Callable[[Tensor, Tensor], Tensor] | None = None,
+    softcap: float | None = None,
 ) -> None:
     """row_weights * dKL/dp_logits = p (-x - KL) into out_p, and dKL/dq_logits = q - p into out_q, [N, V].
 
-    The outs may be the logits themselves; `through(gradient, logits)` is applied to each piece before it
-    is stored.  A row of weight 0 gets gradient 0 even where KL is infinite.  No weights means 1.
+    The outs may be the logits themselves.  With `softcap` the gradient is that before the soft cap which
+    made the logits.  A row of weight 0 gets gradient 0 even where KL is infinite.  No weights means 1.
     """
     dtype = stats.kl.dtype
     for a, b in pieces(p_logits, dtype):
@@ -108,7 +74,7 @@ def kl_grads(
             if row_weights is not None:
                 weights = row_weights[a:b, None]
                 grad.mul_(weights).masked_fill_(weights == 0, 0.0)
-            out[a:b] = grad if through is None else through(grad, logits)
+            out[a:b] = through_softcap(grad, logits, softcap)
 
 
 def _piece_stats(p: Tensor, q: Tensor) -> KLStats:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from grade_kernels.stats import TokenStats
 from grade_kernels.torch_ops.chunks import Rows, piece_rows, pieces, spans
+from grade_kernels.torch_ops.head import through_softcap
 
 
 def log_sum_exp(logits: Rows, dtype: torch.dtype) -> Tensor:
@@ -28,30 +27,6 @@ def peak_and_norm(logits: Tensor) -> tuple[Tensor, Tensor]:
     peak = logits.amax(-1, keepdim=True)
     peak = peak.masked_fill(peak == -torch.inf, 0.0)  # an all-masked row: norm is -inf
     return peak, (logits - peak).exp_().sum(-1, keepdim=True).log_()
-
-
-class TokenStats(NamedTuple):
-    """Per row [N], in nats."""
-
-    logprob: Tensor  # of the token; not meaningful without tokens
-    entropy: Tensor
-    peak: Tensor
-    norm: Tensor
-
-    @property
-    def lse(self) -> Tensor:
-        return self.peak + self.norm
-
-    @classmethod
-    def empty(cls, n: int, dtype: torch.dtype, device: torch.device) -> TokenStats:
-        return cls(*torch.empty(len(cls._fields), n, dtype=dtype, device=device).unbind())
-
-    def put(self, a: int, b: int, part: TokenStats) -> None:
-        for whole, rows in zip(self, part, strict=True):
-            whole[a:b] = rows
-
-    def rows(self, a: int, b: int) -> TokenStats:
-        return TokenStats(*(stat[a:b] for stat in self))
 
 
 def token_stats(logits: Rows, tokens: Tensor | None, dtype: torch.dtype) -> TokenStats:
@@ -78,11 +53,12 @@ def token_stats_grad(
     d_logprob: Tensor,
     d_entropy: Tensor,
     out: Tensor,
-    through: Callable[[Tensor, Tensor], Tensor] | None = None,
+    softcap: float | None = None,
 ) -> None:
     """out [N, V] = d_logprob (onehot - p) - d_entropy p (log p + entropy).
 
-    `out` may be `logits` itself; `through(gradient, logits)` is applied to each piece before it is stored.
+    `out` may be `logits` itself.  With `softcap` the gradient is that before the soft cap which made the
+    logits.
     """
     dtype = stats.norm.dtype
     for a, b in pieces(logits, dtype):
@@ -93,4 +69,4 @@ def token_stats_grad(
         logp.add_(stats.entropy[a:b, None]).mul_(d_entropy[a:b, None]).add_(d_logprob[a:b, None])
         grad.mul_(logp).neg_()
         grad.scatter_add_(-1, tokens[a:b, None], d_logprob[a:b, None].to(grad.dtype))
-        out[a:b] = grad if through is None else through(grad, part)
+        out[a:b] = through_softcap(grad, part, softcap)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -177,6 +178,9 @@ OPS = {
     "linear_gumbel_topk": lambda: gk.linear_gumbel_topk(H, W, 2, seed=0),
     "vocab_head": head(),
     "soft_token_vjp": vjp(),
+    "scatter_tokens": lambda: gk.scatter_tokens(SPARSE, 10),
+    "candidate_grad": lambda: gk.candidate_grad(H, W, IDX),
+    "pull_back": lambda: gk.pull_back(IDX.float(), IDX, W),
 }
 
 
@@ -187,11 +191,32 @@ def test_backend_switch(monkeypatch, op):
         OPS[op]()
         assert gk.backend_for(op, L) == "torch"
     monkeypatch.setenv(backend.VARIABLE, "triton")
-    with pytest.raises(RuntimeError, match=f"Triton path of {op} is not available in this version"):
+    with pytest.raises(RuntimeError, match=f"{op} was given a tensor on cpu.*set TRITON_INTERPRET=1"):
         OPS[op]()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gk.backend_for(op, L) == "triton"
+    with pytest.raises(TypeError, match=f"{op} has float64 inputs.*convert them with .float()"):
+        gk.backend_for(op, L, L.double())
+    monkeypatch.setenv(backend.VARIABLE, "")
+    assert gk.backend_for(op, L, L.double()) == "torch"
     monkeypatch.setenv(backend.VARIABLE, "cuda")
     with pytest.raises(ValueError, match="GRADE_KERNELS_BACKEND must be 'torch' or 'triton', got 'cuda'"):
         OPS[op]()
+
+
+@pytest.mark.parametrize("version, works", [("3.5.1", False), ("3.6.0", True), ("3.9.2+git1", True), ("3.10.0", False)])
+def test_triton_version(monkeypatch, version, works):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    if works:
+        return backend.check_triton()
+    with pytest.raises(RuntimeError, match=r"is not supported; the kernels work with 3.6 to 3.9: pip install"):
+        backend.check_triton()
+
+
+def test_triton_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(RuntimeError, match="cannot be imported.*work with 3.6 to 3.9.*GRADE_KERNELS_BACKEND=torch"):
+        backend.check_triton()
 
 
 def test_import_is_light():

@@ -1,0 +1,101 @@
+"""The sampler: a support of k candidates for each row, noise over it, and a token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grade_kernels.torch_ops import support as ops
+from grade_kernels.torch_ops.chunks import Rows, gather
+from grade_kernels.torch_ops.logprob import log_sum_exp
+from grade_kernels.torch_ops.topk import topk_ids
+
+
+class Support(NamedTuple):
+    ids: Tensor  # int64 [N, k]
+    values: Tensor  # [N, k] logits, -inf where the id may not be sampled
+    lse: Tensor  # [N] log-sum-exp of the whole raw row
+
+
+class Sample(NamedTuple):
+    weights: Tensor  # [N, k] softmax(z / tau)
+    tokens: Tensor  # int64 [N]
+    mass: Tensor  # [N] probability of the support
+
+
+def select(
+    logits: Rows,
+    k: int,
+    suppress: Tensor | None,
+    indices: Tensor | None,
+    tokens: Tensor | None,
+    dtype: torch.dtype,
+) -> Support:
+    """The exact top-k of logits [N, V], or `indices` [N, k] where they are given.
+
+    A token [N] that the support misses takes its last place.  `suppress` (int64 [m]) is left out, or at
+    -inf where the support holds it anyway, unless it is the row's token.
+    """
+    ids = topk_ids(logits, k, suppress) if indices is None else indices
+    if tokens is not None:
+        ids = place(ids, tokens)[0]
+    values = gather(logits, ids).to(dtype)
+    return Support(ids, block(values, ids, suppress, tokens), log_sum_exp(logits, dtype))
+
+
+def place(indices: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(the support [..., k] with each token in it, where it was missing [...])."""
+    missed = ~(indices == tokens.unsqueeze(-1)).any(-1)
+    last = torch.where(missed, tokens, indices[..., -1])
+    return torch.cat([indices[..., :-1], last.unsqueeze(-1)], dim=-1), missed
+
+
+def block(values: Tensor, ids: Tensor, suppress: Tensor | None, tokens: Tensor | None) -> Tensor:
+    """Candidate logits with the suppressed ids at -inf, except where one is the given token."""
+    if suppress is None:
+        return values
+    blocked = torch.isin(ids, suppress)
+    if tokens is not None:
+        blocked = blocked & (ids != tokens.unsqueeze(-1))
+    return values.masked_fill(blocked, -torch.inf)
+
+
+def sample(
+    support: Support, keys: Tensor, seed: int, draw: int, tokens: Tensor | None, tau: float
+) -> Sample:
+    """One token per row from its support, or the weights given `tokens`; `keys` [N] are the rows' keys."""
+    ids, values, lse = support
+    z = ops.noisy_logits(values, ids, keys, seed, draw, tokens)
+    chosen = ops.winner(z, ids) if tokens is None else tokens.clone()
+    return Sample(ops.tempered_softmax(z, tau), chosen, (values - lse[:, None]).exp().sum(-1))
+
+
+def select_and_sample(
+    logits: Rows,
+    k: int,
+    tau: float,
+    keys: Tensor,
+    seed: int,
+    draw: int,
+    suppress: Tensor | None,
+    indices: Tensor | None,
+    tokens: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Sample]:
+    """(ids [N, k], the sample): `select`, then `sample`."""
+    support = select(logits, k, suppress, indices, tokens, dtype)
+    return support.ids, sample(support, keys, seed, draw, tokens, tau)
+
+
+def weights_vjp(weights: Tensor, grad: Tensor, tau: float) -> Tensor:
+    """J(w) v / tau [N, k], in the dtype of `weights`."""
+    return ops.softmax_vjp(weights, grad.to(weights.dtype)) / tau
+
+
+def scatter(ids: Tensor, values: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+    """Dense [N, vocab] in `dtype`: the values [N, k] at their ids, which are distinct within a row, else 0."""
+    dense = torch.zeros(ids.shape[0], vocab, dtype=dtype, device=ids.device)
+    return dense.scatter_add_(-1, ids, values.to(dtype))
+

@@ -1,0 +1,87 @@
+"""Device functions that several kernels share: addresses, accurate elementary functions, noise."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_start(row, inner, outer_stride, inner_stride):
+    """Offset of a row (int64) in entries; see `launch.RowAddresses`."""
+    return (row // inner) * outer_stride + (row % inner) * inner_stride
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x > -1 to a few units in the last place (Kahan's correction of the rounded sum)."""
+    y = 1.0 + x
+    ratio = tl.log(y) / tl.where(y == 1.0, 1.0, y - 1.0)
+    return tl.where(y == 1.0, x, x * ratio)
+
+
+@triton.jit
+def exp_tail(x):
+    """(e^x - 1 - x) / (x^2 / 2) by its series, for |x| <= 1: relative error below 2^-24."""
+    s = 2.0 / 39916800.0  # 2 / 11!
+    s = s * x + 2.0 / 3628800.0
+    s = s * x + 2.0 / 362880.0
+    s = s * x + 2.0 / 40320.0
+    s = s * x + 2.0 / 5040.0
+    s = s * x + 2.0 / 720.0
+    s = s * x + 2.0 / 120.0
+    s = s * x + 2.0 / 24.0
+    s = s * x + 2.0 / 6.0
+    return s * x + 1.0
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1 to a few units in the last place, also at infinity."""
+    near = tl.abs(x) <= 1.0
+    s = tl.where(near, x, 0.0)
+    return tl.where(near, s + 0.5 * s * s * exp_tail(s), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def exponential(seed_low, seed_high, draw, row, ids):
+    """Exp(1) noise, float32, of `row` (int64) at `ids`: `grade_kernels.random.exponential`, bit for bit in
+    the 64 random bits."""
+    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True).to(
+        tl.uint64
+    )
+    zero = (ids * 0).to(tl.uint32)
+    row_low = zero + (row & 0xFFFFFFFF).to(tl.uint32)
+    row_high = zero + ((row >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    high, low, _, _ = tl.philox(seed, row_low, row_high, ids.to(tl.uint32), zero + draw.to(tl.uint32, bitcast=True))
+    # u = (high * 2^32 + low + 1/2) * 2^-64, clamped below 1, where float32 would round it to 1
+    u = high.to(tl.float32) * 2.3283064365386963e-10 + (low.to(tl.float32) + 0.5) * 5.421010862427522e-20
+    return -log1p(-tl.minimum(u, 0.999999940395355224609375))
+
+
+@triton.jit
+def lane_offsets(LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """Offsets [STEPS, LANES, WIDTH] of a tile: thread `lane` reads WIDTH adjacent entries at STEPS places.
+
+    With LANES = 32 * warps and WIDTH one vector load, all STEPS * WIDTH entries of a lane lie in one thread:
+    reducing over the first and the last axis exchanges nothing between threads.
+    """
+    step = tl.arange(0, STEPS)[:, None, None] * (LANES * WIDTH)
+    return step + tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+
+
+@triton.jit
+def lane_sum(x):
+    """[STEPS, LANES, WIDTH] -> [LANES]."""
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def lane_max(x):
+    return tl.max(tl.max(x, axis=2), axis=0)
+
+
+@triton.jit
+def finite_or_zero(peak):
+    """A peak that may be subtracted: 0 in place of -inf, where a lane or a row has seen no mass."""
+    return tl.where(peak == float("-inf"), 0.0, peak)

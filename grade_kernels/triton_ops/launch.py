@@ -1,0 +1,124 @@
+"""How a kernel is launched, in one place: options, devices, row addresses, and a recorder.
+
+Under `recording()` launches are noted instead of made, which is how `grade_kernels.aot` learns, without a
+device, every configuration that the launchers ship: it compiles what they would have launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Triton 3.10 changes the default, so it is said.  Fused multiply-adds only ever sharpen a result here: no
+# kernel depends on a product being rounded before it is added.
+FUSED = {"enable_fp_fusion": True}
+# Bytes of the widest load of a thread.
+VECTOR_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was recorded: the kernel, its grid, its arguments in order, and what is fixed."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    num_warps: int
+    constants: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect launches instead of making them; outputs are then left unwritten."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
+    """kernel[grid](*args, **constants) on the device of the first tensor; an empty grid is no launch.
+
+    Positional arguments are tensors (or None) and numbers that may change from call to call; `constants`
+    are the constexpr ones, each value of which is a compilation.
+    """
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, num_warps, constants))
+        return
+    if 0 in grid:
+        return
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with here:
+        kernel[grid](*args, num_warps=num_warps, **FUSED, **constants)
+
+
+class RowAddresses(NamedTuple):
+    """x [..., V] as N rows: row r starts at (r // inner) * outer_stride + (r % inner) * inner_stride."""
+
+    tensor: Tensor
+    n: int
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """What `device.row_start` takes."""
+        return self.inner, self.outer_stride, self.inner_stride
+
+
+def row_addresses(x: Tensor) -> RowAddresses:
+    """Addresses of the rows of x without a copy, where two strides can say them and entries are adjacent.
+
+    That covers contiguous tensors, slices along one leading dimension (`logits[:, :-1]`) and expanded ones.
+    Others are copied.
+    """
+    n = x.shape[:-1].numel()
+    if n == 0:
+        return RowAddresses(x, 0, 1, 0, 0)
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    groups: list[tuple[int, int]] = []  # (size, stride) of leading dimensions, merged where they can be
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if groups and groups[-1][1] == size * stride:
+            groups[-1] = (groups[-1][0] * size, stride)
+        else:
+            groups.append((size, stride))
+    if len(groups) > 2:
+        return row_addresses(x.contiguous())
+    outer = groups[0][1] if groups else 0
+    inner, inner_stride = groups[1] if len(groups) == 2 else (1, 0)
+    return RowAddresses(x, n, inner, outer, inner_stride)
+
+
+def as_tensor(rows: Any) -> Tensor:
+    """The tensor [..., V] behind `torch_ops.chunks.Rows`."""
+    return rows if isinstance(rows, Tensor) else rows.tensor
+
+
+def vector_width(*tensors: Tensor) -> int:
+    """Entries of a thread's widest load, for the narrowest of the tensors' dtypes."""
+    return VECTOR_BYTES // min(t.element_size() for t in tensors)
+
+
+def words(seed: int) -> tuple[int, int]:
+    """The two 32-bit words of a seed as signed integers, so that every seed has one type (no recompilation)."""
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
