@@ -179,8 +179,8 @@ OPS = {
     "vocab_head": head(),
     "soft_token_vjp": vjp(),
     "scatter_tokens": lambda: gk.scatter_tokens(SPARSE, 10),
-    "candidate_grad": lambda: gk.candidate_grad(H, W, IDX),
-    "pull_back": lambda: gk.pull_back(IDX.float(), IDX, W),
+    "candidate_grad": lambda: gk.candidate_grad(H, W, IDS),
+    "pull_back": lambda: gk.pull_back(IDS.float(), IDS, W),
 }
 
 
