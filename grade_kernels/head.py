@@ -124,14 +124,18 @@ def vocab_head(
         rows, ref_rows = rows_of(hidden), None if ref_hidden is None else rows_of(ref_hidden)
         flat_tokens = None if tokens is None else tokens.reshape(n)
         flat_ids = None if indices is None else indices.reshape(n, k)
-        for a, b in spans(n, chunk_rows(vocab, chunk_bytes, head.dtype.itemsize)):
+        def sweep(a: int, b: int) -> dict[str, Tensor]:
+            """The chunk of rows a..b; its logits are gone on return."""
             logits = head.logits(rows[a:b])
             ref_logits = None if ref_rows is None else head.logits(ref_rows[a:b])
             ids, chosen = (None if x is None else x[a:b] for x in (flat_ids, flat_tokens))
-            out.put(a, b, ops.head_chunk(logits, ref_logits, k, blocked, ids, chosen, direction, grad, softcap))
+            fields = ops.head_chunk(logits, ref_logits, k, blocked, ids, chosen, direction, grad, softcap)
             if grad:  # the logits are gradients by now
-                sides = {"grad_hidden": logits, "grad_ref_hidden": ref_logits}
-                out.put(a, b, {name: head.grad_hidden(side) for name, side in sides.items()})
+                fields |= {"grad_hidden": head.grad_hidden(logits), "grad_ref_hidden": head.grad_hidden(ref_logits)}
+            return fields
+
+        for a, b in spans(n, chunk_rows(vocab, chunk_bytes, head.dtype.itemsize)):
+            out.put(a, b, sweep(a, b))
         return out.result(leading)
 
 
