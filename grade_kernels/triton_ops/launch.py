@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
     device = next(a.device for a in args if isinstance(a, Tensor))
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with here:
-        kernel[grid](*args, num_warps=num_warps, **FUSED, **constants)
+        kernel[grid](*args, num_warps=warps_for(num_warps, warp_size(device)), **FUSED, **constants)
+
+
+def warps_for(num_warps: int, lanes_per_warp: int) -> int:
+    """Launchers count warps of 32 lanes; where a warp has 64 (gfx9), half as many hold the same lanes."""
+    return max(1, num_warps * 32 // lanes_per_warp)
+
+
+@cache
+def warp_size(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; the interpreter pretends to have four."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 class RowAddresses(NamedTuple):

@@ -1,0 +1,329 @@
+"""The sampler: one launch from the logits to the support, the noise, the weights and the token.
+
+A program takes a row at a time, and programs share the rows out, so that the scratch memory depends on the
+device and not on the batch.  Where there are fewer rows than multiprocessors (decoding), a row's first read is
+split over several programs in a launch of its own; `topk` describes the rest.
+
+Bytes that must move a row: V entries read once, a tenth of them again at k = 256, and 12 k bytes written.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grade_kernels.torch_ops.sample import Sample, Support
+from grade_kernels.triton_ops import noise, topk
+from grade_kernels.triton_ops.device import row_start
+from grade_kernels.triton_ops.launch import (
+    as_tensor,
+    launch,
+    multiprocessors,
+    next_power_of_2,
+    row_addresses,
+    vector_width,
+    words,
+)
+from grade_kernels.triton_ops.scatter import scatter, weights_vjp
+from grade_kernels.triton_ops.suppress import is_blocked, suppress_bits
+
+__all__ = ["Sample", "Support", "sample", "scatter", "select", "select_and_sample", "weights_vjp"]
+
+# Most groups a row is divided into; more would make the first threshold dearer than what it saves.
+_MAX_GROUPS = 4096
+_MAX_GROUP = 64  # entries of a group, unless the vocabulary has more than 262,144
+_PROGRAMS = 4  # for each multiprocessor
+_MAX_SPLITS = 64
+
+
+class Plan(NamedTuple):
+    """The shapes of a selection, all powers of two but `groups`."""
+
+    lanes: int
+    width: int  # adjacent entries of a lane
+    steps: int  # times that in a tile
+    groups: int
+    kept: int  # lanes of the support
+    warps: int
+
+    @property
+    def tile(self) -> int:
+        return self.lanes * self.width * self.steps
+
+    @property
+    def constants(self) -> dict[str, int]:
+        group_lanes, sort = next_power_of_2(max(self.groups, 16)), 2 * self.kept
+        return {
+            "LANES": self.lanes, "WIDTH": self.width, "STEPS": self.steps, "GROUPS": group_lanes,
+            "READ": self.lanes // 2, "SORT": sort, "LIMIT": max(2048, 2 * sort), "KEPT": self.kept,
+        }  # fmt: skip
+
+
+def plan(vocab: int, k: int, logits: Tensor) -> Plan:
+    """Groups as large as leaves 4k of them, so that few entries pass the threshold, and at most 4096."""
+    warps = 8 if vocab >= 8192 else 4
+    lanes = 32 * warps
+    group = min(_MAX_GROUP, next_power_of_2(max(1, vocab // (4 * k)) + 1) // 2)
+    group = max(group, next_power_of_2(-(-vocab // _MAX_GROUPS)))
+    width = min(vector_width(logits), group)
+    steps = group // width
+    full, rest = divmod(vocab, lanes * group)
+    groups = full * lanes + min(lanes, -(-rest // width))
+    return Plan(lanes, width, steps, groups, next_power_of_2(max(k, 16)), warps)
+
+
+_CHANGING = ["n", "inner", "k", "groups", "parts_n", "seed_low", "seed_high", "draw", "tau"]
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def select_kernel(
+    logits, inner, outer_stride, inner_stride, n, vocab, k, groups,
+    bits, given, tokens, keys, seed_low, seed_high, draw, tau,
+    out_ids, out_values, out_lse, out_weights, out_tokens, out_mass,
+    maxima, hits, buffer, parts, parts_n,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, READ: tl.constexpr,
+    SORT: tl.constexpr, LIMIT: tl.constexpr, KEPT: tl.constexpr, PARTS: tl.constexpr, SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """Rows of logits -> ids, and either values and lse (SAMPLE false) or weights, token and mass.
+
+    `given` ids or None for the top-k; `parts` [n, parts_n, 2] holds what `survey_kernel` left, or is None.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, KEPT)
+    valid = lane < k
+    if maxima is not None:
+        maxima += program * GROUPS
+        hits += program * GROUPS
+        buffer += program * LIMIT
+    for row in range(program, n, tl.num_programs(0)):
+        start = logits + row_start(row, inner, outer_stride, inner_stride)
+        if parts is not None:
+            part = tl.arange(0, PARTS)
+            at = parts + (row * parts_n + part) * 2
+            peaks = tl.load(at, mask=part < parts_n, other=float("-inf"))
+            peak, norm = topk.merge_sums(peaks, tl.load(at + 1, mask=part < parts_n, other=0.0))
+        else:
+            tiles = tl.cdiv(vocab, LANES * WIDTH * STEPS)
+            peak, norm = topk.survey(start, vocab, 0, tiles, bits, maxima, given is None, LANES, WIDTH, STEPS)
+        if given is None:
+            tl.debug_barrier()  # the maxima are written
+            ids = _top_ids(
+                start, vocab, k, groups, bits, norm, maxima, hits, buffer,
+                LANES, WIDTH, STEPS, GROUPS, READ, SORT, LIMIT, KEPT,
+            )  # fmt: skip
+        else:
+            ids = tl.load(given + row * k + lane, mask=valid, other=0)
+        token = tl.full([], 0, tl.int64)
+        if tokens is not None:
+            token = tl.load(tokens + row)
+            held = tl.max((valid & (ids == token)).to(tl.int32), axis=0)
+            ids = tl.where((held == 0) & (lane == k - 1), token, ids)
+        ids = tl.where(valid, ids, 0)
+        values = tl.load(start + ids, mask=valid, other=float("-inf")).to(tl.float32)
+        if bits is not None:
+            blocked = is_blocked(bits, ids)
+            if tokens is not None:
+                blocked &= ids != token
+            values = tl.where(blocked, float("-inf"), values)
+        tl.store(out_ids + row * k + lane, ids, mask=valid)
+        lse = peak + tl.log(norm)
+        if SAMPLE:
+            key = tl.load(keys + row)
+            _sample(
+                row, k, valid, lane, ids, values, lse, key, seed_low, seed_high, draw, token, tau,
+                out_weights, out_tokens, out_mass, tokens is not None,
+            )  # fmt: skip
+        else:
+            tl.store(out_values + row * k + lane, values, mask=valid)
+            tl.store(out_lse + row, lse)
+
+
+@triton.jit
+def _top_ids(
+    start, vocab, k, groups, bits, norm, maxima, hits, buffer,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, READ: tl.constexpr,
+    SORT: tl.constexpr, LIMIT: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """The ids [KEPT] of the k largest entries of a row, in order."""
+    T, values = topk.threshold(maxima, groups, k, GROUPS)
+    T = tl.where(norm != norm, topk.BLOCKED, T)  # a maximum may have missed a NaN: let everything pass
+    floor = tl.maximum(T.to(tl.int64) << 32, topk.LOWEST + 1)
+    filled = topk.candidates(
+        start, vocab, bits, T, floor, values, hits, buffer, GROUPS, LANES, WIDTH, STEPS, READ, LIMIT
+    )
+    tl.debug_barrier()  # the buffer is written
+    if filled > SORT:
+        topk.narrow(start, vocab, k, bits, floor, filled, buffer, LANES, WIDTH, STEPS, LIMIT)
+        filled = k
+    entry = tl.arange(0, SORT)
+    passed = tl.load(buffer + entry, mask=entry < filled, other=topk.LOWEST)
+    return topk.key_id(tl.topk(passed, KEPT))
+
+
+@triton.jit
+def _sample(
+    row, k, valid, lane, ids, values, lse, key, seed_low, seed_high, draw, token, tau,
+    out_weights, out_tokens, out_mass, CONDITIONAL: tl.constexpr,
+):  # fmt: skip
+    z = noise.noisy_logits(values, ids, valid, key, seed_low, seed_high, draw, token, CONDITIONAL)
+    if not CONDITIONAL:
+        token = noise.winner(z, ids, valid)
+    tl.store(out_weights + row * k + lane, noise.tempered_softmax(z, valid, tau), mask=valid)
+    tl.store(out_tokens + row, token)
+    tl.store(out_mass + row, tl.sum(tl.where(valid, tl.exp(values - lse), 0.0), axis=0))
+
+
+@triton.jit(do_not_specialize=["inner", "parts_n", "per_part"])
+def survey_kernel(
+    logits, inner, outer_stride, inner_stride, vocab, bits, maxima, parts, parts_n, per_part,
+    GROUPS: tl.constexpr, MAXIMA: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The first read of a row by `parts_n` programs: group maxima [n, GROUPS], (peak, norm) [n, parts_n, 2]."""
+    program = tl.program_id(0).to(tl.int64)
+    row, part = program // parts_n, program % parts_n
+    start = logits + row_start(row, inner, outer_stride, inner_stride)
+    first = (part * per_part).to(tl.int32)
+    last = tl.minimum(first + per_part, tl.cdiv(vocab, LANES * WIDTH * STEPS))
+    if MAXIMA:
+        maxima += row * GROUPS
+    peak, norm = topk.survey(start, vocab, first, last, bits, maxima, MAXIMA, LANES, WIDTH, STEPS)
+    tl.store(parts + program * 2, peak)
+    tl.store(parts + program * 2 + 1, norm)
+
+
+@triton.jit(do_not_specialize=["k", "seed_low", "seed_high", "draw", "tau"])
+def sample_kernel(
+    values, ids, lse, keys, tokens, k, seed_low, seed_high, draw, tau, out_weights, out_tokens, out_mass,
+    KEPT: tl.constexpr,
+):  # fmt: skip
+    """A row of k candidates -> weights, token and mass."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, KEPT)
+    valid = lane < k
+    support = tl.load(ids + row * k + lane, mask=valid, other=0)
+    logits = tl.load(values + row * k + lane, mask=valid, other=float("-inf"))
+    token = tl.full([], 0, tl.int64)
+    if tokens is not None:
+        token = tl.load(tokens + row)
+    _sample(
+        row, k, valid, lane, support, logits, tl.load(lse + row), tl.load(keys + row), seed_low, seed_high, draw, token,
+        tau, out_weights, out_tokens, out_mass, tokens is not None,
+    )  # fmt: skip
+
+
+def _launch_selection(
+    logits: Tensor, k: int, suppress: Tensor | None, given: Tensor | None, tokens: Tensor | None,
+    keys: Tensor | None = None, numbers: tuple = (0, 0, 0, 1.0),
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(ids, values, lse); with the `keys` of the noise and `numbers` (seed_low, seed_high, draw, tau) it samples:
+    (ids, weights, tokens, mass)."""
+    given, tokens, keys = (None if x is None else x.contiguous() for x in (given, tokens, keys))
+    rows, vocab, device = row_addresses(logits), logits.shape[-1], logits.device
+    n, shape = rows.n, plan(vocab, k, logits)
+    bits = suppress_bits(suppress, vocab, device)
+    processors, fresh = multiprocessors(device), given is None
+    programs = min(n, _PROGRAMS * processors)
+    constants = shape.constants
+    maxima = hits = buffer = parts = None
+    if fresh:
+        maxima, hits = torch.empty(2, programs, constants["GROUPS"], dtype=torch.int32, device=device).unbind()
+        buffer = torch.empty(programs, constants["LIMIT"], dtype=torch.int64, device=device)
+
+    tiles = -(-vocab // shape.tile)
+    per_part = -(-tiles // min(tiles, _MAX_SPLITS, max(1, 2 * processors // max(n, 1))))
+    parts_n = -(-tiles // per_part)
+    if n < processors and parts_n > 1:
+        parts = torch.empty(n, parts_n, 2, dtype=torch.float32, device=device)
+        layout = {name: constants[name] for name in ("GROUPS", "LANES", "WIDTH", "STEPS")}
+        launch(
+            survey_kernel, (n * parts_n,), rows.tensor, *rows.strides, vocab, bits, maxima, parts, parts_n, per_part,
+            num_warps=shape.warps, MAXIMA=fresh, **layout,
+        )  # fmt: skip
+
+    ids = torch.empty(n, k, dtype=torch.int64, device=device)
+    wide = torch.empty(n, k, dtype=torch.float32, device=device)  # values or weights
+    narrow = torch.empty(n, dtype=torch.float32, device=device)  # lse or mass
+    sampling = keys is not None
+    chosen = torch.empty(n, dtype=torch.int64, device=device) if sampling else None
+    outs = (None, None, wide, chosen, narrow) if sampling else (wide, narrow, None, None, None)
+    launch(
+        select_kernel, (programs,), rows.tensor, *rows.strides, n, vocab, k, shape.groups,
+        bits, given, tokens, keys, *numbers, ids, *outs, maxima, hits, buffer, parts, parts_n,
+        num_warps=shape.warps, PARTS=_MAX_SPLITS, SAMPLE=sampling, **constants,
+    )  # fmt: skip
+    return (ids, wide, chosen, narrow) if sampling else (ids, wide, narrow)
+
+
+@torch.library.custom_op("grade_kernels::select", mutates_args=())
+def _select(
+    logits: Tensor, k: int, suppress: Tensor | None, indices: Tensor | None, tokens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch_selection(logits, k, suppress, indices, tokens)
+
+
+@_select.register_fake
+def _(logits, k, suppress, indices, tokens):
+    n = logits.shape[:-1].numel()
+    values = logits.new_empty(n, k, dtype=torch.float32)
+    return values.new_empty(n, k, dtype=torch.int64), values, values.new_empty(n)
+
+
+@torch.library.custom_op("grade_kernels::select_and_sample", mutates_args=())
+def _select_and_sample(
+    logits: Tensor, k: int, tau: float, keys: Tensor, seed_low: int, seed_high: int, draw: int,
+    suppress: Tensor | None, indices: Tensor | None, tokens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _launch_selection(logits, k, suppress, indices, tokens, keys, (seed_low, seed_high, draw, tau))
+
+
+@_select_and_sample.register_fake
+def _(logits, k, tau, keys, seed_low, seed_high, draw, suppress, indices, tokens):
+    n = logits.shape[:-1].numel()
+    weights = logits.new_empty(n, k, dtype=torch.float32)
+    ids = weights.new_empty(n, k, dtype=torch.int64)
+    return ids, weights, ids.new_empty(n), weights.new_empty(n)
+
+
+@torch.library.custom_op("grade_kernels::sample", mutates_args=())
+def _sample_support(
+    values: Tensor, ids: Tensor, lse: Tensor, keys: Tensor, seed_low: int, seed_high: int, draw: int,
+    tokens: Tensor | None, tau: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    n, k = ids.shape
+    values, ids, keys = values.contiguous(), ids.contiguous(), keys.contiguous()
+    lse, tokens = lse.contiguous(), None if tokens is None else tokens.contiguous()
+    weights, mass = torch.empty_like(values), torch.empty_like(lse)
+    chosen = torch.empty(n, dtype=torch.int64, device=ids.device)
+    launch(
+        sample_kernel, (n,), values, ids, lse, keys, tokens, k, seed_low, seed_high, draw, tau, weights, chosen, mass,
+        num_warps=4, KEPT=next_power_of_2(max(k, 16)),
+    )  # fmt: skip
+    return weights, chosen, mass
+
+
+@_sample_support.register_fake
+def _(values, ids, lse, keys, seed_low, seed_high, draw, tokens, tau):
+    return values.new_empty(values.shape), keys.new_empty(lse.shape), lse.new_empty(lse.shape)
+
+
+def select(logits, k, suppress, indices, tokens, dtype) -> Support:
+    """See `torch_ops.sample.select`."""
+    return Support(*_select(as_tensor(logits), k, suppress, indices, tokens))
+
+
+def sample(support: Support, keys: Tensor, seed: int, draw: int, tokens: Tensor | None, tau: float) -> Sample:
+    """See `torch_ops.sample.sample`."""
+    ids, values, lse = support
+    return Sample(*_sample_support(values, ids, lse, keys, *words(seed), words(draw)[0], tokens, tau))
+
+
+def select_and_sample(logits, k, tau, keys, seed, draw, suppress, indices, tokens, dtype) -> tuple[Tensor, Sample]:
+    """See `torch_ops.sample.select_and_sample`."""
+    ids, *sample = _select_and_sample(
+        as_tensor(logits), k, tau, keys, *words(seed), words(draw)[0], suppress, indices, tokens
+    )
+    return ids, Sample(*sample)
