@@ -30,6 +30,7 @@ class Launch:
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     num_warps: int
+    max_registers: int | None
     constants: dict[str, Any]
 
 
@@ -47,21 +48,31 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, max_registers: int | None = None, **constants: Any
+) -> None:
     """kernel[grid](*args, **constants) on the device of the first tensor; an empty grid is no launch.
 
     Positional arguments are tensors (or None) and numbers that may change from call to call; `constants`
-    are the constexpr ones, each value of which is a compilation.
+    are the constexpr ones, each value of which is a compilation.  `max_registers` a thread bounds NVIDIA's compiler,
+    which otherwise takes as many as help one warp, though fewer warps then fit.
     """
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, args, num_warps, constants))
+        _recorded.append(Launch(kernel, grid, args, num_warps, max_registers, constants))
         return
     if 0 in grid:
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with here:
-        kernel[grid](*args, num_warps=warps_for(num_warps, warp_size(device)), **FUSED, **constants)
+        options = compile_options(num_warps, max_registers, warp_size(device), torch.version.hip is not None)
+        kernel[grid](*args, **options, **constants)
+
+
+def compile_options(num_warps: int, max_registers: int | None, lanes_per_warp: int, hip: bool) -> dict[str, Any]:
+    """The compiler's options for a launch on a device with warps of `lanes_per_warp`."""
+    options = {"num_warps": warps_for(num_warps, lanes_per_warp), **FUSED}
+    return options if hip or max_registers is None else {**options, "maxnreg": max_registers}
 
 
 def warps_for(num_warps: int, lanes_per_warp: int) -> int:

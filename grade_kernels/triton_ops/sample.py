@@ -1,8 +1,7 @@
 """The sampler: one launch from the logits to the support, the noise, the weights and the token.
 
-A program takes a row at a time, and programs share the rows out, so that the scratch memory depends on the
-device and not on the batch.  Where there are fewer rows than multiprocessors (decoding), a row's first read is
-split over several programs in a launch of its own; `topk` describes the rest.
+A program takes a row.  Where there are fewer rows than multiprocessors (decoding), a row's first read is split
+over several programs in a launch of its own, since no program can wait for another; `topk` describes the rest.
 
 Bytes that must move a row: V entries read once, a tenth of them again at k = 256, and 12 k bytes written.
 """
@@ -36,8 +35,9 @@ __all__ = ["Sample", "Support", "sample", "scatter", "select", "select_and_sampl
 # Most groups a row is divided into; more would make the first threshold dearer than what it saves.
 _MAX_GROUPS = 4096
 _MAX_GROUP = 64  # entries of a group, unless the vocabulary has more than 262,144
-_PROGRAMS = 4  # for each multiprocessor
 _MAX_SPLITS = 64
+# Scratch of a launch, 32 k bytes a row; 16,384 rows of k = 256 fit.  A larger batch takes several launches.
+_SCRATCH_BYTES = 2**27
 
 
 class Plan(NamedTuple):
@@ -46,21 +46,27 @@ class Plan(NamedTuple):
     lanes: int
     width: int  # adjacent entries of a lane
     steps: int  # times that in a tile
+    tiles: int
     groups: int
     kept: int  # lanes of the support
     warps: int
 
     @property
-    def tile(self) -> int:
-        return self.lanes * self.width * self.steps
+    def max_registers(self) -> int | None:
+        """What lets two programs of 8 warps share a multiprocessor; the sort of a large support needs more."""
+        return 128 if self.kept <= 256 else None
 
     @property
-    def constants(self) -> dict[str, int]:
-        group_lanes, sort = next_power_of_2(max(self.groups, 16)), 2 * self.kept
-        return {
-            "LANES": self.lanes, "WIDTH": self.width, "STEPS": self.steps, "GROUPS": group_lanes,
-            "READ": self.lanes // 2, "SORT": sort, "LIMIT": max(2048, 2 * sort), "KEPT": self.kept,
-        }  # fmt: skip
+    def layout(self) -> dict[str, int]:
+        """The constants of the first read."""
+        tiles = next_power_of_2(self.tiles)
+        return {"TILES": tiles, "LANES": self.lanes, "WIDTH": self.width, "STEPS": self.steps}
+
+    @property
+    def buffers(self) -> dict[str, int]:
+        """The constants of the selection: twice the support is sorted, twice that is held."""
+        sort = 2 * self.kept
+        return {"READ": 32, "SORT": sort, "LIMIT": max(256, 2 * sort), "KEPT": self.kept}
 
 
 def plan(vocab: int, k: int, logits: Tensor) -> Plan:
@@ -73,91 +79,91 @@ def plan(vocab: int, k: int, logits: Tensor) -> Plan:
     steps = group // width
     full, rest = divmod(vocab, lanes * group)
     groups = full * lanes + min(lanes, -(-rest // width))
-    return Plan(lanes, width, steps, groups, next_power_of_2(max(k, 16)), warps)
+    return Plan(lanes, width, steps, full + (rest > 0), groups, next_power_of_2(max(k, 16)), warps)
 
 
-_CHANGING = ["n", "inner", "k", "groups", "parts_n", "seed_low", "seed_high", "draw", "tau"]
+_CHANGING = ["first_row", "inner", "k", "groups", "parts_n", "seed_low", "seed_high", "draw", "tau"]
 
 
 @triton.jit(do_not_specialize=_CHANGING)
 def select_kernel(
-    logits, inner, outer_stride, inner_stride, n, vocab, k, groups,
+    logits, inner, outer_stride, inner_stride, first_row, vocab, k, groups,
     bits, given, tokens, keys, seed_low, seed_high, draw, tau,
     out_ids, out_values, out_lse, out_weights, out_tokens, out_mass,
-    maxima, hits, buffer, parts, parts_n,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, READ: tl.constexpr,
+    buffer, maxima, parts, parts_n,
+    TILES: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, READ: tl.constexpr,
     SORT: tl.constexpr, LIMIT: tl.constexpr, KEPT: tl.constexpr, PARTS: tl.constexpr, SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """Rows of logits -> ids, and either values and lse (SAMPLE false) or weights, token and mass.
+    """A row of logits -> ids, and either values and lse (SAMPLE false) or weights, token and mass.
 
-    `given` ids or None for the top-k; `parts` [n, parts_n, 2] holds what `survey_kernel` left, or is None.
+    `given` ids or None for the top-k; `maxima` and `parts` are what `survey_kernel` left, or None.
     """
     program = tl.program_id(0).to(tl.int64)
+    row = program + first_row
     lane = tl.arange(0, KEPT)
     valid = lane < k
-    if maxima is not None:
-        maxima += program * GROUPS
-        hits += program * GROUPS
-        buffer += program * LIMIT
-    for row in range(program, n, tl.num_programs(0)):
-        start = logits + row_start(row, inner, outer_stride, inner_stride)
-        if parts is not None:
-            part = tl.arange(0, PARTS)
-            at = parts + (row * parts_n + part) * 2
-            peaks = tl.load(at, mask=part < parts_n, other=float("-inf"))
-            peak, norm = topk.merge_sums(peaks, tl.load(at + 1, mask=part < parts_n, other=0.0))
-        else:
-            tiles = tl.cdiv(vocab, LANES * WIDTH * STEPS)
-            peak, norm = topk.survey(start, vocab, 0, tiles, bits, maxima, given is None, LANES, WIDTH, STEPS)
+    start = logits + row_start(row, inner, outer_stride, inner_stride)
+    tile = tl.arange(0, TILES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    if parts is None:
+        tiles = tl.cdiv(vocab, LANES * WIDTH * STEPS)
+        tops, peak, norm = topk.survey(start, vocab, 0, tiles, bits, None, given is None, TILES, LANES, WIDTH, STEPS)
+    else:
+        part = tl.arange(0, PARTS)
+        at = parts + (row * parts_n + part) * 2
+        peaks = tl.load(at, mask=part < parts_n, other=float("-inf"))
+        peak, norm = topk.merge_sums(peaks, tl.load(at + 1, mask=part < parts_n, other=0.0))
         if given is None:
-            tl.debug_barrier()  # the maxima are written
-            ids = _top_ids(
-                start, vocab, k, groups, bits, norm, maxima, hits, buffer,
-                LANES, WIDTH, STEPS, GROUPS, READ, SORT, LIMIT, KEPT,
-            )  # fmt: skip
-        else:
-            ids = tl.load(given + row * k + lane, mask=valid, other=0)
-        token = tl.full([], 0, tl.int64)
+            tops = tl.load(maxima + row * (TILES * LANES) + tile, mask=tile < groups, other=topk.BLOCKED)
+    if given is None:
+        # The groups to be read again are noted in the row's place for the ids, which come later.
+        hits = (out_ids + row * k).to(tl.pointer_type(tl.int32))
+        ids = _top_ids(
+            start, vocab, k, groups, bits, norm, tops, hits, buffer + program * LIMIT,
+            TILES, LANES, WIDTH, STEPS, READ, SORT, LIMIT, KEPT,
+        )  # fmt: skip
+    else:
+        ids = tl.load(given + row * k + lane, mask=valid, other=0)
+    token = tl.full([], 0, tl.int64)
+    if tokens is not None:
+        token = tl.load(tokens + row)
+        held = tl.max((valid & (ids == token)).to(tl.int32), axis=0)
+        ids = tl.where((held == 0) & (lane == k - 1), token, ids)
+    ids = tl.where(valid, ids, 0)
+    values = tl.load(start + ids, mask=valid, other=float("-inf")).to(tl.float32)
+    if bits is not None:
+        blocked = is_blocked(bits, ids)
         if tokens is not None:
-            token = tl.load(tokens + row)
-            held = tl.max((valid & (ids == token)).to(tl.int32), axis=0)
-            ids = tl.where((held == 0) & (lane == k - 1), token, ids)
-        ids = tl.where(valid, ids, 0)
-        values = tl.load(start + ids, mask=valid, other=float("-inf")).to(tl.float32)
-        if bits is not None:
-            blocked = is_blocked(bits, ids)
-            if tokens is not None:
-                blocked &= ids != token
-            values = tl.where(blocked, float("-inf"), values)
-        tl.store(out_ids + row * k + lane, ids, mask=valid)
-        lse = peak + tl.log(norm)
-        if SAMPLE:
-            key = tl.load(keys + row)
-            _sample(
-                row, k, valid, lane, ids, values, lse, key, seed_low, seed_high, draw, token, tau,
-                out_weights, out_tokens, out_mass, tokens is not None,
-            )  # fmt: skip
-        else:
-            tl.store(out_values + row * k + lane, values, mask=valid)
-            tl.store(out_lse + row, lse)
+            blocked &= ids != token
+        values = tl.where(blocked, float("-inf"), values)
+    tl.store(out_ids + row * k + lane, ids, mask=valid)
+    lse = peak + tl.log(norm)
+    if SAMPLE:
+        key = tl.load(keys + row)
+        _sample(
+            row, k, valid, lane, ids, values, lse, key, seed_low, seed_high, draw, token, tau,
+            out_weights, out_tokens, out_mass, tokens is not None,
+        )  # fmt: skip
+    else:
+        tl.store(out_values + row * k + lane, values, mask=valid)
+        tl.store(out_lse + row, lse)
 
 
 @triton.jit
 def _top_ids(
     start, vocab, k, groups, bits, norm, maxima, hits, buffer,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, READ: tl.constexpr,
+    TILES: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, READ: tl.constexpr,
     SORT: tl.constexpr, LIMIT: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """The ids [KEPT] of the k largest entries of a row, in order."""
-    T, values = topk.threshold(maxima, groups, k, GROUPS)
+    T = topk.threshold(maxima, groups, k)
     T = tl.where(norm != norm, topk.BLOCKED, T)  # a maximum may have missed a NaN: let everything pass
     floor = tl.maximum(T.to(tl.int64) << 32, topk.LOWEST + 1)
     filled = topk.candidates(
-        start, vocab, bits, T, floor, values, hits, buffer, GROUPS, LANES, WIDTH, STEPS, READ, LIMIT
+        start, vocab, bits, T, floor, maxima, hits, 2 * k, buffer, TILES, LANES, WIDTH, STEPS, READ, LIMIT
     )
     tl.debug_barrier()  # the buffer is written
     if filled > SORT:
-        topk.narrow(start, vocab, k, bits, floor, filled, buffer, LANES, WIDTH, STEPS, LIMIT)
+        topk.narrow(start, vocab, k, bits, floor, filled, buffer, LANES, WIDTH, LIMIT)
         filled = k
     entry = tl.arange(0, SORT)
     passed = tl.load(buffer + entry, mask=entry < filled, other=topk.LOWEST)
@@ -180,17 +186,20 @@ def _sample(
 @triton.jit(do_not_specialize=["inner", "parts_n", "per_part"])
 def survey_kernel(
     logits, inner, outer_stride, inner_stride, vocab, bits, maxima, parts, parts_n, per_part,
-    GROUPS: tl.constexpr, MAXIMA: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    TILES: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The first read of a row by `parts_n` programs: group maxima [n, GROUPS], (peak, norm) [n, parts_n, 2]."""
+    """The first read of a row by `parts_n` programs: group maxima [n, TILES, LANES] unless None, and
+    (peak, norm) [n, parts_n, 2]."""
     program = tl.program_id(0).to(tl.int64)
     row, part = program // parts_n, program % parts_n
     start = logits + row_start(row, inner, outer_stride, inner_stride)
     first = (part * per_part).to(tl.int32)
     last = tl.minimum(first + per_part, tl.cdiv(vocab, LANES * WIDTH * STEPS))
-    if MAXIMA:
-        maxima += row * GROUPS
-    peak, norm = topk.survey(start, vocab, first, last, bits, maxima, MAXIMA, LANES, WIDTH, STEPS)
+    if maxima is not None:
+        maxima += row * (TILES * LANES)
+    _, peak, norm = topk.survey(
+        start, vocab, first, last, bits, maxima, maxima is not None, TILES, LANES, WIDTH, STEPS
+    )
     tl.store(parts + program * 2, peak)
     tl.store(parts + program * 2 + 1, norm)
 
@@ -225,23 +234,23 @@ def _launch_selection(
     rows, vocab, device = row_addresses(logits), logits.shape[-1], logits.device
     n, shape = rows.n, plan(vocab, k, logits)
     bits = suppress_bits(suppress, vocab, device)
-    processors, fresh = multiprocessors(device), given is None
-    programs = min(n, _PROGRAMS * processors)
-    constants = shape.constants
-    maxima = hits = buffer = parts = None
-    if fresh:
-        maxima, hits = torch.empty(2, programs, constants["GROUPS"], dtype=torch.int32, device=device).unbind()
-        buffer = torch.empty(programs, constants["LIMIT"], dtype=torch.int64, device=device)
+    buffer = maxima = parts = None
+    at_once = max(n, 1)
+    if given is None:
+        limit = shape.buffers["LIMIT"]
+        at_once = min(at_once, _SCRATCH_BYTES // (8 * limit))
+        buffer = torch.empty(at_once, limit, dtype=torch.int64, device=device)
 
-    tiles = -(-vocab // shape.tile)
-    per_part = -(-tiles // min(tiles, _MAX_SPLITS, max(1, 2 * processors // max(n, 1))))
-    parts_n = -(-tiles // per_part)
-    if n < processors and parts_n > 1:
+    processors = multiprocessors(device)
+    per_part = -(-shape.tiles // min(_MAX_SPLITS, max(1, 2 * processors // max(n, 1))))
+    parts_n = -(-shape.tiles // per_part)
+    if 0 < n < processors and parts_n > 1:
         parts = torch.empty(n, parts_n, 2, dtype=torch.float32, device=device)
-        layout = {name: constants[name] for name in ("GROUPS", "LANES", "WIDTH", "STEPS")}
+        if given is None:
+            maxima = torch.empty(n, shape.layout["TILES"], shape.lanes, dtype=torch.int32, device=device)
         launch(
             survey_kernel, (n * parts_n,), rows.tensor, *rows.strides, vocab, bits, maxima, parts, parts_n, per_part,
-            num_warps=shape.warps, MAXIMA=fresh, **layout,
+            num_warps=shape.warps, **shape.layout,
         )  # fmt: skip
 
     ids = torch.empty(n, k, dtype=torch.int64, device=device)
@@ -250,11 +259,12 @@ def _launch_selection(
     sampling = keys is not None
     chosen = torch.empty(n, dtype=torch.int64, device=device) if sampling else None
     outs = (None, None, wide, chosen, narrow) if sampling else (wide, narrow, None, None, None)
-    launch(
-        select_kernel, (programs,), rows.tensor, *rows.strides, n, vocab, k, shape.groups,
-        bits, given, tokens, keys, *numbers, ids, *outs, maxima, hits, buffer, parts, parts_n,
-        num_warps=shape.warps, PARTS=_MAX_SPLITS, SAMPLE=sampling, **constants,
-    )  # fmt: skip
+    for first in range(0, n, at_once):
+        launch(
+            select_kernel, (min(at_once, n - first),), rows.tensor, *rows.strides, first, vocab, k, shape.groups,
+            bits, given, tokens, keys, *numbers, ids, *outs, buffer, maxima, parts, parts_n,
+            num_warps=shape.warps, max_registers=shape.max_registers, PARTS=_MAX_SPLITS, SAMPLE=sampling, **shape.layout, **shape.buffers,
+        )  # fmt: skip
     return (ids, wide, chosen, narrow) if sampling else (ids, wide, narrow)
 
 

@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 
 from grade_kernels.triton_ops.device import finite_or_zero, lane_max, lane_offsets, lane_sum
-from grade_kernels.triton_ops.suppress import is_blocked
 
 # Below every key: -inf is -2139095041, a suppressed id -2^31.
 LOWEST = tl.constexpr(-(2**63))
@@ -37,11 +36,12 @@ def order(x):
 
 
 @triton.jit
-def sort_keys(x, ids, inside, bits):
-    """int64 keys of the entries x at ids (int32), `LOWEST` where not `inside`; `bits` marks suppressed ids."""
+def sort_keys(x, ids, inside, bits, vocab, WIDTH: tl.constexpr):
+    """int64 keys of the entries x at ids (int32) [STEPS, LANES, WIDTH], `LOWEST` where not `inside`; `bits` marks
+    suppressed ids."""
     value = order(x)
     if bits is not None:
-        value = tl.where(is_blocked(bits, tl.where(inside, ids, 0)), BLOCKED, value)
+        value = tl.where(_blocked(bits, ids, vocab, WIDTH), BLOCKED, value)
     key = (value.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64))
     return tl.where(inside, key, LOWEST)
 
@@ -54,42 +54,77 @@ def key_id(key):
 
 @triton.jit
 def survey(
-    row, vocab, first, last, bits, maxima,
-    MAXIMA: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    row, vocab, first, last, bits, out_maxima,
+    MAXIMA: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """(peak, norm) over tiles first..last of a row: log-sum-exp = peak + log(norm).  Group maxima, as `order`
-    has them and without suppressed ids, go to maxima[tile * LANES + lane]."""
+    """(group maxima, peak, norm) over tiles first..last of a row: log-sum-exp = peak + log(norm).
+
+    With MAXIMA the maxima are int32 [TILES, LANES] in `order`, without suppressed ids, and `BLOCKED` for groups
+    outside the tiles; or they are stored, where there is an `out_maxima` [tiles, LANES].
+    """
     TILE: tl.constexpr = LANES * WIDTH * STEPS
-    offsets = lane_offsets(LANES, WIDTH, STEPS)
     lanes = tl.arange(0, LANES)
+    kept = tl.full([TILES, LANES], BLOCKED, tl.int32)
     peak = tl.full([LANES], float("-inf"), tl.float32)
     norm = tl.zeros([LANES], tl.float32)
     full = vocab // TILE
     for tile in range(first, tl.minimum(last, full)):
-        ids = tile * TILE + offsets
-        x = tl.load(row + ids).to(tl.float32)
-        peak, norm = _online(x, peak, norm)
+        largest, peak, norm = _survey_tile(row, vocab, tile * TILE, bits, peak, norm, False, LANES, WIDTH, STEPS)
         if MAXIMA:
-            if bits is not None:
-                x = tl.where(is_blocked(bits, ids), float("-inf"), x)
-            tl.store(maxima + tile * LANES + lanes, order(lane_max(x)))
+            if out_maxima is None:
+                kept = _keep(kept, tile, order(largest), TILES)
+            else:
+                tl.store(out_maxima + tile * LANES + lanes, order(largest))
     if (last > full) & (vocab > full * TILE):
-        ids = full * TILE + offsets
-        inside = ids < vocab
-        x = tl.load(row + ids, mask=inside, other=float("-inf")).to(tl.float32)
-        peak, norm = _online(x, peak, norm)
+        largest, peak, norm = _survey_tile(row, vocab, full * TILE, bits, peak, norm, True, LANES, WIDTH, STEPS)
         if MAXIMA:
-            if bits is not None:
-                x = tl.where(is_blocked(bits, tl.where(inside, ids, 0)), float("-inf"), x)
-            tl.store(maxima + full * LANES + lanes, order(lane_max(x)), mask=full * TILE + lanes * WIDTH < vocab)
-    return merge_sums(peak, norm)
+            maxima = tl.where(full * TILE + lanes * WIDTH < vocab, order(largest), BLOCKED)
+            if out_maxima is None:
+                kept = _keep(kept, full, maxima, TILES)
+            else:
+                tl.store(out_maxima + full * LANES + lanes, maxima)
+    peak, norm = merge_sums(peak, norm)
+    return kept, peak, norm
 
 
 @triton.jit
-def _online(x, peak, norm):
-    raised = tl.maximum(peak, lane_max(x))
-    base = finite_or_zero(raised)
-    return raised, norm * tl.exp(peak - base) + lane_sum(tl.exp(x - base[None, :, None]))
+def _keep(kept, tile, maxima, TILES: tl.constexpr):
+    # Registers cannot be addressed, so each of a lane's TILES is asked; that is one select for every 4 entries.
+    return tl.where(tl.arange(0, TILES)[:, None] == tile, maxima[None, :], kept)
+
+
+@triton.jit
+def _survey_tile(
+    row, vocab, start, bits, peak, norm,
+    MASKED: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """A tile in parts of 16 entries a lane, which is what fits in registers next to their exponentials."""
+    PART: tl.constexpr = min(STEPS, max(1, 16 // WIDTH))
+    largest = tl.full([LANES], float("-inf"), tl.float32)
+    for part in tl.static_range(STEPS // PART):
+        ids = start + part * PART * LANES * WIDTH + lane_offsets(LANES, WIDTH, PART)
+        if MASKED:
+            x = tl.load(row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        else:
+            x = tl.load(row + ids).to(tl.float32)
+        top = lane_max(x)
+        raised = tl.maximum(peak, top)
+        base = finite_or_zero(raised)
+        norm = norm * tl.exp(peak - base) + lane_sum(tl.exp(x - base[None, :, None]))
+        peak = raised
+        if bits is not None:
+            x = tl.where(_blocked(bits, ids, vocab, WIDTH), float("-inf"), x)
+            top = lane_max(x)
+        largest = tl.maximum(largest, top)
+    return largest, peak, norm
+
+
+@triton.jit
+def _blocked(bits, ids, vocab, WIDTH: tl.constexpr):
+    """Whether ids [STEPS, LANES, WIDTH] are suppressed, by one load a lane: WIDTH adjacent ids share a word."""
+    first = tl.min(ids, axis=2, keep_dims=True)
+    word = tl.load(bits + (first >> 4), mask=first < vocab, other=0)
+    return ((word >> (ids & 15)) & 1) != 0
 
 
 @triton.jit
@@ -100,23 +135,21 @@ def merge_sums(peaks, norms):
 
 
 @triton.jit
-def threshold(maxima, groups, k, GROUPS: tl.constexpr):
-    """(T, group maxima [GROUPS]): T is a lower bound of the k-th largest maximum, which k to 9k/8 of them reach,
-    or more if they are equal.  Fewer groups than k: T is below everything."""
-    lanes = tl.arange(0, GROUPS)
-    values = tl.load(maxima + lanes, mask=lanes < groups, other=BLOCKED)
+def threshold(maxima, groups, k):
+    """T (int32): a lower bound of the k-th largest of the maxima [TILES, LANES], which k to 9k/8 of them reach, or
+    more if they are equal.  Fewer groups than k: T is below everything."""
     # Invariant: at least k of them reach `low`, fewer reach `high`.
     low = tl.full([], BLOCKED, tl.int64)
-    high = tl.max(values, axis=0).to(tl.int64) + 1
+    high = tl.max(tl.max(maxima, axis=0), axis=0).to(tl.int64) + 1
     reached = tl.full([], 2147483647, tl.int32)
     while (high - low > 1) & (reached > k + k // 8) & (groups >= k):
         middle = (low + high) >> 1
-        count = tl.sum((values >= middle).to(tl.int32), axis=0)
+        count = tl.sum(tl.sum((maxima >= middle.to(tl.int32)).to(tl.int32), axis=0), axis=0)
         enough = count >= k
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
         reached = tl.where(enough, count, reached)
-    return low.to(tl.int32), values
+    return low.to(tl.int32)
 
 
 @triton.jit
@@ -134,40 +167,41 @@ def append(keys, take, buffer, filled, LIMIT: tl.constexpr):
 
 @triton.jit
 def candidates(
-    row, vocab, bits, T, floor, maxima, hits, buffer,
-    GROUPS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, READ: tl.constexpr,
+    row, vocab, bits, T, floor, maxima, hits, capacity, buffer,
+    TILES: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, READ: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Put the keys >= floor, which is that of T, into the buffer; how many there are, stored (up to LIMIT) or not.
 
-    `maxima` [GROUPS] are in registers, `hits` [GROUPS] is scratch for the groups that reach T, READ groups are
-    read at a time.
+    `hits` is room for the numbers of `capacity` groups that reach T; with more of them, LIMIT + 1 keys are claimed
+    and none is read.  READ groups are read at a time.
     """
     TILE: tl.constexpr = LANES * WIDTH * STEPS
-    hit = maxima >= T
-    place = tl.cumsum(hit.to(tl.int32), axis=0) - 1
-    tl.store(hits + place, tl.arange(0, GROUPS), mask=hit)
-    count = tl.sum(hit.to(tl.int32), axis=0)
+    hit = (maxima >= T).to(tl.int32)
+    per_lane = tl.sum(hit, axis=0)
+    place = (tl.cumsum(per_lane, axis=0) - per_lane)[None, :] + tl.cumsum(hit, axis=0) - hit
+    number = tl.arange(0, TILES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    count = tl.sum(per_lane, axis=0)
+    tl.store(hits + place, number, mask=(hit != 0) & (place < capacity))
     tl.debug_barrier()
     lanes = tl.arange(0, READ)
     step = tl.arange(0, STEPS)[:, None, None] * (LANES * WIDTH)
     within = step + tl.arange(0, WIDTH)[None, None, :]
     filled = tl.full([], 0, tl.int32)
-    for start in range(0, count, READ):
+    for start in range(0, tl.where(count <= capacity, count, 0), READ):
         group = tl.load(hits + start + lanes, mask=start + lanes < count, other=0)
         ids = (group // LANES * TILE + group % LANES * WIDTH)[None, :, None] + within
         inside = (ids < vocab) & (start + lanes < count)[None, :, None]
         x = tl.load(row + ids, mask=inside, other=0.0).to(tl.float32)
-        keys = sort_keys(x, ids, inside, bits)
+        keys = sort_keys(x, ids, inside, bits, vocab, WIDTH)
         filled = append(keys, keys >= floor, buffer, filled, LIMIT)
-    return filled
+    return tl.where(count <= capacity, filled, LIMIT + 1)
 
 
 @triton.jit
 def narrow(
-    row, vocab, k, bits, low, filled, buffer,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, LIMIT: tl.constexpr,
-):  # fmt: skip
+    row, vocab, k, bits, low, filled, buffer, LANES: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr
+):
     """Leave exactly the k largest keys at the front of the buffer.
 
     Of the keys >= `low`, `filled` >= k in number, the buffer holds all or, where they are more than LIMIT, some;
@@ -184,7 +218,7 @@ def narrow(
         if fits:
             count = tl.sum((kept >= middle).to(tl.int32), axis=0)
         else:
-            count = _count_in_row(row, vocab, bits, middle, LANES, WIDTH, STEPS)
+            count = _count_in_row(row, vocab, bits, middle, LANES, WIDTH)
         enough = count >= k
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
@@ -195,31 +229,31 @@ def narrow(
         place = tl.cumsum(take.to(tl.int32), axis=0) - 1
         tl.store(buffer + place, kept, mask=take)
     else:
-        _collect_from_row(row, vocab, bits, low, buffer, LANES, WIDTH, STEPS, LIMIT)
+        _collect_from_row(row, vocab, bits, low, buffer, LANES, WIDTH, LIMIT)
     tl.debug_barrier()
 
 
 @triton.jit
-def _row_keys(row, vocab, tile, bits, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
-    ids = tile * (LANES * WIDTH * STEPS) + lane_offsets(LANES, WIDTH, STEPS)
+def _row_keys(row, vocab, tile, bits, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    ids = tile * (LANES * WIDTH) + lane_offsets(LANES, WIDTH, 1)
     inside = ids < vocab
     x = tl.load(row + ids, mask=inside, other=0.0).to(tl.float32)
-    return sort_keys(x, ids, inside, bits)
+    return sort_keys(x, ids, inside, bits, vocab, WIDTH)
 
 
 @triton.jit
-def _count_in_row(row, vocab, bits, low, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+def _count_in_row(row, vocab, bits, low, LANES: tl.constexpr, WIDTH: tl.constexpr):
     count = tl.zeros([LANES], tl.int32)
-    for tile in range(0, tl.cdiv(vocab, LANES * WIDTH * STEPS)):
-        count += lane_sum((_row_keys(row, vocab, tile, bits, LANES, WIDTH, STEPS) >= low).to(tl.int32))
+    for tile in range(0, tl.cdiv(vocab, LANES * WIDTH)):
+        count += lane_sum((_row_keys(row, vocab, tile, bits, LANES, WIDTH) >= low).to(tl.int32))
     return tl.sum(count, axis=0)
 
 
 @triton.jit
 def _collect_from_row(
-    row, vocab, bits, low, buffer, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, LIMIT: tl.constexpr
+    row, vocab, bits, low, buffer, LANES: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr
 ):  # fmt: skip
     filled = tl.full([], 0, tl.int32)
-    for tile in range(0, tl.cdiv(vocab, LANES * WIDTH * STEPS)):
-        keys = _row_keys(row, vocab, tile, bits, LANES, WIDTH, STEPS)
+    for tile in range(0, tl.cdiv(vocab, LANES * WIDTH)):
+        keys = _row_keys(row, vocab, tile, bits, LANES, WIDTH)
         filled = append(keys, keys >= low, buffer, filled, LIMIT)
