@@ -3,3 +3,7 @@
 from grade_kernels.backend import check_triton
 
 check_triton()
+
+from grade_kernels.triton_ops import embedding, kl, logprob, sample, sweep, vjp  # noqa: E402
+
+__all__ = ["embedding", "kl", "logprob", "sample", "sweep", "vjp"]

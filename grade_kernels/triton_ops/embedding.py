@@ -16,9 +16,9 @@ from torch import Tensor
 from grade_kernels.triton_ops.launch import launch, next_power_of_2, vector_width
 
 # Table rows that a thread of weighted_sum has under way at once.
-_UNROLL = 8
-# Candidates of a tile of dot products, and warps that share them: a thread has 8 loads under way.
-TILE_WARPS, TILE_CANDIDATES = 4, 32
+_STEPS = 8
+# Loads that a thread of a tile of dot products has under way, and the tile's warps.
+_TILE_STEPS, _TILE_WARPS = 8, 4
 # Entries of a segment that are added at once: steps of a warp, warps, and columns of a program.
 _SEGMENT_STEPS, _SEGMENT_WARPS, _SEGMENT_COLUMNS = 4, 4, 512
 
@@ -53,9 +53,10 @@ def _weighted_sum(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     warps = next((w for w in (4, 2) if -(-d // (w * narrow)) * w == -(-d // narrow)), 1)
     columns = warps * narrow
     blocks = -(-d // columns)
+    weights, indices = weights.contiguous(), indices.contiguous()
     launch(
-        _weighted_sum_kernel, (n * blocks,), weights.contiguous(), indices.contiguous(), table, out, stride, d, k, blocks,
-        num_warps=warps, COLUMNS=columns, UNROLL=_UNROLL,
+        _weighted_sum_kernel, (n * blocks,), weights, indices, table, out, stride, d, k, blocks,
+        num_warps=warps, COLUMNS=columns, STEPS=_STEPS,
     )
     return out
 
@@ -67,27 +68,28 @@ def _(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["k", "blocks"])
 def _weighted_sum_kernel(
-    weights, ids, table, out, table_stride, d, k, blocks, COLUMNS: tl.constexpr, UNROLL: tl.constexpr
+    weights, ids, table, out, table_stride, d, k, blocks, COLUMNS: tl.constexpr, STEPS: tl.constexpr
 ):
     program = tl.program_id(0).to(tl.int64)
     row, block = program // blocks, program % blocks
     column = block * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < d
-    table += column
-    weights += row * k
-    ids += row * k
+    inside = (column < d)[None, :]
+    step = tl.arange(0, STEPS)
+    table += column[None, :]
+    weights += row * k + step
+    ids += row * k + step
     acc = tl.zeros([COLUMNS], tl.float32)
-    full = k // UNROLL * UNROLL
-    for start in range(0, full, UNROLL):
-        for step in tl.static_range(UNROLL):
-            row_of_table = tl.load(ids + start + step) * table_stride
-            weight = tl.load(weights + start + step).to(tl.float32)
-            acc += weight * tl.load(table + row_of_table, mask=inside, other=0.0).to(tl.float32)
-    for j in range(full, k):
-        row_of_table = tl.load(ids + j) * table_stride
-        weight = tl.load(weights + j).to(tl.float32)
-        acc += weight * tl.load(table + row_of_table, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * d + column, acc, mask=inside)
+    full = k // STEPS * STEPS
+    for start in range(0, full, STEPS):
+        places = tl.load(ids + start) * table_stride
+        x = tl.load(table + places[:, None], mask=inside, other=0.0).to(tl.float32)
+        acc += tl.sum(tl.load(weights + start).to(tl.float32)[:, None] * x, axis=0)
+    if full < k:
+        here = full + step < k
+        places = tl.load(ids + full, mask=here, other=0) * table_stride
+        x = tl.load(table + places[:, None], mask=inside & here[:, None], other=0.0).to(tl.float32)
+        acc += tl.sum(tl.load(weights + full, mask=here, other=0.0).to(tl.float32)[:, None] * x, axis=0)
+    tl.store(out + row * d + column, acc, mask=column < d)
 
 
 @torch.library.custom_op("grade_kernels::candidate_dots", mutates_args=())
@@ -109,60 +111,70 @@ def add_dots(grad: Tensor, table: Tensor, ids: Tensor, out: Tensor, add: bool) -
     """Write one model's dot products to `out` float32 [N, k], or add them to it; ids [N, k] contiguous."""
     (n, k), d = ids.shape, table.shape[1]
     (grad, grad_stride), (table, table_stride) = with_row_stride(grad), with_row_stride(table)
-    blocks = -(-k // TILE_CANDIDATES)
+    tile = dots_tile(table, _TILE_WARPS)
+    blocks = -(-k // (tile["STEPS"] * tile["GROUPS"]))
     launch(
         _dots_kernel, (n * blocks,), grad, table, ids, out, grad_stride, table_stride, d, k, blocks,
-        num_warps=TILE_WARPS, ADD=add, CANDIDATES=TILE_CANDIDATES, **dots_tile(table),
+        num_warps=_TILE_WARPS, ADD=add, **tile,
     )
 
 
-def dots_tile(table: Tensor) -> dict[str, int]:
-    """Threads along a table row, and entries of each thread's load."""
+def dots_tile(table: Tensor, warps: int) -> dict[str, int]:
+    """The tile of `tile_dots`: steps, groups of threads with a candidate each, threads of a group, entries of a
+    thread's load."""
     width = vector_width(table)
-    return {"LANES": min(32, next_power_of_2(-(-table.shape[1] // width))), "WIDTH": width}
+    lanes = min(32, next_power_of_2(-(-table.shape[1] // width)))
+    groups = 32 * warps // lanes
+    return {"STEPS": max(1, _TILE_STEPS * warps // groups), "GROUPS": groups, "LANES": lanes, "WIDTH": width}
 
 
 @triton.jit
 def tile_dots(
-    grad, table, ids, d, table_stride, CANDIDATES: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr
+    grad, table, ids, out, first, k, d, table_stride,
+    ADD: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):
-    """<grad, table[ids]> for a tile of ids int64 [CANDIDATES]: float32 [CANDIDATES].
+    """out[j] = <grad, table[ids[j]]> for the STEPS * GROUPS candidates j >= first of a row; with ADD, added to it.
 
-    `grad` points to a row.  Each lane adds up its own entries and the lanes meet after the loop, so nothing
-    in the loop waits for another thread.
+    `grad`, `ids` and `out` point to the row.  A group of LANES threads reads a table row, the same columns of
+    all its candidates; each thread adds up its own entries and they meet after the loop, so nothing in the
+    loop waits for another thread.
     """
     COLUMNS: tl.constexpr = LANES * WIDTH
+    candidate = first + tl.arange(0, STEPS)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+    present = candidate < k
     lane = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    table += (ids * table_stride)[:, None, None] + lane[None, :, :]
+    # Each group has its own copy of the gradient's columns, in the layout of the tile: no exchange.
+    lane = tl.broadcast_to(lane[None, :, :], (GROUPS, LANES, WIDTH))
+    tile_ids = tl.load(ids + candidate, mask=present, other=0)
+    table += (tile_ids * table_stride)[:, :, None, None] + lane[None, :, :, :]
     grad += lane
-    acc = tl.zeros([CANDIDATES, LANES], tl.float32)
-    for start in range(0, d // COLUMNS * COLUMNS, COLUMNS):
+    acc = tl.zeros([STEPS, GROUPS, LANES], tl.float32)
+    full = d // COLUMNS * COLUMNS
+    for start in range(0, full, COLUMNS):
         g = tl.load(grad + start).to(tl.float32)
-        acc += tl.sum(tl.load(table + start).to(tl.float32) * g[None, :, :], axis=2)
+        acc += tl.sum(tl.load(table + start).to(tl.float32) * g[None, :, :, :], axis=3)
     if d % COLUMNS != 0:
-        start = d // COLUMNS * COLUMNS
-        inside = start + lane < d
-        g = tl.load(grad + start, mask=inside, other=0.0).to(tl.float32)
-        e = tl.load(table + start, mask=inside[None, :, :], other=0.0).to(tl.float32)
-        acc += tl.sum(e * g[None, :, :], axis=2)
-    return tl.sum(acc, axis=1)
+        inside = full + lane < d
+        g = tl.load(grad + full, mask=inside, other=0.0).to(tl.float32)
+        e = tl.load(table + full, mask=inside[None, :, :, :], other=0.0).to(tl.float32)
+        acc += tl.sum(e * g[None, :, :, :], axis=3)
+    v = tl.sum(acc, axis=2)
+    if ADD:
+        v += tl.load(out + candidate, mask=present, other=0.0)
+    tl.store(out + candidate, v, mask=present)
 
 
 @triton.jit(do_not_specialize=["k", "blocks"])
 def _dots_kernel(
     grad, table, ids, out, grad_stride, table_stride, d, k, blocks,
-    ADD: tl.constexpr, CANDIDATES: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    ADD: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    row, block = program // blocks, program % blocks
-    candidate = block * CANDIDATES + tl.arange(0, CANDIDATES)
-    inside = candidate < k
-    out += row * k + candidate
-    tile_ids = tl.load(ids + row * k + candidate, mask=inside, other=0)
-    v = tile_dots(grad + row * grad_stride, table, tile_ids, d, table_stride, CANDIDATES, LANES, WIDTH)
-    if ADD:
-        v += tl.load(out, mask=inside, other=0.0)
-    tl.store(out, v, mask=inside)
+    row, first = program // blocks, program % blocks * (STEPS * GROUPS)
+    tile_dots(
+        grad + row * grad_stride, table, ids + row * k, out + row * k, first, k, d, table_stride,
+        ADD, STEPS, GROUPS, LANES, WIDTH,
+    )
 
 
 @torch.library.custom_op("grade_kernels::scatter_sum", mutates_args=())

@@ -113,8 +113,6 @@ def row_addresses(x: Tensor) -> RowAddresses:
     Others are copied.
     """
     n = x.shape[:-1].numel()
-    if n == 0:
-        return RowAddresses(x, 0, 1, 0, 0)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     groups: list[tuple[int, int]] = []  # (size, stride) of leading dimensions, merged where they can be
@@ -127,7 +125,8 @@ def row_addresses(x: Tensor) -> RowAddresses:
             groups.append((size, stride))
     if len(groups) > 2:
         return row_addresses(x.contiguous())
-    outer = groups[0][1] if groups else 0
+    # A single row has no stride; its length stands in, which is as divisible by 16 as the stride of more rows.
+    outer = groups[0][1] if groups else x.shape[-1]
     inner, inner_stride = groups[1] if len(groups) == 2 else (1, 0)
     return RowAddresses(x, n, inner, outer, inner_stride)
 

@@ -76,5 +76,10 @@ def tempered_softmax(z, valid, tau):
 
 @triton.jit
 def softmax_vjp(w, v):
-    """J(w) v = w * (v - <w, v>); w and v are 0 outside the support."""
+    """J(w) v = w * (v - <w, v>) for weights that sum to 1; w and v are 0 outside the support.
+
+    Where one weight is nearly 1, v - <w, v> is small there, and the rounding of <w, v> is not: what is left
+    of the mean is subtracted too.
+    """
+    v -= tl.sum(w * v, axis=0)
     return w * (v - tl.sum(w * v, axis=0))

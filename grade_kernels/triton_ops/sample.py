@@ -157,6 +157,8 @@ def _top_ids(
     """The ids [KEPT] of the k largest entries of a row, in order."""
     T = topk.threshold(maxima, groups, k)
     T = tl.where(norm != norm, topk.BLOCKED, T)  # a maximum may have missed a NaN: let everything pass
+    if bits is not None:  # a maximum of -inf may be that of suppressed ids, which rank below -inf
+        T = tl.where(T <= topk.MASKED, topk.BLOCKED, T)
     floor = tl.maximum(T.to(tl.int64) << 32, topk.LOWEST + 1)
     filled = topk.candidates(
         start, vocab, bits, T, floor, maxima, hits, 2 * k, buffer, TILES, LANES, WIDTH, STEPS, READ, LIMIT

@@ -27,6 +27,17 @@ def scatter(ids: Tensor, values: Tensor, vocab: int, dtype: torch.dtype) -> Tens
     return _scatter(ids, values, vocab, dtype)
 
 
+@triton.jit
+def store_rounded(out, x, mask):
+    """Store float32 x in the dtype of `out`, rounded to the nearest, even on a tie: Triton's interpreter cuts
+    bfloat16 off, so its bits are rounded first."""
+    if out.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x != x, x, bits.to(tl.float32, bitcast=True))
+    tl.store(out, x.to(out.dtype.element_ty), mask=mask)
+
+
 @torch.library.custom_op("grade_kernels::weights_vjp", mutates_args=())
 def _weights_vjp(weights: Tensor, grad: Tensor, tau: float) -> Tensor:
     n, k = weights.shape
@@ -51,7 +62,7 @@ def _weights_vjp_kernel(weights, grad, out, k, tau, KP: tl.constexpr):
     valid = lane < k
     w = tl.load(weights + row * k + lane, mask=valid, other=0.0).to(tl.float32)
     v = tl.load(grad + row * k + lane, mask=valid, other=0.0).to(tl.float32)
-    tl.store(out + row * k + lane, softmax_vjp(w, v) / tau, mask=valid)
+    store_rounded(out + row * k + lane, softmax_vjp(w, v) / tau, valid)
 
 
 @torch.library.custom_op("grade_kernels::scatter", mutates_args=())
@@ -89,5 +100,5 @@ def _scatter_kernel(ids, values, out, vocab, k, TILE: tl.constexpr, CANDIDATES: 
         candidate = start + tl.arange(0, CANDIDATES)
         inside = candidate < k
         place = tl.load(ids + candidate, mask=inside, other=0)
-        value = tl.load(values + candidate, mask=inside, other=0.0)
-        tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+        value = tl.load(values + candidate, mask=inside, other=0.0).to(tl.float32)
+        store_rounded(out + place, value, inside)

@@ -23,9 +23,9 @@ import triton.language as tl
 
 from grade_kernels.triton_ops.device import finite_or_zero, lane_max, lane_offsets, lane_sum
 
-# Below every key: -inf is -2139095041, a suppressed id -2^31.
-LOWEST = tl.constexpr(-(2**63))
-BLOCKED = tl.constexpr(-(2**31))
+LOWEST = tl.constexpr(-(2**63))  # below every key
+BLOCKED = tl.constexpr(-(2**31))  # the value of a suppressed id, below
+MASKED = tl.constexpr(-2139095041)  # that of -inf
 
 
 @triton.jit
@@ -212,9 +212,10 @@ def narrow(
     kept = tl.load(buffer + entries, mask=entries < tl.where(fits, filled, 0), other=LOWEST)
     high = tl.full([], 0x7FC00001, tl.int64) << 32  # above every key
     reached = filled
+    # Mostly it is ties at the value of `low` that are too many (a masked row), so the next value is tried first.
     # Keys are distinct, so some threshold has exactly k at or above it.
+    middle = low + (tl.full([], 1, tl.int64) << 32)
     while (reached != k) & (low + 1 < high):
-        middle = (low & high) + ((low ^ high) >> 1)
         if fits:
             count = tl.sum((kept >= middle).to(tl.int32), axis=0)
         else:
@@ -223,6 +224,7 @@ def narrow(
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
         reached = tl.where(enough, count, reached)
+        middle = (low & high) + ((low ^ high) >> 1)
     tl.debug_barrier()  # everyone has read the buffer
     if fits:
         take = kept >= low

@@ -17,6 +17,9 @@ from grade_kernels.triton_ops.embedding import tile_dots
 from grade_kernels.triton_ops.launch import launch, next_power_of_2, words
 from grade_kernels.triton_ops.noise import noisy_logits, softmax_vjp, tempered_softmax
 
+# Candidates of a warp where the rule is applied: 4 of a thread up to k = 1024, which leaves registers for the noise.
+_LANES_PER_WARP = 128
+
 
 def candidate_grad(grads: list[Tensor], tables: list[Tensor], ids: Tensor) -> Tensor:
     """v float32 [N, k] = sum over models of <grad [N, d_e], table[ids] [N, k, d_e]>."""
@@ -68,14 +71,13 @@ def _token_vjp(
         embedding.add_dots(grad, table, ids, out, add=number > 0)
     (grad, grad_stride), (table, table_stride) = map(embedding.with_row_stride, (grads[-1], tables[-1]))
     row = next_power_of_2(k)
-    warps = max(embedding.TILE_WARPS, min(32, row // _LANES_PER_WARP))
-    per_warp = embedding.TILE_CANDIDATES // embedding.TILE_WARPS
+    warps = max(4, min(8, row // _LANES_PER_WARP))
     launch(
         _token_vjp_kernel, (n,), grad, table, ids, out, logits.contiguous(),
         None if tokens is None else tokens.contiguous(), keys.contiguous(),
         grad_stride, table_stride, table.shape[1], k, tau, seed_low, seed_high, first_draw, draws,
         num_warps=warps, ESTIMATOR=estimator, CONDITIONAL=first_draw > 0, ADD=len(grads) > 1, KP=row,
-        CANDIDATES=per_warp * warps, **embedding.dots_tile(table),
+        **embedding.dots_tile(table, warps),
     )
     return out
 
@@ -98,28 +100,20 @@ def _(
     return logits.new_empty(logits.shape, dtype=torch.float32)
 
 
-# Candidates of a warp where the rule is applied: 4 of a thread, which leaves registers for the noise.
-_LANES_PER_WARP = 128
-
-
 @triton.jit(do_not_specialize=["k", "seed_low", "seed_high", "first_draw", "draws"])
 def _token_vjp_kernel(
     grad, table, ids, out, logits, tokens, keys,
     grad_stride, table_stride, d, k, tau, seed_low, seed_high, first_draw, draws,
     ESTIMATOR: tl.constexpr, CONDITIONAL: tl.constexpr, ADD: tl.constexpr, KP: tl.constexpr,
-    CANDIDATES: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     ids += row * k
     out += row * k
-    for start in range(0, k, CANDIDATES):
-        candidate = start + tl.arange(0, CANDIDATES)
-        inside = candidate < k
-        tile_ids = tl.load(ids + candidate, mask=inside, other=0)
-        dots = tile_dots(grad + row * grad_stride, table, tile_ids, d, table_stride, CANDIDATES, LANES, WIDTH)
-        if ADD:
-            dots += tl.load(out + candidate, mask=inside, other=0.0)
-        tl.store(out + candidate, dots, mask=inside)
+    for first in range(0, k, STEPS * GROUPS):
+        tile_dots(
+            grad + row * grad_stride, table, ids, out, first, k, d, table_stride, ADD, STEPS, GROUPS, LANES, WIDTH
+        )
     # The row of dot products goes through the output, from the layout of the tiles to one lane a candidate.
     tl.debug_barrier()
     lane = tl.arange(0, KP)
@@ -133,7 +127,9 @@ def _token_vjp_kernel(
     elif ESTIMATOR == "reinmax":
         one_hot = (valid & (row_ids == tl.load(tokens + row))).to(tl.float32)
         midpoint = (one_hot + tempered_softmax(values, valid, tau)) * 0.5
-        result = 2.0 * softmax_vjp(midpoint, v) - 0.5 * softmax_vjp(tempered_softmax(values, valid, 1.0), v)
+        # Without the token in the support the midpoint sums to 1/2.
+        pushed = midpoint * (v - tl.sum(midpoint * v, axis=0))
+        result = 2.0 * pushed - 0.5 * softmax_vjp(tempered_softmax(values, valid, 1.0), v)
     else:
         key, token = tl.load(keys + row), row
         if CONDITIONAL:

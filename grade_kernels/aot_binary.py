@@ -1,0 +1,274 @@
+"""Compile a kernel for a GPU that need not be here, and read from the binary what it takes of one.
+
+The compiler's own register and spill counts are filled in only when a binary is loaded onto a device, so they are
+read from the binary: by `cuobjdump`, which comes with Triton, or from the metadata of AMD's assembly.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """An architecture, and the shared memory (bytes) that one of its blocks can have."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One compilation: what the JIT would key a launch by, in a form that can go to another process.
+
+    `options` are the compiler's; `signature` is by parameter name; `constants` and `attrs` are by path, which is
+    (index of the parameter,).
+    """
+
+    target: str
+    module: str
+    kernel: str
+    options: dict[str, Any]
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], list]
+
+    @property
+    def name(self) -> str:
+        """The kernel with its file, `kl._stats_kernel`."""
+        return f"{self.module.rpartition('.')[2]}.{self.kernel}"
+
+    @property
+    def num_warps(self) -> int:
+        return self.options["num_warps"]
+
+    @property
+    def key(self) -> tuple:
+        """Equal for two launches that share a compilation."""
+        attrs = sorted((path, tuple(map(tuple, value))) for path, value in self.attrs.items() if value)
+        constants = [(path, repr(value)) for path, value in sorted(self.constants.items())]
+        signature = tuple(self.signature.items())
+        options = tuple(sorted(self.options.items()))
+        return self.target, self.module, self.kernel, options, signature, tuple(constants), tuple(attrs)
+
+    def __str__(self) -> str:
+        """Arguments as name:type, those without a mark divisible by 16 (pointers: aligned); constants as name=value.
+
+        A pointer's type is that of its entries; `!` marks what is not divisible, `+` what may exceed 2 GiB (AMD).
+        """
+        words = []
+        bounded = self.target.startswith("gfx")
+        for index, (name, kind) in enumerate(self.signature.items()):
+            if (index,) in self.constants:
+                words.append(f"{name}={self.constants[index,]}")
+            elif kind.startswith("*") or kind in ("i32", "i64"):
+                attrs = {attr for attr, _ in self.attrs.get((index,), ())}
+                mark = "" if "tt.divisibility" in attrs else "!"
+                mark += "+" if bounded and kind.startswith("*") and "tt.pointer_range" not in attrs else ""
+                words.append(f"{name}:{kind.lstrip('*')}{mark}")
+        if "maxnreg" in self.options:
+            words.append(f"maxnreg={self.options['maxnreg']}")
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Per thread: registers, and bytes or registers of spills (0 is none).  Per block: shared memory in bytes."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """The outcome of one compilation; `error` is empty where it went well, spills included."""
+
+    configuration: Configuration
+    seconds: float
+    resources: Resources | None = None
+    error: str = ""
+
+
+def compile_one(configuration: Configuration) -> Row:
+    """Compile here and now; what goes wrong is a row with its first line."""
+    start = time.perf_counter()
+    try:
+        compiled = _compile(configuration)
+        seconds = time.perf_counter() - start
+        found = resources(compiled)
+    except Exception as error:
+        return Row(configuration, time.perf_counter() - start, error=first_line(error))
+    limit = TARGETS[configuration.target].shared_limit
+    problem = f"needs {found.shared} bytes of shared memory, a block has {limit}" if found.shared > limit else ""
+    return Row(configuration, seconds, found, problem)
+
+
+def _compile(configuration: Configuration):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    target = TARGETS[configuration.target]
+    kernel = getattr(importlib.import_module(configuration.module), configuration.kernel)
+    source = ASTSource(kernel, configuration.signature, configuration.constants, configuration.attrs)
+    where = GPUTarget(target.backend, target.arch, target.warp_size)
+    return triton.compile(source, target=where, options=dict(configuration.options))
+
+
+def first_line(error: BaseException) -> str:
+    """The message of the innermost cause; Triton wraps it in the source around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = getattr(error, "error_message", None) or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def resources(compiled: Any) -> Resources:
+    """Of what `triton.compile` returned.  Shared memory that is sized at launch is known to the compiler only."""
+    if "amdgcn" in compiled.asm:
+        found = read_amdgcn(compiled.asm["amdgcn"])
+    else:
+        found = read_cuobjdump(_cuobjdump(compiled.asm["cubin"]))
+    return Resources(found.registers, found.spills, max(found.shared, compiled.metadata.shared))
+
+
+def read_cuobjdump(text: str) -> Resources:
+    """Of `cuobjdump -res-usage`; spills are bytes of stack and of local memory."""
+    found = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text))
+    if len(found) < 4:
+        raise RuntimeError(f"cuobjdump did not report registers and stack: {text.strip()[:200]!r}")
+    numbers = {name: int(value) for name, value in found.items()}
+    return Resources(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], numbers["SHARED"])
+
+
+def read_amdgcn(text: str) -> Resources:
+    """Of the kernel's metadata; spills are spilled registers, or bytes of scratch if there are none of those."""
+    fields = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    names = (*fields, "group_segment_fixed_size")
+    # The same words, without a colon, are assembler symbols further up.
+    found = {name: re.findall(rf"^\s*(?:-\s+)?\.{name}:\s*(\d+)", text, re.MULTILINE) for name in names}
+    missing = [name for name, values in found.items() if not values]
+    if missing:
+        raise RuntimeError(f"the assembly has no metadata .{missing[0]}")
+    vgprs, vgpr_spills, sgpr_spills, scratch, shared = (max(map(int, found[name])) for name in names)
+    return Resources(vgprs, vgpr_spills + sgpr_spills or scratch, shared)
+
+
+def cuobjdump_path() -> Path:
+    """Where Triton keeps the tool.
+
+    Raises
+    ------
+    RuntimeError
+        It is not there.
+    """
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not path.exists():
+        raise RuntimeError(
+            f"{path} is missing, and registers are read with it; reinstall Triton from its wheel, "
+            "or compile for AMD only with --target gfx942"
+        )
+    return path
+
+
+def _cuobjdump(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([cuobjdump_path(), "-res-usage", file.name], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"cuobjdump failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def compile_all(configurations: Sequence[Configuration], jobs: int) -> Iterator[Row]:
+    """Rows as they arrive, from `jobs` processes.  A process that the compiler takes down is a row and is replaced.
+
+    Every compilation starts from an empty cache, so its seconds are those of the compiler.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = list(reversed(configurations))
+    with tempfile.TemporaryDirectory(prefix="grade-kernels-aot-") as cache:
+        workers = [_Worker(context, cache) for _ in range(min(jobs, len(waiting)))]
+        try:
+            for worker in workers:
+                worker.give(waiting.pop())
+            busy = {worker.pipe: worker for worker in workers}
+            while busy:
+                for pipe in wait(list(busy)):
+                    worker = busy.pop(pipe)
+                    yield worker.take()
+                    if waiting:
+                        worker.give(waiting.pop())
+                        busy[worker.pipe] = worker
+        finally:
+            for worker in workers:
+                worker.stop()
+
+
+class _Worker:
+    """A process that compiles one configuration after another."""
+
+    def __init__(self, context, cache: str):
+        self._context, self._cache = context, cache
+        self._job: Configuration | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self.pipe, theirs = self._context.Pipe()
+        self._process = self._context.Process(target=_serve, args=(theirs, self._cache), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the death of the process ends the pipe
+
+    def give(self, job: Configuration) -> None:
+        self._job, self._since = job, time.perf_counter()
+        self.pipe.send(job)
+
+    def take(self) -> Row:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self._process.join()
+            seconds, code = time.perf_counter() - self._since, self._process.exitcode
+            self._start()
+            return Row(self._job, seconds, error=f"the compiler took its process down (exit code {code})")
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(pipe, cache: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = cache
+    while True:
+        try:
+            job = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        pipe.send(compile_one(job))

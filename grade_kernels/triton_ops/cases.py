@@ -1,0 +1,191 @@
+"""Calls of every launcher that between them make the compilations which the package ships; nothing is computed.
+
+Every kernel is called with every dtype, alignment, number of candidates and option; options that change the code
+in unrelated places are not all crossed with one another.  `record` runs the calls under `launch.recording`, on CPU
+tensors that are allocated but never touched.  Batches are small, because no compilation depends on the batch,
+except that few rows are split over several programs.  A new operation gets a function here;
+`tests/kernels/test_aot.py` fails for a kernel that no case launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from grade_kernels.checks import DIRECTIONS, ESTIMATORS
+from grade_kernels.stats import KLStats, TokenStats
+from grade_kernels.torch_ops.chunks import rows_of
+from grade_kernels.triton_ops import embedding, kl, launch, logprob, sample, sweep, vjp
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Qwen (divisible by 16); GPT-2 (odd: rows that are not aligned); Llama 2; Gemma.
+VOCABULARIES = (151936, 50257, 32000, 262144)
+CANDIDATES = (1, 16, 256, 1024)
+# Widths of embeddings: of large models, of GPT-2, and one that no vector load divides.
+WIDTHS = (4096, 768, 50)
+# More than the processors of the device that a recording pretends to have, and so few that rows are split.
+MANY, FEW = 8, 2
+TAU, SEED = 0.5, 1
+# Whether the head's logits are overwritten by gradients, and through which soft cap.
+_GRADS = ((False, None), (True, None), (True, 30.0))
+
+Case = Callable[[], object]
+
+
+def record() -> list[launch.Launch]:
+    """Every launch of every case.
+
+    Raises
+    ------
+    RuntimeError
+        A launcher fails; says which case.
+    """
+    with launch.recording() as launches:
+        for family in FAMILIES:
+            for number, case in enumerate(family()):
+                try:
+                    case()
+                except Exception as error:
+                    raise RuntimeError(f"case {number} of {family.__name__} cannot be recorded: {error!r}") from error
+    return launches
+
+
+def _logits(dtype: torch.dtype, vocab: int, rows: int = MANY) -> Tensor:
+    return torch.empty(rows, vocab, dtype=dtype)
+
+
+def _sliced(dtype: torch.dtype, vocab: int, start: int = 0) -> Tensor:
+    """logits[:, :-1] (start 0) or logits[:, 1:] of [2, 5, vocab]: rows with two strides."""
+    whole = torch.empty(2, 5, vocab, dtype=dtype)
+    return rows_of(whole[:, start : start + 4])
+
+
+def _ids(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def _floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def logits_layouts(vocab: int) -> Iterator[Callable[[torch.dtype], Tensor]]:
+    """The ways rows of logits lie in memory, as functions of the dtype."""
+    yield lambda dtype: _logits(dtype, vocab)
+    if vocab % 16:
+        yield lambda dtype: _sliced(dtype, vocab)
+        yield lambda dtype: _sliced(dtype, vocab, 1)  # begins off the alignment
+        yield lambda dtype: _logits(dtype, vocab, 1)  # the one row has no stride
+
+
+def kl_cases() -> Iterator[Case]:
+    for vocab in VOCABULARIES:
+        pairs = [(layout, d, d) for layout, d in product(logits_layouts(vocab), DTYPES)]
+        mixed = [(first, second) for first, second in product(DTYPES, DTYPES) if first != second]
+        pairs += [(next(logits_layouts(vocab)), *dtypes) for dtypes in mixed]
+        for layout, p_dtype, q_dtype in pairs:
+            p, q = layout(p_dtype), layout(q_dtype)
+            yield lambda p=p, q=q: kl.kl_stats(p, q, torch.float32)
+            n = p.shape[0]
+            stats, weights = KLStats.empty(n, torch.float32, p.device), _floats(n)
+            out_p, out_q = _logits(p_dtype, vocab, n), _logits(q_dtype, vocab, n)
+            for outs in ((out_p, None), (None, out_q), (out_p, out_q)):
+                yield lambda p=p, q=q, s=stats, w=weights, o=outs: kl.kl_grads(p, q, s, w, *o)
+        # As the head calls it: float32 logits of a chunk, overwritten by their gradients, with and without a cap.
+        p, q = _logits(torch.float32, vocab), _logits(torch.float32, vocab)
+        stats = KLStats.empty(MANY, torch.float32, p.device)
+        for cap, weights in product((None, 30.0), (None, _floats(MANY))):
+            yield lambda p=p, q=q, s=stats, c=cap, w=weights: kl.kl_grads(p, q, s, w, p, q, c)
+
+
+def logprob_cases() -> Iterator[Case]:
+    for vocab, dtype in product(VOCABULARIES, DTYPES):
+        for layout in logits_layouts(vocab):
+            x = layout(dtype)
+            n = x.shape[0]
+            yield lambda x=x: logprob.log_sum_exp(x, torch.float32)
+            for tokens in (_ids(n), None):
+                yield lambda x=x, t=tokens: logprob.token_stats(x, t, torch.float32)
+            stats, grads = TokenStats.empty(n, torch.float32, x.device), (_floats(n), _floats(n))
+            out = _logits(dtype, vocab, n)
+            for cap in (None, 30.0):
+                yield lambda x=x, s=stats, g=grads, o=out, c=cap, n=n: logprob.token_stats_grad(x, _ids(n), s, *g, o, c)
+
+
+def sweep_cases() -> Iterator[Case]:
+    for vocab, k in product(VOCABULARIES[:2], (None, *CANDIDATES)):
+        usual = k in (None, 256)
+        for ref, tokens, suppress in product((True, False), repeat=3) if usual else ((True, True, True),):
+            kinds = product(DIRECTIONS if ref else DIRECTIONS[:1], _GRADS if ref else _GRADS[:1])
+            for direction, (grad, cap) in kinds:
+                x, y = _logits(torch.float32, vocab), _logits(torch.float32, vocab) if ref else None
+                support = None if k is None else _ids(MANY, k)  # without it the sampler's own launch selects one
+                rest = (_ids(2) if suppress else None, support, _ids(MANY) if tokens else None, direction, grad, cap)
+                yield lambda x=x, y=y, k=k, r=rest: sweep.head_chunk(x, y, k, *r)
+
+
+def embedding_cases() -> Iterator[Case]:
+    for dtype, width, k in product(DTYPES, WIDTHS, CANDIDATES):
+        table, ids, vocab = torch.empty(64, width, dtype=dtype), _ids(MANY, k), 64
+        grad = _floats(MANY, width, dtype=dtype)
+        for weights in (_floats(MANY, k), _floats(MANY, k, dtype=dtype)):
+            yield lambda w=weights, i=ids, t=table: embedding.weighted_sum(w, i, t)
+            yield lambda w=weights, i=ids, g=grad, v=vocab: embedding.scatter_sum(w, i, g, v)
+        for side in (grad, _floats(MANY, width)):
+            yield lambda i=ids, g=side, t=table: embedding.candidate_dots(g, i, t)
+        yield lambda i=ids, g=grad, v=vocab: embedding.scatter_sum(None, i, g, v)
+
+
+def vjp_cases() -> Iterator[Case]:
+    for dtype, width, k in product(DTYPES, WIDTHS, CANDIDATES):
+        usual = k == 256  # what does not interact with k is varied here alone
+        if width != WIDTHS[0] and not usual:
+            continue
+        ids, keys = _ids(MANY, k), _ids(MANY)
+        rules = [(rule, range(1)) for rule in ESTIMATORS if rule != "rao"]
+        rules += [("gumbel", range(1, 2)), ("rao", range(1, 17))]
+        for models, x_dtype in product((1, 3) if usual else (1,), {torch.float32, dtype} if usual else {torch.float32}):
+            tables, grads = [torch.empty(64, width, dtype=dtype)] * models, [_floats(MANY, width, dtype=dtype)] * models
+            logits = _floats(MANY, k, dtype=x_dtype)
+            yield lambda g=grads, t=tables, i=ids: vjp.candidate_grad(g, t, i)
+            for rule, draws in rules:
+                tokens = _ids(MANY) if draws.start or rule == "reinmax" else None
+                yield lambda g=grads, t=tables, x=logits, i=ids, a=tokens, key=keys, r=rule, d=draws: vjp.token_vjp(
+                    g, t, x, i, a, key, r, TAU, SEED, d, torch.float32
+                )
+
+
+def sample_cases() -> Iterator[Case]:
+    plain, busy = (False, False, False), (True, False, True)  # suppress, given support, given tokens
+    for vocab, k, dtype, rows in product(VOCABULARIES, CANDIDATES, DTYPES, (MANY, FEW)):
+        usual = (vocab, dtype) == (VOCABULARIES[0], torch.bfloat16)  # here the options are crossed with one another
+        for options in product((False, True), repeat=3) if usual else (plain, busy):
+            yield from _selections(_logits(dtype, vocab, rows), k, *options)
+    for vocab, dtype in product(VOCABULARIES, DTYPES):
+        for layout in logits_layouts(vocab):
+            yield from _selections(layout(dtype), 256, *plain)
+    for k in CANDIDATES:
+        support = sample.Support(_ids(MANY, k), _floats(MANY, k), _floats(MANY))
+        for tokens in (None, _ids(MANY)):
+            yield lambda s=support, t=tokens: sample.sample(s, _ids(MANY), SEED, 1, t, TAU)
+
+
+def _selections(logits: Tensor, k: int, suppress: bool, given: bool, chosen: bool) -> Iterator[Case]:
+    n = logits.shape[0]
+    rest = (_ids(2) if suppress else None, _ids(n, k) if given else None, _ids(n) if chosen else None, torch.float32)
+    yield lambda: sample.select(logits, k, *rest)
+    yield lambda: sample.select_and_sample(logits, k, TAU, _ids(n), SEED, 0, *rest)
+
+
+def scatter_cases() -> Iterator[Case]:
+    for k, dtype in product(CANDIDATES, DTYPES):
+        weights = _floats(MANY, k, dtype=dtype)
+        yield lambda w=weights: sample.weights_vjp(w, w, TAU)
+        yield lambda w=weights, k=k: sample.weights_vjp(_floats(MANY, k), w, TAU)
+        for vocab in VOCABULARIES:
+            yield lambda w=weights, k=k, v=vocab, d=dtype: sample.scatter(_ids(MANY, k), w, v, d)
+
+
+FAMILIES = (kl_cases, logprob_cases, sweep_cases, embedding_cases, vjp_cases, sample_cases, scatter_cases)

@@ -1,0 +1,193 @@
+"""What `vocab_head` takes from one chunk of logits: one read for the statistics, one for the gradients.
+
+A program takes a row.  The second read follows the first at once, while the row is in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grade_kernels.triton_ops import device, online, sample
+from grade_kernels.triton_ops.launch import launch, next_power_of_2, vector_width
+from grade_kernels.triton_ops.suppress import is_blocked, suppress_bits
+
+_WARPS = 8
+_ENTRIES = 16  # of each side that a thread takes per tile
+_STATS = ("entropy", "lse", "logprob", "mass", "kl", "ref_lse")  # what the kernel writes; 0 where not asked for
+
+
+@triton.jit(do_not_specialize=["n", "k"], do_not_specialize_on_alignment=["given", "tokens"])
+def _head_kernel(
+    policy, ref, given, tokens, bits, stats, ids_out, values_out, n, k, inverse_cap, vocab, policy_stride, ref_stride,
+    POLICY_FIRST: tl.constexpr, GRAD: tl.constexpr, KEPT: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    policy += row * policy_stride
+    stats += row
+    n = n.to(tl.int64)
+    if ref is not None:
+        ref += row * ref_stride
+        if POLICY_FIRST:
+            kl, peak_p, norm_p, peak_q, norm_q, shift, entropy = online.kl_row(
+                policy, ref, vocab, 1, LANES, WIDTH, STEPS
+            )
+            peak, norm, ref_lse = peak_p, norm_p, peak_q + norm_q
+        else:
+            kl, peak_p, norm_p, peak_q, norm_q, shift, entropy = online.kl_row(
+                ref, policy, vocab, 2, LANES, WIDTH, STEPS
+            )
+            peak, norm, ref_lse = peak_q, norm_q, peak_p + norm_p
+    else:
+        peak, norm, entropy = online.lse_row(policy, vocab, False, LANES, WIDTH, STEPS)
+        kl, ref_lse = 0.0, 0.0
+    logprob, mass = 0.0, 0.0
+    if tokens is not None:
+        token = tl.load(tokens + row)
+        logprob = (tl.load(policy + token) - peak) - norm
+    if given is not None:
+        lane = tl.arange(0, KEPT)
+        inside = lane < k
+        ids = tl.load(given + row * k + lane, mask=inside, other=0)
+        if tokens is not None:  # a token that the support misses takes its last place
+            found = tl.max(tl.where(inside & (ids == token), 1, 0), axis=0)
+            ids = tl.where((found == 0) & (lane == k - 1), token, ids)
+        values = tl.load(policy + ids, mask=inside, other=float("-inf"))
+        if bits is not None:
+            blocked = is_blocked(bits, ids)
+            if tokens is not None:
+                blocked = blocked & (ids != token)
+            values = tl.where(blocked, float("-inf"), values)
+        mass = tl.sum(tl.where(inside, tl.exp2(((values - peak) - norm) * online.LOG2E), 0.0), axis=0)
+        tl.store(ids_out + row * k + lane, ids, mask=inside)
+        tl.store(values_out + row * k + lane, values, mask=inside)
+    tl.store(stats, entropy)
+    tl.store(stats + n, peak + norm)
+    tl.store(stats + 2 * n, logprob)
+    tl.store(stats + 3 * n, mass)
+    tl.store(stats + 4 * n, kl)
+    tl.store(stats + 5 * n, ref_lse)
+    if GRAD:
+        tl.debug_barrier()  # other threads have read the token's and the support's logits
+        p, q = policy, ref
+        if not POLICY_FIRST:
+            p, q = ref, policy
+        TILE: tl.constexpr = LANES * WIDTH * STEPS
+        offsets = device.lane_offsets(LANES, WIDTH, STEPS)
+        for i in range(0, tl.cdiv(vocab, TILE)):
+            columns = i * TILE + offsets
+            here = columns < vocab
+            x = tl.load(p + columns, mask=here, other=0.0)
+            y = tl.load(q + columns, mask=here, other=0.0)
+            d_p, d_q = online.kl_grad(x, y, kl, peak_p, norm_p, peak_q, norm_q, shift)
+            if inverse_cap is not None:
+                d_p = online.uncap(d_p, x, inverse_cap)
+                d_q = online.uncap(d_q, y, inverse_cap)
+            tl.store(p + columns, d_p, mask=here)
+            tl.store(q + columns, d_q, mask=here)
+
+
+def head_chunk(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    k: int | None,
+    suppress: Tensor | None,
+    indices: Tensor | None,
+    tokens: Tensor | None,
+    direction: str,
+    grad: bool,
+    softcap: float | None,
+) -> dict[str, Tensor]:
+    """The fields of `VocabHead` for r rows, except the gradients of hidden states.
+
+    logits, ref_logits : float32 [r, V]
+        With `grad` each is overwritten by the gradient of its row's KL before the soft cap.
+    k : None for no support; otherwise `indices` int64 [r, k] or, where it is None, the top-k
+    tokens : int64 [r] or None
+    """
+    if k is not None and indices is None:
+        indices = sample.select(logits, k, suppress, None, tokens, torch.float32).ids
+    given = indices if k is not None else None
+    args = (logits, ref_logits, given, tokens, suppress, direction == "policy_ref")
+    grad = grad and ref_logits is not None
+    stats, ids, values = _head_sweep_grads(*args, softcap) if grad else _head_sweep(*args)
+    rows = dict(zip(_STATS, stats.unbind(), strict=True))
+    wanted = {"entropy", "lse"}
+    wanted |= {"logprob"} if tokens is not None else set()
+    wanted |= {"mass"} if given is not None else set()
+    wanted |= {"kl", "ref_lse"} if ref_logits is not None else set()
+    out = {name: row for name, row in rows.items() if name in wanted}
+    if given is not None:
+        out |= {"indices": ids, "logits": values}
+    return out
+
+
+@torch.library.custom_op("grade_kernels::head_sweep", mutates_args=())
+def _head_sweep(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    indices: Tensor | None,
+    tokens: Tensor | None,
+    suppress: Tensor | None,
+    policy_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(`_STATS` [6, r], support [r, k], its logits [r, k]); k is 0 without indices."""
+    return _sweep(logits, ref_logits, indices, tokens, suppress, policy_first, False, None)
+
+
+@torch.library.custom_op("grade_kernels::head_sweep_grads", mutates_args=("logits", "ref_logits"))
+def _head_sweep_grads(
+    logits: Tensor,
+    ref_logits: Tensor,
+    indices: Tensor | None,
+    tokens: Tensor | None,
+    suppress: Tensor | None,
+    policy_first: bool,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same; the gradients of the KL overwrite the logits."""
+    return _sweep(logits, ref_logits, indices, tokens, suppress, policy_first, True, softcap)
+
+
+def _sweep(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    indices: Tensor | None,
+    tokens: Tensor | None,
+    suppress: Tensor | None,
+    policy_first: bool,
+    grad: bool,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats, ids, values = _outputs(logits, indices)
+    n, vocab = logits.shape
+    bits = None if indices is None else suppress_bits(suppress, vocab, logits.device)
+    inputs = (x if x is None else x.contiguous() for x in (indices, tokens))
+    width, k = vector_width(logits), ids.shape[1]
+    ref_stride = 0 if ref_logits is None else ref_logits.stride(0)
+    launch(
+        _head_kernel, (n,), logits, ref_logits, *inputs, bits, stats, ids, values, n, k,
+        None if softcap is None else 1.0 / softcap, vocab, logits.stride(0), ref_stride,
+        num_warps=_WARPS, POLICY_FIRST=policy_first, GRAD=grad, KEPT=next_power_of_2(k),
+        LANES=32 * _WARPS, WIDTH=width, STEPS=_ENTRIES // width,
+    )  # fmt: skip
+    return stats, ids, values
+
+
+def _outputs(logits: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    n, k = logits.shape[0], 0 if indices is None else indices.shape[1]
+    ids = logits.new_empty(n, k, dtype=torch.int64)
+    return logits.new_empty(len(_STATS), n, dtype=torch.float32), ids, logits.new_empty(n, k, dtype=torch.float32)
+
+
+@_head_sweep.register_fake
+def _(logits, ref_logits, indices, tokens, suppress, policy_first):
+    return _outputs(logits, indices)
+
+
+@_head_sweep_grads.register_fake
+def _(logits, ref_logits, indices, tokens, suppress, policy_first, softcap):
+    return _outputs(logits, indices)
