@@ -215,18 +215,21 @@ def test_finite_masks_on_one_side(every, mask, device):
     masked = p.clone()
     masked[:, ::every] = mask
     p, q, masked = (x.to(device) for x in (p, q, masked))
-    stats, *grads = triton_path(masked, q)
-    torch.testing.assert_close(stats.kl.double(), bregman(masked, q), rtol=1e-6, atol=0)
-    torch.testing.assert_close(stats.lse_q.double(), q.double().logsumexp(-1), rtol=3e-7, atol=3e-7)
-    for mine, exact in zip(grads, bregman_grads(masked, q), strict=True):
-        assert rel_err(mine, exact) < 5e-6
-    # On the other side it costs 1e4 nats and more, unless p is as unlikely there.
-    torch.testing.assert_close(triton_path(p, masked)[0].kl.double(), bregman(p, masked), rtol=1e-6, atol=0)
-    p[:, ::every] -= 45.0
-    stats, _, d_q = triton_path(p, masked)
-    torch.testing.assert_close(stats.kl.double(), bregman(p, masked), rtol=3e-6, atol=0)
-    torch.testing.assert_close(stats.lse_q.double(), masked.double().logsumexp(-1), rtol=3e-7, atol=3e-7)
-    assert rel_err(d_q, bregman_grads(p, masked)[1]) < 5e-6
+    # p masked; q masked, at 1e4 nats and more; q masked where p is as unlikely
+    unlikely = p.clone()
+    unlikely[:, ::every] -= 30.0
+    for first, second in ((masked, q), (p, masked), (unlikely, masked)):
+        stats, *grads = triton_path(first, second)
+        if first is masked:  # log q - log p overflows the other form
+            value, *exact = exact_kl(first, second, "policy_ref")
+        else:
+            value, exact = bregman(first, second), bregman_grads(first, second)
+        torch.testing.assert_close(stats.kl.double(), value, rtol=3e-6, atol=0)
+        torch.testing.assert_close(stats.lse_q.double(), second.double().logsumexp(-1), rtol=3e-7, atol=3e-7)
+        for mine, judge in zip(grads, exact, strict=True):
+            # Where a few entries make up the divergence the shift is small beside KL, but has the roundings of KL.
+            bound = 5e-6 * judge.abs().amax(-1) + 8 * 2**-23 * value
+            assert ((mine - judge).abs().amax(-1) <= bound).all()
 
 
 def mask_cases(vocab, device):

@@ -1,0 +1,314 @@
+"""Speed, memory and accuracy of every kernel beside the textbook, its torch.compile and Liger-Kernel.
+
+    python -m benchmarks.kernels                             all kernels: a GPU if there is one, else small sizes on a CPU
+    python -m benchmarks.kernels --kernel logits_kl --dtype bfloat16
+    python -m benchmarks.kernels --quick --out /tmp/results
+
+Each implementation is first run once and checked against the textbook in float64, on the first and last rows; what
+fails is reported, not timed.  Peak memory, above the inputs, is that of this first run.  Then: median, 20th and 80th
+percentile of repeated calls, on a GPU with a cold L2; the bytes that must move (a formula for each set-up, the same
+for all implementations) per second, also as a share of the copy bandwidth measured at the start of the run; the time
+relative to ours from the same run.  A CPU's rows say so in their `device`: they tell nothing about a GPU.
+
+Writes kernels-<device>-<date>.csv as the rows come, and a plot of it if matplotlib is installed.  What does not fit
+into memory or fails is a row that says why; where memory is short the set-up is repeated with a quarter of the rows.
+The exit status is 1 if an implementation of this package is wrong or fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import gc
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import kernel_setup
+from benchmarks.kernel_cases import KERNELS, Case, cases
+from benchmarks.kernel_setup import Run, Setup, Sizes
+from benchmarks.kernel_tools import both_ends
+from benchmarks.measure import Machine, Times
+from grade_kernels.backend import interpreting
+
+COLUMNS = (
+    "kernel", "variant", "implementation", "backend", "shape", "dtype", "device", "ms", "ms_p20", "ms_p80", "repetitions",
+    "bytes", "bytes_formula", "gb_s", "copy_percent", "tflop_s", "peak_mb", "ratio", "error", "goal", "goal_met", "status",
+    "note",
+)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Share of the free memory that an estimate may take.
+FITS = 0.9
+Row = dict[str, object]
+
+
+class OutOfMemory(Exception):
+    """An implementation does not fit; says how much it needs."""
+
+
+class Wrong(Exception):
+    """An implementation's result is not the textbook's."""
+
+
+def measure(setup: Setup, run: Run, machine: Machine, seconds: float) -> tuple[Times, int | None, float]:
+    """(times, peak bytes above the inputs, error) of one implementation.
+
+    Raises
+    ------
+    OutOfMemory, Wrong
+    Exception
+        Whatever the implementation raises.
+    """
+    free = machine.free_bytes()
+    if free is not None and run.needs > FITS * free:
+        raise OutOfMemory(f"needs {run.needs / 2**30:.1f} GB above its inputs, {free / 2**30:.1f} GB are free")
+    try:
+        cotangents = run.cotangents()
+        steps: list[Callable] = []
+
+        def first():
+            steps.append(kernel_setup.start(run, setup.arguments, cotangents))
+            return steps[0]()
+
+        # Compiled code does its allocations out of sight on a CPU, and PyTorch does not compile under a dispatch mode.
+        if run.compile and not machine.is_gpu:
+            outputs, peak = first(), None
+        else:
+            outputs, peak = machine.peak_bytes(first)
+        error = setup.error(run.view(outputs, setup.rows))
+        if not error <= setup.tolerance:
+            raise Wrong(f"wrong: relative error {error:.2g} against float64, allowed {setup.tolerance:.0e}; not timed")
+        del outputs
+        step = machine.graph(steps[0]) if run.graph else steps[0]
+        return machine.time(step, seconds), peak, error
+    except (torch.OutOfMemoryError, MemoryError) as problem:
+        raise OutOfMemory(f"out of memory: {one_line(problem)}") from None
+
+
+def one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+def rows_of(setup: Setup, machine: Machine, copy: float, seconds: float) -> Iterator[Row]:
+    """One row an implementation; `copy` is the copy bandwidth in GB/s."""
+    ours = None
+    for run in setup.runs:
+        row: Row = dict.fromkeys(COLUMNS, "") | {
+            "kernel": setup.kernel, "variant": setup.variant, "implementation": run.name, "backend": run.backend,
+            "shape": setup.shape, "dtype": name_of(setup.dtype), "device": machine.name, "bytes": setup.moved,
+            "bytes_formula": setup.formula, "goal": str(run.goal or "") if machine.is_gpu else "", "note": run.note,
+        }
+        if run.missing:
+            yield row | {"status": f"skipped: {run.missing}"}
+            continue
+        try:
+            times, peak, error = measure(setup, run, machine, seconds)
+        except OutOfMemory as problem:
+            row["status"] = str(problem)
+        except Wrong as problem:
+            row["status"] = str(problem)
+        except Exception as problem:  # a row, so that the other implementations are measured
+            row["status"] = f"failed: {one_line(problem)}"
+        else:
+            ours = times.median if run.name == "ours" else ours
+            rate = setup.moved / times.median / 1e6
+            row |= {
+                "ms": times.median, "ms_p20": times.p20, "ms_p80": times.p80, "repetitions": times.n, "gb_s": rate,
+                "copy_percent": 100 * rate / copy, "peak_mb": "" if peak is None else peak / 1e6, "error": error,
+                "tflop_s": setup.flops / times.median / 1e9 if setup.flops else "",
+                "ratio": times.median / ours if ours else "", "status": "ok",
+            }
+            if run.goal is not None and machine.is_gpu and row[run.goal.column] != "":
+                row["goal_met"] = "met" if run.goal.met(row[run.goal.column]) else "missed"
+        gc.collect()
+        machine.clear()
+        yield row
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def short_of_memory(row: Row) -> bool:
+    return str(row["status"]).startswith(("needs ", "out of memory"))
+
+
+def run_case(
+    case: Case, sizes: Sizes, dtype: torch.dtype, machine: Machine, copy: float, seconds: float
+) -> Iterator[Row]:
+    """The rows of one case; again with a quarter of the rows (once) where something did not fit."""
+    short = False
+    try:
+        setup = case.build(sizes, dtype, machine.device)
+        for row in rows_of(setup, machine, copy, seconds):
+            short |= short_of_memory(row)
+            yield row
+    except (torch.OutOfMemoryError, MemoryError) as problem:  # the inputs alone, or their truth
+        yield failure(case, dtype, machine, f"out of memory: {one_line(problem)}")
+        short = True
+    setup = None
+    gc.collect()
+    machine.clear()
+    if short and not case.decode and sizes.rows >= 64:
+        smaller = replace(sizes, rows=sizes.rows // 4)
+        try:
+            yield from rows_of(case.build(smaller, dtype, machine.device), machine, copy, seconds)
+        except (torch.OutOfMemoryError, MemoryError) as problem:
+            yield failure(case, dtype, machine, f"out of memory with {smaller.rows} rows too: {one_line(problem)}")
+
+
+def failure(case: Case, dtype: torch.dtype, machine: Machine, reason: str) -> Row:
+    return dict.fromkeys(COLUMNS, "") | {
+        "kernel": case.kernel, "dtype": name_of(dtype), "device": machine.name, "status": reason,
+    }
+
+
+class Table:
+    """The rows as text, fixed columns, printed as they come."""
+
+    HEAD = (
+        f"{'kernel and variant':42} {'dtype':8} {'implementation':14} {'backend':11} {'ms':>9} {'p20':>9} {'p80':>9} "
+        f"{'GB/s':>7} {'% copy':>6} {'peak MB':>9} {'x ours':>7} {'error':>7}"
+    )
+
+    def __init__(self):
+        self._shape = None
+        print(self.HEAD)
+
+    def add(self, row: Row) -> None:
+        shape = (row["kernel"], row["shape"])
+        if shape != self._shape and row["shape"]:
+            print(f"-- {row['kernel']} {row['shape']}")
+            self._shape = shape
+        start = f"{row['kernel']} {row['variant']}"[:42]
+        line = f"{start:42} {row['dtype']:8} {row['implementation']:14} {row['backend']:11} "
+        if row["status"] != "ok":
+            line += str(row["status"])
+        else:
+            line += " ".join(
+                f"{row[name]:>{width}.{digits}f}" if row[name] != "" else f"{'':{width}}"
+                for name, width, digits in (
+                    ("ms", 9, 3), ("ms_p20", 9, 3), ("ms_p80", 9, 3), ("gb_s", 7, 1), ("copy_percent", 6, 1),
+                    ("peak_mb", 9, 2), ("ratio", 7, 2),
+                )
+            ) + f" {row['error']:7.0e}"
+        if row["goal_met"]:
+            line += f"  goal {row['goal']}: {row['goal_met']}"
+        print(line, flush=True)
+
+
+def sizes_for(machine: Machine, quick: bool) -> Sizes:
+    """The sizes of this device; fewer rows where a GPU cannot hold six float32 arrays [N, V]."""
+    if not machine.is_gpu:
+        if interpreting():
+            return kernel_setup.INTERPRETER
+        return kernel_setup.CPU_QUICK if quick else kernel_setup.CPU
+    sizes = kernel_setup.GPU_QUICK if quick else kernel_setup.GPU
+    while sizes.rows > 64 and 6 * 4 * sizes.rows * sizes.vocab > FITS * machine.free_bytes():
+        sizes = replace(sizes, rows=sizes.rows // 2)
+    return sizes
+
+
+def result_path(folder: Path, machine: Machine) -> Path:
+    """kernels-<device>-<date>.csv, numbered where that exists: nothing measured is overwritten."""
+    device = re.sub(r"[^a-z0-9]+", "-", machine.name.lower()).strip("-") if machine.is_gpu else "cpu"
+    stem = f"kernels-{device}-{datetime.date.today().isoformat()}"
+    path, number = folder / f"{stem}.csv", 2
+    while path.exists():
+        path, number = folder / f"{stem}-{number}.csv", number + 1
+    return path
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kernel", action="append", metavar="NAME", help=f"one of {', '.join(KERNELS)}; may be repeated")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated; default: bfloat16 and "
+                        "float32 on a GPU, float32 on a CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one (also ROCm)")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer repetitions")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: its compilations take longer "
+                        "than everything else")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no further set-up after this time")
+    options = parser.parse_args(arguments)
+    for name in options.kernel or ():
+        if name not in KERNELS:
+            parser.error(f"argument --kernel: unknown kernel {name!r}; known: {', '.join(KERNELS)}")
+    if options.time_limit is not None and not options.time_limit > 0:
+        parser.error(f"argument --time-limit: must be above 0 seconds, got {options.time_limit:g}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: cuda was asked for, but PyTorch finds no CUDA or ROCm device")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        probe = options.out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        parser.error(f"argument --out: cannot write to {options.out}: {error.strerror}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, began = parse(arguments), time.monotonic()
+    machine = Machine(options.device)
+    sizes = sizes_for(machine, options.quick)
+    chosen = [case for case in cases(sizes) if not options.kernel or case.kernel in options.kernel]
+    dtypes = [DTYPES[name] for name in options.dtype or (("bfloat16", "float32") if machine.is_gpu else ("float32",))]
+    seconds = (0.05 if options.quick else 0.2) if machine.is_gpu else (0.1 if options.quick else 0.5)
+    copy = machine.copy_bandwidth(2**26 if options.quick and not machine.is_gpu else None)
+    facts = machine.versions() | {"copy bandwidth": f"{copy:.1f} GB/s", "date": datetime.datetime.now().isoformat(" ", "seconds")}
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+    if not machine.is_gpu:
+        print("cpu: small sizes; these numbers tell nothing about a GPU")
+    path, rows = result_path(options.out, machine), []
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        table = Table()
+        for row in every_row(chosen, sizes, dtypes, machine, copy, seconds, options, began):
+            rows.append(row)
+            writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
+            file.flush()
+            table.add(row)
+    print(f"\n{path}")
+    draw(path, rows, machine, copy)
+    bad = [r for r in rows if str(r["implementation"]).startswith("ours") and str(r["status"]).startswith(("wrong", "failed"))]
+    return 1 if bad else 0
+
+
+def every_row(chosen, sizes, dtypes, machine, copy, seconds, options, began) -> Iterator[Row]:
+    """All rows of the chosen cases, dtype by dtype; past the time limit a row that says so."""
+    for dtype in dtypes:
+        for case in chosen:
+            if dtype not in (*case.dtypes, torch.float16) and not (options.dtype and case.dtypes == (torch.float32,)):
+                continue
+            if options.time_limit is not None and time.monotonic() - began > options.time_limit:
+                yield failure(case, dtype, machine, f"skipped: the time limit of {options.time_limit:g} s has passed")
+                continue
+            yield from run_case(case, sizes, dtype, machine, copy, seconds)
+
+
+def draw(path: Path, rows: list[Row], machine: Machine, copy: float) -> None:
+    try:
+        from benchmarks.kernel_plot import plot
+    except ImportError as error:
+        print(f"no plot: {error} (pip install -e '.[report]')")
+        return
+    picture = plot(path.with_suffix(".png"), rows, machine.name, copy)
+    print(picture or "no plot: nothing was measured")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

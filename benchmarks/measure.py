@@ -1,0 +1,204 @@
+"""Time, memory and copy bandwidth of a device, and what it is."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+# Written between repetitions on a GPU: more than any L2 (256 MiB on an MI300X), so that every repetition starts cold.
+FLUSH_BYTES = 2**29
+# What the copy bandwidth is measured on: much more than the caches.
+COPY_BYTES = {"cuda": 2**31, "cpu": 2**28}
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call; n repetitions."""
+
+    median: float
+    p20: float
+    p80: float
+    n: int
+
+    @classmethod
+    def of(cls, times: list[float]) -> Times:
+        if len(times) == 1:
+            return cls(times[0], times[0], times[0], 1)
+        fifths = statistics.quantiles(times, n=5, method="inclusive")
+        return cls(statistics.median(times), fifths[0], fifths[3], len(times))
+
+
+class Machine:
+    """One device: `cuda` (also ROCm) or `cpu`."""
+
+    def __init__(self, kind: str):
+        self.kind, self.device = kind, torch.device(kind)
+        self.is_gpu = kind == "cuda"
+        self._flush = None
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name() if self.is_gpu else f"cpu: {cpu_name()}"
+
+    def versions(self) -> dict[str, str]:
+        """What the header of a result says beside the device's name."""
+        try:
+            import triton
+            found = triton.__version__
+        except ImportError:
+            found = "not installed"
+        runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        versions = {
+            "device": self.name, "torch": torch.__version__, "triton": found,
+            "runtime": runtime if self.is_gpu else "no GPU", "python": platform.python_version(),
+        }
+        if self.is_gpu:
+            versions["GPU memory"] = f"{torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB"
+        return versions | {"cpu": f"{cpu_name()}, {torch.get_num_threads()} thread(s) used"}
+
+    def free_bytes(self) -> int | None:
+        """Free memory; what the caching allocator holds unused counts as free. None where it is not known."""
+        if self.is_gpu:
+            return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        meminfo = Path("/proc/meminfo")
+        if meminfo.exists():
+            for line in meminfo.read_text().splitlines():
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return None
+
+    def synchronize(self) -> None:
+        if self.is_gpu:
+            torch.cuda.synchronize()
+
+    def clear(self) -> None:
+        """Hand unused memory back, so that one measurement's leftovers are not the next one's shortage."""
+        if self.is_gpu:
+            torch.cuda.empty_cache()
+
+    def time(self, step: Callable[[], object], seconds: float, least: int = 5, most: int = 100) -> Times:
+        """Repeat `step` for about `seconds`.
+
+        GPU: events around each call, after a write of FLUSH_BYTES that empties the L2; the calls are queued while
+        the device writes, so launches are hidden as far as that takes.  CPU: the wall clock, caches as they are.
+        `step` must have run before: nothing is compiled here.
+        """
+        first = self._once(step)
+        n = max(least, min(most, int(1e3 * seconds / max(first, 1e-3))))
+        if first > 1e3 * seconds:  # slow ones are steady
+            n = min(n, 3)
+        return Times.of(self._events(step, n) if self.is_gpu else [self._once(step) for _ in range(n)])
+
+    def _once(self, step: Callable[[], object]) -> float:
+        self.synchronize()
+        start = time.perf_counter()
+        step()
+        self.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    def _events(self, step: Callable[[], object], n: int) -> list[float]:
+        if self._flush is None:
+            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
+        for start, end in pairs:
+            self._flush.zero_()
+            start.record()
+            step()
+            end.record()
+        self.synchronize()
+        return [start.elapsed_time(end) for start, end in pairs]
+
+    def graph(self, step: Callable[[], object]) -> Callable[[], object]:
+        """`step` as a captured CUDA graph: its kernels without the launches."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = step()
+
+        def replay(_kept=kept):  # the outputs live in the graph's memory
+            graph.replay()
+
+        return replay
+
+    def copy_bandwidth(self, n_bytes: int | None = None) -> float:
+        """GB/s of tensor.copy_: bytes read plus bytes written."""
+        n_bytes = n_bytes or COPY_BYTES[self.kind]
+        if self.is_gpu:
+            n_bytes = min(n_bytes, self.free_bytes() // 4)
+        source = torch.ones(n_bytes // 4, device=self.device)
+        target = torch.empty_like(source)
+        target.copy_(source)
+        times = self.time(lambda: target.copy_(source), 0.5, least=5)
+        return 2 * source.nbytes / times.median / 1e6
+
+    def peak_bytes(self, call: Callable[[], object]) -> tuple[object, int]:
+        """(result of `call`, its peak memory above what was allocated before).
+
+        GPU: the caching allocator's peak.  CPU: live bytes of the tensors that operators return; what one operator
+        allocates and frees inside itself, and what compiled code allocates, is not seen.
+        """
+        if not self.is_gpu:
+            with LiveBytes() as live:
+                result = call()
+            return result, live.peak
+        self.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        self.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak of the bytes in storages that were made while it is active; views count once, arguments never."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak = self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **kwargs)
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage(), given)
+        self.peak = max(self.peak, self._now)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in given or key in self._known:
+            return
+        self._known.add(key)
+        self._now += size
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+def cpu_name() -> str:
+    """The processor's model and its number of cores."""
+    name, cores = platform.processor() or platform.machine(), 0
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name, cores = (names[0], len(names)) if names else (name, 0)
+    return f"{name}, {cores} cores" if cores else name
