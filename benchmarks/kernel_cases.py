@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,11 +15,11 @@ from torch import Tensor
 from benchmarks import kernel_cases_sparse as sparse
 from benchmarks.kernel_setup import Goal, Outputs, Run, Setup, Sizes, liger, relative_error, worst
 from benchmarks.kernel_tools import backend_name, both_ends, generator, normal, with_compiled
-from grade_kernels import SparseTokens, gumbel_topk, logits_kl, reference, scatter_tokens, token_logprob, vocab_head
+from grade_kernels import gumbel_topk, logits_kl, reference, token_logprob, vocab_head
+from grade_kernels.backend import interpreting
 from grade_kernels.random import gumbel
 
 SEED, TAU = 17, 0.5
-FLOAT32, FLOATS = (torch.float32,), (torch.bfloat16, torch.float32)
 
 
 def plane(sizes: Sizes, count: float = 1) -> int:
@@ -72,8 +72,9 @@ def gumbel_topk_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *,
         values = picked.gather(-1, ids)
         _, weights = reference.gumbel_softmax(values, noise, TAU)
         (d_logits,) = torch.autograd.grad((weights * price[ids].double()).sum(), picked, retain_graph=True)
-        errors = [relative_error(values, picked.gather(-1, best)), worst(got, {"weights": weights, "d_logits": d_logits})]
-        z, place = values + noise, (ids == got["tokens"][:, None]).to(torch.int8).argmax(-1, keepdim=True)
+        errors = [relative_error(values, picked.gather(-1, best))]
+        errors.append(worst(got, {"weights": weights, "d_logits": d_logits}))
+        z, place = (values + noise).detach(), (ids == got["tokens"][:, None]).to(torch.int8).argmax(-1, keepdim=True)
         # The token must have won; a near-tie in float32 may go either way.
         errors.append(float((z.amax(-1) - z.gather(-1, place)[:, 0]).max()) / 10)
         errors.append(float((ids.gather(-1, place)[:, 0] != got["tokens"]).any()))
@@ -84,7 +85,6 @@ def gumbel_topk_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *,
             errors.append(relative_error(got["dense"], one_hot))
         return max(errors)
 
-    @cache
     def our_price() -> Outputs:
         return {"weights": price[gumbel_topk(logits, k, TAU, seed=SEED).indices]}
 
@@ -104,7 +104,7 @@ def gumbel_topk_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *,
         ours.goal = Goal("ms", 0.030)
         graph = replace(ours, name="ours, graph", graph=True, note="replay of a CUDA graph: no launches")
         graph.missing = "" if device.type == "cuda" else "needs a GPU"
-        runs = [ours, graph, *with_compiled(textbook)]
+        runs = [ours, graph, textbook]
     else:
         runs = [ours, dense, *with_compiled(textbook)]
         runs[2].goal, runs[3].goal = Goal("ratio", 8), Goal("ratio", 3)
@@ -115,7 +115,8 @@ def gumbel_topk_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *,
         moved += n * v * size + n * k * 16
         formula += "; backward: ids, weights, their gradient read, dense gradient written"
     variant = f"decode {n}" if decode else mode
-    return Setup("gumbel_topk", variant, shape_of(sizes, "k"), dtype, {"logits": logits}, rows, error, moved, formula, runs)
+    shape = shape_of(sizes, "k")
+    return Setup("gumbel_topk", variant, shape, dtype, {"logits": logits}, rows, error, moved, formula, runs)
 
 
 # logits_kl
@@ -138,11 +139,16 @@ def logits_kl_setup(
 
     backward = mode != "forward"
     given = {"mode": mode, "wrt": sides if backward else (), "cotangents": lambda: {"kl": arrive} if backward else {}}
-    ours = Run("ours", backend_name("logits_kl", logits), lambda logits, ref_logits: {"kl": logits_kl(logits, ref_logits)},
-               **given)
+
+    def our_kl(logits: Tensor, ref_logits: Tensor) -> Outputs:
+        return {"kl": logits_kl(logits, ref_logits)}
+
+    def textbook_kl(logits: Tensor, ref_logits: Tensor) -> Outputs:
+        return {"kl": reference.kl(logits.float(), ref_logits.float())}
+
+    ours = Run("ours", backend_name("logits_kl", logits), our_kl, **given)
     widened = 0 if dtype == torch.float32 else 2
-    textbook = Run("textbook", "torch", lambda logits, ref_logits: {"kl": reference.kl(logits.float(), ref_logits.float())},
-                   **given, needs=plane(sizes, (8 if backward else 6) + widened))
+    textbook = Run("textbook", "torch", textbook_kl, **given, needs=plane(sizes, (8 if backward else 6) + widened))
     runs = [ours, *with_compiled(textbook)]
     if mode == "forward+backward":
         runs.append(liger_kl(n, device, plane(sizes, 7 + widened)))
@@ -174,7 +180,7 @@ def liger_kl(n: int, device: torch.device, needs: int) -> Run:
 
 
 def needs_gpu(device: torch.device) -> str:
-    return "" if device.type == "cuda" else "needs a GPU"
+    return "" if device.type == "cuda" or interpreting() else "needs a GPU"
 
 
 # token_logprob
@@ -190,20 +196,25 @@ def token_logprob_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, 
         picked = logits[rows].double().requires_grad_()
         logprob, entropy = reference.token_logprob(picked, tokens[rows])
         arriving = arrive[rows].double()
-        (d_logits,) = torch.autograd.grad((logprob * arriving - entropy * arriving / 2).sum(), picked, retain_graph=True)
+        total = (logprob * arriving - entropy * arriving / 2).sum()
+        (d_logits,) = torch.autograd.grad(total, picked, retain_graph=True)
         (d_nll,) = torch.autograd.grad(-logprob.sum(), picked)
         return worst(got, {"logprob": logprob, "entropy": entropy, "d_logits": d_logits, "d_nll": d_nll})
 
     backward = mode != "forward"
     given = {"mode": mode, "wrt": ("logits",) if backward else (),
              "cotangents": lambda: {"logprob": arrive, "entropy": -arrive / 2} if backward else {}}
-    names = ("logprob", "entropy")
-    ours = Run("ours", backend_name("token_logprob", logits),
-               lambda logits, tokens: dict(zip(names, token_logprob(logits, tokens), strict=True)), **given)
-    textbook = Run("textbook", "torch",
-                   lambda logits, tokens: dict(zip(names, reference.token_logprob(logits.float(), tokens), strict=True)),
-                   **given, needs=plane(sizes, 7 if backward else 5))
-    runs = [ours, *with_compiled(textbook)]
+
+    def ours(logits: Tensor, tokens: Tensor) -> Outputs:
+        logprob, entropy = token_logprob(logits, tokens)
+        return {"logprob": logprob, "entropy": entropy}
+
+    def dense(logits: Tensor, tokens: Tensor) -> Outputs:
+        logprob, entropy = reference.token_logprob(logits.float(), tokens)
+        return {"logprob": logprob, "entropy": entropy}
+
+    textbook = Run("textbook", "torch", dense, **given, needs=plane(sizes, 7 if backward else 5))
+    runs = [Run("ours", backend_name("token_logprob", logits), ours, **given), *with_compiled(textbook)]
     if mode != "backward":
         runs.append(liger_nll(mode, device, plane(sizes, 2)))
     size = logits.element_size()
@@ -288,37 +299,7 @@ def liger_head(n: int, device: torch.device, needs: int) -> Run:
 
     return Run("liger", "triton", fn, "forward+backward", ("hidden",), lambda: {"mean": torch.ones((), device=device)},
                lambda got, rows: {"d_hidden": got["d_hidden"][rows].double() * n}, needs=needs,
-               missing=missing or needs_gpu(device), note="liger_fused_linear_jsd, beta=1: one side's gradient, no top-k")
-
-
-# scatter_tokens
-
-
-def scatter_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, hard: bool) -> Setup:
-    n, v, k = sizes.rows, sizes.vocab, sizes.k
-    arguments, rows = sparse.soft_tokens(n, v, k, device), both_ends(n, device)
-
-    def textbook(ids: Tensor, weights: Tensor, tokens: Tensor) -> Outputs:
-        soft = torch.zeros(weights.shape[0], v, dtype=weights.dtype, device=weights.device).scatter(-1, ids, weights)
-        if not hard:
-            return {"dense": soft}
-        one_hot = torch.zeros_like(soft).scatter(-1, tokens[:, None], 1.0)
-        return {"dense": one_hot - soft.detach() + soft}
-
-    def ours(ids: Tensor, weights: Tensor, tokens: Tensor) -> Outputs:
-        mass = torch.empty((), device=weights.device).expand(tokens.shape)  # not read
-        return {"dense": scatter_tokens(SparseTokens(ids, weights, tokens, mass, hard), v)}
-
-    def error(got: Outputs) -> float:
-        picked = {name: x[rows] for name, x in arguments.items()}
-        return worst(got, textbook(picked["ids"], picked["weights"].double(), picked["tokens"]))
-
-    runs = [Run("ours", backend_name("scatter_tokens", arguments["weights"]), ours, needs=plane(sizes)),
-            *with_compiled(Run("textbook", "torch", textbook, needs=plane(sizes, 4 if hard else 2)))]
-    moved = 4 * n * v + (8 * n if hard else 12 * n * k)
-    formula = "dense fp32 written; " + ("tokens read" if hard else "ids int64 and weights fp32 read")
-    variant = f"{'hard' if hard else 'soft'} forward"
-    return Setup("scatter_tokens", variant, shape_of(sizes, "k"), dtype, arguments, rows, error, moved, formula, runs)
+               missing=missing or needs_gpu(device), note="liger_fused_linear_jsd, beta=1: one side, no top-k")
 
 
 # All of them
@@ -328,7 +309,7 @@ def scatter_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, har
 class Case:
     kernel: str
     build: Callable[[Sizes, torch.dtype, torch.device], Setup]
-    dtypes: tuple[torch.dtype, ...] = FLOATS
+    only: torch.dtype | None = None  # measured in this one alone
     decode: bool = False  # small as it is
 
 
@@ -347,8 +328,10 @@ def cases(sizes: Sizes) -> list[Case]:
         found.append(Case("soft_embedding", partial(sparse.soft_embedding_setup, hard=hard, table=table)))
     for estimator in ("gumbel", "rao", "straight_through", "reinmax"):
         found.append(Case("soft_token_vjp", partial(sparse.soft_token_vjp_setup, estimator=estimator)))
-    found += [Case("scatter_tokens", partial(scatter_setup, hard=hard), FLOAT32) for hard in (True, False)]
+    found += [Case("scatter_tokens", partial(sparse.scatter_setup, hard=hard), torch.float32) for hard in (True, False)]
     return found
 
 
-KERNELS = ("gumbel_topk", "logits_kl", "token_logprob", "vocab_head", "soft_embedding", "soft_token_vjp", "scatter_tokens")
+KERNELS = (
+    "gumbel_topk", "logits_kl", "token_logprob", "vocab_head", "soft_embedding", "soft_token_vjp", "scatter_tokens",
+)

@@ -1,4 +1,4 @@
-"""The set-ups of the kernels that gather embedding rows of k candidates."""
+"""The set-ups of the kernels that take soft tokens: k candidates a position."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.kernel_setup import Outputs, Run, Setup, Sizes, worst
 from benchmarks.kernel_tools import backend_name, both_ends, generator, normal, with_compiled
-from grade_kernels import SparseTokens, reference, soft_embedding, soft_token_vjp
+from grade_kernels import SparseTokens, reference, scatter_tokens, soft_embedding, soft_token_vjp
 from grade_kernels.random import exponential, gumbel
 
 SEED, TAU = 17, 0.5
@@ -115,3 +115,30 @@ def soft_token_vjp_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device,
     formula = "k embedding rows a position; incoming gradient, ids, logits; result"
     shape = f"N={n} V={v} d={d} k={k}" + (f" M={draws}" if estimator == "rao" else "")
     return Setup("soft_token_vjp", estimator, shape, dtype, arguments, rows, error, moved, formula, runs)
+
+
+def scatter_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, hard: bool) -> Setup:
+    n, v, k = sizes.rows, sizes.vocab, sizes.k
+    arguments, rows = soft_tokens(n, v, k, device), both_ends(n, device)
+
+    def textbook(ids: Tensor, weights: Tensor, tokens: Tensor) -> Outputs:
+        soft = torch.zeros(weights.shape[0], v, dtype=weights.dtype, device=weights.device).scatter(-1, ids, weights)
+        if not hard:
+            return {"dense": soft}
+        one_hot = torch.zeros_like(soft).scatter(-1, tokens[:, None], 1.0)
+        return {"dense": one_hot - soft.detach() + soft}
+
+    def ours(ids: Tensor, weights: Tensor, tokens: Tensor) -> Outputs:
+        mass = torch.empty((), device=weights.device).expand(tokens.shape)  # not read
+        return {"dense": scatter_tokens(SparseTokens(ids, weights, tokens, mass, hard), v)}
+
+    def error(got: Outputs) -> float:
+        picked = {name: x[rows] for name, x in arguments.items()}
+        return worst(got, textbook(picked["ids"], picked["weights"].double(), picked["tokens"]))
+
+    runs = [Run("ours", backend_name("scatter_tokens", arguments["weights"]), ours, needs=4 * n * v),
+            *with_compiled(Run("textbook", "torch", textbook, needs=4 * n * v * (4 if hard else 2)))]
+    moved = 4 * n * v + (8 * n if hard else 12 * n * k)
+    formula = "dense fp32 written; " + ("tokens read" if hard else "ids int64 and weights fp32 read")
+    variant = f"{'hard' if hard else 'soft'} forward"
+    return Setup("scatter_tokens", variant, f"N={n} V={v} k={k}", dtype, arguments, rows, error, moved, formula, runs)

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 
 def plot(path: Path, rows: Sequence[dict], device: str, copy: float) -> Path | None:
@@ -18,7 +19,8 @@ def plot(path: Path, rows: Sequence[dict], device: str, copy: float) -> Path | N
         return None
     labels = list(dict.fromkeys(label(row) for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    figure, (speed, ratio) = pyplot.subplots(1, 2, sharey=True, figsize=(14, 1.5 + 0.15 * len(labels) * (len(names) + 1)))
+    size = (14, 1.5 + 0.12 * len(labels) * (len(names) + 1))
+    figure, (speed, ratio) = pyplot.subplots(1, 2, sharey=True, figsize=size)
     height = 0.85 / len(names)
     for number, name in enumerate(names):
         mine = [row for row in rows if row["implementation"] == name]
@@ -28,12 +30,15 @@ def plot(path: Path, rows: Sequence[dict], device: str, copy: float) -> Path | N
         ratio.barh([place for place, _ in compared], [value for _, value in compared], height)
     speed.axvline(copy, color="black", linestyle="--", label=f"copy, {copy:.0f} GB/s")
     speed.set_yticks([place + 0.4 for place in range(len(labels))], labels, fontsize=7)
-    speed.invert_yaxis()
+    speed.set_ylim(len(labels), -0.3)
     speed.set_xlabel("GB/s of the bytes that must move")
     ratio.set_xscale("log")
+    ratio.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ratio.xaxis.set_major_formatter("{x:g}")
+    ratio.xaxis.set_minor_formatter("")
     ratio.axvline(1, color="black", linestyle="--")
     ratio.set_xlabel("time relative to ours")
-    figure.suptitle(device)
+    speed.set_title(device)
     figure.legend(loc="lower center", ncols=len(names) + 1, fontsize=8)
     figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=120)

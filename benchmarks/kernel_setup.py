@@ -144,7 +144,7 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
         return float("inf")
     if not exact.is_floating_point():
         return float((value != exact).double().mean())
-    value, exact = value.double(), exact.double()
+    value, exact = value.detach().double(), exact.detach().double()
     error = (value - exact).abs().max() / exact.abs().max().clamp_min(1e-300)
     return float("inf") if error.isnan() else float(error)
 

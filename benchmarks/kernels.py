@@ -1,6 +1,6 @@
 """Speed, memory and accuracy of every kernel beside the textbook, its torch.compile and Liger-Kernel.
 
-    python -m benchmarks.kernels                             all kernels: a GPU if there is one, else small sizes on a CPU
+    python -m benchmarks.kernels                        all kernels: a GPU if there is one, else small sizes on a CPU
     python -m benchmarks.kernels --kernel logits_kl --dtype bfloat16
     python -m benchmarks.kernels --quick --out /tmp/results
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import gc
 import re
 import sys
 import time
@@ -33,14 +32,13 @@ import torch
 from benchmarks import kernel_setup
 from benchmarks.kernel_cases import KERNELS, Case, cases
 from benchmarks.kernel_setup import Run, Setup, Sizes
-from benchmarks.kernel_tools import both_ends
 from benchmarks.measure import Machine, Times
 from grade_kernels.backend import interpreting
 
 COLUMNS = (
-    "kernel", "variant", "implementation", "backend", "shape", "dtype", "device", "ms", "ms_p20", "ms_p80", "repetitions",
-    "bytes", "bytes_formula", "gb_s", "copy_percent", "tflop_s", "peak_mb", "ratio", "error", "goal", "goal_met", "status",
-    "note",
+    "kernel", "variant", "implementation", "backend", "shape", "dtype", "device", "ms", "ms_p20", "ms_p80",
+    "repetitions", "bytes", "bytes_formula", "gb_s", "copy_percent", "tflop_s", "peak_mb", "ratio", "error", "goal",
+    "goal_met", "status", "note",
 )
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Share of the free memory that an estimate may take.
@@ -127,7 +125,6 @@ def rows_of(setup: Setup, machine: Machine, copy: float, seconds: float) -> Iter
             }
             if run.goal is not None and machine.is_gpu and row[run.goal.column] != "":
                 row["goal_met"] = "met" if run.goal.met(row[run.goal.column]) else "missed"
-        gc.collect()
         machine.clear()
         yield row
 
@@ -141,12 +138,12 @@ def short_of_memory(row: Row) -> bool:
 
 
 def run_case(
-    case: Case, sizes: Sizes, dtype: torch.dtype, machine: Machine, copy: float, seconds: float
+    case: Case, sizes: Sizes, dtype: torch.dtype, machine: Machine, copy: float, seconds: float, compiling: bool
 ) -> Iterator[Row]:
     """The rows of one case; again with a quarter of the rows (once) where something did not fit."""
     short = False
     try:
-        setup = case.build(sizes, dtype, machine.device)
+        setup = build(case, sizes, dtype, machine, compiling)
         for row in rows_of(setup, machine, copy, seconds):
             short |= short_of_memory(row)
             yield row
@@ -154,14 +151,19 @@ def run_case(
         yield failure(case, dtype, machine, f"out of memory: {one_line(problem)}")
         short = True
     setup = None
-    gc.collect()
     machine.clear()
     if short and not case.decode and sizes.rows >= 64:
         smaller = replace(sizes, rows=sizes.rows // 4)
         try:
-            yield from rows_of(case.build(smaller, dtype, machine.device), machine, copy, seconds)
+            yield from rows_of(build(case, smaller, dtype, machine, compiling), machine, copy, seconds)
         except (torch.OutOfMemoryError, MemoryError) as problem:
             yield failure(case, dtype, machine, f"out of memory with {smaller.rows} rows too: {one_line(problem)}")
+
+
+def build(case: Case, sizes: Sizes, dtype: torch.dtype, machine: Machine, compiling: bool) -> Setup:
+    setup = case.build(sizes, dtype, machine.device)
+    setup.runs = [run for run in setup.runs if compiling or not run.compile]
+    return setup
 
 
 def failure(case: Case, dtype: torch.dtype, machine: Machine, reason: str) -> Row:
@@ -216,6 +218,13 @@ def sizes_for(machine: Machine, quick: bool) -> Sizes:
     return sizes
 
 
+def budget(machine: Machine, quick: bool) -> float:
+    """Seconds of repetitions for one implementation."""
+    if machine.is_gpu:
+        return 0.05 if quick else 0.2
+    return 0.1 if quick else 0.4
+
+
 def result_path(folder: Path, machine: Machine) -> Path:
     """kernels-<device>-<date>.csv, numbered where that exists: nothing measured is overwritten."""
     device = re.sub(r"[^a-z0-9]+", "-", machine.name.lower()).strip("-") if machine.is_gpu else "cpu"
@@ -230,19 +239,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kernel", action="append", metavar="NAME", help=f"one of {', '.join(KERNELS)}; may be repeated")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated; default: bfloat16 and "
-                        "float32 on a GPU, float32 on a CPU")
+    known = ", ".join(KERNELS)
+    parser.add_argument("--kernel", action="append", metavar="NAME", help=f"one of {known}; may be repeated")
+    parser.add_argument(
+        "--dtype", action="append", choices=DTYPES,
+        help="may be repeated; default: bfloat16 and float32 on a GPU, else float32; scatter_tokens: always float32",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one (also ROCm)")
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer repetitions")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: its compilations take longer "
-                        "than everything else")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out: it takes longer than everything else"
+    )
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no further set-up after this time")
     options = parser.parse_args(arguments)
     for name in options.kernel or ():
         if name not in KERNELS:
-            parser.error(f"argument --kernel: unknown kernel {name!r}; known: {', '.join(KERNELS)}")
+            parser.error(f"argument --kernel: unknown kernel {name!r}; known: {known}")
     if options.time_limit is not None and not options.time_limit > 0:
         parser.error(f"argument --time-limit: must be above 0 seconds, got {options.time_limit:g}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -262,11 +275,12 @@ def main(arguments: list[str] | None = None) -> int:
     options, began = parse(arguments), time.monotonic()
     machine = Machine(options.device)
     sizes = sizes_for(machine, options.quick)
-    chosen = [case for case in cases(sizes) if not options.kernel or case.kernel in options.kernel]
     dtypes = [DTYPES[name] for name in options.dtype or (("bfloat16", "float32") if machine.is_gpu else ("float32",))]
-    seconds = (0.05 if options.quick else 0.2) if machine.is_gpu else (0.1 if options.quick else 0.5)
+    chosen = plan([case for case in cases(sizes) if not options.kernel or case.kernel in options.kernel], dtypes)
+    seconds = budget(machine, options.quick)
     copy = machine.copy_bandwidth(2**26 if options.quick and not machine.is_gpu else None)
-    facts = machine.versions() | {"copy bandwidth": f"{copy:.1f} GB/s", "date": datetime.datetime.now().isoformat(" ", "seconds")}
+    now = datetime.datetime.now().isoformat(" ", "seconds")
+    facts = machine.versions() | {"copy bandwidth": f"{copy:.1f} GB/s", "date": now}
     for name, value in facts.items():
         print(f"{name}: {value}")
     if not machine.is_gpu:
@@ -277,27 +291,31 @@ def main(arguments: list[str] | None = None) -> int:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         table = Table()
-        for row in every_row(chosen, sizes, dtypes, machine, copy, seconds, options, began):
+        for row in every_row(chosen, sizes, machine, copy, seconds, options, began):
             rows.append(row)
             writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
             file.flush()
             table.add(row)
     print(f"\n{path}")
     draw(path, rows, machine, copy)
-    bad = [r for r in rows if str(r["implementation"]).startswith("ours") and str(r["status"]).startswith(("wrong", "failed"))]
-    return 1 if bad else 0
+    ours = [str(row["status"]) for row in rows if str(row["implementation"]).startswith("ours")]
+    return 1 if any(status.startswith(("wrong", "failed")) for status in ours) else 0
 
 
-def every_row(chosen, sizes, dtypes, machine, copy, seconds, options, began) -> Iterator[Row]:
-    """All rows of the chosen cases, dtype by dtype; past the time limit a row that says so."""
-    for dtype in dtypes:
-        for case in chosen:
-            if dtype not in (*case.dtypes, torch.float16) and not (options.dtype and case.dtypes == (torch.float32,)):
-                continue
-            if options.time_limit is not None and time.monotonic() - began > options.time_limit:
-                yield failure(case, dtype, machine, f"skipped: the time limit of {options.time_limit:g} s has passed")
-                continue
-            yield from run_case(case, sizes, dtype, machine, copy, seconds)
+def plan(chosen: list[Case], dtypes: list[torch.dtype]) -> list[tuple[Case, torch.dtype]]:
+    """Dtype by dtype; what is measured in one dtype alone comes after the first."""
+    groups = [[(case, dtype) for case in chosen if case.only is None] for dtype in dict.fromkeys(dtypes)]
+    alone = [(case, case.only) for case in chosen if case.only is not None]
+    return [*groups[0], *alone, *(pair for group in groups[1:] for pair in group)]
+
+
+def every_row(chosen, sizes, machine, copy, seconds, options, began) -> Iterator[Row]:
+    """All rows of the chosen (case, dtype) pairs; past the time limit a row that says so."""
+    for case, dtype in chosen:
+        if options.time_limit is not None and time.monotonic() - began > options.time_limit:
+            yield failure(case, dtype, machine, f"skipped: the time limit of {options.time_limit:g} s has passed")
+        else:
+            yield from run_case(case, sizes, dtype, machine, copy, seconds, not options.no_compile)
 
 
 def draw(path: Path, rows: list[Row], machine: Machine, copy: float) -> None:

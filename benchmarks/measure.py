@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import statistics
 import time
@@ -83,6 +84,7 @@ class Machine:
     def clear(self) -> None:
         """Hand unused memory back, so that one measurement's leftovers are not the next one's shortage."""
         if self.is_gpu:
+            gc.collect()  # what an exception's traceback held
             torch.cuda.empty_cache()
 
     def time(self, step: Callable[[], object], seconds: float, least: int = 5, most: int = 100) -> Times:

@@ -4,7 +4,7 @@ from grade_kernels.backend import backend_for
 from grade_kernels.embedding import soft_embedding
 from grade_kernels.gumbel import gumbel_topk, place_tokens
 from grade_kernels.head import VocabHead, vocab_head
-from grade_kernels.kl import logits_kl
+from grade_kernels.kl import KLWithGrads, logits_kl, logits_kl_with_grads
 from grade_kernels.linear import linear_gumbel_topk, linear_kl, linear_token_logprob
 from grade_kernels.logprob import token_logprob
 from grade_kernels.scatter import scatter_tokens
@@ -13,6 +13,7 @@ from grade_kernels.torch_ops.chunks import chunk_rows
 from grade_kernels.vjp import SoftTokenGrad, candidate_grad, pull_back, soft_token_vjp
 
 __all__ = [
+    "KLWithGrads",
     "SoftTokenGrad",
     "SparseTokens",
     "VocabHead",
@@ -24,6 +25,7 @@ __all__ = [
     "linear_kl",
     "linear_token_logprob",
     "logits_kl",
+    "logits_kl_with_grads",
     "place_tokens",
     "pull_back",
     "scatter_tokens",

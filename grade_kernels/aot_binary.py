@@ -165,16 +165,20 @@ def read_cuobjdump(text: str) -> Resources:
 
 
 def read_amdgcn(text: str) -> Resources:
-    """Of the kernel's metadata; spills are spilled registers, or bytes of scratch if there are none of those."""
-    fields = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    """Of the kernel's metadata; spills are spilled vector registers, or bytes of scratch if there are none of those.
+
+    Scalar registers are spilled into lanes of vector registers, which touches no memory and is not counted; into
+    memory would be scratch.
+    """
+    fields = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     names = (*fields, "group_segment_fixed_size")
     # The same words, without a colon, are assembler symbols further up.
     found = {name: re.findall(rf"^\s*(?:-\s+)?\.{name}:\s*(\d+)", text, re.MULTILINE) for name in names}
     missing = [name for name, values in found.items() if not values]
     if missing:
         raise RuntimeError(f"the assembly has no metadata .{missing[0]}")
-    vgprs, vgpr_spills, sgpr_spills, scratch, shared = (max(map(int, found[name])) for name in names)
-    return Resources(vgprs, vgpr_spills + sgpr_spills or scratch, shared)
+    vgprs, vgpr_spills, scratch, shared = (max(map(int, found[name])) for name in names)
+    return Resources(vgprs, vgpr_spills or scratch, shared)
 
 
 def cuobjdump_path() -> Path:

@@ -77,6 +77,14 @@ def kl_grads(
             out[a:b] = through_softcap(grad, logits, softcap)
 
 
+def kl_with_grads(p_logits: Rows, q_logits: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(KL [N], its gradient to each side [N, V] in the side's dtype)."""
+    stats = kl_stats(p_logits, q_logits, dtype)
+    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p_logits, q_logits)]
+    kl_grads(p_logits, q_logits, stats, None, *outs)
+    return stats.kl.clone(), *outs
+
+
 def _piece_stats(p: Tensor, q: Tensor) -> KLStats:
     peak_p, norm_p = peak_and_norm(p)
     peak_q, norm_q = peak_and_norm(q)

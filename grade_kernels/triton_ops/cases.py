@@ -88,6 +88,7 @@ def kl_cases() -> Iterator[Case]:
         for layout, p_dtype, q_dtype in pairs:
             p, q = layout(p_dtype), layout(q_dtype)
             yield lambda p=p, q=q: kl.kl_stats(p, q, torch.float32)
+            yield lambda p=p, q=q: kl.kl_with_grads(p, q, torch.float32)
             n = p.shape[0]
             stats, weights = KLStats.empty(n, torch.float32, p.device), _floats(n)
             out_p, out_q = _logits(p_dtype, vocab, n), _logits(q_dtype, vocab, n)

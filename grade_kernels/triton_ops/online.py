@@ -292,3 +292,25 @@ def uncap(grad, logits, inverse_cap):
     """The gradient before the soft cap; a logit of -inf counts as saturated."""
     ratio = tl.minimum(tl.maximum(logits * inverse_cap, -1.0), 1.0)
     return grad * (1.0 - ratio * ratio)
+
+
+@triton.jit
+def write_kl_grads(
+    p, q, out_p, out_q, vocab, inverse_cap, kl, peak_p, norm_p, peak_q, norm_q, shift,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a row's KL, which the outs may put in place of the logits: each entry is read first, by the
+    thread that writes it."""
+    TILE: tl.constexpr = LANES * WIDTH * STEPS
+    offsets = device.lane_offsets(LANES, WIDTH, STEPS)
+    for i in range(0, tl.cdiv(vocab, TILE)):
+        columns = i * TILE + offsets
+        here = columns < vocab
+        x = tl.load(p + columns, mask=here, other=0.0).to(tl.float32)
+        y = tl.load(q + columns, mask=here, other=0.0).to(tl.float32)
+        d_p, d_q = kl_grad(x, y, kl, peak_p, norm_p, peak_q, norm_q, shift)
+        if inverse_cap is not None:
+            d_p = uncap(d_p, x, inverse_cap)
+            d_q = uncap(d_q, y, inverse_cap)
+        tl.store(out_p + columns, d_p, mask=here)
+        tl.store(out_q + columns, d_q, mask=here)

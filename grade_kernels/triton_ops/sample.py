@@ -53,8 +53,8 @@ class Plan(NamedTuple):
 
     @property
     def max_registers(self) -> int | None:
-        """What lets two programs of 8 warps share a multiprocessor; the sort of a large support needs more."""
-        return 128 if self.kept <= 256 else None
+        """128 let two programs of 8 warps share a multiprocessor; the sort of a large support needs more."""
+        return 128 if self.kept <= 256 else 224
 
     @property
     def layout(self) -> dict[str, int]:
@@ -265,7 +265,8 @@ def _launch_selection(
         launch(
             select_kernel, (min(at_once, n - first),), rows.tensor, *rows.strides, first, vocab, k, shape.groups,
             bits, given, tokens, keys, *numbers, ids, *outs, buffer, maxima, parts, parts_n,
-            num_warps=shape.warps, max_registers=shape.max_registers, PARTS=_MAX_SPLITS, SAMPLE=sampling, **shape.layout, **shape.buffers,
+            num_warps=shape.warps, max_registers=shape.max_registers,
+            PARTS=_MAX_SPLITS, SAMPLE=sampling, **shape.layout, **shape.buffers,
         )  # fmt: skip
     return (ids, wide, chosen, narrow) if sampling else (ids, wide, narrow)
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grade_kernels.backend import interpreting
 from grade_kernels.triton_ops.launch import VECTOR_BYTES, launch, next_power_of_2
 from grade_kernels.triton_ops.noise import softmax_vjp
 
@@ -15,6 +16,7 @@ _WARPS = 8
 _STEPS = 4
 # Candidates that a program stores in a step, at most.
 _CANDIDATES = 1024
+INTERPRETED = tl.constexpr(interpreting())
 
 
 def weights_vjp(weights: Tensor, grad: Tensor, tau: float) -> Tensor:
@@ -29,9 +31,9 @@ def scatter(ids: Tensor, values: Tensor, vocab: int, dtype: torch.dtype) -> Tens
 
 @triton.jit
 def store_rounded(out, x, mask):
-    """Store float32 x in the dtype of `out`, rounded to the nearest, even on a tie: Triton's interpreter cuts
-    bfloat16 off, so its bits are rounded first."""
-    if out.dtype.element_ty == tl.bfloat16:
+    """Store float32 x in the dtype of `out`, rounded to the nearest, even on a tie.  Devices do; Triton's
+    interpreter cuts bfloat16 off, so there the bits are rounded first."""
+    if INTERPRETED and out.dtype.element_ty == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x != x, x, bits.to(tl.float32, bitcast=True))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grade_kernels.triton_ops import device, online, sample
+from grade_kernels.triton_ops import online, sample
 from grade_kernels.triton_ops.launch import launch, next_power_of_2, vector_width
 from grade_kernels.triton_ops.suppress import is_blocked, suppress_bits
 
@@ -75,19 +75,9 @@ def _head_kernel(
         p, q = policy, ref
         if not POLICY_FIRST:
             p, q = ref, policy
-        TILE: tl.constexpr = LANES * WIDTH * STEPS
-        offsets = device.lane_offsets(LANES, WIDTH, STEPS)
-        for i in range(0, tl.cdiv(vocab, TILE)):
-            columns = i * TILE + offsets
-            here = columns < vocab
-            x = tl.load(p + columns, mask=here, other=0.0)
-            y = tl.load(q + columns, mask=here, other=0.0)
-            d_p, d_q = online.kl_grad(x, y, kl, peak_p, norm_p, peak_q, norm_q, shift)
-            if inverse_cap is not None:
-                d_p = online.uncap(d_p, x, inverse_cap)
-                d_q = online.uncap(d_q, y, inverse_cap)
-            tl.store(p + columns, d_p, mask=here)
-            tl.store(q + columns, d_q, mask=here)
+        online.write_kl_grads(
+            p, q, p, q, vocab, inverse_cap, kl, peak_p, norm_p, peak_q, norm_q, shift, LANES, WIDTH, STEPS
+        )
 
 
 def head_chunk(

@@ -282,7 +282,7 @@ def test_reading_cuobjdump():
 
 
 @pytest.mark.parametrize(
-    ("vector", "scalar", "scratch", "spills"), [(0, 0, 0, 0), (3, 0, 12, 3), (0, 2, 0, 2), (0, 0, 64, 64)]
+    ("vector", "scalar", "scratch", "spills"), [(0, 0, 0, 0), (3, 0, 12, 3), (0, 2, 0, 0), (0, 0, 64, 64)]
 )
 def test_reading_the_metadata_of_amds_assembly(vector, scalar, scratch, spills):
     text = AMDGCN.format(vector=vector, scalar=scalar, scratch=scratch)

@@ -82,6 +82,7 @@ CASES = {
     ),
     # logits_kl
     "kl shapes": (lambda: gk.logits_kl(L, L[:2]), ValueError, r"ref_logits must have shape \(3, 10\)"),
+    "kl shapes with gradients": (lambda: gk.logits_kl_with_grads(L, L[:2]), ValueError, "ref_logits must have shape"),
     "kl dtype": (lambda: gk.logits_kl(L, L.long()), TypeError, "ref_logits must be float16"),
     "kl device": (lambda: gk.logits_kl(L, L.to(META)), ValueError, "ref_logits is on meta"),
     "kl direction": (
@@ -172,6 +173,7 @@ OPS = {
     "gumbel_topk": topk(L, 2),
     "soft_embedding": lambda: gk.soft_embedding(SPARSE, W),
     "logits_kl": lambda: gk.logits_kl(L, L),
+    "logits_kl_with_grads": lambda: gk.logits_kl_with_grads(L, L),
     "token_logprob": lambda: gk.token_logprob(L, TOK),
     "linear_kl": lambda: gk.linear_kl(H, W, H),
     "linear_token_logprob": lambda: gk.linear_token_logprob(H, W, TOK),

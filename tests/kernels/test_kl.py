@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import HALF, Allocations, assert_no_worse, rel_err
 
-from grade_kernels import logits_kl, reference
+from grade_kernels import logits_kl, logits_kl_with_grads, reference
 from grade_kernels.torch_ops import chunks
 
 DIRECTIONS = ["policy_ref", "ref_policy"]
@@ -244,3 +244,14 @@ def test_inputs_stay():
     copies = a.detach().clone(), b.detach().clone()
     logits_kl(a, b).sum().backward()
     assert torch.equal(a.detach(), copies[0]) and torch.equal(b.detach(), copies[1])
+
+
+@pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)])
+def test_with_grads_is_what_autograd_gives(direction, dtypes):
+    sides = [torch.randn(2, 4, 50).to(dtype)[:, :3].requires_grad_() for dtype in dtypes]
+    result = logits_kl_with_grads(*sides, direction)
+    kl = logits_kl(*sides, direction)
+    assert torch.equal(result.kl, kl) and not result.kl.requires_grad
+    for ours, expected in zip((result.grad, result.ref_grad), torch.autograd.grad(kl.sum(), sides), strict=True):
+        assert ours.dtype == expected.dtype and torch.equal(ours, expected)
