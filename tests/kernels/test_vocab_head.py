@@ -164,3 +164,17 @@ def test_peak_memory_is_as_documented(monkeypatch, dtype, softcap):
         assert made.largest <= max(rows * vocab, outputs // 4)
         assert made.largest <= n * vocab / 8
         assert 2 * 4 * vocab * rows < made.peak < chunk_bytes + 10 * piece + outputs + 4 * d * 250
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 15), (torch.float16, 20)])
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e4])
+def test_split_product(dtype, bits, size):
+    """What a GPU multiplies in 16 bits keeps the digits of the float32 gradient, also where fp16 would underflow."""
+    x, weight = size * torch.randn(5, 300), torch.randn(300, 20).to(dtype)
+    x[2] = 0.0
+    product = head_ops.split_product(x, weight, lambda a, b: (a.double() @ b.double()).float())
+    exact = x.double() @ weight.double()
+    bound = (x.double().abs() @ weight.double().abs()) * 2.0**-bits
+    assert ((product - exact).abs() <= bound).all()
+    rounded = x.to(dtype).double() @ weight.double()
+    assert (rounded - exact).abs().max() > 20 * (product - exact).abs().max()
