@@ -53,8 +53,8 @@ class Plan(NamedTuple):
 
     @property
     def max_registers(self) -> int | None:
-        """128 let two programs of 8 warps share a multiprocessor; the sort of a large support needs more."""
-        return 128 if self.kept <= 256 else 224
+        """128 let two programs of 8 warps share a multiprocessor; for larger supports the bound makes ptxas spill."""
+        return 128 if self.kept <= 256 else None
 
     @property
     def layout(self) -> dict[str, int]:
@@ -64,9 +64,11 @@ class Plan(NamedTuple):
 
     @property
     def buffers(self) -> dict[str, int]:
-        """The constants of the selection: twice the support is sorted, twice that is held."""
+        """The constants of the selection: twice the support is sorted, and twice that is held as far as registers
+        reach, which is up to k = 256."""
         sort = 2 * self.kept
-        return {"READ": 32, "SORT": sort, "LIMIT": max(256, 2 * sort), "KEPT": self.kept}
+        limit = 2 * sort if self.kept <= 256 else sort
+        return {"READ": 32, "SORT": sort, "LIMIT": max(256, limit), "KEPT": self.kept}
 
 
 def plan(vocab: int, k: int, logits: Tensor) -> Plan:
