@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,10 @@ def resources(compiled: Any) -> Resources:
     if "amdgcn" in compiled.asm:
         found = read_amdgcn(compiled.asm["amdgcn"])
     else:
-        found = read_cuobjdump(_cuobjdump(compiled.asm["cubin"]))
+        found = read_cuobjdump(_cuobjdump(compiled.asm["cubin"], "-res-usage"))
+        # A frame that no instruction touches is left over from an allocation that the compiler removed.
+        if found.spills and not touches_local_memory(_cuobjdump(compiled.asm["cubin"], "-sass")):
+            found = replace(found, spills=0)
     return Resources(found.registers, found.spills, max(found.shared, compiled.metadata.shared))
 
 
@@ -162,6 +165,13 @@ def read_cuobjdump(text: str) -> Resources:
         raise RuntimeError(f"cuobjdump did not report registers and stack: {text.strip()[:200]!r}")
     numbers = {name: int(value) for name, value in found.items()}
     return Resources(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], numbers["SHARED"])
+
+
+def touches_local_memory(sass: str) -> bool:
+    """Whether a listing of `cuobjdump -sass` loads from or stores to local memory."""
+    if "Function" not in sass:
+        raise RuntimeError(f"cuobjdump did not list the kernel: {sass.strip()[:200]!r}")
+    return re.search(r"\b(LDL|STL)\b", sass) is not None
 
 
 def read_amdgcn(text: str) -> Resources:
@@ -200,11 +210,11 @@ def cuobjdump_path() -> Path:
     return path
 
 
-def _cuobjdump(cubin: bytes) -> str:
+def _cuobjdump(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([cuobjdump_path(), "-res-usage", file.name], capture_output=True, text=True)
+        done = subprocess.run([cuobjdump_path(), what, file.name], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"cuobjdump failed: {done.stderr.strip()}")
     return done.stdout

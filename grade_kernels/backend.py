@@ -1,8 +1,8 @@
 """Which implementation an operation takes: Triton on CUDA and ROCm tensors, PyTorch on the others.
 
 `GRADE_KERNELS_BACKEND=torch|triton` forces one.  With `TRITON_INTERPRET=1`, set before Triton is imported,
-Triton's interpreter runs the kernels on CPU tensors.  float64 always takes the PyTorch path, on every
-device: the kernels compute in float32.
+Triton's interpreter runs the kernels on CPU tensors.  float64 takes the PyTorch path on every device, since the
+kernels compute in float32, and so do more than 1,024 candidates a row, which would not fit in registers.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from torch import Tensor
 VARIABLE = "GRADE_KERNELS_BACKEND"
 # First supported and first unsupported minor version of Triton.
 TRITON_VERSIONS = ((3, 6), (3, 10))
+# Most candidates of a row that the kernels hold in registers.
+MOST_CANDIDATES = 1024
 
 
-def backend_for(op_name: str, *tensors: Tensor) -> str:
-    """The backend, "torch" or "triton", that runs `op_name` on `tensors`.
+def backend_for(op_name: str, *tensors: Tensor, k: int | None = None) -> str:
+    """The backend, "torch" or "triton", that runs `op_name` on `tensors`, with k candidates a row.
 
     Raises
     ------
@@ -28,7 +30,8 @@ def backend_for(op_name: str, *tensors: Tensor) -> str:
     TypeError
         It is forced on float64 tensors.
     ValueError
-        GRADE_KERNELS_BACKEND holds anything else than torch or triton.
+        It is forced on more than 1,024 candidates, or GRADE_KERNELS_BACKEND holds anything else than torch or
+        triton.
     """
     forced = os.environ.get(VARIABLE, "")
     if forced not in ("", "torch", "triton"):
@@ -36,7 +39,8 @@ def backend_for(op_name: str, *tensors: Tensor) -> str:
     device = tensors[0].device
     double = any(t.dtype == torch.float64 for t in tensors)
     runs_here = device.type == "cuda" or (device.type == "cpu" and interpreting())
-    if forced == "torch" or (forced == "" and (double or not runs_here)):
+    many = k is not None and k > MOST_CANDIDATES
+    if forced == "torch" or (forced == "" and (double or many or not runs_here)):
         return "torch"
     if double:
         raise TypeError(
@@ -48,6 +52,11 @@ def backend_for(op_name: str, *tensors: Tensor) -> str:
             f"{VARIABLE}=triton, but {op_name} was given a tensor on {device}, where the kernels cannot run; "
             f"move it to a CUDA or ROCm device, set TRITON_INTERPRET=1 to interpret them on a CPU, "
             f"or unset {VARIABLE}"
+        )
+    if many:
+        raise ValueError(
+            f"{VARIABLE}=triton, but {op_name} was asked for {k} candidates a row and the kernels hold at most "
+            f"{MOST_CANDIDATES}; ask for fewer, or unset {VARIABLE} for the PyTorch path"
         )
     return "triton"
 

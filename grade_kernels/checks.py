@@ -75,7 +75,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def check_positive(name: str, value: float) -> None:
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a python number, not a tensor: reading one waits for the device")
-    if not (value > 0 and math.isfinite(value)):  # also refuses NaN
+    if not 0 < value < math.inf:  # also refuses NaN
         raise ValueError(f"{name} must be a finite number above 0, got {value}")
 
 
@@ -109,7 +109,11 @@ def suppress_ids(
     for i in ids:
         if not 0 <= i < vocab_size:
             raise ValueError(f"suppress holds id {i}, outside the vocabulary 0..{vocab_size - 1}")
-    return torch.tensor(ids, dtype=torch.int64, device=device) if ids else None
+    if not ids:
+        return None
+    here = torch.tensor(ids, dtype=torch.int64)
+    # A copy from memory that is not pinned would wait for the device.
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
 
 
 def check_head(
@@ -139,7 +143,7 @@ def check_head(
 def check_scale_softcap(scale: float, softcap: float | None) -> None:
     if isinstance(scale, Tensor):
         raise TypeError("scale must be a python number, not a tensor: reading one waits for the device")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number, got {scale}")
     if softcap is not None:
         check_positive("softcap", softcap)

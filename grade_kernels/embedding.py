@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -46,7 +48,7 @@ def soft_embedding(tokens: SparseTokens, weight: Tensor) -> Tensor:
     checks.check_support("tokens.indices", tokens.indices, leading, weight.device)
     checks.check_shape("tokens.weights", tokens.weights, tokens.indices.shape)
     backend = backend_for("soft_embedding", weight, tokens.weights)
-    n, k = leading.numel(), tokens.indices.shape[-1]
+    n, k = math.prod(leading), tokens.indices.shape[-1]
     flat = _SoftEmbedding.apply(
         tokens.weights.reshape(n, k),
         tokens.indices.reshape(n, k),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -80,7 +81,7 @@ def gumbel_topk(
     leading, vocab, device = logits.shape[:-1], logits.shape[-1], logits.device
     args = SampleArgs(leading, vocab, device, k, tau, seed, rows, draw, indices, tokens)
     blocked = checks.suppress_ids(suppress, vocab, device)
-    backend = backend_for("gumbel_topk", logits)
+    backend = backend_for("gumbel_topk", logits, k=args.k)
     return args.tokens(_GumbelTopk.apply(logits, args, blocked, backend), leading, hard)
 
 
@@ -110,7 +111,7 @@ class SampleArgs:
 
     def __init__(self, leading, vocab, device, k, tau, seed, rows, draw, indices, tokens):
         checks.check_positive("tau", tau)
-        n = torch.Size(leading).numel()
+        n = math.prod(leading)
         if indices is None:
             self.k = checks.check_k(k, vocab)
         else:
@@ -134,7 +135,7 @@ class SampleArgs:
 def row_keys(rows: Tensor | None, leading: Sequence[int], device: torch.device) -> Tensor:
     """`rows` checked against the leading shape, or 0..N-1 where it is None; int64 [N]."""
     if rows is None:
-        return torch.arange(torch.Size(leading).numel(), device=device)
+        return torch.arange(math.prod(leading), device=device)
     checks.check_ids("rows", rows, leading, device)
     return rows.reshape(-1)
 

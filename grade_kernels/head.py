@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -116,10 +117,10 @@ def vocab_head(
     elif k is not None:
         k = checks.check_k(k, vocab)
     blocked = checks.suppress_ids(suppress, vocab, hidden.device)
-    ops = implementation(backend_for("vocab_head", hidden)).sweep
+    ops = implementation(backend_for("vocab_head", hidden, k=k)).sweep
 
     with torch.no_grad():
-        head, n = Head(weight, bias, scale, softcap), leading.numel()
+        head, n = Head(weight, bias, scale, softcap), math.prod(leading)
         out = _Rows(n)
         rows, ref_rows = rows_of(hidden), None if ref_hidden is None else rows_of(ref_hidden)
         flat_tokens = None if tokens is None else tokens.reshape(n)

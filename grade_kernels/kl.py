@@ -58,7 +58,7 @@ class KLWithGrads(NamedTuple):
 def logits_kl_with_grads(logits: Tensor, ref_logits: Tensor, direction: str = "policy_ref") -> KLWithGrads:
     """`logits_kl` and its gradients to both sides with unit weight, without a graph.
 
-    One launch on a GPU, which reads the logits a second time while they are in the L2 cache.  It is what to
+    One launch on a GPU, which reads a row a second time at once.  It is what to
     take where the upstream gradient is known to be a factor per row, and a graph that keeps the logits for a
     backward pass is not wanted.  The arguments and errors are those of `logits_kl`.
     """

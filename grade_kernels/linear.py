@@ -8,6 +8,7 @@ float32 (float64 for float64) and returned in the dtype of their tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -124,8 +125,8 @@ def linear_gumbel_topk(
     leading, vocab = hidden.shape[:-1], weight.shape[0]
     args = SampleArgs(leading, vocab, hidden.device, k, tau, seed, rows, draw, indices, tokens)
     blocked = checks.suppress_ids(suppress, vocab, hidden.device)
-    backend = backend_for("linear_gumbel_topk", hidden)
-    ops, n, k = implementation(backend).sample, leading.numel(), args.k
+    backend = backend_for("linear_gumbel_topk", hidden, k=args.k)
+    ops, n, k = implementation(backend).sample, math.prod(leading), args.k
     head = Head(weight, bias, scale, softcap)
     with torch.no_grad():
         ids = torch.empty(n, k, dtype=torch.int64, device=hidden.device)
@@ -188,7 +189,7 @@ class _LinearKL(torch.autograd.Function):
     ):
         head, ref_head = _two_heads(weight, bias, ref_weight, ref_bias, scale, softcap)
         leading = hidden.shape[:-1]
-        stats = KLStats.empty(leading.numel(), head.dtype, hidden.device)
+        stats = KLStats.empty(math.prod(leading), head.dtype, hidden.device)
         kl_stats = implementation(backend).kl.kl_stats
         chunks = _paired_chunks(hidden, head, ref_hidden, ref_head, chunk_bytes)
         for (a, b, _, logits), (_, _, _, ref) in chunks:

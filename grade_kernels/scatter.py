@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -40,7 +42,7 @@ def scatter_tokens(tokens: SparseTokens, vocab_size: int) -> Tensor:
     checks.check_ids("tokens.tokens", tokens.tokens, leading, device)
     checks.check_support("tokens.indices", tokens.indices, leading, device)
     checks.check_shape("tokens.weights", tokens.weights, tokens.indices.shape)
-    n, k = leading.numel(), tokens.indices.shape[-1]
+    n, k = math.prod(leading), tokens.indices.shape[-1]
     vocab_size = checks.check_int("vocab_size", vocab_size)
     if vocab_size < k:
         raise ValueError(f"vocab_size must be at least the {k} candidates of a row, got {vocab_size}")

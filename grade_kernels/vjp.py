@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -112,8 +113,8 @@ def soft_token_vjp(
         checks.check_scale_softcap(scale, softcap)
     grads, tables, ids = _pairs(grad_embedding, embedding, indices)
     sides = [*grads, *tables, *([] if weight is None else [weight])]
-    ops = implementation(backend_for("soft_token_vjp", logits, *sides))
-    dtype, n = checks.compute_dtype(logits, *grads, *tables), leading.numel()
+    ops = implementation(backend_for("soft_token_vjp", logits, *sides, k=k))
+    dtype, n = checks.compute_dtype(logits, *grads, *tables), math.prod(leading)
     values, chosen = logits.reshape(n, k), None if tokens is None else tokens.reshape(n)
     draws = range(1, samples + 1) if estimator == "rao" else range(1, 2) if conditional else range(1)
     grad = ops.vjp.token_vjp(grads, tables, values, ids, chosen, keys, estimator, tau, seed or 0, draws, dtype)
@@ -143,7 +144,7 @@ def candidate_grad(
         float32 (float64 if an input is float64).
     """
     grads, tables, ids = _pairs(grad_embedding, embedding, indices)
-    ops = implementation(backend_for("candidate_grad", *grads, *tables)).vjp
+    ops = implementation(backend_for("candidate_grad", *grads, *tables, k=ids.shape[1])).vjp
     return ops.candidate_grad(grads, tables, ids).view(indices.shape)
 
 
@@ -160,7 +161,7 @@ def _pairs(grad_embedding, embedding, indices: Tensor) -> tuple[list[Tensor], li
         checks.check_float("grad_embedding", grad)
         checks.check_support("indices", indices, grad.shape[:-1], grad.device)
         checks.check_table("embedding", table, grad.shape[-1], grad.device)
-    k, n = indices.shape[-1], grads[0].shape[:-1].numel()
+    k, n = indices.shape[-1], math.prod(grads[0].shape[:-1])
     return [grad.reshape(n, grad.shape[-1]) for grad in grads], tables, indices.reshape(n, k)
 
 
@@ -184,7 +185,7 @@ def pull_back(dlogits: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     checks.check_ids("indices", indices, dlogits.shape, dlogits.device)
     checks.check_table("weight", weight, None, dlogits.device)
     leading, k = dlogits.shape[:-1], dlogits.shape[-1]
-    n = leading.numel()
+    n = math.prod(leading)
     ops = implementation(backend_for("pull_back", dlogits, weight)).embedding
     flat = ops.weighted_sum(dlogits.reshape(n, k), indices.reshape(n, k), weight)
     return flat.view(*leading, weight.shape[1])

@@ -7,6 +7,7 @@ the cache of a CPU instead of going through memory each time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -65,7 +66,7 @@ class RowView:
     def __init__(self, x: Tensor):
         self.tensor = x
         self.leading = x.shape[:-1]
-        self.shape = (self.leading.numel(), x.shape[-1])
+        self.shape = (math.prod(self.leading), x.shape[-1])
         self.dtype, self.device = x.dtype, x.device
 
     def __getitem__(self, rows: slice) -> Tensor:
@@ -79,7 +80,7 @@ Rows = Tensor | RowView  # both have shape (N, V), dtype, device and slices of r
 def rows_of(x: Tensor) -> Rows:
     """x [..., V] as [N, V], without a copy."""
     if _mergeable(x):
-        return x.view(x.shape[:-1].numel(), x.shape[-1])
+        return x.view(math.prod(x.shape[:-1]), x.shape[-1])
     return RowView(x)
 
 

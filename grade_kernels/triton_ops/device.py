@@ -36,6 +36,19 @@ def exp_tail(x):
 
 
 @triton.jit
+def exp(x):
+    """e^x for x <= 0 to a few units in the last place; 0 from -100 on; NaN stays NaN.
+
+    tl.exp rounds x log2(e) first, which costs |x| units.  Here x = n ln 2 + r with ln 2 in two parts, so that only
+    r <= 0.35 is rounded.
+    """
+    x = tl.maximum(x, -100.0, propagate_nan=tl.PropagateNan.ALL)
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - n * 0.693359375) + n * 2.1219444005469058e-4
+    return tl.where(x <= -100.0, 0.0, tl.exp2(r * 1.4426950408889634) * tl.exp2(n))
+
+
+@triton.jit
 def expm1(x):
     """e^x - 1 to a few units in the last place, also at infinity."""
     near = tl.abs(x) <= 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -91,7 +93,7 @@ def _with_grads_kernel(
     p, q, out, out_p, out_q, vocab, p_inner, p_outer, p_stride, q_inner, q_outer, q_stride,
     LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The second read of a row follows the first at once, while the row is in the L2 cache."""
+    """A row is read twice, the second time at once, and its gradients are written."""
     row = tl.program_id(0).to(tl.int64)
     p += device.row_start(row, p_inner, p_outer, p_stride)
     q += device.row_start(row, q_inner, q_outer, q_stride)
@@ -101,6 +103,11 @@ def _with_grads_kernel(
         p, q, out_p + row * vocab, out_q + row * vocab, vocab, None, kl, peak_p, norm_p, peak_q, norm_q, shift,
         LANES, WIDTH, STEPS,
     )  # fmt: skip
+
+
+def _steps(width: int) -> int:
+    # Entries that are not adjacent need an address each.
+    return (_STATS_ENTRIES if width > 1 else _STATS_ENTRIES // 2) // width
 
 
 def kl_stats(p_logits: Rows, q_logits: Rows, dtype: torch.dtype) -> KLStats:
@@ -143,14 +150,14 @@ def _kl_with_grads(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out_p, out_q = (torch.empty(a.n, vocab, dtype=side.dtype, device=p.device) for side in (p, q))
     launch(
         _with_grads_kernel, (a.n,), a.tensor, b.tensor, out, out_p, out_q, vocab, *a.strides, *b.strides,
-        num_warps=_WARPS, LANES=32 * _WARPS, WIDTH=width, STEPS=_STATS_ENTRIES // width,
+        num_warps=_WARPS, LANES=32 * _WARPS, WIDTH=width, STEPS=_steps(width),
     )  # fmt: skip
     return out, out_p, out_q
 
 
 @_kl_with_grads.register_fake
 def _(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, vocab = p.shape[:-1].numel(), p.shape[-1]
+    n, vocab = math.prod(p.shape[:-1]), p.shape[-1]
     return p.new_empty(n, dtype=torch.float32), p.new_empty(n, vocab), q.new_empty(n, vocab)
 
 
@@ -162,14 +169,14 @@ def _kl_stats(p: Tensor, q: Tensor) -> Tensor:
     width = vector_width(p, q)
     launch(
         _stats_kernel, (a.n,), a.tensor, b.tensor, out, a.n, p.shape[-1], *a.strides, *b.strides,
-        num_warps=_WARPS, LANES=32 * _WARPS, WIDTH=width, STEPS=_STATS_ENTRIES // width,
+        num_warps=_WARPS, LANES=32 * _WARPS, WIDTH=width, STEPS=_steps(width),
     )  # fmt: skip
     return out
 
 
 @_kl_stats.register_fake
 def _(p: Tensor, q: Tensor) -> Tensor:
-    return p.new_empty(len(KLStats._fields), p.shape[:-1].numel(), dtype=torch.float32)
+    return p.new_empty(len(KLStats._fields), math.prod(p.shape[:-1]), dtype=torch.float32)
 
 
 @torch.library.custom_op("grade_kernels::kl_grads", mutates_args=("out_p", "out_q"))

@@ -7,6 +7,7 @@ device, every configuration that the launchers ship: it compiles what they would
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -112,7 +113,7 @@ def row_addresses(x: Tensor) -> RowAddresses:
     That covers contiguous tensors, slices along one leading dimension (`logits[:, :-1]`) and expanded ones.
     Others are copied.
     """
-    n = x.shape[:-1].numel()
+    n = math.prod(x.shape[:-1])
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     groups: list[tuple[int, int]] = []  # (size, stride) of leading dimensions, merged where they can be
@@ -137,8 +138,16 @@ def as_tensor(rows: Any) -> Tensor:
 
 
 def vector_width(*tensors: Tensor) -> int:
-    """Entries of a thread's widest load, for the narrowest of the tensors' dtypes."""
-    return VECTOR_BYTES // min(t.element_size() for t in tensors)
+    """Adjacent entries that a thread loads at once from rows of all of the tensors: a power of two.
+
+    That is what 16 bytes hold of the narrowest dtype, unless rows begin off that alignment (an odd vocabulary, a
+    view that is one entry further).  Wider than its loads, a lane would be spread over several threads.
+    """
+    width = VECTOR_BYTES // min(t.element_size() for t in tensors)
+    for rows in map(row_addresses, tensors):
+        for start in (rows.tensor.storage_offset(), rows.outer_stride, rows.inner_stride):
+            width = min(width, start & -start) if start else width
+    return width
 
 
 def words(seed: int) -> tuple[int, int]:

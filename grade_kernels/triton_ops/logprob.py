@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -71,7 +73,7 @@ def _grad_kernel(
         ids = i * (LANES * WIDTH * STEPS) + offsets
         logits = tl.load(x + ids, mask=ids < left, other=0.0).to(tl.float32)
         logp = (logits - peak) - norm
-        prob = tl.exp2(logp * online.LOG2E)
+        prob = device.exp(logp)
         # 0 log 0 = 0; a NaN row keeps its NaN through prob.
         logp = tl.where(logp > float("-inf"), logp, 0.0)
         grad = tl.where(ids == token, d_logprob, 0.0) - prob * (d_logprob + d_entropy * (logp + entropy))
@@ -118,7 +120,7 @@ def _log_sum_exp(logits: Tensor) -> Tensor:
 
 @_log_sum_exp.register_fake
 def _(logits: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[:-1].numel(), dtype=torch.float32)
+    return logits.new_empty(math.prod(logits.shape[:-1]), dtype=torch.float32)
 
 
 @torch.library.custom_op("grade_kernels::token_stats", mutates_args=())
@@ -133,7 +135,7 @@ def _token_stats(logits: Tensor, tokens: Tensor | None) -> Tensor:
 
 @_token_stats.register_fake
 def _(logits: Tensor, tokens: Tensor | None) -> Tensor:
-    return logits.new_empty(len(TokenStats._fields), logits.shape[:-1].numel(), dtype=torch.float32)
+    return logits.new_empty(len(TokenStats._fields), math.prod(logits.shape[:-1]), dtype=torch.float32)
 
 
 @torch.library.custom_op("grade_kernels::token_stats_grad", mutates_args=("out",))

@@ -82,6 +82,8 @@ def move(delta, exponent):
     """(2^exponent e^delta, 2^exponent phi(delta)): what a state is multiplied by when its centre moves."""
     scale = tl.exp2(exponent)
     gain = tl.exp2(delta * LOG2E + exponent)
+    # A floored exponent is not the true one.  Where the state counts nevertheless, the row goes to `careful`.
+    gain = tl.where((exponent <= FLOOR) & (gain > 0.0), float("inf"), gain)
     near = scale * delta * delta * phi_ratio(delta)
     return gain, tl.where(tl.abs(delta) <= NEAR, near, (gain - scale) - scale * delta)
 
@@ -110,7 +112,7 @@ def lse_merge(m, z, t):
     scale = tl.exp2(k)
     total = tl.sum(z * scale, axis=0)
     weighted = tl.sum((t + k * z) * scale, axis=0)
-    peak = tl.where(peak == NOTHING, 0.0, peak)
+    peak = tl.where(total == 0.0, 0.0, peak)
     norm = tl.log(total)
     return peak, norm, norm - LN2 * (weighted / total)
 
@@ -143,6 +145,8 @@ def kl_tile(p, q, valid, m, z, c, low, a, t, zq, tq, TAIL: tl.constexpr, ENTROPY
     k = tl.maximum((m - peak) * LOG2E, FLOOR)
     d = (q - p) - c[None, :, None]
     e = (p - peak[None, :, None]) * LOG2E
+    if ENTROPY == 1:  # 0 * -inf is what a mask of the lowest float would make of w e
+        e = tl.maximum(e, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     if TAIL:
         d = tl.where(valid, d, 0.0)
         e = tl.where(valid, e, FLOOR)
@@ -279,9 +283,9 @@ def kl_row(p, q, vocab, ENTROPY: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.co
 @triton.jit
 def kl_grad(p, q, kl, peak_p, norm_p, peak_q, norm_q, shift):
     """(dKL/dp_logits, dKL/dq_logits) = (-p (x + KL), q - p), x = log q - log p, at entries of a row."""
-    prob = tl.exp2(((p - peak_p) - norm_p) * LOG2E)
+    prob = device.exp((p - peak_p) - norm_p)
     x = (q - p) - shift
-    far = tl.exp2(((q - peak_q) - norm_q) * LOG2E) - prob
+    far = device.exp((q - peak_q) - norm_q) - prob
     d_q = tl.where(tl.abs(x) <= NEAR, prob * (x + x * x * phi_ratio(x)), far)
     # Where p is 0 any finite x will do.
     return -prob * (tl.where(p == float("-inf"), 0.0, x) + kl), d_q

@@ -8,6 +8,7 @@ Bytes that must move a row: V entries read once, a tenth of them again at k = 25
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -282,7 +283,7 @@ def _select(
 
 @_select.register_fake
 def _(logits, k, suppress, indices, tokens):
-    n = logits.shape[:-1].numel()
+    n = math.prod(logits.shape[:-1])
     values = logits.new_empty(n, k, dtype=torch.float32)
     return values.new_empty(n, k, dtype=torch.int64), values, values.new_empty(n)
 
@@ -297,7 +298,7 @@ def _select_and_sample(
 
 @_select_and_sample.register_fake
 def _(logits, k, tau, keys, seed_low, seed_high, draw, suppress, indices, tokens):
-    n = logits.shape[:-1].numel()
+    n = math.prod(logits.shape[:-1])
     weights = logits.new_empty(n, k, dtype=torch.float32)
     ids = weights.new_empty(n, k, dtype=torch.int64)
     return ids, weights, ids.new_empty(n), weights.new_empty(n)

@@ -7,8 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Bits used of each int32 word: 16, so that no sum of them reaches the sign bit.
+from grade_kernels.triton_ops.launch import launch
+
+# Bits used of each int32 word: 16, so that the adjacent ids of a vector load share a word.
 _BITS = 16
+_IDS = 128  # of a program
 
 
 def suppress_bits(suppress: Tensor | None, vocab: int, device: torch.device) -> Tensor | None:
@@ -18,9 +21,18 @@ def suppress_bits(suppress: Tensor | None, vocab: int, device: torch.device) -> 
     """
     if suppress is None:
         return None
-    flags = torch.zeros(-(-vocab // _BITS) * _BITS, dtype=torch.int32, device=device)
-    flags.index_fill_(0, suppress, 1)
-    return (flags.view(-1, _BITS) << torch.arange(_BITS, dtype=torch.int32, device=device)).sum(1, dtype=torch.int32)
+    bits = torch.zeros(-(-vocab // _BITS), dtype=torch.int32, device=device)
+    ids = suppress.contiguous()
+    launch(_set_bits_kernel, (-(-ids.numel() // _IDS),), bits, ids, ids.numel(), num_warps=4, IDS=_IDS)
+    return bits
+
+
+@triton.jit(do_not_specialize=["n"])
+def _set_bits_kernel(bits, ids, n, IDS: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
+    inside = at < n
+    these = tl.load(ids + at, mask=inside, other=0)
+    tl.atomic_or(bits + (these >> 4), (tl.full([IDS], 1, tl.int32) << (these & 15).to(tl.int32)), mask=inside)
 
 
 @triton.jit

@@ -281,6 +281,16 @@ def test_reading_cuobjdump():
         aot_binary.read_cuobjdump("nothing to see")
 
 
+def test_reading_a_listing():
+    """A spill is in the instructions; an unused stack frame is not one."""
+    head = "Function : toy\n        /*0000*/  LDC R1, c[0x0][0x28] ;\n"
+    assert not aot_binary.touches_local_memory(head)
+    assert aot_binary.touches_local_memory(head + "        /*0010*/  STL.64 [R1], R2 ;\n")
+    assert aot_binary.touches_local_memory(head + "   @P0  LDL R2, [R1] ;\n")
+    with pytest.raises(RuntimeError, match="did not list the kernel"):
+        aot_binary.touches_local_memory("")
+
+
 @pytest.mark.parametrize(
     ("vector", "scalar", "scratch", "spills"), [(0, 0, 0, 0), (3, 0, 12, 3), (0, 2, 0, 0), (0, 0, 64, 64)]
 )

@@ -1,10 +1,12 @@
 """The Triton path of KL: against float64 and the PyTorch path, masks, underflow, gradients, addressing."""
 
+import math
+
 import pytest
 import torch
 from kernel_checks import HALF, assert_no_worse, rel_err
 
-from grade_kernels import linear_kl, logits_kl, logits_kl_with_grads, reference
+from grade_kernels import linear_kl, logits_kl, logits_kl_with_grads, reference, token_logprob
 from grade_kernels.torch_ops import kl as torch_kl
 from grade_kernels.triton_ops import kl as triton_kl
 
@@ -416,3 +418,28 @@ def test_both_gradients_in_one_launch(direction, device):
     for ours, expected in zip((result.grad, result.ref_grad), torch.autograd.grad(kl.sum(), sides), strict=True):
         assert ours.dtype == expected.dtype
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("p_rest", "q_few"), [(-150.0, -10.0), (-145.0, -6.0), (-142.0, -3.0), (-200.0, -2.0)])
+def test_lanes_where_only_one_side_has_mass(p_rest, q_few, device):
+    """A lane whose entries are nothing under p, by more than the exponent of a float, and much under q."""
+    p = torch.full((1, 1024), p_rest)
+    p[0, 0] = 0.0
+    q = p.clone()
+    q[0, 500:504] = q_few
+    exact = reference.kl(p.double(), q.double())
+    ours = logits_kl(p.to(device), q.to(device))
+    torch.testing.assert_close(ours.cpu().double(), exact, rtol=2e-6, atol=0)
+
+
+def test_the_lowest_float_as_a_mask(device):
+    """finfo.min on both sides does not count, and a row of nothing else is uniform."""
+    lowest = torch.finfo(torch.float32).min
+    p, q = torch.randn(2, 3, 5000)
+    for side in (p, q):
+        side[:, ::2] = lowest
+    exact = reference.kl(p.double(), q.double())
+    torch.testing.assert_close(logits_kl(p.to(device), q.to(device)).cpu().double(), exact, rtol=2e-6, atol=0)
+    uniform = torch.full((1, 100), lowest, device=device)
+    logprob, entropy = token_logprob(uniform, torch.tensor([3], device=device))
+    assert logprob.item() == pytest.approx(-math.log(100)) and entropy.item() == pytest.approx(math.log(100))
