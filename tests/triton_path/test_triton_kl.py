@@ -62,8 +62,14 @@ def test_sizes(vocab, device):
     if vocab == 1:
         assert all((x == 0).all() for x in (ours[0].kl, *ours[1:]))
     else:
-        for mine, theirs, judge in zip((ours[0].kl, *ours[1:]), (plain[0].kl, *plain[1:]), exact, strict=True):
-            assert_no_worse(mine, theirs, judge)
+        assert_no_worse(ours[0].kl, plain[0].kl, exact[0])
+        assert_no_worse(ours[2], plain[2], exact[2])
+        # p (x + KL): x = q - p - shift is rounded where its parts are large, and its sum with KL may be small, which
+        # no float32 formula of two log-probabilities escapes.
+        parts = p.double().abs() + q.abs() + (ours[0].shift.abs() + exact[0])[:, None]
+        bound = torch.finfo(torch.float32).eps * (p.double().softmax(-1) * parts).amax()
+        assert (ours[1] - exact[1]).abs().max() <= bound
+        assert (plain[1] - exact[1]).abs().max() <= bound
     for mine, logits in ((ours[0].lse_p, p), (ours[0].lse_q, q)):
         torch.testing.assert_close(mine.double(), logits.double().logsumexp(-1), rtol=3e-7, atol=3e-7)
     shift = q.double().logsumexp(-1) - p.double().logsumexp(-1)
