@@ -106,7 +106,6 @@ def logprob_cases() -> Iterator[Case]:
         for layout in logits_layouts(vocab):
             x = layout(dtype)
             n = x.shape[0]
-            yield lambda x=x: logprob.log_sum_exp(x, torch.float32)
             for tokens in (_ids(n), None):
                 yield lambda x=x, t=tokens: logprob.token_stats(x, t, torch.float32)
             stats, grads = TokenStats.empty(n, torch.float32, x.device), (_floats(n), _floats(n))

@@ -21,15 +21,6 @@ _GRAD_ENTRIES = 16
 _GRAD_TILES = 4
 
 
-@triton.jit(do_not_specialize=["inner"])
-def _lse_kernel(x, out, vocab, inner, outer, stride, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    x += device.row_start(row, inner, outer, stride)
-    peak, norm, _ = online.lse_row(x, vocab, True, LANES, WIDTH, STEPS)
-    # The largest float stands for +inf here; a NaN elsewhere in the row outdoes it.
-    tl.store(out + row, tl.where((peak == -online.NOTHING) & (norm == norm), float("inf"), peak + norm))
-
-
 @triton.jit(do_not_specialize=["n", "inner"], do_not_specialize_on_alignment=["tokens"])
 def _stats_kernel(
     x, tokens, out, n, vocab, inner, outer, stride,
@@ -37,7 +28,7 @@ def _stats_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += device.row_start(row, inner, outer, stride)
-    peak, norm, entropy = online.lse_row(x, vocab, False, LANES, WIDTH, STEPS)
+    peak, norm, entropy = online.lse_row(x, vocab, LANES, WIDTH, STEPS)
     out += row
     n = n.to(tl.int64)
     logprob = 0.0
@@ -82,11 +73,6 @@ def _grad_kernel(
         tl.store(out + ids, grad, mask=ids < left)
 
 
-def log_sum_exp(logits: Rows, dtype: torch.dtype) -> Tensor:
-    """lse [N] of logits [N, V], computed in float32, which `dtype` is."""
-    return _log_sum_exp(as_tensor(logits))
-
-
 def token_stats(logits: Rows, tokens: Tensor | None, dtype: torch.dtype) -> TokenStats:
     """Log-probability, entropy and log-sum-exp of logits [N, V], computed in float32, which `dtype` is."""
     return TokenStats(*_token_stats(as_tensor(logits), tokens).unbind())
@@ -108,19 +94,6 @@ def token_stats_grad(
     """
     rest = (stats.entropy, stats.peak, stats.norm, d_logprob, d_entropy)
     _token_stats_grad(as_tensor(logits), tokens, *rest, out, softcap)
-
-
-@torch.library.custom_op("grade_kernels::log_sum_exp", mutates_args=())
-def _log_sum_exp(logits: Tensor) -> Tensor:
-    x = row_addresses(logits)
-    out = torch.empty(x.n, dtype=torch.float32, device=logits.device)
-    launch(_lse_kernel, (x.n,), x.tensor, out, logits.shape[-1], *x.strides, **_stats_layout(logits))
-    return out
-
-
-@_log_sum_exp.register_fake
-def _(logits: Tensor) -> Tensor:
-    return logits.new_empty(math.prod(logits.shape[:-1]), dtype=torch.float32)
 
 
 @torch.library.custom_op("grade_kernels::token_stats", mutates_args=())

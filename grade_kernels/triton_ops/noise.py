@@ -1,4 +1,4 @@
-"""Device functions for the k candidates of one row: noisy logits, the winner, weights and their Jacobian.
+"""Device functions for the k candidates of one row: their logits, noise, the winner, weights and their Jacobian.
 
 A row is a block of KP lanes, KP a power of two; `valid` marks the first k.  The mathematics is that of
 `torch_ops.support`, and so are the limits: a row whose whole support is -inf has NaN weights, and a NaN in it
@@ -11,6 +11,28 @@ import triton
 import triton.language as tl
 
 from grade_kernels.triton_ops import device
+from grade_kernels.triton_ops.suppress import is_blocked
+
+
+@triton.jit
+def read_support(logits, ids, lane, k, token, bits, PLACED: tl.constexpr):
+    """(ids int64, values float32) of the row at `logits`, [KP] each: the logits at the ids, 0 and -inf from lane k on.
+
+    With PLACED a `token` (int64) that the support misses takes its last place.  Ids in the bitmap `bits` (None for
+    none) have -inf, unless one is that token.
+    """
+    valid = lane < k
+    if PLACED:
+        held = tl.max((valid & (ids == token)).to(tl.int32), axis=0)
+        ids = tl.where((held == 0) & (lane == k - 1), token, ids)
+    ids = tl.where(valid, ids, 0)
+    values = tl.load(logits + ids, mask=valid, other=float("-inf")).to(tl.float32)
+    if bits is not None:
+        blocked = is_blocked(bits, ids)
+        if PLACED:
+            blocked &= ids != token
+        values = tl.where(blocked, float("-inf"), values)
+    return ids, values
 
 
 @triton.jit

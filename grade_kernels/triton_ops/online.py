@@ -89,13 +89,11 @@ def move(delta, exponent):
 
 
 @triton.jit
-def lse_tile(x, m, z, t, PLUS_INF: tl.constexpr):
+def lse_tile(x, m, z, t):
     """One tile [STEPS, LANES, WIDTH] into (m, z, t) [LANES]: z = sum e^(x - m), t = sum e^(x - m) (x - m) / ln 2.
 
-    -inf does not count; NaN makes z NaN; so does +inf, unless PLUS_INF takes it for the largest float.
+    -inf does not count; NaN and +inf make z NaN.
     """
-    if PLUS_INF:
-        x = tl.minimum(x, -NOTHING, propagate_nan=tl.PropagateNan.ALL)
     peak = tl.maximum(m, device.lane_max(x))
     k = tl.maximum((m - peak) * LOG2E, FLOOR)
     scale = tl.exp2(k)
@@ -118,7 +116,7 @@ def lse_merge(m, z, t):
 
 
 @triton.jit
-def lse_row(x, vocab, PLUS_INF: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+def lse_row(x, vocab, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
     """(peak, norm, entropy) of the row at x."""
     TILE: tl.constexpr = LANES * WIDTH * STEPS
     offsets = device.lane_offsets(LANES, WIDTH, STEPS)
@@ -127,11 +125,11 @@ def lse_row(x, vocab, PLUS_INF: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.con
     t = tl.zeros([LANES], tl.float32)
     full = vocab // TILE
     for i in range(0, full):
-        m, z, t = lse_tile(tl.load(x + i * TILE + offsets).to(tl.float32), m, z, t, PLUS_INF)
+        m, z, t = lse_tile(tl.load(x + i * TILE + offsets).to(tl.float32), m, z, t)
     if vocab % TILE != 0:
         ids = full * TILE + offsets
         tail = tl.load(x + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-        m, z, t = lse_tile(tail, m, z, t, PLUS_INF)
+        m, z, t = lse_tile(tail, m, z, t)
     return lse_merge(m, z, t)
 
 
@@ -211,8 +209,8 @@ def careful(p, q, vocab, ENTROPY: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.c
     p has underflown.
     """
     TILE: tl.constexpr = LANES * WIDTH * STEPS
-    peak_p, norm_p, entropy_p = lse_row(p, vocab, False, LANES, WIDTH, STEPS)
-    peak_q, norm_q, entropy_q = lse_row(q, vocab, False, LANES, WIDTH, STEPS)
+    peak_p, norm_p, entropy_p = lse_row(p, vocab, LANES, WIDTH, STEPS)
+    peak_q, norm_q, entropy_q = lse_row(q, vocab, LANES, WIDTH, STEPS)
     shift = (peak_q - peak_p) + (norm_q - norm_p)
     offsets = device.lane_offsets(LANES, WIDTH, STEPS)
     a = tl.zeros([LANES], tl.float32)

@@ -29,7 +29,7 @@ from grade_kernels.triton_ops.launch import (
     words,
 )
 from grade_kernels.triton_ops.scatter import scatter, weights_vjp
-from grade_kernels.triton_ops.suppress import is_blocked, suppress_bits
+from grade_kernels.triton_ops.suppress import suppress_bits
 
 __all__ = ["Sample", "Support", "sample", "scatter", "select", "select_and_sample", "weights_vjp"]
 
@@ -129,15 +129,7 @@ def select_kernel(
     token = tl.full([], 0, tl.int64)
     if tokens is not None:
         token = tl.load(tokens + row)
-        held = tl.max((valid & (ids == token)).to(tl.int32), axis=0)
-        ids = tl.where((held == 0) & (lane == k - 1), token, ids)
-    ids = tl.where(valid, ids, 0)
-    values = tl.load(start + ids, mask=valid, other=float("-inf")).to(tl.float32)
-    if bits is not None:
-        blocked = is_blocked(bits, ids)
-        if tokens is not None:
-            blocked &= ids != token
-        values = tl.where(blocked, float("-inf"), values)
+    ids, values = noise.read_support(start, ids, lane, k, token, bits, tokens is not None)
     tl.store(out_ids + row * k + lane, ids, mask=valid)
     lse = peak + tl.log(norm)
     if SAMPLE:

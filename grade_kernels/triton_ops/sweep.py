@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grade_kernels.triton_ops import online, sample
+from grade_kernels.triton_ops import noise, online, sample
 from grade_kernels.triton_ops.launch import launch, next_power_of_2, vector_width
-from grade_kernels.triton_ops.suppress import is_blocked, suppress_bits
+from grade_kernels.triton_ops.suppress import suppress_bits
 
 _WARPS = 8
 _ENTRIES = 16  # of each side that a thread takes per tile
@@ -44,9 +44,10 @@ def _head_kernel(
             )
             peak, norm, ref_lse = peak_q, norm_q, peak_p + norm_p
     else:
-        peak, norm, entropy = online.lse_row(policy, vocab, False, LANES, WIDTH, STEPS)
+        peak, norm, entropy = online.lse_row(policy, vocab, LANES, WIDTH, STEPS)
         kl, ref_lse = 0.0, 0.0
     logprob, mass = 0.0, 0.0
+    token = tl.full([], 0, tl.int64)
     if tokens is not None:
         token = tl.load(tokens + row)
         logprob = (tl.load(policy + token) - peak) - norm
@@ -54,15 +55,7 @@ def _head_kernel(
         lane = tl.arange(0, KEPT)
         inside = lane < k
         ids = tl.load(given + row * k + lane, mask=inside, other=0)
-        if tokens is not None:  # a token that the support misses takes its last place
-            found = tl.max(tl.where(inside & (ids == token), 1, 0), axis=0)
-            ids = tl.where((found == 0) & (lane == k - 1), token, ids)
-        values = tl.load(policy + ids, mask=inside, other=float("-inf"))
-        if bits is not None:
-            blocked = is_blocked(bits, ids)
-            if tokens is not None:
-                blocked = blocked & (ids != token)
-            values = tl.where(blocked, float("-inf"), values)
+        ids, values = noise.read_support(policy, ids, lane, k, token, bits, tokens is not None)
         mass = tl.sum(tl.where(inside, tl.exp2(((values - peak) - norm) * online.LOG2E), 0.0), axis=0)
         tl.store(ids_out + row * k + lane, ids, mask=inside)
         tl.store(values_out + row * k + lane, values, mask=inside)

@@ -184,7 +184,7 @@ def test_every_kernel_has_a_case(shipped):
 
 
 def test_every_dtype_and_alignment_reaches_the_logits_kernels(shipped):
-    heads = {str(one).split()[0] for one in shipped if one.target == "sm_90" and one.name == "logprob._lse_kernel"}
+    heads = {str(one).split()[0] for one in shipped if one.target == "sm_90" and one.name == "logprob._stats_kernel"}
     assert heads == {f"x:{dtype}{mark}" for dtype in ("fp32", "bf16", "fp16") for mark in ("", "!")}
 
 
@@ -336,7 +336,7 @@ def test_a_missing_cuobjdump_is_refused_unless_it_is_not_needed(capsys, monkeypa
 
     monkeypatch.setattr(triton, "__file__", str(tmp_path / "__init__.py"))
     assert "cuobjdump is missing" in refusal(capsys, "--target", "sm_90")
-    assert aot.main(["--target", "gfx942", "--kernel", "_lse_kernel", "--list"]) == 0
+    assert aot.main(["--target", "gfx942", "--kernel", "logprob._stats_kernel", "--list"]) == 0
 
 
 @needs_compiler
@@ -349,7 +349,7 @@ def test_an_unsupported_triton_is_refused(capsys, monkeypatch):
 
 @needs_compiler
 def test_list_names_the_configurations_of_one_kernel(capsys):
-    assert aot.main(["--target", "sm_90", "--kernel", "_lse_kernel", "--list"]) == 0
+    assert aot.main(["--target", "sm_90", "--kernel", "logprob._stats_kernel", "--list"]) == 0
     *lines, _, summary = capsys.readouterr().out.splitlines()
-    assert lines and all(line.startswith("sm_90   logprob._lse_kernel") for line in lines)
+    assert lines and all(line.startswith("sm_90   logprob._stats_kernel") for line in lines)
     assert summary == f"{len(lines)} configurations of 1 kernels"
