@@ -33,7 +33,7 @@ setup(
     package_data={"grade": ["configs/*.yaml", "py.typed"], "grade_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.10",
-        "triton>=3.6; platform_system == 'Linux'",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
         "transformers>=5",
         "peft",
         "datasets",

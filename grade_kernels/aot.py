@@ -129,11 +129,11 @@ def check(every: Sequence[Configuration], jobs: int, table: str | None = None, o
     out = out or sys.stdout
     print(_HEADER, file=out, flush=True)
     rows = []
-    for row in aot_binary.compile_all(every, jobs):
-        rows.append(row)
-        print(line(row), file=out, flush=True)
-    if table is not None:
-        _write_csv(table, rows)
+    with _Table(table) as written:
+        for row in aot_binary.compile_all(every, jobs):
+            rows.append(row)
+            written.add(row)
+            print(line(row), file=out, flush=True)
     failed = [row for row in rows if row.error]
     spilled = [row for row in rows if row.resources and row.resources.spills]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} compiled, {len(spilled)} with spills", file=out)
@@ -152,14 +152,29 @@ def check(every: Sequence[Configuration], jobs: int, table: str | None = None, o
     return 1 if failed or spilled else 0
 
 
-def _write_csv(path: str, rows: Sequence[Row]) -> None:
-    with open(path, "w", newline="") as file:
-        write = csv.writer(file).writerow
-        write("target kernel registers spills shared_bytes warps seconds arguments error".split())
-        for row in rows:
-            one, found = row.configuration, row.resources
-            numbers = (found.registers, found.spills, found.shared) if found else ("", "", "")
-            write((one.target, one.name, *numbers, one.num_warps, f"{row.seconds:.3f}", str(one), row.error))
+class _Table:
+    """The CSV file, to which rows are written as they come; no file without a path."""
+
+    def __init__(self, path: str | None):
+        self._file = None if path is None else open(path, "w", newline="")
+
+    def __enter__(self) -> _Table:
+        self._write("target kernel registers spills shared_bytes warps seconds arguments error".split())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, row: Row) -> None:
+        one, found = row.configuration, row.resources
+        numbers = (found.registers, found.spills, found.shared) if found else ("", "", "")
+        self._write((one.target, one.name, *numbers, one.num_warps, f"{row.seconds:.3f}", str(one), row.error))
+
+    def _write(self, cells: Sequence[Any]) -> None:
+        if self._file is not None:
+            csv.writer(self._file).writerow(cells)
+            self._file.flush()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -202,6 +217,11 @@ def _wanted(options: argparse.Namespace) -> list[Configuration]:
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET is set, which replaces the compiler by an interpreter; unset it")
     check_triton()
+    if options.csv is not None and not options.list:
+        try:
+            open(options.csv, "a").close()
+        except OSError as error:
+            raise ValueError(f"--csv {options.csv!r} cannot be written: {error.strerror}; name another file") from None
     if not options.list and any(TARGETS[target].backend == "cuda" for target in targets):
         aot_binary.cuobjdump_path()
 
@@ -217,4 +237,8 @@ def _wanted(options: argparse.Namespace) -> list[Configuration]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

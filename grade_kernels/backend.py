@@ -8,6 +8,7 @@ kernels compute in float32, and so do more than 1,024 candidates a row, which wo
 from __future__ import annotations
 
 import os
+import re
 from types import ModuleType
 
 import torch
@@ -87,11 +88,12 @@ def check_triton() -> None:
     wanted = f"pip install 'triton>={first[0]}.{first[1]},<{stop[0]}.{stop[1]}'"
     try:
         import triton
-    except ImportError as error:
+    except Exception as error:  # a broken installation raises all sorts of things
         raise RuntimeError(
             f"Triton cannot be imported ({error}); the kernels work with {works}: {wanted}, {fix}"
         ) from None
-    minor = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    numbers = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    minor = tuple(map(int, numbers.groups())) if numbers else (0, 0)
     if not first <= minor < stop:
         raise RuntimeError(
             f"Triton {triton.__version__} is not supported; the kernels work with {works}: {wanted}, {fix}"

@@ -61,7 +61,8 @@ def gumbel_topk(
         last place (`place_tokens`), and is never blocked by `suppress`.
     suppress : sequence of ids or int64 [m], optional
         Ids that may not be sampled.  They are left out of the support; where it holds them nevertheless
-        (k > V - m, or given `indices`) their weight is 0.
+        (k > V - m, or given `indices`) their weight is 0.  Like all ids in tensors they must lie in 0..V-1, which
+        is not checked: reading them would wait for the device.
     hard : bool
         Whether the forward value of the result is the token or the mixture (`SparseTokens.hard`).
 

@@ -67,7 +67,7 @@ def scatter_sum(weights: Tensor | None, indices: Tensor, rows: Tensor, vocab: in
 
 
 def _bag(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
+    return F.embedding_bag(indices.contiguous(), table, mode="sum", per_sample_weights=weights.contiguous())
 
 
 def _bag_dots(grad: Tensor, indices: Tensor, table: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def _bag_dots(grad: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     starts = torch.arange(0, n * k, k, device=indices.device)
     bag_of = torch.arange(n, device=indices.device).repeat_interleave(k)
     flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad.contiguous(), table, indices.reshape(-1), starts, bag_of, 0
+        grad.contiguous(), table, indices.contiguous().view(-1), starts, bag_of, 0
     )
     return flat.view(n, k)
 

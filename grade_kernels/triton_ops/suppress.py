@@ -23,15 +23,16 @@ def suppress_bits(suppress: Tensor | None, vocab: int, device: torch.device) -> 
         return None
     bits = torch.zeros(-(-vocab // _BITS), dtype=torch.int32, device=device)
     ids = suppress.contiguous()
-    launch(_set_bits_kernel, (-(-ids.numel() // _IDS),), bits, ids, ids.numel(), num_warps=4, IDS=_IDS)
+    launch(_set_bits_kernel, (-(-ids.numel() // _IDS),), bits, ids, ids.numel(), vocab, num_warps=4, IDS=_IDS)
     return bits
 
 
 @triton.jit(do_not_specialize=["n"])
-def _set_bits_kernel(bits, ids, n, IDS: tl.constexpr):
+def _set_bits_kernel(bits, ids, n, vocab, IDS: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
     inside = at < n
     these = tl.load(ids + at, mask=inside, other=0)
+    inside &= (these >= 0) & (these < vocab)  # no store outside, whatever the caller passes
     tl.atomic_or(bits + (these >> 4), (tl.full([IDS], 1, tl.int32) << (these & 15).to(tl.int32)), mask=inside)
 
 

@@ -353,3 +353,8 @@ def test_list_names_the_configurations_of_one_kernel(capsys):
     *lines, _, summary = capsys.readouterr().out.splitlines()
     assert lines and all(line.startswith("sm_90   logprob._stats_kernel") for line in lines)
     assert summary == f"{len(lines)} configurations of 1 kernels"
+
+
+def test_a_table_that_cannot_be_written_is_refused_before_compiling(capsys, tmp_path):
+    assert aot.main(["--target", "gfx942", "--csv", str(tmp_path)]) == 2
+    assert "cannot be written: Is a directory; name another file" in capsys.readouterr().err

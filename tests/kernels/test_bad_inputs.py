@@ -206,7 +206,10 @@ def test_backend_switch(monkeypatch, op):
         OPS[op]()
 
 
-@pytest.mark.parametrize("version, works", [("3.5.1", False), ("3.6.0", True), ("3.9.2+git1", True), ("3.10.0", False)])
+@pytest.mark.parametrize(
+    ("version", "works"),
+    [("3.5.1", False), ("3.6.0", True), ("3.9.2+git1", True), ("3.10.0", False), ("main", False)],
+)
 def test_triton_version(monkeypatch, version, works):
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
     if works:

@@ -126,3 +126,13 @@ def test_strided_table_and_inputs_stay():
     exact = reference.soft_embedding(tokens.weights, tokens.indices, table)
     torch.testing.assert_close(soft_embedding(tokens, table), exact)
     assert torch.equal(table, copy)
+
+
+def test_a_slice_of_one_candidate():
+    """[:, :1] of a longer support is not contiguous, and reshaping it makes no copy."""
+    weights, indices, table = torch.randn(3, 5)[:, :1], torch.randint(0, 9, (3, 5))[:, :1], torch.randn(9, 4)
+    tokens = SparseTokens(indices, weights.detach().requires_grad_(), indices[:, 0], torch.ones(3), False)
+    out = soft_embedding(tokens, table)
+    torch.testing.assert_close(out, weights * table[indices[:, 0]])
+    (grad,) = torch.autograd.grad(out.sum(), tokens.weights)
+    torch.testing.assert_close(grad, table[indices].sum(-1))
