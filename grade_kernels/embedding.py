@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
-from grade_kernels.sparse import SparseTokens
+from grade_kernels.sparse import SparseTokens, check_sparse
 
 
 def soft_embedding(tokens: SparseTokens, weight: Tensor) -> Tensor:
@@ -39,14 +39,9 @@ def soft_embedding(tokens: SparseTokens, weight: Tensor) -> Tensor:
     TypeError, ValueError
         On wrong dtypes, shapes or devices.
     """
-    if not isinstance(tokens, SparseTokens):
-        raise TypeError(f"tokens must be a SparseTokens (see gumbel_topk), got {type(tokens).__name__}")
+    check_sparse(tokens)
     checks.check_table("weight", weight, None, tokens.weights.device)
-    checks.check_float("tokens.weights", tokens.weights)
     leading = tokens.tokens.shape
-    checks.check_ids("tokens.tokens", tokens.tokens, leading, weight.device)
-    checks.check_support("tokens.indices", tokens.indices, leading, weight.device)
-    checks.check_shape("tokens.weights", tokens.weights, tokens.indices.shape)
     backend = backend_for("soft_embedding", weight, tokens.weights)
     n, k = math.prod(leading), tokens.indices.shape[-1]
     flat = _SoftEmbedding.apply(

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
-from grade_kernels.sparse import SparseTokens
+from grade_kernels.sparse import SparseTokens, check_sparse
 
 
 def scatter_tokens(tokens: SparseTokens, vocab_size: int) -> Tensor:
@@ -35,13 +35,8 @@ def scatter_tokens(tokens: SparseTokens, vocab_size: int) -> Tensor:
     TypeError, ValueError
         On wrong dtypes, shapes or devices, or a vocabulary smaller than the support.
     """
-    if not isinstance(tokens, SparseTokens):
-        raise TypeError(f"tokens must be a SparseTokens (see gumbel_topk), got {type(tokens).__name__}")
-    checks.check_float("tokens.weights", tokens.weights)
-    leading, device = tokens.tokens.shape, tokens.weights.device
-    checks.check_ids("tokens.tokens", tokens.tokens, leading, device)
-    checks.check_support("tokens.indices", tokens.indices, leading, device)
-    checks.check_shape("tokens.weights", tokens.weights, tokens.indices.shape)
+    check_sparse(tokens)
+    leading = tokens.tokens.shape
     n, k = math.prod(leading), tokens.indices.shape[-1]
     vocab_size = checks.check_int("vocab_size", vocab_size)
     if vocab_size < k:

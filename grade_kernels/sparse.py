@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from grade_kernels import checks
+
 
 @dataclass(frozen=True)
 class SparseTokens:
@@ -41,3 +43,14 @@ class SparseTokens:
         from grade_kernels.scatter import scatter_tokens  # takes a SparseTokens itself
 
         return scatter_tokens(self, vocab_size)
+
+
+def check_sparse(tokens: SparseTokens) -> None:
+    """Refuse what is not a SparseTokens of matching shapes, dtypes and devices."""
+    if not isinstance(tokens, SparseTokens):
+        raise TypeError(f"tokens must be a SparseTokens (see gumbel_topk), got {type(tokens).__name__}")
+    checks.check_float("tokens.weights", tokens.weights)
+    leading, device = tokens.tokens.shape, tokens.weights.device
+    checks.check_ids("tokens.tokens", tokens.tokens, leading, device)
+    checks.check_support("tokens.indices", tokens.indices, leading, device)
+    checks.check_shape("tokens.weights", tokens.weights, tokens.indices.shape)

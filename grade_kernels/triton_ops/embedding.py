@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grade_kernels.triton_ops.launch import launch, next_power_of_2, vector_width
+from grade_kernels.triton_ops.launch import launch, next_power_of_2, row_addresses, vector_width
 
 # Table rows that a thread of weighted_sum has under way at once.
 _STEPS = 8
@@ -229,6 +229,5 @@ def _scatter_sum_kernel(
 
 def with_row_stride(x: Tensor) -> tuple[Tensor, int]:
     """x [rows, columns] and the distance of its rows in entries; copied where columns are not adjacent."""
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        x = x.contiguous()
-    return x, x.stride(0)
+    rows = row_addresses(x)
+    return rows.tensor, rows.outer_stride

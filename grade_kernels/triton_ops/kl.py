@@ -61,31 +61,15 @@ def _grads_kernel(
         out_p += device.row_start(row, out_p_inner, out_p_outer, out_p_stride) + first
     if out_q is not None:
         out_q += device.row_start(row, out_q_inner, out_q_outer, out_q_stride) + first
-    weight = 1.0
+    weight = None
     if weights is not None:
         weight = tl.load(weights + row).to(tl.float32)
-    kl, shift = tl.load(kl + row), tl.load(shift + row)
-    peak_p, norm_p, peak_q, norm_q = (
-        tl.load(peak_p + row), tl.load(norm_p + row), tl.load(peak_q + row), tl.load(norm_q + row),
+    here = tl.minimum(vocab - first, TILES * LANES * WIDTH * STEPS)
+    online.write_kl_grads(
+        p, q, out_p, out_q, here, weight, inverse_cap,
+        tl.load(kl + row), tl.load(peak_p + row), tl.load(norm_p + row), tl.load(peak_q + row), tl.load(norm_q + row),
+        tl.load(shift + row), LANES, WIDTH, STEPS,
     )  # fmt: skip
-    offsets = device.lane_offsets(LANES, WIDTH, STEPS)
-    left = vocab - first
-    for i in range(0, tl.minimum(TILES, tl.cdiv(left, LANES * WIDTH * STEPS))):
-        ids = i * (LANES * WIDTH * STEPS) + offsets
-        valid = ids < left
-        x = tl.load(p + ids, mask=valid, other=0.0).to(tl.float32)
-        y = tl.load(q + ids, mask=valid, other=0.0).to(tl.float32)
-        d_p, d_q = online.kl_grad(x, y, kl, peak_p, norm_p, peak_q, norm_q, shift)
-        if weights is not None:  # 0 even where the gradient of the row is not finite
-            d_p = tl.where(weight == 0.0, 0.0, weight * d_p)
-            d_q = tl.where(weight == 0.0, 0.0, weight * d_q)
-        if inverse_cap is not None:
-            d_p = online.uncap(d_p, x, inverse_cap)
-            d_q = online.uncap(d_q, y, inverse_cap)
-        if out_p is not None:
-            tl.store(out_p + ids, d_p, mask=valid)
-        if out_q is not None:
-            tl.store(out_q + ids, d_q, mask=valid)
 
 
 @triton.jit(do_not_specialize=["p_inner", "q_inner"])
@@ -100,7 +84,7 @@ def _with_grads_kernel(
     kl, peak_p, norm_p, peak_q, norm_q, shift, _ = online.kl_row(p, q, vocab, 0, LANES, WIDTH, STEPS)
     tl.store(out + row, kl)
     online.write_kl_grads(
-        p, q, out_p + row * vocab, out_q + row * vocab, vocab, None, kl, peak_p, norm_p, peak_q, norm_q, shift,
+        p, q, out_p + row * vocab, out_q + row * vocab, vocab, None, None, kl, peak_p, norm_p, peak_q, norm_q, shift,
         LANES, WIDTH, STEPS,
     )  # fmt: skip
 
@@ -145,7 +129,7 @@ def kl_with_grads(p_logits: Rows, q_logits: Rows, dtype: torch.dtype) -> tuple[T
 @torch.library.custom_op("grade_kernels::kl_with_grads", mutates_args=())
 def _kl_with_grads(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a, b = row_addresses(p), row_addresses(q)
-    vocab, width = p.shape[-1], vector_width(p, q)
+    vocab, width = p.shape[-1], vector_width(a.tensor, b.tensor)
     out = torch.empty(a.n, dtype=torch.float32, device=p.device)
     out_p, out_q = (torch.empty(a.n, vocab, dtype=side.dtype, device=p.device) for side in (p, q))
     launch(
@@ -166,7 +150,7 @@ def _kl_stats(p: Tensor, q: Tensor) -> Tensor:
     """The fields of KLStats, [6, N], of logits [..., V]."""
     a, b = row_addresses(p), row_addresses(q)
     out = torch.empty(len(KLStats._fields), a.n, dtype=torch.float32, device=p.device)
-    width = vector_width(p, q)
+    width = vector_width(a.tensor, b.tensor)
     launch(
         _stats_kernel, (a.n,), a.tensor, b.tensor, out, a.n, p.shape[-1], *a.strides, *b.strides,
         num_warps=_WARPS, LANES=32 * _WARPS, WIDTH=width, STEPS=_steps(width),
@@ -198,7 +182,7 @@ def _kl_grads(
     out_a, out_b = (a if out is None else row_addresses(out) for out in (out_p, out_q))
     stats = [stat.contiguous() for stat in (kl, peak_p, norm_p, peak_q, norm_q, shift)]
     weights = None if row_weights is None else row_weights.contiguous()
-    vocab, width = p.shape[-1], vector_width(p, q)
+    vocab, width = p.shape[-1], vector_width(a.tensor, b.tensor)
     tile = 32 * _WARPS * _GRAD_ENTRIES
     launch(
         _grads_kernel, (a.n, triton.cdiv(vocab, tile * _GRAD_TILES)), a.tensor, b.tensor, *stats, weights,

@@ -102,7 +102,7 @@ def _token_stats(logits: Tensor, tokens: Tensor | None) -> Tensor:
     x = row_addresses(logits)
     out = torch.empty(len(TokenStats._fields), x.n, dtype=torch.float32, device=logits.device)
     ids = None if tokens is None else tokens.contiguous()
-    launch(_stats_kernel, (x.n,), x.tensor, ids, out, x.n, logits.shape[-1], *x.strides, **_stats_layout(logits))
+    launch(_stats_kernel, (x.n,), x.tensor, ids, out, x.n, logits.shape[-1], *x.strides, **_stats_layout(x.tensor))
     return out
 
 
@@ -125,7 +125,7 @@ def _token_stats_grad(
 ) -> None:
     x, y = row_addresses(logits), row_addresses(out)
     per_row = [t.contiguous() for t in (tokens, entropy, peak, norm, d_logprob, d_entropy)]
-    vocab, width, tile = logits.shape[-1], vector_width(logits), 32 * _WARPS * _GRAD_ENTRIES
+    vocab, width, tile = logits.shape[-1], vector_width(x.tensor), 32 * _WARPS * _GRAD_ENTRIES
     launch(
         _grad_kernel, (x.n, triton.cdiv(vocab, tile * _GRAD_TILES)), x.tensor, *per_row, out,
         None if softcap is None else 1.0 / softcap, vocab, *x.strides, *y.strides,

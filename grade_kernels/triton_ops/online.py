@@ -298,21 +298,28 @@ def uncap(grad, logits, inverse_cap):
 
 @triton.jit
 def write_kl_grads(
-    p, q, out_p, out_q, vocab, inverse_cap, kl, peak_p, norm_p, peak_q, norm_q, shift,
+    p, q, out_p, out_q, length, weight, inverse_cap, kl, peak_p, norm_p, peak_q, norm_q, shift,
     LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a row's KL, which the outs may put in place of the logits: each entry is read first, by the
-    thread that writes it."""
+    """The gradients of a row's KL at `length` entries from p and q on; an out, weight or inverse cap may be None.
+
+    The outs may be the logits: each entry is read first, by the thread that writes it.
+    """
     TILE: tl.constexpr = LANES * WIDTH * STEPS
     offsets = device.lane_offsets(LANES, WIDTH, STEPS)
-    for i in range(0, tl.cdiv(vocab, TILE)):
+    for i in range(0, tl.cdiv(length, TILE)):
         columns = i * TILE + offsets
-        here = columns < vocab
+        here = columns < length
         x = tl.load(p + columns, mask=here, other=0.0).to(tl.float32)
         y = tl.load(q + columns, mask=here, other=0.0).to(tl.float32)
         d_p, d_q = kl_grad(x, y, kl, peak_p, norm_p, peak_q, norm_q, shift)
+        if weight is not None:  # 0 even where the gradient of the row is not finite
+            d_p = tl.where(weight == 0.0, 0.0, weight * d_p)
+            d_q = tl.where(weight == 0.0, 0.0, weight * d_q)
         if inverse_cap is not None:
             d_p = uncap(d_p, x, inverse_cap)
             d_q = uncap(d_q, y, inverse_cap)
-        tl.store(out_p + columns, d_p, mask=here)
-        tl.store(out_q + columns, d_q, mask=here)
+        if out_p is not None:
+            tl.store(out_p + columns, d_p, mask=here)
+        if out_q is not None:
+            tl.store(out_q + columns, d_q, mask=here)

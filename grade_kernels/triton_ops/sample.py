@@ -229,7 +229,7 @@ def _launch_selection(
     (ids, weights, tokens, mass)."""
     given, tokens, keys = (None if x is None else x.contiguous() for x in (given, tokens, keys))
     rows, vocab, device = row_addresses(logits), logits.shape[-1], logits.device
-    n, shape = rows.n, plan(vocab, k, logits)
+    n, shape = rows.n, plan(vocab, k, rows.tensor)
     bits = suppress_bits(suppress, vocab, device)
     buffer = maxima = parts = None
     at_once = max(n, 1)

@@ -71,7 +71,7 @@ def _head_kernel(
         if not POLICY_FIRST:
             p, q = ref, policy
         online.write_kl_grads(
-            p, q, p, q, vocab, inverse_cap, kl, peak_p, norm_p, peak_q, norm_q, shift, LANES, WIDTH, STEPS
+            p, q, p, q, vocab, None, inverse_cap, kl, peak_p, norm_p, peak_q, norm_q, shift, LANES, WIDTH, STEPS
         )
 
 

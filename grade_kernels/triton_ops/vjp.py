@@ -83,20 +83,7 @@ def _token_vjp(
 
 
 @_token_vjp.register_fake
-def _(
-    grads: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    logits: Tensor,
-    ids: Tensor,
-    tokens: Tensor | None,
-    keys: Tensor,
-    estimator: str,
-    tau: float,
-    seed_low: int,
-    seed_high: int,
-    first_draw: int,
-    draws: int,
-) -> Tensor:
+def _(grads, tables, logits, ids, tokens, keys, estimator, tau, seed_low, seed_high, first_draw, draws):
     return logits.new_empty(logits.shape, dtype=torch.float32)
 
 
