@@ -7,6 +7,7 @@ from grade_kernels.head import VocabHead, vocab_head
 from grade_kernels.kl import KLWithGrads, logits_kl, logits_kl_with_grads
 from grade_kernels.linear import linear_gumbel_topk, linear_kl, linear_token_logprob
 from grade_kernels.logprob import token_logprob
+from grade_kernels.objective import VocabObjective, vocab_objective
 from grade_kernels.scatter import scatter_tokens
 from grade_kernels.sparse import SparseTokens
 from grade_kernels.torch_ops.chunks import chunk_rows
@@ -17,6 +18,7 @@ __all__ = [
     "SoftTokenGrad",
     "SparseTokens",
     "VocabHead",
+    "VocabObjective",
     "backend_for",
     "candidate_grad",
     "chunk_rows",
@@ -33,4 +35,5 @@ __all__ = [
     "soft_token_vjp",
     "token_logprob",
     "vocab_head",
+    "vocab_objective",
 ]

@@ -121,7 +121,7 @@ def vocab_head(
 
     with torch.no_grad():
         head, n = Head(weight, bias, scale, softcap), math.prod(leading)
-        out = _Rows(n)
+        out = OutputRows(n)
         rows, ref_rows = rows_of(hidden), None if ref_hidden is None else rows_of(ref_hidden)
         flat_tokens = None if tokens is None else tokens.reshape(n)
         flat_ids = None if indices is None else indices.reshape(n, k)
@@ -137,10 +137,10 @@ def vocab_head(
 
         for a, b in spans(n, chunk_rows(vocab, chunk_bytes, head.dtype.itemsize)):
             out.put(a, b, sweep(a, b))
-        return out.result(leading)
+        return VocabHead(**{**dict.fromkeys(_FIELDS), **out.result(leading)})
 
 
-class _Rows:
+class OutputRows:
     """Output tensors [N, ...], allocated when their first rows arrive."""
 
     def __init__(self, n: int):
@@ -153,6 +153,6 @@ class _Rows:
                 self.tensors[name] = piece.new_empty(self.n, *piece.shape[1:])
             self.tensors[name][a:b] = piece
 
-    def result(self, leading: torch.Size) -> VocabHead:
-        tensors = {name: t.view((*leading, *t.shape[1:])) for name, t in self.tensors.items()}
-        return VocabHead(**{name: tensors.get(name) for name in _FIELDS})
+    def result(self, leading: torch.Size) -> dict[str, Tensor]:
+        """The tensors, [*leading, ...] by name."""
+        return {name: t.view((*leading, *t.shape[1:])) for name, t in self.tensors.items()}

@@ -51,8 +51,27 @@ def kl(logits: Tensor, ref_logits: Tensor, direction: str = "policy_ref") -> Ten
 def token_logprob(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """(log p of the tokens, entropy), nats."""
     logp = logits.log_softmax(-1)
-    terms = logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)
-    return logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), -terms.sum(-1)
+    return logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy(logits)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """-sum_i p_i log p_i, nats; 0 log 0 = 0."""
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+
+
+def objective(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    entropy_weight: Tensor | float = 0.0,
+    kl_weight: Tensor | float = 0.0,
+    ref_kl_weight: Tensor | float = 0.0,
+) -> Tensor:
+    """w_entropy entropy + w_kl KL(policy || ref) + w_ref_kl KL(ref || policy) of each row."""
+    total = entropy_weight * entropy(logits)
+    if ref_logits is None:
+        return total
+    return total + kl_weight * kl(logits, ref_logits) + ref_kl_weight * kl(logits, ref_logits, "ref_policy")
 
 
 def head_logits(

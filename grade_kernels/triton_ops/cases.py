@@ -18,7 +18,7 @@ from torch import Tensor
 from grade_kernels.checks import DIRECTIONS, ESTIMATORS
 from grade_kernels.stats import KLStats, TokenStats
 from grade_kernels.torch_ops.chunks import rows_of
-from grade_kernels.triton_ops import embedding, kl, launch, logprob, sample, sweep, vjp
+from grade_kernels.triton_ops import embedding, kl, launch, logprob, objective, sample, sweep, vjp
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Qwen (divisible by 16); GPT-2 (odd: rows that are not aligned); Llama 2; Gemma.
@@ -126,6 +126,20 @@ def sweep_cases() -> Iterator[Case]:
                 yield lambda x=x, y=y, k=k, r=rest: sweep.head_chunk(x, y, k, *r)
 
 
+def objective_cases() -> Iterator[Case]:
+    weightings = list(product((True, False), repeat=3))  # of entropy, kl and ref_kl
+    for vocab, k in product(VOCABULARIES[:2], CANDIDATES):
+        usual = k == 256
+        for ref, tokens, suppress in product((True, False), repeat=3) if usual else ((True, True, True),):
+            some = weightings if tokens and suppress and usual else (weightings[0], weightings[-1])
+            kinds = dict.fromkeys((weights if ref else (weights[0], False, False)) for weights in some)
+            for weighted, cap in product(kinds, (None, 30.0)):
+                x, y = _logits(torch.float32, vocab), _logits(torch.float32, vocab) if ref else None
+                weights = tuple(_floats(MANY) if given else None for given in weighted)
+                rest = (_ids(2) if suppress else None, _ids(MANY, k), _ids(MANY) if tokens else None, weights, cap)
+                yield lambda x=x, y=y, r=rest: objective.objective_chunk(x, y, *r)
+
+
 def embedding_cases() -> Iterator[Case]:
     for dtype, width, k in product(DTYPES, WIDTHS, CANDIDATES):
         table, ids, vocab = torch.empty(64, width, dtype=dtype), _ids(MANY, k), 64
@@ -188,4 +202,6 @@ def scatter_cases() -> Iterator[Case]:
             yield lambda w=weights, k=k, v=vocab, d=dtype: sample.scatter(_ids(MANY, k), w, v, d)
 
 
-FAMILIES = (kl_cases, logprob_cases, sweep_cases, embedding_cases, vjp_cases, sample_cases, scatter_cases)
+FAMILIES = (
+    kl_cases, logprob_cases, sweep_cases, objective_cases, embedding_cases, vjp_cases, sample_cases, scatter_cases,
+)  # fmt: skip

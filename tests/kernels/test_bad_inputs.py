@@ -34,6 +34,10 @@ def head(hidden=H, weight=W, **kwargs):
     return lambda: gk.vocab_head(hidden, weight, **{"k": 2, **kwargs})
 
 
+def objective(hidden=H, weight=W, indices=IDS, **kwargs):
+    return lambda: gk.vocab_objective(hidden, weight, indices=indices, **kwargs)
+
+
 CASES = {
     # gumbel_topk
     "integer logits": (topk(L.long(), 2), TypeError, "logits must be float16"),
@@ -110,6 +114,24 @@ CASES = {
     "head chunk": (head(chunk_bytes=0), ValueError, "chunk_bytes must be at least 1"),
     "head tokens": (head(tokens=TOK.int()), TypeError, "tokens must be int64"),
     "head indices": (head(indices=IDS[:2]), ValueError, "indices must have shape"),
+    # vocab_objective
+    "objective indices": (objective(indices=IDS[:2]), ValueError, r"indices must have shape \(3, 2\)"),
+    "objective no support": (objective(indices=None), TypeError, "indices must be a torch.Tensor, got NoneType"),
+    "objective tokens": (objective(tokens=TOK.int()), TypeError, "tokens must be int64"),
+    "objective ref shape": (objective(ref_hidden=H[:2]), ValueError, r"ref_hidden must have shape \(3, 4\)"),
+    "objective ref dtype": (objective(ref_hidden=H.half()), TypeError, "ref_hidden is torch.float16 but weight"),
+    "objective kl": (objective(kl_weight=1.0), ValueError, "kl_weight weights a KL, which needs ref_hidden"),
+    "objective ref kl": (objective(ref_kl_weight=L[:, 0]), ValueError, "ref_kl_weight weights a KL, which needs"),
+    "objective weight shape": (objective(entropy_weight=L), ValueError, r"entropy_weight must have shape \(3,\)"),
+    "objective weight dtype": (objective(entropy_weight=TOK), TypeError, "entropy_weight must be a number or a float"),
+    "objective weight device": (objective(entropy_weight=L[:, 0].to(META)), ValueError, "entropy_weight is on meta"),
+    "objective NaN weight": (
+        objective(ref_hidden=H, kl_weight=float("nan")),
+        ValueError,
+        "kl_weight must be a finite number or a float tensor",
+    ),
+    "objective suppress": (objective(suppress=[10]), ValueError, "id 10, outside the vocabulary"),
+    "objective chunk": (objective(chunk_bytes=0), ValueError, "chunk_bytes must be at least 1"),
     "linear kl ref": (
         lambda: gk.linear_kl(H, W, H, torch.randn(9, 4)),
         ValueError,
@@ -179,6 +201,7 @@ OPS = {
     "linear_token_logprob": lambda: gk.linear_token_logprob(H, W, TOK),
     "linear_gumbel_topk": lambda: gk.linear_gumbel_topk(H, W, 2, seed=0),
     "vocab_head": head(),
+    "vocab_objective": objective(),
     "soft_token_vjp": vjp(),
     "scatter_tokens": lambda: gk.scatter_tokens(SPARSE, 10),
     "candidate_grad": lambda: gk.candidate_grad(H, W, IDS),

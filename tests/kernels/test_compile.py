@@ -36,9 +36,17 @@ def sweep_and_vjp(hidden, weight, logits):
     return out.grad_hidden.sum() + out.kl.sum() + grad.dlogits.square().sum()
 
 
-@pytest.mark.parametrize(
-    "function", [sample_and_embed, divergence, logprob, linear_divergence, linear_sample, sweep_and_vjp]
-)
+def objective(hidden, weight, logits):
+    ids, per_row = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([0.5, 0.0, 2.0])
+    options = {"tokens": torch.tensor([1, 2, 3]), "entropy_weight": 0.1, "kl_weight": per_row, "ref_kl_weight": 0.5}
+    out = gk.vocab_objective(hidden, weight, indices=ids, ref_hidden=hidden.flip(0), **options)
+    return out.grad_hidden.sum() + out.kl.sum() + out.ref_kl.sum() + out.entropy.sum() + out.logits.sum()
+
+
+FUNCTIONS = [sample_and_embed, divergence, logprob, linear_divergence, linear_sample, sweep_and_vjp, objective]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_one_graph(function):
     arguments = [torch.randn(shape, requires_grad=True) for shape in ((3, D), (V, D), (3, V))]
     torch._dynamo.reset()

@@ -19,7 +19,7 @@ try:
 except RuntimeError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-from grade_kernels.triton_ops import embedding, kl, launch, logprob, sample, sweep, vjp
+from grade_kernels.triton_ops import embedding, kl, launch, logprob, objective, sample, sweep, vjp
 
 ODD, EVEN = 8209, 8192  # rows that lie off the alignment of a vector load, and on it; both of several tiles
 K, D = 17, 48
@@ -77,6 +77,12 @@ def call_sweep(c: Call, device):
     sweep.head_chunk(x, y, K, None, c.ids(device), c.tokens(device), "policy_ref", True, c.cap)
 
 
+def call_objective(c: Call, device):
+    x, y = c.logits(device, torch.float32), c.logits(device, torch.float32)
+    weights = torch.ones(3, c.n, device=device).unbind()
+    objective.objective_chunk(x, y, None, c.ids(device), c.tokens(device), weights, c.cap)
+
+
 def call_embedding(c: Call, device):
     table, grad = torch.ones(64, D, device=device), c.floats(D, device=device)
     embedding.weighted_sum(c.floats(K, device=device), c.ids(device), table)
@@ -110,8 +116,8 @@ def call_sample_from_a_support(c: Call, device):
 
 
 CALLS = [
-    call_kl, call_kl_with_stats_made_elsewhere, call_logprob, call_sweep, call_embedding, call_vjp, call_select,
-    call_sample, call_sample_from_a_support,
+    call_kl, call_kl_with_stats_made_elsewhere, call_logprob, call_sweep, call_objective, call_embedding, call_vjp,
+    call_select, call_sample, call_sample_from_a_support,
 ]  # fmt: skip
 # 1 would become a constant, 17 is not divisible by 16; the words of a seed are above and below 2^31, and negative.
 CHANGES = {
