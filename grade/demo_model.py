@@ -6,16 +6,17 @@ and returns the folder of a transformers model and tokenizer.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import math
-import os
-import random
-import tempfile
 from pathlib import Path
 
-from grade.config import GradeError
+from grade.small_model import (  # noqa: F401  the tests look for them here
+    _batches,
+    _learning_rate_factor,
+    _pad,
+    cached_model,
+    identity,
+    train_model,
+    train_tokenizer,
+)
 from grade.tasks import demo
 
 # Chosen by held-out loss and by how many sampled reviews keep to one opinion: learning rates of 2e-3 and 6e-3
@@ -34,17 +35,14 @@ SETTINGS = {
     "weight_decay": 0.1,
     "seed": 0,
 }
-EOS, PAD = "<|endoftext|>", "<|pad|>"
-_MAX_THREADS = 4  # more of them wait for each other on matrices this small
-_BATCHES_SORTED = 8  # reviews of this many batches are sorted by length, so that a batch needs little padding
 
 
 def demo_model(cache_dir: Path | None = None, *, steps: int | None = None, progress: bool = True) -> Path:
     """The folder of the demo model, trained now unless the cache holds it.
 
     The model lands in its place by a rename, so an interrupted run leaves nothing half-done. The folder's
-    name carries a hash of the grammar, this file and the settings: a change of any trains a new model. The
-    same machine and torch give the same weights; global random state is left alone.
+    name carries a hash of the grammar, the code of the training and the settings: a change of any trains a new
+    model. The same machine and torch give the same weights; global random state is left alone.
 
     Args:
         cache_dir: folder for trained models; null: `$XDG_CACHE_HOME/grade` or `~/.cache/grade`.
@@ -60,186 +58,22 @@ def demo_model(cache_dir: Path | None = None, *, steps: int | None = None, progr
         GradeError: the cache folder cannot be written.
     """
     settings = dict(SETTINGS, steps=SETTINGS["steps"] if steps is None else steps)
-    cache = Path(cache_dir) if cache_dir is not None else _user_cache()
-    folder = cache / f"demo-{_identity(settings)}"
-    if folder.is_dir():
-        return folder
-    try:  # before the training, not after
-        cache.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.TemporaryDirectory(prefix="unfinished-", dir=cache)
-    except OSError as error:
-        raise GradeError(
-            f"The demo model is kept in {cache}, which cannot be written ({error.strerror}). "
-            "Set the environment variable XDG_CACHE_HOME to a folder that can."
-        ) from error
-    with staging:
-        made = Path(staging.name) / "model"
-        with _few_threads():
-            _train(made, settings, progress)
-        try:
-            made.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same model
-                raise
-    return folder
-
-
-def _user_cache() -> Path:
-    # An empty or relative XDG_CACHE_HOME counts as unset, as its specification demands.
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "grade"
-
-
-@contextlib.contextmanager
-def _few_threads():
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, _MAX_THREADS))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return cached_model(
+        f"demo-{_identity(settings)}", lambda folder: _train(folder, settings, progress), cache_dir
+    )
 
 
 def _identity(settings: dict) -> str:
-    sources = [Path(path).read_bytes() for path in (demo.__file__, __file__)]
-    return hashlib.sha256(b"\x00".join([*sources, json.dumps(settings).encode()])).hexdigest()[:12]
+    return identity(settings, demo.__file__, __file__)
 
 
 def _train(folder: Path, settings: dict, progress: bool) -> None:
     """Train tokenizer and model and save both in `folder`."""
-    import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     texts = [review.text for review in demo.pretraining_reviews()]
-    tokenizer = _train_tokenizer(texts, settings)
+    tokenizer = train_tokenizer(texts, settings)
     rows = [
         ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]
     ]  # BOS comes from the tokenizer
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings["seed"])
-        model = _new_model(tokenizer, settings)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings["learning_rate"],
-        betas=(0.9, 0.95),
-        weight_decay=settings["weight_decay"],
+    train_model(
+        folder, tokenizer, rows, settings, title="Training the demo model, once", progress=progress
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _learning_rate_factor(step, settings)
-    )
-    batches = _batches(rows, settings)
-    losses: list[float] = []
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("Training the demo model, once", total=settings["steps"], loss=math.nan)
-        for _ in range(settings["steps"]):
-            ids, labels = _pad(next(batches), tokenizer.pad_token_id)
-            # Padding is on the right of a causal model: nothing real reads it, so no attention mask is
-            # needed.
-            loss = model(input_ids=ids, labels=labels).loss
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            recent = losses[-20:]
-            bar.update(task, advance=1, loss=sum(recent) / len(recent))
-        seconds = bar.tasks[0].elapsed
-    tokenizer.save_pretrained(folder)
-    model.eval().save_pretrained(folder)
-    report = {
-        "settings": settings,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "loss": sum(recent) / len(recent),
-        "seconds": seconds,
-    }
-    (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def _train_tokenizer(texts: list[str], settings: dict):
-    """A byte-level BPE that any text survives, and that starts every text with BOS by itself."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings["vocabulary"],
-        special_tokens=[EOS, PAD],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{EOS} $A", pair=f"{EOS} $A {EOS} $B", special_tokens=[(EOS, bpe.token_to_id(EOS))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=EOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        model_max_length=settings["context"],
-    )
-
-
-def _new_model(tokenizer, settings: dict):
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-    special = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=settings["hidden_size"],
-            intermediate_size=settings["intermediate_size"],
-            num_hidden_layers=settings["layers"],
-            num_attention_heads=settings["heads"],
-            max_position_embeddings=settings["context"],
-            tie_word_embeddings=True,
-            **special,
-        )
-    )
-    model.generation_config = GenerationConfig(**special)
-    return model.train()
-
-
-def _learning_rate_factor(step: int, settings: dict) -> float:
-    """Linear warm-up, then half a cosine down to 0."""
-    warmup = min(settings["warmup_steps"], settings["steps"] // 2)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings["steps"] - warmup)))
-
-
-def _batches(rows: list[list[int]], settings: dict):
-    """Batches without end, each epoch in a new order, rows of similar length together."""
-    generator, size = random.Random(settings["seed"]), settings["batch_size"]
-    while True:
-        order = generator.sample(range(len(rows)), len(rows))
-        batches = []
-        for start in range(0, len(order), size * _BATCHES_SORTED):
-            stretch = sorted(order[start : start + size * _BATCHES_SORTED], key=lambda i: len(rows[i]))
-            batches += [stretch[i : i + size] for i in range(0, len(stretch), size)]
-        for batch in generator.sample(batches, len(batches)):
-            yield [rows[i] for i in batch]
-
-
-def _pad(rows: list[list[int]], pad_id: int):
-    """Ids [B, T] int64, padded on the right, and labels [B, T] with -100 (no loss) on the padding."""
-    import torch
-
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
-    labels = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
-    return ids, labels

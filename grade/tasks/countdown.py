@@ -1,0 +1,336 @@
+"""A task with a program as its judge: reach a target from given numbers with + - * /, each number at most once.
+
+Puzzles are written by a seeded generator, so there is nothing to download; `grade.tasks.arithmetic` reads what a
+model answers and scores it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Dict, List, Optional, Set, Tuple
+
+from grade.errors import GradeError
+from grade.tasks import _sha256, encode
+from grade.tasks.arithmetic import scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from grade.config import TaskConfig
+    from grade.model import Policy
+    from grade.rollout import Rollout
+
+SPLITS = ("policy", "validation", "test")
+PARTS = (*SPLITS, "pretraining")
+"""A puzzle's hash says which part it belongs to, so that no puzzle is in two, whatever the sizes and seeds; the last
+one trains the model of `grade.countdown_model`."""
+TEST_PUZZLES = 2000
+
+# A part takes about one puzzle in four, and most random ones are new until a difficulty has few left.
+_ATTEMPTS_PER_PUZZLE = 2000
+
+_RULES = (
+    "Reach the target number with the operations + - * / from the given numbers. Use each given number at most once, "
+    "and at most {max_steps} operations. A result may be used once in a later step.\n"
+    "Numbers: {numbers}\nTarget: {target}\n"
+    "Answer with one step per line, such as\n50 + 25 = 75\n75 + 7 = 82\nor with one expression, such as\n"
+    "50 + 25 + 7\nand with nothing else. If you think first, put the answer between <answer> and </answer>."
+)
+
+Step = Tuple[int, str, int, int]
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """Numbers and a target that can be reached from them.
+
+    Attributes:
+        numbers: positive integers, in any order.
+        target: positive, none of `numbers`.
+        solution: steps (a, operation, b, result) that use all numbers and end with the target.
+    """
+
+    numbers: Tuple[int, ...]
+    target: int
+    solution: Tuple[Step, ...]
+
+    @property
+    def key(self) -> str:
+        """The same for two puzzles that differ only in the order of their numbers."""
+        return f"{sorted(self.numbers)} {self.target}"
+
+    @property
+    def prompt(self) -> str:
+        """One line, with its end."""
+        return f"numbers={','.join(map(str, self.numbers))} target={self.target}\n"
+
+    @property
+    def answer(self) -> str:
+        """The solution as a list of steps, one per line."""
+        return "\n".join(f"{a}{operation}{b}={result}" for a, operation, b, result in self.solution)
+
+
+def write_puzzles(
+    n: int, *, seed: int, operands: int, max_number: int, max_target: int, part: str
+) -> List[Puzzle]:
+    """`n` puzzles, distinct up to the order of their numbers; the first m of them are those of `n` = m.
+
+    Every puzzle starts from random numbers, which random operations merge two by two into the target. All results on
+    the way are positive integers up to the larger of `max_number` and `max_target`, and nothing is multiplied or
+    divided by 1. Of Python's generators only `random()` is used, which alone is promised to stay the same.
+
+    Args:
+        n: how many.
+        seed: of the generator; another seed gives other puzzles, with some in common.
+        operands: given numbers, so solutions have one step fewer. At least 2.
+        max_number: given numbers are from 1 to this, at least 2.
+        max_target: targets are from 1 to this.
+        part: one of `PARTS`. Puzzles of different parts never coincide.
+
+    Raises:
+        GradeError: there are not that many puzzles of this difficulty.
+        ValueError: unknown part.
+    """
+    if part not in PARTS:
+        raise ValueError(f"no part {part!r}: there are {', '.join(PARTS)}")
+    generator = random.Random(f"{seed} {part}")
+    seen: Set[str] = set()
+    puzzles: List[Puzzle] = []
+    while len(puzzles) < n:
+        for _ in range(_ATTEMPTS_PER_PUZZLE):
+            puzzle = _write(generator, operands, max_number, max_target)
+            if (
+                puzzle.target <= max_target
+                and puzzle.target not in puzzle.numbers
+                and puzzle.key not in seen
+                and _part(puzzle) == part
+            ):
+                break
+        else:
+            raise GradeError(
+                f"There are hardly more than {len(puzzles)} {part} puzzles with task.countdown.operands={operands}, "
+                f"max_number={max_number} and max_target={max_target}, but {n} are needed: raise one of the three"
+                + ("." if part in ("test", "pretraining") else f" or lower task.{part}_examples.")
+            )
+        seen.add(puzzle.key)
+        puzzles.append(puzzle)
+    return puzzles
+
+
+def _write(generator: random.Random, operands: int, max_number: int, max_target: int) -> Puzzle:
+    """A random puzzle, whose target may still be too large or a given number. There is always an operation: the
+    difference of two numbers, the quotient 1 of equal ones, or 1 + 1."""
+    numbers = tuple(1 + _below(generator, max_number) for _ in range(operands))
+    largest = max(max_number, max_target)
+    pool, steps = list(numbers), []
+    while len(pool) > 1:
+        a = pool.pop(_below(generator, len(pool)))
+        b = pool.pop(_below(generator, len(pool)))
+        a, b = max(a, b), min(a, b)
+        results = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}
+        allowed = [
+            operation
+            for operation, result in results.items()
+            if 0 < result <= largest
+            and (operation in "+-" or b > 1)
+            and (operation != "/" or a % b == 0)
+        ]
+        operation = allowed[_below(generator, len(allowed))]
+        steps.append((a, operation, b, results[operation]))
+        pool.append(results[operation])
+    return Puzzle(numbers, pool[0], tuple(steps))
+
+
+def _below(generator: random.Random, n: int) -> int:
+    return int(generator.random() * n)
+
+
+def _part(puzzle: Puzzle) -> str:
+    return PARTS[hashlib.sha256(puzzle.key.encode()).digest()[0] % len(PARTS)]
+
+
+def load(settings: TaskConfig) -> CountdownTask:
+    """The puzzles that the settings ask for, and `TEST_PUZZLES` for the test.
+
+    Raises:
+        GradeError: this difficulty does not have so many puzzles, or takes more steps than are allowed.
+    """
+    difficulty = settings.countdown
+    if difficulty.max_steps < difficulty.operands - 1:
+        raise GradeError(
+            f"task.countdown.max_steps is {difficulty.max_steps}, but puzzles of task.countdown.operands="
+            f"{difficulty.operands} may need {difficulty.operands - 1} steps: raise the first or lower the second."
+        )
+    sizes = (settings.policy_examples, settings.validation_examples, TEST_PUZZLES)
+    return CountdownTask(
+        "built-in generator",
+        settings,
+        *(
+            write_puzzles(
+                size, seed=settings.split_seed, operands=difficulty.operands, max_number=difficulty.max_number,
+                max_target=difficulty.max_target, part=split,
+            )
+            for split, size in zip(SPLITS, sizes, strict=True)
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class CountdownTask:
+    """Three disjoint splits of puzzles, and their prompts.
+
+    Attributes:
+        source: where the puzzles come from, for the record.
+        settings: the `task` section of the configuration.
+        policy, validation, test: puzzles for training, for choosing a checkpoint, and for the final evaluation.
+        by_prompt: the puzzle of every prompt that `prompts` has given out, by its token ids.
+    """
+
+    source: str
+    settings: TaskConfig
+    policy: List[Puzzle]
+    validation: List[Puzzle]
+    test: List[Puzzle]
+    by_prompt: Dict[Tuple[int, ...], Puzzle] = field(default_factory=dict, repr=False, compare=False)
+
+    def puzzles(self, split: str) -> List[Puzzle]:
+        """The puzzles of a split named in `SPLITS`; any other name raises ValueError."""
+        if split not in SPLITS:
+            raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
+        return getattr(self, split)
+
+    def prompts(self, split: str, tokenizer, limit: Optional[int] = None) -> List[List[int]]:
+        """Token ids of a split's puzzles, in order: a chat message where the tokenizer has a chat template, which
+        states the rules, and otherwise a line that a model must have been trained on.
+
+        Args:
+            split: one of `SPLITS`.
+            tokenizer: the policy's tokenizer.
+            limit: at most this many prompts (the first ones); null for all.
+
+        Returns:
+            Lists of at most `prompt_max_tokens` ids, not padded.
+
+        Raises:
+            GradeError: a prompt is longer (cut, it would be another puzzle), or the tokenizer does not tell two
+                puzzles apart.
+        """
+        puzzles = self.puzzles(split)[:limit]
+        longest = self.settings.prompt_max_tokens
+        if getattr(tokenizer, "chat_template", None):
+            rows = [self._chat(puzzle, tokenizer) for puzzle in puzzles]
+        else:
+            rows = encode(tokenizer, [puzzle.prompt for puzzle in puzzles], longest + 1)
+        for puzzle, row in zip(puzzles, rows, strict=True):
+            if len(row) > longest:
+                raise GradeError(
+                    f"task.prompt_max_tokens is {longest}, but the prompt of the puzzle {puzzle.prompt.strip()!r} is "
+                    "longer, and a puzzle cannot be cut. Raise it."
+                )
+            if self.by_prompt.setdefault(tuple(row), puzzle) != puzzle:
+                raise GradeError(
+                    f"model.name: its tokenizer writes the puzzles {puzzle.prompt.strip()!r} and "
+                    f"{self.by_prompt[tuple(row)].prompt.strip()!r} with the same tokens. Choose a model that knows "
+                    "all digits."
+                )
+        return rows
+
+    def _chat(self, puzzle: Puzzle, tokenizer) -> List[int]:
+        content = _RULES.format(
+            max_steps=self.settings.countdown.max_steps, numbers=" ".join(map(str, puzzle.numbers)),
+            target=puzzle.target,
+        )
+        message = [{"role": "user", "content": content}]
+        return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+
+    def make_reward(self, policy: Policy) -> CountdownReward:
+        """The reward of responses to this task's prompts."""
+        return CountdownReward(policy, self)
+
+    def describe(self) -> dict:
+        """What a run records about its data, ready for JSON: seed, difficulty and, per split, size and hash."""
+        difficulty = self.settings.countdown
+        return {
+            "task": self.settings.name,
+            "dataset": self.source,
+            "split_seed": self.settings.split_seed,
+            "operands": difficulty.operands,
+            "max_number": difficulty.max_number,
+            "max_target": difficulty.max_target,
+            "max_steps": difficulty.max_steps,
+            "splits": {
+                split: {
+                    "examples": len(self.puzzles(split)),
+                    "texts_sha256": _sha256(puzzle.prompt for puzzle in self.puzzles(split)),
+                }
+                for split in SPLITS
+            },
+        }
+
+
+class CountdownReward:
+    """Scores responses by reading their text (see `grade.tasks.arithmetic.score`); it has no gradient.
+
+    A response has ended if its last token ends a sequence; one that was cut off at its maximum length is no solution.
+    """
+
+    differentiable = False
+    shares_base_pass = False
+
+    def __init__(self, policy: Policy, task: CountdownTask):
+        self.policy, self.task = policy, task
+
+    def from_tokens(self, rollout: Rollout) -> Tensor:
+        """[B] float32 final scores, in [0, 1]."""
+        return self._tensor([final for _, _, final in self._read(rollout)], rollout)
+
+    def solved(self, rollout: Rollout) -> Tensor:
+        """[B] bool: responses that are solutions. Only these have a final score of 1."""
+        return self.from_tokens(rollout) == 1.0
+
+    def details(self, rollout: Rollout) -> Dict[str, Tensor]:
+        """`solved` under the name of its mean, as float32."""
+        return {"solve_rate": self.solved(rollout).float()}
+
+    def prefix_scores(self, rollout: Rollout, base=None) -> Tensor:
+        """[B, 1 + S] float32, the score of nothing (0) and after every token: the last real token has the final
+        score, and padding repeats it. `base` is not used: it serves rewards that read a model's states."""
+        rows = []
+        for ids, growing, final in self._read(rollout):
+            lengths = [len(self._text(ids[:count])) for count in range(len(ids))]
+            # A character of several tokens decodes to something else before it is complete.
+            row = [growing[min(length, len(growing) - 1)] for length in lengths] + [final]
+            rows.append(row + [final] * (1 + rollout.tokens.shape[1] - len(row)))
+        return self._tensor(rows, rollout)
+
+    def _read(self, rollout: Rollout) -> List[Tuple[List[int], List[float], float]]:
+        """Per response its real ids, the scores of its text's beginnings, and its final score."""
+        settings = self.task.settings.countdown
+        ended = rollout.ended_by(self.policy.eos_ids).tolist()
+        read = []
+        for row, has_ended in enumerate(ended):
+            puzzle = self._puzzle(rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist())
+            ids = rollout.tokens[row][rollout.mask[row]].tolist()
+            growing, final = scores(
+                self._text(ids), puzzle.numbers, puzzle.target, max_steps=settings.max_steps, ended=has_ended,
+                partial_credit=settings.partial_credit,
+            )
+            read.append((ids, growing, final))
+        return read
+
+    def _puzzle(self, prompt: List[int]) -> Puzzle:
+        puzzle = self.task.by_prompt.get(tuple(prompt))
+        if puzzle is None:
+            raise ValueError(f"no puzzle has the prompt {self._text(prompt)!r}: CountdownTask.prompts did not give it")
+        return puzzle
+
+    def _text(self, ids: List[int]) -> str:
+        return self.policy.tokenizer.decode(ids, skip_special_tokens=True)
+
+    @staticmethod
+    def _tensor(values, rollout: Rollout) -> Tensor:
+        import torch
+
+        return torch.tensor(values, dtype=torch.float32, device=rollout.tokens.device)
