@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 from safetensors import SafetensorError
 
-from grade.config import GradeError, first_line
+from grade.errors import GradeError, first_line
 from grade.model import Policy
 
 STATE_FILE = "trainer_state.pt"

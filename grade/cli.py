@@ -1,4 +1,4 @@
-"""The command line: `grade {demo,reward,train,evaluate,doctor}`.
+"""The command line: `grade {demo,reward,train,evaluate,compare,doctor}`.
 
     grade train imdb_small                          a config that ships with the package
     grade train my.yaml --train.steps 10            a file, with an override
@@ -21,13 +21,15 @@ from typing import Any, Callable, Dict, List, Literal, NamedTuple, Optional
 from jsonargparse import ArgumentParser
 
 from grade import __version__, config_io
-from grade.config import Config, GradeError
+from grade.config import Config, GradeError, default_methods
+from grade.method_config import COMPARED
 
 COMMANDS = {
     "demo": "train a tiny model on built-in reviews, from scratch to a better one: no network, no GPU",
     "reward": "train the reward head of a config",
     "train": "train a policy",
     "evaluate": "evaluate a checkpoint of a run against its base model",
+    "compare": "train several methods over several seeds and compare them at equal cost",
     "doctor": "versions, devices, kernel backends, caches: what works here and what is missing",
 }
 
@@ -55,6 +57,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("grade: interrupted.", file=sys.stderr)
+        if argv[:1] == ["compare"]:
+            print("What is done is kept: the same command goes on.", file=sys.stderr)
         if argv[:1] == ["train"]:
             resume = shlex.join([*_without_resume(argv), "--train.resume", "true"])
             print(f"Continue from the last checkpoint with: grade {resume}", file=sys.stderr)
@@ -79,6 +83,7 @@ def run(argv: List[str]) -> int:
         "reward": reward,
         "train": train,
         "evaluate": evaluate,
+        "compare": compare,
         "doctor": doctor,
     }
     return handlers[command](rest)
@@ -161,6 +166,43 @@ def evaluate(argv: List[str]) -> int:
         checkpoint, split = resolved.options.checkpoint, resolved.options.split
         evaluate_run(resolved.config, Path(resolved.positional), checkpoint, split)
     return 0
+
+
+def compare(argv: List[str]) -> int:
+    """`grade compare CONFIG [--methods A,B] [--seeds 0,1] [--section.field VALUE ...]`."""
+    parser = _config_parser(
+        "compare", "Train methods over seeds on the same prompts; tables at equal tokens and at equal training time."
+    )
+    parser.usage = "grade compare CONFIG [--methods A,B,...] [--seeds 0,1,...] [--section.field VALUE ...]"
+    group = parser.add_argument_group("the comparison's own")
+    group.add_argument(
+        "--methods", type=Optional[str], metavar="A,B",
+        help=f"Of {', '.join(COMPARED)}; null: those that can use the task's reward.",
+    )
+    group.add_argument("--seeds", type=str, default="0,1,2", metavar="0,1", help="Seeds of the runs.")
+    resolved = _resolve(parser, argv, ["methods", "seeds"], "CONFIG", config_io.find_config)
+    if resolved is None:
+        return 0
+    methods = _listed("methods", resolved.options.methods) or default_methods(resolved.config)
+    unknown = [name for name in methods if name not in COMPARED]
+    if unknown:
+        raise GradeError(f"--methods: there is no {unknown[0]!r}. There are {', '.join(COMPARED)}.")
+    seeds = _listed("seeds", resolved.options.seeds)
+    if not seeds or not all(seed.isdecimal() and int(seed) < 2**63 for seed in seeds):
+        raise GradeError(f"--seeds is {resolved.options.seeds!r}: write whole numbers with commas, such as 0,1,2.")
+    from grade.compare import run_comparison
+
+    run_comparison(resolved.config, methods, [int(seed) for seed in seeds])
+    return 0
+
+
+def _listed(option: str, text: Optional[str]) -> List[str]:
+    """The entries of `a,b`; refuses one that is there twice."""
+    entries = [entry.strip() for entry in (text or "").split(",") if entry.strip()]
+    twice = [entry for entry in entries if entries.count(entry) > 1]
+    if twice:
+        raise GradeError(f"--{option} names {twice[0]} twice.")
+    return entries
 
 
 def doctor(argv: List[str]) -> int:

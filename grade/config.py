@@ -10,22 +10,41 @@ import math
 from dataclasses import dataclass, field
 from typing import List, Literal, Optional
 
+from grade.errors import GradeError
+from grade.method_config import (
+    AT_MOST_ONE,
+    BELOW_ONE,
+    DIFFERENTIATING,
+    LOWER_BOUNDS,
+    METHODS,
+    MethodConfig,
+    check_method,
+)
 
-class GradeError(Exception):
-    """The user can mend it: its text names the setting, the reason and the fix; the CLI exits with 2."""
 
+@dataclass
+class CountdownConfig:
+    """The puzzles of task.name=countdown: reach a target with + - * / and given numbers, each used at most once."""
 
-def first_line(error: Exception) -> str:
-    """What another library's error says, in one line: some of their messages list every choice there is."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    operands: int = 4
+    """Numbers in a puzzle."""
+    max_number: int = 25
+    """Largest given number."""
+    max_target: int = 100
+    """Largest target."""
+    max_steps: int = 6
+    """A solution has at most this many operations."""
+    partial_credit: bool = True
+    """Valid steps and reaching the target earn a part of the reward; false: 1 for a solution, else 0."""
 
 
 @dataclass
 class TaskConfig:
     """Where prompts come from and how they are cut."""
 
-    name: Literal["sentiment", "demo"] = "sentiment"
-    """`sentiment`: labelled reviews, continued to turn positive. `demo`: the same, written by a grammar."""
+    name: Literal["sentiment", "demo", "countdown"] = "sentiment"
+    """`sentiment`: labelled reviews, continued to turn positive. `demo`: the same, written by a grammar. `countdown`:
+    arithmetic puzzles, judged by a program."""
     dataset: str = "stanfordnlp/imdb"
     """Hub dataset, `save_to_disk` folder, or folder with train.* and test.* (parquet, csv or jsonl)."""
     text_column: str = "text"
@@ -42,12 +61,15 @@ class TaskConfig:
     """Reviews whose openings are training prompts: the next ones."""
     validation_examples: int = 2000
     """Reviews held out for validation prompts and the head's accuracy: the next ones."""
+    judge_examples: int = 8000
+    """Reviews that train the judge of `grade compare`: the next ones, as many as are left up to this; 0: no judge."""
     prompt_sentences: int = 2
     """A prompt is at most this many opening sentences of a review."""
     prompt_max_chars: int = 200
     """A prompt is cut to this many characters, at a word's end."""
     prompt_max_tokens: int = 32
     """A prompt is cut to this many tokens."""
+    countdown: CountdownConfig = field(default_factory=CountdownConfig)
 
 
 @dataclass
@@ -126,44 +148,6 @@ class GenerationConfig:
 
 
 @dataclass
-class MethodConfig:
-    """The gradient estimator and its objective: -mean reward + kl_coef * KL."""
-
-    name: Literal["grade-ste", "grade"] = "grade-ste"
-    """`grade-ste`: straight-through, hard tokens fed forward. `grade`: soft tokens fed forward."""
-    estimator: Literal["gumbel", "rao", "straight_through", "reinmax"] = "gumbel"
-    """Local rule from a token's embedding gradient to its logits; `grade` needs `gumbel`."""
-    rao_samples: int = 16
-    """Conditional Gumbel draws per token that `rao` averages."""
-    kl_coef: float = 0.1
-    """Weight of the KL term, per nat."""
-    kl_direction: Literal["policy_ref", "ref_policy"] = "policy_ref"
-    """`policy_ref`: kl(policy‖ref). `ref_policy`: kl(ref‖policy). Exact over the vocabulary."""
-    kl_reduction: Literal["token_mean", "sequence_sum"] = "token_mean"
-    """`token_mean`: over the global batch's real tokens. `sequence_sum`: per response, mean over those."""
-    kl_prefix_grad: Literal["both", "policy", "none"] = "both"
-    """KL's gradient through earlier tokens: by both models (exact), by the policy only, or not at all."""
-    tau_start: float = 2.0
-    """Temperature of the relaxation at step 0. Sampling itself stays at temperature 1."""
-    tau_end: float = 0.5
-    """Temperature after tau_steps; linear in between, constant after."""
-    tau_steps: int = 2000
-    """Optimizer steps of the annealing."""
-    max_hops: int = 16
-    """Most applications of the hop operator per step; exact at max_new_tokens - 1."""
-    hop_tol: float = 1e-2
-    """A sequence stops hopping when its last change relative to its gradient (hidden space) is below this."""
-    replay_dropout: bool = False
-    """Adapter dropout during replay. Breaks the fixed point of `grade`, which refuses it."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward passes: less memory, more time."""
-    prompt_cache: bool = True
-    """The frozen pass reads prompts from a KV cache, one per distinct prompt; off with checkpointing."""
-    head_chunk_mib: int = 256
-    """Memory for the head's logits chunks, MiB."""
-
-
-@dataclass
 class TrainConfig:
     """The optimizer and the run."""
 
@@ -197,6 +181,8 @@ class TrainConfig:
     """Delete what run_dir holds and start again."""
     save_every: int = 50
     """Steps between checkpoints for resuming; one is always written at the end."""
+    keep_adapters: bool = False
+    """Keep the adapter of every validation in checkpoints/step-N, not only the best and the last."""
     tensorboard: bool = True
     """Write tensorboard events to run_dir/tensorboard."""
     wandb: bool = False
@@ -218,7 +204,7 @@ class EvaluationConfig:
     validation_prompts: int = 500
     """Validation prompts, the same ones each time."""
     test_prompts: int = 2000
-    """Test prompts, used once, with the best checkpoint and the base model."""
+    """Test prompts, used once, with the best checkpoint and the base model; 0: no test."""
     sampler: Literal["policy", "top_p"] = "policy"
     """`policy`: the sampler of training. `top_p`: the fewest candidates that hold top_p of the mass."""
     top_p: float = 0.9
@@ -229,6 +215,33 @@ class EvaluationConfig:
     """Seed of the evaluation's noise, apart from the training's."""
     samples: int = 16
     """Responses kept in evaluation.json for reading."""
+
+
+@dataclass
+class CompareConfig:
+    """What `grade compare` adds to the settings of its runs."""
+
+    learning_rate_factors: List[float] = field(default_factory=lambda: [0.3, 1.0, 3.0])
+    """Every method is tried with train.learning_rate times each of these, and keeps the best by validation."""
+    sweep_steps: int = 50
+    """Optimizer steps of each of these trials; 0: none, every method takes train.learning_rate."""
+    sweep_seed: int = 1000
+    """Seed of these trials; none of the comparison's own."""
+    samples_per_prompt: int = 4
+    """generation.samples_per_prompt of every run: all methods see the same prompts, in groups that GRPO needs."""
+    jobs: int = 1
+    """Runs at the same time, each with an equal share of the CPU's threads."""
+
+
+JUDGED_BY_PROGRAM = ("countdown",)
+"""Tasks whose reward is a program, without a gradient."""
+
+
+def default_methods(config: Config) -> List[str]:
+    """What `grade compare` compares unless told: the methods that can use the task's reward."""
+    if config.task.name in JUDGED_BY_PROGRAM:
+        return [name for name in METHODS if name not in DIFFERENTIATING] + ["grpo-token"]
+    return list(METHODS)
 
 
 @dataclass
@@ -250,6 +263,7 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
     @property
     def run_dir(self) -> str:
@@ -258,9 +272,15 @@ class Config:
 
 # (setting, smallest allowed value, is that value itself allowed)
 _LOWER_BOUNDS = [
+    *LOWER_BOUNDS,
     ("task.reward_examples", 2, True),
     ("task.policy_examples", 1, True),
     ("task.validation_examples", 1, True),
+    ("task.judge_examples", 0, True),
+    ("task.countdown.operands", 2, True),
+    ("task.countdown.max_number", 2, True),
+    ("task.countdown.max_target", 1, True),
+    ("task.countdown.max_steps", 1, True),
     ("task.prompt_sentences", 1, True),
     ("task.prompt_max_chars", 1, True),
     ("task.prompt_max_tokens", 1, True),
@@ -278,14 +298,6 @@ _LOWER_BOUNDS = [
     ("generation.top_k", 1, True),
     ("generation.samples_per_prompt", 1, True),
     ("generation.batch_size", 1, True),
-    ("method.rao_samples", 1, True),
-    ("method.kl_coef", 0, True),
-    ("method.tau_start", 0, False),
-    ("method.tau_end", 0, False),
-    ("method.tau_steps", 1, True),
-    ("method.max_hops", 0, True),
-    ("method.hop_tol", 0, True),
-    ("method.head_chunk_mib", 1, True),
     ("train.steps", 1, True),
     ("train.batch_size", 1, True),
     ("train.accumulation_steps", 1, True),
@@ -301,13 +313,17 @@ _LOWER_BOUNDS = [
     ("train.samples_every", 1, True),
     ("evaluation.every", 1, True),
     ("evaluation.validation_prompts", 1, True),
-    ("evaluation.test_prompts", 1, True),
+    ("evaluation.test_prompts", 0, True),
     ("evaluation.top_p", 0, False),
     ("evaluation.batch_size", 1, True),
     ("evaluation.samples", 0, True),
+    ("compare.sweep_steps", 0, True),
+    ("compare.samples_per_prompt", 1, True),
+    ("compare.jobs", 1, True),
 ]
-_SEEDS = ["seed", "task.split_seed", "reward.seed", "evaluation.seed"]
-_BELOW_ONE = ["model.lora.dropout", "train.adam_beta1", "train.adam_beta2"]
+_SEEDS = ["seed", "task.split_seed", "reward.seed", "evaluation.seed", "compare.sweep_seed"]
+_BELOW_ONE = ["model.lora.dropout", "train.adam_beta1", "train.adam_beta2", *BELOW_ONE]
+_AT_MOST_ONE = ["evaluation.top_p", *AT_MOST_ONE]
 
 
 def get_setting(config: Config, dotted: str):
@@ -333,12 +349,13 @@ def validate(config: Config) -> None:
     for name in _BELOW_ONE:
         if get_setting(config, name) >= 1:
             raise GradeError(f"{name} is {get_setting(config, name)}: it must be below 1.")
+    for name in _AT_MOST_ONE:
+        if get_setting(config, name) > 1:
+            raise GradeError(f"{name} is {get_setting(config, name)}: it must be at most 1.")
     for name in _SEEDS:
         if not 0 <= get_setting(config, name) < 2**63:
             raise GradeError(f"{name} is {get_setting(config, name)}: a seed is between 0 and 2^63 - 1.")
     generation, method, train = config.generation, config.method, config.train
-    if config.evaluation.top_p > 1:
-        raise GradeError(f"evaluation.top_p is {config.evaluation.top_p}: a probability mass is at most 1.")
     if not config.model.lora.target_modules:
         raise GradeError("model.lora.target_modules is empty: nothing would be trained. Name a layer.")
     if generation.max_new_tokens < generation.min_new_tokens:
@@ -346,22 +363,24 @@ def validate(config: Config) -> None:
             f"generation.max_new_tokens ({generation.max_new_tokens}) is below generation.min_new_tokens "
             f"({generation.min_new_tokens}): raise the first or lower the second."
         )
-    if method.name == "grade" and method.replay_dropout:
-        raise GradeError(
-            "method.replay_dropout cannot be true with method.name=grade: its soft tokens are a fixed point "
-            "of the model that sampled them, which dropout would change. Use grade-ste or set it to false."
-        )
-    if method.name == "grade" and method.estimator != "gumbel":
-        raise GradeError(
-            f"method.estimator={method.estimator} needs method.name=grade-ste: soft tokens are the "
-            "Gumbel-Softmax weights themselves, so only `gumbel` is their gradient."
-        )
+    factors = config.compare.learning_rate_factors
+    if not factors or any(not (math.isfinite(f) and f > 0) for f in factors):
+        raise GradeError(f"compare.learning_rate_factors is {factors}: name one or more numbers above 0.")
     per_step = train.batch_size * train.accumulation_steps
     if per_step % generation.samples_per_prompt:
         raise GradeError(
             f"train.batch_size * train.accumulation_steps ({per_step}) is not a multiple of "
             f"generation.samples_per_prompt ({generation.samples_per_prompt}): a prompt's samples would "
             "be split over two steps. Change one of the three."
+        )
+    check_method(
+        method, samples_per_prompt=generation.samples_per_prompt, responses=per_step,
+        reward_has_gradient=config.task.name not in JUDGED_BY_PROGRAM,
+    )
+    if method.name == "grpo" and method.grpo.level == "token" and config.reward.model is not None:
+        raise GradeError(
+            "method.grpo.level=token needs the reward after every token, which a classifier (reward.model) does not "
+            "give. Use level sequence, or leave reward.model null for the trained head."
         )
     if train.resume and train.overwrite:
         raise GradeError("train.resume and train.overwrite are both true: choose one.")

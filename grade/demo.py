@@ -46,7 +46,8 @@ def run_demo(
     rows = trainer.fit()
 
     out = Console()
-    out.print(evaluation_table(list(rows.values()), f"test, {rows['best'].prompts} prompts"))
-    out.print(samples_table(rows["base"].samples, rows["best"].samples, PRINTED_SAMPLES))
+    if rows:
+        out.print(evaluation_table(list(rows.values()), f"test, {rows['best'].prompts} prompts"))
+        out.print(samples_table(rows["base"].samples, rows["best"].samples, PRINTED_SAMPLES))
     out.print(f"Run directory: {run_dir}", soft_wrap=True)
     return rows

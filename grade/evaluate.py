@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 from accelerate.utils import gather_object
@@ -19,7 +19,9 @@ from grade.metrics import unique_token_ratio
 from grade.model import Policy
 from grade.replay import ReplaySettings, score
 from grade.reward import Reward
-from grade.rollout import Sampling, pad_prompts, sample
+from grade.rollout import Rollout, Sampling, pad_prompts, sample, sampling_of
+
+Measures = Dict[str, torch.Tensor]
 
 SPLIT_ROWS = {"validation": 0, "test": 2**40}  # far apart: no noise row is shared between splits
 
@@ -37,6 +39,7 @@ class Evaluation:
         mean_length: tokens per response.
         eos_rate: share of responses that ended by themselves.
         prompts: how many.
+        details: further measures of the reward or the caller, means over prompts; `solve_rate` where there is one.
         samples: the first few, as text.
     """
 
@@ -52,25 +55,41 @@ class Evaluation:
     mean_length: float
     eos_rate: float
     prompts: int
+    details: Dict[str, float] = field(default_factory=dict)
     samples: List[dict] = field(default_factory=list)
 
     def summary(self) -> Dict[str, float]:
         """The numbers, for the log."""
-        return {
+        numbers = {
             k: v for k, v in asdict(self).items() if isinstance(v, (int, float)) and k not in ("step", "prompts")
         }
+        return {**numbers, **self.details}
+
+    @property
+    def metric(self) -> float:
+        """What the best checkpoint is chosen by: the solve rate where the task has one, else the reward."""
+        return self.details.get("solve_rate", self.reward)
 
 
-def evaluation_sampling(config: Config, sampling: Sampling) -> Sampling:
+def evaluation_sampling(config: Config) -> Sampling:
     """Training's sampler, or the nucleus sampler of the paper's evaluation. Tokens are fed back, not mixtures: what
     a user of the trained model would do, and the same for every method."""
     top_p = config.evaluation.top_p if config.evaluation.sampler == "top_p" else None
-    return replace(sampling, soft=False, top_p=top_p)
+    return replace(sampling_of(config.generation), top_p=top_p)
+
+
+def score_settings(config: Config) -> ReplaySettings:
+    """How a response is scored; nothing here depends on the method."""
+    method = config.method
+    return ReplaySettings(
+        tau=1.0, kl_direction=method.kl_direction, prompt_cache=method.prompt_cache,
+        chunk_bytes=method.head_chunk_mib * 2**20,
+    )
 
 
 def evaluate(
     policy: Policy, reward: Reward, prompts: Sequence[List[int]], config: Config, *, split: str, step: Optional[int],
-    sampling: Sampling, settings: ReplaySettings, adapters: bool = True, accelerator=None, tick=None,
+    adapters: bool = True, accelerator=None, tick=None, measure: Optional[Callable[[Rollout], Measures]] = None,
 ) -> Evaluation:
     """Sample a response to every prompt and score it.
 
@@ -81,9 +100,11 @@ def evaluate(
         adapters: False evaluates the base model.
         accelerator: shares the prompts among its processes; every process returns the whole result.
         tick: called with the number of prompts done after each batch.
+        measure: given a rollout, further [B] measures of it by name; their means are the `details`.
     """
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    sampling = evaluation_sampling(config, sampling)
+    sampling, settings = evaluation_sampling(config), score_settings(config)
+    measures = [m for m in (getattr(reward, "details", None), measure) if m is not None]
     size, numbers = config.evaluation.batch_size, list(range(process, len(prompts), processes))
     records: List[dict] = []
     for start in range(0, len(numbers), size):
@@ -93,7 +114,9 @@ def evaluate(
         rollout = sample(
             policy, ids, mask, sampling, seed=config.evaluation.seed, first_rows=rows, adapters=adapters
         )
-        records += _records(policy, rollout, score(policy, reward, rollout, settings, adapters=adapters), chosen)
+        scores = score(policy, reward, rollout, settings, adapters=adapters)
+        details = {name: values for m in measures for name, values in m(rollout).items()}
+        records += _records(policy, rollout, scores, details, chosen)
         if tick is not None:
             tick(len(chosen) * processes)
     if processes > 1:
@@ -102,7 +125,7 @@ def evaluate(
     return _summary(records, config, split=split, step=step, model="policy" if adapters else "base")
 
 
-def _records(policy: Policy, rollout, result, numbers: Sequence[int]) -> List[dict]:
+def _records(policy: Policy, rollout: Rollout, result, details: Measures, numbers: Sequence[int]) -> List[dict]:
     """Per-response values, small enough to send between processes."""
     mask, unique = rollout.mask, unique_token_ratio(rollout.tokens, rollout.mask)
     columns = {
@@ -110,9 +133,11 @@ def _records(policy: Policy, rollout, result, numbers: Sequence[int]) -> List[di
         "length": mask.sum(1), "ended": rollout.ended_by(policy.eos_ids),
     }
     columns = {name: values.tolist() for name, values in columns.items()}
+    details = {name: values.double().tolist() for name, values in details.items()}
     return [
         {
             "number": number, **{name: values[i] for name, values in columns.items()},
+            "details": {name: values[i] for name, values in details.items()},
             "prompt": text_of(policy, rollout.prompt_ids[i], rollout.prompt_mask[i]),
             "response": text_of(policy, rollout.tokens[i], mask[i]),
         }
@@ -135,6 +160,7 @@ def _summary(records: List[dict], config: Config, *, split: str, step: Optional[
         kl_sequence=kl / count, entropy=sum(r["entropy"] for r in records) / tokens,
         unique_token_ratio=sum(r["unique"] for r in records) / count, mean_length=tokens / count,
         eos_rate=sum(r["ended"] for r in records) / count, prompts=count,
+        details={name: sum(r["details"][name] for r in records) / count for name in records[0]["details"]},
         samples=[
             {k: r[k] for k in ("prompt", "response", "reward")} for r in records[: config.evaluation.samples]
         ],
@@ -160,7 +186,6 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
 
     from grade.checkpoint import latest, load_adapter
     from grade.loading import load_policy, load_reward, load_tokenizer
-    from grade.methods.grade import Grade
     from grade.report import evaluation_table
     from grade.reward_training import with_kept_head
     from grade.tasks import load_task
@@ -178,11 +203,9 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     load_adapter(folder, policy)
     limit = config.evaluation.test_prompts if split == "test" else config.evaluation.validation_prompts
     prompts = task.prompts(split, tokenizer, limit=limit)
-    method = Grade(policy, reward, config)
     rows = [
         evaluate(
-            policy, reward, prompts, config, split=split, step=None, sampling=method.sampling(0),
-            settings=method.settings(0), adapters=adapters, accelerator=accelerator,
+            policy, reward, prompts, config, split=split, step=None, adapters=adapters, accelerator=accelerator,
         )
         for adapters in (False, True)
     ]

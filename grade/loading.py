@@ -11,9 +11,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from grade.config import Config, GradeError, first_line
+from grade.config import Config, GradeError
+from grade.errors import first_line
 from grade.model import Policy
 from grade.reward import SharedReward, check_classifier, load_classifier
+
+
+def model_path(config: Config) -> str:
+    """model.name, or for `built-in:NAME` the folder of that model, trained now if it is not in the cache.
+
+    Raises:
+        GradeError: there is no such built-in model.
+    """
+    kind, _, name = config.model.name.partition(":")
+    if kind != "built-in":
+        return config.model.name
+    from grade.countdown_model import countdown_model
+    from grade.demo_model import demo_model
+
+    models = {"countdown": countdown_model, "demo": demo_model}
+    if name not in models:
+        raise GradeError(f"model.name={config.model.name}: the built-in models are {', '.join(sorted(models))}.")
+    return str(models[name]())
 
 
 def load_tokenizer(config: Config):
@@ -23,7 +42,7 @@ def load_tokenizer(config: Config):
         GradeError: model.name cannot be found, or reward.model has another vocabulary.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model.name, revision=config.model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(model_path(config), revision=config.model.revision)
     except (OSError, ValueError) as error:
         raise _not_loadable(config, error) from error
     tokenizer.padding_side = "left"
@@ -42,14 +61,14 @@ def load_policy(config: Config, tokenizer, device: torch.device) -> Policy:
             generation.top_k exceeds its vocabulary.
     """
     try:
-        settings = AutoConfig.from_pretrained(config.model.name, revision=config.model.revision)
+        settings = AutoConfig.from_pretrained(model_path(config), revision=config.model.revision)
     except (OSError, ValueError) as error:
         raise _not_loadable(config, error) from error
     _check_fits(config, settings)
     transformers_logging.disable_progress_bar()  # one line per file of weights says less than it costs to read
     try:
         base, found = AutoModelForCausalLM.from_pretrained(
-            config.model.name, revision=config.model.revision, dtype=getattr(torch, config.model.dtype),
+            model_path(config), revision=config.model.revision, dtype=getattr(torch, config.model.dtype),
             attn_implementation=config.model.attn_implementation, output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -92,9 +111,12 @@ def add_adapter(base, config: Config):
 
 
 def load_reward(config: Config, policy: Policy, task):
-    """The reward a config asks for: a classifier, or the trained head (trained now if there is none yet)."""
+    """The reward a config asks for: the task's own program, a classifier, or the trained head (trained now if there is
+    none yet)."""
     from grade.reward_training import load_or_train_head
 
+    if hasattr(task, "make_reward"):
+        return task.make_reward(policy)
     if config.reward.model is not None:
         return load_classifier(
             config.reward.model, policy, positive_label=config.reward.positive_label, reads=config.reward.input

@@ -9,13 +9,13 @@ import json
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Optional
 
 import torch
 from torch import Tensor
 
 from grade.config import Config, GradeError
-from grade.replay import ReplayResult
+from grade.replay import Scores
 from grade.rollout import Rollout
 
 
@@ -54,55 +54,58 @@ def unique_token_ratio(tokens: Tensor, mask: Tensor) -> Tensor:
     return (first & (ordered >= 0)).sum(1) / mask.sum(1).clamp_min(1)
 
 
-# Sums over responses or tokens, so that micro-batches and processes can be added before dividing.
-SUMS = (
-    "responses", "tokens", "reward", "reward²", "kl", "entropy", "mass", "gap", "unique", "ended", "hops", "residual",
-    "kl²", "logprob",
-)
+def step_sums(
+    rollout: Rollout, scores: Scores, eos_ids: Tensor, *, per_response: Optional[Dict[str, Tensor]] = None,
+    per_token: Optional[Dict[str, Tensor]] = None,
+) -> Dict[str, float]:
+    """One micro-batch's contribution to `step_metrics`: sums, which micro-batches and processes can add.
 
-
-def step_sums(rollout: Rollout, result: ReplayResult, eos_ids: Tensor) -> Tensor:
-    """One micro-batch's contribution to `step_metrics`: float64 [len(SUMS)], on CPU."""
+    Args:
+        per_response, per_token: further measures of a method by name, [B] and [B, S] with 0 at padding.
+    """
     mask = rollout.mask
-    reward = result.reward.double()
-    kl, relaxed = result.kl.double(), (1 - rollout.token_weight) * mask
-    parts = [
-        torch.tensor(len(rollout), device=mask.device), mask.sum(), reward.sum(), reward.square().sum(), kl.sum(),
-        result.entropy.double().sum(), result.mass.double().sum(), relaxed.double().sum(),
-        unique_token_ratio(rollout.tokens, mask).double().sum(), rollout.ended_by(eos_ids).sum(), result.hops.sum(),
-        result.residual.double().sum(), kl.sum(1).square().sum(), result.logprob.double().sum(),
-    ]
-    return torch.stack([p.double() for p in parts]).cpu()
+    reward, kl = scores.reward.double(), scores.kl.double()
+    sums = {
+        "responses": torch.tensor(len(rollout)), "tokens": mask.sum(), "reward²": reward.square().sum(),
+        "kl²": kl.sum(1).square().sum(),
+    }
+    of_responses = {
+        "reward": reward, "kl_sequence": kl.sum(1), "unique_token_ratio": unique_token_ratio(rollout.tokens, mask),
+        "eos_rate": rollout.ended_by(eos_ids), **(per_response or {}),
+    }
+    of_tokens = {
+        "kl": kl, "entropy": scores.entropy, "logprob": scores.logprob, "topk_mass": scores.mass, **(per_token or {}),
+    }
+    sums |= {f"response/{name}": values.double().sum() for name, values in of_responses.items()}
+    sums |= {f"token/{name}": values.double().sum() for name, values in of_tokens.items()}
+    return {name: value.item() for name, value in sums.items()}
 
 
-def step_metrics(sums: Tensor) -> Dict[str, float]:
+def step_metrics(sums: Dict[str, float]) -> Dict[str, float]:
     """Means of a step from summed `step_sums`.
 
     `kl`, `entropy` and `logprob` are nats per token; `kl_sequence` is nats per response, with `kl_sequence_std` over
-    responses; `topk_mass` is the candidates' share of probability; `soft_hard_gap` is the relaxed weight that is not
-    on the sampled token (0: the straight-through step is exact); `eos_rate` is the share of responses that ended by
-    themselves; `hops` and `hop_residual` are means over responses.
+    responses; `topk_mass` is the candidates' share of probability; `eos_rate` is the share of responses that ended by
+    themselves; `tokens` is the number of tokens generated.
     """
-    total = dict(zip(SUMS, sums.tolist(), strict=True))
-    count, tokens = total["responses"], total["tokens"]
-    per_response = {name: value / count for name, value in total.items()}
-    per_token = {name: value / tokens for name, value in total.items()}
+    count, tokens = sums["responses"], sums["tokens"]
+    means = {}
+    for name, value in sums.items():
+        kind, _, measure = name.partition("/")
+        if measure:
+            means[measure] = value / (count if kind == "response" else tokens)
     return {
-        "reward": per_response["reward"],
-        "reward_std": _std(count, total["reward"], total["reward²"]),
-        "kl": per_token["kl"],
-        "kl_sequence": per_response["kl"],
-        "kl_sequence_std": _std(count, total["kl"], total["kl²"]),
-        "entropy": per_token["entropy"],
-        "logprob": per_token["logprob"],
-        "topk_mass": per_token["mass"],
-        "soft_hard_gap": per_token["gap"],
-        "unique_token_ratio": per_response["unique"],
-        "eos_rate": per_response["ended"],
+        **means,
+        "reward_std": _std(count, sums["response/reward"], sums["reward²"]),
+        "kl_sequence_std": _std(count, sums["response/kl_sequence"], sums["kl²"]),
         "completions/mean_length": tokens / count,
-        "hops": per_response["hops"],
-        "hop_residual": per_response["residual"],
+        "tokens": tokens,
     }
+
+
+def add_sums(total: Dict[str, float], part: Dict[str, float]) -> Dict[str, float]:
+    """`total` with `part` added, name by name."""
+    return {name: total.get(name, 0.0) + value for name, value in part.items()}
 
 
 def _std(count: float, total: float, squares: float) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grade.config import GradeError, first_line
+from grade.errors import GradeError, first_line
 from grade.probe import probe_embedding, probe_head, probe_passes
 
 

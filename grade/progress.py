@@ -18,8 +18,9 @@ class TrainingProgress:
 
     def advance(self, metrics: Dict[str, float]) -> None:
         note = (
-            f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.3f}  hops {metrics['hops']:.1f}  "
-            f"{metrics['tokens_per_second']:.0f} tokens/s"
+            f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.3f}  "
+            + (f"hops {metrics['hops']:.1f}  " if "hops" in metrics else "")
+            + f"{metrics['tokens_per_second']:.0f} tokens/s"
         )
         self.bar.update(self.task, advance=1, note=note)
 

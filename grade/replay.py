@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from grade.model import Policy
-from grade.passes import BasePass, base_pass, fed_embeddings, policy_pass
-from grade.reward import Reward
+from grade.passes import BasePass, base_pass, fed_embeddings, per_token, policy_pass
+from grade.reward import Reward, reward_inputs, reward_of
 from grade.rollout import Rollout, support_is_allowed
 from grade_kernels import VocabHead, soft_token_vjp, vocab_head
 
@@ -59,14 +59,12 @@ class ReplaySettings:
 
 
 @dataclass
-class ReplayResult:
+class Scores:
     """Values at the sampled responses. Per-token tensors are [B, S] float32, 0 where the mask is.
 
     Args:
         reward: [B].
         kl, entropy, logprob, mass: nats, nats, nats, and the share of probability on the candidates.
-        hops: [B] int64, hops until the sequence converged or the cap.
-        residual: [B], last relative change of its gradient.
     """
 
     reward: Tensor
@@ -74,6 +72,17 @@ class ReplayResult:
     entropy: Tensor
     logprob: Tensor
     mass: Tensor
+
+
+@dataclass
+class ReplayResult(Scores):
+    """What a replay adds to the values.
+
+    Args:
+        hops: [B] int64, hops until the sequence converged or the cap.
+        residual: [B], last relative change of its gradient.
+    """
+
     hops: Tensor
     residual: Tensor
 
@@ -87,9 +96,10 @@ class Forward:
     reward: Tensor          # [B]
     head: VocabHead         # rows are the n real tokens, in the order of mask.nonzero()
 
-    def per_token(self, values: Tensor, mask: Tensor) -> Tensor:
-        """[n] values of real tokens -> [B, S]."""
-        return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+    def values(self, mask: Tensor) -> Tuple[Tensor, ...]:
+        """The fields of `Scores`."""
+        head = self.head
+        return self.reward.detach(), *(per_token(v, mask) for v in (head.kl, head.entropy, head.logprob, head.mass))
 
 
 def forward(
@@ -110,10 +120,7 @@ def forward(
     base = base_pass(
         policy, rollout, x_base, prompt_cache=settings.prompt_cache, checkpoint=settings.checkpoint
     )
-    if reward.shares_base_pass:
-        score = reward.from_base(base, rollout.mask)
-    else:
-        score = reward.from_embeddings(rollout, x_reward, checkpoint=settings.checkpoint)
+    score = reward_of(reward, rollout, base, x_reward, checkpoint=settings.checkpoint)
     head = vocab_head(
         hidden.detach()[rollout.mask], policy.head, ref_hidden=base.reference.detach()[rollout.mask],
         indices=rollout.indices[rollout.mask], tokens=rollout.tokens[rollout.mask],
@@ -123,16 +130,15 @@ def forward(
 
 
 @torch.no_grad()
-def score(policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings, *, adapters: bool = True):
-    """Reward and per-token values of a rollout, without gradients or dropout: a `ReplayResult` with no hops."""
+def score(
+    policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings, *, adapters: bool = True
+) -> Scores:
+    """Reward and per-token values of a rollout, without gradients or dropout."""
     settings = replace(settings, dropout=False, checkpoint=False)
     x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
-    x_reward = None
-    if not reward.shares_base_pass:
-        x_reward = fed_embeddings(rollout, reward.table, reward.embedding_scale)
+    x_reward = reward_inputs(reward, rollout)
     done = forward(policy, reward, rollout, settings, x, x, x_reward, grad=False, adapters=adapters)
-    nothing = torch.zeros(len(rollout), device=x.device)
-    return _result(done, rollout, hops=nothing.long(), residual=nothing)
+    return Scores(*done.values(rollout.mask))
 
 
 def replay(
@@ -148,9 +154,9 @@ def replay(
     mask = rollout.mask
     x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale).requires_grad_()
     x_base = x.detach().clone().requires_grad_()
-    x_reward = None
-    if not reward.shares_base_pass:
-        x_reward = fed_embeddings(rollout, reward.table, reward.embedding_scale).requires_grad_()
+    x_reward = reward_inputs(reward, rollout)
+    if x_reward is not None:
+        x_reward.requires_grad_()
     with settings.phase("forward"):
         done = forward(policy, reward, rollout, settings, x, x_base, x_reward, grad=True)
     with settings.phase("hops"):
@@ -171,9 +177,9 @@ def replay(
             gradient = gradient + kl_gradient
     with settings.phase("backward"):
         torch.autograd.backward(
-            done.hidden, _dense(gradient, mask).to(done.hidden.dtype), inputs=policy.parameters()
+            done.hidden, per_token(gradient, mask).to(done.hidden.dtype), inputs=policy.parameters()
         )
-    return _result(done, rollout, hops=hops, residual=residual)
+    return ReplayResult(*done.values(mask), hops=hops, residual=residual)
 
 
 def solve_hops(
@@ -227,7 +233,7 @@ def _outside_gradients(
     outputs, gradients = [], []
     if reference_gradient is not None:
         outputs.append(done.base.reference)
-        gradients.append(_dense(reference_gradient, mask).to(done.base.reference.dtype))
+        gradients.append(per_token(reference_gradient, mask).to(done.base.reference.dtype))
     if reward.shares_base_pass:
         outputs.append(done.reward)
         gradients.append(-reward_weight.to(done.reward.dtype))
@@ -260,21 +266,6 @@ def _local_rule(policy: Policy, rollout: Rollout, settings: ReplaySettings, head
 
 def _input_vjp(policy: Policy, hidden: Tensor, x: Tensor, mask: Tensor, gradient: Tensor) -> Tensor:
     """[n, d] at the policy's hidden states -> [n, d] at the table rows of the tokens; keeps the graph."""
-    dense = _dense(gradient, mask).to(hidden.dtype)
+    dense = per_token(gradient, mask).to(hidden.dtype)
     (at_x,) = torch.autograd.grad(hidden, [x], dense, retain_graph=True)
     return at_x[mask] * policy.embedding_scale
-
-
-def _dense(rows: Tensor, mask: Tensor) -> Tensor:
-    """[n, d] rows of real tokens -> [B, S, d] with zeros at padding."""
-    out = torch.zeros(*mask.shape, rows.shape[-1], dtype=rows.dtype, device=rows.device)
-    out[mask] = rows
-    return out
-
-
-def _result(done: Forward, rollout: Rollout, *, hops: Tensor, residual: Tensor) -> ReplayResult:
-    head, mask = done.head, rollout.mask
-    return ReplayResult(
-        done.reward.detach(), *(done.per_token(v, mask) for v in (head.kl, head.entropy, head.logprob, head.mass)),
-        hops=hops, residual=residual,
-    )

@@ -13,20 +13,26 @@ from typing import Dict, Optional, Protocol
 import torch
 from torch import Tensor, nn
 
-from grade.config import GradeError, first_line
+from grade.errors import GradeError, first_line
 from grade.model import Policy
-from grade.passes import BasePass, accumulation_dtype
+from grade.passes import BasePass, accumulation_dtype, fed_embeddings
 from grade.rollout import Rollout
 
 
 class Reward(Protocol):
-    """What replay and evaluation ask of a reward.
+    """What methods and evaluation ask of a reward that can be differentiated.
+
+    A reward that cannot (`differentiable` False) needs `from_tokens(rollout) -> [B]` instead of the rest. Either kind
+    may have `prefix_scores(rollout, base) -> [B, 1 + S]`, the reward of the prompt alone and after every token, and
+    `details(rollout) -> {name: [B]}`, further measures that evaluation averages.
 
     Attributes:
+        differentiable: whether gradients reach the response's embeddings.
         shares_base_pass: its features are those of the reference's pass.
         table: [V, d_r], the embedding table its inputs come from; `embedding_scale` multiplies the rows.
     """
 
+    differentiable: bool
     shares_base_pass: bool
     table: Tensor
     embedding_scale: float
@@ -36,6 +42,24 @@ class Reward(Protocol):
 
     def from_embeddings(self, rollout: Rollout, x: Tensor, *, checkpoint: bool = False) -> Tensor:
         """[B] float32 rewards from response embeddings `x` [B, S, d_r] in this reward's own table."""
+
+
+def reward_inputs(reward: Reward, rollout: Rollout) -> Optional[Tensor]:
+    """[B, S, d_r] response embeddings for a reward that has a pass of its own, else None."""
+    if not reward.differentiable or reward.shares_base_pass:
+        return None
+    return fed_embeddings(rollout, reward.table, reward.embedding_scale)
+
+
+def reward_of(
+    reward: Reward, rollout: Rollout, base: BasePass, x: Optional[Tensor], *, checkpoint: bool = False
+) -> Tensor:
+    """[B] float32 rewards of any kind; `x` as `reward_inputs` gives it, gradients flow to it or to the base's input."""
+    if not reward.differentiable:
+        return reward.from_tokens(rollout)
+    if reward.shares_base_pass:
+        return reward.from_base(base, rollout.mask)
+    return reward.from_embeddings(rollout, x, checkpoint=checkpoint)
 
 
 class RewardHead(nn.Module):
@@ -62,6 +86,8 @@ class SharedReward:
         reads: "prompt+response" or "response".
     """
 
+    differentiable = True
+
     def __init__(self, policy: Policy, head: RewardHead, reads: str = "prompt+response"):
         self.policy, self.reads = policy, reads
         self.head = head.to(policy.device).requires_grad_(False).eval()
@@ -79,6 +105,24 @@ class SharedReward:
             hidden = self.policy.hidden(x, rollout.mask)
         return self.head.probability(mean_pool(hidden, rollout.mask))
 
+    @torch.no_grad()
+    def prefix_scores(self, rollout: Rollout, base: BasePass) -> Tensor:
+        """[B, 1 + S] float32, the reward of the prompt alone and after every token; padding repeats the last.
+
+        The base is causal, so the mean over the states up to a token is what the reward would read there. A reward
+        that reads the response alone has nothing to read before it: it starts from an empty mean.
+        """
+        if self.shares_base_pass:
+            states, sums, counts = base.response, base.prompt_sum, base.prompt_count
+        else:
+            with self.policy.state(adapters=False):
+                states = self.policy.hidden(reward_inputs(self, rollout), rollout.mask)
+            sums, counts = torch.zeros_like(base.prompt_sum), torch.zeros_like(base.prompt_count)
+        states = states.to(accumulation_dtype(states)) * rollout.mask[..., None]
+        sums = torch.cat([sums[:, None], states], dim=1).cumsum(1)
+        counts = torch.cat([counts[:, None], rollout.mask.long()], dim=1).cumsum(1)
+        return self.head.probability(sums / counts.clamp_min(1)[..., None])
+
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """[B, T, d] and [B, T] bool -> [B, d], the mean over real tokens, in float32 (float64 for float64)."""
@@ -94,7 +138,7 @@ class ClassifierReward:
         reads: "prompt+response" or "response".
     """
 
-    shares_base_pass = False
+    differentiable, shares_base_pass = True, False
 
     def __init__(self, model, label: Optional[int], reads: str = "prompt+response"):
         self.model, self.label, self.reads = model.requires_grad_(False).eval(), label, reads

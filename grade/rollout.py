@@ -13,6 +13,7 @@ from typing import Iterator, List, Optional, Sequence
 import torch
 from torch import Tensor
 
+from grade.config import GenerationConfig
 from grade.model import Policy
 from grade_kernels import SparseTokens, linear_gumbel_topk, soft_embedding, vocab_head
 from grade_kernels.random import gumbel
@@ -41,6 +42,14 @@ class Sampling:
     soft: bool = False
     ignore_eos: bool = False
     top_p: Optional[float] = None
+
+
+def sampling_of(generation: GenerationConfig, *, tau: float = 1.0, soft: bool = False) -> Sampling:
+    """Training's sampler as the settings describe it."""
+    return Sampling(
+        max_new_tokens=generation.max_new_tokens, min_new_tokens=generation.min_new_tokens, top_k=generation.top_k,
+        tau=tau, soft=soft, ignore_eos=generation.ignore_eos,
+    )
 
 
 @dataclass

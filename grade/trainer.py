@@ -21,33 +21,21 @@ from accelerate import Accelerator
 from rich.console import Console
 from transformers import get_scheduler
 
-from grade.checkpoint import check_writable, latest, load_adapter, load_state, save_checkpoint
+from grade.checkpoint import latest, load_adapter, load_state, save_checkpoint
 from grade.config import Config, GradeError
-from grade.config_io import config_from_yaml, config_to_yaml
+from grade.config_io import config_to_yaml
 from grade.evaluate import Evaluation, evaluate, text_of, write_evaluations
 from grade.interrupt import stop_between_steps
 from grade.loading import load_policy, load_reward, load_tokenizer
-from grade.methods.grade import Grade
-from grade.metrics import SUMS, Phases, RunLog, peak_memory_gib, step_metrics, step_sums
+from grade.methods import make_method
+from grade.metrics import Phases, RunLog, peak_memory_gib
 from grade.progress import training_progress
 from grade.report import evaluation_table
 from grade.reward_training import head_report, keep_head, with_kept_head
 from grade.rollout import Rollout, pad_prompts, sample
+from grade.run_dir import adapter_folder, prepare_run_dir
+from grade.services import Services
 from grade.tasks import load_task
-
-_MAY_CHANGE_ON_RESUME = {
-    "train.resume", "train.overwrite", "train.run_dir", "output_dir", "name", "train.steps", "train.save_every",
-    "train.tensorboard", "train.wandb", "train.wandb_project", "train.samples_logged", "train.samples_every",
-    "evaluation.samples", "evaluation.batch_size", "generation.batch_size", "method.head_chunk_mib",
-}
-
-
-def flatten(settings: dict, prefix: str = "") -> Dict[str, object]:
-    """{"train": {"steps": 1}} -> {"train.steps": 1}."""
-    flat: Dict[str, object] = {}
-    for name, value in settings.items():
-        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return flat
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -73,62 +61,20 @@ def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> List[int]
     return numbers
 
 
-def prepare_run_dir(config: Config) -> Path:
-    """The run's folder: free, or holding a run to resume or to overwrite (which `fit` deletes, once all is loaded).
-
-    Raises:
-        GradeError: it holds another run's files, or nothing to resume, or cannot be written.
-    """
-    run_dir = Path(config.run_dir)
-    if config.train.resume:
-        done = load_state(run_dir / "checkpoints" / "last")["step"]
-        _check_same_run(config, run_dir)
-        evaluation = run_dir / "evaluation.json"
-        tested = evaluation.is_file() and "test" in json.loads(evaluation.read_text(encoding="utf-8"))
-        if done > config.train.steps or (done == config.train.steps and tested):
-            raise GradeError(
-                f"train.resume: {run_dir} has had {done} steps, train.steps is {config.train.steps}: there is nothing "
-                "left to do. Raise train.steps to go on, or look at it with `grade evaluate`."
-            )
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        if not config.train.overwrite:
-            raise GradeError(
-                f"train.run_dir: {run_dir} already holds a run. Continue it with --train.resume true, replace it with "
-                "--train.overwrite true, or name another folder with --train.run_dir or --name."
-            )
-        if not (run_dir / "config.yaml").is_file():
-            raise GradeError(f"train.overwrite: {run_dir} does not look like a run (no config.yaml): not deleted.")
-    check_writable("train.run_dir", run_dir)
-    return run_dir
-
-
-def _check_same_run(config: Config, run_dir: Path) -> None:
-    """Refuse to continue a run under other settings than it was started with."""
-    before, now = (flatten(asdict(c)) for c in (config_from_yaml(run_dir / "config.yaml"), config))
-    differing = [name for name in now if before[name] != now[name] and name not in _MAY_CHANGE_ON_RESUME]
-    if differing:
-        changes = ", ".join(f"{name} ({before[name]} then, {now[name]} now)" for name in differing)
-        raise GradeError(
-            f"train.resume: {run_dir} was started with other settings: {changes}. Put them back, or start another run "
-            "with --train.run_dir."
-        )
-
-
 class Trainer:
     """One run. `fit` trains it; everything it writes is under `run_dir`."""
 
     def __init__(self, config: Config, accelerator: Accelerator, run_dir: Path):
         self.config, self.accelerator, self.run_dir = config, accelerator, run_dir
         self.phases = Phases(accelerator.device)
+        self.services = Services(self._sum, self.phases)
         tokenizer = load_tokenizer(config)
         self.task = load_task(config)
         self.policy = load_policy(config, tokenizer, accelerator.device)
         head_config = with_kept_head(config, run_dir) if config.train.resume else config
         with accelerator.main_process_first():
             self.reward = load_reward(head_config, self.policy, self.task)
-        self.method = Grade(
-            self.policy, self.reward, config, any_process=self._any_process, phase=self.phases
-        )
+        self.method = make_method(self.policy, self.reward, config, self.services)
         self.prompts = self.task.prompts("policy", tokenizer)
         if not self.prompts:
             raise GradeError("task.policy_examples: no review gives a prompt; check the data and prompt_max_chars.")
@@ -138,8 +84,9 @@ class Trainer:
         }
         train = config.train
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2),
-            eps=train.adam_epsilon, weight_decay=train.weight_decay,
+            [{"params": self.policy.parameters()}, *self.method.parameter_groups()],
+            lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon,
+            weight_decay=train.weight_decay,
         )
         name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
         self.scheduler = get_scheduler(name, self.optimizer, train.warmup_steps, train.steps)
@@ -176,52 +123,45 @@ class Trainer:
         config, step = self.config, self.step
         with self.phases("rollout"):
             rollouts = list(self.rollouts(step))
-        # The KL's token mean divides by all real tokens of the step, so they are counted before the first pull-back.
-        tokens = int(self._sum(torch.tensor(float(sum(int(r.mask.sum()) for r in rollouts)))))
-        sums = torch.zeros(len(SUMS), dtype=torch.float64)
-        for rollout in rollouts:
-            for micro_batch in rollout.micro_batches(config.train.batch_size):
-                result = self.method.accumulate(
-                    micro_batch, step, total_tokens=tokens, total_responses=self.responses_per_step
-                )
-                sums += step_sums(micro_batch, result, self.policy.eos_ids)
-        with self.phases("update"):
-            grad_norm = self._update()
-        metrics = step_metrics(self._sum(sums))
+        self.norms: List[float] = []
+        learning_rate = self.scheduler.get_last_lr()[0]
+        metrics = self.method.step(rollouts, step, self._update)
+        self.scheduler.step()
         seconds = self.phases.take()
         if self.accelerator.is_main_process and step % config.train.samples_every == 0:
             self.log.samples(step, self._samples(rollouts[0]))
+        norms = self.norms or [0.0]
         return {
-            "loss": self.method.loss(metrics["reward"], metrics["kl"], metrics["kl_sequence"]), **metrics,
-            "grad_norm": grad_norm, "learning_rate": self.learning_rate, "tau": self.method.tau(step),
-            "tokens_per_second": tokens / sum(seconds.values()), "memory/peak_gib": peak_memory_gib(self.policy.device),
+            **metrics, "grad_norm": sum(norms) / len(norms), "learning_rate": learning_rate, "updates": len(self.norms),
+            "tokens_per_second": metrics["tokens"] / sum(seconds.values()),
+            "memory/peak_gib": peak_memory_gib(self.policy.device),
             **{f"seconds/{name}": value for name, value in seconds.items()},
         }
 
-    def _update(self) -> float:
-        """Sum gradients over processes, clip, step; the global norm before clipping.
+    def _update(self) -> None:
+        """Sum gradients over processes, clip to the global norm, step, clear.
 
         Raises:
             GradeError: the gradient is not finite; the last checkpoint is untouched.
         """
-        parameters = self.policy.parameters()
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if self.accelerator.num_processes > 1:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
-        limit = self.config.train.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf).item()
-        if not math.isfinite(norm):
-            raise GradeError(
-                f"the gradient's norm at step {self.step} is {norm}: the update was not made. Start "
-                "another run with a lower train.learning_rate or a higher method.tau_end; the last checkpoint is kept."
-            )
-        self.learning_rate = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        with self.phases("update"):
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                if self.accelerator.num_processes > 1:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
+            limit = self.config.train.max_grad_norm
+            norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf).item()
+            if not math.isfinite(norm):
+                raise GradeError(
+                    f"the gradient's norm at step {self.step} is {norm}: the update was not made. Start another run "
+                    "with a lower train.learning_rate (for grade and grade-ste a higher method.tau_end helps too); the "
+                    "last checkpoint is kept."
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.norms.append(norm)
 
     def _samples(self, rollout: Rollout) -> List[dict]:
         return [
@@ -235,7 +175,7 @@ class Trainer:
     # -- the run ---------------------------------------------------------------------------------------------
 
     def fit(self) -> Dict[str, Evaluation]:
-        """Train to config.train.steps; returns the test evaluations {"base": ..., "best": ...}."""
+        """Train to config.train.steps; the test evaluations {"base": ..., "best": ...}, or {} without test prompts."""
         train, every = self.config.train, self.config.evaluation.every
         if train.resume:
             self._restore()
@@ -258,7 +198,7 @@ class Trainer:
                     self.step += 1
                     if self.step % every == 0 or self.step == train.steps:
                         self._validate(progress)
-                    stopping = self._any_process(stop.asked)
+                    stopping = self.services.any_process(stop.asked)
                     if self.step % train.save_every == 0 or self.step == train.steps or stopping:
                         self._save()
                     if stopping and self.step < train.steps:
@@ -271,13 +211,18 @@ class Trainer:
         row = self._evaluate("validation", progress, adapters=adapters)
         self.evaluations.append(asdict(row))
         self.log.metrics(self.step, {f"validation/{k}": v for k, v in row.summary().items()})
-        if adapters and (self.best is None or row.reward > self.best["reward"]):
-            self.best = {"step": self.step, "reward": row.reward}
-            if self.accelerator.is_main_process:
+        better = adapters and (self.best is None or row.metric > self.best["metric"])
+        if better:
+            self.best = {"step": self.step, "metric": row.metric, "reward": row.reward}
+        if self.accelerator.is_main_process:
+            if better:
                 save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy)
+            if adapters and self.config.train.keep_adapters:
+                save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy)
         self._write_evaluations()
         progress.say(
             f"step {row.step:>4}  validation of the {row.model}: reward {row.reward:.3f} ± {row.reward_stderr:.3f}  "
+            + "".join(f"{name} {value:.3f}  " for name, value in row.details.items()) +
             f"KL {row.kl:.3f} nats/token  distinct tokens {row.unique_token_ratio:.2f}"
         )
 
@@ -286,7 +231,6 @@ class Trainer:
         with progress.evaluation(split, len(prompts)) as tick:
             row = evaluate(
                 self.policy, self.reward, prompts, self.config, split=split, step=self.step if adapters else 0,
-                sampling=self.method.sampling(self.step), settings=self.method.settings(self.step),
                 adapters=adapters, accelerator=self.accelerator, tick=tick,
             )
         self.phases.take()
@@ -294,6 +238,8 @@ class Trainer:
 
     def _test(self, progress) -> Dict[str, Evaluation]:
         """The held-out test, once: base model and best checkpoint."""
+        if not self.evaluation_prompts["test"]:
+            return {}
         self.accelerator.wait_for_everyone()
         load_adapter(latest(self.run_dir / "checkpoints" / "best"), self.policy)
         self.step = self.best["step"]
@@ -314,7 +260,7 @@ class Trainer:
     def _write_record(self) -> None:
         """What the run was made of: splits and the reward head's accuracy; and the head itself."""
         record = {"task": self.task.describe()}
-        if self.config.reward.model is None:
+        if self.reward.differentiable and self.config.reward.model is None:
             keep_head(self.config, self.task, self.run_dir)
             record["reward_head"] = head_report(with_kept_head(self.config, self.run_dir), self.task)
         (self.run_dir / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -323,7 +269,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = {
                 "step": self.step, "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-                "best": self.best, "evaluations": self.evaluations,
+                "best": self.best, "evaluations": self.evaluations, "method": self.method.state_dict(),
             }
             save_checkpoint(self.run_dir / "checkpoints" / "last", self.policy, state)
 
@@ -333,6 +279,7 @@ class Trainer:
         load_adapter(folder, self.policy)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.method.load_state_dict(state["method"])
         self.step, self.best, self.evaluations = state["step"], state["best"], state["evaluations"]
 
     # -- processes -------------------------------------------------------------------------------------------
@@ -342,11 +289,6 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return values
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").cpu()
-
-    def _any_process(self, wanted: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return wanted
-        return bool(self._sum(torch.tensor(float(wanted))) > 0)
 
 
 def train(config: Config) -> Dict[str, Evaluation]:
@@ -358,7 +300,8 @@ def train(config: Config) -> Dict[str, Evaluation]:
     rows = trainer.fit()
     if accelerator.is_main_process:
         console = Console()
-        title = f"test, {rows['best'].prompts} prompts, best checkpoint by validation"
-        console.print(evaluation_table(list(rows.values()), title))
+        if rows:
+            title = f"test, {rows['best'].prompts} prompts, best checkpoint by validation"
+            console.print(evaluation_table(list(rows.values()), title))
         console.print(f"Run directory: {run_dir}", soft_wrap=True)
     return rows

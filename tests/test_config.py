@@ -21,7 +21,7 @@ from grade.config import (
     validate,
 )
 
-SHIPPED = ["demo", "imdb_gpt2_medium", "imdb_qwen3_4b", "imdb_small"]
+SHIPPED = ["countdown_qwen2.5_1.5b", "countdown_small", "demo", "imdb_gpt2_medium", "imdb_qwen3_4b", "imdb_small"]
 SETTINGS = list(config_io.setting_types())
 
 
@@ -253,9 +253,11 @@ def docstrings() -> dict:
     import inspect
 
     import grade.config
+    import grade.method_config
 
     classes = {}
-    for node in ast.parse(inspect.getsource(grade.config)).body:
+    nodes = [node for m in (grade.config, grade.method_config) for node in ast.parse(inspect.getsource(m)).body]
+    for node in nodes:
         if isinstance(node, ast.ClassDef):
             texts = {}
             for statement, following in zip(node.body, node.body[1:], strict=False):
@@ -277,7 +279,7 @@ def docstrings() -> dict:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_is_documented_in_help(name, help_text, docstrings):
     text = " ".join(docstrings[name].split())
-    assert text.endswith(".") and len(text) >= 5, f"{name} has no docstring in grade/config.py"
+    assert text.endswith(".") and len(text) >= 5, f"{name} has no docstring"
     # argparse may break a line after a hyphen, which leaves a space behind when lines are joined again.
     squeezed = help_text.replace("- ", "-")
     assert f"--{name} " in squeezed

@@ -11,7 +11,7 @@ from published import gradients, published_loss, relative_error
 from tiny import CONFIGS, EOS, VOCAB, KeepDouble, tiny_policy, tiny_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grade.methods.grade import kl_weight
+from grade.methods import kl_weight
 from grade.model import Policy
 from grade.replay import ReplaySettings, replay, score
 from grade.rollout import Sampling, pad_prompts, sample

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from grade.config import GradeError
-from grade.methods.grade import kl_weight
+from grade.methods import kl_weight
 from grade.passes import BasePass, base_pass, fed_embeddings
 from grade.replay import ReplaySettings, replay, score
 from grade.reward import (

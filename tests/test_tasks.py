@@ -73,8 +73,8 @@ def split_ids(task):
 def test_splits_are_disjoint_complete_and_of_the_asked_sizes(folder):
     task = load_task(config_for(folder))
     ids = split_ids(task)
-    assert [len(split) for split in ids] == [20, 20, 10, ROWS]
-    assert len({i for split in ids for i in split}) == 110
+    assert [len(split) for split in ids] == [20, 20, 10, ROWS, ROWS - 50]
+    assert len({i for split in ids for i in split}) == 2 * ROWS
     assert sorted(ids[3]) == sorted(f"test/{i}" for i in range(ROWS))
 
 
@@ -200,7 +200,7 @@ def test_shared_reviews(shared_imdb, imdb_lm):
     config = Config()
     config.task.dataset = str(shared_imdb)
     task = load_task(config)
-    assert [len(task.examples(split)) for split in SPLITS] == [5000, 10000, 2000, 25000]
+    assert [len(task.examples(split)) for split in SPLITS] == [5000, 10000, 2000, 25000, 8000]
     assert abs(sum(example.label for example in task.test[:2000]) - 1000) < 90  # 4 standard deviations
     prompts = task.prompts("test", AutoTokenizer.from_pretrained(imdb_lm), 200)
     assert len(prompts) == 200 and max(map(len, prompts)) <= 32 and 0 not in {row[0] for row in prompts}
@@ -316,12 +316,13 @@ def test_demo_task():
         reward_examples=100,
         policy_examples=80,
         validation_examples=40,
+        judge_examples=30,
         prompt_sentences=1,
     )
     task = load_task(config)
-    assert [len(task.examples(split)) for split in SPLITS] == [100, 80, 40, demo.TEST_REVIEWS]
+    assert [len(task.examples(split)) for split in SPLITS] == [100, 80, 40, demo.TEST_REVIEWS, 30]
     assert (
-        len({example.text for split in SPLITS for example in task.examples(split)}) == 220 + demo.TEST_REVIEWS
+        len({example.text for split in SPLITS for example in task.examples(split)}) == 250 + demo.TEST_REVIEWS
     )
     assert all(text.count(".") == 1 for text in task.openings("policy"))
     assert task.describe()["dataset"] == "built-in grammar"
@@ -341,7 +342,7 @@ def test_texts_that_stand_in_two_splits_are_counted():
     settings = replace(Config().task, reward_examples=4, policy_examples=4, validation_examples=2)
     task = cut_splits(train, test, settings, "here")
     counts = task.describe()["texts_in_two_splits"]
-    assert counts == task.repeated_texts() and len(counts) == 6
+    assert counts == task.repeated_texts() and len(counts) == 10
     texts = {name: {e.text for e in task.examples(name)} for name in SPLITS}
     assert all(counts[f"{a} and {b}"] == len(texts[a] & texts[b]) for a in SPLITS for b in SPLITS
                if f"{a} and {b}" in counts)

@@ -14,8 +14,11 @@ import torch
 from grade.checkpoint import load_adapter, load_state, save_checkpoint
 from grade.config import GradeError
 from grade.evaluate import evaluate, evaluate_run
-from grade.methods.grade import kl_weight, tau_at
-from grade.metrics import step_metrics, unique_token_ratio
+from grade.methods import kl_weight
+from grade.methods.grade import tau_at
+from grade.metrics import add_sums, step_metrics, step_sums, unique_token_ratio
+from grade.replay import Scores
+from grade.rollout import Rollout
 from grade.trainer import Trainer, make_accelerator, prepare_run_dir, prompt_numbers, train
 
 
@@ -70,8 +73,7 @@ def test_accumulated_gradient_is_the_large_batch_gradient(tiny_config, reduction
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
         kept = []
-        trainer._update = lambda: kept.append(torch.cat([p.grad.flatten() for p in trainer.policy.parameters()])) or 0.0
-        trainer.learning_rate = 0.0
+        trainer._update = lambda: kept.append(torch.cat([p.grad.flatten() for p in trainer.policy.parameters()]))
         metrics = trainer.train_step()
         assert metrics["kl"] > 1e-3
         return kept[0]
@@ -227,7 +229,7 @@ def test_evaluation_has_no_dropout(tiny_config):
     rows = [
         evaluate(
             trainer.policy, trainer.reward, trainer.evaluation_prompts["validation"], config, split="validation",
-            step=1, sampling=trainer.method.sampling(1), settings=trainer.method.settings(1),
+            step=1,
         )
         for _ in range(2)
     ]
@@ -438,13 +440,26 @@ def test_unique_token_ratio_counts_real_tokens_only():
     assert unique_token_ratio(tokens, mask).tolist() == pytest.approx([2 / 3, 1 / 4])
 
 
-def test_metrics_from_sums_by_hand():
-    """Two responses: rewards 1 and 3, lengths 2 and 4, KL 2 and 6 nats."""
-    sums = torch.tensor([2, 6, 4, 10, 8, 12, 3, 1.5, 1.2, 1, 5, 0.02, 40, -9], dtype=torch.float64)
+def test_metrics_by_hand():
+    """Two responses in two micro-batches: rewards 1 and 3, lengths 2 and 3, KL 2 and 6 nats; EOS is id 9."""
+
+    def part(tokens, reward, kl):
+        mask, ones = torch.ones(1, len(tokens), dtype=torch.bool), torch.ones(1, len(tokens))
+        rollout = Rollout(
+            prompt_ids=ones.long(), prompt_mask=mask, tokens=torch.tensor([tokens]), mask=mask,
+            indices=ones.long()[..., None], token_weight=ones, rows=ones.long(),
+        )
+        scores = Scores(torch.tensor([reward]), torch.tensor([kl]), 2 * ones, -3 * ones, 0.5 * ones)
+        return step_sums(
+            rollout, scores, torch.tensor([9]), per_response={"hops": torch.tensor([2])}, per_token={"gap": ones},
+        )
+
+    sums = add_sums(add_sums({}, part([5, 9], 1.0, [0.5, 1.5])), part([7, 7, 7], 3.0, [1.0, 2.0, 3.0]))
     metrics = step_metrics(sums)
     assert metrics["reward"] == 2 and metrics["reward_std"] == pytest.approx(2**0.5)
-    assert metrics["kl"] == pytest.approx(8 / 6) and metrics["kl_sequence"] == 4
+    assert metrics["kl"] == pytest.approx(8 / 5) and metrics["kl_sequence"] == 4
     assert metrics["kl_sequence_std"] == pytest.approx(8**0.5)
-    assert metrics["completions/mean_length"] == 3 and metrics["entropy"] == 2
-    assert metrics["topk_mass"] == 0.5 and metrics["soft_hard_gap"] == 0.25 and metrics["unique_token_ratio"] == 0.6
-    assert metrics["eos_rate"] == 0.5 and metrics["hops"] == 2.5 and metrics["hop_residual"] == 0.01
+    assert metrics["completions/mean_length"] == 2.5 and metrics["tokens"] == 5
+    assert metrics["entropy"] == 2 and metrics["logprob"] == -3 and metrics["topk_mass"] == 0.5
+    assert metrics["unique_token_ratio"] == pytest.approx((1 + 1 / 3) / 2) and metrics["eos_rate"] == 0.5
+    assert metrics["hops"] == 2 and metrics["gap"] == 1

@@ -1,1 +1,72 @@
-"""One file per method, readable top to bottom, losses as pure functions."""
+"""The methods, one readable file each, and the little they all share: the objective and what the trainer asks of them.
+
+Every method minimises the same
+
+    L = - mean over responses of the reward  +  kl_coef * KL(policy, reference)
+
+on the same rollouts, with the same reference and reward; they differ in how they turn a step's responses into updates.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Dict, List, Protocol
+
+from torch import Tensor
+
+from grade.config import Config
+from grade.method_config import DIFFERENTIATING, MethodConfig
+from grade.rollout import Rollout, Sampling
+from grade.services import Services
+
+Update = Callable[[], None]
+"""Takes one optimizer step with the gradients accumulated so far, over all processes, and clears them."""
+
+
+class Method(Protocol):
+    """What the trainer asks of a method."""
+
+    def sampling(self, step: int) -> Sampling:
+        """How responses of a step are drawn."""
+
+    def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
+        """Learn from a step's responses on this process, calling `update` once or more; the step's metrics."""
+
+    def parameter_groups(self) -> List[dict]:
+        """Trainable parameters besides the policy's, as torch.optim takes them."""
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs beside the policy and the optimizer."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict`."""
+
+
+def make_method(policy, reward, config: Config, services: Services) -> Method:
+    """The method that method.name names."""
+    if config.method.name in DIFFERENTIATING:
+        from grade.methods.grade import Grade
+
+        return Grade(policy, reward, config, services)
+    from grade.methods.grpo import GRPO
+    from grade.methods.ppo import PPO
+    from grade.methods.reinforce import Reinforce
+
+    return {"ppo": PPO, "reinforce": Reinforce, "grpo": GRPO}[config.method.name](policy, reward, config, services)
+
+
+def kl_weight(mask: Tensor, reduction: str, kl_coef: float, total_tokens: int, total_responses: int) -> Tensor:
+    """[B, S] float64: what each token's KL counts in the loss.
+
+    Args:
+        mask: [B, S] bool, real tokens.
+        reduction: "token_mean" divides by all real tokens of the step, "sequence_sum" by its responses.
+        total_tokens, total_responses: of the whole step, over micro-batches and processes.
+    """
+    total = total_tokens if reduction == "token_mean" else total_responses
+    return mask.double() * (kl_coef / total)
+
+
+def objective(method: MethodConfig, metrics: Dict[str, float]) -> float:
+    """The loss above from a step's means."""
+    kl = metrics["kl"] if method.kl_reduction == "token_mean" else metrics["kl_sequence"]
+    return -metrics["reward"] + method.kl_coef * kl

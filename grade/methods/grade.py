@@ -15,14 +15,16 @@ adds its share of dL/dtheta to the adapter's gradients. Where this departs from 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Dict, Iterator, List
 
 import torch
-from torch import Tensor
 
 from grade.config import Config
+from grade.methods import Update, kl_weight, objective
+from grade.metrics import add_sums, step_metrics, step_sums
 from grade.replay import ReplayResult, ReplaySettings, replay
-from grade.rollout import Rollout, Sampling
+from grade.rollout import Rollout, Sampling, sampling_of
+from grade.services import Services
 
 
 def tau_at(step: int, start: float, end: float, steps: int) -> float:
@@ -30,24 +32,11 @@ def tau_at(step: int, start: float, end: float, steps: int) -> float:
     return start + (end - start) * min(step / steps, 1.0)
 
 
-def kl_weight(mask: Tensor, reduction: str, kl_coef: float, total_tokens: int, total_responses: int) -> Tensor:
-    """[B, S] float64: what each token's KL counts in the loss.
-
-    Args:
-        mask: [B, S] bool, real tokens.
-        reduction: "token_mean" divides by all real tokens of the step, "sequence_sum" by its responses.
-        total_tokens, total_responses: of the whole step, over micro-batches and processes.
-    """
-    total = total_tokens if reduction == "token_mean" else total_responses
-    return mask.double() * (kl_coef / total)
-
-
 class Grade:
     """The method as the trainer sees it: how to sample, and how to turn rollouts into gradients."""
 
-    def __init__(self, policy, reward, config: Config, *, any_process=bool, phase=None):
-        self.policy, self.reward, self.config = policy, reward, config
-        self.any_process, self.phase = any_process, phase
+    def __init__(self, policy, reward, config: Config, services: Services):
+        self.policy, self.reward, self.config, self.services = policy, reward, config, services
         if config.method.activation_checkpointing:
             policy.enable_checkpointing()
 
@@ -56,25 +45,31 @@ class Grade:
         return tau_at(step, method.tau_start, method.tau_end, method.tau_steps)
 
     def sampling(self, step: int) -> Sampling:
-        generation = self.config.generation
-        return Sampling(
-            max_new_tokens=generation.max_new_tokens, min_new_tokens=generation.min_new_tokens,
-            top_k=generation.top_k, tau=self.tau(step), soft=self.config.method.name == "grade",
-            ignore_eos=generation.ignore_eos,
-        )
+        return sampling_of(self.config.generation, tau=self.tau(step), soft=self.config.method.name == "grade")
 
     def settings(self, step: int) -> ReplaySettings:
         method = self.config.method
-        settings = ReplaySettings(
+        return ReplaySettings(
             tau=self.tau(step), estimator=method.estimator, rao_samples=method.rao_samples,
             kl_direction=method.kl_direction, kl_prefix_grad=method.kl_prefix_grad, max_hops=method.max_hops,
             hop_tol=method.hop_tol, dropout=method.replay_dropout, checkpoint=method.activation_checkpointing,
             prompt_cache=method.prompt_cache, chunk_bytes=method.head_chunk_mib * 2**20,
-            any_process=self.any_process,
+            any_process=self.services.any_process, phase=self.services.phase,
         )
-        if self.phase is not None:
-            settings.phase = self.phase
-        return settings
+
+    def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
+        # The KL's token mean divides by all real tokens of the step, so they are counted before the first pull-back.
+        totals = self.services.totals(rollouts)
+        sums: Dict[str, float] = {}
+        for rollout in rollouts:
+            for micro_batch in rollout.micro_batches(self.config.train.batch_size):
+                result = self.accumulate(
+                    micro_batch, step, total_tokens=totals.tokens, total_responses=totals.responses
+                )
+                sums = add_sums(sums, self._sums(micro_batch, result))
+        update()
+        metrics = step_metrics(self.services.sum(sums))
+        return {"loss": objective(self.config.method, metrics), **metrics, "tau": self.tau(step)}
 
     def accumulate(self, micro_batch: Rollout, step: int, *, total_tokens: int, total_responses: int) -> ReplayResult:
         """Add this micro-batch's share of the step's gradient.
@@ -102,8 +97,20 @@ class Grade:
             torch.manual_seed(hash((self.config.seed, int(micro_batch.rows[0, 0]))) % 2**63)
             yield
 
-    def loss(self, reward: float, kl_per_token: float, kl_per_response: float) -> float:
-        """The objective's value from a step's means."""
-        method = self.config.method
-        kl = kl_per_token if method.kl_reduction == "token_mean" else kl_per_response
-        return -reward + method.kl_coef * kl
+    def _sums(self, micro_batch: Rollout, result: ReplayResult) -> Dict[str, float]:
+        """With GRADE's own measures: hops and their last change, and the relaxed weight that is not on the sampled
+        token (0: the straight-through step is exact)."""
+        return step_sums(
+            micro_batch, result, self.policy.eos_ids,
+            per_response={"hops": result.hops, "hop_residual": result.residual},
+            per_token={"soft_hard_gap": (1 - micro_batch.token_weight) * micro_batch.mask},
+        )
+
+    def parameter_groups(self) -> List[dict]:
+        return []
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass

@@ -1,9 +1,9 @@
 """Tasks: labelled texts, the splits that are cut from them, and the openings that serve as prompts.
 
-A task is four disjoint lists of examples. The reward head learns from `reward`, the policy continues openings
-of `policy`, `validation` picks the checkpoint and `test` is looked at once. Everything that decides what a
-model reads (cleaning, cutting, special tokens) is in this file, so that every task, the policy and the reward
-read the same. Nothing heavy is imported here.
+A task is five disjoint lists of examples. The reward head learns from `reward`, the policy continues openings
+of `policy`, `validation` picks the checkpoint, `test` is looked at once, and `judge` trains the judge of
+comparisons. Everything that decides what a model reads (cleaning, cutting, special tokens) is in this file, so
+that every task, the policy and the reward read the same. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Iterable, Iterator, Sequence
 
 from grade.config import Config, GradeError, TaskConfig
 
-SPLITS = ("reward", "policy", "validation", "test")
+SPLITS = ("reward", "policy", "validation", "test", "judge")
 
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 
@@ -139,7 +139,7 @@ def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
 
 @dataclass(frozen=True)
 class Task:
-    """Four disjoint splits of labelled texts, and the prompts made from them.
+    """Five disjoint splits of labelled texts, and the prompts made from them.
 
     Attributes:
         source: where the texts come from, for the record.
@@ -148,6 +148,7 @@ class Task:
         policy: training prompts.
         validation: prompts and texts for choosing a checkpoint and judging the head.
         test: prompts and texts for the final evaluation.
+        judge: trains the judge of `grade compare`, which no method sees; may be empty.
     """
 
     source: str
@@ -156,6 +157,7 @@ class Task:
     policy: list[Example]
     validation: list[Example]
     test: list[Example]
+    judge: list[Example] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         ids = [example.id for split in SPLITS for example in self.examples(split)]
@@ -234,7 +236,7 @@ class Task:
 def cut_splits(train: Sequence[Example], test: Sequence[Example], settings: TaskConfig, source: str) -> Task:
     """Cut a task from the rows of a training and a test file.
 
-    One shuffle of the training rows (files are often sorted by label), then three consecutive stretches, so
+    One shuffle of the training rows (files are often sorted by label), then consecutive stretches, so
     no row can be in two. The test rows are shuffled by the same seed: their first n are a random subset.
 
     Raises:
@@ -262,6 +264,7 @@ def cut_splits(train: Sequence[Example], test: Sequence[Example], settings: Task
         policy=rows[first:second],
         validation=rows[second:third],
         test=shuffled(test, settings.split_seed),
+        judge=rows[third : third + settings.judge_examples],
     )
 
 
@@ -280,7 +283,11 @@ def load_task(config: Config) -> Task:
         from grade.tasks import demo
 
         return demo.load(config.task)
-    raise GradeError(f"task.name is {name!r}: it must be sentiment or demo.")
+    if name == "countdown":
+        from grade.tasks import countdown
+
+        return countdown.load(config.task)
+    raise GradeError(f"task.name is {name!r}: it must be sentiment, demo or countdown.")
 
 
 def _sha256(parts: Iterable[str]) -> str:

@@ -301,7 +301,7 @@ def load(settings: TaskConfig) -> Task:
     Raises:
         GradeError: more reviews are asked for than the grammar can write.
     """
-    rows = settings.reward_examples + settings.policy_examples + settings.validation_examples
+    rows = settings.reward_examples + settings.policy_examples + settings.validation_examples + settings.judge_examples
     return cut_splits(
         write_reviews(rows), write_reviews(TEST_REVIEWS, part="test"), settings, source="built-in grammar"
     )

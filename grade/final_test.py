@@ -1,0 +1,138 @@
+"""The held-out test of a comparison: chosen checkpoints and the base model on the same prompts with the same noise.
+
+Beside the reward that was trained on stand two measures it had no part in: an independent judge (`grade.judge`), and
+the perplexity of the samples under the base model. Where the reward rises and they fall, the reward was fooled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Callable, Dict, List, Mapping, Optional, Tuple
+
+import torch
+from rich.console import Console
+
+from grade.checkpoint import load_adapter
+from grade.config import Config
+from grade.evaluate import evaluate, write_evaluations
+from grade.judge import Judge, train_judge
+from grade.loading import load_policy, load_reward, load_tokenizer
+from grade.passes import base_pass, fed_embeddings, per_token
+from grade.reward_training import judged_length
+from grade.rollout import Rollout
+from grade.tasks import load_task
+from grade.trainer import make_accelerator
+from grade_kernels import linear_token_logprob
+
+Checkpoint = Tuple[str, Optional[int], int]
+"""(method, seed, step); the base model is ("base", None, 0)."""
+
+BASE: Checkpoint = ("base", None, 0)
+
+
+def test_checkpoints(
+    config: Config, folder: Path, adapters: Mapping[Checkpoint, Path], console: Console
+) -> Tuple[Dict[Checkpoint, dict], Optional[dict]]:
+    """Test the base model and each adapter, but for what `folder`/tests.json already holds.
+
+    Args:
+        config: of the comparison.
+        folder: keeps tests.json, the judge and its report.
+        adapters: folder of each checkpoint's adapter.
+
+    Returns:
+        (results as `grade.comparison.table` reads them, the judge's report or None without a judge).
+    """
+    path = folder / "tests.json"
+    identity = _identity(config)
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if kept.get("identity") != identity:
+        kept = {"identity": identity, "results": {}}
+    missing = [key for key in (BASE, *adapters) if test_key(key) not in kept["results"]]
+    if missing:
+        accelerator, tokenizer, task = make_accelerator(config), load_tokenizer(config), load_task(config)
+        policy = load_policy(config, tokenizer, accelerator.device)
+        reward = load_reward(config, policy, task)
+        prompts = task.prompts("test", tokenizer, limit=config.evaluation.test_prompts)
+        measure = sample_measures(policy, load_judge(folder, config, tokenizer, task))
+        for number, key in enumerate(missing, start=1):
+            method, seed, step = key
+            name = "the base model" if key == BASE else f"{method}, seed {seed}, step {step}"
+            console.print(f"Test {number} of {len(missing)}: {name}", highlight=False)
+            if key != BASE:
+                load_adapter(adapters[key], policy)
+            row = evaluate(
+                policy, reward, prompts, config, split="test", step=step, adapters=key != BASE, measure=measure
+            )
+            kept["results"][test_key(key)] = _numbers(asdict(row))
+            write_evaluations(path, kept)
+    report = folder / "judge.json"
+    return (
+        {key: kept["results"][test_key(key)] for key in (BASE, *adapters)},
+        json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
+    )
+
+
+def test_key(key: Checkpoint) -> str:
+    """A checkpoint as a name in JSON."""
+    return "/".join(str(part) for part in key)
+
+
+def _identity(config: Config) -> dict:
+    """What test results depend on beside the checkpoint."""
+    identity = {name: asdict(getattr(config, name)) for name in ("task", "model", "reward", "generation", "evaluation")}
+    for name in ("samples", "batch_size", "every", "validation_prompts"):
+        del identity["evaluation"][name]
+    return identity
+
+
+def _numbers(row: dict) -> dict:
+    """An evaluation with its details beside the rest, and perplexity from the summed log-probabilities."""
+    details = row.pop("details")
+    return {**row, **details, "perplexity": math.exp(details.pop("base_nll") / row["mean_length"])}
+
+
+def sample_measures(policy, judge: Optional[Judge]) -> Callable[[Rollout], Dict[str, torch.Tensor]]:
+    """Measures of samples that are not the reward: the judge's probability, if there is one, and the base model's
+    negative log-probability, nats per response."""
+
+    @torch.no_grad()
+    def measure(rollout: Rollout) -> Dict[str, torch.Tensor]:
+        mask = rollout.mask
+        base = base_pass(policy, rollout, fed_embeddings(rollout, policy.embedding, policy.embedding_scale))
+        logprob, _ = linear_token_logprob(
+            base.reference[mask], policy.head, rollout.tokens[mask], **policy.head_transform
+        )
+        measures = {"base_nll": -per_token(logprob, mask).sum(1)}
+        if judge is not None:
+            measures["judge"] = judge.probability(judge_rows(policy, rollout))
+        return measures
+
+    return measure
+
+
+def judge_rows(policy, rollout: Rollout) -> List[List[int]]:
+    """Ids of prompt and response, special tokens left out: what the judge reads."""
+    special = torch.tensor(policy.tokenizer.all_special_ids, device=rollout.tokens.device)
+    ids = torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)
+    keep = torch.cat([rollout.prompt_mask, rollout.mask], dim=1) & ~torch.isin(ids, special)
+    return [row[kept].tolist() for row, kept in zip(ids, keep, strict=True)]
+
+
+def load_judge(folder: Path, config: Config, tokenizer, task) -> Optional[Judge]:
+    """The comparison's judge, trained now if there is none; None for a task without texts to learn from."""
+    examples = getattr(task, "judge", [])
+    if len({example.label for example in examples}) < 2:
+        return None
+    path = folder / "judge.safetensors"
+    if path.is_file():
+        return Judge.load(path)
+    lengths = sorted({judged_length(config), config.reward.max_tokens, 2 * config.reward.max_tokens})
+    # Reported on the test's own reviews: held-out training reviews flatter it (the same films, perhaps).
+    judge, report = train_judge(tokenizer, examples, task.test, lengths=lengths, seed=config.reward.seed)
+    (folder / "judge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    judge.save(path)
+    return judge

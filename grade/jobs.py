@@ -1,0 +1,120 @@
+"""Training runs as child processes: several at a time, each resumable, a failure never taking the others with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Dict, Sequence
+
+from rich.console import Console
+
+from grade.config import Config, GradeError
+from grade.config_io import config_from_yaml, config_to_yaml
+from grade.run_dir import differing_settings, is_finished
+
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One `grade train`; told from others by identity, as a config cannot be hashed.
+
+    Args:
+        name: unique; names its files.
+        config: with `train.run_dir` set.
+    """
+
+    name: str
+    config: Config
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def log(self) -> Path:
+        """Where the child's output goes."""
+        return self.run_dir.with_name(self.run_dir.name + ".log")
+
+
+def check_jobs(jobs: Sequence[Job]) -> None:
+    """Refuse to continue runs that were started under other settings.
+
+    Raises:
+        GradeError: naming the run and what differs.
+    """
+    for job in jobs:
+        path = job.run_dir / "config.yaml"
+        if path.is_file():
+            differing = differing_settings(config_from_yaml(path), job.config)
+            if differing:
+                raise GradeError(
+                    f"{job.run_dir} was started with other settings: {differing}. Put them back, delete that folder, "
+                    "or compare under another --name."
+                )
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int, console: Console) -> Dict[str, str]:
+    """Run what is not finished yet; returns why the failed ones failed, by job name.
+
+    Each child gets an equal share of the CPU's threads, so that peak memory and seconds are its own. An interruption
+    is passed on: every run stops after its step, keeps a checkpoint, and is continued by the next call.
+    """
+    waiting = [job for job in jobs if not is_finished(job.config)]
+    running: Dict[Job, subprocess.Popen] = {}
+    failures: Dict[str, str] = {}
+    done, total = len(jobs) - len(waiting), len(jobs)
+    if done:
+        console.print(f"{done} of {total} runs were finished before.", highlight=False)
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                running[job] = _start(job, at_once)
+            time.sleep(_POLL_SECONDS)
+            for job, process in [(j, p) for j, p in running.items() if p.poll() is not None]:
+                del running[job]
+                done += 1
+                if process.returncode != 0:
+                    failures[job.name] = _last_words(job)
+                state = f"failed, see {job.log}" if job.name in failures else "done"
+                console.print(f"[{done}/{total}] {job.name}: {state}", highlight=False, markup=False)
+    except BaseException:
+        _stop(running)
+        raise
+    return failures
+
+
+def _start(job: Job, at_once: int) -> subprocess.Popen:
+    job.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    started = (job.run_dir / "checkpoints" / "last").is_dir()
+    # What stopped before its first checkpoint has nothing to continue from.
+    train = replace(job.config.train, resume=started, overwrite=not started and job.run_dir.exists())
+    settings = job.run_dir.with_name(job.run_dir.name + ".yaml")
+    settings.write_text(config_to_yaml(replace(job.config, train=train)), encoding="utf-8")
+    threads = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // at_once, 1)))
+    with job.log.open("a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "grade", "train", str(settings)], stdout=log, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+        )
+
+
+def _stop(running: Dict[Job, subprocess.Popen]) -> None:
+    """Ask the children to stop after their step, and wait until they have saved."""
+    for process in running.values():
+        process.send_signal(signal.SIGTERM)
+    for process in running.values():
+        process.wait()
+
+
+def _last_words(job: Job) -> str:
+    """The end of a child's output."""
+    lines = [line.strip() for line in job.log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    errors = [line for line in lines if line.startswith("grade: error:")]
+    return (errors or [line for line in lines if line] or ["no output"])[-1]

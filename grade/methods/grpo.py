@@ -1,0 +1,196 @@
+"""Group-relative policy optimisation (Shao et al. 2024), on whole responses or token by token.
+
+The responses of a prompt are compared with each other, so nothing has to learn a value. What people argue about is a
+setting: dividing by the group's standard deviation (GRPO) or not (Dr. GRPO, Liu et al. 2025); the mean over tokens of
+all responses (DAPO, Yu et al. 2025), first over those of each (GRPO), or division by a constant (Dr. GRPO).
+
+Token level: a token's reward is the change it makes to the response's score, its advantage the difference from the
+group's mean token, within [-1, 1].
+
+KL is exact over the vocabulary and part of the loss: kl_coef in the direction of the settings, and
+grpo.kl_ref_policy_coef for kl(ref‖policy), at the same time if both are set. A group whose rewards are all equal
+teaches nothing: it is counted, gets no weight (in the KL neither) and is left out of every total.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Dict, List
+
+import torch
+from torch import Tensor
+
+from grade.methods import Update, kl_weight
+from grade.metrics import add_sums
+from grade.policy_gradient import PolicyGradient, Scored, Terms, TokenMeans, clipped_surrogate
+from grade.rollout import Rollout
+from grade.services import Totals
+
+_STD_OFFSET = 1e-4  # of TRL: a group that hardly differs is not blown up
+
+
+def sequence_advantages(rewards: Tensor, scale: str) -> Tensor:
+    """[U, G] rewards of U groups -> [U, G]: minus the group's mean and, with scale "std", over its deviation."""
+    advantage = rewards - rewards.mean(1, keepdim=True)
+    return advantage / (rewards.std(1, keepdim=True) + _STD_OFFSET) if scale == "std" else advantage
+
+
+def token_advantages(rewards: Tensor, mask: Tensor) -> Tensor:
+    """Rewards [U, G, S] of tokens -> [U, G, S]: minus the mean over the group's real tokens, within [-1, 1].
+
+    Args:
+        mask: [U, G, S] bool, real tokens; the others get 0.
+    """
+    mean = (rewards * mask).sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
+    return (rewards - mean).clamp(-1, 1) * mask
+
+
+def token_weights(mask: Tensor, reduction: str, tokens: int, responses: int, max_new_tokens: int) -> Tensor:
+    """[B, S] float64: what each token counts in the loss.
+
+    Args:
+        mask: [B, S] bool, real tokens that count.
+        reduction: "token_mean", "sequence_mean" or "constant".
+        tokens, responses: of the mini-batch, over micro-batches and processes, counting only those that count.
+    """
+    counted = mask.double()
+    if reduction == "token_mean":
+        return counted / max(tokens, 1)
+    if reduction == "sequence_mean":
+        return counted / counted.sum(1, keepdim=True).clamp_min(1) / max(responses, 1)
+    return counted / (max(responses, 1) * max_new_tokens)
+
+
+@dataclass
+class Experience:
+    """A micro-batch as all passes see it.
+
+    Args:
+        advantage: [B, S].
+        counts: [B] bool, whether the response's group teaches anything.
+    """
+
+    scored: Scored
+    advantage: Tensor
+    counts: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, S] bool, real tokens that count."""
+        return self.scored.rollout.mask & self.counts[:, None]
+
+
+class GRPO(PolicyGradient):
+    """The method as the trainer sees it."""
+
+    def __init__(self, policy, reward, config, services):
+        self.settings = config.method.grpo
+        self.minibatches = self.settings.minibatches
+        super().__init__(policy, reward, config, services)
+        # On the only update the policy is still the one that sampled, and its ratio to itself is 1.
+        self.needs_old = self.settings.epochs * self.minibatches > 1 or self.settings.entropy_reward_coef > 0
+
+    def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
+        settings = self.settings
+        batch = self._experiences(self.score(rollouts, old=self.needs_old, changes=settings.level == "token"))
+        means, sums = TokenMeans(self.services.sum), {}
+        for epoch in range(settings.epochs):
+            for minibatch in self.shuffled_minibatches(batch, step, epoch):
+                totals = self._totals(minibatch)
+                with self.services.phase("backward"):
+                    for experience in minibatch:
+                        terms = self._accumulate(experience, totals, means)
+                        if epoch == 0:
+                            sums = add_sums(sums, self._sums(experience, terms))
+                if totals.responses > 0:  # AdamW would move by its momentum even without a gradient
+                    update()
+        average = means.take()
+        return self.metrics(sums, {name: average[ours] for name, ours in _TRL_NAMES.items()})
+
+    def _experiences(self, scored: List[Scored]) -> List[Experience]:
+        """Advantages within each prompt's group, whose responses may lie in several micro-batches."""
+        settings, copies = self.settings, self.config.generation.samples_per_prompt
+        sizes, masks = [len(s.reward) for s in scored], [s.rollout.mask for s in scored]
+        if settings.level == "sequence":
+            rewards = torch.cat([self._shaped(s) for s in scored]).view(-1, copies)  # [U, G]
+            advantage = sequence_advantages(rewards, settings.advantage_scale)
+            counts = (rewards != rewards[:, :1]).any(1)  # [U]
+            advantage = advantage.flatten()[:, None]  # [N, 1]
+        else:
+            mask = _stack(masks).unflatten(0, (-1, copies))  # [U, G, S]
+            rewards = _stack([self._shaped_tokens(s) for s in scored]).unflatten(0, (-1, copies))
+            advantage = token_advantages(rewards, mask)
+            counts = (advantage != 0).any(2).any(1)
+            advantage = advantage.flatten(0, 1)  # [N, S]
+        counts = counts.repeat_interleave(copies)
+        return [
+            Experience(s, a[:, : m.shape[1]] * m, c)
+            for s, m, a, c in zip(scored, masks, advantage.split(sizes), counts.split(sizes), strict=True)
+        ]
+
+    def _shaped(self, scored: Scored) -> Tensor:
+        """[B]: the reward and, weighted, the mean entropy of the response under the policy that sampled it."""
+        reward = self.settings.preference_coef * scored.reward
+        if self.settings.entropy_reward_coef > 0:
+            entropy = scored.old.entropy.sum(1) / scored.rollout.mask.sum(1)
+            reward = reward + self.settings.entropy_reward_coef * entropy
+        return reward
+
+    def _shaped_tokens(self, scored: Scored) -> Tensor:
+        """[B, S]: what each token changed and, weighted, the entropy it was drawn with."""
+        reward = self.settings.preference_coef * scored.changes
+        if self.settings.entropy_reward_coef > 0:
+            reward = reward + self.settings.entropy_reward_coef * scored.old.entropy
+        return reward
+
+    def _totals(self, minibatch: List[Experience]) -> Totals:
+        """Tokens and responses that count, over all processes."""
+        own = {
+            "tokens": float(sum(e.mask.sum() for e in minibatch)),
+            "responses": float(sum(e.counts.sum() for e in minibatch)),
+        }
+        total = self.services.sum(own)
+        return Totals(int(total["tokens"]), int(total["responses"]))
+
+    def _accumulate(self, experience: Experience, totals: Totals, means: TokenMeans) -> Terms:
+        """Add a micro-batch's share of its mini-batch's gradient; the policy's terms."""
+        settings, method, scored, mask = self.settings, self.config.method, experience.scored, experience.mask
+        if not mask.any():
+            with torch.no_grad():
+                return scored.old or self.terms(scored)
+        weight = kl_weight(mask, method.kl_reduction, 1.0, totals.tokens, totals.responses)
+        weights = self.kl_weights(method.kl_coef * weight)
+        weights["ref_kl_weight"] = weights.get("ref_kl_weight", 0.0) + settings.kl_ref_policy_coef * weight
+        terms = self.terms(scored, **weights)
+        old_logprob = terms.logprob.detach() if scored.old is None else scored.old.logprob
+        loss = clipped_surrogate(
+            terms.logprob, old_logprob, experience.advantage, settings.clip_low, settings.clip_high
+        )
+        counted = token_weights(
+            mask, settings.loss_reduction, totals.tokens, totals.responses, self.config.generation.max_new_tokens
+        )
+        ((loss * counted).sum() + terms.penalty).backward()
+        ratio = torch.exp(terms.logprob.detach() - old_logprob)
+        low = (ratio < 1 - settings.clip_low) & (experience.advantage < 0)
+        high = (ratio > 1 + settings.clip_high) & (experience.advantage > 0)
+        means.add(mask, low=low, high=high, either=low | high, ratio=ratio, policy_loss=loss)
+        return terms
+
+    def _sums(self, experience: Experience, terms: Terms) -> Dict[str, float]:
+        scored = experience.scored
+        return self.sums(
+            scored, scored.old or terms, frac_reward_zero_std=~experience.counts,
+            kl_ref_policy=(scored.old or terms).ref_kl.sum(1),
+        )
+
+
+_TRL_NAMES = {
+    "clip_ratio/low_mean": "low", "clip_ratio/high_mean": "high", "clip_ratio/region_mean": "either",
+    "val/ratio": "ratio", "loss/policy_avg": "policy_loss",
+}
+
+
+def _stack(parts: List[Tensor]) -> Tensor:
+    """[B_i, S_i] tensors -> [sum B_i, max S_i] with zeros on the right."""
+    width = max(p.shape[1] for p in parts)
+    return torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts])

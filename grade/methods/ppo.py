@@ -1,0 +1,182 @@
+"""Proximal policy optimisation (Schulman et al. 2017) over tokens, with generalised advantage estimation over time.
+
+A step: score the responses under the policy that sampled them, estimate advantages with a value head, then several
+passes of clipped updates in mini-batches. The reward arrives with the last real token. The value head is one float32
+layer on the policy's own last hidden state; its gradient reaches the adapter, as is usual for a shared trunk. Where
+this departs from common implementations: entropy and, with `kl: loss`, the KL are exact over the vocabulary, and
+everything after the end of a response is left out of every mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Dict, List
+
+import torch
+from torch import Tensor, nn
+
+from grade.methods import Update, kl_weight
+from grade.metrics import add_sums
+from grade.policy_gradient import PolicyGradient, Scored, TokenMeans, clipped_surrogate
+from grade.rollout import Rollout
+from grade.services import Totals
+
+
+def token_rewards(reward: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
+    """[B, S]: minus `penalty` [B, S] at every real token, plus the response's reward [B] at the last one."""
+    last = mask.sum(1, keepdim=True) - 1
+    return (-penalty * mask).scatter_add(1, last, reward[:, None].to(penalty.dtype))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """[B, S] advantages: sum over later tokens of (gamma lambda)^l delta, delta = r + gamma V' - V.
+
+    Args:
+        rewards, values: [B, S]; `values` are of the state before each token.
+        mask: [B, S] bool; V' after the last real token is 0, and padding gets 0.
+    """
+    advantage = torch.zeros_like(rewards)
+    ahead = value_ahead = torch.zeros_like(rewards[:, 0])
+    for s in reversed(range(rewards.shape[1])):
+        delta = rewards[:, s] + gamma * value_ahead - values[:, s]
+        ahead = torch.where(mask[:, s], delta + gamma * gae_lambda * ahead, 0.0)
+        value_ahead = torch.where(mask[:, s], values[:, s], 0.0)
+        advantage[:, s] = ahead
+    return advantage
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """[B, S]: half the squared error, of the value or of the value moved by at most `clip`, whichever is larger.
+
+    A `clip` of 0 leaves values free.
+    """
+    error = (values - returns).square()
+    if clip > 0:
+        moved = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (moved - returns).square())
+    return 0.5 * error
+
+
+_TRL_NAMES = {
+    "loss/policy_avg": "policy_loss", "loss/value_avg": "value_loss", "policy/approxkl_avg": "approxkl",
+    "policy/clipfrac_avg": "clipped", "val/clipfrac_avg": "value_clipped", "val/ratio": "ratio",
+}
+
+
+class ValueHead(nn.Module):
+    """[..., d] hidden states -> [...] values, float32; starts at 0 everywhere."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layer = nn.Linear(width, 1)
+        nn.init.zeros_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.layer(hidden.to(self.layer.weight.dtype)).squeeze(-1)
+
+
+@dataclass
+class Experience:
+    """A micro-batch as all passes see it; [B, S]."""
+
+    scored: Scored
+    values: Tensor
+    returns: Tensor
+    advantage: Tensor
+
+
+class PPO(PolicyGradient):
+    """The method as the trainer sees it."""
+
+    def __init__(self, policy, reward, config, services):
+        self.settings = config.method.ppo
+        self.minibatches = self.settings.minibatches
+        super().__init__(policy, reward, config, services)
+        self.value_head = ValueHead(policy.head.shape[1]).to(policy.device)
+
+    def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
+        settings, totals = self.settings, self.services.totals(rollouts)
+        scored = self.score(rollouts, old=True)
+        batch = [self._experience(s, totals) for s in scored]
+        if settings.whiten_advantages:
+            self._whiten(batch)
+        means, updates = TokenMeans(self.services.sum), 0
+        for epoch in range(settings.epochs):
+            drift = TokenMeans(self.services.sum)
+            for minibatch in self.shuffled_minibatches(batch, step, epoch):
+                of_minibatch = self.services.totals([e.scored.rollout for e in minibatch])
+                with self.services.phase("backward"):
+                    for experience in minibatch:
+                        self._accumulate(experience, of_minibatch, means, drift)
+                update()
+                updates += 1
+            # The same number on every process, so all of them stop together.
+            if settings.target_kl is not None and drift.take()["approxkl"] > settings.target_kl:
+                break
+        sums: Dict[str, float] = {}
+        for experience in batch:
+            sums = add_sums(sums, self.sums(experience.scored, experience.scored.old))
+        means = means.take()
+        return self.metrics(sums, {**{name: means[ours] for name, ours in _TRL_NAMES.items()}, "ppo/updates": updates})
+
+    def _experience(self, scored: Scored, totals: Totals) -> Experience:
+        """Values, returns and advantages under the policy that sampled."""
+        settings, old, mask = self.settings, scored.old, scored.rollout.mask
+        with torch.no_grad():
+            values = self.value_head(old.hidden) * mask
+        penalty = torch.zeros_like(values)
+        if settings.kl == "reward":  # on the scale of one reward: the loss divides rewards by the responses
+            penalty = totals.responses * self._kl_weight(mask, totals) * (old.full_logprob - old.ref_logprob)
+        rewards = token_rewards(scored.reward, penalty.to(values.dtype), mask)
+        advantage = gae(rewards, values, mask, settings.gamma, settings.gae_lambda)
+        return Experience(scored, values, advantage + values, advantage)
+
+    def _whiten(self, batch: List[Experience]) -> None:
+        """Mean 0, variance 1 over the step's real tokens, on all processes."""
+        moments = TokenMeans(self.services.sum)
+        for e in batch:
+            moments.add(e.scored.rollout.mask, mean=e.advantage.double(), square=e.advantage.double().square())
+        total = moments.take()
+        spread = max(total["square"] - total["mean"] ** 2, 0.0) ** 0.5
+        for e in batch:
+            e.advantage = (e.advantage - total["mean"]) / (spread + 1e-8) * e.scored.rollout.mask
+
+    def _accumulate(self, experience: Experience, totals: Totals, means: TokenMeans, drift: TokenMeans) -> None:
+        """Add a micro-batch's share of its mini-batch's gradient."""
+        settings, scored = self.settings, experience.scored
+        mask, old = scored.rollout.mask, scored.old
+        terms = self.terms(
+            scored, entropy_weight=mask.double() * (-settings.entropy_coef / totals.tokens),
+            **(self.kl_weights(self._kl_weight(mask, totals)) if settings.kl == "loss" else {}),
+        )
+        values = self.value_head(terms.hidden) * mask
+        policy_loss = clipped_surrogate(
+            terms.logprob, old.logprob, experience.advantage, settings.clip, settings.clip
+        )
+        error = value_loss(values, experience.values, experience.returns, settings.value_clip)
+        per_token = (policy_loss + settings.value_coef * error) * mask
+        (per_token.sum() / totals.tokens + terms.penalty).backward()
+        with torch.no_grad():
+            log_ratio = terms.logprob - old.logprob
+            approxkl = 0.5 * log_ratio.square()
+            drift.add(mask, approxkl=approxkl)
+            means.add(
+                mask, policy_loss=policy_loss, value_loss=error, approxkl=approxkl, ratio=log_ratio.exp(),
+                clipped=((log_ratio.exp() - 1).abs() > settings.clip).double(),
+                value_clipped=((values - experience.values).abs() > settings.value_clip).double(),
+            )
+
+    def _kl_weight(self, mask: Tensor, totals: Totals) -> Tensor:
+        method = self.config.method
+        return kl_weight(mask, method.kl_reduction, method.kl_coef, totals.tokens, totals.responses)
+
+    def parameter_groups(self) -> List[dict]:
+        rate = self.settings.value_learning_rate
+        return [{"params": list(self.value_head.parameters()), **({} if rate is None else {"lr": rate})}]
+
+    def state_dict(self) -> dict:
+        return self.value_head.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.value_head.load_state_dict(state)

@@ -1,0 +1,105 @@
+"""The judge: what it learns, what it counts, that it is reproducible and survives a file."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from grade import judge as judging
+from grade.config import GradeError
+from grade.judge import BUCKETS, Judge, _ngrams, train_judge
+from grade.tasks import Example
+from grade.tasks.demo import write_reviews
+
+
+class Words:
+    """A tokenizer that numbers words as they come."""
+
+    def __init__(self):
+        self.ids = {}
+
+    def __call__(self, texts, add_special_tokens, verbose):
+        assert not add_special_tokens
+        words = [re.findall(r"\w+", text) for text in texts]
+        return {"input_ids": [[self.ids.setdefault(word, len(self.ids)) for word in row] for row in words]}
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch):
+    monkeypatch.setattr(judging, "_MIN_STEPS", 100)
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    return write_reviews(1500), write_reviews(200, part="test")
+
+
+def test_learns_sentiment_of_short_and_long_texts(reviews):
+    tokenizer = Words()
+    judge, report = train_judge(tokenizer, *reviews, lengths=[45, 30, 45])
+    assert list(report["accuracy"]) == ["30 tokens", "45 tokens"]
+    assert report["accuracy"]["45 tokens"] > 0.95 and report["accuracy"]["30 tokens"] > 0.8
+    assert (report["trained_on"], report["held_out"]) == (1500, 200)
+    good, bad = tokenizer(["It is wonderful and superb", "It is terrible and boring"], False, False)["input_ids"]
+    positive, negative = judge.probability([good, bad])
+    assert positive > 0.5 > negative
+
+
+def test_word_order_matters():
+    """Two texts of the same words: only bigrams tell them apart."""
+    texts = [Example(f"{i}", "not bad good film" if i % 2 else "not good bad film", i % 2) for i in range(64)]
+    _, report = train_judge(Words(), texts, texts[:8], lengths=[4])
+    assert report["accuracy"] == {"4 tokens": 1.0}
+
+
+def test_same_seed_same_weights_and_file(reviews, tmp_path):
+    first, again, other = (train_judge(Words(), *reviews, lengths=[45], seed=seed)[0] for seed in (3, 3, 4))
+    assert torch.equal(first.bag.weight, again.bag.weight) and torch.equal(first.bias, again.bias)
+    assert not torch.equal(first.bag.weight, other.bag.weight)
+    first.save(tmp_path / "judge.safetensors")
+    rows = [[1, 2, 3], [], [40, 41]]
+    assert torch.equal(Judge.load(tmp_path / "judge.safetensors").probability(rows), first.probability(rows))
+
+
+def test_probability_does_not_depend_on_the_other_rows():
+    judge = Judge()
+    torch.nn.init.normal_(judge.bag.weight, generator=torch.Generator().manual_seed(0))
+    rows = [[5, 6, 5, 6], [], [7], [6, 5, 200_000]]
+    together = judge.probability(rows)
+    assert together.dtype == torch.float32 and together.shape == (4,)
+    torch.testing.assert_close(together, torch.cat([judge.probability([row]) for row in rows]))
+    assert together[1] == 0.5  # the bias alone
+    assert judge.probability([]).shape == (0,)
+
+
+def test_ngrams_count_once_and_do_not_cross_rows():
+    buckets, counts = _ngrams([[5, 0, 5, 0, 5], [5], [], [0]])
+    assert counts.tolist() == [4, 1, 0, 1]  # 5, 0, (5, 0), (0, 5); no bigram of two texts
+    assert 0 <= int(buckets.min()) and int(buckets.max()) < BUCKETS
+    repeated, _ = _ngrams([[5, 0, 5, 0, 5, 0, 5, 0]])
+    assert torch.equal(repeated, buckets[:4])
+
+
+def test_the_hash_is_fixed():
+    """A saved judge must read the same buckets in every process and version."""
+    assert _ngrams([[0, 1]])[0].tolist() == [0, 52668, 155506]
+
+
+def test_hash_spreads_a_vocabulary():
+    buckets, _ = _ngrams([[token] for token in range(50_000)])
+    expected = BUCKETS * (1 - (1 - 1 / BUCKETS) ** 50_000)  # distinct buckets of 50,000 random draws
+    assert buckets.unique().numel() > 0.98 * expected
+
+
+def test_refuses_what_it_cannot_learn_from(reviews, tmp_path):
+    train, held_out = reviews
+    with pytest.raises(GradeError, match="both classes"):
+        train_judge(Words(), [e for e in train if e.label], held_out, lengths=[15])
+    with pytest.raises(GradeError, match="policy_examples"):
+        train_judge(Words(), train, [], lengths=[15])
+    (tmp_path / "other").write_text("no tensors")
+    for name in ("other", "missing"):
+        with pytest.raises(GradeError, match="holds no judge"):
+            Judge.load(tmp_path / name)
