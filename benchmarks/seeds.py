@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import List
+
+from grade.machine import machine, machine_line
 
 COLUMNS = {"reward": 3, "kl": 3, "entropy": 2, "unique_token_ratio": 3, "mean_length": 1}
 TITLES = ["reward", "KL, nats/token", "entropy, nats", "distinct tokens", "length, tokens"]
@@ -49,22 +50,6 @@ def read_run(run_dir: Path) -> dict:
     return {
         "run": run_dir.name, "best_step": best, "rows": rows, "step_seconds": seconds, "peak_gib": peak,
         "reward_head": record.get("reward_head", {}).get("accuracy", {}),
-    }
-
-
-def machine() -> Dict[str, object]:
-    """Where and with what the runs were made."""
-    import torch
-    import transformers
-
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-        cpu = f"{names[0]}, {len(names)} cores" if names else cpu
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return {
-        "cpu": cpu, "device": device, "python": platform.python_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 
@@ -113,7 +98,7 @@ def main(arguments: List[str] | None = None) -> None:
     print(table(saved["runs"]))
     print()
     print(summary(saved["runs"]))
-    print("Machine: " + ", ".join(f"{k} {v}" for k, v in saved["machine"].items()) + ".")
+    print(machine_line(saved["machine"]))
 
 
 if __name__ == "__main__":

@@ -36,10 +36,14 @@ from grade.config import Config, GradeError, validate
 from grade.final_test import Checkpoint, test_checkpoints, test_key
 from grade.jobs import Job, check_jobs, run_jobs
 from grade.loading import load_policy, load_reward, load_tokenizer
+from grade.machine import machine, machine_line
 from grade.method_config import method_named
 from grade.run_dir import adapter_folder
 from grade.tasks import load_task
 from grade.trainer import make_accelerator
+
+_GROUP = 4
+_TITLES = {"tokens": "Equal generated tokens", "seconds": "Equal training time"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class Comparison:
     def folder(self) -> Path:
         return Path(self.config.output_dir) / f"compare-{self.config.name}"
 
+    @property
+    def samples_per_prompt(self) -> int:
+        own = self.config.generation.samples_per_prompt
+        return self.config.compare.samples_per_prompt or (own if own > 1 else _GROUP)
+
     def job(self, method: str, seed: int, learning_rate: float, steps: int, run_dir: Path) -> Job:
         """A run of a method as it would be by itself, without its own test."""
         config = self.config
@@ -63,7 +72,7 @@ class Comparison:
         )
         return Job(run_dir.name, replace(
             config, seed=seed, method=method_named(config.method, method), train=train,
-            generation=replace(config.generation, samples_per_prompt=config.compare.samples_per_prompt),
+            generation=replace(config.generation, samples_per_prompt=self.samples_per_prompt),
             evaluation=replace(config.evaluation, test_prompts=0),
         ))
 
@@ -178,28 +187,40 @@ def _payload(
     return {
         "config": asdict(comparison.config), "methods": list(comparison.methods), "seeds": list(comparison.seeds),
         "learning_rates": rates, "sweep": sweep, "failures": failures, "judge": judge,
-        "budgets": asdict(common_budgets(curves)),
+        "machine": machine(), "budgets": asdict(common_budgets(curves)),
         "tables": {budget: table(curves, tests, budget=budget) for budget in ("tokens", "seconds")},
         "tests": {test_key(key): value for key, value in tests.items()},
         "curves": [asdict(curve) for curve in curves],
     }
 
 
-def show(payload: dict, folder: Path) -> None:
-    """Print the two tables and write them, with what they rest on, as comparison.md."""
-    budgets, out = Budgets(**payload["budgets"]), Console()
-    parts = [f"# {payload['config']['name']}: {', '.join(payload['methods'])}; seeds {payload['seeds']}"]
-    for budget, title in (("tokens", "Equal generated tokens"), ("seconds", "Equal training time")):
-        rows = payload["tables"][budget]
-        out.print(rich_table(rows, title))
-        parts.append(f"## {title}\n\n{markdown(rows, budget, budgets)}")
+def document(payload: dict) -> str:
+    """comparison.json as Markdown: both tables, learning rates, judge, failures, machine."""
+    budgets = Budgets(**payload["budgets"])
+    seeds = ", ".join(map(str, payload["seeds"]))
+    parts = [f"# {payload['config']['name']}: {', '.join(payload['methods'])}; seeds {seeds}"]
+    for budget, title in _TITLES.items():
+        parts.append(f"## {title}\n\n{markdown(payload['tables'][budget], budget, budgets).rstrip()}")
+    return "\n\n".join([*parts, _notes(payload)]) + "\n"
+
+
+def _notes(payload: dict) -> str:
     rates = ", ".join(f"{method} {rate:g}" for method, rate in payload["learning_rates"].items())
-    notes = [f"Learning rates, by the sweep: {rates}." if payload["sweep"] else f"Learning rates: {rates}."]
+    lines = [f"Learning rates, by the sweep: {rates}." if payload["sweep"] else f"Learning rates: {rates}."]
     if payload["judge"] is not None:
         accuracy = ", ".join(f"{value:.3f} on the first {text}" for text, value in payload["judge"]["accuracy"].items())
-        notes.append(f"The judge's held-out accuracy: {accuracy}.")
-    notes += [f"Failed: {name}: {reason}" for name, reason in payload["failures"].items()]
-    parts.append("\n".join(notes))
-    (folder / "comparison.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    out.print("\n".join(notes), highlight=False, markup=False)
+        lines.append(f"The judge's held-out accuracy: {accuracy}.")
+    lines += [f"Failed: {name}: {reason}" for name, reason in payload["failures"].items()]
+    jobs = payload["config"]["compare"]["jobs"]
+    lines.append(f"{jobs} run{'s' * (jobs > 1)} at a time. {machine_line(payload['machine'])}")
+    return "\n".join(lines)
+
+
+def show(payload: dict, folder: Path) -> None:
+    """Print the two tables with their notes; write them as comparison.md."""
+    out = Console()
+    for budget, title in _TITLES.items():
+        out.print(rich_table(payload["tables"][budget], title))
+    (folder / "comparison.md").write_text(document(payload), encoding="utf-8")
+    out.print(_notes(payload), highlight=False, markup=False)
     out.print(f"Comparison: {folder}", soft_wrap=True, highlight=False)

@@ -15,6 +15,7 @@ from grade.config import Config, GradeError
 from grade.errors import first_line
 from grade.model import Policy
 from grade.reward import SharedReward, check_classifier, load_classifier
+from grade.task_config import JUDGED_BY_PROGRAM
 
 
 def model_path(config: Config) -> str:
@@ -133,7 +134,8 @@ def _check_fits(config: Config, settings) -> None:
             f"task.prompt_max_tokens ({prompt}) + generation.max_new_tokens ({response}) is {prompt + response}, but "
             f"the context of {config.model.name} is {context} tokens. Lower one of them."
         )
-    if config.reward.model is None and context is not None and config.reward.max_tokens > context:
+    trains_head = config.reward.model is None and config.task.name not in JUDGED_BY_PROGRAM
+    if trains_head and context is not None and config.reward.max_tokens > context:
         raise GradeError(
             f"reward.max_tokens ({config.reward.max_tokens}) exceeds the context of {config.model.name}, {context} "
             "tokens. Lower it."

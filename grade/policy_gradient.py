@@ -202,7 +202,10 @@ class TokenMeans:
         self.sums = add_sums(self.sums, part)
 
     def take(self) -> Dict[str, float]:
-        """The means so far by name; starts again."""
+        """The means so far by name, none if no token was added; starts again.
+
+        Every process must have added the same names, be it under an empty mask.
+        """
         total, self.sums = self._sum(self.sums), {}
         count = total.pop("tokens")
-        return {name: value / max(count, 1.0) for name, value in total.items()}
+        return {name: value / count for name, value in total.items()} if count else {}

@@ -28,6 +28,7 @@ from grade.config import Config, GradeError
 from grade.model import Policy
 from grade.passes import accumulation_dtype
 from grade.reward import RewardHead
+from grade.task_config import JUDGED_BY_PROGRAM
 from grade.tasks import encode
 
 _HEAD_FILE, _REPORT_FILE = "head.safetensors", "reward.json"
@@ -225,6 +226,8 @@ def train_reward(config: Config) -> Dict[str, float]:
 
     if config.reward.model is not None:
         raise GradeError("reward.model names a trained classifier: there is no head to train. Set it to null.")
+    if config.task.name in JUDGED_BY_PROGRAM:
+        raise GradeError(f"task.name={config.task.name} is judged by a program: there is no head to train.")
     tokenizer = load_tokenizer(config)
     task = load_task(config)
     policy = load_policy(config, tokenizer, make_accelerator(config).device)

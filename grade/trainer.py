@@ -139,29 +139,33 @@ class Trainer:
         }
 
     def _update(self) -> None:
-        """Sum gradients over processes, clip to the global norm, step, clear.
+        """Sum gradients over processes, clip, step, clear.
+
+        The policy's gradient is clipped by its own norm, and that of a value head by its: an error of the values,
+        large at first, would otherwise shrink the policy's steps.
 
         Raises:
             GradeError: the gradient is not finite; the last checkpoint is untouched.
         """
         with self.phases("update"):
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            for parameter in parameters:
+            limit = self.config.train.max_grad_norm or math.inf
+            groups = [group["params"] for group in self.optimizer.param_groups]
+            for parameter in (p for group in groups for p in group):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 if self.accelerator.num_processes > 1:
                     parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
-            limit = self.config.train.max_grad_norm
-            norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf).item()
-            if not math.isfinite(norm):
+            norms = [torch.nn.utils.clip_grad_norm_(group, limit).item() for group in groups]
+            wrong = [norm for norm in norms if not math.isfinite(norm)]
+            if wrong:
                 raise GradeError(
-                    f"the gradient's norm at step {self.step} is {norm}: the update was not made. Start another run "
-                    "with a lower train.learning_rate (for grade and grade-ste a higher method.tau_end helps too); the "
-                    "last checkpoint is kept."
+                    f"the gradient's norm at step {self.step} is {wrong[0]}: the update was not made. Start another "
+                    "run with a lower train.learning_rate (for grade and grade-ste a higher method.tau_end helps too); "
+                    "the last checkpoint is kept."
                 )
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.norms.append(norm)
+        self.norms.append(norms[0])  # the policy's
 
     def _samples(self, rollout: Rollout) -> List[dict]:
         return [

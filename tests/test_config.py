@@ -254,9 +254,11 @@ def docstrings() -> dict:
 
     import grade.config
     import grade.method_config
+    import grade.task_config
 
     classes = {}
-    nodes = [node for m in (grade.config, grade.method_config) for node in ast.parse(inspect.getsource(m)).body]
+    modules = (grade.config, grade.method_config, grade.task_config)
+    nodes = [node for m in modules for node in ast.parse(inspect.getsource(m)).body]
     for node in nodes:
         if isinstance(node, ast.ClassDef):
             texts = {}

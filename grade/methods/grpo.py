@@ -104,8 +104,8 @@ class GRPO(PolicyGradient):
                             sums = add_sums(sums, self._sums(experience, terms))
                 if totals.responses > 0:  # AdamW would move by its momentum even without a gradient
                     update()
-        average = means.take()
-        return self.metrics(sums, {name: average[ours] for name, ours in _TRL_NAMES.items()})
+        average = means.take()  # empty in a step of which nothing counts
+        return self.metrics(sums, {name: average[ours] for name, ours in _TRL_NAMES.items() if ours in average})
 
     def _experiences(self, scored: List[Scored]) -> List[Experience]:
         """Advantages within each prompt's group, whose responses may lie in several micro-batches."""
@@ -157,7 +157,9 @@ class GRPO(PolicyGradient):
         settings, method, scored, mask = self.settings, self.config.method, experience.scored, experience.mask
         if not mask.any():
             with torch.no_grad():
-                return scored.old or self.terms(scored)
+                terms = scored.old or self.terms(scored)
+            means.add(mask, **dict.fromkeys(_TRL_NAMES.values(), torch.zeros_like(terms.logprob)))
+            return terms
         weight = kl_weight(mask, method.kl_reduction, 1.0, totals.tokens, totals.responses)
         weights = self.kl_weights(method.kl_coef * weight)
         weights["ref_kl_weight"] = weights.get("ref_kl_weight", 0.0) + settings.kl_ref_policy_coef * weight

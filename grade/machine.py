@@ -1,0 +1,28 @@
+"""Where and with what something was measured, for the record."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Dict
+
+
+def machine() -> Dict[str, object]:
+    """Names and versions, ready for JSON."""
+    import torch
+    import transformers
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+        cpu = f"{names[0]}, {len(names)} cores" if names else cpu
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "cpu": cpu, "device": device, "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def machine_line(description: Dict[str, object]) -> str:
+    """A recorded `machine` in one line."""
+    return "Machine: " + ", ".join(f"{name} {value}" for name, value in description.items()) + "."

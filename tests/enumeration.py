@@ -1,0 +1,137 @@
+"""A policy small enough to enumerate, and the terms of a response computed from full logits by autograd.
+
+Two tokens of three symbols make nine responses, so every expectation over responses is a sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from tiny import VOCAB, tiny_policy
+from torch import Tensor
+
+from grade.config import Config, GenerationConfig, MethodConfig, TrainConfig
+from grade.methods import make_method
+from grade.rollout import Rollout, Sampling, pad_prompts, sample
+from grade.services import Services
+
+SYMBOLS, LENGTH = 3, 2
+CANDIDATES = 5  # two of them can never be drawn
+PROMPT = [5, 9]
+RESPONSES = torch.cartesian_prod(torch.arange(SYMBOLS), torch.arange(SYMBOLS))  # [9, 2]
+PAIRS = [(i, j) for i in range(len(RESPONSES)) for j in range(i, len(RESPONSES))]
+
+
+def symbol_policy(*, dtype=torch.float64):
+    """A tiny Llama that knows three symbols only: entropy and KL are over 61 ids, sampling is not."""
+    return tiny_policy("llama", dtype=dtype, unknown=VOCAB - SYMBOLS)
+
+
+class TableReward:
+    """A program's reward: a table [3, 3] over responses, and [3] over their first token."""
+
+    differentiable = shares_base_pass = False
+
+    def __init__(self, table: Tensor):
+        self.table, self.first = table, table.mean(1)
+
+    def from_tokens(self, rollout: Rollout) -> Tensor:
+        return self.table[rollout.tokens[:, 0], rollout.tokens[:, 1]]
+
+    def prefix_scores(self, rollout: Rollout, base) -> Tensor:
+        first = self.first[rollout.tokens[:, 0]]
+        return torch.stack([torch.zeros_like(first), first, self.from_tokens(rollout)], dim=1)
+
+
+class ConstantReward:
+    """The same reward for every response."""
+
+    differentiable = shares_base_pass = False
+
+    def __init__(self, value: float):
+        self.value = value
+
+    def from_tokens(self, rollout: Rollout) -> Tensor:
+        return torch.full((len(rollout),), self.value)
+
+
+def given_rollout(policy, tokens: Tensor, copies: int = 1) -> Rollout:
+    """The responses `tokens` [B, 2] as if they had been sampled."""
+    shape = tokens.shape
+    ids = torch.tensor([PROMPT]).expand(shape[0], -1)
+    return Rollout(
+        ids, torch.ones_like(ids, dtype=torch.bool), tokens, torch.ones(shape, dtype=torch.bool),
+        torch.arange(CANDIDATES).expand(*shape, -1), torch.ones(shape), torch.zeros(shape, dtype=torch.int64),
+        ignore_eos=True, samples_per_prompt=copies,
+    )
+
+
+def drawn_rollout(policy, prompts, *, copies=1, seed=0, **sampling) -> Rollout:
+    """Responses to `prompts`, `copies` of each; noise rows do not overlap."""
+    ids, mask = pad_prompts(prompts, policy.pad_id)
+    options = Sampling(**{"max_new_tokens": LENGTH, "top_k": CANDIDATES, "ignore_eos": True, **sampling})
+    rows = torch.arange(len(prompts) * copies) * options.max_new_tokens
+    return sample(policy, ids, mask, options, seed=seed, first_rows=rows, samples_per_prompt=copies)
+
+
+def method_of(policy, reward, name, *, batch, accumulation=1, copies=1, max_new_tokens=LENGTH, own=None, **common):
+    """The method `name`; `own` are the settings of its section, `common` those that all methods share."""
+    method = MethodConfig(name=name, **common)
+    method = replace(method, **{name: replace(getattr(method, name), **(own or {}))})
+    generation = GenerationConfig(max_new_tokens=max_new_tokens, min_new_tokens=0, samples_per_prompt=copies)
+    train = TrainConfig(batch_size=batch, accumulation_steps=accumulation)
+    return make_method(policy, reward, Config(generation=generation, method=method, train=train), Services())
+
+
+def step_gradients(method, rollout, *, rate=0.0, step=0):
+    """(the policy's gradient at every update of a step, its metrics); an update moves by `rate` times the gradient."""
+    policy, taken = method.policy.parameters(), []
+    others = [p for group in method.parameter_groups() for p in group["params"]]
+
+    @torch.no_grad()
+    def update():
+        taken.append(torch.cat([p.grad.flatten() for p in policy]))
+        for p in [*policy, *others]:
+            if rate and p.grad is not None:
+                p.sub_(rate * p.grad)
+            p.grad = None
+
+    metrics = method.step([rollout], step, update)
+    return taken, metrics
+
+
+class FullTerms(NamedTuple):
+    """[B, S] along a rollout with 0 at padding, and [B, S, d] `hidden`; all but `full_ref` differentiable."""
+
+    logprob: Tensor  # restricted to the rollout's candidates that can be drawn
+    full: Tensor  # of the whole vocabulary
+    full_ref: Tensor
+    entropy: Tensor
+    kl: Tensor
+    ref_kl: Tensor
+    hidden: Tensor
+
+
+def full_terms(policy, rollout: Rollout) -> FullTerms:
+    """What the methods need of policy and reference, from transformers' own logits over the whole vocabulary."""
+    whole = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)
+    inputs = dict(
+        inputs_embeds=policy.embed(torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)),
+        attention_mask=whole.long(), position_ids=(whole.long().cumsum(1) - 1).clamp_min(0), use_cache=False,
+        output_hidden_states=True,
+    )
+    predicting = slice(rollout.prompt_ids.shape[1] - 1, -1)
+    out = policy.causal_lm(**inputs)
+    with policy.state(adapters=False), torch.no_grad():
+        ref = policy.causal_lm(**inputs).logits[:, predicting]
+    logits, mask, token = out.logits[:, predicting], rollout.mask, rollout.tokens[..., None]
+    p, q = logits.log_softmax(-1), ref.log_softmax(-1)
+    among = logits.index_fill(-1, policy.suppressed, -torch.inf).gather(-1, rollout.indices).log_softmax(-1)
+    logprob = torch.where(rollout.indices == token, among, 0.0).sum(-1)
+    values = (
+        logprob, p.gather(-1, token)[..., 0], q.gather(-1, token)[..., 0], -(p.exp() * p).sum(-1),
+        (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1),
+    )
+    return FullTerms(*(v * mask for v in values), out.hidden_states[-1][:, predicting])
