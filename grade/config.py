@@ -173,11 +173,14 @@ class CompareConfig:
     """What `grade compare` adds to the settings of its runs."""
 
     learning_rate_factors: List[float] = field(default_factory=lambda: [0.3, 1.0, 3.0])
-    """Every method is tried with train.learning_rate times each of these, and keeps the best by validation."""
+    """Every method is tried with train.learning_rate times each of these, and keeps the best by validation; where
+    that is the lowest or the highest, with at most two more beyond it."""
     sweep_steps: int = 50
     """Optimizer steps of each of these trials; 0: none, every method takes train.learning_rate."""
     sweep_seed: int = 1000
     """Seed of these trials; none of the comparison's own."""
+    validations: int = 15
+    """Validations of a run, evenly spaced; the cuts at equal cost are as fine as they are."""
     samples_per_prompt: Optional[int] = None
     """generation.samples_per_prompt of every run, so that all methods see the same prompts; null: the config's, or 4
     where that is 1 (GRPO and leave-one-out need groups)."""
@@ -256,6 +259,7 @@ _LOWER_BOUNDS = [
     ("evaluation.batch_size", 1, True),
     ("evaluation.samples", 0, True),
     ("compare.sweep_steps", 0, True),
+    ("compare.validations", 1, True),
     ("compare.samples_per_prompt", 1, True),
     ("compare.jobs", 1, True),
 ]
@@ -319,6 +323,11 @@ def validate(config: Config) -> None:
         raise GradeError(
             f"reward.model is {config.reward.model}, but the task {config.task.name} brings its own reward. Set it to "
             "null."
+        )
+    if config.task.name in JUDGED_BY_PROGRAM and generation.ignore_eos:
+        raise GradeError(
+            f"generation.ignore_eos is true, but an answer to task.name={config.task.name} must end to count. Set it "
+            "to false."
         )
     if method.name == "grpo" and method.grpo.level == "token" and config.reward.model is not None:
         raise GradeError(

@@ -17,7 +17,8 @@ from grade.config import Config
 from grade.demo_model import demo_model
 from grade.evaluate import Evaluation
 from grade.report import evaluation_table, samples_table
-from grade.trainer import Trainer, make_accelerator, prepare_run_dir
+from grade.run_dir import prepare_run_dir
+from grade.trainer import Trainer, make_accelerator
 
 PRINTED_SAMPLES = 3
 

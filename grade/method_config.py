@@ -22,7 +22,7 @@ class PPOConfig:
     epochs: int = 4
     """Passes over a step's responses."""
     minibatches: int = 2
-    """Optimizer steps per pass."""
+    """Optimizer steps per pass. Their order is shuffled; which responses share one stays."""
     clip: float = 0.2
     """Largest change of the importance ratio that is rewarded."""
     value_clip: float = 0.2
@@ -75,8 +75,11 @@ class GRPOConfig:
     """Passes over the responses of a step."""
     minibatches: int = 1
     """Optimizer steps of a pass."""
+    kl_policy_ref_coef: float = 0.0
+    """Weight of an exact kl(policy‖ref) beside normalised advantages, as GRPO is usually written, per nat; it comes on
+    top of method.kl_coef."""
     kl_ref_policy_coef: float = 0.0
-    """Weight of an exact kl(ref‖policy) in the loss, beside method.kl_coef, per nat."""
+    """The same for kl(ref‖policy)."""
     preference_coef: float = 1.0
     """Weight of the reward in the shaped reward."""
     entropy_reward_coef: float = 0.0
@@ -85,8 +88,9 @@ class GRPOConfig:
 
 @dataclass
 class MethodConfig:
-    """The gradient estimator and its objective: -mean reward + kl_coef * KL. Settings without a section of their own
-    from `estimator` to `replay_dropout`, but for the KL's, belong to `grade` and `grade-ste`."""
+    """The gradient estimator and its objective: -mean reward + kl_coef * KL. Of the
+    settings without a section, `estimator`, `rao_samples`, `kl_prefix_grad`, `tau_*`, `max_hops`, `hop_tol` and
+    `replay_dropout` are those of `grade` and `grade-ste`."""
 
     name: Literal["grade-ste", "grade", "ppo", "reinforce", "grpo"] = "grade-ste"
     """`grade-ste`: straight-through, hard tokens fed forward. `grade`: soft tokens fed forward. The others are policy
@@ -151,6 +155,7 @@ LOWER_BOUNDS = [
     ("method.grpo.clip_high", 0, False),
     ("method.grpo.epochs", 1, True),
     ("method.grpo.minibatches", 1, True),
+    ("method.grpo.kl_policy_ref_coef", 0, True),
     ("method.grpo.kl_ref_policy_coef", 0, True),
     ("method.grpo.preference_coef", 0, True),
     ("method.grpo.entropy_reward_coef", 0, True),
@@ -181,6 +186,11 @@ def check_method(method: MethodConfig, *, samples_per_prompt: int, responses: in
         raise GradeError(
             f"method.name={method.name} backpropagates the reward, and this task's reward is a program without a "
             f"gradient. Use a method that only needs its value: {others}."
+        )
+    if method.name not in DIFFERENTIATING and method.replay_dropout:
+        raise GradeError(
+            f"method.replay_dropout belongs to grade and grade-ste: method.name={method.name} needs the importance "
+            "ratio of 1 that dropout would break. Set it to false."
         )
     if method.name == "grade" and method.replay_dropout:
         raise GradeError(

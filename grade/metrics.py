@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional
 
@@ -115,15 +115,27 @@ def _std(count: float, total: float, squares: float) -> float:
     return max(squares - total * total / count, 0.0) ** 0.5 / (count - 1) ** 0.5
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Start `peak_memory_gib` anew, where the platform can: CUDA, Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # not Linux, or /proc is read-only
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process so far, GiB: allocated on the accelerator, or resident on CPU."""
+    """Peak memory of this process since `reset_peak_memory`, GiB: allocated on the accelerator, or resident on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    with suppress(OSError, StopIteration):
+        status = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) / 2**20
     import resource
     import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 2**30  # macOS counts bytes, Linux KiB
+    return peak * (1 if sys.platform == "darwin" else 1024) / 2**30  # macOS counts bytes, others KiB
 
 
 class RunLog:

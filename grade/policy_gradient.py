@@ -12,6 +12,7 @@ those of the full distribution.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Callable, Dict, Iterator, List, Optional, Sequence, TypeVar
 
@@ -40,19 +41,21 @@ class Terms:
         penalty: scalar, sum of the entropies and KLs with the weights that were asked for. Differentiable.
         hidden: [B, S, d], the states that predict the tokens. Differentiable.
         full_logprob, ref_logprob: of the tokens, under the full distributions of policy and reference.
-        entropy, kl, ref_kl: exact; kl(policy‖ref) and kl(ref‖policy).
+        entropy, kl, ref_kl: exact; kl(policy‖ref) and kl(ref‖policy), the latter None where nothing asks for it.
         mass: share of probability on the candidates.
+
+    Without the reference `ref_logprob`, `kl` and `ref_kl` are None.
     """
 
     logprob: Tensor
     penalty: Tensor
     hidden: Tensor
     full_logprob: Tensor
-    ref_logprob: Tensor
     entropy: Tensor
-    kl: Tensor
-    ref_kl: Tensor
     mass: Tensor
+    ref_logprob: Optional[Tensor]
+    kl: Optional[Tensor]
+    ref_kl: Optional[Tensor]
 
 
 @dataclass
@@ -91,7 +94,7 @@ class PolicyGradient:
         self.policy, self.reward, self.config, self.services = policy, reward, config, services
         train = config.train
         # A mini-batch is made of whole micro-batches: what a response shares its pass with never changes.
-        self.micro_batch = min(train.batch_size, train.batch_size * train.accumulation_steps // self.minibatches)
+        self.micro_batch = math.gcd(train.batch_size, train.batch_size * train.accumulation_steps // self.minibatches)
         if config.method.activation_checkpointing:
             policy.enable_checkpointing()
 
@@ -120,12 +123,13 @@ class PolicyGradient:
 
     def terms(
         self, scored: Scored, *, entropy_weight: Optional[Tensor] = None, kl_weight: Optional[Tensor] = None,
-        ref_kl_weight: Optional[Tensor] = None,
+        ref_kl_weight: Optional[Tensor] = None, reference: bool = True,
     ) -> Terms:
         """The policy as it is now, along a micro-batch; with a graph unless gradients are off.
 
         Args:
             entropy_weight, kl_weight, ref_kl_weight: [B, S], weights of `Terms.penalty`; None leaves a term out.
+            reference: also what compares the policy with the reference, for a second product with the head.
         """
         policy, rollout, method = self.policy, scored.rollout, self.config.method
         mask = rollout.mask
@@ -135,7 +139,7 @@ class PolicyGradient:
         weights = {"entropy_weight": entropy_weight, "kl_weight": kl_weight, "ref_kl_weight": ref_kl_weight}
         head = vocab_objective(
             hidden[mask], policy.head, indices=rollout.indices[mask], tokens=rollout.tokens[mask],
-            ref_hidden=scored.reference[mask],
+            ref_hidden=scored.reference[mask] if reference else None, ref_kl=method.kl_direction == "ref_policy",
             **{name: None if weight is None else weight[mask] for name, weight in weights.items()},
             chunk_bytes=method.head_chunk_mib * 2**20, **policy.head_transform,
         )
@@ -143,10 +147,11 @@ class PolicyGradient:
         logits = torch.where(allowed, head.logits, -torch.inf)  # [n, k]
         chosen = (head.indices == rollout.tokens[mask][:, None]).long().argmax(1, keepdim=True)
         logprob = logits.log_softmax(-1).gather(1, chosen).squeeze(1)
-        values = (logprob, head.logprob, head.ref_logprob, head.entropy, head.kl, head.ref_kl, head.mass)
-        logprob, full, ref, entropy, kl, ref_kl, mass = (per_token(v, mask) for v in values)
-        penalty = logprob.new_zeros(()) if head.objective is None else head.objective.sum()
-        return Terms(logprob, penalty, hidden, full, ref, entropy, kl, ref_kl, mass)
+        values = (head.logprob, head.entropy, head.mass, head.ref_logprob, head.kl, head.ref_kl)
+        return Terms(
+            per_token(logprob, mask), logprob.new_zeros(()) if head.objective is None else head.objective.sum(), hidden,
+            *(None if v is None else per_token(v, mask) for v in values),
+        )
 
     def kl_weights(self, weight: Tensor) -> Dict[str, Tensor]:
         """The keyword of `terms` that penalises KL in the direction of the settings."""

@@ -45,9 +45,11 @@ def head_identity(config: Config, task) -> dict:
     """What a trained head depends on; two equal identities may share one head."""
     reward = asdict(config.reward)
     del reward["path"], reward["model"], reward["positive_label"]
+    described = task.describe()
+    del described["splits"]["judge"], described["texts_in_two_splits"]
     return {
         "model": config.model.name, "revision": config.model.revision, "dtype": config.model.dtype,
-        "reward": reward, "judged_length": judged_length(config), "task": task.describe(),
+        "reward": reward, "judged_length": judged_length(config), "task": described,
     }
 
 

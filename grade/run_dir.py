@@ -10,12 +10,13 @@ from typing import Dict
 from grade.checkpoint import check_writable, load_state
 from grade.config import Config, GradeError
 from grade.config_io import config_from_yaml
+from grade.method_config import DIFFERENTIATING
 
 _MAY_CHANGE_ON_RESUME = {
     "train.resume", "train.overwrite", "train.run_dir", "output_dir", "name", "train.steps", "train.save_every",
     "train.tensorboard", "train.wandb", "train.wandb_project", "train.samples_logged", "train.samples_every",
     "evaluation.samples", "evaluation.batch_size", "generation.batch_size", "method.head_chunk_mib",
-    "train.keep_adapters",
+    "train.keep_adapters", "task.judge_examples",
 }
 
 
@@ -68,6 +69,8 @@ def differing_settings(before: Config, now: Config) -> str:
     """The settings in which a run would be another one, as words; empty if there are none."""
     old, new = flatten(asdict(before)), flatten(asdict(now))
     free = _MAY_CHANGE_ON_RESUME | {name for name in new if name.startswith("compare.")}
+    if now.method.name not in DIFFERENTIATING:
+        free -= {"generation.batch_size"}  # what is decoded together decides which responses share a mini-batch
     names = [name for name in new if old[name] != new[name] and name not in free]
     return ", ".join(f"{name} ({old[name]} then, {new[name]} now)" for name in names)
 

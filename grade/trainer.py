@@ -4,7 +4,7 @@
 
 Randomness has no state that a resumed run would have to restore: prompts follow from (seed, step), noise rows from
 (step, response, position). So a resumed run repeats the uninterrupted one, and splitting a batch over micro-batches
-or processes changes nothing.
+or processes changes nothing - except which responses share a mini-batch of PPO or GRPO.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from grade.evaluate import Evaluation, evaluate, text_of, write_evaluations
 from grade.interrupt import stop_between_steps
 from grade.loading import load_policy, load_reward, load_tokenizer
 from grade.methods import make_method
-from grade.metrics import Phases, RunLog, peak_memory_gib
+from grade.metrics import Phases, RunLog, peak_memory_gib, reset_peak_memory
 from grade.progress import training_progress
 from grade.report import evaluation_table
 from grade.reward_training import head_report, keep_head, with_kept_head
@@ -77,7 +77,7 @@ class Trainer:
         self.method = make_method(self.policy, self.reward, config, self.services)
         self.prompts = self.task.prompts("policy", tokenizer)
         if not self.prompts:
-            raise GradeError("task.policy_examples: no review gives a prompt; check the data and prompt_max_chars.")
+            raise GradeError("task.policy_examples: nothing gives a prompt; check the data and task.prompt_max_chars.")
         self.evaluation_prompts = {
             "validation": self.task.prompts("validation", tokenizer, limit=config.evaluation.validation_prompts),
             "test": self.task.prompts("test", tokenizer, limit=config.evaluation.test_prompts),
@@ -92,6 +92,7 @@ class Trainer:
         self.scheduler = get_scheduler(name, self.optimizer, train.warmup_steps, train.steps)
         self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
         self.step = 0
+        self.norms: List[float] = []  # of the policy's gradient, per update of the current step
         self.best: Optional[dict] = None
         self.evaluations: List[dict] = []
 
@@ -121,9 +122,10 @@ class Trainer:
     def train_step(self) -> Dict[str, float]:
         """One optimizer step; its metrics."""
         config, step = self.config, self.step
+        reset_peak_memory(self.policy.device)
         with self.phases("rollout"):
             rollouts = list(self.rollouts(step))
-        self.norms: List[float] = []
+        self.norms = []
         learning_rate = self.scheduler.get_last_lr()[0]
         metrics = self.method.step(rollouts, step, self._update)
         self.scheduler.step()
@@ -283,6 +285,11 @@ class Trainer:
         load_adapter(folder, self.policy)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if "method" not in state:
+            raise GradeError(
+                f"train.resume: {folder} was written by an earlier version, without the method's own state. Start "
+                "again with --train.overwrite true."
+            )
         self.method.load_state_dict(state["method"])
         self.step, self.best, self.evaluations = state["step"], state["best"], state["evaluations"]
 

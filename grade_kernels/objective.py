@@ -54,6 +54,7 @@ def vocab_objective(
     entropy_weight: float | Tensor | None = None,
     kl_weight: float | Tensor | None = None,
     ref_kl_weight: float | Tensor | None = None,
+    ref_kl: bool = True,
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
@@ -91,6 +92,8 @@ def vocab_objective(
     entropy_weight, kl_weight, ref_kl_weight : float or float tensor [...], optional
         Weights of each row's entropy, KL(policy || ref) and KL(ref || policy) in the gradient; they get none
         themselves.  None leaves the term out, and 0 makes it 0 even in a row where the divergence is infinite.
+    ref_kl : bool
+        False leaves KL(ref || policy) out where it has no weight either: a CPU then saves a pass over the logits.
     bias : float [V], optional
     scale, softcap : float
         Logit scale (Cohere, Granite) and soft cap (Gemma 2).
@@ -133,6 +136,7 @@ def vocab_objective(
         if value is not None and ref_hidden is None and name != "entropy_weight":
             raise ValueError(f"{name} weights a KL, which needs ref_hidden; pass ref_hidden or leave {name} out")
         _check_weight(name, value, leading, hidden.device)
+    ref_kl = ref_kl or ref_kl_weight is not None
     k = indices.shape[-1]
     ops = implementation(backend_for("vocab_objective", hidden, k=k)).objective
 
@@ -148,7 +152,7 @@ def vocab_objective(
             logits = head.logits(rows[a:b])
             ref_logits = None if ref_rows is None else head.logits(ref_rows[a:b])
             chosen, *parts = (None if x is None else x[a:b] for x in (flat_tokens, *weights))
-            pieces = ops.objective_chunk(logits, ref_logits, blocked, flat_ids[a:b], chosen, parts, softcap)
+            pieces = ops.objective_chunk(logits, ref_logits, blocked, flat_ids[a:b], chosen, parts, ref_kl, softcap)
             if any(part is not None for part in parts):  # the logits are gradients by now
                 pieces["grad_hidden"] = head.grad_hidden(logits)
                 pieces["objective"] = _weighted_sum(parts, [pieces.get(name) for name in ("entropy", "kl", "ref_kl")])

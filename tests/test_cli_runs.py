@@ -61,13 +61,17 @@ def test_train_evaluate_and_reload(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_large_batch(tiny_config, tmp_path):
-    """Two processes of 4 responses take the step of one process with 8."""
+@pytest.mark.parametrize("method", ["grade-ste", "ppo"])
+def test_two_processes_equal_one_large_batch(tiny_config, tmp_path, method):
+    """Two processes of 4 responses take the step of one process with 8. PPO needs the other process the most often:
+    for totals, mean KL, whitening, early stopping."""
 
     def run(name, *launcher, batch_size):
-        changed = replace(tiny_config, train=replace(
-            tiny_config.train, batch_size=batch_size, steps=2, run_dir=str(tmp_path / name)
-        ))
+        ppo = replace(tiny_config.method.ppo, minibatches=1, epochs=2)
+        changed = replace(
+            tiny_config, method=replace(tiny_config.method, name=method, ppo=ppo),
+            train=replace(tiny_config.train, batch_size=batch_size, steps=2, run_dir=str(tmp_path / name)),
+        )
         config = tmp_path / f"{name}.yaml"
         config.write_text(config_to_yaml(changed))
         done = subprocess.run(

@@ -105,9 +105,9 @@ def test_reinforce_is_unbiased(policy, baseline, average, groups, copies, reduct
 
 @pytest.mark.parametrize("kl_coef", [0.0, KL_COEF])
 def test_grpo_expectation(policy, kl_coef):
-    """With the group's mean as baseline, G - 1 Gth of the policy gradient, over the longest response. The KL is a
-    loss at fixed responses: the choice of a token is not charged for the KL that it leads to. Groups that do not
-    differ give nothing, not even KL."""
+    """With the group's mean as baseline, G - 1 Gth of the objective's gradient, over the longest response: of reward
+    and KL alike. The KL is a loss at fixed responses: the choice of a token is not charged for the KL that it leads
+    to. Groups that do not differ give nothing, not even KL."""
     method = method_of(
         policy, TableReward(TABLE), "grpo", batch=2, copies=2, kl_coef=kl_coef,
         own={"advantage_scale": "none", "loss_reduction": "constant"},
@@ -117,7 +117,7 @@ def test_grpo_expectation(policy, kl_coef):
     # The chance of a partner with another reward, for each response: 1 minus that of one with the same.
     differs = 1 - (chance * (reward[:, None] == reward)).sum(1)
     kl = (chance * differs * terms.kl.sum(1)).sum() / LENGTH
-    loss = -(probability * reward).sum() * (1 / 2) / LENGTH + kl_coef * kl
+    loss = (-(probability * reward).sum() + kl_coef * kl) * (1 / 2) / LENGTH
     assert relative_error(expected_gradient(method, PAIRS, 2), gradients(policy, loss)) < 1e-9
 
 
@@ -216,7 +216,7 @@ def test_grpo_is_its_documented_loss(double, level, scale, loss_reduction, kl_re
         kl_direction=direction, kl_reduction=kl_reduction,
         own=dict(
             level=level, advantage_scale=scale, loss_reduction=loss_reduction, epochs=3, clip_low=0.1, clip_high=0.3,
-            kl_ref_policy_coef=0.3, preference_coef=2.0, entropy_reward_coef=entropy_reward,
+            kl_policy_ref_coef=0.1, kl_ref_policy_coef=0.3, preference_coef=2.0, entropy_reward_coef=entropy_reward,
         ),
     )
     score = method.score([rollout], changes=True)
@@ -225,7 +225,10 @@ def test_grpo_is_its_documented_loss(double, level, scale, loss_reduction, kl_re
     if level == "sequence":
         rewards = 2.0 * torch.cat([s.reward for s in score]) + entropy_reward * entropy.sum(1) / mask.sum(1)
         advantage = sequence_advantages(rewards.view(2, 4), scale).flatten()[:, None]
+        spread = rewards.view(2, 4).std(1).repeat_interleave(4)[:, None] + 1e-4 if scale == "std" else 1.0
+        of_reward = (3 / 4) / spread  # what the objective is multiplied with, response by response
     else:
+        of_reward = 1.0
         rewards = entropy_reward * entropy
         for b, part in enumerate(p for s in score for p in s.changes):
             rewards[b, : len(part)] += 2.0 * part
@@ -235,8 +238,9 @@ def test_grpo_is_its_documented_loss(double, level, scale, loss_reduction, kl_re
         terms = full_terms(own, rollout)
         kl = terms.kl if direction == "policy_ref" else terms.ref_kl
         surrogate = clipped_surrogate(terms.logprob, old_logprob, advantage, 0.1, 0.3)
-        penalty = token_weight(mask, kl_reduction, 6) * (0.2 * kl + 0.3 * terms.ref_kl)
-        return (token_weight(mask, loss_reduction, 6) * surrogate + penalty).sum()
+        weight = token_weight(mask, loss_reduction, 6)
+        shared = 0.2 * token_weight(mask, kl_reduction, 6) * kl * len(rollout) * of_reward
+        return (weight * (surrogate + shared + 0.1 * terms.kl + 0.3 * terms.ref_kl)).sum()
 
     found, metrics = step_gradients(method, rollout, rate=rate)
     expected = descended(own.parameters(), loss, rate, 3)
@@ -279,7 +283,8 @@ def test_ppo_is_its_documented_loss(double, kl, whiten, reduction):
     old_values = head(old.hidden).squeeze(-1).detach() * mask
     penalty = torch.zeros_like(old.full)
     if kl == "reward":  # a mean over tokens, on the scale of rewards that are a mean over responses
-        penalty = 0.4 * (old.full - old.full_ref) * len(rollout) / int(mask.sum())
+        mean = old.kl[mask].mean()
+        penalty = 0.4 * (old.full - old.full_ref - mean) * len(rollout) / int(mask.sum())
     advantage = gae(token_rewards(reward_of, penalty, mask), old_values, mask, 0.9, 0.8)
     returns = advantage + old_values
     if whiten:
@@ -291,7 +296,8 @@ def test_ppo_is_its_documented_loss(double, kl, whiten, reduction):
         surrogate = clipped_surrogate(terms.logprob, old.logprob, advantage, 0.1, 0.1)
         error = value_loss(head(terms.hidden).squeeze(-1), old_values, returns, 0.1)
         of_tokens = ((surrogate + 0.5 * error - 0.05 * terms.entropy) * mask).sum() / mask.sum()
-        return of_tokens + (kl == "loss") * 0.4 * (token_weight(mask, reduction, 6) * terms.kl).sum()
+        share = len(rollout) / int(mask.sum())  # of a token mean in the objective's mean over responses
+        return of_tokens + (kl == "loss") * share * 0.4 * (token_weight(mask, reduction, 6) * terms.kl).sum()
 
     found, metrics = step_gradients(method, rollout, rate=rate)
     trained = [*own.parameters(), *head.parameters()]

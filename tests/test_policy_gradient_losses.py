@@ -150,6 +150,18 @@ def test_penalised_return_by_hand():
     assert returns.dtype is torch.float64
 
 
+def test_length_costs_nothing_in_a_token_mean():
+    """The derivative of a step's mean KL per token by adding a response, to first order in its share of the tokens."""
+    others_kl, others_tokens, responses, coefficient = 30.0, 100, 11, 0.2
+    mean_kl = others_kl / others_tokens
+    for kl, tokens in ((0.3, 1), (3.0, 10), (1.2, 2), (0.1, 5)):
+        # An infinitesimal weight e on the response: d/de (K + e k) / (n + e t) = (k - K/n t) / n.
+        change = (kl - mean_kl * tokens) / others_tokens
+        weight = torch.full((1, tokens), coefficient / others_tokens, dtype=torch.float64)
+        returns = penalised_return(tensor([0.5]), torch.full((1, tokens), kl / tokens), weight, responses, mean_kl)
+        close(returns, [0.5 - responses * coefficient * change])
+
+
 def test_leave_one_out_by_hand():
     close(leave_one_out(tensor([1.0, 2.0, 6.0])), [4.0, 3.5, 1.5])
     close(leave_one_out(tensor([[1.0, 3.0], [5.0, 0.0]])), [[3.0, 1.0], [0.0, 5.0]])

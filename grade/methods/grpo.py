@@ -7,9 +7,12 @@ all responses (DAPO, Yu et al. 2025), first over those of each (GRPO), or divisi
 Token level: a token's reward is the change it makes to the response's score, its advantage the difference from the
 group's mean token, within [-1, 1].
 
-KL is exact over the vocabulary and part of the loss: kl_coef in the direction of the settings, and
-grpo.kl_ref_policy_coef for kl(ref‖policy), at the same time if both are set. A group whose rewards are all equal
-teaches nothing: it is counted, gets no weight (in the KL neither) and is left out of every total.
+KL is exact over the vocabulary and a term of the loss, without the effect of a token on later ones. It can be weighed
+in two ways. method.kl_coef means what it means for every method, reward - kl_coef * KL: where GRPO weighs a response's
+reward by more or less (its length, its group's deviation), the KL goes with it. grpo.kl_policy_ref_coef and
+grpo.kl_ref_policy_coef are added as GRPO is usually written, beside normalised advantages, both directions at once if
+both are set. A group whose rewards are all equal teaches nothing: it is counted, gets no weight (in the KL neither) and
+is left out of every total.
 """
 
 from __future__ import annotations
@@ -29,10 +32,14 @@ from grade.services import Totals
 _STD_OFFSET = 1e-4  # of TRL: a group that hardly differs is not blown up
 
 
+def group_scale(rewards: Tensor, scale: str) -> Tensor:
+    """[U, G] rewards of U groups -> [U, 1]: what multiplies a group's advantages; 1 over its deviation for "std"."""
+    return 1 / (rewards.std(1, keepdim=True) + _STD_OFFSET) if scale == "std" else torch.ones_like(rewards[:, :1])
+
+
 def sequence_advantages(rewards: Tensor, scale: str) -> Tensor:
-    """[U, G] rewards of U groups -> [U, G]: minus the group's mean and, with scale "std", over its deviation."""
-    advantage = rewards - rewards.mean(1, keepdim=True)
-    return advantage / (rewards.std(1, keepdim=True) + _STD_OFFSET) if scale == "std" else advantage
+    """[U, G] rewards of U groups -> [U, G]: minus the group's mean, times `group_scale`."""
+    return (rewards - rewards.mean(1, keepdim=True)) * group_scale(rewards, scale)
 
 
 def token_advantages(rewards: Tensor, mask: Tensor) -> Tensor:
@@ -68,11 +75,14 @@ class Experience:
     Args:
         advantage: [B, S].
         counts: [B] bool, whether the response's group teaches anything.
+        scale: [B], what the reward's gradient is multiplied with, in the mean: `group_scale` and (G - 1) / G, since a
+            response is part of the mean it is compared with.
     """
 
     scored: Scored
     advantage: Tensor
     counts: Tensor
+    scale: Tensor
 
     @property
     def mask(self) -> Tensor:
@@ -116,16 +126,17 @@ class GRPO(PolicyGradient):
             advantage = sequence_advantages(rewards, settings.advantage_scale)
             counts = (rewards != rewards[:, :1]).any(1)  # [U]
             advantage = advantage.flatten()[:, None]  # [N, 1]
+            scale = group_scale(rewards, settings.advantage_scale)[:, 0] * (copies - 1) / copies  # [U]
         else:
             mask = _stack(masks).unflatten(0, (-1, copies))  # [U, G, S]
             rewards = _stack([self._shaped_tokens(s) for s in scored]).unflatten(0, (-1, copies))
             advantage = token_advantages(rewards, mask)
             counts = (advantage != 0).any(2).any(1)
-            advantage = advantage.flatten(0, 1)  # [N, S]
-        counts = counts.repeat_interleave(copies)
+            advantage, scale = advantage.flatten(0, 1), torch.ones_like(advantage[:, 0, 0])  # [N, S], [U]
+        of_responses = (x.repeat_interleave(copies).split(sizes) for x in (counts, scale))
         return [
-            Experience(s, a[:, : m.shape[1]] * m, c)
-            for s, m, a, c in zip(scored, masks, advantage.split(sizes), counts.split(sizes), strict=True)
+            Experience(s, a[:, : m.shape[1]] * m, c, x)
+            for s, m, a, c, x in zip(scored, masks, advantage.split(sizes), *of_responses, strict=True)
         ]
 
     def _shaped(self, scored: Scored) -> Tensor:
@@ -154,22 +165,19 @@ class GRPO(PolicyGradient):
 
     def _accumulate(self, experience: Experience, totals: Totals, means: TokenMeans) -> Terms:
         """Add a micro-batch's share of its mini-batch's gradient; the policy's terms."""
-        settings, method, scored, mask = self.settings, self.config.method, experience.scored, experience.mask
+        settings, scored, mask = self.settings, experience.scored, experience.mask
         if not mask.any():
             with torch.no_grad():
                 terms = scored.old or self.terms(scored)
             means.add(mask, **dict.fromkeys(_TRL_NAMES.values(), torch.zeros_like(terms.logprob)))
             return terms
-        weight = kl_weight(mask, method.kl_reduction, 1.0, totals.tokens, totals.responses)
-        weights = self.kl_weights(method.kl_coef * weight)
-        weights["ref_kl_weight"] = weights.get("ref_kl_weight", 0.0) + settings.kl_ref_policy_coef * weight
-        terms = self.terms(scored, **weights)
+        counted = token_weights(
+            mask, settings.loss_reduction, totals.tokens, totals.responses, self.config.generation.max_new_tokens
+        )
+        terms = self.terms(scored, **self._kl_terms(experience, counted, totals))
         old_logprob = terms.logprob.detach() if scored.old is None else scored.old.logprob
         loss = clipped_surrogate(
             terms.logprob, old_logprob, experience.advantage, settings.clip_low, settings.clip_high
-        )
-        counted = token_weights(
-            mask, settings.loss_reduction, totals.tokens, totals.responses, self.config.generation.max_new_tokens
         )
         ((loss * counted).sum() + terms.penalty).backward()
         ratio = torch.exp(terms.logprob.detach() - old_logprob)
@@ -178,12 +186,21 @@ class GRPO(PolicyGradient):
         means.add(mask, low=low, high=high, either=low | high, ratio=ratio, policy_loss=loss)
         return terms
 
+    def _kl_terms(self, experience: Experience, counted: Tensor, totals: Totals) -> Dict[str, Tensor]:
+        """[B, S] weights of either KL; `counted` [B, S] are those of the policy loss."""
+        method, settings = self.config.method, self.settings
+        shared = kl_weight(experience.mask, method.kl_reduction, method.kl_coef, totals.tokens, totals.responses)
+        # Where a reward counts 1 / responses elsewhere, here its tokens count `counted`, times the group's scale.
+        weights = self.kl_weights(shared * counted * totals.responses * experience.scale[:, None])
+        own = {"kl_weight": settings.kl_policy_ref_coef, "ref_kl_weight": settings.kl_ref_policy_coef}
+        for name, coefficient in own.items():
+            if coefficient > 0:
+                weights[name] = weights.get(name, 0.0) + coefficient * counted
+        return weights
+
     def _sums(self, experience: Experience, terms: Terms) -> Dict[str, float]:
         scored = experience.scored
-        return self.sums(
-            scored, scored.old or terms, frac_reward_zero_std=~experience.counts,
-            kl_ref_policy=(scored.old or terms).ref_kl.sum(1),
-        )
+        return self.sums(scored, scored.old or terms, frac_reward_zero_std=~experience.counts)
 
 
 _TRL_NAMES = {

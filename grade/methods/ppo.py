@@ -98,9 +98,9 @@ class PPO(PolicyGradient):
     def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
         settings, totals = self.settings, self.services.totals(rollouts)
         scored = self.score(rollouts, old=True)
-        batch = [self._experience(s, totals) for s in scored]
-        if settings.whiten_advantages:
-            self._whiten(batch)
+        mean_kl = self._mean_kl(scored)
+        batch = [self._experience(s, totals, mean_kl) for s in scored]
+        spread = self._whiten(batch) if settings.whiten_advantages else 1.0
         means, updates = TokenMeans(self.services.sum), 0
         for epoch in range(settings.epochs):
             drift = TokenMeans(self.services.sum)
@@ -108,7 +108,7 @@ class PPO(PolicyGradient):
                 of_minibatch = self.services.totals([e.scored.rollout for e in minibatch])
                 with self.services.phase("backward"):
                     for experience in minibatch:
-                        self._accumulate(experience, of_minibatch, means, drift)
+                        self._accumulate(experience, of_minibatch, spread, means, drift)
                 update()
                 updates += 1
             # The same number on every process, so all of them stop together.
@@ -120,36 +120,51 @@ class PPO(PolicyGradient):
         means = means.take()
         return self.metrics(sums, {**{name: means[ours] for name, ours in _TRL_NAMES.items()}, "ppo/updates": updates})
 
-    def _experience(self, scored: Scored, totals: Totals) -> Experience:
+    def _mean_kl(self, scored: List[Scored]) -> float:
+        """What a token pays for in a token mean: the difference of its KL from the step's mean, nats (see
+        `reinforce.penalised_return`). 0 for the sum, which every token adds to."""
+        if self.config.method.kl_reduction == "sequence_sum":
+            return 0.0
+        means = TokenMeans(self.services.sum)
+        for s in scored:
+            means.add(s.rollout.mask, kl=s.old.kl)
+        return means.take()["kl"]
+
+    def _experience(self, scored: Scored, totals: Totals, mean_kl: float) -> Experience:
         """Values, returns and advantages under the policy that sampled."""
         settings, old, mask = self.settings, scored.old, scored.rollout.mask
         with torch.no_grad():
             values = self.value_head(old.hidden) * mask
         penalty = torch.zeros_like(values)
         if settings.kl == "reward":  # on the scale of one reward: the loss divides rewards by the responses
-            penalty = totals.responses * self._kl_weight(mask, totals) * (old.full_logprob - old.ref_logprob)
+            cost = old.full_logprob - old.ref_logprob - mean_kl
+            penalty = totals.responses * self._kl_weight(mask, totals) * cost
         rewards = token_rewards(scored.reward, penalty.to(values.dtype), mask)
         advantage = gae(rewards, values, mask, settings.gamma, settings.gae_lambda)
+        old.hidden = None  # [B, S, d], read above for the last time
         return Experience(scored, values, advantage + values, advantage)
 
-    def _whiten(self, batch: List[Experience]) -> None:
-        """Mean 0, variance 1 over the step's real tokens, on all processes."""
+    def _whiten(self, batch: List[Experience]) -> float:
+        """Mean 0, variance 1 over the step's real tokens, on all processes; what advantages were divided by."""
         moments = TokenMeans(self.services.sum)
         for e in batch:
             moments.add(e.scored.rollout.mask, mean=e.advantage.double(), square=e.advantage.double().square())
         total = moments.take()
-        spread = max(total["square"] - total["mean"] ** 2, 0.0) ** 0.5
+        spread = max(total["square"] - total["mean"] ** 2, 0.0) ** 0.5 + 1e-8
         for e in batch:
-            e.advantage = (e.advantage - total["mean"]) / (spread + 1e-8) * e.scored.rollout.mask
+            e.advantage = (e.advantage - total["mean"]) / spread * e.scored.rollout.mask
+        return spread
 
-    def _accumulate(self, experience: Experience, totals: Totals, means: TokenMeans, drift: TokenMeans) -> None:
+    def _accumulate(
+        self, experience: Experience, totals: Totals, spread: float, means: TokenMeans, drift: TokenMeans
+    ) -> None:
         """Add a micro-batch's share of its mini-batch's gradient."""
         settings, scored = self.settings, experience.scored
         mask, old = scored.rollout.mask, scored.old
-        terms = self.terms(
-            scored, entropy_weight=mask.double() * (-settings.entropy_coef / totals.tokens),
-            **(self.kl_weights(self._kl_weight(mask, totals)) if settings.kl == "loss" else {}),
-        )
+        weights = {"entropy_weight": mask.double() * (-settings.entropy_coef / totals.tokens)}
+        if settings.kl == "loss":  # beside rewards that are divided by the tokens and by the advantages' spread
+            weights |= self.kl_weights(self._kl_weight(mask, totals) * (totals.responses / totals.tokens / spread))
+        terms = self.terms(scored, **weights, reference=settings.kl == "loss")
         values = self.value_head(terms.hidden) * mask
         policy_loss = clipped_surrogate(
             terms.logprob, old.logprob, experience.advantage, settings.clip, settings.clip

@@ -1,12 +1,14 @@
 """REINFORCE on whole responses (Williams 1992), with a moving-average or a leave-one-out baseline.
 
     grad L = - mean over responses of (R - b) * grad log pi(Y)  +  grad of kl_coef * KL at fixed responses
-    R      = r(Y) - the response's own share of kl_coef * KL
+    R      = r(Y) - what the response adds to kl_coef * KL
 
 With log pi(Y) the sum over tokens. The first term is the effect of choosing other tokens, on the reward and on the KL
 that they lead to; the second the effect on the KL of each visited state. KL is exact, so only the choice of tokens is
-sampled, and together they are the gradient of the objective that GRADE also minimises, without bias. Departures from
-the textbook: the distribution is restricted to the sampler's candidates, and AdamW takes the step.
+sampled, and together they are the gradient of the objective that GRADE also minimises. Without bias for the KL summed
+over responses and for responses of one length; the mean over the tokens of a step is a ratio of two sums, and is
+followed to first order. Departures from the textbook: the distribution is restricted to the sampler's candidates, and
+AdamW takes the step.
 """
 
 from __future__ import annotations
@@ -32,14 +34,18 @@ def reinforce_loss(logprob: Tensor, advantage: Tensor) -> Tensor:
     return -(advantage * logprob.sum(1)).sum()
 
 
-def penalised_return(reward: Tensor, kl: Tensor, weight: Tensor, responses: int) -> Tensor:
-    """[B] float64: reward minus the response's share of the KL term, on the scale of one reward.
+def penalised_return(
+    reward: Tensor, kl: Tensor, weight: Tensor, responses: int, mean_kl: float = 0.0
+) -> Tensor:
+    """[B] float64: reward minus what the response adds to the KL term, on the scale of one reward.
 
     Args:
         reward: [B]; kl: [B, S] nats; weight: [B, S], what each token's KL counts in the loss.
         responses: of the whole step, by whose number the loss divides rewards.
+        mean_kl: KL per token of the other responses, where the loss takes the mean over tokens: a token raises a mean
+            only by what it has above it, so that length as such costs nothing. 0 for a sum.
     """
-    return reward.double() - responses * (weight * kl).sum(1)
+    return reward.double() - responses * (weight * (kl - mean_kl)).sum(1)
 
 
 def leave_one_out(returns: Tensor) -> Tensor:
@@ -62,6 +68,12 @@ class MovingAverage:
         self.total = self.decay * self.total + (1 - self.decay) * mean
         self.weight = self.decay * self.weight + (1 - self.decay)
 
+    def state_dict(self) -> Dict[str, float]:
+        return {"total": self.total, "weight": self.weight}
+
+    def load_state_dict(self, state: Dict[str, float]) -> None:
+        self.total, self.weight = state["total"], state["weight"]
+
 
 class Reinforce(PolicyGradient):
     """The method as the trainer sees it."""
@@ -70,6 +82,7 @@ class Reinforce(PolicyGradient):
         super().__init__(policy, reward, config, services)
         self.settings = config.method.reinforce
         self.average = MovingAverage(self.settings.ema_decay)
+        self.average_kl = MovingAverage(self.settings.ema_decay)  # nats per token
 
     def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
         method, totals = self.config.method, self.services.totals(rollouts)
@@ -83,7 +96,7 @@ class Reinforce(PolicyGradient):
         with self.services.phase("backward"):
             for s, weight, baseline in zip(scored, weights, baselines, strict=True):
                 terms = self.terms(s, **self.kl_weights(weight))
-                returns = penalised_return(s.reward, self.kl_of(terms).detach(), weight, totals.responses)
+                returns = penalised_return(s.reward, self.kl_of(terms), weight, totals.responses, self._mean_kl)
                 advantage = (returns - baseline).to(terms.logprob.dtype)
                 (reinforce_loss(terms.logprob, advantage) / totals.responses + terms.penalty).backward()
                 own = {"return": returns, "baseline": baseline, "advantage²": advantage.square()}
@@ -91,7 +104,13 @@ class Reinforce(PolicyGradient):
         update()
         metrics = self.metrics(sums, {})
         self.average.update(metrics["return"])
+        self.average_kl.update(metrics["kl"])
         return metrics
+
+    @property
+    def _mean_kl(self) -> float:
+        """Of earlier steps, so that it does not depend on the responses it is used for."""
+        return 0.0 if self.config.method.kl_reduction == "sequence_sum" else self.average_kl.value or 0.0
 
     def _baselines(self, scored: List[Scored], weights: List[Tensor], responses: int) -> List[Tensor]:
         """[B] float64 per micro-batch: what each response's return is compared with; never its own."""
@@ -100,7 +119,7 @@ class Reinforce(PolicyGradient):
             baseline = torch.zeros_like(rewards)
         elif self.settings.baseline == "leave_one_out":
             returns = [
-                penalised_return(s.reward, self.kl_of(s.old), w, responses)
+                penalised_return(s.reward, self.kl_of(s.old), w, responses, self._mean_kl)
                 for s, w in zip(scored, weights, strict=True)
             ]
             baseline = self._leave_one_out(torch.cat(returns), responses)
@@ -121,7 +140,8 @@ class Reinforce(PolicyGradient):
         return (total - returns) / (responses - 1)
 
     def state_dict(self) -> dict:
-        return {"total": self.average.total, "weight": self.average.weight}
+        return {"average": self.average.state_dict(), "average_kl": self.average_kl.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.average.total, self.average.weight = state["total"], state["weight"]
+        self.average.load_state_dict(state["average"])
+        self.average_kl.load_state_dict(state["average_kl"])

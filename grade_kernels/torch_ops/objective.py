@@ -22,6 +22,7 @@ def objective_chunk(
     indices: Tensor,
     tokens: Tensor | None,
     weights: Weights,
+    ref_kl: bool,
     softcap: float | None,
 ) -> dict[str, Tensor]:
     """The fields of `VocabObjective` for r rows, except the gradient of the hidden states.
@@ -31,6 +32,7 @@ def objective_chunk(
     indices : int64 [r, k]
     tokens : int64 [r] or None
     weights : those of kl and ref_kl are None without `ref_logits`
+    ref_kl : whether KL(ref || policy) is wanted; true where it has a weight
     """
     dtype = logits.dtype
     stats = token_stats(logits, tokens, dtype)
@@ -43,7 +45,9 @@ def objective_chunk(
     kl = None
     if ref_logits is not None:
         kl = kl_stats(logits, ref_logits, dtype)
-        out |= {"kl": kl.kl, "ref_kl": kl_stats(ref_logits, logits, dtype).kl, "ref_lse": kl.lse_q}
+        out |= {"kl": kl.kl, "ref_lse": kl.lse_q}
+        if ref_kl:
+            out["ref_kl"] = kl_stats(ref_logits, logits, dtype).kl
     if any(weight is not None for weight in weights):  # the last use of the logits
         objective_grad(logits, ref_logits, stats, kl, weights, logits, softcap)
     return out

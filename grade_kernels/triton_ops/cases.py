@@ -136,7 +136,7 @@ def objective_cases() -> Iterator[Case]:
             for weighted, cap in product(kinds, (None, 30.0)):
                 x, y = _logits(torch.float32, vocab), _logits(torch.float32, vocab) if ref else None
                 weights = tuple(_floats(MANY) if given else None for given in weighted)
-                rest = (_ids(2) if suppress else None, _ids(MANY, k), _ids(MANY) if tokens else None, weights, cap)
+                rest = (_ids(2) if suppress else None, _ids(MANY, k), _ids(MANY) if tokens else None, weights, ref, cap)
                 yield lambda x=x, y=y, r=rest: objective.objective_chunk(x, y, *r)
 
 

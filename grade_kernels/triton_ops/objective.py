@@ -144,6 +144,7 @@ def objective_chunk(
     indices: Tensor,
     tokens: Tensor | None,
     weights: tuple[Tensor | None, Tensor | None, Tensor | None],
+    ref_kl: bool,
     softcap: float | None,
 ) -> dict[str, Tensor]:
     """The fields of `VocabObjective` for r rows, except the gradient of the hidden states.
@@ -153,6 +154,7 @@ def objective_chunk(
     indices : int64 [r, k]
     tokens : int64 [r] or None
     weights : float32 [r] each, of entropy, kl and ref_kl; those of kl and ref_kl are None without `ref_logits`
+    ref_kl : whether KL(ref || policy) is wanted; the kernel finds it in any case, beside the gradient
     """
     args = (logits, ref_logits, indices, tokens, suppress)
     if any(weight is not None for weight in weights):
@@ -161,7 +163,8 @@ def objective_chunk(
         stats, ids, values = _objective(*args)
     out = dict(zip(_STATS, stats.unbind(), strict=True)) | {"indices": ids, "logits": values}
     unasked = set() if tokens is not None else {"logprob"}
-    unasked |= set() if ref_logits is not None else {"kl", "ref_kl", "ref_lse"}
+    unasked |= set() if ref_logits is not None else {"kl", "ref_lse"}
+    unasked |= set() if ref_logits is not None and ref_kl else {"ref_kl"}
     return {name: value for name, value in out.items() if name not in unasked}
 
 

@@ -191,6 +191,9 @@ def test_what_was_not_asked_for_is_none():
     assert {name for name, value in vars(out).items() if value is None} == {
         "kl", "ref_kl", "logprob", "ref_logprob", "ref_lse", "objective", "grad_hidden",
     }  # fmt: skip
+    options = dict(indices=indices, ref_hidden=hidden.flip(0), ref_kl=False)
+    assert vocab_objective(hidden, weight, **options).ref_kl is None
+    assert vocab_objective(hidden, weight, **options, ref_kl_weight=1.0).ref_kl is not None
 
 
 def test_only_logits_and_objective_have_a_graph_and_inputs_stay():
