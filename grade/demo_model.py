@@ -8,15 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grade.small_model import (  # noqa: F401  the tests look for them here
-    _batches,
-    _learning_rate_factor,
-    _pad,
-    cached_model,
-    identity,
-    train_model,
-    train_tokenizer,
-)
+from grade.small_model import cached_model, identity, train_model, train_tokenizer
 from grade.tasks import demo
 
 # Chosen by held-out loss and by how many sampled reviews keep to one opinion: learning rates of 2e-3 and 6e-3

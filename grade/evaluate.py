@@ -104,7 +104,7 @@ def evaluate(
     """
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     sampling, settings = evaluation_sampling(config), score_settings(config)
-    measures = [m for m in (getattr(reward, "details", None), measure) if m is not None]
+    details_of = getattr(reward, "details", lambda rollout, scores: {})
     size, numbers = config.evaluation.batch_size, list(range(process, len(prompts), processes))
     records: List[dict] = []
     for start in range(0, len(numbers), size):
@@ -115,7 +115,7 @@ def evaluate(
             policy, ids, mask, sampling, seed=config.evaluation.seed, first_rows=rows, adapters=adapters
         )
         scores = score(policy, reward, rollout, settings, adapters=adapters)
-        details = {name: values for m in measures for name, values in m(rollout).items()}
+        details = {**details_of(rollout, scores.reward), **(measure(rollout) if measure is not None else {})}
         records += _records(policy, rollout, scores, details, chosen)
         if tick is not None:
             tick(len(chosen) * processes)

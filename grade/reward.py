@@ -24,7 +24,7 @@ class Reward(Protocol):
 
     A reward that cannot (`differentiable` False) needs `from_tokens(rollout) -> [B]` instead of the rest. Either kind
     may have `prefix_scores(rollout, base) -> [B, 1 + S]`, the reward of the prompt alone and after every token, and
-    `details(rollout) -> {name: [B]}`, further measures that evaluation averages.
+    `details(rollout, scores) -> {name: [B]}`, further measures that evaluation averages.
 
     Attributes:
         differentiable: whether gradients reach the response's embeddings.

@@ -1,12 +1,9 @@
-"""Countdown: puzzles that can be solved, a judge that cannot be fooled, rewards per response and per token."""
+"""Countdown: puzzles that can be solved, prompts, rewards per response and per token, and the model."""
 
 from __future__ import annotations
 
-import ast
 import itertools
-import operator
 import re
-from collections import Counter
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -14,30 +11,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from puzzles import answers, difficulty
+from tokenizers.decoders import ByteFallback
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grade import countdown_model as model_module
-from grade.config import CountdownConfig, GradeError, TaskConfig
 from grade.config_io import load_config
 from grade.countdown_model import countdown_model
+from grade.errors import GradeError
 from grade.rollout import Rollout, pad_prompts
-from grade.small_model import _pad
+from grade.small_model import _pad, train_tokenizer
+from grade.task_config import CountdownConfig, TaskConfig
 from grade.tasks import countdown
-from grade.tasks.arithmetic import is_solution, score, scores
+from grade.tasks.arithmetic import is_solution
 from grade.tasks.countdown import PARTS, SPLITS, CountdownTask, Puzzle, write_puzzles
 
 examples = settings(max_examples=100, deadline=None, derandomize=True)
-
-NUMBERS, TARGET = (3, 7, 25, 50), 82
-CREDIT = 0.2 / 3  # of one of the three steps that four numbers allow
-
-
-def rate(text, numbers=NUMBERS, target=TARGET, *, max_steps=6, ended=True, partial_credit=True):
-    return score(text, numbers, target, max_steps=max_steps, ended=ended, partial_credit=partial_credit)
-
-
-def difficulty(operands=3, max_number=12, max_target=60, part="policy"):
-    return {"operands": operands, "max_number": max_number, "max_target": max_target, "part": part}
+EOS, PAD = "<eos>", "<pad>"
 
 
 # --- puzzles ---
@@ -95,245 +85,32 @@ def test_too_few_puzzles():
         write_puzzles(500, seed=0, **difficulty(2, 5))
 
 
-# --- the judge ---
-
-
-@pytest.mark.parametrize("text", [
-    "50 + 25 = 75\n75 + 7 = 82",
-    "50+25=75, 75+7=82",
-    "50 + 25 = 75; 75 + 7 = 82;\n",
-    "50 + 25 = 75 75 + 7 = 82 ",
-    "50 + 25 = 75\r\n\n75 + 7 = 82\n\n",
-    "(50 + 25) + 7",
-    "7+25+50 = 82",
-    "((7)) + ((25 + (50)))",
-    "50 + 7 + 25",
-    "<answer>(50+25)+7</answer>",
-    "Let me think: 3*7=22?\n<answer>\n50+25=75\n75+7=82\n</answer> That is it.",
-    "50+25=75\n75+7",
-])
-def test_solutions(text):
-    assert is_solution(text, NUMBERS, TARGET, max_steps=6)
-    assert rate(text) == 1.0
-    assert rate(text, partial_credit=False) == 1.0
-    assert rate(text, ended=False) <= 0.8 and rate(text, ended=False, partial_credit=False) == 0.0
-
-
-def test_signs_and_fractions():
-    assert is_solution("3 − 7 = −4\n5 × 2 = 10\n−4 + 10 = 6", (3, 7, 5, 2), 6, max_steps=3)
-    assert is_solution("7 ÷ 2 * 4", (7, 2, 4), 14, max_steps=2)
-    assert is_solution("3 - -4", (3, -4), 7, max_steps=1)
-    assert is_solution("8/(3-8/3)", (8, 3, 8, 3), 24, max_steps=3)
-    assert not is_solution("7 / 2 = 3\n3 * 4 = 12", (7, 2, 4), 12, max_steps=2)
-
-
-@pytest.mark.parametrize("text", [
-    "",
-    "82",
-    "82 = 82",
-    "50 + 25 = 75",  # the target is not reached
-    "50 + 25 = 75\n75 + 7 = 82\n3",  # trailing number
-    "50 + 25 = 75\n75 + 7 = 82.",
-    "50 + 25 = 75\n75 + 7 = 82\n82 - 3 = 79",  # goes on past it
-    "50 + 25 = 76\n76 + 6 = 82",  # wrong
-    "50 + 32",  # foreign number
-    "50 + 25 + 7 = 82 = 82",
-    "50 + 25 = 75 + 7 = 82",  # 75 + 7 is not 50 + 25
-    "50 + 50 - 25 + 7",  # 50 twice
-    "50 + 25 = 75\n75 + 7 = 82\n75 + 7 = 82",  # 75 twice
-    "(50 + 25 + 7",
-    "50 + 25) + 7",
-    "50 + 25 7",
-    "5 0 + 25 + 7",
-    "50 + (25 + 7",
-    "50 ++ 25 + 7",
-    "50 25 7",
-    "50 + 25 + 7 + (3 - 3)",
-    "50 + 25 + 7 + 0",
-    "50 + 2_5 + 7",
-    "٥٠ + 25 + 7",
-    "50 + 25 + 7 = 8 2",
-    "50 + 25 + 7.0",
-    "50 + 25 + 7 #",
-    "<answer>50 + 25 + 7",  # not closed
-    "50 + 25 + 7 <answer></answer>",
-    "50 + 25 + 7 <answer>50 + 25</answer>",
-    "<answer>50 + 25</answer><answer>50 + 25 + 7</answer>",  # the first one counts
-    "<answer><answer>50 + 25 + 7</answer>",
-])
-def test_no_solutions(text):
-    assert not is_solution(text, NUMBERS, TARGET, max_steps=6)
-    assert rate(text) <= 0.8 and rate(text, partial_credit=False) == 0.0
-
-
-def test_division_by_zero_and_by_results():
-    assert not is_solution("5 / (3 - 3)", (5, 3, 3), 0, max_steps=3)
-    assert not is_solution("3 - 3 = 0\n5 / 0 = 0", (5, 3, 3), 0, max_steps=3)
-    assert rate("3 - 3 = 0\n5 / 0 = 0", (5, 3, 3), 7) == pytest.approx(0.1)
-
-
-def test_steps_are_counted_everywhere():
-    numbers = (1, 2, 3, 4)
-    for text in ("1+2+3+4", "1+2=3\n3+3=6\n6+4=10", "(1+2)+(3+4)", "1+2+3=6\n6+4"):
-        assert is_solution(text, numbers, 10, max_steps=3)
-        assert not is_solution(text, numbers, 10, max_steps=2)
-
-
-@pytest.mark.parametrize("text, ended, expected", [
-    ("", True, 0),
-    ("50 + 25 = 75", False, 0),  # 75 may still become 750
-    ("50 + 25 = 75", True, CREDIT),
-    ("50 + 25 = 75\n", False, CREDIT),
-    ("50 + 25 = 75\n7 * 3 = 21\n", False, 2 * CREDIT),
-    ("50 + 25 = 75\n7 * 3 = 20\n75 + 7 = 82\n", True, CREDIT),  # nothing counts after an error
-    ("50 + 25 = 75\n75 + 7 = 8", False, CREDIT),
-    ("50 + 25 = 75\n75 + 7 = 8", True, CREDIT),
-    ("50 + 25 = 75\n75 + 7 = 82", False, CREDIT),
-    ("50 + 25 = 75\n75 + 7 = 82\n", False, 0.8),
-    ("50 + 25 = 75\n75 + 7 = 82 ok", True, 0.8),
-    ("50 + 25 = 75\n75 + 7 = 82\n82 - 3 = 79\n", True, 0.8),
-    ("50 + 25 - 7 - 3", True, 3 * CREDIT),
-    ("50 + 25 - 7 - 3", False, 0),
-    ("50 + 25 = 75 <answer>", False, CREDIT),
-    ("50 + 25 = 75 <answer>50 + 25 = 75\n75 + 7 = 82\n", True, 0.8),
-    ("50 + 25 = 75 <answer>50 + 25 = 75\n7 * 3 = 21</answer>", True, 2 * CREDIT),
-])
-def test_partial_credit(text, ended, expected):
-    assert rate(text, ended=ended) == pytest.approx(expected)
-
-
-def test_idle_steps_earn_little():
-    numbers = tuple(range(1, 10))
-    text = "\n".join(f"{a}+{b}={a + b}" for a, b in ((1, 2), (3, 3), (4, 5), (6, 6), (7, 8)))
-    assert 0 < rate(text, numbers, 999, max_steps=6) <= 0.2
-
-
-def test_huge_inputs_are_quick():
-    assert rate("(" * 200_000 + "50") == 0
-    assert rate("9" * 200_000 + " + 1") == 0
-    numbers = (999_999_999_999,) * 7
-    assert rate("*".join(map(str, numbers)), numbers, 5) == pytest.approx(0.2)
-    assert rate("1000000000000 + 1", (10**12, 1), 10**12 + 1) == 0  # 13 digits
-    assert rate("(" * 50_000 + "50" + ")" * 50_000 + "+25+7") == 1.0
-
-
-def oracle(text: str, numbers, target, max_steps) -> bool:
-    """Whether a list of statements, one per line, is a solution: by Python's own parser."""
-    pool, used, value = Counter(numbers), 0, None
-    functions = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-                 ast.Div: lambda a, b: Fraction(a) / b}
-
-    def evaluate(node):
-        nonlocal used
-        if isinstance(node, ast.BinOp) and type(node.op) in functions:
-            left, right = evaluate(node.left), evaluate(node.right)
-            used += 1
-            return functions[type(node.op)](left, right)
-        negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
-        constant = node.operand if negative else node
-        assert type(constant.value) is int
-        number = -constant.value if negative else constant.value
-        pool[number] -= 1
-        assert pool[number] >= 0
-        return number
-
-    try:
-        lines = text.split("\n")
-        for position, line in enumerate(lines):
-            left, *right = line.split("=")
-            before = used
-            value = evaluate(ast.parse(left.strip(), mode="eval").body)
-            assert used > before and len(right) <= 1 and (right or position == len(lines) - 1)
-            if right:
-                assert value == int(right[0])
-            pool[value] += 1
-    except (AssertionError, AttributeError, SyntaxError, ValueError, ZeroDivisionError):
-        return False
-    return value == target and used <= max_steps
-
-
-@st.composite
-def answers(draw):
-    """A puzzle and an answer to it: its solution as steps or as an expression, as it is or with mistakes."""
-    operands = draw(st.integers(2, 5))
-    puzzle = draw(st.sampled_from(POOL[operands]))
-    text = puzzle.answer
-    if draw(st.booleans()):
-        parts: dict[int, list[str]] = {}
-        for number in puzzle.numbers:
-            parts.setdefault(number, []).append(str(number))
-        for a, operation, b, result in puzzle.solution:
-            expression = f"({parts[a].pop()}{operation}{parts[b].pop()})"
-            parts.setdefault(result, []).append(expression)
-        text = parts[puzzle.target].pop()
-    for _ in range(draw(st.integers(0, 3))):
-        i = draw(st.integers(0, len(text)))
-        j = min(len(text), i + draw(st.integers(0, 2)))
-        text = text[:i] + draw(st.text("0123456789+-*/=()\n ", max_size=2)) + text[j:]
-    return puzzle, text
-
-
-POOL = {n: write_puzzles(25, seed=7, **difficulty(n, max_number=10)) for n in range(2, 6)}
-
-
-@settings(examples, max_examples=400)
-@given(answers(), st.integers(1, 5))
-def test_no_wrong_solution_is_accepted(answer, max_steps):
-    puzzle, text = answer
-    ours = is_solution(text, puzzle.numbers, puzzle.target, max_steps=max_steps)
-    # Left out are texts that only one of the two allows: 007, two statements in a line or one in two lines; and signs,
-    # which Python takes in more places.
-    if ours and not re.search(r"\b0\d|=\s*-?\d+\s+[(\d]|\n\s*[-+*/=)]|[-+*/=(]\s*\n", text):
-        lines = "\n".join(line for line in text.split("\n") if line.strip())
-        assert oracle(lines, puzzle.numbers, puzzle.target, max_steps)
-    if not ours and not re.search(r"(^|[-+*/=(\n])\s*[-+]", text):
-        assert not oracle(text, puzzle.numbers, puzzle.target, max_steps)
-
-
-@examples
-@given(st.one_of(answers().map(lambda a: a[1]), st.text(), st.binary().map(lambda b: b.decode(errors="replace")),
-                 st.text("0123456789+-*/=()<>answer,;\n ")),
-       st.booleans(), st.booleans(), st.integers(1, 4))
-def test_scores_grow_and_every_prefix_is_scored_alike(text, tagged, partial_credit, max_steps):
-    text = f"{text[:3]}<answer>{text}</answer>{text[:4]}" if tagged else text
-    numbers, target = (3, 7, 2, 5), 12
-    kwargs = {"max_steps": max_steps, "partial_credit": partial_credit}
-    growing, final = scores(text, numbers, target, ended=True, **kwargs)
-    assert len(growing) == len(text) + 1 and growing == sorted(growing) and growing[-1] <= final <= 1
-    for length in range(len(text) + 1):
-        assert growing[length] == score(text[:length], numbers, target, ended=False, **kwargs)
-        assert growing[length] <= score(text[:length], numbers, target, ended=True, **kwargs)
-
-
-@examples
-@given(answers())
-def test_mutated_solutions_grow(answer):
-    puzzle, text = answer
-    growing, final = scores(text, puzzle.numbers, puzzle.target, max_steps=4, ended=True, partial_credit=True)
-    assert growing == sorted(growing) and growing[-1] <= min(final, 0.8)
-    assert (final == 1.0) == is_solution(text, puzzle.numbers, puzzle.target, max_steps=4)
-
-
 # --- task and reward ---
 
 
-class CharacterTokenizer:
-    """Ids are code points; 0 is BOS, 1 is EOS and pad."""
+class PieceTokenizer:
+    """Any piece of text can be a token; ids are given out as pieces come. Text is encoded by characters."""
 
     chat_template = None
 
+    def __init__(self):
+        self.ids = {"<bos>": 0, EOS: 1, PAD: 2}
+
+    def encode(self, pieces):
+        return [self.ids.setdefault(piece, len(self.ids)) for piece in pieces]
+
     def __call__(self, text, add_special_tokens=True, **_):
         if isinstance(text, str):
-            return {"input_ids": [0] * add_special_tokens + [ord(c) for c in text]}
+            return {"input_ids": [0] * add_special_tokens + self.encode(text)}
         return {"input_ids": [self(t, add_special_tokens)["input_ids"] for t in text]}
 
     def decode(self, ids, skip_special_tokens):
-        assert skip_special_tokens
-        return "".join(chr(i) for i in ids if i > 1)
+        pieces = list(self.ids)
+        return ByteFallback().decode([pieces[i] for i in ids if i > 2 or not skip_special_tokens])
 
     def apply_chat_template(self, messages, add_generation_prompt, return_dict):
         assert add_generation_prompt and not return_dict
-        return [0] + [ord(c) for c in f"user: {messages[0]['content']}\nassistant:"]
+        return [0] + self.encode(f"user: {messages[0]['content']}\nassistant:")
 
 
 def make_task(operands=3, prompt_max_tokens=64, **kwargs) -> CountdownTask:
@@ -360,7 +137,7 @@ def test_load_fills_the_splits(monkeypatch):
 
 def test_prompts(monkeypatch):
     monkeypatch.setattr(countdown, "TEST_PUZZLES", 5)
-    task, tokenizer = make_task(), CharacterTokenizer()
+    task, tokenizer = make_task(), PieceTokenizer()
     rows = task.prompts("validation", tokenizer, limit=7)
     assert rows == task.prompts("validation", tokenizer)[:7]
     puzzle = task.validation[0]
@@ -380,7 +157,7 @@ def test_prompts(monkeypatch):
 
 
 def test_tokenizer_without_digits_is_refused():
-    class NoDigits(CharacterTokenizer):
+    class NoDigits(PieceTokenizer):
         def __call__(self, text, add_special_tokens=True, **_):
             return super().__call__(re.sub(r"\d", "?", text) if isinstance(text, str) else text, add_special_tokens)
 
@@ -390,38 +167,35 @@ def test_tokenizer_without_digits_is_refused():
         CountdownTask("test", settings_, puzzles, [], []).prompts("policy", NoDigits())
 
 
-def make_rollout(prompts: list[list[int]], texts: list[str], ended: list[bool]) -> Rollout:
-    ids = [[ord(c) for c in text] + [1] * end for text, end in zip(texts, ended, strict=True)]
-    width = max(map(len, ids)) + 1
-    tokens = torch.tensor([row + [1] * (width - len(row)) for row in ids])  # pad is EOS
-    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in ids])
+def make_rollout(prompts: list[list[int]], responses: list[list[int]]) -> Rollout:
+    width = max(map(len, responses)) + 1
+    tokens = torch.tensor([row + [1] * (width - len(row)) for row in responses])  # pad is EOS
+    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in responses])
     prompt_ids, prompt_mask = pad_prompts(prompts, 1)
     return Rollout(prompt_ids, prompt_mask, tokens, mask, tokens[..., None], torch.ones(mask.shape), tokens)
 
 
+def make_reward(puzzles, tokenizer, **kwargs):
+    """The reward, and the prompts of the puzzles."""
+    config = TaskConfig(name="countdown", prompt_max_tokens=64, countdown=CountdownConfig(**kwargs))
+    task = CountdownTask("test", config, puzzles, [], [])
+    prompts = task.prompts("policy", tokenizer)
+    return task.make_reward(SimpleNamespace(tokenizer=tokenizer, eos_ids=torch.tensor([1]))), prompts
+
+
 @pytest.mark.parametrize("partial_credit", [True, False])
 def test_reward(partial_credit):
-    numbers, target = (3, 7, 25, 50), 82
-    config = TaskConfig(
-        name="countdown", prompt_max_tokens=64, countdown=CountdownConfig(partial_credit=partial_credit)
-    )
-    task = CountdownTask("test", config, [Puzzle(numbers, target, ()), Puzzle((2, 5), 10, ())], [], [])
-    tokenizer = CharacterTokenizer()
-    first, second = task.prompts("policy", tokenizer)
-    reward = task.make_reward(SimpleNamespace(tokenizer=tokenizer, eos_ids=torch.tensor([1])))
-    solution = "50+25=75\n75+7=82"
-    rollout = make_rollout(
-        [first, first, second, second, first],
-        [solution, solution, "5*2", solution, solution + "\n!"],
-        [True, False, True, True, True],
-    )
+    tokenizer, solution = PieceTokenizer(), "50+25=75\n75+7=82"
+    puzzles = [Puzzle((3, 7, 25, 50), 82, ()), Puzzle((2, 5), 10, ())]
+    reward, (first, second) = make_reward(puzzles, tokenizer, partial_credit=partial_credit)
+    responses = [[*solution, EOS], solution, ["5", "*", "2", EOS], [*solution, EOS], [*solution, "\n", "!", EOS]]
+    rollout = make_rollout([first, first, second, second, first], [tokenizer.encode(r) for r in responses])
     assert not reward.differentiable and not reward.shares_base_pass
     found = reward.from_tokens(rollout)
-    partial = torch.tensor([1.0, CREDIT, 1.0, 0.0, 0.8])
+    partial = torch.tensor([1.0, 0.2 / 3, 1.0, 0.0, 0.8])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, partial if partial_credit else (partial == 1).float())
-    assert reward.solved(rollout).tolist() == [True, False, True, False, False]
-    assert reward.details(rollout)["solve_rate"].tolist() == [1, 0, 1, 0, 0]
+    assert reward.details(rollout, found)["solve_rate"].tolist() == [1, 0, 1, 0, 0]
 
     prefixes = reward.prefix_scores(rollout)
     assert prefixes.shape == (5, 1 + rollout.tokens.shape[1]) and prefixes.dtype == torch.float32
@@ -429,13 +203,82 @@ def test_reward(partial_credit):
     ends = rollout.mask.sum(1)
     for row in range(5):
         assert (prefixes[row, ends[row]:] == found[row]).all()
-    if partial_credit:  # a step counts with the newline after it, the last one with the end
-        newline, end = solution.index("\n") + 1, len(solution) + 1
-        expected = torch.tensor([0.0] * newline + [CREDIT] * (end - newline) + [1.0])
-        torch.testing.assert_close(prefixes[0, : end + 1], expected)
+    if not partial_credit:  # a solution counts with its end
+        assert prefixes.diff(dim=1).nonzero().tolist() == [[0, ends[0] - 1], [2, ends[2] - 1]]
 
     with pytest.raises(ValueError, match="no puzzle has the prompt"):
-        reward.from_tokens(make_rollout([first[:-1]], [solution], [True]))
+        reward.from_tokens(make_rollout([first[:-1]], [tokenizer.encode(solution)]))
+
+
+@pytest.mark.parametrize("response, expected", [  # tokens between bars, and the changes that are not 0
+    ("1|6|+|9|=|2|5|\n|2|5|-|3|=|2|2|<eos>", {6: 0.1, 14: 0.7, 15: 0.2}),
+    ("16|+|9|=|25|\n|25|-|3|=|22|<eos>", {4: 0.1, 10: 0.7, 11: 0.2}),
+    ("16|+|9|=|25|\n|25|-|3|=|22", {4: 0.1}),  # cut off: 22 may still become 220
+    ("16|+|9|=|25|\n|25|-|3|=|22|\n", {4: 0.1, 10: 0.7}),
+    ("16|+|9|=|25|\n|25|-|3|=|22|0|<eos>", {4: 0.1}),
+    ("16|+|9|=|2|5|\n|25|-|3|=|2|<eos>", {5: 0.1}),
+    ("16+9|=25\n2|5-3=|22\n|<eos>", {1: 0.1, 3: 0.7, 4: 0.2}),  # tokens that go on past a number
+    ("16+9=25\n25-3=2|2\n16|<eos>", {0: 0.1, 1: 0.7}),
+    ("16|+|9|=| 25| |\n|25|-|3|=| 22| |\n|<eos>", {4: 0.1, 11: 0.7, 14: 0.2}),
+    ("16|+|9|-|3| |<eos>", {4: 0.8, 6: 0.2}),
+    ("(|16|+|9|)|-|3|<eos>", {6: 0.8, 7: 0.2}),
+    ("3|<answer>|16+9=25|\n|25-3|=22|</|answer|>|!|<eos>", {2: 0.1, 5: 0.7, 10: 0.2}),
+    ("16+9=25|<|answer|>|16|+|9|-|3| </answer>|<eos>", {0: 0.1, 8: 0.7, 10: 0.2}),
+    ("<answer>|16|+|9|-|3|<eos>", {5: 0.8}),  # not closed
+    ("3|<0xE2>|<0x88>|<0x92>|9|=|<0xE2>|<0x88>|<0x92>|6|\n|16|+|<0xE2>|<eos>", {9: 0.1}),  # 3−9=−6 in bytes
+    ("16+9=2|<0x35>|<0xE2>|<0x88>|<0x92>|<eos>", {1: 0.1}),  # 5−, of which the 5 cannot be read in between
+])
+def test_which_token_gets_what(response, expected):
+    tokenizer = PieceTokenizer()
+    reward, prompts = make_reward([Puzzle((16, 9, 3), 22, ())], tokenizer)
+    rollout = make_rollout(prompts, [tokenizer.encode(response.split("|"))])
+    (changes,) = reward.prefix_scores(rollout).diff(dim=1).tolist()
+    assert {i: pytest.approx(change) for i, change in enumerate(changes) if change} == expected
+    assert sum(changes) == pytest.approx(reward.from_tokens(rollout).item())
+
+
+@examples
+@given(answers(), st.data())
+def test_changes_are_never_negative_and_sum_to_the_score(answer, data):
+    puzzle, text = answer
+    text = data.draw(st.sampled_from([text, f"<answer>{text}</answer>", f"{text[:9]} <answer>{text}\n</answer>."]))
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(text) - 1)))))
+    pieces = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])] + [EOS] * data.draw(st.booleans())
+    tokenizer = PieceTokenizer()
+    reward, prompts = make_reward([puzzle], tokenizer)
+    rollout = make_rollout(prompts, [tokenizer.encode(pieces)])
+    changes = reward.prefix_scores(rollout).diff(dim=1)[0]
+    final = reward.from_tokens(rollout).item()
+    assert (changes >= 0).all() and changes.sum().item() == pytest.approx(final, abs=1e-6)
+    assert (final == 1) == (pieces[-1] == EOS and is_solution(text, puzzle.numbers, puzzle.target, max_steps=6))
+    for piece, change in zip(pieces, changes.tolist(), strict=False):  # then padding
+        if piece == EOS:
+            assert change == pytest.approx(0.2 * (final == 1), abs=1e-6)
+        else:
+            assert change == 0 or re.search("[0-9)]", piece)
+
+
+@pytest.mark.parametrize("special", [PAD, "<bos>"])
+def test_special_tokens_are_errors(special):
+    tokenizer = PieceTokenizer()
+    reward, prompts = make_reward([Puzzle((16, 9, 3), 22, ())], tokenizer)
+    responses = [["16+9=25\n25-3=", "2", special, "2", EOS], [special, "16+9-3", EOS], ["16+9-3", special, EOS],
+                 ["16+9=25", special, "\n25-3=22", EOS], ["16+9=25\n", "25-3=22", special]]
+    rollout = make_rollout(prompts * 5, [tokenizer.encode(r) for r in responses])
+    torch.testing.assert_close(reward.from_tokens(rollout), torch.tensor([0.1, 0, 0, 0.1, 0.8]))
+    changes = reward.prefix_scores(rollout).diff(dim=1)
+    assert changes.nonzero().tolist() == [[0, 0], [3, 0], [4, 0], [4, 1]]
+
+
+def test_special_tokens_of_a_real_tokenizer():
+    puzzle = Puzzle((16, 9, 3), 22, ((16, "+", 9, 25), (25, "-", 3, 22)))
+    tokenizer = train_tokenizer([puzzle.prompt + puzzle.answer], {"vocabulary": 384, "context": 128})
+    reward, prompts = make_reward([puzzle], tokenizer)
+    reward.policy.eos_ids = torch.tensor([tokenizer.eos_token_id])
+    first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("16+9=25\n25-3=2", "2"))
+    end, pad = [tokenizer.eos_token_id], [tokenizer.pad_token_id]
+    rollout = make_rollout(prompts * 2, [first + second + end, first + pad + second + end])
+    torch.testing.assert_close(reward.from_tokens(rollout), torch.tensor([1.0, 0.1]))
 
 
 # --- the model ---

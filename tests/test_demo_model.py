@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grade import demo_model as module
+from grade import small_model
 from grade.config import GradeError
 from grade.demo_model import demo_model
 from grade.tasks import clean, demo, encode, opening
@@ -127,15 +128,15 @@ def test_saved_model_is_complete(folder):
 
 def test_batches_cover_an_epoch_and_mask_padding():
     rows = [[1] * n for n in range(1, 41)]
-    batches = module._batches(rows, {**module.SETTINGS, "batch_size": 8})
+    batches = small_model._batches(rows, {**module.SETTINGS, "batch_size": 8})
     epoch = [row for _ in range(5) for row in next(batches)]
     assert sorted(map(len, epoch)) == list(range(1, 41))
-    ids, labels = module._pad([[7, 8, 9], [7]], 1)
+    ids, labels = small_model._pad([[7, 8, 9], [7]], 1)
     assert ids.tolist() == [[7, 8, 9], [7, 1, 1]] and labels.tolist() == [[7, 8, 9], [7, -100, -100]]
 
 
 def test_learning_rate_schedule():
-    factors = [module._learning_rate_factor(step, {"steps": 100, "warmup_steps": 10}) for step in range(100)]
+    factors = [small_model._learning_rate_factor(step, {"steps": 100, "warmup_steps": 10}) for step in range(100)]
     assert factors[0] == 0.1 and factors[9] == factors[10] == 1
     assert factors[10:] == sorted(factors[10:], reverse=True) and 0 < factors[-1] < 0.001
 

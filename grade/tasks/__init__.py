@@ -215,8 +215,8 @@ class Task:
             splits[name] = {
                 "examples": len(examples),
                 "positive": sum(example.label for example in examples),
-                "ids_sha256": _sha256(example.id for example in examples),
-                "texts_sha256": _sha256(f"{example.label} {example.text}" for example in examples),
+                "ids_sha256": sha256_of(example.id for example in examples),
+                "texts_sha256": sha256_of(f"{example.label} {example.text}" for example in examples),
             }
         return {
             "task": self.settings.name,
@@ -290,7 +290,7 @@ def load_task(config: Config) -> Task:
     raise GradeError(f"task.name is {name!r}: it must be sentiment, demo or countdown.")
 
 
-def _sha256(parts: Iterable[str]) -> str:
+def sha256_of(parts: Iterable[str]) -> str:
     """Hash of a list of strings; a separator that cleaned text cannot hold keeps their borders apart."""
     digest = hashlib.sha256()
     for part in parts:

@@ -57,41 +57,39 @@ def score(
         ended: the response ended by itself, and was not cut off.
         partial_credit: false: 1 for a solution that ended, 0 for anything else.
     """
-    return scores(text, numbers, target, max_steps=max_steps, ended=ended, partial_credit=partial_credit)[1]
+    kwargs = {"max_steps": max_steps, "ended": ended, "partial_credit": partial_credit}
+    return hindsight_scores(text, numbers, target, **kwargs)[1]
 
 
-def scores(
+def hindsight_scores(
     text: str, numbers: Sequence[int], target: int, *, max_steps: int, ended: bool, partial_credit: bool
 ) -> Tuple[List[float], float]:
-    """`score` of every beginning of `text`, in one reading.
+    """What every beginning of `text` has contributed to its `score`, in one reading.
+
+    That a number is complete shows only in what follows: a character that is no digit, `</answer>`, or the end of a
+    response that ended by itself. Here the credit counts from the number's last digit on (or from the last bracket
+    of an expression without a result), not from where it shows.
 
     Returns:
-        The scores of text[:0], text[:1], ... text[:len(text)], none of which has ended, and the score of the whole.
+        What text[:0], text[:1], ... text[:len(text)] have contributed: from 0, never falling, at most 0.8; and the
+        score of the whole. They differ for a solution that has ended, by what is due to its ending there.
     """
-    plain = _Reader(numbers, target, max_steps)
     start = text.find(_OPEN)
-    inside = start + len(_OPEN) if start >= 0 else len(text)  # where the answer begins
-    growing = [0.0] + [plain.read(char) for char in text[:inside]]
-    if start < 0:
-        solved = ended and plain.end()
-        best = plain.credit
-    else:
-        answer = _Reader(numbers, target, max_steps)
-        close = text.find(_CLOSE, inside)
-        stop = close if close >= 0 else len(text)
-        best = growing[-1]
-        growing += [max(best, answer.read(char)) for char in text[inside:stop]]
-        solved = False
-        if close >= 0:
-            before = max(best, answer.read(" "))  # the tag's first character ends a number as a space does
-            growing += [before] * (len(_CLOSE) - 1)
-            solved = answer.end()
-            growing += [max(best, answer.credit)] * (len(text) - len(growing) + 1)
-        best = max(best, answer.credit)
-    final = 1.0 if solved and ended else best
+    inside = start + len(_OPEN) if start >= 0 else 0  # where the answer begins
+    close = text.find(_CLOSE, inside) if start >= 0 else -1
+    stop = close if close >= 0 else len(text)
+    before, answer = _Reader(numbers, target, max_steps), _Reader(numbers, target, max_steps)
+    # What is known after a character has been earned before it: only a character that is no digit reveals anything.
+    earned = [before.read(char) for char in text[:inside]]
+    earned += [max(before.credit, answer.read(char)) for char in text[inside:stop]]
+    solved = (ended or close >= 0) and answer.end() and (start >= 0) == (close >= 0)
+    credit = max(before.credit, answer.credit)
+    last = len(text[:stop].rstrip())  # spaces earn nothing
+    earned[last:] = [credit] * (len(text) + 1 - last)
+    final = 1.0 if solved and ended else credit
     if not partial_credit:
-        growing, final = [0.0] * len(growing), float(final == 1.0)
-    return growing, final
+        earned, final = [0.0] * len(earned), float(final == 1.0)
+    return earned, final
 
 
 def is_solution(text: str, numbers: Sequence[int], target: int, *, max_steps: int) -> bool:

@@ -12,15 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Dict, List, Optional, Set, Tuple
 
 from grade.errors import GradeError
-from grade.tasks import _sha256, encode
-from grade.tasks.arithmetic import scores
+from grade.tasks import encode, sha256_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from grade.config import TaskConfig
     from grade.model import Policy
-    from grade.rollout import Rollout
+    from grade.tasks.countdown_reward import CountdownReward
 
 SPLITS = ("policy", "validation", "test")
 PARTS = (*SPLITS, "pretraining")
@@ -247,6 +244,8 @@ class CountdownTask:
 
     def make_reward(self, policy: Policy) -> CountdownReward:
         """The reward of responses to this task's prompts."""
+        from grade.tasks.countdown_reward import CountdownReward
+
         return CountdownReward(policy, self)
 
     def describe(self) -> dict:
@@ -263,74 +262,8 @@ class CountdownTask:
             "splits": {
                 split: {
                     "examples": len(self.puzzles(split)),
-                    "texts_sha256": _sha256(puzzle.prompt for puzzle in self.puzzles(split)),
+                    "texts_sha256": sha256_of(puzzle.prompt for puzzle in self.puzzles(split)),
                 }
                 for split in SPLITS
             },
         }
-
-
-class CountdownReward:
-    """Scores responses by reading their text (see `grade.tasks.arithmetic.score`); it has no gradient.
-
-    A response has ended if its last token ends a sequence; one that was cut off at its maximum length is no solution.
-    """
-
-    differentiable = False
-    shares_base_pass = False
-
-    def __init__(self, policy: Policy, task: CountdownTask):
-        self.policy, self.task = policy, task
-
-    def from_tokens(self, rollout: Rollout) -> Tensor:
-        """[B] float32 final scores, in [0, 1]."""
-        return self._tensor([final for _, _, final in self._read(rollout)], rollout)
-
-    def solved(self, rollout: Rollout) -> Tensor:
-        """[B] bool: responses that are solutions. Only these have a final score of 1."""
-        return self.from_tokens(rollout) == 1.0
-
-    def details(self, rollout: Rollout) -> Dict[str, Tensor]:
-        """`solved` under the name of its mean, as float32."""
-        return {"solve_rate": self.solved(rollout).float()}
-
-    def prefix_scores(self, rollout: Rollout, base=None) -> Tensor:
-        """[B, 1 + S] float32, the score of nothing (0) and after every token: the last real token has the final
-        score, and padding repeats it. `base` is not used: it serves rewards that read a model's states."""
-        rows = []
-        for ids, growing, final in self._read(rollout):
-            lengths = [len(self._text(ids[:count])) for count in range(len(ids))]
-            # A character of several tokens decodes to something else before it is complete.
-            row = [growing[min(length, len(growing) - 1)] for length in lengths] + [final]
-            rows.append(row + [final] * (1 + rollout.tokens.shape[1] - len(row)))
-        return self._tensor(rows, rollout)
-
-    def _read(self, rollout: Rollout) -> List[Tuple[List[int], List[float], float]]:
-        """Per response its real ids, the scores of its text's beginnings, and its final score."""
-        settings = self.task.settings.countdown
-        ended = rollout.ended_by(self.policy.eos_ids).tolist()
-        read = []
-        for row, has_ended in enumerate(ended):
-            puzzle = self._puzzle(rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist())
-            ids = rollout.tokens[row][rollout.mask[row]].tolist()
-            growing, final = scores(
-                self._text(ids), puzzle.numbers, puzzle.target, max_steps=settings.max_steps, ended=has_ended,
-                partial_credit=settings.partial_credit,
-            )
-            read.append((ids, growing, final))
-        return read
-
-    def _puzzle(self, prompt: List[int]) -> Puzzle:
-        puzzle = self.task.by_prompt.get(tuple(prompt))
-        if puzzle is None:
-            raise ValueError(f"no puzzle has the prompt {self._text(prompt)!r}: CountdownTask.prompts did not give it")
-        return puzzle
-
-    def _text(self, ids: List[int]) -> str:
-        return self.policy.tokenizer.decode(ids, skip_special_tokens=True)
-
-    @staticmethod
-    def _tensor(values, rollout: Rollout) -> Tensor:
-        import torch
-
-        return torch.tensor(values, dtype=torch.float32, device=rollout.tokens.device)
