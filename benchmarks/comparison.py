@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import List
 
-from grade.compare import document
+from grade.comparison_text import document
 
 
 def main(arguments: List[str] | None = None) -> None:

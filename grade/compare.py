@@ -1,10 +1,11 @@
 """`grade compare`: several methods, several seeds, the same prompts, one run each; tables at equal cost.
 
     1. sweep     every method with every learning rate, the same few; the best by validation is the method's own
-    2. runs      method x seed with it; the adapter of every validation is kept
+    2. runs      method x seed with it, seed by seed: a machine that is slower at one time of day is so for all methods
+                 alike; the adapter of every validation is kept
     3. test      for each run the best checkpoint by validation within the common budget of tokens, and within that of
                  seconds, on the test prompts (`grade.final_test`)
-    4. tables    `grade.comparison`
+    4. tables    `grade.comparison`, shown by `grade.comparison_text`
 
 Everything is kept as it is made and found again: a comparison that was stopped goes on where it was, and a run that
 failed is reported and does not stop the others.
@@ -12,38 +13,39 @@ failed is reported and does not stop the others.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from rich.console import Console
 
 from grade.checkpoint import check_writable
 from grade.comparison import (
-    Budgets,
+    Checkpoint,
     RunCurve,
     Tests,
     best_within,
     common_budgets,
-    markdown,
     read_run,
-    rich_table,
     table,
     write_comparison,
 )
+from grade.comparison_text import TITLES, document, notes, rich_table
 from grade.config import Config, GradeError, validate
-from grade.final_test import Checkpoint, test_checkpoints, test_key
-from grade.jobs import Job, check_jobs, run_jobs
+from grade.final_test import test_checkpoints, test_key
+from grade.jobs import Job, check_jobs, locked, run_jobs
 from grade.loading import load_policy, load_reward, load_tokenizer
-from grade.machine import machine, machine_line
+from grade.machine import machine
 from grade.method_config import method_named
 from grade.run_dir import adapter_folder
 from grade.tasks import load_task
 from grade.trainer import make_accelerator
 
 _GROUP = 4
-_TITLES = {"tokens": "Equal generated tokens", "seconds": "Equal training time"}
+_SWEEP_VALIDATIONS = 2
+_EXTENSIONS = 2  # of the sweep, beyond the factors
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Comparison:
         own = self.config.generation.samples_per_prompt
         return self.config.compare.samples_per_prompt or (own if own > 1 else _GROUP)
 
-    def job(self, method: str, seed: int, learning_rate: float, steps: int, run_dir: Path) -> Job:
+    def job(
+        self, method: str, seed: int, learning_rate: float, steps: int, validations: int, run_dir: Path
+    ) -> Job:
         """A run of a method as it would be by itself, without its own test."""
         config = self.config
         train = replace(
@@ -73,17 +77,17 @@ class Comparison:
         return Job(run_dir.name, replace(
             config, seed=seed, method=method_named(config.method, method), train=train,
             generation=replace(config.generation, samples_per_prompt=self.samples_per_prompt),
-            evaluation=replace(config.evaluation, test_prompts=0),
+            evaluation=replace(config.evaluation, test_prompts=0, every=-(-steps // validations)),
         ))
 
     def sweep_job(self, method: str, factor: float) -> Job:
         compare, rate = self.config.compare, self.config.train.learning_rate * factor
-        return self.job(
-            method, compare.sweep_seed, rate, compare.sweep_steps, self.folder / "sweep" / f"{method}-lr{rate:g}"
-        )
+        run_dir = self.folder / "sweep" / f"{method}-lr{rate:g}"
+        return self.job(method, compare.sweep_seed, rate, compare.sweep_steps, _SWEEP_VALIDATIONS, run_dir)
 
     def run_job(self, method: str, seed: int, learning_rate: float) -> Job:
-        return self.job(method, seed, learning_rate, self.config.train.steps, self.folder / f"{method}-seed{seed}")
+        steps, validations = self.config.train.steps, self.config.compare.validations
+        return self.job(method, seed, learning_rate, steps, validations, self.folder / f"{method}-seed{seed}")
 
 
 def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int]) -> dict:
@@ -97,27 +101,33 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         The payload of comparison.json.
 
     Raises:
-        GradeError: a method cannot run with this config; earlier runs had other settings; or every run failed.
+        GradeError: a method cannot run with this config; earlier runs had other settings; another comparison uses the
+            folder; or every run failed.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM while runs go on; the same call goes on where it was.
     """
     comparison, console = Comparison(config, methods, seeds), Console(stderr=True, soft_wrap=True)
     if config.compare.sweep_seed in seeds:
         raise GradeError(f"compare.sweep_seed ({config.compare.sweep_seed}) is one of --seeds: choose another.")
+    if config.evaluation.test_prompts == 0:
+        raise GradeError("evaluation.test_prompts is 0, and a comparison ends with a test: set it to 1 or more.")
     for method in methods:
         validate(comparison.run_job(method, seeds[0], config.train.learning_rate).config)
     check_writable("output_dir", comparison.folder)
     comparison.folder.mkdir(parents=True, exist_ok=True)
-    _make_reward(config)
-    rates, sweep, failures = _sweep(comparison, console)
-    jobs = {(m, s): comparison.run_job(m, s, rates[m]) for m in methods if m in rates for s in seeds}
-    check_jobs(list(jobs.values()))
-    failures |= run_jobs(list(jobs.values()), config.compare.jobs, console)
-    curves = {key: read_run(job.run_dir, *key) for key, job in jobs.items() if job.name not in failures}
-    if not curves:
-        raise GradeError(f"every run of the comparison failed: {failures}")
-    tests, judge = test_checkpoints(config, comparison.folder, _chosen(comparison, list(curves.values())), console)
-    payload = _payload(comparison, rates, sweep, failures, judge, list(curves.values()), tests)
-    write_comparison(comparison.folder / "comparison.json", payload)
-    show(payload, comparison.folder)
+    with locked(comparison.folder) as lock:
+        _make_reward(config)
+        rates, sweep, failures = _sweep(comparison, console, lock)
+        jobs = {(m, s): comparison.run_job(m, s, rates[m]) for s in seeds for m in methods if m in rates}
+        check_jobs(list(jobs.values()))
+        failures |= run_jobs(list(jobs.values()), config.compare.jobs, console, lock=lock)
+        done = [(m, s) for m in methods for s in seeds if (m, s) in jobs and jobs[m, s].name not in failures]
+        curves = [read_run(jobs[key].run_dir, *key) for key in done]
+        if not curves:
+            raise GradeError(f"every run of the comparison failed: {failures}")
+        tests, judge = test_checkpoints(config, comparison.folder, _chosen(comparison, curves), console)
+        payload = _payload(comparison, rates, sweep, failures, judge, curves, tests)
+        write_comparison(comparison.folder / "comparison.json", payload)
+        show(payload, comparison.folder)
     return payload
 
 
@@ -129,42 +139,59 @@ def _make_reward(config: Config) -> None:
         torch.cuda.empty_cache()
 
 
-def _sweep(comparison: Comparison, console: Console) -> Tuple[Dict[str, float], List[dict], Dict[str, str]]:
-    """(learning rate by method, what was tried, failures). A rate that fails is not chosen."""
-    config, compare = comparison.config, comparison.config.compare
-    if compare.sweep_steps == 0 or len(compare.learning_rate_factors) == 1:
-        rate = config.train.learning_rate * (compare.learning_rate_factors[0] if compare.sweep_steps else 1.0)
-        return {method: rate for method in comparison.methods}, [], {}
-    jobs = {
-        (method, factor): comparison.sweep_job(method, factor)
-        for method in comparison.methods for factor in compare.learning_rate_factors
-    }
-    check_jobs(list(jobs.values()))
-    console.print(f"Learning rates: {len(jobs)} runs of {compare.sweep_steps} steps")
-    failures = run_jobs(list(jobs.values()), compare.jobs, console)
-    tried, rates = [], {}
-    for (method, factor), job in jobs.items():
-        rate = config.train.learning_rate * factor
-        value = None
-        if job.name not in failures:
-            value = validation_objective(read_run(job.run_dir, method, compare.sweep_seed), config)
-        tried.append({"method": method, "learning_rate": rate, "objective": value})
-    for method in comparison.methods:
-        found = [t for t in tried if t["method"] == method and t["objective"] is not None]
-        if found:
-            rates[method] = max(found, key=lambda t: t["objective"])["learning_rate"]
-    return rates, tried, {f"sweep/{name}": reason for name, reason in failures.items()}
+def _sweep(
+    comparison: Comparison, console: Console, lock: int
+) -> Tuple[Dict[str, float], List[dict], Dict[str, str]]:
+    """(learning rate by method, what was tried, failures). A rate that fails is not chosen.
 
-
-def validation_objective(curve: RunCurve, config: Config) -> float:
-    """What the sweep compares: the metric minus kl_coef times KL, of the best validation of a run.
-
-    Not the metric alone: the highest rate often buys it with a KL that the objective would not pay for.
+    Factors are tried one after another, each with every method. Where a method's best is the lowest or the highest
+    it has tried, a better one may lie beyond: that is tried too, `_EXTENSIONS` times at most.
     """
-    per_nat = config.method.kl_coef
-    if config.method.kl_reduction == "sequence_sum":
-        per_nat *= config.generation.max_new_tokens  # an upper bound of the length: validations keep nats per token
-    return max(v.metric - per_nat * v.kl for v in curve.validations if v.step > 0)
+    config, compare = comparison.config, comparison.config.compare
+    factors = sorted(set(compare.learning_rate_factors))
+    if compare.sweep_steps == 0 or len(factors) == 1:
+        rate = config.train.learning_rate * (factors[0] if compare.sweep_steps else 1.0)
+        return {method: rate for method in comparison.methods}, [], {}
+    objectives: Dict[str, Dict[float, Optional[float]]] = {method: {} for method in comparison.methods}
+    failures: Dict[str, str] = {}
+    wanted = [(method, factor) for factor in factors for method in comparison.methods]
+    for _ in range(1 + _EXTENSIONS):
+        jobs = {key: comparison.sweep_job(*key) for key in wanted}
+        check_jobs(list(jobs.values()))
+        console.print(f"Learning rates: {len(jobs)} runs of {compare.sweep_steps} steps", highlight=False)
+        failures |= run_jobs(list(jobs.values()), compare.jobs, console, lock=lock)
+        for (method, factor), job in jobs.items():
+            found = math.nan
+            if job.name not in failures:
+                found = best_within(read_run(job.run_dir, method, compare.sweep_seed)).objective
+            objectives[method][factor] = found if math.isfinite(found) else None
+        further = {method: _beyond(tried) for method, tried in objectives.items()}
+        wanted = [(method, factor) for method, factor in further.items() if factor is not None]
+        if not wanted:
+            break
+    rates = {
+        method: config.train.learning_rate * best
+        for method, tried in objectives.items() if (best := _best(tried)) is not None
+    }
+    sweep = [
+        {"method": method, "learning_rate": config.train.learning_rate * factor, "objective": tried[factor]}
+        for method, tried in objectives.items() for factor in sorted(tried)
+    ]
+    return rates, sweep, {f"sweep/{name}": reason for name, reason in failures.items()}
+
+
+def _best(objectives: Mapping[float, Optional[float]]) -> Optional[float]:
+    """The factor with the highest objective, the lowest of equals; None if all failed."""
+    return max((f for f in sorted(objectives) if objectives[f] is not None), key=objectives.get, default=None)
+
+
+def _beyond(objectives: Mapping[float, Optional[float]]) -> Optional[float]:
+    """The factor to try next, where the best is the first or the last: at the ratio to it that it has to its
+    neighbour. None where the best lies inside, or all failed."""
+    factors, best = sorted(objectives), _best(objectives)
+    if best not in (factors[0], factors[-1]):
+        return None
+    return best * best / factors[1 if best == factors[0] else -2]
 
 
 def _chosen(comparison: Comparison, curves: Sequence[RunCurve]) -> Dict[Checkpoint, Path]:
@@ -194,33 +221,11 @@ def _payload(
     }
 
 
-def document(payload: dict) -> str:
-    """comparison.json as Markdown: both tables, learning rates, judge, failures, machine."""
-    budgets = Budgets(**payload["budgets"])
-    seeds = ", ".join(map(str, payload["seeds"]))
-    parts = [f"# {payload['config']['name']}: {', '.join(payload['methods'])}; seeds {seeds}"]
-    for budget, title in _TITLES.items():
-        parts.append(f"## {title}\n\n{markdown(payload['tables'][budget], budget, budgets).rstrip()}")
-    return "\n\n".join([*parts, _notes(payload)]) + "\n"
-
-
-def _notes(payload: dict) -> str:
-    rates = ", ".join(f"{method} {rate:g}" for method, rate in payload["learning_rates"].items())
-    lines = [f"Learning rates, by the sweep: {rates}." if payload["sweep"] else f"Learning rates: {rates}."]
-    if payload["judge"] is not None:
-        accuracy = ", ".join(f"{value:.3f} on the first {text}" for text, value in payload["judge"]["accuracy"].items())
-        lines.append(f"The judge's held-out accuracy: {accuracy}.")
-    lines += [f"Failed: {name}: {reason}" for name, reason in payload["failures"].items()]
-    jobs = payload["config"]["compare"]["jobs"]
-    lines.append(f"{jobs} run{'s' * (jobs > 1)} at a time. {machine_line(payload['machine'])}")
-    return "\n".join(lines)
-
-
 def show(payload: dict, folder: Path) -> None:
     """Print the two tables with their notes; write them as comparison.md."""
     out = Console()
-    for budget, title in _TITLES.items():
+    for budget, title in TITLES.items():
         out.print(rich_table(payload["tables"][budget], title))
     (folder / "comparison.md").write_text(document(payload), encoding="utf-8")
-    out.print(_notes(payload), highlight=False, markup=False)
+    out.print(notes(payload), highlight=False, markup=False)
     out.print(f"Comparison: {folder}", soft_wrap=True, highlight=False)

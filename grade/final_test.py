@@ -6,18 +6,20 @@ the perplexity of the samples under the base model. Where the reward rises and t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from rich.console import Console
 
 from grade.checkpoint import load_adapter
+from grade.comparison import BASE, Checkpoint
 from grade.config import Config
-from grade.evaluate import evaluate, write_evaluations
+from grade.evaluate import evaluate, text_of, write_evaluations
 from grade.judge import Judge, train_judge
 from grade.loading import load_policy, load_reward, load_tokenizer
 from grade.passes import base_pass, fed_embeddings, per_token
@@ -27,16 +29,11 @@ from grade.tasks import load_task
 from grade.trainer import make_accelerator
 from grade_kernels import linear_token_logprob
 
-Checkpoint = Tuple[str, Optional[int], int]
-"""(method, seed, step); the base model is ("base", None, 0)."""
-
-BASE: Checkpoint = ("base", None, 0)
-
 
 def test_checkpoints(
     config: Config, folder: Path, adapters: Mapping[Checkpoint, Path], console: Console
 ) -> Tuple[Dict[Checkpoint, dict], Optional[dict]]:
-    """Test the base model and each adapter, but for what `folder`/tests.json already holds.
+    """Test the base model and each adapter, but for what `folder`/tests.json already holds of the same weights.
 
     Args:
         config: of the comparison.
@@ -51,7 +48,12 @@ def test_checkpoints(
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if kept.get("identity") != identity:
         kept = {"identity": identity, "results": {}}
-    missing = [key for key in (BASE, *adapters) if test_key(key) not in kept["results"]]
+        write_evaluations(path, kept)  # before a judge of these settings takes the place of those results' own
+    digests = {BASE: None, **{key: _digest(adapter) for key, adapter in adapters.items()}}
+    missing = [
+        key for key, digest in digests.items()
+        if kept["results"].get(test_key(key), {}).get("adapter_sha256", "none") != digest
+    ]
     if missing:
         accelerator, tokenizer, task = make_accelerator(config), load_tokenizer(config), load_task(config)
         policy = load_policy(config, tokenizer, accelerator.device)
@@ -67,13 +69,9 @@ def test_checkpoints(
             row = evaluate(
                 policy, reward, prompts, config, split="test", step=step, adapters=key != BASE, measure=measure
             )
-            kept["results"][test_key(key)] = _numbers(asdict(row))
+            kept["results"][test_key(key)] = {**_numbers(asdict(row)), "adapter_sha256": digests[key]}
             write_evaluations(path, kept)
-    report = folder / "judge.json"
-    return (
-        {key: kept["results"][test_key(key)] for key in (BASE, *adapters)},
-        json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
-    )
+    return {key: kept["results"][test_key(key)] for key in digests}, _judge_report(folder)
 
 
 def test_key(key: Checkpoint) -> str:
@@ -86,7 +84,13 @@ def _identity(config: Config) -> dict:
     identity = {name: asdict(getattr(config, name)) for name in ("task", "model", "reward", "generation", "evaluation")}
     for name in ("samples", "batch_size", "every", "validation_prompts"):
         del identity["evaluation"][name]
-    return identity
+    return {**identity, "kl_direction": config.method.kl_direction}
+
+
+def _digest(adapter: Path) -> Optional[str]:
+    """SHA-256 of an adapter's weights: a step's name stays when its run is made again. None if there are none."""
+    weights = adapter / "adapter_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
 
 
 def _numbers(row: dict) -> dict:
@@ -115,24 +119,44 @@ def sample_measures(policy, judge: Optional[Judge]) -> Callable[[Rollout], Dict[
 
 
 def judge_rows(policy, rollout: Rollout) -> List[List[int]]:
-    """Ids of prompt and response, special tokens left out: what the judge reads."""
-    special = torch.tensor(policy.tokenizer.all_special_ids, device=rollout.tokens.device)
+    """Ids of the text of prompt and response, special tokens left out: what the judge reads.
+
+    The text is encoded anew, as the judge's training texts were: a policy may spell a word in tokens that the
+    tokenizer never gives, which the judge has not seen.
+    """
     ids = torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)
-    keep = torch.cat([rollout.prompt_mask, rollout.mask], dim=1) & ~torch.isin(ids, special)
-    return [row[kept].tolist() for row, kept in zip(ids, keep, strict=True)]
+    mask = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)
+    texts = [text_of(policy, row, kept) for row, kept in zip(ids, mask, strict=True)]
+    return policy.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def load_judge(folder: Path, config: Config, tokenizer, task) -> Optional[Judge]:
-    """The comparison's judge, trained now if there is none; None for a task without texts to learn from."""
-    examples = getattr(task, "judge", [])
+    """The comparison's judge, trained now unless the one kept there was trained on the same; None for a task without
+    texts to learn from."""
+    examples, report, path = getattr(task, "judge", []), folder / "judge.json", folder / "judge.safetensors"
     if len({example.label for example in examples}) < 2:
+        report.unlink(missing_ok=True)
         return None
-    path = folder / "judge.safetensors"
-    if path.is_file():
-        return Judge.load(path)
     lengths = sorted({judged_length(config), config.reward.max_tokens, 2 * config.reward.max_tokens})
+    identity = _judge_identity(config, lengths)
+    if path.is_file() and (_judge_report(folder) or {}).get("identity") == identity:
+        return Judge.load(path)
+    report.unlink(missing_ok=True)  # written last: it says whose weights these are
     # Reported on the test's own reviews: held-out training reviews flatter it (the same films, perhaps).
-    judge, report = train_judge(tokenizer, examples, task.test, lengths=lengths, seed=config.reward.seed)
-    (folder / "judge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    judge, numbers = train_judge(tokenizer, examples, task.test, lengths=lengths, seed=config.reward.seed)
     judge.save(path)
+    write_evaluations(report, {**numbers, "identity": identity})
     return judge
+
+
+def _judge_identity(config: Config, lengths: Sequence[int]) -> dict:
+    """What a judge depends on. All of it is in `_identity` too, so another judge means other test results."""
+    return {
+        "tokenizer": config.model.name, "revision": config.model.revision, "task": asdict(config.task),
+        "lengths": list(lengths), "seed": config.reward.seed,
+    }
+
+
+def _judge_report(folder: Path) -> Optional[dict]:
+    path = folder / "judge.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

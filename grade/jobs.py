@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, Sequence
+from typing import Dict, Iterator, List, Sequence
 
 from rich.console import Console
 
+from grade.checkpoint import latest
 from grade.config import Config, GradeError
 from grade.config_io import config_from_yaml, config_to_yaml
+from grade.interrupt import stop_between_steps
 from grade.run_dir import differing_settings, is_finished
 
 _POLL_SECONDS = 0.5
@@ -42,6 +46,31 @@ class Job:
         return self.run_dir.with_name(self.run_dir.name + ".log")
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Keep a second comparison out of `folder` while the block runs.
+
+    Yields:
+        The lock's file descriptor, for `run_jobs`: children inherit it, so a run that outlives its parent, and still
+        writes there, keeps the folder locked.
+
+    Raises:
+        GradeError: it is locked, or its file system has no locks.
+    """
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GradeError(
+                f"{folder} is in use by another `grade compare`, or by a run that one left behind: wait for it or stop "
+                "it, or compare under another --name."
+            ) from None
+        except OSError as error:
+            reason = f"cannot be locked ({error.strerror})"
+            raise GradeError(f"output_dir: {folder} {reason}. Name a folder on another disk.") from error
+        yield file.fileno()
+
+
 def check_jobs(jobs: Sequence[Job]) -> None:
     """Refuse to continue runs that were started under other settings.
 
@@ -59,11 +88,18 @@ def check_jobs(jobs: Sequence[Job]) -> None:
                 )
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, console: Console) -> Dict[str, str]:
-    """Run what is not finished yet; returns why the failed ones failed, by job name.
+def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) -> Dict[str, str]:
+    """Run what is not finished yet, in the order of `jobs`; returns why the failed ones failed, by job name.
 
     Each child gets an equal share of the CPU's threads, so that peak memory and seconds are its own. An interruption
-    is passed on: every run stops after its step, keeps a checkpoint, and is continued by the next call.
+    (Ctrl-C or SIGTERM) is passed on: every run stops after its step, keeps a checkpoint, and is continued by the next
+    call.
+
+    Args:
+        lock: what `locked` gave; the children hold it too.
+
+    Raises:
+        KeyboardInterrupt: interrupted; all children have ended, unless a second Ctrl-C did not wait for them.
     """
     waiting = [job for job in jobs if not is_finished(job.config)]
     running: Dict[Job, subprocess.Popen] = {}
@@ -71,38 +107,45 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console) -> Dict[str, s
     done, total = len(jobs) - len(waiting), len(jobs)
     if done:
         console.print(f"{done} of {total} runs were finished before.", highlight=False)
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                job = waiting.pop(0)
-                running[job] = _start(job, at_once)
-            time.sleep(_POLL_SECONDS)
-            for job, process in [(j, p) for j, p in running.items() if p.poll() is not None]:
-                del running[job]
-                done += 1
-                if process.returncode != 0:
-                    failures[job.name] = _last_words(job)
-                state = f"failed, see {job.log}" if job.name in failures else "done"
-                console.print(f"[{done}/{total}] {job.name}: {state}", highlight=False, markup=False)
-    except BaseException:
-        _stop(running)
-        raise
+    with stop_between_steps() as stop:
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    job = waiting.pop(0)
+                    running[job] = _start(job, at_once, lock)
+                time.sleep(_POLL_SECONDS)
+                if stop.asked:
+                    raise KeyboardInterrupt
+                for job, process in [(j, p) for j, p in running.items() if p.poll() is not None]:
+                    del running[job]
+                    done += 1
+                    if process.returncode != 0:
+                        failures[job.name] = _last_words(job)
+                    state = f"failed, see {job.log}" if job.name in failures else "done"
+                    console.print(f"[{done}/{total}] {job.name}: {state}", highlight=False, markup=False)
+        except BaseException:
+            _stop(running)
+            raise
     return failures
 
 
-def _start(job: Job, at_once: int) -> subprocess.Popen:
+def _start(job: Job, at_once: int, lock: int) -> subprocess.Popen:
     job.run_dir.parent.mkdir(parents=True, exist_ok=True)
-    started = (job.run_dir / "checkpoints" / "last").is_dir()
+    started = latest(job.run_dir / "checkpoints" / "last").is_dir()
     # What stopped before its first checkpoint has nothing to continue from.
     train = replace(job.config.train, resume=started, overwrite=not started and job.run_dir.exists())
     settings = job.run_dir.with_name(job.run_dir.name + ".yaml")
     settings.write_text(config_to_yaml(replace(job.config, train=train)), encoding="utf-8")
     threads = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // at_once, 1)))
-    with job.log.open("a", encoding="utf-8") as log:
+    with job.log.open("w", encoding="utf-8") as log:  # this attempt's words alone
         return subprocess.Popen(
-            [sys.executable, "-m", "grade", "train", str(settings)], stdout=log, stderr=subprocess.STDOUT,
+            _command(settings), stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,),
             env={**os.environ, "OMP_NUM_THREADS": threads},
         )
+
+
+def _command(settings: Path) -> List[str]:
+    return [sys.executable, "-m", "grade", "train", str(settings)]
 
 
 def _stop(running: Dict[Job, subprocess.Popen]) -> None:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 import grade.compare
-from grade.compare import Comparison, document, run_comparison, validation_objective
+from grade import jobs as jobs_module
+from grade.compare import Comparison, _sweep, run_comparison
 from grade.comparison import read_run
+from grade.comparison_text import document
 from grade.config import GradeError
-from grade.jobs import Job, run_jobs
+from grade.config_io import config_from_yaml, config_to_yaml
+from grade.jobs import Job, locked, run_jobs
 from grade.run_dir import adapter_folder, is_finished
 from grade.trainer import train
 
@@ -26,9 +37,7 @@ def comparable(tiny_config, tmp_path):
         task=replace(tiny_config.task, judge_examples=0),
         train=replace(tiny_config.train, steps=2, run_dir=None),
         evaluation=replace(tiny_config.evaluation, every=1, validation_prompts=6, test_prompts=6),
-        compare=replace(
-            tiny_config.compare, learning_rate_factors=[1.0, 10.0], sweep_steps=1, samples_per_prompt=2
-        ),
+        compare=replace(tiny_config.compare, sweep_steps=0, samples_per_prompt=2),
     )
 
 
@@ -37,7 +46,7 @@ def in_process(monkeypatch):
     """Runs happen in this process, which has imported everything; the names of those that did."""
     ran = []
 
-    def run(jobs, at_once, console):
+    def run(jobs, at_once, console, *, lock):
         failures = {}
         for job in jobs:
             if not is_finished(job.config):
@@ -52,21 +61,18 @@ def in_process(monkeypatch):
     return ran
 
 
-def test_a_comparison_from_sweep_to_tables(comparable, in_process):
+def test_a_comparison_from_runs_to_tables(comparable, in_process):
     payload = run_comparison(comparable, ["reinforce", "grpo"], [0])
-    assert len(in_process) == 2 * 2 + 2
+    assert in_process == ["reinforce-seed0", "grpo-seed0"]
     folder = Path(comparable.output_dir) / f"compare-{comparable.name}"
     assert json.loads((folder / "comparison.json").read_text(encoding="utf-8")) == json.loads(json.dumps(payload))
-    # The rate with the higher objective on validation is the one that was run.
-    for method in ("reinforce", "grpo"):
-        tried = {t["learning_rate"]: t["objective"] for t in payload["sweep"] if t["method"] == method}
-        assert payload["learning_rates"][method] == max(tried, key=tried.get)
-        config = (folder / f"{method}-seed0" / "config.yaml").read_text(encoding="utf-8")
-        assert f"learning_rate: {payload['learning_rates'][method]}" in config
     for budget in ("tokens", "seconds"):
         rows = payload["tables"][budget]
         assert [row["method"] for row in rows] == ["base", "reinforce", "grpo"]
         assert all(row["test/reward"]["n"] == 1 and row["test/reward"]["stderr"] is None for row in rows)
+        for row in rows:
+            paid = comparable.method.kl_coef * row["test/kl"]["mean"]
+            assert row["test/objective"]["mean"] == pytest.approx(row["test/reward"]["mean"] - paid)
         assert rows[0]["test/kl"]["mean"] == pytest.approx(0, abs=1e-6) and rows[0]["test/perplexity"]["mean"] > 1
     for key in payload["tests"]:
         method, seed, step = key.split("/")
@@ -80,16 +86,48 @@ def test_a_comparison_from_sweep_to_tables(comparable, in_process):
     del in_process[:]
     again = run_comparison(comparable, ["reinforce", "grpo"], [0])
     assert in_process == [] and again == payload
+    changed = next(key for key in payload["tests"] if key.startswith("grpo"))
+    _scale_adapter(adapter_folder(folder / "grpo-seed0", int(changed.split("/")[2])), 3.0)
     more = run_comparison(comparable, ["reinforce", "grpo"], [0, 1])
     assert in_process == ["reinforce-seed1", "grpo-seed1"]
     assert more["tables"]["tokens"][1]["test/reward"]["n"] == 2
+    # The test of an adapter that is another one by now is not the old one's; the others are not made again.
+    kept = {key: test for key, test in payload["tests"].items() if more["tests"].get(key) == test}
+    assert "base/None/0" in kept and changed not in kept and more["tests"][changed]["kl"] > 0
     other = replace(comparable, method=replace(comparable.method, kl_coef=0.5))
     with pytest.raises(GradeError, match="method.kl_coef"):
         run_comparison(other, ["reinforce", "grpo"], [0])
 
 
+def _scale_adapter(folder, factor):
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: factor * value for name, value in weights.items()}, folder / "adapter_model.safetensors")
+
+
+def test_jobs_alternate_between_methods_and_validate_as_often_as_asked(comparable, monkeypatch):
+    """A run of 71 of 150 steps is judged at 70, not at evaluation.every's 50."""
+    config = replace(comparable, train=replace(comparable.train, steps=150))
+    comparison = Comparison(config, ["ppo", "grpo"], [3])
+    assert comparison.run_job("ppo", 3, 0.1).config.evaluation.every == 10
+    config = replace(config, compare=replace(config.compare, validations=4, sweep_steps=50))
+    comparison = Comparison(config, ["ppo", "grpo"], [3])
+    assert comparison.run_job("ppo", 3, 0.1).config.evaluation.every == 38  # rounded up: never more than asked
+    assert comparison.sweep_job("ppo", 1.0).config.evaluation.every == 25
+
+    order = []
+
+    def no_run(jobs, at_once, console, *, lock):
+        order.extend(job.name for job in jobs)
+        return {job.name: "not run" for job in jobs}
+
+    monkeypatch.setattr(grade.compare, "run_jobs", no_run)
+    monkeypatch.setattr(grade.compare, "_make_reward", lambda config: None)
+    with pytest.raises(GradeError, match="every run of the comparison failed"):
+        run_comparison(comparable, ["ppo", "grpo"], [4, 5])
+    assert order == ["ppo-seed4", "grpo-seed4", "ppo-seed5", "grpo-seed5"]
+
+
 def test_a_method_that_fails_is_reported_and_left_out(comparable, in_process, monkeypatch):
-    comparable = replace(comparable, compare=replace(comparable.compare, sweep_steps=0))
     run = Comparison.run_job
 
     def broken(self, method, seed, learning_rate):
@@ -110,32 +148,150 @@ def test_what_cannot_be_compared_is_refused_before_any_run(comparable, in_proces
         run_comparison(alone, ["reinforce", "grpo"], [0])
     with pytest.raises(GradeError, match="sweep_seed"):
         run_comparison(comparable, ["reinforce"], [comparable.compare.sweep_seed])
+    with pytest.raises(GradeError, match="evaluation.test_prompts is 0"):
+        run_comparison(replace(comparable, evaluation=replace(comparable.evaluation, test_prompts=0)), ["ppo"], [0])
     countdown = replace(comparable, task=replace(comparable.task, name="countdown"))
     with pytest.raises(GradeError, match="method.name=grade-ste backpropagates.*ppo, reinforce, grpo"):
         run_comparison(countdown, ["grade-ste", "ppo"], [0])
     assert in_process == [] and not (Path(comparable.output_dir) / f"compare-{comparable.name}").exists()
 
 
-def test_the_sweep_weighs_kl(comparable, tmp_path):
-    """0.1 nats more per token at kl_coef 0.5 cost more than 0.04 of reward gain."""
-    rows = [
-        {"step": 0, "validation/reward": 0.9, "validation/kl": 0.0, "validation/entropy": 1.0},
-        {"step": 0, "reward": 0.5, "kl": 0.0, "entropy": 1.0, "grad_norm": 1.0, "tokens": 5, "memory/peak_gib": 1.0},
-        {"step": 1, "validation/reward": 0.6, "validation/kl": 0.1, "validation/entropy": 1.0},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    config = replace(comparable, method=replace(comparable.method, kl_coef=0.5))
-    assert validation_objective(read_run(tmp_path, "ppo", 0), config) == pytest.approx(0.55)
+def trial(peak):
+    """Stands in for `run_jobs`: writes runs whose objective falls with the learning rate's distance from `peak`."""
+    ran = []
+
+    def run(jobs, at_once, console, *, lock):
+        for job in jobs:
+            ran.append(job.name)
+            job.run_dir.mkdir(parents=True)
+            (job.run_dir / "config.yaml").write_text(config_to_yaml(job.config), encoding="utf-8")
+            distance = abs(math.log(job.config.train.learning_rate / peak))
+            validations = [(0, 0.5, 0.0), (1, 0.9, 0.1 + distance)]  # every rate has the same reward
+            rows = [
+                {"step": step, "validation/reward": reward, "validation/kl": kl, "validation/kl_sequence": 8 * kl,
+                 "validation/entropy": 1.0}
+                for step, reward, kl in validations
+            ]
+            step = {"reward": 0.5, "kl": 0.0, "entropy": 1.0, "grad_norm": 1.0, "tokens": 5, "memory/peak_gib": 1.0}
+            lines = [json.dumps(row) for row in (rows[0], {"step": 0, **step}, rows[1])]
+            (job.run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return {}
+
+    return run, ran
+
+
+def sweep(comparable, monkeypatch, peak, factors):
+    config = replace(
+        comparable, train=replace(comparable.train, learning_rate=1.0),
+        compare=replace(comparable.compare, sweep_steps=1, learning_rate_factors=factors),
+    )
+    run, ran = trial(peak)
+    monkeypatch.setattr(grade.compare, "run_jobs", run)
+    rates, tried, failures = _sweep(Comparison(config, ["ppo", "grpo"], [0]), Console(quiet=True), 0)
+    assert failures == {} and rates["ppo"] == rates["grpo"]
+    assert [t["learning_rate"] for t in tried if t["method"] == "grpo"] == sorted(
+        t["learning_rate"] for t in tried if t["method"] == "ppo"
+    )
+    return rates["ppo"], tried, ran
+
+
+def test_the_sweep_goes_factor_by_factor_and_weighs_kl(comparable, monkeypatch):
+    rate, tried, ran = sweep(comparable, monkeypatch, 1.0, [4.0, 0.5, 1.0])
+    assert rate == 1.0 and ran == ["ppo-lr0.5", "grpo-lr0.5", "ppo-lr1", "grpo-lr1", "ppo-lr4", "grpo-lr4"]
+    kl_coef = comparable.method.kl_coef
+    assert tried[1] == {"method": "ppo", "learning_rate": 1.0, "objective": pytest.approx(0.9 - 0.1 * kl_coef)}
+    assert tried[2]["objective"] == pytest.approx(0.9 - (0.1 + math.log(4)) * kl_coef)
+
+
+@pytest.mark.parametrize(
+    "peak, rate, further", [(16.0, 16.0, [16.0, 64.0]), (1e6, 64.0, [16.0, 64.0]), (0.25, 0.25, [0.25, 0.125])]
+)
+def test_the_sweep_goes_on_beyond_its_edge(comparable, monkeypatch, peak, rate, further):
+    found, tried, ran = sweep(comparable, monkeypatch, peak, [0.5, 1.0, 4.0])
+    assert found == rate and ran[6:] == [f"{m}-lr{r:g}" for r in further for m in ("ppo", "grpo")]
+    assert len(tried) == 10
 
 
 def test_child_processes_run_and_fail_by_themselves(comparable, tmp_path):
-    def job(name, model):
-        train = replace(comparable.train, steps=1, run_dir=str(tmp_path / name), tensorboard=False)
+    def job(name, **settings):
+        train = replace(comparable.train, steps=1, run_dir=str(tmp_path / name), tensorboard=False, **settings)
         evaluation = replace(comparable.evaluation, test_prompts=0, validation_prompts=2)
-        return Job(name, replace(comparable, train=train, evaluation=evaluation, model=model))
+        return Job(name, replace(comparable, train=train, evaluation=evaluation))
 
-    jobs = [job("good", comparable.model), job("bad", replace(comparable.model, name=str(tmp_path / "nowhere")))]
-    failures = run_jobs(jobs, 2, Console(quiet=True))
-    assert set(failures) == {"bad"} and "model.name" in failures["bad"]
+    jobs = [job("good"), job("bad", learning_rate=-1.0)]
+    with locked(tmp_path) as lock:
+        failures = run_jobs(jobs, 2, Console(quiet=True), lock=lock)
+    assert set(failures) == {"bad"} and "train.learning_rate" in failures["bad"]
     assert is_finished(jobs[0].config) and not is_finished(jobs[1].config)
-    assert run_jobs(jobs[:1], 1, Console(quiet=True)) == {}
+    assert run_jobs(jobs[:1], 1, Console(quiet=True), lock=-1) == {}
+
+
+_CHILD = """
+import os, pathlib, signal, sys, time
+os.fstat(int(sys.argv[2]))  # the lock is held here too
+def stop(*_):
+    time.sleep(0.3)
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(130)
+signal.signal(signal.SIGTERM, stop)
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+def test_sigterm_stops_the_children_and_waits_for_them(comparable, tmp_path, monkeypatch):
+    jobs = [Job(name, replace(comparable, train=replace(comparable.train, run_dir=str(tmp_path / name))))
+            for name in ("a", "b", "waiting")]
+    jobs[0].log.write_text("an earlier attempt", encoding="utf-8")
+
+    def terminate():
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline and not all("started" in _text(job.log) for job in jobs[:2]):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # so that only this test fails where nobody listens
+    try:
+        with locked(tmp_path) as lock, pytest.raises(KeyboardInterrupt):
+            monkeypatch.setattr(jobs_module, "_command", lambda settings: [
+                sys.executable, "-c", _CHILD, str(settings.with_suffix(".saved")), str(lock)
+            ])
+            thread.start()
+            run_jobs(jobs, 2, Console(quiet=True), lock=lock)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
+    assert [_text(tmp_path / f"{job.name}.saved") for job in jobs] == ["saved", "saved", ""]
+    assert "earlier" not in _text(jobs[0].log)
+
+
+def _text(path):
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def test_a_folder_serves_one_comparison_even_where_only_its_child_is_left(tmp_path):
+    with locked(tmp_path) as lock:
+        with pytest.raises(GradeError, match="in use by another `grade compare`"), locked(tmp_path):
+            pass
+        orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
+    try:
+        with pytest.raises(GradeError, match="one left behind"), locked(tmp_path):
+            pass
+    finally:
+        orphan.kill()
+        orphan.wait()
+    with locked(tmp_path):
+        pass
+
+
+def test_a_run_goes_on_from_what_an_interrupted_save_left(comparable, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs_module, "_POLL_SECONDS", 0.1)
+    job = Job("run", replace(comparable, train=replace(comparable.train, run_dir=str(tmp_path / "run"))))
+    monkeypatch.setattr(jobs_module, "_command", lambda settings: [sys.executable, "-c", "pass"])
+    for left, resumes in (("nothing", False), ("last.old", True)):
+        (job.run_dir / "checkpoints" / left).mkdir(parents=True)
+        with locked(tmp_path) as lock:
+            run_jobs([job], 1, Console(quiet=True), lock=lock)
+        train = config_from_yaml(tmp_path / "run.yaml").train
+        assert train.resume is resumes and train.overwrite is not resumes

@@ -12,36 +12,45 @@ from grade.comparison import (
     Budgets,
     best_within,
     common_budgets,
-    markdown,
     read_run,
-    rich_table,
     table,
     write_comparison,
 )
+from grade.comparison_text import markdown, notes, rich_table
 from grade.config import GradeError
+from grade.machine import machine
 
 BASE = 0.5
 
 
-def write_run(folder, rewards, *, tokens=100, seconds=2.0, every=1, planned=None, cut="", solve_rates=None):
-    """A run directory: `rewards[i]` is the validation after `i * every` steps; every step costs the same."""
+def write_run(
+    folder, rewards, *, tokens=100, seconds=2.0, every=1, planned=None, cut="", solve_rates=None, kls=None, kl_coef=0.0,
+    kl_reduction="token_mean", idle=(),
+):
+    """A run directory: `rewards[i]` is the validation after `i * every` steps, `kls[i]` its KL per token of responses
+    of 10 tokens; every step costs the same. The steps in `idle` make no update."""
     folder.mkdir()
     steps = (len(rewards) - 1) * every
     lines = []
     for step in range(steps + 1):
         if step % every == 0:
-            validation = {"reward": rewards[step // every], "kl": 0.01 * step, "entropy": 3.0}
+            kl = kls[step // every] if kls else 0.01 * step
+            validation = {"reward": rewards[step // every], "kl": kl, "kl_sequence": 10 * kl, "entropy": 3.0}
             if solve_rates:
                 validation["solve_rate"] = solve_rates[step // every]
             lines.append({"step": step, **{f"validation/{k}": v for k, v in validation.items()}})
         if step < steps:
             lines.append({
-                "step": step, "reward": 0.1 * step, "kl": 0.02, "entropy": 2.5, "grad_norm": float(step + 1),
+                "step": step, "reward": 0.1 * step, "kl": 0.02, "entropy": 2.5,
+                "grad_norm": 0.0 if step in idle else float(step + 1), "updates": int(step not in idle),
                 "tokens": tokens, "seconds/rollout": seconds / 4, "seconds/update": 3 * seconds / 4,
                 "memory/peak_gib": 1.0 + step,
             })
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + cut)
-    (folder / "config.yaml").write_text(f"train:\n  steps: {steps if planned is None else planned}\n")
+    (folder / "config.yaml").write_text(
+        f"method:\n  kl_coef: {kl_coef}\n  kl_reduction: {kl_reduction}\n"
+        f"train:\n  steps: {steps if planned is None else planned}\n"
+    )
     return folder
 
 
@@ -101,6 +110,10 @@ def test_refuses_runs_that_cannot_be_read(tmp_path):
     log.write_text("")
     with pytest.raises(GradeError, match="no validation of the base model"):
         read_run(folder, "ppo", 0)
+    log.write_text("".join(lines))
+    (folder / "config.yaml").unlink()
+    with pytest.raises(GradeError, match="no config.yaml"):
+        read_run(folder, "ppo", 0)
 
 
 def test_common_budgets_are_what_every_run_has_had(runs):
@@ -117,6 +130,45 @@ def test_best_within(runs):
     assert best_within(curve, tokens=400, seconds=2.0).step == 1  # both hold
     assert best_within(curve, tokens=99).step == 1 and best_within(curve, tokens=98).step == 0  # 2 % of slack
     assert best_within(runs("ppo", 1, [0.9]), tokens=10).step == 0  # nothing else is there
+
+
+def test_the_objective_is_the_metric_less_what_kl_costs(runs):
+    kls = [0.0, 0.1, 0.4, 0.02]  # per token; a response has 10 times that
+    by_token = runs("a", 0, [0.5, 0.7, 0.9, 0.6], kls=kls, kl_coef=0.5)
+    assert [v.objective for v in by_token.validations] == pytest.approx([0.5, 0.65, 0.7, 0.59])
+    by_response = runs("a", 1, [0.5, 0.7, 0.9, 0.6], kls=kls, kl_coef=0.05, kl_reduction="sequence_sum")
+    assert [v.objective for v in by_response.validations] == pytest.approx([0.5, 0.65, 0.7, 0.59])
+
+
+def test_checkpoints_are_chosen_by_the_objective(runs):
+    """Step 2 has the higher metric and the lower objective; the test's objective follows the same formula."""
+    curves = [runs("a", 0, [BASE, 0.7, 0.9], kls=[0.0, 0.0, 0.4], kl_coef=1.0)]
+    tests = {("a", 0, 1): {"reward": 0.68, "kl": 0.1, "kl_sequence": 1.2}, ("base", None, 0): {"reward": 0.5}}
+    base, row = table(curves, tests, budget="tokens")
+    assert row["best_steps"] == [1] and row["best"] == one(0.7) and row["threshold"] == pytest.approx(0.66)
+    assert row["test/objective"] == one(0.58) and base["test/objective"] is None  # its KL is not there
+    curves = [runs("b", 0, [BASE, 0.7], kls=[0.0, 0.01], kl_coef=0.1, kl_reduction="sequence_sum")]
+    assert table(curves, {("b", 0, 1): tests["a", 0, 1]}, budget="tokens")[1]["test/objective"] == one(0.56)
+
+
+def test_a_seed_with_nothing_trained_in_the_budget_is_the_base_model(runs):
+    """Budget 2 s: the second seed's first validation is at 4 s."""
+    curves = [runs("a", 0, [BASE, 0.7]), runs("a", 1, [BASE, 0.8], every=2)]
+    tests = {("base", None, 0): {"reward": 0.4, "judge": 0.3}, ("a", 0, 1): {"reward": 0.6, "judge": 0.5}}
+    _, row = table(curves, tests, budget="seconds")
+    assert row["best_steps"] == [1, 0]
+    assert row["test/reward"] == near(0.5, 0.1, 2) and row["test/judge"] == near(0.4, 0.1, 2)
+    assert row["gap"] == near(0.1, 0.0, 2)  # 0.7 - 0.6 and 0.5 - 0.4
+    assert row["used_seconds"] == near(1.0, 1.0, 2) and row["used_tokens"] == near(50.0, 50.0, 2)
+
+
+def test_steps_without_an_update_have_no_gradient_norm(runs):
+    curve = runs("ppo", 0, [BASE, 0.6, 0.7, 0.8, 0.9], idle=(0, 2))
+    assert curve.grad_norm == [None, 2.0, None, 4.0]
+    _, row = table([curve], {}, budget="tokens")
+    assert (row["grad_norm/median"], row["grad_norm/p90"], row["grad_norm/max"]) == (one(3.0), one(4.0), one(4.0))
+    _, row = table([runs("ppo", 1, [BASE, 0.6], idle=(0,))], {}, budget="tokens")
+    assert row["grad_norm/median"] is None and row["step_seconds"] == one(2.0)
 
 
 @pytest.fixture
@@ -168,6 +220,7 @@ def test_table_by_tokens(compared):
     assert ppo["reached"] == 2 and ppo["steps_to"] is None and ppo["tokens_to"] is None  # 0.68 is below
     # Steps of 1..2, 1..3 and 1..2: medians 1.5, 2, 1.5.
     assert ppo["grad_norm/median"] == near(5 / 3, 1 / 6, 3) and ppo["grad_norm/max"] == near(7 / 3, 1 / 3, 3)
+    assert ppo["used_tokens"] == near(500 / 3, 100 / 3, 3) and grade["used_seconds"] == one(4.0)
     assert ppo["step_seconds"] == near(2.0, 0.0, 3) and ppo["peak_gib"] == near(7 / 3, 1 / 3, 3)
 
     assert grade["seeds"] == [1] and grade["reached"] == 1 and grade["test/judge"] is None
@@ -219,20 +272,48 @@ def test_markdown(compared):
     assert lines[0][:4] == ["method", "seeds", "test reward", "best validation"]
     assert "test solve rate" not in lines[0]
     assert lines[2][:4] == ["base", "–", "0.510", "0.500"]
-    assert lines[3][:4] == ["ppo", "3 (1 unfinished)", "0.680 ± 0.012", "0.693 ± 0.007"]
+    assert lines[3][:4] == ["ppo", "3 (1 not done)", "0.680 ± 0.012", "0.693 ± 0.007"]
     assert lines[4][:3] == ["grade", "1", "0.740 ± –"] and lines[4][lines[0].index("judge")] == "–"
     assert len({len(line) for line in lines}) == 1
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in cost.splitlines()]
     assert [line[0] for line in lines[2:]] == ["ppo", "grade", "reinforce"]
-    assert lines[2][2] == "not reached (2 of 3)" and lines[3][2:5] == ["1 ± –", "100 ± –", "4 ± –"]
+    assert lines[0][2:5] == ["tokens used", "seconds used", "steps to 80%"]
+    assert lines[2][2] == "167 ± 33" and lines[3][3] == "4 ± –"
+    assert lines[2][4] == "not reached (2 of 3)" and lines[3][4:7] == ["1 ± –", "100 ± –", "4 ± –"]
     assert "2 s of training" in markdown(table(*compared, budget="seconds"), "seconds", common_budgets(compared[0]))
 
 
 def test_rich_table(compared):
-    console = Console(file=io.StringIO(), width=200)
-    console.print(rich_table(table(*compared, budget="tokens"), "equal tokens"))
+    rows, console = table(*compared, budget="tokens"), Console(file=io.StringIO(), width=200)
+    console.print(rich_table(rows, "equal tokens"))
     text = console.file.getvalue()
-    assert "equal tokens" in text and "0.680 ± 0.012" in text and "not reached (2 of 3)" in text
+    assert "equal tokens" in text and "0.680 ±0.012" in text and "not reached (2 of 3)" in text
+
+
+def test_rich_table_breaks_no_word_at_80_columns(compared):
+    curves, tests = compared
+    tests = {key: {**values, "kl_sequence": 1.0} for key, values in tests.items()}
+    wide, narrow = (Console(file=io.StringIO(), width=width) for width in (200, 80))
+    for console in (wide, narrow):
+        console.print(rich_table(table(curves, tests, budget="tokens"), "equal tokens"))
+    words = [sorted(console.file.getvalue().replace("─", "").split()) for console in (wide, narrow)]
+    assert words[0] == words[1]
+    assert max(len(line) for line in narrow.file.getvalue().splitlines()) <= 80
+
+
+def test_notes_say_where_the_sweep_ended_at_its_edge():
+    def trials(method, *objectives):
+        return [{"method": method, "learning_rate": 10.0**i, "objective": o} for i, o in enumerate(objectives)]
+
+    payload = {
+        "config": {"method": {"kl_coef": 0.1, "kl_reduction": "sequence_sum"}, "compare": {"jobs": 1}},
+        "tables": {"tokens": [{"metric": "solve_rate"}]}, "learning_rates": {"ppo": 10.0, "grpo": 100.0, "grade": 1.0},
+        "sweep": [*trials("ppo", 0.1, 0.2, None), *trials("grpo", 0.1, 0.2, 0.3), *trials("grade", 0.3, 0.2, 0.1)],
+        "judge": None, "failures": {}, "machine": machine(),
+    }
+    text = notes(payload)
+    assert "solve rate − 0.1 · KL (nats per response)" in text and "rate of ppo" not in text
+    assert "best rate of grpo is the highest" in text and "best rate of grade is the lowest" in text
 
 
 def test_write_comparison(compared, tmp_path):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from grade import judge as judging
-from grade.config import GradeError
+from grade.config import Config, GradeError
+from grade.final_test import judge_rows, load_judge
 from grade.judge import BUCKETS, Judge, _ngrams, train_judge
 from grade.tasks import Example
 from grade.tasks.demo import write_reviews
@@ -91,6 +95,50 @@ def test_hash_spreads_a_vocabulary():
     buckets, _ = _ngrams([[token] for token in range(50_000)])
     expected = BUCKETS * (1 - (1 - 1 / BUCKETS) ** 50_000)  # distinct buckets of 50,000 random draws
     assert buckets.unique().numel() > 0.98 * expected
+
+
+class Letters:
+    """Ids 0 to 3: a special token, "a", "b" and "ab", which is how the tokenizer spells those two."""
+
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(["", "a", "b", "ab"][i] for i in ids)
+
+    def __call__(self, texts, add_special_tokens, verbose):
+        assert not add_special_tokens
+        return {"input_ids": [[["", "a", "b", "ab"].index(part) for part in re.findall("ab|a|b", t)] for t in texts]}
+
+
+def test_the_judge_reads_tokens_as_the_tokenizer_spells_them():
+    rollout = SimpleNamespace(
+        prompt_ids=torch.tensor([[0, 0, 1], [0, 2, 1]]), prompt_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]).bool(),
+        tokens=torch.tensor([[2, 1, 2], [1, 0, 2]]), mask=torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(),
+    )
+    assert judge_rows(SimpleNamespace(tokenizer=Letters()), rollout) == [[3, 3], [2, 1, 1]]
+
+
+def test_a_judge_of_other_settings_is_trained_anew(reviews, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr("grade.final_test.train_judge", lambda *args, **settings: (
+        trained.append(settings) or Judge(), {"accuracy": {}}
+    ))
+    task, config = SimpleNamespace(judge=reviews[0], test=reviews[1]), Config()
+    for _ in range(2):
+        assert load_judge(tmp_path, config, None, task) is not None
+    assert len(trained) == 1
+    others = [
+        replace(config, reward=replace(config.reward, seed=7)),
+        replace(config, task=replace(config.task, split_seed=7)),
+        replace(config, model=replace(config.model, name="other")),
+        replace(config, generation=replace(config.generation, max_new_tokens=7)),
+    ]
+    for number, other in enumerate(others, start=2):
+        load_judge(tmp_path, other, None, task)
+        assert len(trained) == number
+    report = json.loads((tmp_path / "judge.json").read_text(encoding="utf-8"))
+    assert report["accuracy"] == {} and report["identity"]["lengths"] == trained[-1]["lengths"]
+    assert load_judge(tmp_path, config, None, SimpleNamespace(judge=[], test=[])) is None
+    assert not (tmp_path / "judge.json").exists()
 
 
 def test_refuses_what_it_cannot_learn_from(reviews, tmp_path):
