@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from grade.config import Config
-from grade.methods import objective
+from grade.methods import Method, objective
 from grade.metrics import add_sums, step_metrics, step_sums
 from grade.passes import base_pass, fed_embeddings, per_token, policy_pass
 from grade.replay import Scores
@@ -85,18 +85,16 @@ def clipped_surrogate(
     return torch.maximum(-advantage * ratio, -advantage * clipped)
 
 
-class PolicyGradient:
+class PolicyGradient(Method):
     """Base of the three: sampling, scoring and the policy's terms. What they do with them is in their own files."""
 
     minibatches = 1
 
     def __init__(self, policy, reward, config: Config, services: Services):
-        self.policy, self.reward, self.config, self.services = policy, reward, config, services
+        super().__init__(policy, reward, config, services)
         train = config.train
         # A mini-batch is made of whole micro-batches: what a response shares its pass with never changes.
         self.micro_batch = math.gcd(train.batch_size, train.batch_size * train.accumulation_steps // self.minibatches)
-        if config.method.activation_checkpointing:
-            policy.enable_checkpointing()
 
     def sampling(self, step: int) -> Sampling:
         return sampling_of(self.config.generation)
@@ -184,15 +182,6 @@ class PolicyGradient:
         return {
             "loss": objective(self.config.method, metrics), **metrics, "objective/kl": metrics["kl_sequence"], **own,
         }
-
-    def parameter_groups(self) -> List[dict]:
-        return []
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
 
 
 class TokenMeans:

@@ -43,6 +43,27 @@ def with_train(config, **changes):
     return replace(config, train=replace(config.train, **changes))
 
 
+def stop_after_two_steps(config):
+    """Run a config until it is interrupted in its third step."""
+    trainer = Trainer(config, make_accelerator(config), prepare_run_dir(config))
+    step = trainer.train_step
+
+    def two_steps_only():
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return step()
+
+    trainer.train_step = two_steps_only
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
+def timeless(path):
+    """The rows of a run's log without what no two runs share: times and memory."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for r in rows]
+
+
 def one_step(config):
     """Adapter after one step, gradient-norm metrics and all."""
     trainer = trainer_of(config)
@@ -173,17 +194,7 @@ def test_run_writes_what_it_promises_and_resumes_exactly(tiny_config, tmp_path):
     train(config)
 
     stopped = with_train(config, run_dir=str(tmp_path / "stopped"))
-    trainer = Trainer(stopped, make_accelerator(stopped), prepare_run_dir(stopped))
-    step = trainer.train_step
-
-    def two_steps_only():
-        if trainer.step == 2:
-            raise KeyboardInterrupt
-        return step()
-
-    trainer.train_step = two_steps_only
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
+    stop_after_two_steps(stopped)
     train(with_train(stopped, resume=True))
 
     whole, resumed = tmp_path / "whole", tmp_path / "stopped"
@@ -195,10 +206,6 @@ def test_run_writes_what_it_promises_and_resumes_exactly(tiny_config, tmp_path):
         assert first.keys() == second.keys() and first
         assert all(torch.equal(first[k], second[k]) for k in first), checkpoint
     assert json.loads((whole / "evaluation.json").read_text()) == json.loads((resumed / "evaluation.json").read_text())
-
-    def timeless(path):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for r in rows]
 
     assert timeless(whole / "metrics.jsonl") == timeless(resumed / "metrics.jsonl")
     check_run_directory(whole, steps=4)

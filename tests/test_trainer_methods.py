@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from test_trainer import adapter_of, trainer_of, with_train
+from test_trainer import adapter_of, stop_after_two_steps, timeless, trainer_of, with_train
 
 from grade.checkpoint import load_state
 from grade.config import GradeError, validate
@@ -71,25 +70,12 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tiny_config, tmp_path, name
     config = with_train(config, steps=4, save_every=2, tensorboard=False)
     whole, stopped = (with_train(config, run_dir=str(tmp_path / folder)) for folder in ("whole", "stopped"))
     assert train(whole) == {} and is_finished(whole)
-    trainer = Trainer(stopped, make_accelerator(stopped), prepare_run_dir(stopped))
-    step = trainer.train_step
-
-    def two_steps_only():
-        if trainer.step == 2:
-            raise KeyboardInterrupt
-        return step()
-
-    trainer.train_step = two_steps_only
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
+    stop_after_two_steps(stopped)
     assert not is_finished(stopped)
     train(with_train(stopped, resume=True))
 
-    def rows(folder):
-        lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for r in lines]
-
-    assert rows("whole") == rows("stopped")
+    logs = [timeless(tmp_path / folder / "metrics.jsonl") for folder in ("whole", "stopped")]
+    assert logs[0] == logs[1]
     states = [load_state(tmp_path / folder / "checkpoints" / "last")["method"] for folder in ("whole", "stopped")]
     assert states[0].keys() == states[1].keys() and len(states[0]) == 2
     for key, value in states[0].items():

@@ -9,7 +9,7 @@ on the same rollouts, with the same reference and reward; they differ in how the
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Protocol
+from typing import Callable, Dict, List
 
 from torch import Tensor
 
@@ -22,20 +22,29 @@ Update = Callable[[], None]
 """Takes one optimizer step with the gradients accumulated so far, over all processes, and clears them."""
 
 
-class Method(Protocol):
-    """What the trainer asks of a method."""
+class Method:
+    """What the trainer asks of a method; one that keeps nothing between steps need only sample and step."""
+
+    def __init__(self, policy, reward, config: Config, services: Services):
+        self.policy, self.reward, self.config, self.services = policy, reward, config, services
+        if config.method.activation_checkpointing:
+            policy.enable_checkpointing()
 
     def sampling(self, step: int) -> Sampling:
         """How responses of a step are drawn."""
+        raise NotImplementedError
 
     def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
-        """Learn from a step's responses on this process, calling `update` once or more; the step's metrics."""
+        """Learn from a step's responses on this process, calling `update` for each optimizer step; its metrics."""
+        raise NotImplementedError
 
     def parameter_groups(self) -> List[dict]:
         """Trainable parameters besides the policy's, as torch.optim takes them."""
+        return []
 
     def state_dict(self) -> dict:
         """What a resumed run needs beside the policy and the optimizer."""
+        return {}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict`."""

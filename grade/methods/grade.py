@@ -19,12 +19,10 @@ from typing import Dict, Iterator, List
 
 import torch
 
-from grade.config import Config
-from grade.methods import Update, kl_weight, objective
+from grade.methods import Method, Update, kl_weight, objective
 from grade.metrics import add_sums, step_metrics, step_sums
 from grade.replay import ReplayResult, ReplaySettings, replay
 from grade.rollout import Rollout, Sampling, sampling_of
-from grade.services import Services
 
 
 def tau_at(step: int, start: float, end: float, steps: int) -> float:
@@ -32,13 +30,8 @@ def tau_at(step: int, start: float, end: float, steps: int) -> float:
     return start + (end - start) * min(step / steps, 1.0)
 
 
-class Grade:
+class Grade(Method):
     """The method as the trainer sees it: how to sample, and how to turn rollouts into gradients."""
-
-    def __init__(self, policy, reward, config: Config, services: Services):
-        self.policy, self.reward, self.config, self.services = policy, reward, config, services
-        if config.method.activation_checkpointing:
-            policy.enable_checkpointing()
 
     def tau(self, step: int) -> float:
         method = self.config.method
@@ -105,12 +98,3 @@ class Grade:
             per_response={"hops": result.hops, "hop_residual": result.residual},
             per_token={"soft_hard_gap": (1 - micro_batch.token_weight) * micro_batch.mask},
         )
-
-    def parameter_groups(self) -> List[dict]:
-        return []
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
