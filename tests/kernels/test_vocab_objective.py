@@ -126,7 +126,7 @@ def run_chunk(logits, ref_logits, *weights, softcap=None):
     n = logits.shape[0]
     weights = [w if w is None else torch.as_tensor(w, dtype=logits.dtype).expand(n) for w in weights]
     grad, indices = logits.clone(), torch.zeros(n, 1, dtype=torch.int64)
-    return objective_chunk(grad, ref_logits, None, indices, None, weights, softcap), grad
+    return objective_chunk(grad, ref_logits, None, indices, None, weights, True, softcap), grad
 
 
 def test_no_digits_are_lost_where_the_two_nearly_agree():

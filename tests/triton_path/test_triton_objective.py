@@ -34,7 +34,7 @@ def both_paths(logits, ref, suppress, indices, tokens, weights, softcap=None):
     results, weights = [], per_row(weights, logits.shape[0], logits.device)
     for ops in (triton_objective, torch_objective):
         grad, other = logits.clone(), None if ref is None else ref.clone()
-        results.append((ops.objective_chunk(grad, other, suppress, indices, tokens, weights, softcap), grad))
+        results.append((ops.objective_chunk(grad, other, suppress, indices, tokens, weights, True, softcap), grad))
         assert ref is None or torch.equal(other.nan_to_num(), ref.nan_to_num())
     return results
 
@@ -129,7 +129,7 @@ def test_identical_rows(device):
     """The divergences and their gradients are exactly 0."""
     logits, _ = chunk(3, TILE + 60, device)
     weights = per_row((None, 2.0, 3.0), 3, device)
-    args = (None, supports(3, 60, 2, device), None, weights, None)
+    args = (None, supports(3, 60, 2, device), None, weights, True, None)
     fields = triton_objective.objective_chunk(logits, logits.clone(), *args)
     assert (fields["kl"] == 0).all() and (fields["ref_kl"] == 0).all() and (logits == 0).all()
     assert torch.equal(fields["lse"], fields["ref_lse"])

@@ -80,7 +80,7 @@ def call_sweep(c: Call, device):
 def call_objective(c: Call, device):
     x, y = c.logits(device, torch.float32), c.logits(device, torch.float32)
     weights = torch.ones(3, c.n, device=device).unbind()
-    objective.objective_chunk(x, y, None, c.ids(device), c.tokens(device), weights, c.cap)
+    objective.objective_chunk(x, y, None, c.ids(device), c.tokens(device), weights, True, c.cap)
 
 
 def call_embedding(c: Call, device):
