@@ -1,7 +1,6 @@
 """The tables of a comparison that `grade compare` has made, as Markdown.
 
     python -m benchmarks.comparison runs/compare-imdb_small/comparison.json
-    python -m benchmarks.comparison benchmarks/results/compare_imdb_small.json     # the README's
 """
 
 from __future__ import annotations
