@@ -96,7 +96,7 @@ def _digest(adapter: Path) -> Optional[str]:
 def _numbers(row: dict) -> dict:
     """An evaluation with its details beside the rest, and perplexity from the summed log-probabilities."""
     details = row.pop("details")
-    return {**row, **details, "perplexity": math.exp(details.pop("base_nll") / row["mean_length"])}
+    return {**row, **details, "perplexity": math.exp(details["base_nll"] / row["mean_length"])}
 
 
 def sample_measures(policy, judge: Optional[Judge]) -> Callable[[Rollout], Dict[str, torch.Tensor]]:

@@ -61,15 +61,16 @@ def load_policy(config: Config, tokenizer, device: torch.device) -> Policy:
         GradeError: the model cannot be found or used, its context is too short, it has no such target modules, or
             generation.top_k exceeds its vocabulary.
     """
+    path = model_path(config)
     try:
-        settings = AutoConfig.from_pretrained(model_path(config), revision=config.model.revision)
+        settings = AutoConfig.from_pretrained(path, revision=config.model.revision)
     except (OSError, ValueError) as error:
         raise _not_loadable(config, error) from error
     _check_fits(config, settings)
     transformers_logging.disable_progress_bar()  # one line per file of weights says less than it costs to read
     try:
         base, found = AutoModelForCausalLM.from_pretrained(
-            model_path(config), revision=config.model.revision, dtype=getattr(torch, config.model.dtype),
+            path, revision=config.model.revision, dtype=getattr(torch, config.model.dtype),
             attn_implementation=config.model.attn_implementation, output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:

@@ -65,10 +65,7 @@ def step_sums(
     """
     mask = rollout.mask
     reward, kl = scores.reward.double(), scores.kl.double()
-    sums = {
-        "responses": torch.tensor(len(rollout)), "tokens": mask.sum(), "reward²": reward.square().sum(),
-        "kl²": kl.sum(1).square().sum(),
-    }
+    sums = {"tokens": mask.sum(), "reward²": reward.square().sum(), "kl²": kl.sum(1).square().sum()}
     of_responses = {
         "reward": reward, "kl_sequence": kl.sum(1), "unique_token_ratio": unique_token_ratio(rollout.tokens, mask),
         "eos_rate": rollout.ended_by(eos_ids), **(per_response or {}),
@@ -78,7 +75,12 @@ def step_sums(
     }
     sums |= {f"response/{name}": values.double().sum() for name, values in of_responses.items()}
     sums |= {f"token/{name}": values.double().sum() for name, values in of_tokens.items()}
-    return {name: value.item() for name, value in sums.items()}
+    return {"responses": float(len(rollout)), **to_numbers(sums)}
+
+
+def to_numbers(sums: Dict[str, Tensor]) -> Dict[str, float]:
+    """Scalar tensors of one device as numbers; waits for the device once."""
+    return dict(zip(sums, torch.stack([value.double() for value in sums.values()]).tolist(), strict=True))
 
 
 def step_metrics(sums: Dict[str, float]) -> Dict[str, float]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grade.config import Config
 from grade.methods import Method, objective
-from grade.metrics import add_sums, step_metrics, step_sums
+from grade.metrics import add_sums, step_metrics, step_sums, to_numbers
 from grade.passes import base_pass, fed_embeddings, per_token, policy_pass
 from grade.replay import Scores
 from grade.reward import reward_inputs, reward_of
@@ -192,8 +192,8 @@ class TokenMeans:
 
     def add(self, mask: Tensor, **values: Tensor) -> None:
         """Add a pass; `values` are [B, S], entries at padding are ignored."""
-        part = {"tokens": float(mask.sum()), **{k: float((v.detach() * mask).sum()) for k, v in values.items()}}
-        self.sums = add_sums(self.sums, part)
+        part = {"tokens": mask.sum(), **{name: (v.detach() * mask).sum() for name, v in values.items()}}
+        self.sums = add_sums(self.sums, to_numbers(part))
 
     def take(self) -> Dict[str, float]:
         """The means so far by name, none if no token was added; starts again.

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Callable, ContextManager, Dict, List, NamedTuple
+from typing import Callable, ContextManager, Dict, Iterable, NamedTuple
 
 import torch
-
-from grade.rollout import Rollout
+from torch import Tensor
 
 
 class Totals(NamedTuple):
-    """Of a step, over all its rollouts and processes."""
+    """Of a step or a mini-batch, over all its micro-batches and processes."""
 
     tokens: int
     responses: int
@@ -27,7 +26,7 @@ class Services:
         phase: given a phase's name, a context that times it.
     """
 
-    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
+    reduce: Callable[[Tensor], Tensor] = lambda values: values
     phase: Callable[[str], ContextManager] = lambda name: nullcontext()
 
     def any_process(self, wanted: bool) -> bool:
@@ -41,7 +40,11 @@ class Services:
         total = self.reduce(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, total.tolist(), strict=True))
 
-    def totals(self, rollouts: List[Rollout]) -> Totals:
-        own = {"tokens": sum(int(r.mask.sum()) for r in rollouts), "responses": sum(len(r) for r in rollouts)}
-        total = self.sum({name: float(value) for name, value in own.items()})
+    def totals(self, masks: Iterable[Tensor]) -> Totals:
+        """Tokens, and responses that have any, of masks [B, S] bool."""
+        own = {"tokens": 0.0, "responses": 0.0}
+        for mask in masks:
+            own["tokens"] += int(mask.sum())
+            own["responses"] += int(mask.any(1).sum())
+        total = self.sum(own)
         return Totals(int(total["tokens"]), int(total["responses"]))

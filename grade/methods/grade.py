@@ -52,7 +52,7 @@ class Grade(Method):
 
     def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
         # The KL's token mean divides by all real tokens of the step, so they are counted before the first pull-back.
-        totals = self.services.totals(rollouts)
+        totals = self.services.totals(r.mask for r in rollouts)
         sums: Dict[str, float] = {}
         for rollout in rollouts:
             for micro_batch in rollout.micro_batches(self.config.train.batch_size):

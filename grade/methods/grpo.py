@@ -106,7 +106,7 @@ class GRPO(PolicyGradient):
         means, sums = TokenMeans(self.services.sum), {}
         for epoch in range(settings.epochs):
             for minibatch in self.shuffled_minibatches(batch, step, epoch):
-                totals = self._totals(minibatch)
+                totals = self.services.totals(e.mask for e in minibatch)  # of what counts
                 with self.services.phase("backward"):
                     for experience in minibatch:
                         terms = self._accumulate(experience, totals, means)
@@ -153,15 +153,6 @@ class GRPO(PolicyGradient):
         if self.settings.entropy_reward_coef > 0:
             reward = reward + self.settings.entropy_reward_coef * scored.old.entropy
         return reward
-
-    def _totals(self, minibatch: List[Experience]) -> Totals:
-        """Tokens and responses that count, over all processes."""
-        own = {
-            "tokens": float(sum(e.mask.sum() for e in minibatch)),
-            "responses": float(sum(e.counts.sum() for e in minibatch)),
-        }
-        total = self.services.sum(own)
-        return Totals(int(total["tokens"]), int(total["responses"]))
 
     def _accumulate(self, experience: Experience, totals: Totals, means: TokenMeans) -> Terms:
         """Add a micro-batch's share of its mini-batch's gradient; the policy's terms."""

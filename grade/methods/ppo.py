@@ -96,7 +96,7 @@ class PPO(PolicyGradient):
         self.value_head = ValueHead(policy.head.shape[1]).to(policy.device)
 
     def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
-        settings, totals = self.settings, self.services.totals(rollouts)
+        settings, totals = self.settings, self.services.totals(r.mask for r in rollouts)
         scored = self.score(rollouts, old=True)
         mean_kl = self._mean_kl(scored)
         batch = [self._experience(s, totals, mean_kl) for s in scored]
@@ -105,7 +105,7 @@ class PPO(PolicyGradient):
         for epoch in range(settings.epochs):
             drift = TokenMeans(self.services.sum)
             for minibatch in self.shuffled_minibatches(batch, step, epoch):
-                of_minibatch = self.services.totals([e.scored.rollout for e in minibatch])
+                of_minibatch = self.services.totals(e.scored.rollout.mask for e in minibatch)
                 with self.services.phase("backward"):
                     for experience in minibatch:
                         self._accumulate(experience, of_minibatch, spread, means, drift)

@@ -85,7 +85,7 @@ class Reinforce(PolicyGradient):
         self.average_kl = MovingAverage(self.settings.ema_decay)  # nats per token
 
     def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
-        method, totals = self.config.method, self.services.totals(rollouts)
+        method, totals = self.config.method, self.services.totals(r.mask for r in rollouts)
         scored = self.score(rollouts, old=self.settings.baseline == "leave_one_out")
         weights = [
             kl_weight(s.rollout.mask, method.kl_reduction, method.kl_coef, totals.tokens, totals.responses)
