@@ -69,7 +69,10 @@ def load_adapter(directory: Path, policy: Policy) -> None:
 
     if not (directory / "adapter_config.json").is_file():
         raise GradeError(f"checkpoint {directory}: no adapter is saved there (adapter_config.json is missing).")
-    saved, ours = LoraConfig.from_pretrained(str(directory)), policy.model.peft_config["default"]
+    try:
+        saved, ours = LoraConfig.from_pretrained(str(directory)), policy.model.peft_config["default"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise GradeError(f"checkpoint {directory}: adapter_config.json is damaged ({first_line(error)}).") from error
     for name in ("r", "lora_alpha", "use_rslora"):
         if getattr(saved, name) != getattr(ours, name):
             raise GradeError(

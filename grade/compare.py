@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from rich.console import Console
@@ -36,10 +36,10 @@ from grade.comparison_text import TITLES, document, notes, rich_table
 from grade.config import Config, GradeError, validate
 from grade.final_test import test_checkpoints, test_key
 from grade.jobs import Job, check_jobs, locked, run_jobs
-from grade.loading import load_policy, load_reward, load_tokenizer
+from grade.loading import load_policy, load_prompts, load_reward, load_tokenizer
 from grade.machine import machine
 from grade.method_config import method_named
-from grade.run_dir import adapter_folder
+from grade.run_dir import adapter_folder, make_again
 from grade.tasks import load_task
 from grade.trainer import make_accelerator
 
@@ -101,8 +101,8 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         The payload of comparison.json.
 
     Raises:
-        GradeError: a method cannot run with this config; earlier runs had other settings; another comparison uses the
-            folder; or every run failed.
+        GradeError: a method cannot run with this config; two methods are the same; earlier runs had other settings or
+            more steps, or are damaged; another comparison uses the folder; or every run failed.
         KeyboardInterrupt: Ctrl-C, or SIGTERM while runs go on; the same call goes on where it was.
     """
     comparison, console = Comparison(config, methods, seeds), Console(stderr=True, soft_wrap=True)
@@ -110,30 +110,88 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         raise GradeError(f"compare.sweep_seed ({config.compare.sweep_seed}) is one of --seeds: choose another.")
     if config.evaluation.test_prompts == 0:
         raise GradeError("evaluation.test_prompts is 0, and a comparison ends with a test: set it to 1 or more.")
-    for method in methods:
-        validate(comparison.run_job(method, seeds[0], config.train.learning_rate).config)
+    planned = [comparison.run_job(method, seed, config.train.learning_rate) for method in methods for seed in seeds]
+    _check_methods(comparison, planned[::len(seeds)])
+    _check_steps(planned, "train.steps")
     check_writable("output_dir", comparison.folder)
     comparison.folder.mkdir(parents=True, exist_ok=True)
     with locked(comparison.folder) as lock:
-        _make_reward(config)
+        console.print("Preparing data and reward", highlight=False)
+        _prepare(config)
         rates, sweep, failures = _sweep(comparison, console, lock)
         jobs = {(m, s): comparison.run_job(m, s, rates[m]) for s in seeds for m in methods if m in rates}
         check_jobs(list(jobs.values()))
         failures |= run_jobs(list(jobs.values()), config.compare.jobs, console, lock=lock)
-        done = [(m, s) for m in methods for s in seeds if (m, s) in jobs and jobs[m, s].name not in failures]
-        curves = [read_run(jobs[key].run_dir, *key) for key in done]
+        curves = []
+        for key in ((m, s) for m in methods for s in seeds if (m, s) in jobs and jobs[m, s].name not in failures):
+            try:
+                curves.append(_curve(jobs[key], *key))
+            except GradeError as error:
+                failures[jobs[key].name] = str(error)
         if not curves:
             raise GradeError(f"every run of the comparison failed: {failures}")
-        tests, judge = test_checkpoints(config, comparison.folder, _chosen(comparison, curves), console)
+        tests, untested, judge = test_checkpoints(config, comparison.folder, _chosen(comparison, curves), console)
+        failures |= untested
         payload = _payload(comparison, rates, sweep, failures, judge, curves, tests)
         write_comparison(comparison.folder / "comparison.json", payload)
         show(payload, comparison.folder)
     return payload
 
 
-def _make_reward(config: Config) -> None:
-    """Train the reward head before several runs would each want to; in this process, and given back."""
+def _check_methods(comparison: Comparison, jobs: Sequence[Job]) -> None:
+    """Refuse methods that cannot run, and two that are the same.
+
+    Args:
+        jobs: one of each method, in their order.
+    """
+    config = comparison.config
+    for i, (method, job) in enumerate(zip(comparison.methods, jobs, strict=True)):
+        try:
+            validate(job.config)
+        except GradeError as error:
+            if comparison.samples_per_prompt == config.generation.samples_per_prompt:
+                raise
+            # What is wrong is the comparison's own number, in a setting that the user has not touched.
+            text = str(error).replace("generation.samples_per_prompt", "compare.samples_per_prompt")
+            raise GradeError(text) from error
+        for other, earlier in zip(comparison.methods[:i], jobs[:i], strict=True):
+            if earlier.config.method == job.config.method:
+                raise GradeError(
+                    f"--methods: {other} and {method} are the same method with these settings: leave one out."
+                )
+
+
+def _check_steps(jobs: Iterable[Job], setting: str) -> None:
+    """Refuse fewer steps than a run has had: it would be judged by steps beyond the others' last."""
+    for job in jobs:
+        try:
+            had = len(read_run(job.run_dir, job.name, job.config.seed).tokens)
+        except GradeError:
+            continue  # not begun, or damaged, which is told where its curve is needed
+        if had > job.config.train.steps:
+            raise GradeError(
+                f"{setting} is {job.config.train.steps}, but {job.run_dir} has had {had} steps: set it to {had} or "
+                "more, or compare under another --name."
+            )
+
+
+def _curve(job: Job, method: str, seed: int) -> RunCurve:
+    """The curve of a run that has ended well.
+
+    Raises:
+        GradeError: its files are damaged.
+    """
+    curve = read_run(job.run_dir, method, seed)
+    if not len(curve.tokens) == curve.validations[-1].step == job.config.train.steps:
+        raise GradeError(f"{job.run_dir}/metrics.jsonl lacks steps or validations. {make_again(job.run_dir)}")
+    return curve
+
+
+def _prepare(config: Config) -> None:
+    """Find mistakes in data and prompts, and train the reward head, before several runs would each do so; in this
+    process, and given back."""
     accelerator, tokenizer, task = make_accelerator(config), load_tokenizer(config), load_task(config)
+    load_prompts(config, task, tokenizer)
     load_reward(config, load_policy(config, tokenizer, accelerator.device), task)
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -158,12 +216,14 @@ def _sweep(
     for _ in range(1 + _EXTENSIONS):
         jobs = {key: comparison.sweep_job(*key) for key in wanted}
         check_jobs(list(jobs.values()))
-        console.print(f"Learning rates: {len(jobs)} runs of {compare.sweep_steps} steps", highlight=False)
+        _check_steps(jobs.values(), "compare.sweep_steps")
+        steps = f"{compare.sweep_steps} step{'s' * (compare.sweep_steps > 1)}"
+        console.print(f"Learning rates: {len(jobs)} run{'s' * (len(jobs) > 1)} of {steps}", highlight=False)
         failures |= run_jobs(list(jobs.values()), compare.jobs, console, lock=lock)
         for (method, factor), job in jobs.items():
             found = math.nan
             if job.name not in failures:
-                found = best_within(read_run(job.run_dir, method, compare.sweep_seed)).objective
+                found = best_within(_curve(job, method, compare.sweep_seed)).objective
             objectives[method][factor] = found if math.isfinite(found) else None
         further = {method: _beyond(tried) for method, tried in objectives.items()}
         wanted = [(method, factor) for method, factor in further.items() if factor is not None]

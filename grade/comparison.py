@@ -21,8 +21,9 @@ from typing import Dict, Iterable, List, Literal, Mapping, Optional, Sequence, T
 
 import yaml
 
-from grade.errors import GradeError
+from grade.errors import GradeError, first_line
 from grade.evaluate import write_evaluations
+from grade.run_dir import make_again
 
 BudgetKind = Literal["tokens", "seconds"]
 Checkpoint = Tuple[str, Optional[int], int]
@@ -102,21 +103,29 @@ def read_run(run_dir: Path, method: str, seed: int) -> RunCurve:
 
     Raises:
         GradeError: there is not even a validation of the base model, a line or step is missing in the middle, or
-            there is no config.yaml.
+            there is no config.yaml; or they are damaged.
     """
-    rows = _rows(run_dir / "metrics.jsonl")
+    try:
+        return _read_run(run_dir, method, seed)
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise GradeError(f"{run_dir} holds damaged files ({reason}). {make_again(run_dir)}") from error
+
+
+def _read_run(run_dir: Path, method: str, seed: int) -> RunCurve:
+    rows = _rows(run_dir)
     validated = [row for row in rows if "validation/reward" in row]
     steps = [row for row in rows if "validation/reward" not in row]
     if not validated or validated[0]["step"] != 0:
-        raise GradeError(f"{run_dir} holds no validation of the base model yet: start this run (again).")
+        raise GradeError(f"{run_dir} holds no validation of the base model. {make_again(run_dir)}")
     if [row["step"] for row in steps] != list(range(len(steps))) or validated[-1]["step"] > len(steps):
-        raise GradeError(f"{run_dir}/metrics.jsonl lacks steps. Run it again (--train.overwrite true).")
+        raise GradeError(f"{run_dir}/metrics.jsonl lacks steps. {make_again(run_dir)}")
     tokens = list(accumulate(int(row["tokens"]) for row in steps))
     seconds = list(accumulate(sum(v for k, v in row.items() if k.startswith("seconds/")) for row in steps))
     metric = "solve_rate" if "validation/solve_rate" in validated[0] else "reward"
     path = run_dir / "config.yaml"
     if not path.is_file():
-        raise GradeError(f"{run_dir} holds no config.yaml: run it again (--train.overwrite true).")
+        raise GradeError(f"{run_dir} holds no config.yaml. {make_again(run_dir)}")
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     kl_coef, kl_reduction = config["method"]["kl_coef"], config["method"]["kl_reduction"]
     return RunCurve(
@@ -146,8 +155,9 @@ def objective(metric: float, kl: float, kl_sequence: float, kl_coef: float, kl_r
     return metric - kl_coef * (kl_sequence if kl_reduction == "sequence_sum" else kl)
 
 
-def _rows(path: Path) -> List[dict]:
-    """The rows of a log; a last line that is still being written, or was cut short, is left out."""
+def _rows(run_dir: Path) -> List[dict]:
+    """The rows of a run's log; a last line that is still being written, or was cut short, is left out."""
+    path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -155,7 +165,7 @@ def _rows(path: Path) -> List[dict]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise GradeError(f"{path}: line {number} is broken. Run it again (--train.overwrite true).") from error
+                raise GradeError(f"{path}: line {number} is broken. {make_again(run_dir)}") from error
     return rows
 
 
@@ -207,7 +217,8 @@ def table(curves: Sequence[RunCurve], tests: Tests, *, budget: BudgetKind) -> Li
         budget: which cost is equal.
 
     Returns:
-        Rows ready for JSON: "method", "seeds", "unfinished" (runs), "metric" ("reward" or "solve_rate": what "best"
+        Rows ready for JSON: "method", "seeds", "untrained" (seeds with nothing trained within the budget, whose
+        numbers are the base model's), "unfinished" (runs), "metric" ("reward" or "solve_rate": what "best"
         and "gap" are in), "best_steps", "threshold" (the base's metric plus `THRESHOLD` of the best run's
         improvement; None if no run improved), "reached" (seeds that had a validation of at least that within the
         budget), and numbers: None, or {"mean", "stderr", "n"} over seeds, "stderr" None where n is 1.
@@ -223,8 +234,8 @@ def table(curves: Sequence[RunCurve], tests: Tests, *, budget: BudgetKind) -> Li
     threshold = base + THRESHOLD * (peak - base) if peak > base else None
     rows = [
         {
-            "method": "base", "seeds": [], "unfinished": 0, "metric": curves[0].metric, "best_steps": [],
-            "threshold": threshold, "reached": None, "best": _stat([base]),
+            "method": "base", "seeds": [], "untrained": [], "unfinished": 0, "metric": curves[0].metric,
+            "best_steps": [], "threshold": threshold, "reached": None, "best": _stat([base]),
             **_test_numbers(curves[:1], [base], [tests.get(BASE, {})]),
         }
     ]
@@ -242,6 +253,7 @@ def _method_row(runs: List[RunCurve], tests: Tests, limit: Dict[str, float], thr
     norms = [sorted(known) for run in runs if (known := [norm for norm in run.grad_norm if norm is not None])]
     return {
         "method": runs[0].method, "seeds": [run.seed for run in runs],
+        "untrained": [run.seed for run, v in zip(runs, best, strict=True) if v.step == 0],
         "unfinished": sum(not run.complete for run in runs), "metric": runs[0].metric,
         "best_steps": [v.step for v in best], "threshold": threshold, "reached": len(reached),
         "best": _stat(v.metric for v in best), **numbers,

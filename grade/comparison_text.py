@@ -45,7 +45,7 @@ def document(payload: dict) -> str:
 
 
 def notes(payload: dict) -> str:
-    """What stands below the tables: the objective, learning rates, judge, failures, machine."""
+    """What stands below the tables: the objective, learning rates, judge, missing checkpoints, failures, machine."""
     method, metric = payload["config"]["method"], payload["tables"]["tokens"][0]["metric"].replace("_", " ")
     unit = "response" if method["kl_reduction"] == "sequence_sum" else "token"
     lines = [f"Objective, which learning rates and checkpoints are chosen by: {metric} − {method['kl_coef']:g} · KL "
@@ -56,7 +56,10 @@ def notes(payload: dict) -> str:
     if payload["judge"] is not None:
         accuracy = ", ".join(f"{value:.3f} on the first {text}" for text, value in payload["judge"]["accuracy"].items())
         lines.append(f"The judge's held-out accuracy: {accuracy}.")
+    lines += _untrained(payload)
     lines += [f"Failed: {name}: {reason}" for name, reason in payload["failures"].items()]
+    if payload["failures"]:
+        lines.append("The same command tries failed runs again; one whose folder is deleted starts anew.")
     jobs = payload["config"]["compare"]["jobs"]
     lines.append(f"{jobs} run{'s' * (jobs > 1)} at a time. {machine_line(payload['machine'])}")
     return "\n".join(lines)
@@ -72,12 +75,30 @@ def _at_edge(payload: dict) -> List[Tuple[str, str]]:
     return found
 
 
+def _untrained(payload: dict) -> List[str]:
+    """A line for each method whose row has the base model's numbers in it, by budget."""
+    lines = []
+    for budget, rows in payload["tables"].items():
+        for row in (row for row in rows if row.get("untrained")):
+            amount, seeds = _amount(budget, Budgets(**payload["budgets"])), row["untrained"]
+            lines.append(
+                f"Within {amount}, {row['method']} had no validated checkpoint for seed{'s' * (len(seeds) > 1)} "
+                f"{', '.join(map(str, seeds))}: the base model's numbers stand in."
+            )
+    return lines
+
+
+def _amount(budget: BudgetKind, budgets: Budgets) -> str:
+    if budget == "tokens":
+        return f"{budgets.tokens:,} generated tokens"
+    return f"{budgets.seconds:{',.0f' if budgets.seconds >= 100 else '.3g'}} s of training"
+
+
 def markdown(rows: Sequence[dict], budget: BudgetKind, budgets: Budgets) -> str:
     """GitHub tables of `table`'s rows: quality, then cost, with a line that says what they mean."""
-    amount = f"{budgets.tokens:,} generated tokens" if budget == "tokens" else f"{budgets.seconds:,.0f} s of training"
     note = (
-        f"Best checkpoint by the objective on validation within {amount} per run; mean ± standard error over seeds "
-        f"(– for one seed).{_threshold_note(rows)}"
+        f"Best checkpoint by the objective on validation within {_amount(budget, budgets)} per run; mean ± standard "
+        f"error over seeds (– for one seed).{_threshold_note(rows)}"
     )
     return "\n\n".join([note, _markdown_table(rows, _QUALITY), _markdown_table(rows[1:], _COST)]) + "\n"
 

@@ -326,7 +326,10 @@ def describe_type(kind: Any) -> str:
     if get_origin(kind) is Union:
         return " or ".join(describe_type(part) for part in get_args(kind))
     if get_origin(kind) is list:
-        return "a list of texts, written [a, b]"
+        kind = get_args(kind)[0]
+        choices = get_args(kind)  # of a Literal
+        words = {int: "whole numbers", float: "numbers"}.get(kind, " or ".join(choices) or "texts")
+        return f"a list of {words}, written [{'1, 2' if kind in (int, float) else 'a, b'}]"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return words[kind]
 

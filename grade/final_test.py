@@ -7,7 +7,6 @@ the perplexity of the samples under the base model. Where the reward rises and t
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -18,13 +17,15 @@ from rich.console import Console
 
 from grade.checkpoint import load_adapter
 from grade.comparison import BASE, Checkpoint
-from grade.config import Config
+from grade.config import Config, GradeError
+from grade.errors import read_json
 from grade.evaluate import evaluate, text_of, write_evaluations
 from grade.judge import Judge, train_judge
 from grade.loading import load_policy, load_reward, load_tokenizer
 from grade.passes import base_pass, fed_embeddings, per_token
 from grade.reward_training import judged_length
 from grade.rollout import Rollout
+from grade.run_dir import make_again
 from grade.tasks import load_task
 from grade.trainer import make_accelerator
 from grade_kernels import linear_token_logprob
@@ -32,7 +33,7 @@ from grade_kernels import linear_token_logprob
 
 def test_checkpoints(
     config: Config, folder: Path, adapters: Mapping[Checkpoint, Path], console: Console
-) -> Tuple[Dict[Checkpoint, dict], Optional[dict]]:
+) -> Tuple[Dict[Checkpoint, dict], Dict[str, str], Optional[dict]]:
     """Test the base model and each adapter, but for what `folder`/tests.json already holds of the same weights.
 
     Args:
@@ -41,11 +42,15 @@ def test_checkpoints(
         adapters: folder of each checkpoint's adapter.
 
     Returns:
-        (results as `grade.comparison.table` reads them, the judge's report or None without a judge).
+        (results as `grade.comparison.table` reads them, by name of a run why it could not be tested, the judge's report
+        or None without a judge).
+
+    Raises:
+        GradeError: tests.json or judge.json is damaged.
     """
     path = folder / "tests.json"
     identity = _identity(config)
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = read_json(path, "Delete it: the same command tests again.") if path.is_file() else {}
     if kept.get("identity") != identity:
         kept = {"identity": identity, "results": {}}
         write_evaluations(path, kept)  # before a judge of these settings takes the place of those results' own
@@ -54,6 +59,7 @@ def test_checkpoints(
         key for key, digest in digests.items()
         if kept["results"].get(test_key(key), {}).get("adapter_sha256", "none") != digest
     ]
+    failures: Dict[str, str] = {}
     if missing:
         accelerator, tokenizer, task = make_accelerator(config), load_tokenizer(config), load_task(config)
         policy = load_policy(config, tokenizer, accelerator.device)
@@ -65,13 +71,19 @@ def test_checkpoints(
             name = "the base model" if key == BASE else f"{method}, seed {seed}, step {step}"
             console.print(f"Test {number} of {len(missing)}: {name}", highlight=False)
             if key != BASE:
-                load_adapter(adapters[key], policy)
+                try:
+                    load_adapter(adapters[key], policy)
+                except GradeError as error:
+                    run_dir = adapters[key].parents[1]
+                    failures[run_dir.name] = f"{error} {make_again(run_dir)}"
+                    del digests[key]
+                    continue
             row = evaluate(
                 policy, reward, prompts, config, split="test", step=step, adapters=key != BASE, measure=measure
             )
             kept["results"][test_key(key)] = {**_numbers(asdict(row)), "adapter_sha256": digests[key]}
             write_evaluations(path, kept)
-    return {key: kept["results"][test_key(key)] for key in digests}, _judge_report(folder)
+    return {key: kept["results"][test_key(key)] for key in digests}, failures, _judge_report(folder)
 
 
 def test_key(key: Checkpoint) -> str:
@@ -159,4 +171,5 @@ def _judge_identity(config: Config, lengths: Sequence[int]) -> dict:
 
 def _judge_report(folder: Path) -> Optional[dict]:
     path = folder / "judge.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    fix = "Delete it and tests.json: the same command makes both again."  # the judge is trained only for a test
+    return read_json(path, fix) if path.is_file() else None

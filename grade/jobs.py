@@ -19,7 +19,7 @@ from grade.checkpoint import latest
 from grade.config import Config, GradeError
 from grade.config_io import config_from_yaml, config_to_yaml
 from grade.interrupt import stop_between_steps
-from grade.run_dir import differing_settings, is_finished
+from grade.run_dir import differing_settings, is_finished, make_again
 
 _POLL_SECONDS = 0.5
 
@@ -75,17 +75,21 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     """Refuse to continue runs that were started under other settings.
 
     Raises:
-        GradeError: naming the run and what differs.
+        GradeError: naming the run and what differs; or the run's settings are missing or damaged.
     """
     for job in jobs:
-        path = job.run_dir / "config.yaml"
-        if path.is_file():
-            differing = differing_settings(config_from_yaml(path), job.config)
-            if differing:
-                raise GradeError(
-                    f"{job.run_dir} was started with other settings: {differing}. Put them back, delete that folder, "
-                    "or compare under another --name."
-                )
+        if not (job.run_dir.is_dir() and any(job.run_dir.iterdir())):
+            continue
+        try:
+            before = config_from_yaml(job.run_dir / "config.yaml")
+        except GradeError as error:
+            raise GradeError(f"{error} {make_again(job.run_dir)}") from error
+        differing = differing_settings(before, job.config)
+        if differing:
+            raise GradeError(
+                f"{job.run_dir} was started with other settings: {differing}. Put them back, delete that folder, "
+                "or compare under another --name."
+            )
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) -> Dict[str, str]:
@@ -99,6 +103,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) 
         lock: what `locked` gave; the children hold it too.
 
     Raises:
+        GradeError: a run's evaluation.json is damaged; nothing was started.
         KeyboardInterrupt: interrupted; all children have ended, unless a second Ctrl-C did not wait for them.
     """
     waiting = [job for job in jobs if not is_finished(job.config)]
@@ -106,7 +111,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) 
     failures: Dict[str, str] = {}
     done, total = len(jobs) - len(waiting), len(jobs)
     if done:
-        console.print(f"{done} of {total} runs were finished before.", highlight=False)
+        console.print(f"Runs finished before: {done} of {total}.", highlight=False)
     with stop_between_steps() as stop:
         try:
             while waiting or running:
@@ -120,7 +125,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) 
                     del running[job]
                     done += 1
                     if process.returncode != 0:
-                        failures[job.name] = _last_words(job)
+                        failures[job.name] = _why_it_failed(job, process.returncode)
                     state = f"failed, see {job.log}" if job.name in failures else "done"
                     console.print(f"[{done}/{total}] {job.name}: {state}", highlight=False, markup=False)
         except BaseException:
@@ -156,8 +161,11 @@ def _stop(running: Dict[Job, subprocess.Popen]) -> None:
         process.wait()
 
 
-def _last_words(job: Job) -> str:
-    """The end of a child's output."""
+def _why_it_failed(job: Job, returncode: int) -> str:
+    """The signal that killed a child, or else the end of its output."""
+    if returncode < 0:
+        name = {known.value: known.name for known in signal.Signals}.get(-returncode, f"signal {-returncode}")
+        return f"killed by {name}" + (", perhaps for lack of memory" if name == "SIGKILL" else "")
     lines = [line.strip() for line in job.log.read_text(encoding="utf-8", errors="replace").splitlines()]
     errors = [line for line in lines if line.startswith("grade: error:")]
     return (errors or [line for line in lines if line] or ["no output"])[-1]

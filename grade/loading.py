@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Dict, List
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -110,6 +111,23 @@ def add_adapter(base, config: Config):
             # peft asks a property that transformers has renamed; users can do nothing about it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             return get_peft_model(base, settings)
+
+
+def load_prompts(config: Config, task, tokenizer) -> Dict[str, List[List[int]]]:
+    """Token ids of the prompts of training ("policy"), "validation" and "test", the last two as many as are evaluated.
+
+    Raises:
+        GradeError: the task cannot make prompts with these settings, or a split has none.
+    """
+    evaluation = config.evaluation
+    limits = {"policy": None, "validation": evaluation.validation_prompts, "test": evaluation.test_prompts}
+    prompts = {split: task.prompts(split, tokenizer, limit=limit) for split, limit in limits.items()}
+    empty = [split for split in limits if not prompts[split] and limits[split] != 0]
+    if empty:
+        raise GradeError(
+            f"nothing in the {empty[0]} split gives a prompt: check the data of task.dataset and task.prompt_max_chars."
+        )
+    return prompts
 
 
 def load_reward(config: Config, policy: Policy, task):

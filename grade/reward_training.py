@@ -25,6 +25,7 @@ from torch import Tensor
 
 from grade.checkpoint import check_writable
 from grade.config import Config, GradeError
+from grade.errors import read_json
 from grade.model import Policy
 from grade.passes import accumulation_dtype
 from grade.reward import RewardHead
@@ -104,8 +105,12 @@ def with_kept_head(config: Config, run_dir: Path) -> Config:
 
 def head_report(config: Config, task) -> dict:
     """The accuracies stored with the head, empty before it is trained."""
-    path = head_folder(config, task) / _REPORT_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _report(head_folder(config, task))
+
+
+def _report(folder: Path) -> dict:
+    path = folder / _REPORT_FILE
+    return read_json(path, f"Delete {folder}: the head is then trained again.") if path.is_file() else {}
 
 
 def _load(folder: Path, config: Config, policy: Policy) -> RewardHead:
@@ -114,8 +119,7 @@ def _load(folder: Path, config: Config, policy: Policy) -> RewardHead:
         hidden, features = weights["layers.0.weight"].shape
     except (SafetensorError, KeyError, ValueError) as error:
         raise GradeError(f"reward.path={folder}: {_HEAD_FILE} is no reward head ({error}).") from error
-    report = folder / _REPORT_FILE
-    identity = json.loads(report.read_text(encoding="utf-8")).get("identity", {}) if report.is_file() else {}
+    identity = _report(folder).get("identity", {})
     for name, now in (("model", config.model.name), ("reads", config.reward.input)):
         then = identity.get("model") if name == "model" else identity.get("reward", {}).get("input")
         if then is not None and then != now:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Dict
@@ -10,6 +9,7 @@ from typing import Dict
 from grade.checkpoint import check_writable, load_state
 from grade.config import Config, GradeError
 from grade.config_io import config_from_yaml
+from grade.errors import read_json
 from grade.method_config import DIFFERENTIATING
 
 _MAY_CHANGE_ON_RESUME = {
@@ -31,6 +31,11 @@ def flatten(settings: dict, prefix: str = "") -> Dict[str, object]:
 def adapter_folder(run_dir: Path, step: int) -> Path:
     """Where `train.keep_adapters` keeps the adapter that was validated after `step` optimizer steps."""
     return run_dir / "checkpoints" / f"step-{step}"
+
+
+def make_again(run_dir: Path) -> str:
+    """What to do about a run whose files are damaged, as a sentence."""
+    return f"Delete {run_dir}: the same command makes that run again."
 
 
 def prepare_run_dir(config: Config) -> Path:
@@ -68,7 +73,7 @@ def prepare_run_dir(config: Config) -> Path:
 def differing_settings(before: Config, now: Config) -> str:
     """The settings in which a run would be another one, as words; empty if there are none."""
     old, new = flatten(asdict(before)), flatten(asdict(now))
-    free = _MAY_CHANGE_ON_RESUME | {name for name in new if name.startswith("compare.")}
+    free = _MAY_CHANGE_ON_RESUME | {name for name in new if name.startswith(("compare.", "variance."))}
     if now.method.name not in DIFFERENTIATING:
         free -= {"generation.batch_size"}  # what is decoded together decides which responses share a mini-batch
     names = [name for name in new if old[name] != new[name] and name not in free]
@@ -76,10 +81,14 @@ def differing_settings(before: Config, now: Config) -> str:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run in train.run_dir has had all its steps, their validations and, if there is one, its test."""
+    """Whether the run in train.run_dir has had all its steps, their validations and, if there is one, its test.
+
+    Raises:
+        GradeError: its evaluation.json is damaged.
+    """
     path = Path(config.run_dir) / "evaluation.json"
     if not path.is_file():
         return False
-    done = json.loads(path.read_text(encoding="utf-8"))
+    done = read_json(path, make_again(path.parent), "validation")
     validated = done["validation"][-1]["step"] if done["validation"] else 0
     return validated >= config.train.steps and ("test" in done or config.evaluation.test_prompts == 0)

@@ -121,7 +121,7 @@ def test_jobs_alternate_between_methods_and_validate_as_often_as_asked(comparabl
         return {job.name: "not run" for job in jobs}
 
     monkeypatch.setattr(grade.compare, "run_jobs", no_run)
-    monkeypatch.setattr(grade.compare, "_make_reward", lambda config: None)
+    monkeypatch.setattr(grade.compare, "_prepare", lambda config: None)
     with pytest.raises(GradeError, match="every run of the comparison failed"):
         run_comparison(comparable, ["ppo", "grpo"], [4, 5])
     assert order == ["ppo-seed4", "grpo-seed4", "ppo-seed5", "grpo-seed5"]

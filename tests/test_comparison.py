@@ -156,7 +156,7 @@ def test_a_seed_with_nothing_trained_in_the_budget_is_the_base_model(runs):
     curves = [runs("a", 0, [BASE, 0.7]), runs("a", 1, [BASE, 0.8], every=2)]
     tests = {("base", None, 0): {"reward": 0.4, "judge": 0.3}, ("a", 0, 1): {"reward": 0.6, "judge": 0.5}}
     _, row = table(curves, tests, budget="seconds")
-    assert row["best_steps"] == [1, 0]
+    assert row["best_steps"] == [1, 0] and row["untrained"] == [1]
     assert row["test/reward"] == near(0.5, 0.1, 2) and row["test/judge"] == near(0.4, 0.1, 2)
     assert row["gap"] == near(0.1, 0.0, 2)  # 0.7 - 0.6 and 0.5 - 0.4
     assert row["used_seconds"] == near(1.0, 1.0, 2) and row["used_tokens"] == near(50.0, 50.0, 2)
@@ -280,7 +280,9 @@ def test_markdown(compared):
     assert lines[0][2:5] == ["tokens used", "seconds used", "steps to 80%"]
     assert lines[2][2] == "167 ± 33" and lines[3][3] == "4 ± –"
     assert lines[2][4] == "not reached (2 of 3)" and lines[3][4:7] == ["1 ± –", "100 ± –", "4 ± –"]
-    assert "2 s of training" in markdown(table(*compared, budget="seconds"), "seconds", common_budgets(compared[0]))
+    rows = table(*compared, budget="seconds")
+    for seconds, shown in ((2.0, "2 s"), (0.8249, "0.825 s"), (1234.5, "1,234 s")):
+        assert f"within {shown} of training" in markdown(rows, "seconds", Budgets(100, seconds))
 
 
 def test_rich_table(compared):
