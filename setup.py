@@ -43,10 +43,11 @@ setup(
         "pyyaml",
         "rich",
         "safetensors",
+        "scipy",
         "tensorboard",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-benchmark", "hypothesis", "scipy", "ruff"],
+        "dev": ["pytest", "pytest-benchmark", "hypothesis", "matplotlib", "ruff"],
         "report": ["matplotlib"],
         "wandb": ["wandb"],
     },

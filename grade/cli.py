@@ -1,4 +1,4 @@
-"""The command line: `grade {demo,reward,train,evaluate,compare,doctor}`.
+"""The command line: `grade {demo,reward,train,evaluate,compare,variance,report,doctor}`.
 
     grade train imdb_small                          a config that ships with the package
     grade train my.yaml --train.steps 10            a file, with an override
@@ -12,26 +12,13 @@ Exit codes: 0; 2 for a mistake the user can mend (one message, no traceback); 13
 from __future__ import annotations
 
 import difflib
-import os
 import shlex
 import sys
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Literal, NamedTuple, Optional
+from typing import List, Optional
 
-from jsonargparse import ArgumentParser
-
-from grade import __version__, config_io
-from grade.config import Config, GradeError, default_methods
-from grade.method_config import COMPARED
-
-COMMANDS = {
-    "demo": "train a tiny model on built-in reviews, from scratch to a better one: no network, no GPU",
-    "reward": "train the reward head of a config",
-    "train": "train a policy",
-    "evaluate": "evaluate a checkpoint of a run against its base model",
-    "compare": "train several methods over several seeds and compare them at equal cost",
-    "doctor": "versions, devices, kernel backends, caches: what works here and what is missing",
-}
+from grade import __version__, commands, config_io
+from grade.commands import COMMANDS, HELP, emit
+from grade.errors import GradeError
 
 USAGE = f"""usage: grade COMMAND ...
 
@@ -42,9 +29,6 @@ commands:
 
 `grade COMMAND --help` documents every option. Shipped configs: {{configs}}.
 """
-
-FLAGS = ["help", "h", "print_config"]
-HELP = ("-h", "--help")
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -57,7 +41,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("grade: interrupted.", file=sys.stderr)
-        if argv[:1] == ["compare"]:
+        if argv[:1] in (["compare"], ["variance"]):
             print("What is done is kept: the same command goes on.", file=sys.stderr)
         if argv[:1] == ["train"]:
             resume = shlex.join([*_without_resume(argv), "--train.resume", "true"])
@@ -78,225 +62,7 @@ def run(argv: List[str]) -> int:
         near = difflib.get_close_matches(command, list(COMMANDS), 1)
         hint = f"; did you mean {near[0]}?" if near else f". Commands: {', '.join(COMMANDS)}."
         raise GradeError(f"unknown command {command!r}{hint}")
-    handlers: Dict[str, Callable[[List[str]], int]] = {
-        "demo": demo,
-        "reward": reward,
-        "train": train,
-        "evaluate": evaluate,
-        "compare": compare,
-        "doctor": doctor,
-    }
-    return handlers[command](rest)
-
-
-# --- commands ----------------------------------------------------------------------------------------------
-
-
-def train(argv: List[str]) -> int:
-    """`grade train CONFIG [--section.field VALUE ...]`."""
-    parser = _config_parser("train", "Train a policy; the run directory holds everything it makes.")
-    resolved = _resolve(parser, argv, [], "CONFIG", config_io.find_config)
-    if resolved is not None:
-        from grade.trainer import train as train_policy
-
-        train_policy(resolved.config)
-    return 0
-
-
-def reward(argv: List[str]) -> int:
-    """`grade reward CONFIG [--section.field VALUE ...]`."""
-    parser = _config_parser("reward", "Train the reward head; `grade train` does so when it is missing.")
-    resolved = _resolve(parser, argv, [], "CONFIG", config_io.find_config)
-    if resolved is not None:
-        from grade.reward_training import train_reward
-
-        train_reward(resolved.config)
-    return 0
-
-
-def demo(argv: List[str]) -> int:
-    """`grade demo [--cache_dir DIR] [--pretrain_steps N] [--section.field VALUE ...]`."""
-    parser = config_io.new_parser(
-        prog="grade demo",
-        usage="grade demo [--cache_dir DIR] [--pretrain_steps N] [--section.field VALUE ...]",
-        description="Write reviews with a grammar, train a tiny model on them, then do the real job on it.",
-    )
-    group = parser.add_argument_group("the demo's own")
-    group.add_argument(
-        "--cache_dir",
-        type=Optional[str],
-        metavar="DIR",
-        help="Folder that keeps the tiny model; null: one under the user's cache directory.",
-    )
-    group.add_argument(
-        "--pretrain_steps",
-        type=Optional[int],
-        metavar="N",
-        help="Optimizer steps of the tiny model's own training; null: as many as it needs.",
-    )
-    resolved = _resolve(parser, argv, ["cache_dir", "pretrain_steps"], None, config_io.find_config)
-    if resolved is None:
-        return 0
-    cache_dir, steps = resolved.options.cache_dir, resolved.options.pretrain_steps
-    if steps is not None and steps < 1:
-        raise GradeError(f"pretrain_steps is {steps}: it must be at least 1.")
-    from grade.demo import run_demo
-
-    run_demo(resolved.config, Path(cache_dir) if cache_dir else None, steps)
-    return 0
-
-
-def evaluate(argv: List[str]) -> int:
-    """`grade evaluate RUN_DIR [--checkpoint best|last|PATH] [--split test|validation] [overrides]`."""
-    parser = config_io.new_parser(
-        prog="grade evaluate",
-        usage="grade evaluate RUN_DIR [--checkpoint best|last|PATH] [--split test|validation] "
-        "[--section.field VALUE ...]",
-        description="Evaluate a checkpoint and the base model on the same prompts. RUN_DIR: the folder of a "
-        "run; its config.yaml gives the settings, and options override them.",
-    )
-    group = parser.add_argument_group("the evaluation's own")
-    checkpoint_help = "`best` by validation, `last`, or the folder of an adapter."
-    group.add_argument("--checkpoint", type=str, default="best", help=checkpoint_help)
-    group.add_argument("--split", type=Literal["test", "validation"], default="test", help="Whose prompts.")
-    resolved = _resolve(parser, argv, ["checkpoint", "split"], "RUN_DIR", _config_of_run)
-    if resolved is not None:
-        from grade.evaluate import evaluate_run
-
-        checkpoint, split = resolved.options.checkpoint, resolved.options.split
-        evaluate_run(resolved.config, Path(resolved.positional), checkpoint, split)
-    return 0
-
-
-def compare(argv: List[str]) -> int:
-    """`grade compare CONFIG [--methods A,B] [--seeds 0,1] [--section.field VALUE ...]`."""
-    parser = _config_parser(
-        "compare", "Train methods over seeds on the same prompts; tables at equal tokens and at equal training time."
-    )
-    parser.usage = "grade compare CONFIG [--methods A,B,...] [--seeds 0,1,...] [--section.field VALUE ...]"
-    group = parser.add_argument_group("the comparison's own")
-    group.add_argument(
-        "--methods", type=Optional[str], metavar="A,B",
-        help=f"Of {', '.join(COMPARED)}; null: those that can use the task's reward.",
-    )
-    group.add_argument("--seeds", type=str, default="0,1,2", metavar="0,1", help="Seeds of the runs.")
-    resolved = _resolve(parser, argv, ["methods", "seeds"], "CONFIG", config_io.find_config)
-    if resolved is None:
-        return 0
-    methods = _listed("methods", resolved.options.methods) or default_methods(resolved.config)
-    unknown = [name for name in methods if name not in COMPARED]
-    if unknown:
-        raise GradeError(f"--methods: there is no {unknown[0]!r}. There are {', '.join(COMPARED)}.")
-    seeds = _listed("seeds", resolved.options.seeds)
-    if not seeds or not all(seed.isdecimal() and int(seed) < 2**63 for seed in seeds):
-        raise GradeError(f"--seeds is {resolved.options.seeds!r}: write whole numbers with commas, such as 0,1,2.")
-    from grade.compare import run_comparison
-
-    run_comparison(resolved.config, methods, [int(seed) for seed in seeds])
-    return 0
-
-
-def _listed(option: str, text: Optional[str]) -> List[str]:
-    """The entries of `a,b`; refuses one that is there twice."""
-    entries = [entry.strip() for entry in (text or "").split(",") if entry.strip()]
-    twice = [entry for entry in entries if entries.count(entry) > 1]
-    if twice:
-        raise GradeError(f"--{option} names {twice[0]} twice.")
-    return entries
-
-
-def doctor(argv: List[str]) -> int:
-    """`grade doctor [--json]`."""
-    parser = config_io.new_parser(prog="grade doctor", description=f"Show {COMMANDS['doctor']}.")
-    parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
-    positionals, options = config_io.split_arguments(argv, [], ["json", "help", "h"], parser.prog)
-    if positionals:
-        raise GradeError(f"unexpected argument {positionals[0]!r}: see `grade doctor --help`.")
-    if any(option in HELP for option in options):
-        emit(parser.format_help())
-        return 0
-    from grade.doctor import run_doctor
-
-    run_doctor(as_json="--json" in options)
-    return 0
-
-
-# --- shared ------------------------------------------------------------------------------------------------
-
-
-class Resolved(NamedTuple):
-    """What a command line says."""
-
-    config: Config
-    """The validated settings."""
-    options: Any
-    """Namespace with the command's own options."""
-    positional: str
-    """CONFIG or RUN_DIR; empty for a command without."""
-
-
-def _config_parser(command: str, description: str) -> ArgumentParser:
-    """The parser of a command whose argument is CONFIG."""
-    return config_io.new_parser(
-        prog=f"grade {command}",
-        usage=f"grade {command} CONFIG [--section.field VALUE ...]",
-        description=f"{description} CONFIG: a YAML file or a shipped config "
-        f"({', '.join(config_io.shipped_configs())}); named beside --help, its values are shown as defaults. "
-        "Relative paths are relative to the current directory.",
-    )
-
-
-def _config_of_run(run_dir: str) -> Path:
-    path = Path(run_dir) / "config.yaml"
-    if not path.is_file():
-        raise GradeError(f"{run_dir} is not a run directory: it has no config.yaml.")
-    return path
-
-
-def _resolve(
-    parser: ArgumentParser,
-    argv: List[str],
-    own: List[str],
-    metavar: Optional[str],
-    find: Callable[[str], Path],
-) -> Optional[Resolved]:
-    """What a command line says; None when it asked for help or for the settings, which are then printed.
-
-    Args:
-        own: names of the command's own options, beside the settings.
-        metavar: name of the positional argument; None: the command has none and reads the config `demo`.
-        find: the YAML file that the positional argument means.
-    """
-    parser.add_argument("--print_config", action="store_true", help="Print the settings as YAML and exit.")
-    config_io.add_settings(parser)
-    positionals, options = config_io.split_arguments(
-        argv, [*config_io.setting_types(), *own], FLAGS, parser.prog
-    )
-    if len(positionals) > (metavar is not None):
-        raise GradeError(
-            f"unexpected argument {positionals[-1]!r}: settings are written --section.field VALUE "
-            f"(`{parser.prog} --help`)."
-        )
-    wants_help = any(option in HELP for option in options)
-    wants_config = "--print_config" in options
-    # Help and printing come after everything else was checked, so the parser must not act on them.
-    options = [option for option in options if option not in (*HELP, "--print_config")]
-    if metavar is not None and not positionals:
-        if wants_help:
-            emit(parser.format_help())
-            return None
-        names = ", ".join(config_io.shipped_configs())
-        hint = f" Shipped configs: {names}." if metavar == "CONFIG" else ""
-        raise GradeError(f"{metavar} is missing: {parser.usage}.{hint}")
-    namespace = config_io.parse_settings(parser, find("demo" if metavar is None else positionals[0]), options)
-    if wants_help:
-        emit(parser.format_help())
-        return None
-    config = config_io.build_config(namespace)
-    if wants_config:
-        emit(config_io.config_to_yaml(config))
-        return None
-    return Resolved(config, namespace, positionals[0] if positionals else "")
+    return getattr(commands, command)(rest)
 
 
 def _without_resume(argv: List[str]) -> List[str]:
@@ -310,16 +76,6 @@ def _without_resume(argv: List[str]) -> List[str]:
             continue
         kept.append(argument)
     return kept
-
-
-def emit(text: str) -> None:
-    """Print to standard output, quietly when its reader has gone (`grade train --help | head`)."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at exit: give it somewhere to write.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from grade.method_config import (
     MethodConfig,
     check_method,
 )
+from grade.study_config import STUDY_BOUNDS, CompareConfig, VarianceConfig, check_studies
 from grade.task_config import JUDGED_BY_PROGRAM, TASK_BOUNDS, TaskConfig
 
 
@@ -99,6 +100,15 @@ class GenerationConfig:
 
 
 @dataclass
+class RolloutConfig:
+    """Where training's responses come from."""
+
+    source: Optional[str] = None
+    """File of token ids that another engine sampled from the policy, lines of {"prompt": [ids], "response": [ids]}, or
+    a named pipe of them; null: sample here."""
+
+
+@dataclass
 class TrainConfig:
     """The optimizer and the run."""
 
@@ -168,26 +178,6 @@ class EvaluationConfig:
     """Responses kept in evaluation.json for reading."""
 
 
-@dataclass
-class CompareConfig:
-    """What `grade compare` adds to the settings of its runs."""
-
-    learning_rate_factors: List[float] = field(default_factory=lambda: [0.3, 1.0, 3.0])
-    """Every method is tried with train.learning_rate times each of these, and keeps the best by validation; where
-    that is the lowest or the highest, with at most two more beyond it."""
-    sweep_steps: int = 50
-    """Optimizer steps of each of these trials; 0: none, every method takes train.learning_rate."""
-    sweep_seed: int = 1000
-    """Seed of these trials; none of the comparison's own."""
-    validations: int = 15
-    """Validations of a run, evenly spaced; the cuts at equal cost are as fine as they are."""
-    samples_per_prompt: Optional[int] = None
-    """generation.samples_per_prompt of every run, so that all methods see the same prompts; null: the config's, or 4
-    where that is 1 (GRPO and leave-one-out need groups)."""
-    jobs: int = 1
-    """Runs at the same time, each with an equal share of the CPU's threads."""
-
-
 def default_methods(config: Config) -> List[str]:
     """What `grade compare` compares unless told: the methods that can use the task's reward."""
     if config.task.name in JUDGED_BY_PROGRAM:
@@ -211,10 +201,12 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    variance: VarianceConfig = field(default_factory=VarianceConfig)
 
     @property
     def run_dir(self) -> str:
@@ -225,6 +217,7 @@ class Config:
 _LOWER_BOUNDS = [
     *TASK_BOUNDS,
     *LOWER_BOUNDS,
+    *STUDY_BOUNDS,
     ("model.lora.r", 1, True),
     ("model.lora.alpha", 0, False),
     ("model.lora.dropout", 0, True),
@@ -258,12 +251,8 @@ _LOWER_BOUNDS = [
     ("evaluation.top_p", 0, False),
     ("evaluation.batch_size", 1, True),
     ("evaluation.samples", 0, True),
-    ("compare.sweep_steps", 0, True),
-    ("compare.validations", 1, True),
-    ("compare.samples_per_prompt", 1, True),
-    ("compare.jobs", 1, True),
 ]
-_SEEDS = ["seed", "task.split_seed", "reward.seed", "evaluation.seed", "compare.sweep_seed"]
+_SEEDS = ["seed", "task.split_seed", "reward.seed", "evaluation.seed", "compare.sweep_seed", "variance.seed"]
 _BELOW_ONE = ["model.lora.dropout", "train.adam_beta1", "train.adam_beta2", *BELOW_ONE]
 _AT_MOST_ONE = ["evaluation.top_p", *AT_MOST_ONE]
 
@@ -305,9 +294,7 @@ def validate(config: Config) -> None:
             f"generation.max_new_tokens ({generation.max_new_tokens}) is below generation.min_new_tokens "
             f"({generation.min_new_tokens}): raise the first or lower the second."
         )
-    factors = config.compare.learning_rate_factors
-    if not factors or any(not (math.isfinite(f) and f > 0) for f in factors):
-        raise GradeError(f"compare.learning_rate_factors is {factors}: name one or more numbers above 0.")
+    check_studies(config.compare, config.variance)
     per_step = train.batch_size * train.accumulation_steps
     if per_step % generation.samples_per_prompt:
         raise GradeError(
@@ -317,7 +304,7 @@ def validate(config: Config) -> None:
         )
     check_method(
         method, samples_per_prompt=generation.samples_per_prompt, responses=per_step,
-        reward_has_gradient=config.task.name not in JUDGED_BY_PROGRAM,
+        reward_has_gradient=config.task.name not in JUDGED_BY_PROGRAM, own_sampling=config.rollout.source is None,
     )
     if config.task.name in JUDGED_BY_PROGRAM and config.reward.model is not None:
         raise GradeError(

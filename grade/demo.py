@@ -16,7 +16,7 @@ from rich.console import Console
 from grade.config import Config
 from grade.demo_model import demo_model
 from grade.evaluate import Evaluation
-from grade.report import evaluation_table, samples_table
+from grade.evaluation_tables import evaluation_table, samples_table
 from grade.run_dir import prepare_run_dir
 from grade.trainer import Trainer, make_accelerator
 

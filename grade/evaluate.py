@@ -185,8 +185,8 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     from rich.console import Console
 
     from grade.checkpoint import latest, load_adapter
+    from grade.evaluation_tables import evaluation_table
     from grade.loading import load_policy, load_reward, load_tokenizer
-    from grade.report import evaluation_table
     from grade.reward_training import with_kept_head
     from grade.tasks import load_task
     from grade.trainer import make_accelerator

@@ -171,12 +171,15 @@ def method_named(method: MethodConfig, name: str) -> MethodConfig:
     return replace(method, name=base, **sections)
 
 
-def check_method(method: MethodConfig, *, samples_per_prompt: int, responses: int, reward_has_gradient: bool) -> None:
+def check_method(
+    method: MethodConfig, *, samples_per_prompt: int, responses: int, reward_has_gradient: bool, own_sampling: bool
+) -> None:
     """Refuse a method that cannot work with the rest of the settings.
 
     Args:
         responses: of a step, on one process.
         reward_has_gradient: whether the task's reward can be backpropagated.
+        own_sampling: whether responses are sampled here, so that their noise is known.
 
     Raises:
         GradeError: naming the setting, the reason and the fix.
@@ -201,6 +204,11 @@ def check_method(method: MethodConfig, *, samples_per_prompt: int, responses: in
         raise GradeError(
             f"method.estimator={method.estimator} needs method.name=grade-ste: soft tokens are the "
             "Gumbel-Softmax weights themselves, so only `gumbel` is their gradient."
+        )
+    if method.name in DIFFERENTIATING and method.estimator == "gumbel" and not own_sampling:
+        raise GradeError(
+            f"rollout.source gives token ids, but method.name={method.name} with method.estimator=gumbel needs the "
+            "noise they were drawn with. Use grade-ste with the estimator rao, straight_through or reinmax."
         )
     if method.name == "ppo" and method.ppo.kl == "reward" and method.kl_direction == "ref_policy":
         raise GradeError(

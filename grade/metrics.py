@@ -73,6 +73,8 @@ def step_sums(
     of_tokens = {
         "kl": kl, "entropy": scores.entropy, "logprob": scores.logprob, "topk_mass": scores.mass, **(per_token or {}),
     }
+    if rollout.missed is not None:
+        of_tokens["off_support"] = rollout.missed
     sums |= {f"response/{name}": values.double().sum() for name, values in of_responses.items()}
     sums |= {f"token/{name}": values.double().sum() for name, values in of_tokens.items()}
     return {"responses": float(len(rollout)), **to_numbers(sums)}
@@ -87,8 +89,9 @@ def step_metrics(sums: Dict[str, float]) -> Dict[str, float]:
     """Means of a step from summed `step_sums`.
 
     `kl`, `entropy` and `logprob` are nats per token; `kl_sequence` is nats per response, with `kl_sequence_std` over
-    responses; `topk_mass` is the candidates' share of probability; `eos_rate` is the share of responses that ended by
-    themselves; `tokens` is the number of tokens generated.
+    responses; `topk_mass` is the candidates' share of probability; `off_support` is the share of tokens from elsewhere
+    that were not among the candidates; `eos_rate` is the share of responses that ended by themselves; `tokens` is the
+    number of tokens generated.
     """
     count, tokens = sums["responses"], sums["tokens"]
     means = {}

@@ -47,3 +47,12 @@ def training_progress(steps: int, done: int, *, enabled: bool) -> Iterator[Train
     )
     with Progress(*columns, console=Console(stderr=True, quiet=not enabled), disable=not enabled) as bar:
         yield TrainingProgress(bar, steps, done)
+
+
+@contextmanager
+def counting(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a bar on standard error while the block runs; yields a function to call after each of `total` parts."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.update(task, advance=1)

@@ -141,16 +141,58 @@ def score(
     return Scores(*done.values(rollout.mask))
 
 
-def replay(
-    policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings, *,
-    reward_weight: Tensor, kl_weight: Tensor,
-) -> ReplayResult:
-    """Add the gradient of  sum(kl_weight * kl) - sum(reward_weight * reward)  to the policy's parameters.
+@dataclass
+class Prepared:
+    """The half of a replay that neither the local rule nor the hops change: gradients under several of those can be
+    taken from one forward.
 
     Args:
-        reward_weight: [B], usually 1 over the global batch.
-        kl_weight: [B, S], what each token's KL counts; entries at padding are ignored.
+        x: [B, S, d], the policy's leaf.
+        incoming: gradients at the tokens' embeddings from outside the policy.
+        kl_gradient: [n, d], KL's at the hidden states of its own steps.
     """
+
+    policy: Policy
+    rollout: Rollout
+    done: Forward
+    x: Tensor
+    incoming: List[Tuple[Tensor, Tensor]]
+    kl_gradient: Tensor
+
+    def equation(self, settings: ReplaySettings) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """(g_direct [n, d], A) of  g = g_direct + A g; one call of A is one backward pass, which keeps the graph."""
+        policy, mask = self.policy, self.rollout.mask
+        local_rule = _local_rule(policy, self.rollout, settings, self.done.head)
+        direct = local_rule(self.incoming)
+        if settings.kl_prefix_grad != "none":
+            direct = direct + self.kl_gradient
+
+        def hop(gradient: Tensor) -> Tensor:
+            at_embeddings = _input_vjp(policy, self.done.hidden, self.x, mask, gradient)
+            return local_rule([(at_embeddings, policy.embedding)])
+
+        return direct, hop
+
+    def hidden_gradient(self, settings: ReplaySettings) -> Tuple[Tensor, Tensor, Tensor]:
+        """(gradient at the policy's hidden states [n, d], hops [B], residual [B])."""
+        gradient, hops, residual = solve_hops(*self.equation(settings), self.rollout.mask, settings)
+        if settings.kl_prefix_grad == "none":
+            gradient = gradient + self.kl_gradient
+        return gradient, hops, residual
+
+    def backward(self, gradient: Tensor, *, retain_graph: bool = False) -> None:
+        """Add the gradient [n, d] at the hidden states to the policy's parameters."""
+        dense = per_token(gradient, self.rollout.mask).to(self.done.hidden.dtype)
+        torch.autograd.backward(
+            self.done.hidden, dense, inputs=self.policy.parameters(), retain_graph=retain_graph
+        )
+
+
+def prepare(
+    policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings, *,
+    reward_weight: Tensor, kl_weight: Tensor,
+) -> Prepared:
+    """The forward of a replay, and the gradients that reach the tokens from outside the policy; see `replay`."""
     mask = rollout.mask
     x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale).requires_grad_()
     x_base = x.detach().clone().requires_grad_()
@@ -161,38 +203,42 @@ def replay(
         done = forward(policy, reward, rollout, settings, x, x_base, x_reward, grad=True)
     with settings.phase("hops"):
         kl_weight = kl_weight[mask][:, None].to(done.head.grad_hidden.dtype)  # [n, 1]
-        kl_gradient = kl_weight * done.head.grad_hidden  # [n, d], KL at the logits of its own step
         incoming = _outside_gradients(
             policy, reward, done, mask, x_base, x_reward, reward_weight,
             kl_weight * done.head.grad_ref_hidden if settings.kl_prefix_grad == "both" else None,
         )
-        local_rule = _local_rule(policy, rollout, settings, done.head)
-        direct = local_rule(incoming)
-        if settings.kl_prefix_grad != "none":
-            direct = direct + kl_gradient
-        gradient, hops, residual = solve_hops(
-            direct, mask, lambda g: _input_vjp(policy, done.hidden, x, mask, g), local_rule, policy, settings
-        )
-        if settings.kl_prefix_grad == "none":
-            gradient = gradient + kl_gradient
+    return Prepared(policy, rollout, done, x, incoming, kl_weight * done.head.grad_hidden)
+
+
+def replay(
+    policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings, *,
+    reward_weight: Tensor, kl_weight: Tensor,
+) -> ReplayResult:
+    """Add the gradient of  sum(kl_weight * kl) - sum(reward_weight * reward)  to the policy's parameters.
+
+    Args:
+        reward_weight: [B], usually 1 over the global batch.
+        kl_weight: [B, S], what each token's KL counts; entries at padding are ignored.
+    """
+    prepared = prepare(policy, reward, rollout, settings, reward_weight=reward_weight, kl_weight=kl_weight)
+    with settings.phase("hops"):
+        gradient, hops, residual = prepared.hidden_gradient(settings)
     with settings.phase("backward"):
-        torch.autograd.backward(
-            done.hidden, per_token(gradient, mask).to(done.hidden.dtype), inputs=policy.parameters()
-        )
-    return ReplayResult(*done.values(mask), hops=hops, residual=residual)
+        prepared.backward(gradient)
+    return ReplayResult(*prepared.done.values(rollout.mask), hops=hops, residual=residual)
 
 
 def solve_hops(
-    direct: Tensor, mask: Tensor, input_vjp: Callable[[Tensor], Tensor], local_rule: Callable, policy: Policy,
-    settings: ReplaySettings,
+    direct: Tensor, hop: Callable[[Tensor], Tensor], mask: Tensor, settings: ReplaySettings
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Sum the series of hops, sequence by sequence until each has converged.
 
+    GMRES and block Gauss-Seidel were tried and need as many backward passes (benchmarks/hop_solvers.py).
+
     Args:
         direct: [n, d], g_direct at the real tokens' hidden states.
-        mask: [B, S] bool, which tokens those are.
-        input_vjp: [n, d] at the hidden states -> [n, d] at the embeddings of the same tokens.
-        local_rule: list of (gradient [n, d_m], table) -> [n, d] at the hidden states.
+        hop: A, [n, d] -> [n, d], linear, moves gradients to earlier tokens of the same sequence only.
+        mask: [B, S] bool, which tokens the rows are.
 
     Returns:
         (g [n, d], hops [B], residual [B]). A sequence stops, and no longer changes, once the norm of its last
@@ -206,7 +252,7 @@ def solve_hops(
     for _ in range(settings.max_hops):
         if not settings.any_process(bool(active.any())):
             break
-        term = local_rule([(input_vjp(term), policy.embedding)]) * active[sequence, None]
+        term = hop(term) * active[sequence, None]
         total = total + term
         change = _norms(term, sequence, len(mask)) / _norms(total, sequence, len(mask)).clamp_min(1e-38)
         residual = torch.where(active, change, residual)

@@ -64,6 +64,7 @@ class Rollout:
         weights: [B, S, k] float32, the mixtures that were fed back; None when tokens were.
         token_weight: [B, S] float32, relaxed weight of the sampled token.
         rows: [B, S] int64, noise rows.
+        missed: [B, S] bool, tokens from elsewhere that were not among the policy's candidates; None if sampled here.
         min_new_tokens, seed, samples_per_prompt: of the draw. Samples of one prompt stand next to each other.
     """
 
@@ -75,6 +76,7 @@ class Rollout:
     token_weight: Tensor
     rows: Tensor
     weights: Optional[Tensor] = None
+    missed: Optional[Tensor] = None
     min_new_tokens: int = 0
     ignore_eos: bool = False
     seed: int = 0
@@ -93,7 +95,7 @@ class Rollout:
         response = int(part["mask"].sum(1).max())
         for name in ("prompt_ids", "prompt_mask"):
             part[name] = part[name][:, part[name].shape[1] - prompt:]
-        for name in ("tokens", "mask", "indices", "token_weight", "rows", "weights"):
+        for name in ("tokens", "mask", "indices", "token_weight", "rows", "weights", "missed"):
             if part[name] is not None:
                 part[name] = part[name][:, :response]
         if (stop - start) % self.samples_per_prompt or start % self.samples_per_prompt:

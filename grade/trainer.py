@@ -25,14 +25,15 @@ from grade.checkpoint import latest, load_adapter, load_state, save_checkpoint
 from grade.config import Config, GradeError
 from grade.config_io import config_to_yaml
 from grade.evaluate import Evaluation, evaluate, text_of, write_evaluations
+from grade.evaluation_tables import evaluation_table
 from grade.interrupt import stop_between_steps
-from grade.loading import load_policy, load_reward, load_tokenizer
+from grade.loading import load_policy, load_prompts, load_reward, load_tokenizer
 from grade.methods import make_method
 from grade.metrics import Phases, RunLog, peak_memory_gib, reset_peak_memory
 from grade.progress import training_progress
-from grade.report import evaluation_table
 from grade.reward_training import head_report, keep_head, with_kept_head
 from grade.rollout import Rollout, pad_prompts, sample
+from grade.rollout_source import RolloutSource
 from grade.run_dir import adapter_folder, prepare_run_dir
 from grade.services import Services
 from grade.tasks import load_task
@@ -75,13 +76,8 @@ class Trainer:
         with accelerator.main_process_first():
             self.reward = load_reward(head_config, self.policy, self.task)
         self.method = make_method(self.policy, self.reward, config, self.services)
-        self.prompts = self.task.prompts("policy", tokenizer)
-        if not self.prompts:
-            raise GradeError("task.policy_examples: nothing gives a prompt; check the data and task.prompt_max_chars.")
-        self.evaluation_prompts = {
-            "validation": self.task.prompts("validation", tokenizer, limit=config.evaluation.validation_prompts),
-            "test": self.task.prompts("test", tokenizer, limit=config.evaluation.test_prompts),
-        }
+        self.evaluation_prompts = load_prompts(config, self.task, tokenizer)
+        self.prompts = self.evaluation_prompts.pop("policy")
         train = config.train
         self.optimizer = torch.optim.AdamW(
             [{"params": self.policy.parameters()}, *self.method.parameter_groups()],
@@ -91,10 +87,24 @@ class Trainer:
         name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
         self.scheduler = get_scheduler(name, self.optimizer, train.warmup_steps, train.steps)
         self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
+        self.source = self._open_source()
         self.step = 0
         self.norms: List[float] = []  # of the policy's gradient, per update of the current step
         self.best: Optional[dict] = None
         self.evaluations: List[dict] = []
+
+    def _open_source(self) -> Optional[RolloutSource]:
+        """rollout.source, checked."""
+        if self.config.rollout.source is None:
+            return None
+        source = RolloutSource(
+            self.config, self.policy, needed=self.config.train.steps * self.responses_per_step
+        )
+        if source.is_pipe and self.accelerator.num_processes > 1:
+            raise GradeError(
+                f"rollout.source: {source.path} is a pipe, which only one process can read. Use a file, or one process."
+            )
+        return source
 
     # -- one step --------------------------------------------------------------------------------------------
 
@@ -106,18 +116,23 @@ class Trainer:
         share = len(numbers) // accelerator.num_processes
         first = accelerator.process_index * share
         together = max((generation.batch_size or share * copies) // copies, 1)
+        if self.source is not None:
+            self.source.skip(first * copies)
         for start in range(first, first + share, together):
             stop = min(start + together, first + share)
-            ids, mask = pad_prompts(
-                [self.prompts[n] for n in numbers[start:stop]], self.policy.pad_id, self.policy.device
-            )
             responses = step * self.responses_per_step + torch.arange(
                 start * copies, stop * copies, device=self.policy.device
             )
-            yield sample(
-                self.policy, ids, mask, self.method.sampling(step), seed=self.config.seed,
-                first_rows=responses * generation.max_new_tokens, samples_per_prompt=copies,
+            draw = dict(seed=self.config.seed, first_rows=responses * generation.max_new_tokens)
+            if self.source is not None:
+                yield self.source.rollout(len(responses), self.method.sampling(step), copies=copies, **draw)
+                continue
+            ids, mask = pad_prompts(
+                [self.prompts[n] for n in numbers[start:stop]], self.policy.pad_id, self.policy.device
             )
+            yield sample(self.policy, ids, mask, self.method.sampling(step), samples_per_prompt=copies, **draw)
+        if self.source is not None:
+            self.source.skip((len(numbers) - first - share) * copies)
 
     def train_step(self) -> Dict[str, float]:
         """One optimizer step; its metrics."""
@@ -292,6 +307,8 @@ class Trainer:
             )
         self.method.load_state_dict(state["method"])
         self.step, self.best, self.evaluations = state["step"], state["best"], state["evaluations"]
+        if self.source is not None and not self.source.is_pipe:
+            self.source.skip(self.step * self.responses_per_step)
 
     # -- processes -------------------------------------------------------------------------------------------
 

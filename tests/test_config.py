@@ -254,10 +254,11 @@ def docstrings() -> dict:
 
     import grade.config
     import grade.method_config
+    import grade.study_config
     import grade.task_config
 
     classes = {}
-    modules = (grade.config, grade.method_config, grade.task_config)
+    modules = (grade.config, grade.method_config, grade.study_config, grade.task_config)
     nodes = [node for m in modules for node in ast.parse(inspect.getsource(m)).body]
     for node in nodes:
         if isinstance(node, ast.ClassDef):

@@ -1,0 +1,188 @@
+"""Can anything solve for the hops in fewer backward passes than adding them up?
+
+    python -m benchmarks.hop_solvers                     # ../shared/models, S = 64 and 256, tau = 1 and 0.5; minutes
+    python -m benchmarks.hop_solvers --lengths 64 --models ../shared/models/stories260K
+
+The gradient at the hidden states solves g = g_direct + A g, and one application of A is a backward pass through the
+policy (a VJP), next to which everything else is free. For every sequence, the VJPs until g is within 1e-2 of the
+converged one, and the time that makes:
+
+    plain   the series g_direct + A g_direct + ..., as `grade.replay` sums it
+    GMRES   the best combination of the same terms by the residual, per sequence (Saad & Schultz 1986), and one more
+            application of A that its residual gives for free
+    blocks  block Gauss-Seidel from the end of the sequence: hops inside a block, then one VJP to all before it. Its
+            cost is what it would be if a VJP cost exactly its share of the positions: 1/J inside one of J blocks,
+            (b + 1)/J from block b to everything up to it. Nothing real is that cheap: it is a bound
+
+Adapters are random (not zero, so that KL counts), the reward head too; responses are sampled from the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable, List, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grade.config_io import load_config
+from grade.loading import load_policy, load_tokenizer
+from grade.machine import machine, machine_line
+from grade.methods import kl_weight
+from grade.replay import ReplaySettings, prepare
+from grade.reward import RewardHead, SharedReward
+from grade.rollout import Sampling, pad_prompts, sample
+
+TOLERANCE = 1e-2
+BLOCKS = (2, 4, 8)
+_MOST = 24  # terms that stand for convergence: the last is below 1e-5 of the sum
+_PROMPT = "This movie was"
+
+
+class System(NamedTuple):
+    """g = direct + A g for one sequence: [S, d] and the map, which moves gradients to earlier positions only."""
+
+    direct: Tensor
+    apply: Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Row:
+    """VJPs to the tolerance, one number per sequence."""
+
+    model: str
+    length: int
+    tau: float
+    plain: List[int]
+    gmres: List[int]
+    blocks: dict  # J -> list of VJP equivalents
+
+
+def system(model: str, length: int, tau: float, seed: int) -> System:
+    """The system of one sampled response of `length` tokens."""
+    config = load_config("imdb_small", [f"--model.name={model}", f"--generation.max_new_tokens={length}"])
+    policy = load_policy(config, load_tokenizer(config), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    torch.manual_seed(seed)
+    reward = SharedReward(policy, RewardHead(policy.embedding.shape[1], 64))
+    ids, mask = pad_prompts([policy.tokenizer.encode(_PROMPT, add_special_tokens=False)], policy.pad_id)
+    sampling = Sampling(length, length, min(config.generation.top_k, policy.vocab_size), 1.0)
+    rollout = sample(policy, ids, mask, sampling, seed=seed, first_rows=torch.zeros(1, dtype=torch.int64))
+    weight = kl_weight(rollout.mask, "token_mean", config.method.kl_coef, length, 1)
+    settings = ReplaySettings(tau=tau, max_hops=0)
+    prepared = prepare(policy, reward, rollout, settings, reward_weight=torch.ones(1), kl_weight=weight)
+    return System(*prepared.equation(settings))
+
+
+def series(problem: System, most: int) -> List[Tensor]:
+    """[direct, A direct, A² direct, ...], `most` + 1 terms."""
+    terms = [problem.direct]
+    for _ in range(most):
+        terms.append(problem.apply(terms[-1]))
+    return terms
+
+
+def plain_vjps(terms: List[Tensor], exact: Tensor) -> int:
+    """VJPs until the partial sum is within the tolerance."""
+    total = torch.zeros_like(exact)
+    for vjps, term in enumerate(terms):
+        total = total + term
+        if error(total, exact) < TOLERANCE:
+            return vjps
+    raise AssertionError("the series was not summed to its end")
+
+
+def gmres_vjps(terms: List[Tensor], exact: Tensor) -> int:
+    """The same with the combination of terms that has the smallest residual."""
+    flat = torch.stack([term.flatten().double() for term in terms])
+    for vjps in range(1, len(terms)):
+        basis, mapped = flat[:vjps], flat[1: vjps + 1]
+        weights = torch.linalg.lstsq((basis - mapped).T, flat[0][:, None], driver="gelsd").solution[:, 0]
+        improved = flat[0] + weights @ mapped  # direct + A g
+        if error(improved.view_as(exact), exact) < TOLERANCE:
+            return vjps
+    raise AssertionError("GMRES did not converge")
+
+
+def block_vjps(problem: System, exact: Tensor, count: int) -> float:
+    """VJP equivalents of block Gauss-Seidel with `count` blocks, each solved until its own error is in tolerance."""
+    length = len(exact)
+    edges = [length * i // count for i in range(count + 1)]
+    solved, right, cost = torch.zeros_like(exact), problem.direct.clone(), 0.0
+    for block in reversed(range(count)):
+        inside = slice(edges[block], edges[block + 1])
+        term = torch.zeros_like(exact)
+        term[inside] = right[inside]
+        solved[inside] = right[inside]
+        while error(solved[inside], exact[inside]) >= TOLERANCE:
+            mapped = problem.apply(term)
+            term = torch.zeros_like(exact)
+            term[inside] = mapped[inside]
+            solved[inside] += term[inside]
+            cost += 1 / count
+        if block:
+            own = torch.zeros_like(exact)
+            own[inside] = solved[inside]
+            right[: edges[block]] += problem.apply(own)[: edges[block]]
+            cost += (block + 1) / count
+    return cost
+
+
+def error(g: Tensor, exact: Tensor) -> float:
+    return float((g.double() - exact.double()).norm() / exact.double().norm())
+
+
+def measure(model: str, length: int, tau: float, seeds: int) -> Row:
+    row = Row(Path(model).name, length, tau, [], [], {count: [] for count in BLOCKS})
+    for seed in range(seeds):
+        problem = system(model, length, tau, seed)
+        terms = series(problem, min(_MOST, length - 1))
+        exact = torch.stack(terms).sum(0)
+        row.plain.append(plain_vjps(terms, exact))
+        row.gmres.append(gmres_vjps(terms, exact))
+        for count in BLOCKS:
+            row.blocks[count].append(block_vjps(problem, exact, count))
+    return row
+
+
+def table(rows: List[Row]) -> str:
+    """Means over sequences, and plain over the better of the others: how many times less work at the very most."""
+    titles = ["model", "S", "τ", "plain", "GMRES", *(f"{count} blocks" for count in BLOCKS), "best gain"]
+    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
+    for row in rows:
+        plain, others = statistics.mean(row.plain), [statistics.mean(row.gmres)]
+        others += [statistics.mean(values) for values in row.blocks.values()]
+        cells = [row.model, row.length, f"{row.tau:g}", f"{plain:.1f}", *(f"{v:.1f}" for v in others)]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{plain / min(others):.2f}"])) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: List[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["../shared/models/stories260K", "../shared/models/imdb-lm"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256])
+    parser.add_argument("--taus", nargs="+", type=float, default=[1.0, 0.5])
+    parser.add_argument("--seeds", type=int, default=4, help="Sequences of each.")
+    parser.add_argument("--save", type=Path, help="Also write the numbers as JSON.")
+    options = parser.parse_args(arguments)
+    rows = [
+        measure(model, length, tau, options.seeds)
+        for model in options.models for length in options.lengths for tau in options.taus
+    ]
+    print(f"VJPs until within {TOLERANCE:g} of the converged gradient, mean over {options.seeds} sequences:\n")
+    print(table(rows))
+    found = machine()
+    print("\n" + machine_line(found))
+    if options.save:
+        options.save.write_text(json.dumps({"machine": found, "rows": [asdict(r) for r in rows]}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

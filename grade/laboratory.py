@@ -1,0 +1,191 @@
+"""Repeated draws at fixed parameters, and what every estimator and method makes of them.
+
+A draw is a group of responses to one training prompt, all of the same length: end-of-sequence cannot be chosen before,
+so what choosing it does to the length, which the straight-through gradient cannot see, is not measured here. All
+methods meet the same draws (soft `grade`, whose responses depend on the temperature, the same prompts and noise), so
+their differences are not those of the draws. Each is measured as it steps in training, with one pass over the draw;
+`grade` and `grade-ste` take all their estimators, temperatures and hops from one forward.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+from torch import Tensor
+
+from grade.config import Config
+from grade.gradient_statistics import Draws
+from grade.method_config import DIFFERENTIATING, method_named
+from grade.methods import Method, kl_weight, make_method
+from grade.model import Policy
+from grade.replay import prepare
+from grade.reward import Reward
+from grade.rollout import Rollout, pad_prompts, sample
+from grade.services import Services
+from grade.trainer import prompt_numbers
+
+CONVERGED = "converged"
+_REFERENCE = "rloo"
+_REFERENCE_GROUPS = 16  # prompts of a reference draw: short passes are cheap side by side
+
+
+class Estimate(NamedTuple):
+    """What is measured: a method and, for those that backpropagate the reward, how."""
+
+    method: str
+    estimator: Optional[str] = None
+    tau: Optional[float] = None
+    hops: Union[int, str, None] = None
+
+
+@dataclass
+class Laboratory:
+    """A policy that does not move, with responses of one length over one number of candidates.
+
+    Args:
+        prompts: token ids of the training prompts.
+        length: tokens of a response.
+        top_k: candidates per token.
+    """
+
+    config: Config
+    policy: Policy
+    reward: Reward
+    prompts: List[List[int]]
+    length: int
+    top_k: int
+    value_heads: Dict[int, torch.optim.Optimizer] = field(default_factory=dict)
+
+    def measure(
+        self, names: List[str], stopping: Callable[[], bool], tick: Callable[[], None]
+    ) -> Dict[Estimate, Draws]:
+        """Every estimator of the named methods over the draws of the settings, or those until `stopping`.
+
+        The warm-up draws come first: they fill REINFORCE's moving average and train PPO's value head.
+        """
+        settings, found = self.config.variance, {}
+        others = {name: self._method(name) for name in names if name not in DIFFERENTIATING}
+        for number in range(settings.warmup_draws + settings.draws):
+            counts = number >= settings.warmup_draws
+            taken = [(Estimate(name), *self._step(method, number, settings.seed)) for name, method in others.items()]
+            for name in names:
+                if counts and name in DIFFERENTIATING:
+                    taken += self._differentiate(name, number)
+            if counts:
+                for key, gradients, seconds in taken:
+                    found.setdefault(key, Draws(settings.draws, settings.responses)).add(gradients, seconds)
+            tick()
+            if stopping():
+                break
+        return found
+
+    def reference(self, stopping: Callable[[], bool], tick: Callable[[], None]) -> Draws:
+        """Leave-one-out REINFORCE, which is unbiased, on draws of its own."""
+        method = self._method(_REFERENCE, groups=_REFERENCE_GROUPS)
+        draws = Draws(self.reference_draws, method.config.train.batch_size)
+        for number in range(draws.count):
+            draws.add(*self._step(method, number, self.config.variance.seed + 1))
+            tick()
+            if stopping():
+                break
+        return draws
+
+    @property
+    def reference_draws(self) -> int:
+        settings = self.config.variance
+        return -(-settings.reference_responses // (settings.responses * _REFERENCE_GROUPS))
+
+    def of(self, name: str, *, groups: int = 1, tau: Optional[float] = None) -> Config:
+        """The config under which a method meets a draw of `groups` prompts."""
+        config, copies = self.config, self.config.variance.responses
+        method = method_named(config.method, name)
+        if method.name in ("ppo", "grpo"):
+            method = replace(method, **{method.name: replace(getattr(method, method.name), epochs=1, minibatches=1)})
+        if tau is not None:
+            method = replace(method, tau_start=tau, tau_end=tau, estimator="gumbel", replay_dropout=False)
+        return replace(
+            config, method=method,
+            train=replace(config.train, batch_size=copies * groups, accumulation_steps=1),
+            generation=replace(
+                config.generation, max_new_tokens=self.length, min_new_tokens=self.length, top_k=self.top_k,
+                samples_per_prompt=copies, ignore_eos=False,
+            ),
+        )
+
+    def _method(self, name: str, **options) -> Method:
+        return make_method(self.policy, self.reward, self.of(name, **options), Services())
+
+    def _draw(self, method: Method, number: int, seed: int) -> Rollout:
+        """The next prompts of the training set, a group of responses each."""
+        size, copies = method.config.train.batch_size, method.config.generation.samples_per_prompt
+        numbers = prompt_numbers(number, size // copies, len(self.prompts), seed)
+        ids, mask = pad_prompts([self.prompts[n] for n in numbers], self.policy.pad_id, self.policy.device)
+        responses = number * size + torch.arange(size, device=self.policy.device)
+        return sample(
+            self.policy, ids, mask, method.sampling(0), seed=seed, first_rows=responses * self.length,
+            samples_per_prompt=copies,
+        )
+
+    def _step(self, method: Method, number: int, seed: int) -> Tuple[List[Tensor], float]:
+        """(the gradient of a policy-gradient method's step, seconds); the policy stays, a value head learns."""
+        start, taken = time.perf_counter(), []
+        if id(method) not in self.value_heads and method.parameter_groups():
+            rate = self.config.train.learning_rate
+            self.value_heads[id(method)] = torch.optim.AdamW(method.parameter_groups(), lr=rate)
+
+        def update() -> None:
+            taken.append(self._take_gradient())
+            value_head = self.value_heads.get(id(method))
+            if value_head is not None:
+                value_head.step()
+                value_head.zero_grad(set_to_none=True)
+
+        method.step([self._draw(method, number, seed)], number, update)
+        gradient = taken[0] if taken else self._take_gradient()  # GRPO makes no update of a group without differences
+        return gradient, time.perf_counter() - start
+
+    def _differentiate(self, name: str, number: int) -> Iterator[Tuple[Estimate, List[Tensor], float]]:
+        """(what, gradient, seconds it would take alone) for every setting of `grade` or `grade-ste` on one draw."""
+        settings = self.config.variance
+        if name == "grade":  # another temperature is another response
+            for tau in settings.taus:
+                yield from self._replayed(name, number, [tau], ["gumbel"])
+        else:
+            yield from self._replayed(name, number, settings.taus, settings.estimators)
+
+    def _replayed(
+        self, name: str, number: int, taus: List[float], estimators: List[str]
+    ) -> Iterator[Tuple[Estimate, List[Tensor], float]]:
+        """`_differentiate` for settings that share their responses."""
+        start = time.perf_counter()
+        method = self._method(name, tau=taus[0])
+        rollout, common = self._draw(method, number, self.config.variance.seed), method.config.method
+        tokens, responses = int(rollout.mask.sum()), len(rollout)
+        weight = kl_weight(rollout.mask, common.kl_reduction, common.kl_coef, tokens, responses)
+        prepared = prepare(
+            self.policy, self.reward, rollout, method.settings(0), kl_weight=weight,
+            reward_weight=weight.new_full((responses,), 1.0 / responses),
+        )
+        shared = time.perf_counter() - start
+        for tau in taus:
+            for estimator in estimators:
+                for hops in [*self.config.variance.hops, CONVERGED]:
+                    start = time.perf_counter()
+                    capped = {"max_hops": self.length - 1} if hops == CONVERGED else {"max_hops": hops, "hop_tol": 0.0}
+                    gradient, _, _ = prepared.hidden_gradient(
+                        replace(method.settings(0), tau=tau, estimator=estimator, **capped)
+                    )
+                    prepared.backward(gradient, retain_graph=True)
+                    taken = self._take_gradient()
+                    yield Estimate(name, estimator, tau, hops), taken, shared + time.perf_counter() - start
+
+    def _take_gradient(self) -> List[Tensor]:
+        """The policy's gradient, cleared."""
+        gradients = []
+        for parameter in self.policy.parameters():
+            gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            parameter.grad = None
+        return gradients

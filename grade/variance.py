@@ -1,0 +1,171 @@
+"""`grade variance`: bias and variance of the gradient estimators at fixed parameters (`grade.laboratory`).
+
+For every length and number of candidates, all estimators on the same draws; for lengths at which the bias can be
+judged, an unbiased reference on many more. The objective is the trainer's, KL and its effect on later tokens included.
+variance.json is written after each of them, and the same command goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import List, Optional
+
+from rich.console import Console
+
+from grade.checkpoint import check_writable, latest, load_adapter
+from grade.config import Config, EvaluationConfig, GradeError, default_methods, validate
+from grade.evaluate import write_evaluations
+from grade.gradient_statistics import Draws, agreement
+from grade.interrupt import StopRequest, stop_between_steps
+from grade.laboratory import Estimate, Laboratory
+from grade.loading import load_policy, load_reward, load_tokenizer
+from grade.machine import machine
+from grade.method_config import method_named
+from grade.progress import counting
+from grade.study_config import CompareConfig
+from grade.tasks import load_task
+from grade.trainer import make_accelerator
+from grade.variance_text import document, rich_table
+
+JUDGED_LENGTH = 8
+"""Longest response whose gradient's bias is judged: the noise of the reference grows with the length."""
+_RESCALED = ("ppo", "grpo")  # normalised advantages: their gradient has a length of its own
+
+
+def run_variance(config: Config, checkpoint: Optional[Path] = None) -> dict:
+    """Measure, print the table, write it.
+
+    Args:
+        checkpoint: folder of an adapter; None measures at the adapter's initial state.
+
+    Returns:
+        The payload of variance.json.
+
+    Raises:
+        GradeError: settings that cannot work, or no adapter in `checkpoint`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; what was measured is written.
+    """
+    validate(config)
+    settings = config.variance
+    names = settings.methods or default_methods(config)
+    lengths = settings.lengths or sorted({JUDGED_LENGTH, config.generation.max_new_tokens})
+    top_ks = settings.top_ks or [config.generation.top_k]
+    largest = replace(config, generation=replace(
+        config.generation, max_new_tokens=max(lengths), min_new_tokens=0, top_k=max(top_ks)
+    ))
+    folder = Path(config.output_dir) / f"variance-{config.name}"
+    weights = _adapter_digest(checkpoint)
+    for name in names:  # each as it will be run
+        validate(Laboratory(largest, None, None, [], max(lengths), max(top_ks)).of(name))
+    check_writable("output_dir", folder)
+    path = folder / "variance.json"
+    payload = _kept(path, {"config": asdict(_relevant(config)), "adapter_sha256": weights})
+    accelerator, tokenizer, task = make_accelerator(config), load_tokenizer(config), load_task(config)
+    policy = load_policy(largest, tokenizer, accelerator.device)
+    reward = load_reward(config, policy, task)
+    if checkpoint is not None:
+        load_adapter(latest(checkpoint), policy)
+    prompts = task.prompts("policy", tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    with stop_between_steps() as stop:
+        for length in lengths:
+            for top_k in top_ks:
+                laboratory = Laboratory(config, policy, reward, prompts, length, top_k)
+                here = [row for row in payload["rows"] if (row["length"], row["top_k"]) == (length, top_k)]
+                if _complete(laboratory, here):
+                    continue
+                fresh = _measured(laboratory, names, stop)
+                payload["rows"] = [row for row in payload["rows"] if row not in here or not fresh] + fresh
+                write_evaluations(path, payload)
+                (folder / "variance.md").write_text(document(payload), encoding="utf-8")
+                if stop.asked:
+                    raise KeyboardInterrupt
+    Console().print(rich_table(payload))
+    Console().print(f"Measured: {path}", soft_wrap=True, highlight=False)
+    return payload
+
+
+def _measured(laboratory: Laboratory, names: List[str], stop: StopRequest) -> List[dict]:
+    """The rows of one length and number of candidates; of the draws so far if it was stopped."""
+    settings = laboratory.config.variance
+    title = f"{laboratory.length} tokens, {laboratory.top_k} candidates"
+    with counting(f"{title}: draws", settings.warmup_draws + settings.draws) as tick:
+        found = laboratory.measure(names, lambda: stop.asked, tick)
+    reference = None
+    if _judges(laboratory) and not stop.asked:
+        with counting(f"{title}: reference", laboratory.reference_draws) as tick:
+            reference = laboratory.reference(lambda: stop.asked, tick)
+        found[Estimate("reference")] = reference
+    return [_row(laboratory, key, draws, reference) for key, draws in found.items() if draws.taken > 1]
+
+
+def _judges(laboratory: Laboratory) -> bool:
+    """Whether there is to be a reference."""
+    return laboratory.length <= JUDGED_LENGTH and laboratory.config.variance.reference_responses > 0
+
+
+def _complete(laboratory: Laboratory, rows: List[dict]) -> bool:
+    """Whether these rows have all the draws they should."""
+    draws = {row["method"]: row["draws"] for row in rows}
+    reference = draws.pop("reference", 0)
+    return (
+        bool(draws) and set(draws.values()) == {laboratory.config.variance.draws}
+        and (reference == laboratory.reference_draws or not _judges(laboratory))
+    )
+
+
+def _row(laboratory: Laboratory, key: Estimate, draws: Draws, reference: Optional[Draws]) -> dict:
+    spread = draws.spread()
+    row = {
+        **key._asdict(), "length": laboratory.length, "top_k": laboratory.top_k, **asdict(spread),
+        "relative_variance": spread.relative_variance, "snr_per_sample": spread.snr_per_sample,
+        "snr_per_second": spread.snr_per_second,
+    }
+    if reference is None or key.method == "reference" or reference.taken < reference.count:
+        return {**row, "verdict": "the reference" if key.method == "reference" else "not judged"}
+    same_scale = method_named(laboratory.config.method, key.method).name not in _RESCALED
+    return {**row, **asdict(agreement(draws.means(), reference.means(), same_scale=same_scale))}
+
+
+def _relevant(config: Config) -> Config:
+    """The config without what its measurements do not depend on."""
+    return replace(config, output_dir="", name="", compare=CompareConfig(), evaluation=EvaluationConfig())
+
+
+def _adapter_digest(checkpoint: Optional[Path]) -> Optional[str]:
+    """SHA-256 of the adapter's weights, which a folder's name does not tell.
+
+    Raises:
+        GradeError: there are none.
+    """
+    if checkpoint is None:
+        return None
+    weights = latest(checkpoint) / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise GradeError(f"--checkpoint {checkpoint} holds no adapter ({weights.name} is missing).")
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def _kept(path: Path, identity: dict) -> dict:
+    """The payload so far, if it was measured with the same settings and weights, or a new one.
+
+    Raises:
+        GradeError: the file holds other measurements.
+    """
+    fresh = {**identity, "machine": machine(), "rows": []}
+    if not path.is_file():
+        return fresh
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        same = {name: kept[name] for name in identity} == identity
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise GradeError(f"{path} cannot be read ({error}). Delete it, or measure under another --name.") from error
+    if not same:
+        raise GradeError(
+            f"{path} holds measurements of other settings or of another checkpoint. Delete it, or measure under "
+            "another --name."
+        )
+    return kept

@@ -1,0 +1,91 @@
+"""variance.json as text: for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from typing import List, Optional
+
+from rich import box
+from rich.table import Table
+
+from grade.machine import machine_line
+
+# Key of a row's number, title, format.
+_COLUMNS = (
+    ("mean_norm", "norm of mean", ".3g"), ("trace", "variance", ".3g"),
+    ("relative_variance", "relative variance", ".3g"),
+    ("snr_per_sample", "SNR / sample", ".2e"), ("snr_per_second", "SNR / s", ".2e"),
+    ("seconds_per_sample", "s / sample", ".3f"), ("bias", "bias", ".2f"),
+    ("scale", "scale", ".2f"), ("cosine", "cosine", ".2f"),
+)
+_NARROW = ("relative_variance", "snr_per_sample", "snr_per_second", "scale", "cosine")
+NOTES = (
+    "norm of mean: of the mean gradient, noise included. variance: trace of the covariance of a single response's "
+    "gradient. relative variance: that over the squared norm of the expected gradient, noise taken out (none: no "
+    "signal stands out of the noise). SNR: its inverse, per response and per second of sampling and differentiating "
+    "alone, in batches of a draw. bias: ‖E g − reference‖ / ‖reference‖, with a 95 % interval, noise taken out; cosine "
+    "likewise; scale: length of the part along the reference, over the reference's."
+)
+
+
+def document(payload: dict) -> str:
+    """variance.json as Markdown."""
+    variance = payload["config"]["variance"]
+    parts = [
+        f"Draws of {variance['responses']} responses to one prompt, seed {variance['seed']}; "
+        + ("the adapter's initial state." if payload["adapter_sha256"] is None else "a trained adapter."),
+    ]
+    for (length, top_k), rows in _groups(payload).items():
+        titles = ["estimator", "draws", *(title for _, title, _ in _COLUMNS), "verdict", "std of tensor norms"]
+        lines = [f"## {length} tokens, {top_k} candidates", "", "| " + " | ".join(titles) + " |",
+                 "|---|" + "---:|" * (len(titles) - 1)]
+        for row in rows:
+            cells = [name_of(row), str(row["draws"]), *(_cell(row, key, form) for key, _, form in _COLUMNS)]
+            lines.append("| " + " | ".join([*cells, row["verdict"], f"{row['tensor_norm_std']:.3g}"]) + " |")
+        parts.append("\n".join(lines))
+    parts.append(
+        f"{NOTES} std of tensor norms: standard deviation over parameter tensors of their gradients' norms, mean over "
+        "draws, which the published code calls gradient variance."
+    )
+    parts.append(machine_line(payload["machine"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def rich_table(payload: dict) -> Table:
+    """The same for the terminal, narrower."""
+    table = Table(title="Gradient estimators at fixed parameters", box=box.SIMPLE_HEAD, caption=NOTES)
+    columns = [column for column in _COLUMNS if column[0] in _NARROW]
+    for title in ("S", "k", "estimator"):
+        table.add_column(title)
+    for _, title, _ in columns:
+        table.add_column(title, justify="right")
+    table.add_column("verdict")
+    for (length, top_k), rows in _groups(payload).items():
+        for row in rows:
+            cells = (_cell(row, key, form) for key, _, form in columns)
+            table.add_row(str(length), str(top_k), name_of(row), *cells, row["verdict"])
+        table.add_section()
+    return table
+
+
+def name_of(row: dict) -> str:
+    """A row's estimator in words."""
+    if row["estimator"] is None:
+        return row["method"]
+    hops = row["hops"] if isinstance(row["hops"], str) else f"{row['hops']} hop{'s' * (row['hops'] != 1)}"
+    return f"{row['method']} {row['estimator']}, τ {row['tau']:g}, {hops}"
+
+
+def _groups(payload: dict) -> dict:
+    """Rows by length and number of candidates."""
+    groups: dict = {}
+    for row in payload["rows"]:
+        groups.setdefault((row["length"], row["top_k"]), []).append(row)
+    return groups
+
+
+def _cell(row: dict, key: str, form: str) -> str:
+    value: Optional[float] = row.get(key)
+    if value is None:
+        return "none" if key == "relative_variance" else "–"
+    interval: Optional[List[float]] = row.get(f"{key}_interval")
+    return f"{value:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")

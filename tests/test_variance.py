@@ -1,0 +1,163 @@
+"""The variance laboratory: its statistics on constructed draws, and a measurement of a real tiny policy."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_run import shared_output, tiny_config, tiny_data, tiny_model  # noqa: F401
+
+from grade.config import GradeError
+from grade.gradient_statistics import Draws, agreement
+from grade.laboratory import CONVERGED
+from grade.study_config import VarianceConfig
+from grade.variance import run_variance
+from grade.variance_text import document, name_of
+
+
+def drawn(mean: torch.Tensor, deviation: float, count: int, *, seed: int, batch: int = 1, blocks: int = 10) -> Draws:
+    """Draws N(mean, deviation² / batch), cut into two parameter tensors."""
+    generator, draws = torch.Generator().manual_seed(seed), Draws(count, batch, blocks)
+    for _ in range(count):
+        noise = torch.randn(len(mean), generator=generator, dtype=torch.float64)
+        vector = mean + noise * deviation / batch**0.5
+        draws.add([vector[:2], vector[2:]], seconds=0.5)
+    return draws
+
+
+MEAN = torch.tensor([3.0, 0.0, 4.0, 0.0, 0.0], dtype=torch.float64)  # of norm 5
+
+
+def test_spread_of_hand_computed_draws():
+    draws = Draws(2, batch=4, blocks=2)
+    draws.add([torch.tensor([1.0, 0.0]), torch.tensor([2.0])], seconds=1.0)
+    draws.add([torch.tensor([3.0, 0.0]), torch.tensor([2.0])], seconds=3.0)
+    spread = draws.spread()
+    assert spread.mean_norm == pytest.approx(8**0.5)  # of (2, 0, 2)
+    assert spread.trace == pytest.approx(4 * 2.0)  # the entry 1, 3 has variance 2; four responses a draw
+    assert spread.squared_signal == pytest.approx(8 - 2.0 / 2)
+    assert spread.relative_variance == pytest.approx(8 / 7)
+    assert spread.snr_per_sample == pytest.approx(7 / 8)
+    assert spread.seconds_per_sample == pytest.approx(4.0 / 8)
+    assert spread.snr_per_second == pytest.approx(7 / 8 / 0.5)
+    norms = [(1.0, 2.0), (3.0, 2.0)]  # of the two tensors, draw by draw
+    assert spread.tensor_norm_std == pytest.approx(sum(abs(a - b) / 2**0.5 for a, b in norms) / 2)
+
+
+def test_spread_finds_variance_and_signal_whatever_the_batch():
+    for batch in (1, 8):
+        spread = drawn(MEAN, 2.0, 4000, seed=1, batch=batch).spread()
+        assert spread.trace == pytest.approx(5 * 2.0**2, rel=0.05)
+        assert spread.squared_signal == pytest.approx(25, rel=0.05)
+
+
+def test_no_signal_has_no_relative_variance():
+    """Half of pure noise has a negative squared signal; none of it is called a signal-to-noise ratio."""
+    spreads = [drawn(MEAN * 0, 1.0, 50, seed=seed).spread() for seed in range(20)]
+    negative = [s for s in spreads if s.squared_signal < 0]
+    assert 4 <= len(negative) <= 16
+    assert all(s.relative_variance is None and s.snr_per_sample == 0 for s in negative)
+
+
+def test_agreement_of_an_unbiased_estimator_is_not_spoilt_by_noise():
+    """Each block mean of ours is noise of norm ~ 5 on a signal of 5: naive cosines would be 0.7."""
+    ours, reference = drawn(MEAN, 10.0, 200, seed=2), drawn(MEAN, 1.0, 2000, seed=3)
+    found = agreement(ours.means(), reference.means())
+    assert found.bias_interval[0] == 0 and found.verdict.startswith("no bias found")
+    assert found.cosine == pytest.approx(1.0, abs=0.25)
+
+
+def test_agreement_finds_a_bias():
+    ours = drawn(MEAN * 1.5, 1.0, 1000, seed=4)
+    found = agreement(ours.means(), drawn(MEAN, 1.0, 2000, seed=5).means())
+    assert found.bias == pytest.approx(0.5, abs=0.05)
+    assert found.bias_interval[0] < 0.5 < found.bias_interval[1]
+    assert found.scale == pytest.approx(1.5, abs=0.05)
+    assert found.verdict.startswith("biased, by 4")
+    assert found.cosine == pytest.approx(1.0, abs=0.02)
+    rescaled = agreement(ours.means(), drawn(MEAN, 1.0, 2000, seed=5).means(), same_scale=False)
+    assert rescaled.bias is None and rescaled.cosine == found.cosine and rescaled.verdict == "direction only"
+
+
+def test_a_bias_across_the_gradient_lowers_the_cosine():
+    aside = torch.tensor([0.0, 5.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    found = agreement(drawn(MEAN + aside, 1.0, 1000, seed=6).means(), drawn(MEAN, 1.0, 1000, seed=7).means())
+    assert found.cosine == pytest.approx(0.5**0.5, abs=0.02)
+    assert found.cosine_interval[0] < 0.5**0.5 < found.cosine_interval[1]
+    assert found.bias == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_noisy_reference_judges_nothing():
+    found = agreement(drawn(MEAN, 1.0, 100, seed=8).means(), drawn(MEAN, 200.0, 100, seed=9).means())
+    assert found.verdict == "reference too noisy to judge" and found.bias is None and found.cosine is None
+
+
+def test_intervals_cover():
+    """The true relative bias 0.4 lies inside 95 % intervals in at least 17 of 20 repetitions."""
+    inside = 0
+    for seed in range(20):
+        ours, reference = drawn(MEAN * 1.4, 4.0, 200, seed=100 + seed), drawn(MEAN, 4.0, 400, seed=200 + seed)
+        found = agreement(ours.means(), reference.means())
+        inside += found.bias_interval[0] <= 0.4 <= found.bias_interval[1]
+    assert inside >= 17
+
+
+@pytest.fixture
+def lab_config(tiny_config):  # noqa: F811
+    variance = VarianceConfig(
+        methods=["grade-ste", "grade", "reinforce", "rloo", "grpo", "ppo"], estimators=["gumbel", "rao"],
+        taus=[2.0, 0.5], hops=[0, 3], lengths=[4], draws=10, responses=4, warmup_draws=2, reference_responses=640,
+    )
+    return replace(tiny_config, variance=variance)
+
+
+def test_measures_every_method(lab_config, capsys):
+    payload = run_variance(lab_config)
+    rows = {name_of(row): row for row in payload["rows"]}
+    assert len(rows) == 2 * 2 * 3 + 2 * 3 + 4 + 1
+    for row in rows.values():
+        assert math.isfinite(row["trace"]) and row["trace"] > 0 and row["seconds_per_sample"] > 0
+        assert row["draws"] == 10 or row["method"] == "reference"
+    for method in ("grade-ste", "grade"):  # four tokens: three hops are all there are, exactly
+        for tau in ("2", "0.5"):
+            capped, converged = (
+                rows[f"{method} gumbel, τ {tau}, {hops}"]["trace"] for hops in ("3 hops", CONVERGED)
+            )
+            assert capped == pytest.approx(converged, rel=0.02)  # hop_tol 1e-2
+            assert rows[f"{method} gumbel, τ {tau}, 0 hops"]["trace"] != pytest.approx(capped, rel=1e-4)
+    assert rows["grade-ste rao, τ 0.5, converged"]["trace"] < rows["grade-ste gumbel, τ 0.5, converged"]["trace"]
+    assert rows["grpo"]["bias"] is None and rows["grpo"]["verdict"] != "not judged"
+    folder = lab_config.output_dir + "/variance-tiny"
+    written = json.loads(json.dumps(payload["rows"]))
+    assert json.load(open(f"{folder}/variance.json"))["rows"] == written
+    assert "reference" in document(payload) and "std of tensor norms" in open(f"{folder}/variance.md").read()
+    assert "relative variance" in " ".join(capsys.readouterr().out.split())
+
+    again = run_variance(lab_config)  # nothing is missing: nothing is measured
+    assert again["rows"] == written
+    with pytest.raises(GradeError, match="other settings or of another checkpoint"):
+        run_variance(replace(lab_config, variance=replace(lab_config.variance, seed=7)))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"taus": []}, "variance.taus is .*name one or more numbers above 0"),
+        ({"taus": [2.0, 2.0]}, "none of them twice"),
+        ({"hops": [-1]}, "variance.hops"),
+        ({"lengths": [0]}, "variance.lengths"),
+        ({"draws": 2}, "variance.draws is 2: it must be at least 10"),
+        ({"methods": ["dpo"]}, "variance.methods is .*names of grade-ste"),
+    ],
+)
+def test_bad_settings_are_refused(lab_config, changes, message):
+    with pytest.raises(GradeError, match=message):
+        run_variance(replace(lab_config, variance=replace(lab_config.variance, **changes)))
+
+
+def test_a_folder_without_an_adapter_is_refused(lab_config, tmp_path):
+    with pytest.raises(GradeError, match="holds no adapter"):
+        run_variance(lab_config, tmp_path)
