@@ -108,6 +108,8 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
     comparison, console = Comparison(config, methods, seeds), Console(stderr=True, soft_wrap=True)
     if config.compare.sweep_seed in seeds:
         raise GradeError(f"compare.sweep_seed ({config.compare.sweep_seed}) is one of --seeds: choose another.")
+    if config.rollout.source is not None:
+        raise GradeError("rollout.source is set, but the runs of a comparison sample for themselves: set it to null.")
     if config.evaluation.test_prompts == 0:
         raise GradeError("evaluation.test_prompts is 0, and a comparison ends with a test: set it to 1 or more.")
     planned = [comparison.run_job(method, seed, config.train.learning_rate) for method in methods for seed in seeds]

@@ -4,7 +4,8 @@ A draw is the gradient of one batch, a vector of all trainable parameters. What 
 each of a few blocks. An inner product of the means of two different blocks has no noise of its own in expectation, the
 product of a block with itself does: so everything below that squares a mean is averaged over pairs of different blocks
 (split halves, with more than two parts), and leaving out one block at a time gives its standard error (jackknife,
-Efron & Stein 1981). Noise then widens an interval; it is never read as agreement, nor as bias.
+Efron & Stein 1981). Noise then widens an interval; it is never read as signal, as agreement, or as bias. Intervals are
+at 95 % each, so of many estimators a few will miss.
 """
 
 from __future__ import annotations
@@ -16,68 +17,85 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+Interval = Tuple[float, float]
+BLOCKS = 10
+JUDGED = 0.25
+"""A reference whose norm is known less well than this judges nothing."""
+
 
 class Draws:
     """Accumulates the draws of one estimator.
 
     Args:
-        count: draws that will come; they fall into `blocks` blocks of adjacent draws.
+        count: draws that will come; they fall into BLOCKS blocks of adjacent draws, whose sums are kept: 4 bytes a
+            parameter each.
         batch: responses behind a draw.
     """
 
-    def __init__(self, count: int, batch: int, blocks: int = 10):
-        self.count, self.batch, self.blocks = count, batch, blocks
-        self.sizes = [0] * blocks
-        self.sums: List[Optional[Tensor]] = [None] * blocks
-        self.square = 0.0
-        self.tensor_norm_std = 0.0
-        self.seconds = 0.0
-        self.taken = 0
+    def __init__(self, count: int, batch: int):
+        self.count, self.batch, self.taken, self.seconds = count, batch, 0, 0.0
+        self._sums: List[Optional[Tensor]] = [None] * BLOCKS
+        self._squares, self._sizes = [0.0] * BLOCKS, [0] * BLOCKS
+        self._tensor_norm_std = 0.0
 
     def add(self, gradients: Sequence[Tensor], seconds: float) -> None:
         """One draw, as the gradients of the parameter tensors, and the seconds it took."""
         flat = torch.cat([g.detach().flatten().float() for g in gradients]).cpu()
-        block = min(self.taken * self.blocks // self.count, self.blocks - 1)
-        self.sums[block] = flat if self.sums[block] is None else self.sums[block].add_(flat)
-        self.sizes[block] += 1
+        block = min(self.taken * BLOCKS // self.count, BLOCKS - 1)
+        self._sums[block] = flat if self._sums[block] is None else self._sums[block].add_(flat)
+        self._squares[block] += float(flat.double().square().sum())
+        self._sizes[block] += 1
         self.taken += 1
-        self.square += float(flat.double().square().sum())
-        self.tensor_norm_std += float(torch.stack([g.detach().double().norm() for g in gradients]).std())
+        self._tensor_norm_std += float(torch.stack([g.detach().double().norm() for g in gradients]).std())
         self.seconds += seconds
-
-    def spread(self) -> Spread:
-        """Of the draws so far.
-
-        Raises:
-            ValueError: there are fewer than two.
-        """
-        n = self.taken
-        if n < 2:
-            raise ValueError(f"a spread needs two draws or more, there are {n}")
-        total = sum(s.double() for s in self.sums if s is not None)
-        squared_mean = float((total / n).square().sum())
-        trace = (self.square - n * squared_mean) / (n - 1)  # of the covariance of a draw
-        return Spread(
-            draws=n, mean_norm=squared_mean**0.5, trace=trace * self.batch,
-            squared_signal=squared_mean - trace / n, seconds_per_sample=self.seconds / (n * self.batch),
-            tensor_norm_std=self.tensor_norm_std / n,
-        )
 
     def means(self) -> Tensor:
         """[blocks with a draw, p] float32."""
-        return torch.stack([s / size for s, size in zip(self.sums, self.sizes, strict=True) if s is not None])
+        return torch.stack([s / n for s, n in zip(self._sums, self._sizes, strict=True) if s is not None])
+
+    def spread(self) -> Optional[Spread]:
+        """Of the draws so far; None while they fill fewer than three blocks."""
+        sizes = torch.tensor([n for n in self._sizes if n], dtype=torch.float64)
+        squares = torch.tensor([s for s, n in zip(self._squares, self._sizes, strict=True) if n], dtype=torch.float64)
+        if len(sizes) < 3:
+            return None
+        means = self.means().double()
+        gram = means @ means.T
+
+        def trace(keep: Tensor) -> float:
+            """Of the covariance of a draw."""
+            n, total = sizes[keep].sum(), (sizes[keep, None] * sizes[keep] * gram[keep][:, keep]).sum()
+            return float((squares[keep].sum() - total / n) / (n - 1))
+
+        def snr(keep: Tensor) -> float:
+            spread = trace(keep) * self.batch
+            return _off_diagonal(gram[keep][:, keep]) / spread if spread > 0 else 0.0
+
+        everything = torch.ones(len(sizes), dtype=torch.bool)
+        value, error = _jackknife(snr, len(sizes))
+        reach = _critical(len(sizes)) * error
+        return Spread(
+            draws=self.taken, mean_norm=float((self._total() / self.taken).norm()),
+            trace=trace(everything) * self.batch, snr_per_sample=max(value, 0.0),
+            snr_per_sample_interval=(max(value - reach, 0.0), max(value + reach, 0.0)),
+            seconds_per_sample=self.seconds / (self.taken * self.batch),
+            tensor_norm_std=self._tensor_norm_std / self.taken,
+        )
+
+    def _total(self) -> Tensor:
+        return torch.stack([s for s in self._sums if s is not None]).double().sum(0)
 
 
 @dataclass
 class Spread:
-    """Of one estimator at fixed parameters; gradients in units of the objective per unit of parameter.
+    """Of one estimator at fixed parameters.
 
     Args:
         draws: how many.
         mean_norm: Euclidean norm of their mean, noise included.
-        trace: of the covariance of a single response's gradient: that of a draw times its responses.
-        squared_signal: the squared norm of the expected gradient without the noise's share; may come out negative
-            where there is hardly a signal.
+        trace: of the covariance of a draw, times its responses: that of a single response's gradient, where those of a
+            draw are independent.
+        snr_per_sample: squared norm of the expected gradient, noise taken out, over the trace.
         seconds_per_sample: to sample a response and take its gradient.
         tensor_norm_std: standard deviation over parameter tensors of their gradients' norms, mean over draws. The
             published code calls this gradient variance; it says how the tensors differ, not how draws do.
@@ -86,24 +104,26 @@ class Spread:
     draws: int
     mean_norm: float
     trace: float
-    squared_signal: float
+    snr_per_sample: float
+    snr_per_sample_interval: Interval
     seconds_per_sample: float
     tensor_norm_std: float
 
     @property
     def relative_variance(self) -> Optional[float]:
-        """trace / squared norm of the expected gradient; None where no signal stands out."""
-        return self.trace / self.squared_signal if self.squared_signal > 0 else None
+        """trace / squared norm of the expected gradient; None where no signal stands out of the noise."""
+        return 1 / self.snr_per_sample if self.snr_per_sample_interval[0] > 0 else None
 
     @property
-    def snr_per_sample(self) -> float:
-        """Squared signal over variance of one response; 0 where no signal stands out."""
-        return max(self.squared_signal, 0.0) / self.trace if self.trace > 0 else float("inf")
+    def relative_variance_interval(self) -> Tuple[Optional[float], Optional[float]]:
+        """Its ends; the upper one is None where there may be no signal, both where there is no variance either."""
+        low, high = self.snr_per_sample_interval
+        return (1 / high if high > 0 else None, 1 / low if low > 0 else None)
 
     @property
-    def snr_per_second(self) -> float:
-        """The same of as many responses as a second gives."""
-        return self.snr_per_sample / self.seconds_per_sample
+    def snr_per_second(self) -> Optional[float]:
+        """The signal-to-noise ratio of as many responses as a second gives; None where no signal stands out."""
+        return self.snr_per_sample / self.seconds_per_sample if self.relative_variance is not None else None
 
 
 @dataclass
@@ -119,50 +139,70 @@ class Agreement:
     """
 
     bias: Optional[float]
-    bias_interval: Optional[Tuple[float, float]]
+    bias_interval: Optional[Interval]
     scale: Optional[float]
     cosine: Optional[float]
-    cosine_interval: Optional[Tuple[float, float]]
+    cosine_interval: Optional[Interval]
     verdict: str
+
+
+def norm_error(reference: Tensor) -> float:
+    """Relative half-width of the 95 % interval of the norm of an expectation, from block means [blocks, p]; inf where
+    it may be 0."""
+    gram = reference.double() @ reference.double().T
+    square, error = _jackknife(lambda keep: _off_diagonal(gram[keep][:, keep]), len(gram))
+    reach = _critical(len(gram)) * error
+    return reach / (2 * square) if square > reach else float("inf")
 
 
 def agreement(estimator: Tensor, reference: Tensor, *, same_scale: bool = True) -> Agreement:
     """Bias and cosine from block means.
 
     Args:
-        estimator, reference: [blocks, p], from independent draws, two blocks or more each.
+        estimator, reference: [blocks, p], from independent draws, three blocks or more each.
         same_scale: False for a method that rescales its gradient (normalised advantages): only the direction counts.
+
+    Raises:
+        ValueError: fewer blocks.
     """
     ours, theirs = estimator.double(), reference.double()
-    both = torch.cat([ours, theirs])
-    gram, n = both @ both.T, len(ours)
+    n, both = len(ours), torch.cat([ours, theirs])
+    if min(n, len(theirs)) < 3:
+        raise ValueError(f"agreement needs three blocks or more of each, got {n} and {len(theirs)}")
+    if not norm_error(theirs) <= JUDGED:
+        return Agreement(None, None, None, None, None, "reference too noisy to judge")
+    gram, critical = both @ both.T, _critical(min(n, len(theirs)))
 
     def products(keep: Tensor) -> Tuple[float, float, float]:
         """(ours·ours, ours·theirs, theirs·theirs), each over pairs of different blocks among `keep` [blocks] bool."""
         a, b = torch.where(keep[:n])[0], n + torch.where(keep[n:])[0]
-        aa, bb, ab = gram[a][:, a], gram[b][:, b], gram[a][:, b]
-        return _off_diagonal(aa), float(ab.mean()), _off_diagonal(bb)
+        return _off_diagonal(gram[a][:, a]), float(gram[a][:, b].mean()), _off_diagonal(gram[b][:, b])
 
-    signal, signal_error = _jackknife(lambda keep: products(keep)[2], n, len(theirs))
-    critical = float(stats.t.ppf(0.975, min(n, len(theirs)) - 1))
-    if signal < critical * signal_error:
-        return Agreement(None, None, None, None, None, "reference too noisy to judge")
-    square, error = _jackknife(lambda keep: _relative_square(*products(keep)), n, len(theirs))
-    low, high = (max(square + sign * critical * error, 0.0) ** 0.5 for sign in (-1, 1))
-    own, own_error = _jackknife(lambda keep: products(keep)[0], n, len(theirs))
-    cosine = interval = None
-    if own > critical * own_error:
-        cosine, spread = _jackknife(lambda keep: _cosine(*products(keep)), n, len(theirs))
-        interval = (max(cosine - critical * spread, -1.0), min(cosine + critical * spread, 1.0))
+    def interval(statistic: Callable[[float, float, float], float]) -> Tuple[float, float, float]:
+        value, error = _jackknife(lambda keep: statistic(*products(keep)), n, len(theirs))
+        return value, value - critical * error, value + critical * error
+
+    cosine = cosine_interval = None
+    if interval(lambda own, cross, reference: own)[1] > 0:
+        value, low, high = interval(lambda own, cross, reference: cross / (max(own, 1e-300) * reference) ** 0.5)
+        cosine, cosine_interval = min(value, 1.0), (max(low, -1.0), min(high, 1.0))
     if not same_scale:
-        verdict = "direction only" if cosine is not None else "too noisy to judge"
-        return Agreement(None, None, None, cosine, interval, verdict)
+        verdict = "direction only" if cosine is not None else "draws too noisy to judge"
+        return Agreement(None, None, None, cosine, cosine_interval, verdict)
+    square, *ends = interval(lambda own, cross, reference: (own - 2 * cross + reference) / reference)
+    low, high = (max(end, 0.0) ** 0.5 for end in ends)
     if low > 0:
         verdict = f"biased, by {low:.0%} at least"
     else:
-        verdict = f"no bias found, at most {high:.0%}" if high < 1 else "too noisy to judge"
-    _, cross, reference_square = products(torch.ones(len(both), dtype=torch.bool))
-    return Agreement(max(square, 0.0) ** 0.5, (low, high), cross / reference_square, cosine, interval, verdict)
+        verdict = f"no bias found, at most {high:.0%}" if high <= 0.5 else "draws too noisy to judge"
+    own, cross, reference_square = products(torch.ones(len(both), dtype=torch.bool))
+    scale = cross / reference_square
+    return Agreement(max(square, 0.0) ** 0.5, (low, high), scale, cosine, cosine_interval, verdict)
+
+
+def _critical(blocks: int) -> float:
+    """Two-sided 95 % quantile of Student's t for a jackknife over blocks."""
+    return float(stats.t.ppf(0.975, blocks - 1))
 
 
 def _off_diagonal(gram: Tensor) -> float:
@@ -171,19 +211,11 @@ def _off_diagonal(gram: Tensor) -> float:
     return float((gram.sum() - gram.diagonal().sum()) / (blocks * (blocks - 1)))
 
 
-def _relative_square(own: float, cross: float, reference: float) -> float:
-    return (own - 2 * cross + reference) / reference if reference > 0 else float("inf")
-
-
-def _cosine(own: float, cross: float, reference: float) -> float:
-    return cross / (own * reference) ** 0.5 if own > 0 and reference > 0 else 0.0
-
-
-def _jackknife(statistic: Callable[[Tensor], float], ours: int, theirs: int) -> Tuple[float, float]:
-    """(value, standard error) of a statistic of two independent sets of blocks."""
-    everything = torch.ones(ours + theirs, dtype=torch.bool)
-    variance = 0.0
-    for first, blocks in ((0, ours), (ours, theirs)):
+def _jackknife(statistic: Callable[[Tensor], float], *sets: int) -> Tuple[float, float]:
+    """(value, standard error) of a statistic of independent sets of blocks, given which blocks to keep [sum] bool."""
+    everything = torch.ones(sum(sets), dtype=torch.bool)
+    variance, first = 0.0, 0
+    for blocks in sets:
         left_out = []
         for block in range(first, first + blocks):
             keep = everything.clone()
@@ -191,4 +223,5 @@ def _jackknife(statistic: Callable[[Tensor], float], ours: int, theirs: int) -> 
             left_out.append(statistic(keep))
         values = torch.tensor(left_out, dtype=torch.float64)
         variance += float((blocks - 1) / blocks * (values - values.mean()).square().sum())
+        first += blocks
     return statistic(everything), variance**0.5

@@ -1,10 +1,14 @@
 """Repeated draws at fixed parameters, and what every estimator and method makes of them.
 
-A draw is a group of responses to one training prompt, all of the same length: end-of-sequence cannot be chosen before,
-so what choosing it does to the length, which the straight-through gradient cannot see, is not measured here. All
-methods meet the same draws (soft `grade`, whose responses depend on the temperature, the same prompts and noise), so
-their differences are not those of the draws. Each is measured as it steps in training, with one pass over the draw;
-`grade` and `grade-ste` take all their estimators, temperatures and hops from one forward.
+A draw is a few groups of responses to training prompts, all of the same length: end-of-sequence cannot be chosen
+before, so what choosing it does to the length, which the straight-through gradient cannot see, is not measured here.
+All methods meet the same draws (soft `grade`, whose responses depend on the temperature, the same prompts and noise),
+so their differences are not those of the draws. Each takes one pass over a draw, and what is no part of the objective
+(PPO's entropy bonus and value loss, GRPO's shaping) is left out; `grade` and `grade-ste` take all their estimators,
+temperatures and hops from one forward.
+
+The first draws are not counted: they warm the machine up, fill REINFORCE's moving average, and train PPO's value head
+as its settings say, which then stays. The policy never moves.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, 
 import torch
 from torch import Tensor
 
-from grade.config import Config
+from grade.config import Config, RolloutConfig
 from grade.gradient_statistics import Draws
 from grade.method_config import DIFFERENTIATING, method_named
 from grade.methods import Method, kl_weight, make_method
@@ -29,7 +33,7 @@ from grade.trainer import prompt_numbers
 
 CONVERGED = "converged"
 _REFERENCE = "rloo"
-_REFERENCE_GROUPS = 16  # prompts of a reference draw: short passes are cheap side by side
+_REFERENCE_DRAWS = 8  # draws that the reference takes together: short passes are cheap side by side
 
 
 class Estimate(NamedTuple):
@@ -57,34 +61,41 @@ class Laboratory:
     prompts: List[List[int]]
     length: int
     top_k: int
-    value_heads: Dict[int, torch.optim.Optimizer] = field(default_factory=dict)
+    value_heads: Dict[Method, torch.optim.Optimizer] = field(default_factory=dict)
 
     def measure(
         self, names: List[str], stopping: Callable[[], bool], tick: Callable[[], None]
     ) -> Dict[Estimate, Draws]:
-        """Every estimator of the named methods over the draws of the settings, or those until `stopping`.
-
-        The warm-up draws come first: they fill REINFORCE's moving average and train PPO's value head.
-        """
+        """Every estimator of the named methods over the draws of the settings, or those until `stopping`."""
         settings, found = self.config.variance, {}
         others = {name: self._method(name) for name in names if name not in DIFFERENTIATING}
         for number in range(settings.warmup_draws + settings.draws):
+            if number == settings.warmup_draws:
+                for method in others.values():
+                    _freeze_values(method)
             counts = number >= settings.warmup_draws
-            taken = [(Estimate(name), *self._step(method, number, settings.seed)) for name, method in others.items()]
-            for name in names:
-                if counts and name in DIFFERENTIATING:
-                    taken += self._differentiate(name, number)
-            if counts:
-                for key, gradients, seconds in taken:
+            for key, gradients, seconds in self._all(names, others, number, counts):
+                if counts:
                     found.setdefault(key, Draws(settings.draws, settings.responses)).add(gradients, seconds)
             tick()
             if stopping():
                 break
         return found
 
+    def _all(
+        self, names: List[str], others: Dict[str, Method], number: int, counts: bool
+    ) -> Iterator[Tuple[Estimate, List[Tensor], float]]:
+        """What every estimator makes of a draw. Those that backpropagate the reward need one to warm up."""
+        for name, method in others.items():
+            yield Estimate(name), *self._step(method, number, self.config.variance.seed)
+        if counts or number == 0:
+            for name in names:
+                if name in DIFFERENTIATING:
+                    yield from self._differentiate(name, number)
+
     def reference(self, stopping: Callable[[], bool], tick: Callable[[], None]) -> Draws:
         """Leave-one-out REINFORCE, which is unbiased, on draws of its own."""
-        method = self._method(_REFERENCE, groups=_REFERENCE_GROUPS)
+        method = self._method(_REFERENCE, draws=_REFERENCE_DRAWS)
         draws = Draws(self.reference_draws, method.config.train.batch_size)
         for number in range(draws.count):
             draws.add(*self._step(method, number, self.config.variance.seed + 1))
@@ -96,22 +107,27 @@ class Laboratory:
     @property
     def reference_draws(self) -> int:
         settings = self.config.variance
-        return -(-settings.reference_responses // (settings.responses * _REFERENCE_GROUPS))
+        return -(-settings.reference_responses // (settings.responses * _REFERENCE_DRAWS))
 
-    def of(self, name: str, *, groups: int = 1, tau: Optional[float] = None) -> Config:
-        """The config under which a method meets a draw of `groups` prompts."""
-        config, copies = self.config, self.config.variance.responses
+    def of(self, name: str, *, draws: int = 1, tau: Optional[float] = None) -> Config:
+        """The config under which a method meets as many responses as `draws` draws have."""
+        config, settings = self.config, self.config.variance
         method = method_named(config.method, name)
-        if method.name in ("ppo", "grpo"):
-            method = replace(method, **{method.name: replace(getattr(method, method.name), epochs=1, minibatches=1)})
+        method = replace(
+            method, ppo=replace(method.ppo, epochs=1, minibatches=1, entropy_coef=0.0),
+            grpo=replace(
+                method.grpo, epochs=1, minibatches=1, entropy_reward_coef=0.0, kl_policy_ref_coef=0.0,
+                kl_ref_policy_coef=0.0,
+            ),
+        )
         if tau is not None:
             method = replace(method, tau_start=tau, tau_end=tau, estimator="gumbel", replay_dropout=False)
         return replace(
-            config, method=method,
-            train=replace(config.train, batch_size=copies * groups, accumulation_steps=1),
+            config, method=method, rollout=RolloutConfig(),
+            train=replace(config.train, batch_size=settings.responses * draws, accumulation_steps=1),
             generation=replace(
                 config.generation, max_new_tokens=self.length, min_new_tokens=self.length, top_k=self.top_k,
-                samples_per_prompt=copies, ignore_eos=False,
+                samples_per_prompt=settings.samples_per_prompt,
             ),
         )
 
@@ -119,7 +135,7 @@ class Laboratory:
         return make_method(self.policy, self.reward, self.of(name, **options), Services())
 
     def _draw(self, method: Method, number: int, seed: int) -> Rollout:
-        """The next prompts of the training set, a group of responses each."""
+        """The next prompts of the training set, samples_per_prompt responses each."""
         size, copies = method.config.train.batch_size, method.config.generation.samples_per_prompt
         numbers = prompt_numbers(number, size // copies, len(self.prompts), seed)
         ids, mask = pad_prompts([self.prompts[n] for n in numbers], self.policy.pad_id, self.policy.device)
@@ -131,21 +147,26 @@ class Laboratory:
 
     def _step(self, method: Method, number: int, seed: int) -> Tuple[List[Tensor], float]:
         """(the gradient of a policy-gradient method's step, seconds); the policy stays, a value head learns."""
-        start, taken = time.perf_counter(), []
-        if id(method) not in self.value_heads and method.parameter_groups():
+        start, taken = self._now(), []
+        if method not in self.value_heads and method.parameter_groups():
             rate = self.config.train.learning_rate
-            self.value_heads[id(method)] = torch.optim.AdamW(method.parameter_groups(), lr=rate)
+            self.value_heads[method] = torch.optim.AdamW(method.parameter_groups(), lr=rate)
 
         def update() -> None:
             taken.append(self._take_gradient())
-            value_head = self.value_heads.get(id(method))
-            if value_head is not None:
-                value_head.step()
-                value_head.zero_grad(set_to_none=True)
+            if method in self.value_heads:
+                self.value_heads[method].step()
+                self.value_heads[method].zero_grad(set_to_none=True)
 
         method.step([self._draw(method, number, seed)], number, update)
-        gradient = taken[0] if taken else self._take_gradient()  # GRPO makes no update of a group without differences
-        return gradient, time.perf_counter() - start
+        gradient = taken[0] if taken else self._take_gradient()  # GRPO makes no update of groups without differences
+        return gradient, self._now() - start
+
+    def _now(self) -> float:
+        """Seconds, once the device has done all it was asked to."""
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize(self.policy.device)
+        return time.perf_counter()
 
     def _differentiate(self, name: str, number: int) -> Iterator[Tuple[Estimate, List[Tensor], float]]:
         """(what, gradient, seconds it would take alone) for every setting of `grade` or `grade-ste` on one draw."""
@@ -160,8 +181,8 @@ class Laboratory:
         self, name: str, number: int, taus: List[float], estimators: List[str]
     ) -> Iterator[Tuple[Estimate, List[Tensor], float]]:
         """`_differentiate` for settings that share their responses."""
-        start = time.perf_counter()
         method = self._method(name, tau=taus[0])
+        start = self._now()
         rollout, common = self._draw(method, number, self.config.variance.seed), method.config.method
         tokens, responses = int(rollout.mask.sum()), len(rollout)
         weight = kl_weight(rollout.mask, common.kl_reduction, common.kl_coef, tokens, responses)
@@ -169,18 +190,18 @@ class Laboratory:
             self.policy, self.reward, rollout, method.settings(0), kl_weight=weight,
             reward_weight=weight.new_full((responses,), 1.0 / responses),
         )
-        shared = time.perf_counter() - start
+        shared = self._now() - start
         for tau in taus:
             for estimator in estimators:
-                for hops in [*self.config.variance.hops, CONVERGED]:
-                    start = time.perf_counter()
+                for hops in [*(h for h in self.config.variance.hops if h < self.length - 1), CONVERGED]:
+                    start = self._now()
                     capped = {"max_hops": self.length - 1} if hops == CONVERGED else {"max_hops": hops, "hop_tol": 0.0}
                     gradient, _, _ = prepared.hidden_gradient(
                         replace(method.settings(0), tau=tau, estimator=estimator, **capped)
                     )
                     prepared.backward(gradient, retain_graph=True)
                     taken = self._take_gradient()
-                    yield Estimate(name, estimator, tau, hops), taken, shared + time.perf_counter() - start
+                    yield Estimate(name, estimator, tau, hops), taken, shared + self._now() - start
 
     def _take_gradient(self) -> List[Tensor]:
         """The policy's gradient, cleared."""
@@ -189,3 +210,9 @@ class Laboratory:
             gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
             parameter.grad = None
         return gradients
+
+
+def _freeze_values(method: Method) -> None:
+    """Leave PPO's value loss out of the gradient: it is no part of the objective, and the value head has learnt."""
+    if method.config.method.name == "ppo":
+        method.settings = replace(method.settings, value_coef=0.0)

@@ -6,7 +6,8 @@ One response a line, in the order of the steps; samples of one prompt stand next
 `straight_through` and `reinmax` need nothing of the draw but its tokens, so the update has the distribution it would
 have had with the trainer's own sampling, if the other engine samples as that does: from the policy as it is now, at
 temperature 1, among its top_k candidates. A file made beforehand is on-policy for its first step only; a named pipe is
-read as steps need it, so an engine that loads checkpoints/last in between can keep up (train.save_every 1).
+read as steps need it, so an engine that keeps it open and loads checkpoints/last in between can keep up
+(train.save_every 1).
 
 The candidates are found again, by one parallel pass. Token ids that are not among them take the last place and are
 counted (`off_support`): a few come from rounding, many from another model, temperature or truncation.
@@ -22,7 +23,8 @@ from typing import Iterator, List, NamedTuple
 import torch
 from torch import Tensor
 
-from grade.config import Config, GradeError
+from grade.config import Config
+from grade.errors import GradeError, first_line
 from grade.model import Policy
 from grade.passes import fed_embeddings, policy_pass
 from grade.rollout import Rollout, Sampling, pad_prompts, suppressed_ids
@@ -91,10 +93,13 @@ class RolloutSource:
         return recreate(self.policy, responses, sampling, seed=seed, first_rows=first_rows, copies=copies)
 
     def _responses(self) -> Iterator[Response]:
-        with self.path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield self._read(line, number)
+        try:
+            with self.path.open(encoding="utf-8") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield self._read(line, number)
+        except (OSError, UnicodeDecodeError) as error:
+            raise GradeError(f"rollout.source: {self.path} cannot be read as text ({first_line(error)}).") from error
 
     def _read(self, line: str, number: int) -> Response:
         where = f"rollout.source: line {number} of {self.path}"
@@ -127,6 +132,12 @@ class RolloutSource:
             raise GradeError(
                 f"{where}: its response has {len(tokens)} tokens, generation.max_new_tokens is "
                 f"{generation.max_new_tokens}. Raise that or cut the response."
+            )
+        if len(tokens) < generation.max_new_tokens and (generation.ignore_eos or tokens[-1] not in self._ends):
+            raise GradeError(
+                f"{where}: its response stops after {len(tokens)} tokens without an end, before "
+                f"generation.max_new_tokens={generation.max_new_tokens}. Sample as many, and keep the end-of-sequence "
+                "token of those that end."
             )
         if generation.ignore_eos:
             return

@@ -48,14 +48,17 @@ class VarianceConfig:
     """Tokens of a response; null: 8, where the bias can be judged, and generation.max_new_tokens."""
     top_ks: Optional[List[int]] = None
     """Candidates per token; null: generation.top_k."""
-    draws: int = 64
-    """Independent draws of every gradient."""
-    responses: int = 4
-    """Responses of a draw, a group of one prompt."""
+    draws: int = 32
+    """Independent draws of every gradient. Sums over ten blocks of them are kept: 40 bytes a trained parameter."""
+    responses: int = 8
+    """Responses of a draw."""
+    samples_per_prompt: int = 4
+    """Responses of a draw that answer one prompt."""
     warmup_draws: int = 16
-    """Draws that only fill REINFORCE's moving average and train PPO's value head."""
+    """Draws before those that count, which fill REINFORCE's moving average and train PPO's value head."""
     reference_responses: int = 16384
-    """Responses behind the unbiased reference (leave-one-out REINFORCE), for lengths up to 8; 0: none."""
+    """Responses behind the unbiased reference (leave-one-out REINFORCE), for lengths up to 8; at least 80 times
+    variance.responses, or 0 for none."""
     seed: int = 2000
     """Seed of the draws, apart from the training's."""
 
@@ -68,6 +71,7 @@ STUDY_BOUNDS = [
     ("compare.jobs", 1, True),
     ("variance.draws", 10, True),
     ("variance.responses", 2, True),
+    ("variance.samples_per_prompt", 2, True),
     ("variance.warmup_draws", 0, True),
     ("variance.reference_responses", 0, True),
 ]
@@ -87,6 +91,16 @@ def check_studies(compare: CompareConfig, variance: VarianceConfig) -> None:
         _check_list("variance.lengths", variance.lengths, "whole numbers above 0", lambda length: length > 0)
     if variance.top_ks is not None:
         _check_list("variance.top_ks", variance.top_ks, "whole numbers above 0", lambda k: k > 0)
+    if variance.responses % variance.samples_per_prompt:
+        raise GradeError(
+            f"variance.responses ({variance.responses}) is not a multiple of variance.samples_per_prompt "
+            f"({variance.samples_per_prompt}). Change one of them."
+        )
+    if 0 < variance.reference_responses < 80 * variance.responses:
+        raise GradeError(
+            f"variance.reference_responses is {variance.reference_responses}: too few to judge by. Raise it to "
+            f"{80 * variance.responses} (80 * variance.responses) or more, or set it to 0 for no reference."
+        )
     if variance.methods is not None:
         names = f"names of {', '.join(COMPARED)}"
         _check_list("variance.methods", variance.methods, names, lambda name: name in COMPARED)

@@ -18,21 +18,21 @@ from rich.console import Console
 from grade.checkpoint import check_writable, latest, load_adapter
 from grade.config import Config, EvaluationConfig, GradeError, default_methods, validate
 from grade.evaluate import write_evaluations
-from grade.gradient_statistics import Draws, agreement
+from grade.gradient_statistics import Draws, agreement, norm_error
 from grade.interrupt import StopRequest, stop_between_steps
 from grade.laboratory import Estimate, Laboratory
 from grade.loading import load_policy, load_reward, load_tokenizer
 from grade.machine import machine
-from grade.method_config import method_named
+from grade.method_config import MethodConfig, method_named
 from grade.progress import counting
 from grade.study_config import CompareConfig
+from grade.task_config import JUDGED_BY_PROGRAM
 from grade.tasks import load_task
 from grade.trainer import make_accelerator
 from grade.variance_text import document, rich_table
 
 JUDGED_LENGTH = 8
 """Longest response whose gradient's bias is judged: the noise of the reference grows with the length."""
-_RESCALED = ("ppo", "grpo")  # normalised advantages: their gradient has a length of its own
 
 
 def run_variance(config: Config, checkpoint: Optional[Path] = None) -> dict:
@@ -58,12 +58,19 @@ def run_variance(config: Config, checkpoint: Optional[Path] = None) -> dict:
     ))
     folder = Path(config.output_dir) / f"variance-{config.name}"
     weights = _adapter_digest(checkpoint)
+    if config.task.name in JUDGED_BY_PROGRAM:
+        raise GradeError(
+            f"task.name={config.task.name}: an answer to it must end by itself to count, and grade variance measures "
+            "responses of one length. Use a task whose reward reads any text."
+        )
     for name in names:  # each as it will be run
         validate(Laboratory(largest, None, None, [], max(lengths), max(top_ks)).of(name))
     check_writable("output_dir", folder)
     path = folder / "variance.json"
-    payload = _kept(path, {"config": asdict(_relevant(config)), "adapter_sha256": weights})
+    payload = _kept(path, {"config": asdict(_relevant(config)), "adapter_sha256": weights, "machine": machine()})
     accelerator, tokenizer, task = make_accelerator(config), load_tokenizer(config), load_task(config)
+    if accelerator.num_processes > 1:
+        raise GradeError("grade variance runs in one process: start it without torchrun or accelerate.")
     policy = load_policy(largest, tokenizer, accelerator.device)
     reward = load_reward(config, policy, task)
     if checkpoint is not None:
@@ -78,7 +85,9 @@ def run_variance(config: Config, checkpoint: Optional[Path] = None) -> dict:
                 if _complete(laboratory, here):
                     continue
                 fresh = _measured(laboratory, names, stop)
-                payload["rows"] = [row for row in payload["rows"] if row not in here or not fresh] + fresh
+                if len(fresh) < len(here) or _fewest(fresh) < _fewest(here):
+                    fresh = here  # stopped earlier than before
+                payload["rows"] = [row for row in payload["rows"] if row not in here] + fresh
                 write_evaluations(path, payload)
                 (folder / "variance.md").write_text(document(payload), encoding="utf-8")
                 if stop.asked:
@@ -99,7 +108,13 @@ def _measured(laboratory: Laboratory, names: List[str], stop: StopRequest) -> Li
         with counting(f"{title}: reference", laboratory.reference_draws) as tick:
             reference = laboratory.reference(lambda: stop.asked, tick)
         found[Estimate("reference")] = reference
-    return [_row(laboratory, key, draws, reference) for key, draws in found.items() if draws.taken > 1]
+    rows = (_row(laboratory, key, draws, reference) for key, draws in found.items())
+    return [row for row in rows if row is not None]
+
+
+def _fewest(rows: List[dict]) -> int:
+    """Draws of the row that has the fewest."""
+    return min((row["draws"] for row in rows), default=0)
 
 
 def _judges(laboratory: Laboratory) -> bool:
@@ -117,17 +132,29 @@ def _complete(laboratory: Laboratory, rows: List[dict]) -> bool:
     )
 
 
-def _row(laboratory: Laboratory, key: Estimate, draws: Draws, reference: Optional[Draws]) -> dict:
+def _row(laboratory: Laboratory, key: Estimate, draws: Draws, reference: Optional[Draws]) -> Optional[dict]:
+    """None of too few draws to say anything."""
     spread = draws.spread()
+    if spread is None:
+        return None
     row = {
         **key._asdict(), "length": laboratory.length, "top_k": laboratory.top_k, **asdict(spread),
-        "relative_variance": spread.relative_variance, "snr_per_sample": spread.snr_per_sample,
-        "snr_per_second": spread.snr_per_second,
+        "relative_variance": spread.relative_variance, "snr_per_second": spread.snr_per_second,
+        "relative_variance_interval": spread.relative_variance_interval,
     }
-    if reference is None or key.method == "reference" or reference.taken < reference.count:
-        return {**row, "verdict": "the reference" if key.method == "reference" else "not judged"}
-    same_scale = method_named(laboratory.config.method, key.method).name not in _RESCALED
+    if key.method == "reference":
+        return {**row, "verdict": f"the reference; its norm is known to ±{norm_error(draws.means()):.0%}"}
+    if reference is None or reference.taken < reference.count:
+        return {**row, "verdict": "not judged"}
+    same_scale = not _rescales(method_named(laboratory.config.method, key.method))
     return {**row, **asdict(agreement(draws.means(), reference.means(), same_scale=same_scale))}
+
+
+def _rescales(method: MethodConfig) -> bool:
+    """Whether its gradient has a length of its own, by normalised advantages or, in GRPO's token form, others."""
+    if method.name == "grpo":
+        return method.grpo.advantage_scale == "std" or method.grpo.level == "token"
+    return method.name == "ppo"
 
 
 def _relevant(config: Config) -> Config:
@@ -155,7 +182,7 @@ def _kept(path: Path, identity: dict) -> dict:
     Raises:
         GradeError: the file holds other measurements.
     """
-    fresh = {**identity, "machine": machine(), "rows": []}
+    fresh = {**identity, "rows": []}
     if not path.is_file():
         return fresh
     try:
@@ -165,7 +192,7 @@ def _kept(path: Path, identity: dict) -> dict:
         raise GradeError(f"{path} cannot be read ({error}). Delete it, or measure under another --name.") from error
     if not same:
         raise GradeError(
-            f"{path} holds measurements of other settings or of another checkpoint. Delete it, or measure under "
-            "another --name."
+            f"{path} holds measurements of other settings, another checkpoint or another machine. Delete it, or "
+            "measure under another --name."
         )
     return kept

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Optional
+from typing import Optional
 
 from rich import box
 from rich.table import Table
@@ -12,18 +12,20 @@ from grade.machine import machine_line
 # Key of a row's number, title, format.
 _COLUMNS = (
     ("mean_norm", "norm of mean", ".3g"), ("trace", "variance", ".3g"),
-    ("relative_variance", "relative variance", ".3g"),
-    ("snr_per_sample", "SNR / sample", ".2e"), ("snr_per_second", "SNR / s", ".2e"),
-    ("seconds_per_sample", "s / sample", ".3f"), ("bias", "bias", ".2f"),
-    ("scale", "scale", ".2f"), ("cosine", "cosine", ".2f"),
+    ("relative_variance", "relative variance", ".3g"), ("snr_per_sample", "SNR / sample", ".2e"),
+    ("snr_per_second", "SNR / s", ".2e"), ("seconds_per_sample", "s / sample", ".3f"), ("bias", "bias", ".2f"),
+    ("scale", "scale", ".2f"), ("cosine", "cosine", ".2f"), ("tensor_norm_std", "std of tensor norms", ".2g"),
 )
-_NARROW = ("relative_variance", "snr_per_sample", "snr_per_second", "scale", "cosine")
+_NARROW = ("relative_variance", "snr_per_second", "scale", "cosine", "tensor_norm_std")
 NOTES = (
-    "norm of mean: of the mean gradient, noise included. variance: trace of the covariance of a single response's "
-    "gradient. relative variance: that over the squared norm of the expected gradient, noise taken out (none: no "
-    "signal stands out of the noise). SNR: its inverse, per response and per second of sampling and differentiating "
-    "alone, in batches of a draw. bias: ‖E g − reference‖ / ‖reference‖, with a 95 % interval, noise taken out; cosine "
-    "likewise; scale: length of the part along the reference, over the reference's."
+    "norm of mean: of the mean gradient, noise included. variance: trace of the covariance of a draw, times its "
+    "responses. relative variance: that over the squared norm of the expected gradient, noise taken out (above a "
+    "number: no signal stands out of the noise). SNR: its inverse, per response and per second of sampling and "
+    "differentiating alone, in batches of a draw. bias: ‖E g − reference‖ / ‖reference‖, noise taken out; scale: "
+    "length of the part along the reference, over the reference's; cosine: with it. Brackets: 95 % intervals. std of "
+    "tensor norms: standard deviation over parameter tensors of their gradients' norms, mean over draws, which the "
+    "published code calls gradient variance. All responses have one length: what choosing end-of-sequence does is not "
+    "in here."
 )
 
 
@@ -31,23 +33,19 @@ def document(payload: dict) -> str:
     """variance.json as Markdown."""
     variance = payload["config"]["variance"]
     parts = [
-        f"Draws of {variance['responses']} responses to one prompt, seed {variance['seed']}; "
+        f"Draws of {variance['responses']} responses, {variance['samples_per_prompt']} to a prompt, seed "
+        f"{variance['seed']}; "
         + ("the adapter's initial state." if payload["adapter_sha256"] is None else "a trained adapter."),
     ]
     for (length, top_k), rows in _groups(payload).items():
-        titles = ["estimator", "draws", *(title for _, title, _ in _COLUMNS), "verdict", "std of tensor norms"]
+        titles = ["estimator", "draws", *(title for _, title, _ in _COLUMNS), "verdict"]
         lines = [f"## {length} tokens, {top_k} candidates", "", "| " + " | ".join(titles) + " |",
                  "|---|" + "---:|" * (len(titles) - 1)]
         for row in rows:
-            cells = [name_of(row), str(row["draws"]), *(_cell(row, key, form) for key, _, form in _COLUMNS)]
-            lines.append("| " + " | ".join([*cells, row["verdict"], f"{row['tensor_norm_std']:.3g}"]) + " |")
+            cells = (_cell(row, key, form) for key, _, form in _COLUMNS)
+            lines.append("| " + " | ".join([name_of(row), str(row["draws"]), *cells, row["verdict"]]) + " |")
         parts.append("\n".join(lines))
-    parts.append(
-        f"{NOTES} std of tensor norms: standard deviation over parameter tensors of their gradients' norms, mean over "
-        "draws, which the published code calls gradient variance."
-    )
-    parts.append(machine_line(payload["machine"]))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, NOTES, machine_line(payload["machine"])]) + "\n"
 
 
 def rich_table(payload: dict) -> Table:
@@ -85,7 +83,9 @@ def _groups(payload: dict) -> dict:
 
 def _cell(row: dict, key: str, form: str) -> str:
     value: Optional[float] = row.get(key)
+    low, high = row.get(f"{key}_interval") or (None, None)
     if value is None:
-        return "none" if key == "relative_variance" else "–"
-    interval: Optional[List[float]] = row.get(f"{key}_interval")
-    return f"{value:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
+        return "–" if low is None else f"> {low:{form}}"
+    if low is None:
+        return f"{value:{form}}"
+    return f"{value:{form}} [{low:{form}}, {'∞' if high is None else format(high, form)}]"

@@ -133,9 +133,10 @@ def test_reads_a_pipe_as_steps_need_it(sourced, tmp_path):
     engine.join()
 
 
-GOOD = {"prompt": [5, 6], "response": [7, 8, 9]}
+GOOD = {"prompt": [5, 6], "response": [7, 8, 9, 10, 7, 8, 9, 10]}
 BAD = {
-    "not JSON": ("{", "line 1 of .* is not of the form"),
+    "binary": (b"\xff\xfe\x00", "cannot be read as text"),
+    "not JSON": (b"{", "line 1 of .* is not of the form"),
     "no response": ({"prompt": [5]}, "is not of the form"),
     "a list": ([1], "is not of the form"),
     "text": ({"prompt": "five", "response": [7]}, "its prompt is not a list of one or more token ids"),
@@ -144,6 +145,7 @@ BAD = {
     "an unknown id": ({"prompt": [5], "response": [10**6]}, "has the id 1000000, which the tokenizer of"),
     "a negative id": ({"prompt": [-1], "response": [7]}, "has the id -1"),
     "too long": ({"prompt": [5], "response": [7] * 9}, "has 9 tokens, generation.max_new_tokens is 8"),
+    "no end": ({"prompt": [5], "response": [7, 8]}, "stops after 2 tokens without an end, before .*max_new_tokens=8"),
     "a long prompt": ({"prompt": [5] * 13, "response": [7]}, "has 13 tokens, task.prompt_max_tokens is 12"),
 }
 
@@ -152,7 +154,7 @@ BAD = {
 def test_bad_lines_are_refused_before_work(sourced, tmp_path, case):
     line, message = BAD[case]
     path = tmp_path / "ids.jsonl"
-    path.write_text(line if isinstance(line, str) else json.dumps(line), encoding="utf-8")
+    path.write_bytes(line if isinstance(line, bytes) else json.dumps(line).encode())
     with pytest.raises(GradeError, match=message):
         trainer_of(with_source(sourced, path))
 

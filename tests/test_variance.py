@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -18,9 +19,9 @@ from grade.variance import run_variance
 from grade.variance_text import document, name_of
 
 
-def drawn(mean: torch.Tensor, deviation: float, count: int, *, seed: int, batch: int = 1, blocks: int = 10) -> Draws:
+def drawn(mean: torch.Tensor, deviation: float, count: int, *, seed: int, batch: int = 1) -> Draws:
     """Draws N(mean, deviation² / batch), cut into two parameter tensors."""
-    generator, draws = torch.Generator().manual_seed(seed), Draws(count, batch, blocks)
+    generator, draws = torch.Generator().manual_seed(seed), Draws(count, batch)
     for _ in range(count):
         noise = torch.randn(len(mean), generator=generator, dtype=torch.float64)
         vector = mean + noise * deviation / batch**0.5
@@ -32,34 +33,58 @@ MEAN = torch.tensor([3.0, 0.0, 4.0, 0.0, 0.0], dtype=torch.float64)  # of norm 5
 
 
 def test_spread_of_hand_computed_draws():
-    draws = Draws(2, batch=4, blocks=2)
-    draws.add([torch.tensor([1.0, 0.0]), torch.tensor([2.0])], seconds=1.0)
-    draws.add([torch.tensor([3.0, 0.0]), torch.tensor([2.0])], seconds=3.0)
+    draws = Draws(3, batch=4)
+    for first, seconds in ((1.0, 1.0), (2.0, 2.0), (3.0, 3.0)):
+        draws.add([torch.tensor([first, 0.0]), torch.tensor([2.0])], seconds)
     spread = draws.spread()
     assert spread.mean_norm == pytest.approx(8**0.5)  # of (2, 0, 2)
-    assert spread.trace == pytest.approx(4 * 2.0)  # the entry 1, 3 has variance 2; four responses a draw
-    assert spread.squared_signal == pytest.approx(8 - 2.0 / 2)
-    assert spread.relative_variance == pytest.approx(8 / 7)
-    assert spread.snr_per_sample == pytest.approx(7 / 8)
-    assert spread.seconds_per_sample == pytest.approx(4.0 / 8)
-    assert spread.snr_per_second == pytest.approx(7 / 8 / 0.5)
-    norms = [(1.0, 2.0), (3.0, 2.0)]  # of the two tensors, draw by draw
-    assert spread.tensor_norm_std == pytest.approx(sum(abs(a - b) / 2**0.5 for a, b in norms) / 2)
+    assert spread.trace == pytest.approx(4 * 1.0)  # the entry 1, 2, 3 has variance 1; four responses a draw
+    signal = ((1 * 2 + 1 * 3 + 2 * 3) + 3 * 2.0**2) / 3  # products of different draws
+    assert spread.snr_per_sample == pytest.approx(signal / 4)
+    assert spread.seconds_per_sample == pytest.approx(6.0 / 12)
+    left_out = [((2 * 3 + 4) / (4 * 0.5)), ((1 * 3 + 4) / (4 * 2.0)), ((1 * 2 + 4) / (4 * 0.5))]  # pairs that stay
+    mean = sum(left_out) / 3
+    error = (2 / 3 * sum((value - mean) ** 2 for value in left_out)) ** 0.5
+    assert spread.snr_per_sample_interval[1] == pytest.approx(signal / 4 + 4.302652729911275 * error)
+    assert spread.snr_per_sample_interval[0] == 0 and spread.relative_variance is None  # three draws say little
+    assert spread.relative_variance_interval == (pytest.approx(1 / (signal / 4 + 4.302652729911275 * error)), None)
+    norms = [(1.0, 2.0), (2.0, 2.0), (3.0, 2.0)]  # of the two tensors, draw by draw
+    assert spread.tensor_norm_std == pytest.approx(sum(abs(a - b) / 2**0.5 for a, b in norms) / 3)
 
 
 def test_spread_finds_variance_and_signal_whatever_the_batch():
     for batch in (1, 8):
         spread = drawn(MEAN, 2.0, 4000, seed=1, batch=batch).spread()
         assert spread.trace == pytest.approx(5 * 2.0**2, rel=0.05)
-        assert spread.squared_signal == pytest.approx(25, rel=0.05)
+        assert spread.snr_per_sample == pytest.approx(25 / 20, rel=0.07)
+        assert spread.relative_variance_interval[0] < 20 / 25 < spread.relative_variance_interval[1]
+        assert spread.snr_per_second == pytest.approx(spread.snr_per_sample / (0.5 / batch))
 
 
 def test_no_signal_has_no_relative_variance():
-    """Half of pure noise has a negative squared signal; none of it is called a signal-to-noise ratio."""
+    """Of pure noise hardly any is called a signal, and the bound below its variance is what the draws allow."""
     spreads = [drawn(MEAN * 0, 1.0, 50, seed=seed).spread() for seed in range(20)]
-    negative = [s for s in spreads if s.squared_signal < 0]
-    assert 4 <= len(negative) <= 16
-    assert all(s.relative_variance is None and s.snr_per_sample == 0 for s in negative)
+    assert sum(s.relative_variance is None for s in spreads) >= 18
+    bounds = [s.relative_variance_interval[0] for s in spreads if s.relative_variance_interval[0] is not None]
+    assert all(bound > 5 for bound in bounds)  # 50 draws of noise: a signal above 1/5 of it would have been seen
+
+
+def test_a_dead_estimator_has_neither_signal_nor_variance():
+    draws = Draws(10, 4)
+    for _ in range(10):
+        draws.add([torch.zeros(2), torch.zeros(3)], 1.0)
+    spread = draws.spread()
+    assert spread.trace == spread.snr_per_sample == 0 and spread.relative_variance is None
+
+
+def test_a_weak_signal_is_not_made_strong():
+    """A relative variance of 5e4 cannot be found with 64 draws of 4: no figure, and a bound that the truth respects."""
+    mean = torch.ones(40, dtype=torch.float64)
+    for seed in range(10):
+        spread = drawn(mean, (5e4) ** 0.5, 64, seed=seed, batch=4).spread()
+        low, high = spread.relative_variance_interval
+        assert low is None or low < 5e4 or spread.relative_variance is None
+        assert high is None or high > 5e3
 
 
 def test_agreement_of_an_unbiased_estimator_is_not_spoilt_by_noise():
@@ -95,6 +120,12 @@ def test_a_noisy_reference_judges_nothing():
     assert found.verdict == "reference too noisy to judge" and found.bias is None and found.cosine is None
 
 
+def test_too_few_blocks_are_refused():
+    with pytest.raises(ValueError, match="three blocks"):
+        agreement(torch.ones(2, 5), torch.ones(10, 5))
+    assert drawn(MEAN, 1.0, 2, seed=1).spread() is None
+
+
 def test_intervals_cover():
     """The true relative bias 0.4 lies inside 95 % intervals in at least 17 of 20 repetitions."""
     inside = 0
@@ -109,7 +140,8 @@ def test_intervals_cover():
 def lab_config(tiny_config):  # noqa: F811
     variance = VarianceConfig(
         methods=["grade-ste", "grade", "reinforce", "rloo", "grpo", "ppo"], estimators=["gumbel", "rao"],
-        taus=[2.0, 0.5], hops=[0, 3], lengths=[4], draws=10, responses=4, warmup_draws=2, reference_responses=640,
+        taus=[2.0, 0.5], hops=[0, 3], lengths=[4], draws=10, responses=4, samples_per_prompt=2, warmup_draws=2,
+        reference_responses=640,
     )
     return replace(tiny_config, variance=variance)
 
@@ -117,17 +149,14 @@ def lab_config(tiny_config):  # noqa: F811
 def test_measures_every_method(lab_config, capsys):
     payload = run_variance(lab_config)
     rows = {name_of(row): row for row in payload["rows"]}
-    assert len(rows) == 2 * 2 * 3 + 2 * 3 + 4 + 1
+    assert len(rows) == 2 * 2 * 2 + 2 * 2 + 4 + 1  # three hops are all there are: converged
     for row in rows.values():
         assert math.isfinite(row["trace"]) and row["trace"] > 0 and row["seconds_per_sample"] > 0
         assert row["draws"] == 10 or row["method"] == "reference"
-    for method in ("grade-ste", "grade"):  # four tokens: three hops are all there are, exactly
+    for method in ("grade-ste", "grade"):
         for tau in ("2", "0.5"):
-            capped, converged = (
-                rows[f"{method} gumbel, τ {tau}, {hops}"]["trace"] for hops in ("3 hops", CONVERGED)
-            )
-            assert capped == pytest.approx(converged, rel=0.02)  # hop_tol 1e-2
-            assert rows[f"{method} gumbel, τ {tau}, 0 hops"]["trace"] != pytest.approx(capped, rel=1e-4)
+            none, converged = (rows[f"{method} gumbel, τ {tau}, {hops}"]["trace"] for hops in ("0 hops", CONVERGED))
+            assert none != pytest.approx(converged, rel=1e-4)
     assert rows["grade-ste rao, τ 0.5, converged"]["trace"] < rows["grade-ste gumbel, τ 0.5, converged"]["trace"]
     assert rows["grpo"]["bias"] is None and rows["grpo"]["verdict"] != "not judged"
     folder = lab_config.output_dir + "/variance-tiny"
@@ -138,7 +167,7 @@ def test_measures_every_method(lab_config, capsys):
 
     again = run_variance(lab_config)  # nothing is missing: nothing is measured
     assert again["rows"] == written
-    with pytest.raises(GradeError, match="other settings or of another checkpoint"):
+    with pytest.raises(GradeError, match="other settings, another checkpoint"):
         run_variance(replace(lab_config, variance=replace(lab_config.variance, seed=7)))
 
 
@@ -150,6 +179,8 @@ def test_measures_every_method(lab_config, capsys):
         ({"hops": [-1]}, "variance.hops"),
         ({"lengths": [0]}, "variance.lengths"),
         ({"draws": 2}, "variance.draws is 2: it must be at least 10"),
+        ({"responses": 5}, "variance.responses .5. is not a multiple of variance.samples_per_prompt"),
+        ({"reference_responses": 100}, "variance.reference_responses is 100: too few to judge by"),
         ({"methods": ["dpo"]}, "variance.methods is .*names of grade-ste"),
     ],
 )
@@ -161,3 +192,35 @@ def test_bad_settings_are_refused(lab_config, changes, message):
 def test_a_folder_without_an_adapter_is_refused(lab_config, tmp_path):
     with pytest.raises(GradeError, match="holds no adapter"):
         run_variance(lab_config, tmp_path)
+
+
+def test_stopping_keeps_the_draws_so_far(lab_config, monkeypatch):
+    """Stopped after six draws, the rows say six; a stop that comes earlier does not take their place."""
+    from grade import interrupt, variance
+
+    def stopped_after(draws):
+        request = interrupt.StopRequest()
+        made = []
+
+        def tick():
+            made.append(1)
+            request.asked = len(made) >= draws + lab_config.variance.warmup_draws
+
+        monkeypatch.setattr(variance, "stop_between_steps", lambda: nullcontext(request))
+        monkeypatch.setattr(variance, "counting", lambda title, total: nullcontext(tick))
+        with pytest.raises(KeyboardInterrupt):
+            run_variance(replace(lab_config, name="stopped"))
+        return json.load(open(lab_config.output_dir + "/variance-stopped/variance.json"))["rows"]
+
+    rows = stopped_after(6)
+    assert {row["draws"] for row in rows} == {6} and {row["verdict"] for row in rows} == {"not judged"}
+    assert stopped_after(4) == rows
+
+
+def test_tasks_that_must_end_are_refused(lab_config):
+    config = replace(
+        lab_config, task=replace(lab_config.task, name="countdown"),
+        method=replace(lab_config.method, name="reinforce"),
+    )
+    with pytest.raises(GradeError, match="an answer to it must end by itself"):
+        run_variance(config)

@@ -1,0 +1,56 @@
+"""Figures of the variance laboratory: a measure over the temperature, a line per estimator."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Sequence
+
+from matplotlib.figure import Figure
+
+from grade.report.style import add_legend, method_colour, new_axes
+
+# Okabe and Ito's colours again: rules are told apart as methods are, and by their markers.
+_RULES = {
+    "gumbel": ("#0072B2", "o"), "rao": ("#009E73", "s"), "straight_through": ("#D55E00", "^"),
+    "reinmax": ("#CC79A7", "D"),
+}
+_SOFT = ("#E69F00", "v")
+_LEVELS = ("-.", ":", (0, (1, 3)), (0, (5, 3)))
+
+
+def against_tau(rows: Sequence[dict], key: str, title: str, ylabel: str, *, log: bool) -> Figure:
+    """Lines over τ of the rules of grade-ste and of soft grade, solid after all hops and dotted after none; level lines
+    of methods that have no temperature. `rows` all have `key`."""
+    figure, axes = new_axes(title, "temperature τ", ylabel, height=3.6)
+    for (label, hops), points in _lines(rows, key).items():
+        colour, marker = _SOFT if label == "grade" else _RULES.get(label, ("#888888", "x"))
+        tau, values = zip(*sorted(points), strict=True)
+        first = hops == 0
+        axes.plot(
+            tau, values, color=colour, marker=marker, markersize=5, linewidth=1.4, linestyle=":" if first else "-",
+            markerfacecolor="none" if first else colour, label=f"{label}, no hops" if first else label,
+        )
+    levels = [row for row in rows if row.get("tau") is None]
+    for place, row in enumerate(levels):
+        axes.axhline(
+            row[key], color=method_colour(row["method"]), linestyle=_LEVELS[place % len(_LEVELS)],
+            linewidth=1.2, label=row["method"],
+        )
+    if log:
+        axes.set(xscale="log", yscale="log")
+    else:
+        axes.set(xscale="log")
+    taus = sorted({row["tau"] for row in rows if row.get("tau") is not None})
+    axes.set_xticks(taus, [f"{tau:g}" for tau in taus], minor=False)
+    axes.set_xticks([], minor=True)
+    add_legend(figure, axes)
+    return figure
+
+
+def _lines(rows: Sequence[dict], key: str) -> Dict[tuple, List[tuple]]:
+    """(rule or "grade", hops) -> (τ, value), for no hops and all of them."""
+    lines: Dict[tuple, List[tuple]] = {}
+    for row in rows:
+        if row.get("tau") is not None and row.get("hops") in (0, "converged"):
+            label = row["estimator"] if row["method"] == "grade-ste" else row["method"]
+            lines.setdefault((label, row["hops"]), []).append((row["tau"], row[key]))
+    return lines

@@ -1,0 +1,58 @@
+"""What a section of the page is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import List, Union
+
+from matplotlib.figure import Figure
+
+from grade.report.tables import Table
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph. `kind` is "text", "note" (something is missing) or "warning" (something would mislead)."""
+
+    text: str
+    kind: str = "text"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure; `caption` says what is shown, of how many seeds, and what bands and bars mean; `alt` is what a reader
+    who cannot see it is told."""
+
+    name: str
+    figure: Figure
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Html:
+    """Markup whose texts are escaped already, with the table of all of it for CSV and LaTeX."""
+
+    html: str
+    table: Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with an anchor, and what stands below it."""
+
+    anchor: str
+    title: str
+    parts: List[Union[Text, Drawing, Table, Html]] = field(default_factory=list)
+
+    def text(self, text: str) -> None:
+        self.parts.append(Text(text))
+
+    def note(self, text: str) -> None:
+        self.parts.append(Text(text, "note"))
+
+    def warn(self, text: str) -> None:
+        self.parts.append(Text(text, "warning"))
+
+    def add(self, part: Union[Drawing, Table, Html]) -> None:
+        self.parts.append(part)

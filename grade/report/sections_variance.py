@@ -1,0 +1,75 @@
+"""The variance laboratory's measurements: estimators at one policy, in the section on gradients."""
+
+from __future__ import annotations
+
+from typing import List
+
+from grade.report.data import Study
+from grade.report.figures_variance import against_tau
+from grade.report.measures import number
+from grade.report.parts import Drawing, Section
+from grade.report.tables import Column, Table
+from grade.variance_text import NOTES, name_of
+
+_COLUMNS = (
+    ("length", "tokens", 0), ("top_k", "top_k", 0), ("draws", "draws", 0), ("mean_norm", "norm of the mean", 4),
+    ("trace", "trace of the covariance", 4), ("relative_variance", "relative variance", 2),
+    ("relative_variance_interval", "relative variance, 95% interval", 2),
+    ("snr_per_sample", "SNR per sample", 4), ("snr_per_second", "SNR per second", 4),
+    ("seconds_per_sample", "seconds per sample", 4), ("cosine", "cosine", 3),
+    ("cosine_interval", "cosine, 95% interval", 3), ("bias", "relative bias", 2),
+    ("bias_interval", "relative bias, 95% interval", 2), ("scale", "scale", 2),
+    ("tensor_norm_std", "spread of tensor norms", 4), ("verdict", "verdict", 0),
+)
+# Key, title of the figure, of its axis, logarithmic.
+_FIGURES = (
+    ("relative_variance", "Variance of the estimators", "relative variance", True),
+    ("snr_per_second", "Signal to noise", "signal-to-noise ratio per second", True),
+    ("cosine", "Direction of the estimators", "cosine with the unbiased reference", False),
+)
+
+
+def variance(study: Study, section: Section) -> None:
+    """Add figures and the table of variance.json, or a note that there is none."""
+    rows = [row for row in study.variance.get("rows", []) if isinstance(row, dict) and "method" in row]
+    if not rows:
+        section.note(
+            "Estimator variance: no measurements of `grade variance` here. The norm over time does not show it: that "
+            "changes with the policy."
+        )
+        return
+    batch = study.variance.get("config", {}).get("variance", {}).get("responses")
+    note = "One policy, repeated draws" + (f" of {batch} responses to one prompt. " if batch else ". ")
+    for length, top_k in dict.fromkeys((row.get("length"), row.get("top_k")) for row in rows):
+        measured = [row for row in rows if (row.get("length"), row.get("top_k")) == (length, top_k)]
+        parts = [f"{n} {what}" for n, what in ((length, "tokens"), (top_k, "candidates")) if n is not None]
+        suffix = "_".join(str(n) for n in (length, top_k) if n is not None)
+        _figures(section, measured, ", ".join(parts), suffix, note)
+    columns = [c for c in _COLUMNS if any(row.get(c[0]) is not None for row in rows)]
+    section.add(Table(
+        "estimator_variance", note + NOTES,
+        [Column("estimator"), *(Column(title, digits) for _, title, digits in columns)],
+        [[name_of(row), *(_cell(row.get(key)) for key, _, _ in columns)] for row in rows],
+    ))
+
+
+def _figures(section: Section, rows: List[dict], where: str, suffix: str, note: str) -> None:
+    for key, title, axis, log in _FIGURES:
+        known = [row for row in rows if (value := number(row, key)) is not None and (value > 0 or not log)]
+        if not known:
+            section.note(f"{where}: no {axis}.")
+            continue
+        without = [name_of(row) for row in rows if row not in known]
+        section.add(Drawing(
+            f"estimator_{key}_{suffix}", against_tau(known, key, title, f"{axis}, {where}", log=log),
+            f"{note}{axis[0].upper()}{axis[1:]} of a response's gradient, {where}; solid: all hops, dotted: none; "
+            "level: methods without a temperature." + (f" None for {', '.join(without)}." if without else ""),
+            f"{title}: " + ", ".join(f"{name_of(row)} {row[key]:.3g}" for row in known) + ".",
+        ))
+
+
+def _cell(value):
+    """JSON's list of two numbers is an interval."""
+    if not isinstance(value, list):
+        return value
+    return tuple(value) if None not in value else None if value[0] is None else f"above {value[0]:.3g}"

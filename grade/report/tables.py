@@ -1,0 +1,139 @@
+"""One table, written as HTML for the page, as CSV with all digits, and as LaTeX (booktabs)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from html import escape
+from typing import List, Sequence, Tuple, Union
+
+from grade.report.statistics import Estimate
+
+Cell = Union[None, str, int, float, Estimate, Tuple[float, float]]
+"""Nothing, text, a count, a number, a mean over seeds, or an interval."""
+NOTHING = "–"
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "�": "?", "±": r"$\pm$", "−": "$-$", "–": "--", "…": r"\dots{}", "→": r"$\to$", "≥": r"$\geq$",
+    "×": r"$\times$", "‖": r"$\|$", "·": r"$\cdot$", "τ": r"$\tau$", "\n": " ", "\r": " ", "\t": " ",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """Title with its unit, and digits after the point of its numbers."""
+
+    title: str
+    digits: int = 3
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under columns. `name` is that of its files; `caption` says what is shown, and may be empty."""
+
+    name: str
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+
+    def __post_init__(self) -> None:
+        wrong = [row for row in self.rows if len(row) != len(self.columns)]
+        if wrong:
+            raise ValueError(f"table {self.name}: a row of {len(wrong[0])} cells, {len(self.columns)} columns.")
+
+    def html(self) -> str:
+        """A table that scrolls by itself where it is wider than the page."""
+        head = "".join(
+            f'<th scope="col" class="{"text" if text else "number"}">{escape(column.title)}</th>'
+            for column, text in zip(self.columns, self._are_texts(), strict=True)
+        )
+        rows = "".join(f"<tr>{''.join(self._html_cells(row))}</tr>" for row in self.rows)
+        # Not a <caption>: that would be as wide as the table, and scroll out of sight with it.
+        caption = f'<p class="caption">{escape(self.caption)}</p>' if self.caption else ""
+        return (
+            f'{caption}<div class="scroll" role="region" tabindex="0" aria-label="table {escape(self.name)}">'
+            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        )
+
+    def _html_cells(self, row: Sequence[Cell]) -> List[str]:
+        texts = [escape(text) for text in self.texts(row)]
+        kinds = ["number" if not isinstance(cell, str) else "text" if len(cell) < 32 else "text long" for cell in row]
+        return [f'<th scope="row">{texts[0]}</th>'] + [
+            f'<td class="{kind}">{text}</td>' for kind, text in zip(kinds[1:], texts[1:], strict=True)
+        ]
+
+    def csv(self) -> str:
+        """All digits; a mean's standard error and an interval's upper end in columns of their own."""
+        kinds = [self._kind(i) for i in range(len(self.columns))]
+        titles: List[str] = []
+        for column, kind in zip(self.columns, kinds, strict=True):
+            further = {Estimate: [f"{column.title}, standard error"], tuple: [f"{column.title}, upper"]}
+            titles += [column.title, *further.get(kind, [])]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(titles)
+        for row in self.rows:
+            writer.writerow(sum((_values(cell, kind) for cell, kind in zip(row, kinds, strict=True)), []))
+        return text.getvalue()
+
+    def _are_texts(self) -> List[bool]:
+        """By column, whether it holds text alone."""
+        return [all(isinstance(row[i], (str, type(None))) for row in self.rows) for i in range(len(self.columns))]
+
+    def _kind(self, column: int) -> type:
+        kinds = {type(row[column]) for row in self.rows}
+        return next((kind for kind in (Estimate, tuple) if kind in kinds), object)
+
+    def latex(self) -> str:
+        """A tabular for \\input: text to the left, in a paragraph where it is long; numbers to the right."""
+        kinds = ["r" if not text else "l" for text in self._are_texts()]
+        for i in range(len(self.columns)):
+            if any(isinstance(row[i], str) and len(row[i]) > 40 for row in self.rows):
+                kinds[i] = r"p{0.25\textwidth}"
+        lines = [" & ".join(latex(column.title) for column in self.columns)]
+        lines += [" & ".join(latex(text) for text in self.texts(row)) for row in self.rows]
+        head, body = lines[0] + r" \\", [line + r" \\" for line in lines[1:]]
+        return "\n".join([
+            "% needs \\usepackage{booktabs}", f"% {' '.join(self.caption.split())}",
+            f"\\begin{{tabular}}{{{''.join(kinds)}}}", r"\toprule", head, r"\midrule",
+            *body, r"\bottomrule", r"\end{tabular}", "",
+        ])
+
+    def texts(self, row: Sequence[Cell]) -> List[str]:
+        """The cells of a row as people read them."""
+        return [_text(cell, column.digits) for cell, column in zip(row, self.columns, strict=True)]
+
+
+def _text(cell: Cell, digits: int) -> str:
+    if cell is None:
+        return NOTHING
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, Estimate):
+        stderr = NOTHING if cell.stderr is None else rounded(cell.stderr, digits)
+        return f"{rounded(cell.mean, digits)} ± {stderr}"
+    if isinstance(cell, tuple):
+        return f"{rounded(cell[0], digits)} to {rounded(cell[1], digits)}"
+    return f"{cell:,}" if isinstance(cell, int) else rounded(cell, digits)
+
+
+def rounded(value: float, digits: int) -> str:
+    """To `digits` after the point; a small number that would become 0 to two figures that count."""
+    if value and abs(value) < 0.5 * 10**-digits:
+        return f"{value:.1e}".replace("-", "−")
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def _values(cell: Cell, kind: type) -> List[object]:
+    if isinstance(cell, Estimate):
+        return [cell.mean, cell.stderr]
+    if isinstance(cell, tuple):
+        return list(cell)
+    return [cell] if kind is object else [cell, None]
+
+
+def latex(text: str) -> str:
+    """`text` with everything that means something to LaTeX written out."""
+    return "".join(_LATEX.get(character, character) for character in text)
