@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import List, Literal, Optional
+from typing import Dict, List, Literal, Optional
 
 from grade.errors import GradeError
 from grade.method_config import (
@@ -263,6 +263,14 @@ def get_setting(config: Config, dotted: str):
     for part in dotted.split("."):
         value = getattr(value, part)
     return value
+
+
+def flatten(settings: dict, prefix: str = "") -> Dict[str, object]:
+    """{"train": {"steps": 1}} -> {"train.steps": 1}."""
+    flat: Dict[str, object] = {}
+    for name, value in settings.items():
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return flat
 
 
 def validate(config: Config) -> None:

@@ -133,17 +133,15 @@ class RolloutSource:
                 f"{where}: its response has {len(tokens)} tokens, generation.max_new_tokens is "
                 f"{generation.max_new_tokens}. Raise that or cut the response."
             )
-        if len(tokens) < generation.max_new_tokens and (generation.ignore_eos or tokens[-1] not in self._ends):
+        ends = [] if generation.ignore_eos else [i for i, token in enumerate(tokens) if token in self._ends]
+        if ends and ends[0] < len(tokens) - 1:
+            raise GradeError(f"{where}: its response goes on after an end-of-sequence token. Cut it there.")
+        if not ends and len(tokens) < generation.max_new_tokens:
             raise GradeError(
                 f"{where}: its response stops after {len(tokens)} tokens without an end, before "
                 f"generation.max_new_tokens={generation.max_new_tokens}. Sample as many, and keep the end-of-sequence "
                 "token of those that end."
             )
-        if generation.ignore_eos:
-            return
-        ends = [i for i, token in enumerate(tokens) if token in self._ends]
-        if ends and ends[0] < len(tokens) - 1:
-            raise GradeError(f"{where}: its response goes on after an end-of-sequence token. Cut it there.")
         if ends and len(tokens) < generation.min_new_tokens:
             raise GradeError(
                 f"{where}: its response ends after {len(tokens)} tokens, generation.min_new_tokens is "

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Dict
 
 from grade.checkpoint import check_writable, load_state
-from grade.config import Config, GradeError
+from grade.config import Config, GradeError, flatten
 from grade.config_io import config_from_yaml
 from grade.errors import read_json
 from grade.method_config import DIFFERENTIATING
@@ -18,14 +17,6 @@ _MAY_CHANGE_ON_RESUME = {
     "evaluation.samples", "evaluation.batch_size", "generation.batch_size", "method.head_chunk_mib",
     "train.keep_adapters", "task.judge_examples",
 }
-
-
-def flatten(settings: dict, prefix: str = "") -> Dict[str, object]:
-    """{"train": {"steps": 1}} -> {"train.steps": 1}."""
-    flat: Dict[str, object] = {}
-    for name, value in settings.items():
-        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return flat
 
 
 def adapter_folder(run_dir: Path, step: int) -> Path:

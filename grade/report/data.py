@@ -13,6 +13,7 @@ from typing import Dict, List, Optional, Tuple
 
 import yaml
 
+from grade.config import flatten
 from grade.errors import GradeError
 from grade.method_config import COMPARED, VARIANTS
 
@@ -125,14 +126,6 @@ def _variance(folder: Path, runs: List[Run], problems: List[str]) -> dict:
     return next((found for place in places if (found := _json(place / "variance.json", problems))), {})
 
 
-def flat(settings: dict, prefix: str = "") -> Dict[str, object]:
-    """{"train": {"steps": 1}} -> {"train.steps": 1}."""
-    found: Dict[str, object] = {}
-    for name, value in settings.items():
-        found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return found
-
-
 def _run_folders(folder: Path) -> List[Path]:
     return sorted(path.parent for path in folder.glob("*/config.yaml"))
 
@@ -142,7 +135,7 @@ def _run_folders(folder: Path) -> List[Path]:
 
 def _load_run(folder: Path, problems: List[str]) -> Optional[Run]:
     try:
-        config = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        config = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         seed, method = int(config["seed"]), _method(folder.name, config)
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError):
         problems.append(f"{folder.name}/config.yaml is not that of a run.")
