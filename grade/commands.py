@@ -189,7 +189,8 @@ def report(argv: List[str]) -> int:
     output = parser.parse_args(options).output
     from grade.report import run_report
 
-    run_report(Path(positionals[0]), Path(output) if output else None)
+    page = run_report(Path(positionals[0]), Path(output) if output else None)
+    emit(f"Report: {page}\n")
     return 0
 
 

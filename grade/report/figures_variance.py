@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Tuple
 
 from matplotlib.figure import Figure
 
@@ -21,10 +21,14 @@ def against_tau(rows: Sequence[dict], key: str, title: str, ylabel: str, *, log:
     """Lines over τ of the rules of grade-ste and of soft grade, solid after all hops and dotted after none; level lines
     of methods that have no temperature. `rows` all have `key`."""
     figure, axes = new_axes(title, "temperature τ", ylabel, height=3.6)
-    for (label, hops), points in _lines(rows, key).items():
+    lines = _lines(rows, key)
+    for place, ((label, hops), points) in enumerate(lines.items()):
         colour, marker = _SOFT if label == "grade" else _RULES.get(label, ("#888888", "x"))
-        tau, values = zip(*sorted(points), strict=True)
+        tau, values, intervals = zip(*sorted(points), strict=True)
+        tau = [at * 1.02 ** (place - (len(lines) - 1) / 2) for at in tau]  # beside each other, so that bars can be seen
         first = hops == 0
+        for at, (low, high) in zip(tau, intervals, strict=True):
+            axes.plot([at, at], [low, high], color=colour, linewidth=0.9, alpha=0.6)
         axes.plot(
             tau, values, color=colour, marker=marker, markersize=5, linewidth=1.4, linestyle=":" if first else "-",
             markerfacecolor="none" if first else colour, label=f"{label}, no hops" if first else label,
@@ -47,10 +51,16 @@ def against_tau(rows: Sequence[dict], key: str, title: str, ylabel: str, *, log:
 
 
 def _lines(rows: Sequence[dict], key: str) -> Dict[tuple, List[tuple]]:
-    """(rule or "grade", hops) -> (τ, value), for no hops and all of them."""
+    """(rule or "grade", hops) -> (τ, value, interval), for no hops and all of them."""
     lines: Dict[tuple, List[tuple]] = {}
     for row in rows:
         if row.get("tau") is not None and row.get("hops") in (0, "converged"):
             label = row["estimator"] if row["method"] == "grade-ste" else row["method"]
-            lines.setdefault((label, row["hops"]), []).append((row["tau"], row[key]))
+            lines.setdefault((label, row["hops"]), []).append((row["tau"], row[key], _ends(row, key)))
     return lines
+
+
+def _ends(row: dict, key: str) -> Tuple[float, float]:
+    """The interval, or the value twice where an end is missing."""
+    low, high = row.get(f"{key}_interval") or (None, None)
+    return (row[key],) * 2 if low is None or high is None else (low, high)

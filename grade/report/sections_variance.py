@@ -61,9 +61,10 @@ def _figures(section: Section, rows: List[dict], where: str, suffix: str, note: 
             continue
         without = [name_of(row) for row in rows if row not in known]
         section.add(Drawing(
-            f"estimator_{key}_{suffix}", against_tau(known, key, title, f"{axis}, {where}", log=log),
+            f"estimator_{key}_{suffix}", against_tau(known, key, f"{title}\n{where}", axis, log=log),
             f"{note}{axis[0].upper()}{axis[1:]} of a response's gradient, {where}; solid: all hops, dotted: none; "
-            "level: methods without a temperature." + (f" None for {', '.join(without)}." if without else ""),
+            "level: methods without a temperature; bar: 95% interval."
+            + (f" None for {', '.join(without)}." if without else ""),
             f"{title}: " + ", ".join(f"{name_of(row)} {row[key]:.3g}" for row in known) + ".",
         ))
 
