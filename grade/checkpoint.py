@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -95,6 +96,12 @@ def load_adapter(directory: Path, policy: Policy) -> None:
             f"checkpoint {directory} does not fit model.lora: {len(missing)} adapter tensors are missing from it and "
             f"{len(outcome.unexpected_keys)} have no place here. Use the config the run was made with."
         )
+
+
+def adapter_digest(directory: Path) -> Optional[str]:
+    """SHA-256 of a saved adapter's weights, which a folder's name does not tell. None if there are none."""
+    weights = directory / "adapter_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
 
 
 def load_state(directory: Path) -> dict:

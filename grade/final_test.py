@@ -6,7 +6,6 @@ the perplexity of the samples under the base model. Where the reward rises and t
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from rich.console import Console
 
-from grade.checkpoint import load_adapter
+from grade.checkpoint import adapter_digest, load_adapter
 from grade.comparison import BASE, Checkpoint
 from grade.config import Config, GradeError
 from grade.errors import read_json
@@ -54,7 +53,7 @@ def test_checkpoints(
     if kept.get("identity") != identity:
         kept = {"identity": identity, "results": {}}
         write_evaluations(path, kept)  # before a judge of these settings takes the place of those results' own
-    digests = {BASE: None, **{key: _digest(adapter) for key, adapter in adapters.items()}}
+    digests = {BASE: None, **{key: adapter_digest(adapter) for key, adapter in adapters.items()}}
     missing = [
         key for key, digest in digests.items()
         if kept["results"].get(test_key(key), {}).get("adapter_sha256", "none") != digest
@@ -97,12 +96,6 @@ def _identity(config: Config) -> dict:
     for name in ("samples", "batch_size", "every", "validation_prompts"):
         del identity["evaluation"][name]
     return {**identity, "kl_direction": config.method.kl_direction}
-
-
-def _digest(adapter: Path) -> Optional[str]:
-    """SHA-256 of an adapter's weights: a step's name stays when its run is made again. None if there are none."""
-    weights = adapter / "adapter_model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
 
 
 def _numbers(row: dict) -> dict:

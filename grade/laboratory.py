@@ -23,7 +23,7 @@ from torch import Tensor
 from grade.config import Config, RolloutConfig
 from grade.gradient_statistics import Draws
 from grade.method_config import DIFFERENTIATING, method_named
-from grade.methods import Method, kl_weight, make_method
+from grade.methods import Method, make_method
 from grade.model import Policy
 from grade.replay import prepare
 from grade.reward import Reward
@@ -183,13 +183,9 @@ class Laboratory:
         """`_differentiate` for settings that share their responses."""
         method = self._method(name, tau=taus[0])
         start = self._now()
-        rollout, common = self._draw(method, number, self.config.variance.seed), method.config.method
-        tokens, responses = int(rollout.mask.sum()), len(rollout)
-        weight = kl_weight(rollout.mask, common.kl_reduction, common.kl_coef, tokens, responses)
-        prepared = prepare(
-            self.policy, self.reward, rollout, method.settings(0), kl_weight=weight,
-            reward_weight=weight.new_full((responses,), 1.0 / responses),
-        )
+        rollout = self._draw(method, number, self.config.variance.seed)
+        weights = method.loss_weights(rollout, int(rollout.mask.sum()), len(rollout))
+        prepared = prepare(self.policy, self.reward, rollout, method.settings(0), **weights)
         shared = self._now() - start
         for tau in taus:
             for estimator in estimators:

@@ -233,7 +233,7 @@ def solve_hops(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Sum the series of hops, sequence by sequence until each has converged.
 
-    GMRES and block Gauss-Seidel were tried and need as many backward passes (benchmarks/hop_solvers.py).
+    benchmarks/hop_solvers.py counts the backward passes that GMRES and block Gauss-Seidel would need instead.
 
     Args:
         direct: [n, d], g_direct at the real tokens' hidden states.

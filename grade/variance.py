@@ -7,16 +7,15 @@ variance.json is written after each of them, and the same command goes on with w
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import List, Optional
 
 from rich.console import Console
 
-from grade.checkpoint import check_writable, latest, load_adapter
+from grade.checkpoint import adapter_digest, check_writable, latest, load_adapter
 from grade.config import Config, EvaluationConfig, GradeError, default_methods, validate
+from grade.errors import read_json
 from grade.evaluate import write_evaluations
 from grade.gradient_statistics import Draws, agreement, norm_error
 from grade.interrupt import StopRequest, stop_between_steps
@@ -57,7 +56,9 @@ def run_variance(config: Config, checkpoint: Optional[Path] = None) -> dict:
         config.generation, max_new_tokens=max(lengths), min_new_tokens=0, top_k=max(top_ks)
     ))
     folder = Path(config.output_dir) / f"variance-{config.name}"
-    weights = _adapter_digest(checkpoint)
+    weights = None if checkpoint is None else adapter_digest(latest(checkpoint))
+    if checkpoint is not None and weights is None:
+        raise GradeError(f"--checkpoint {checkpoint} holds no adapter (adapter_model.safetensors is missing).")
     if config.task.name in JUDGED_BY_PROGRAM:
         raise GradeError(
             f"task.name={config.task.name}: an answer to it must end by itself to count, and grade variance measures "
@@ -162,35 +163,16 @@ def _relevant(config: Config) -> Config:
     return replace(config, output_dir="", name="", compare=CompareConfig(), evaluation=EvaluationConfig())
 
 
-def _adapter_digest(checkpoint: Optional[Path]) -> Optional[str]:
-    """SHA-256 of the adapter's weights, which a folder's name does not tell.
-
-    Raises:
-        GradeError: there are none.
-    """
-    if checkpoint is None:
-        return None
-    weights = latest(checkpoint) / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise GradeError(f"--checkpoint {checkpoint} holds no adapter ({weights.name} is missing).")
-    return hashlib.sha256(weights.read_bytes()).hexdigest()
-
-
 def _kept(path: Path, identity: dict) -> dict:
     """The payload so far, if it was measured with the same settings and weights, or a new one.
 
     Raises:
-        GradeError: the file holds other measurements.
+        GradeError: the file holds other measurements, or is damaged.
     """
-    fresh = {**identity, "rows": []}
     if not path.is_file():
-        return fresh
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        same = {name: kept[name] for name in identity} == identity
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise GradeError(f"{path} cannot be read ({error}). Delete it, or measure under another --name.") from error
-    if not same:
+        return {**identity, "rows": []}
+    kept = read_json(path, "Delete it, or measure under another --name.", *identity, "rows")
+    if {name: kept[name] for name in identity} != identity:
         raise GradeError(
             f"{path} holds measurements of other settings, another checkpoint or another machine. Delete it, or "
             "measure under another --name."

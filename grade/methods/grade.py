@@ -71,13 +71,16 @@ class Grade(Method):
             micro_batch: B responses.
             total_tokens, total_responses: of the whole step, over micro-batches and processes.
         """
+        weights = self.loss_weights(micro_batch, total_tokens, total_responses)
+        with self._dropout_of(micro_batch, step):
+            return replay(self.policy, self.reward, micro_batch, self.settings(step), **weights)
+
+    def loss_weights(self, micro_batch: Rollout, total_tokens: int, total_responses: int) -> Dict[str, torch.Tensor]:
+        """What each reward and each token's KL counts in the loss, as `grade.replay` takes them."""
         method = self.config.method
         weight = kl_weight(micro_batch.mask, method.kl_reduction, method.kl_coef, total_tokens, total_responses)
         shares = weight.new_full((len(micro_batch),), 1.0 / total_responses)
-        with self._dropout_of(micro_batch, step):
-            return replay(
-                self.policy, self.reward, micro_batch, self.settings(step), reward_weight=shares, kl_weight=weight
-            )
+        return {"reward_weight": shares, "kl_weight": weight}
 
     @contextmanager
     def _dropout_of(self, micro_batch: Rollout, step: int) -> Iterator[None]:
