@@ -7,6 +7,7 @@ variance.json is written after each of them, and the same command goes on with w
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import List, Optional
@@ -144,7 +145,9 @@ def _row(laboratory: Laboratory, key: Estimate, draws: Draws, reference: Optiona
         "relative_variance_interval": spread.relative_variance_interval,
     }
     if key.method == "reference":
-        return {**row, "verdict": f"the reference; its norm is known to ±{norm_error(draws.means()):.0%}"}
+        error = norm_error(draws.means())
+        known = f"is known to ±{error:.0%}" if math.isfinite(error) else "may be 0"
+        return {**row, "verdict": f"the reference; its norm {known}"}
     if reference is None or reference.taken < reference.count:
         return {**row, "verdict": "not judged"}
     same_scale = not _rescales(method_named(laboratory.config.method, key.method))

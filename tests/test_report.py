@@ -21,7 +21,7 @@ from grade.report.parts import Drawing, Html, Section, Text  # noqa: E402
 from grade.report.sections import all_sections  # noqa: E402
 from grade.report.statistics import Estimate  # noqa: E402
 from grade.report.style import _SETTINGS  # noqa: E402
-from grade.report.tables import Table  # noqa: E402
+from grade.report.tables import Column, Table  # noqa: E402
 
 ANCHORS = [
     "summary", "learning", "validation", "gradients", "efficiency", "final", "temperature", "speed", "statistics",
@@ -279,6 +279,14 @@ def test_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(GradeError, match="cannot be written.*Name another folder"):
         write_page("title", [Section("summary", "Summary")], tmp_path / "file")
+
+
+def test_what_an_earlier_page_had_more_is_deleted_and_nothing_else(tmp_path):
+    table = Table("numbers", "", [Column("a")], [[1.0]])
+    write_page("one", [Section("first", "First", [table])], tmp_path)
+    (tmp_path / "tables" / "mine.csv").write_text("1\n")
+    write_page("two", [Section("first", "First", [])], tmp_path)
+    assert [path.name for path in (tmp_path / "tables").iterdir()] == ["mine.csv"]
 
 
 def test_a_title_is_escaped(tmp_path):

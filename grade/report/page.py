@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from pathlib import Path
-from typing import List
+from typing import List, Set
 
 from grade import __version__
 from grade.errors import GradeError
@@ -59,15 +60,20 @@ summary { font-weight: 600; cursor: pointer; }
 def write_page(title: str, sections: List[Section], output: Path) -> Path:
     """Write index.html, figures/NAME.{png,pdf} and tables/NAME.{csv,tex} under `output`; return the page's path.
 
+    Figures and tables that an earlier page there links to, and this one has no more, are deleted.
+
     Raises:
         GradeError: `output` cannot be written.
     """
     try:
         for folder in ("figures", "tables"):
             (output / folder).mkdir(parents=True, exist_ok=True)
-        body = "".join(_section(section, output) for section in sections)
         path = output / "index.html"
+        before = _linked(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else set()
+        body = "".join(_section(section, output) for section in sections)
         path.write_text(_page(title, sections, body), encoding="utf-8")
+        for name in before - _linked(body):
+            (output / name).unlink(missing_ok=True)
     except OSError as error:
         raise GradeError(
             f"--output: {output} cannot be written ({error.strerror or error}). Name another folder."
@@ -122,6 +128,11 @@ def _files(table: Table, output: Path) -> str:
     (output / "tables" / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
     (output / "tables" / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
     return f'<p class="files">{_links("tables", table.name, ("csv", "tex"))}</p>'
+
+
+def _linked(html: str) -> Set[str]:
+    """Files that a page of ours links to, relative to its folder."""
+    return set(re.findall(r'href="((?:figures|tables)/[\w.-]+\.(?:png|pdf|csv|tex))"', html))
 
 
 def _links(folder: str, name: str, kinds) -> str:
