@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from grade.decode_cache import decoding_cache
 from grade.errors import GradeError, first_line
 from grade.probe import probe_embedding, probe_head, probe_passes
 
@@ -122,8 +123,10 @@ class Policy:
         """[...] ids -> [..., d], what the model itself feeds for them."""
         return torch.nn.functional.embedding(ids, self.embedding) * self.embedding_scale
 
-    def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.config.get_text_config())
+    def new_cache(self, capacity: Optional[int] = None) -> DynamicCache:
+        """An empty KV cache. With `capacity` it is written in place: room for as many positions, and no graph."""
+        config = self.config.get_text_config()
+        return DynamicCache(config=config) if capacity is None else decoding_cache(config, capacity)
 
     def hidden(self, embeddings: Tensor, mask: Tensor, cache: Optional[DynamicCache] = None) -> Tensor:
         """Final hidden states of `embeddings`, under the current state.

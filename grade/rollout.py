@@ -159,7 +159,7 @@ def sample(
         A rollout of B responses, at most `sampling.max_new_tokens` long.
     """
     with policy.state(adapters=adapters):
-        cache = policy.new_cache()
+        cache = policy.new_cache(prompt_ids.shape[1] + sampling.max_new_tokens)
         hidden = policy.hidden(policy.embed(prompt_ids), prompt_mask, cache)[:, -1]  # [U, d]
         if samples_per_prompt > 1:
             cache.batch_repeat_interleave(samples_per_prompt)
