@@ -40,7 +40,8 @@ class ReplaySettings:
         tau: temperature of the relaxation at this step.
         any_process: given whether this process wants another hop, whether any does. Sharded models need all
             processes to run the same number of passes; the extra ones change nothing.
-        phase: given a phase's name ("forward", "hops", "backward"), a context that times it.
+        phase: given the name of a phase, a context that times it: "policy_forward", "base_forward" (reference and
+            reward), "head" (the vocabulary sweep), "base_backward", "hops", "policy_backward".
     """
 
     tau: float
@@ -114,18 +115,21 @@ def forward(
         grad: also pull KL's gradient back to both hidden states.
         adapters: False evaluates the base model itself as the policy.
     """
-    hidden = policy_pass(
-        policy, rollout, x, dropout=settings.dropout, checkpoint=settings.checkpoint, adapters=adapters
-    )
-    base = base_pass(
-        policy, rollout, x_base, prompt_cache=settings.prompt_cache, checkpoint=settings.checkpoint
-    )
-    score = reward_of(reward, rollout, base, x_reward, checkpoint=settings.checkpoint)
-    head = vocab_head(
-        hidden.detach()[rollout.mask], policy.head, ref_hidden=base.reference.detach()[rollout.mask],
-        indices=rollout.indices[rollout.mask], tokens=rollout.tokens[rollout.mask],
-        direction=settings.kl_direction, grad=grad, chunk_bytes=settings.chunk_bytes, **policy.head_transform,
-    )
+    with settings.phase("policy_forward"):
+        hidden = policy_pass(
+            policy, rollout, x, dropout=settings.dropout, checkpoint=settings.checkpoint, adapters=adapters
+        )
+    with settings.phase("base_forward"):
+        base = base_pass(
+            policy, rollout, x_base, prompt_cache=settings.prompt_cache, checkpoint=settings.checkpoint
+        )
+        score = reward_of(reward, rollout, base, x_reward, checkpoint=settings.checkpoint)
+    with settings.phase("head"):
+        head = vocab_head(
+            hidden.detach()[rollout.mask], policy.head, ref_hidden=base.reference.detach()[rollout.mask],
+            indices=rollout.indices[rollout.mask], tokens=rollout.tokens[rollout.mask],
+            direction=settings.kl_direction, grad=grad, chunk_bytes=settings.chunk_bytes, **policy.head_transform,
+        )
     return Forward(hidden, base, score, head)
 
 
@@ -199,9 +203,8 @@ def prepare(
     x_reward = reward_inputs(reward, rollout)
     if x_reward is not None:
         x_reward.requires_grad_()
-    with settings.phase("forward"):
-        done = forward(policy, reward, rollout, settings, x, x_base, x_reward, grad=True)
-    with settings.phase("hops"):
+    done = forward(policy, reward, rollout, settings, x, x_base, x_reward, grad=True)
+    with settings.phase("base_backward"):
         kl_weight = kl_weight[mask][:, None].to(done.head.grad_hidden.dtype)  # [n, 1]
         incoming = _outside_gradients(
             policy, reward, done, mask, x_base, x_reward, reward_weight,
@@ -223,7 +226,7 @@ def replay(
     prepared = prepare(policy, reward, rollout, settings, reward_weight=reward_weight, kl_weight=kl_weight)
     with settings.phase("hops"):
         gradient, hops, residual = prepared.hidden_gradient(settings)
-    with settings.phase("backward"):
+    with settings.phase("policy_backward"):
         prepared.backward(gradient)
     return ReplayResult(*prepared.done.values(rollout.mask), hops=hops, residual=residual)
 

@@ -359,7 +359,8 @@ def check_run_directory(run_dir, steps):
     for name in (
         "reward", "reward_std", "kl", "entropy", "grad_norm", "completions/mean_length", "tau", "hops", "hop_residual",
         "topk_mass", "soft_hard_gap", "unique_token_ratio", "tokens_per_second", "memory/peak_gib", "seconds/rollout",
-        "seconds/forward", "seconds/hops", "seconds/backward", "seconds/update",
+        "seconds/policy_forward", "seconds/base_forward", "seconds/head", "seconds/base_backward", "seconds/hops",
+        "seconds/policy_backward", "seconds/update",
     ):
         assert name in training[0], name
     evaluation = json.loads((run_dir / "evaluation.json").read_text())

@@ -1,0 +1,228 @@
+"""One training step of GRADE-STE: the published algorithm, the same with a KV cache, and replay, side by side.
+
+    python -m benchmarks.training                                   # a 15M-parameter Llama on CPU, S from 16 to 2,048
+    python -m benchmarks.training --shape qwen3-0.6b --device cuda --dtype bfloat16
+    python -m benchmarks.training --lengths 16 64 --algorithms published replay
+    python -m benchmarks.training --save benchmarks/results/training-cpu    # also .json, .csv and .png
+    python -m benchmarks.training --table benchmarks/results/training-cpu.json
+
+A step is all of it: sampling S tokens, reference, reward, gradient, clipping, AdamW. All algorithms are given the same
+random weights (real shapes), prompts and noise. First the gradients are compared, in float32 and with all hops, at a
+short length: where one differs, nothing is timed. Then every step runs in a process of its own, and the gradient of
+the timed step is compared once more, now with `--hop-tol`. How many hops that takes depends on the weights: trained
+ones need others than these (`hops` in a run's metrics.jsonl).
+
+Seconds are the median of `--repeats` steps (one, where it takes long), with the 20th and 80th percentile. Memory is
+the peak of the process (resident on CPU, allocated on a GPU) and, as `step`, what of it came after the model was
+loaded. A step that would take longer than `--time-limit` is not run: its time is extrapolated from the two lengths
+before it and marked ~; one that would not fit into memory is marked as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import torch
+
+from benchmarks.measure import Machine, Times
+from benchmarks.saved import read_saved
+from benchmarks.training_setup import ALGORITHMS, SHAPES, Setting, measure
+from benchmarks.training_text import checked, document, write_csv
+
+SAME = 2e-4
+"""Largest relative difference of two float32 gradients of one step that counts as rounding."""
+_CHECKED = 16  # tokens of the compared step, at most
+_OUT_OF_MEMORY = 17  # exit status of a child
+_OF_MEMORY = 0.9  # share of what is free that a step may take
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    options = _parser().parse_args(arguments)
+    if options.child:
+        _child(options.child)
+        return
+    if options.table:
+        print(document(read_saved(options.table, "setting", "machine", "rows")), end="")
+        return
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda, but torch sees no CUDA or ROCm device. Use --device cpu.")
+    lengths = sorted(set(options.lengths))
+    setting = Setting(
+        shape=options.shape, batch=options.batch, prompt=options.prompt, length=0, k=options.top_k, tau=options.tau,
+        hop_tol=options.hop_tol, dtype=options.dtype, device=options.device, checkpoint=options.checkpoint,
+    )
+    payload = {"setting": asdict(setting), "machine": Machine(options.device).versions(), "rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        payload["check"] = check(setting, min(_CHECKED, lengths[0]), options.algorithms, Path(folder))
+        print(checked(payload["check"]), flush=True)
+        for length in lengths:
+            rows = _rows(replace(setting, length=length), options, payload["rows"], Path(folder))
+            for row in rows:
+                payload["rows"].append(row)
+                print(json.dumps({k: v for k, v in row.items() if k != "steps"}), flush=True)
+            if options.save:
+                _save(options.save, payload)
+    print("\n" + document(payload), end="")
+
+
+def check(setting: Setting, length: int, algorithms: List[str], folder: Path) -> Dict[str, float]:
+    """Relative difference of each algorithm's gradient from replay's with all hops, in float32; {} of replay alone.
+
+    Raises:
+        SystemExit: one is not the same, or the tokens are not.
+    """
+    if set(algorithms) == {"replay"}:
+        return {}
+    exact = replace(setting, length=length, hop_tol=0.0, max_hops=length - 1, dtype="float32")
+    found = {name: _run(exact, name, folder, repeats=1, seconds=0.0, limit=600.0) for name in {"replay", *algorithms}}
+    failed = [name for name, result in found.items() if result["status"] != "ok"]
+    if failed:
+        sys.exit(f"{', '.join(failed)} could not run at S = {length}: {found[failed[0]]['status']}")
+    ours = found.pop("replay")
+    errors = {name: _difference(result, ours) for name, result in found.items()}
+    wrong = [name for name, error in errors.items() if not error <= SAME]
+    if wrong:
+        sys.exit(f"gradients differ, nothing is timed: {errors} (other tokens: nan)")
+    return errors
+
+
+def _rows(setting: Setting, options, before: List[dict], folder: Path) -> List[dict]:
+    """The algorithms at one length, replay last; each is compared with the published one."""
+    rows, found = [], {}
+    for name in (name for name in ALGORITHMS if name in options.algorithms):
+        row = {"algorithm": name, "length": setting.length}
+        earlier = [r for r in before if r["algorithm"] == name and r["status"] == "ok"]
+        seconds, gib = _ahead(earlier, "seconds", setting.length), _ahead(earlier, "step_gib", setting.length)
+        ahead = {"extrapolated_seconds": seconds, "extrapolated_gib": gib}
+        free = Machine(setting.device).free_bytes()
+        too_large = any(r["algorithm"] == name and r["status"] in ("would not fit", "out of memory") for r in before)
+        if too_large or gib is not None and free is not None and gib * 2**30 > _OF_MEMORY * free:
+            rows.append({**row, "status": "would not fit", **ahead})
+            continue
+        if seconds is not None and seconds > options.time_limit:
+            rows.append({**row, "status": "too slow", **ahead})
+            continue
+        found[name] = _run(
+            setting, name, folder, repeats=options.repeats, seconds=options.seconds, limit=1.5 * options.time_limit
+        )
+        done = found[name]["status"] == "ok"
+        rows.append({**row, **(_summary(found[name], setting) if done else {"status": found[name]["status"], **ahead})})
+    baselines = (found[name] for name in ("published", "cached") if name in found)
+    reference = next((result for result in baselines if result["status"] == "ok"), None)
+    for row in rows:
+        if row["status"] == "ok" and reference is not None:
+            row["gradient_error"] = _difference(found[row["algorithm"]], reference)
+    return rows
+
+
+def _summary(result: dict, setting: Setting) -> dict:
+    steps = result["steps"]
+    times = Times.of([1e3 * step["seconds"] for step in steps])
+    phases = {name: sum(step["phases"][name] for step in steps) / len(steps) for name in steps[0]["phases"]}
+    return {
+        "status": "ok", "steps": len(steps), "seconds": times.median / 1e3, "seconds_p20": times.p20 / 1e3,
+        "seconds_p80": times.p80 / 1e3, "phases": phases,
+        "tokens_per_second": 1e3 * setting.batch * setting.length / times.median, "peak_gib": result["peak_gib"],
+        "step_gib": result["peak_gib"] - result["before_gib"], "hops": result["hops"],
+    }
+
+
+def _ahead(rows: List[dict], key: str, length: int) -> Optional[float]:
+    """What the power law through the last two lengths says of this one; None of fewer."""
+    if len(rows) < 2:
+        return None
+    (s1, y1), (s2, y2) = ((row["length"], max(row[key], 1e-6)) for row in rows[-2:])
+    return y2 * (length / s2) ** (math.log(y2 / y1) / math.log(s2 / s1))
+
+
+def _difference(result: dict, reference: dict) -> float:
+    """Relative, of the gradients; nan where the tokens differ."""
+    if not result["tokens"].equal(reference["tokens"]):
+        return math.nan
+    return float((result["gradient"] - reference["gradient"]).norm() / reference["gradient"].norm())
+
+
+# -- processes -----------------------------------------------------------------------------------------------
+
+
+def _run(setting: Setting, algorithm: str, folder: Path, *, repeats: int, seconds: float, limit: float) -> dict:
+    """`training_setup.measure` in a process of its own, and "status"."""
+    path = folder / "result.pt"
+    path.unlink(missing_ok=True)
+    task = {
+        "setting": asdict(setting), "algorithm": algorithm, "repeats": repeats, "seconds": seconds, "path": str(path)
+    }
+    command = [sys.executable, "-m", "benchmarks.training", "--child", json.dumps(task)]
+    try:
+        done = subprocess.run(command, timeout=limit, capture_output=True, text=True, check=False)
+    except subprocess.TimeoutExpired:
+        return {"status": f"stopped after {limit:.0f} s"}
+    if done.returncode in (_OUT_OF_MEMORY, -9):
+        return {"status": "out of memory"}
+    if done.returncode:
+        print(f"{algorithm} at S = {setting.length} failed:\n{done.stderr}", file=sys.stderr)
+        return {"status": f"failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}"}
+    return {"status": "ok", **torch.load(path)}
+
+
+def _child(task: str) -> None:
+    told = json.loads(task)
+    setting = Setting(**told["setting"])
+    free = Machine(setting.device).free_bytes()
+    if setting.device == "cpu" and free is not None:  # an allocation that fails, not a machine that swaps
+        import resource
+
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + int(_OF_MEMORY * free),) * 2)
+    try:
+        result = measure(setting, told["algorithm"], repeats=told["repeats"], seconds=told["seconds"])
+    except (MemoryError, RuntimeError) as error:
+        # oneDNN has no other word for it.
+        words = ("can't allocate memory", "could not create a primitive")
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words):
+            sys.exit(_OUT_OF_MEMORY)
+        raise
+    torch.save(result, told["path"])
+
+
+def _save(stem: Path, payload: dict) -> None:
+    from benchmarks.training_plot import plot
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
+    write_csv(stem.with_suffix(".csv"), payload)
+    plot(stem.with_suffix(".png"), payload)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-15m")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 512, 1024, 2048], metavar="S")
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
+    parser.add_argument("--batch", type=int, default=4, help="responses, one to a prompt")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--top-k", type=int, default=256)
+    parser.add_argument("--tau", type=float, default=2.0)
+    parser.add_argument("--hop-tol", type=float, default=1e-2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--checkpoint", action="store_true", help="activation checkpointing in replay")
+    parser.add_argument("--repeats", type=int, default=7, help="steps of a measurement")
+    parser.add_argument("--seconds", type=float, default=30.0, help="no further repeat beyond these")
+    parser.add_argument("--time-limit", type=float, default=900.0, help="seconds; a step beyond is extrapolated")
+    parser.add_argument("--save", type=Path, metavar="STEM", help="write STEM.json, STEM.csv, STEM.png")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a saved JSON and stop")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

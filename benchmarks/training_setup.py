@@ -1,0 +1,215 @@
+"""Models in real shapes with random weights, and one training step by each of the compared algorithms."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Dict, List
+
+import torch
+from torch import Tensor
+
+from benchmarks.published import published_step
+from grade.config import Config, GenerationConfig, LoraSettings, ModelConfig, TrainConfig
+from grade.loading import add_adapter
+from grade.method_config import MethodConfig
+from grade.methods import make_method
+from grade.metrics import Phases, peak_memory_gib, reset_peak_memory
+from grade.model import Policy
+from grade.reward import RewardHead, SharedReward
+from grade.rollout import sample
+from grade.services import Services
+
+ALGORITHMS = {"published": "published", "cached": "published, KV cache", "replay": "replay"}
+_EOS = 2
+_LORA = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_LLAMA_15M = dict(
+    vocab_size=32_000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6,
+    num_key_value_heads=6,
+)
+_QWEN3 = dict(vocab_size=151_936, num_key_value_heads=8, head_dim=128, rope_theta=1_000_000.0)
+_LLAMA_260K = dict(
+    vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
+    num_key_value_heads=4,
+)
+SHAPES = {
+    "llama-260k": ("llama", _LLAMA_260K),
+    "llama-15m": ("llama", _LLAMA_15M),
+    "qwen3-0.6b": ("qwen3", dict(
+        _QWEN3, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+    )),
+    "qwen3-4b": ("qwen3", dict(
+        _QWEN3, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+    )),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every algorithm is given.
+
+    Args:
+        shape: a key of SHAPES.
+        batch, prompt, length, k: responses, tokens of a prompt, tokens of a response, candidates per token.
+        dtype: of the frozen weights.
+        checkpoint: activation checkpointing in replay.
+    """
+
+    shape: str
+    batch: int
+    prompt: int
+    length: int
+    k: int = 256
+    tau: float = 2.0
+    hop_tol: float = 1e-2
+    max_hops: int = 16
+    kl_coef: float = 0.1
+    dtype: str = "float32"
+    device: str = "cpu"
+    checkpoint: bool = False
+    seed: int = 0
+
+
+class _Tokenizer:
+    """The part of a tokenizer that `Policy` reads."""
+
+    pad_token_id = eos_token_id = _EOS
+
+    def __init__(self, size: int):
+        self._size = size
+
+    def get_vocab(self) -> Dict[str, int]:
+        return {str(number): number for number in range(self._size)}
+
+
+class Bench:
+    """A policy on random weights with an adapter that is not zero, its reward, prompts and optimizer."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.config = Config(
+            seed=setting.seed, device=setting.device,
+            model=ModelConfig(name=setting.shape, dtype=setting.dtype, lora=LoraSettings(target_modules=_LORA)),
+            generation=GenerationConfig(
+                max_new_tokens=setting.length, min_new_tokens=0, top_k=setting.k, ignore_eos=True
+            ),
+            method=MethodConfig(
+                tau_start=setting.tau, tau_end=setting.tau, hop_tol=setting.hop_tol, max_hops=setting.max_hops,
+                kl_coef=setting.kl_coef, activation_checkpointing=setting.checkpoint,
+            ),
+            train=TrainConfig(batch_size=setting.batch, accumulation_steps=1),
+        )
+        self.device = torch.device(setting.device)
+        self.policy = self._policy()
+        self.reward = SharedReward(self.policy, RewardHead(self.policy.head.shape[1], 64))
+        generator = torch.Generator().manual_seed(setting.seed)
+        size = (setting.batch, setting.prompt)
+        self.prompts = torch.randint(_EOS + 1, self.policy.vocab_size, size, generator=generator).to(self.device)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-4)
+        self.phases = Phases(self.device)
+
+    def _policy(self) -> Policy:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        setting, (kind, sizes) = self.setting, SHAPES[self.setting.shape]
+        context = max(4096, setting.prompt + setting.length)
+        config = AutoConfig.for_model(
+            kind, **sizes, max_position_embeddings=context, tie_word_embeddings=True, bos_token_id=1,
+            eos_token_id=_EOS, pad_token_id=_EOS,
+        )
+        torch.manual_seed(setting.seed)
+        with self.device:  # billions of weights are drawn where they will stay
+            base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, setting.dtype))
+        model = add_adapter(base, self.config)
+        generator = torch.Generator().manual_seed(setting.seed)
+        with torch.no_grad():  # at zero the adapter's first factor has no gradient to compare
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+        policy = Policy(model.to(self.device), _Tokenizer(sizes["vocab_size"]))
+        if (policy.logit_scale, policy.softcap, policy.head_bias) != (1.0, None, None):
+            raise ValueError(f"{setting.shape}: benchmarks.published knows plain heads only")
+        return policy
+
+    def rows(self) -> Tensor:
+        """[B, S] int64 noise rows, the trainer's."""
+        first = torch.arange(self.setting.batch, device=self.device) * self.setting.length
+        return first[:, None] + torch.arange(self.setting.length, device=self.device)
+
+    def step(self, algorithm: str) -> dict:
+        """One whole training step: {"seconds" by the clock, "phases": their seconds, "tokens": [B, S], "gradient": [p],
+        and for replay "hops"}."""
+        self.phases.take()
+        measured: dict = {}
+        start = time.perf_counter()  # every phase waits for the device, and an update is the last
+
+        def update() -> None:
+            nonlocal start
+            parameters = self.policy.parameters()
+            copying = time.perf_counter()
+            measured["gradient"] = torch.cat([p.grad.flatten().float() for p in parameters]).cpu()
+            start += time.perf_counter() - copying  # no part of a step
+            with self.phases("update"):
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+
+        if algorithm == "replay":
+            method = make_method(self.policy, self.reward, self.config, Services(phase=self.phases))
+            mask = torch.ones_like(self.prompts, dtype=torch.bool)
+            with self.phases("rollout"):
+                rollout = sample(
+                    self.policy, self.prompts, mask, method.sampling(0), seed=self.setting.seed,
+                    first_rows=self.rows()[:, 0],
+                )
+            measured["tokens"] = rollout.tokens.cpu()
+            measured["hops"] = method.step([rollout], 0, update)["hops"]
+        else:
+            setting = self.setting
+            measured["tokens"] = published_step(
+                self.policy, self.reward, self.prompts, length=setting.length, k=setting.k, tau=setting.tau,
+                seed=setting.seed, rows=self.rows(), kl_coef=setting.kl_coef, cached=algorithm == "cached",
+                phase=self.phases,
+            ).cpu()
+            update()
+        return {**measured, "seconds": time.perf_counter() - start, "phases": self.phases.take()}
+
+
+def measure(setting: Setting, algorithm: str, *, repeats: int, seconds: float) -> dict:
+    """Steps of one algorithm, each from the same weights: at most `repeats`, or fewer once they took `seconds`.
+
+    A short step first loads what is loaded lazily. Peak memory is that of the whole process (resident on CPU,
+    allocated on the accelerator); `before_gib` is what it held before the steps.
+    """
+    warm = Bench(replace(setting, length=2))
+    warm.step(algorithm)
+    del warm
+    gc.collect()  # checkpointed layers and their policy hold each other
+    bench = Bench(setting)
+    weights = [p.detach().clone() for p in bench.policy.parameters()]
+    before = memory_gib(bench.device)
+    reset_peak_memory(bench.device)
+    taken: List[dict] = []
+    while True:
+        found = bench.step(algorithm)
+        taken.append({"seconds": found["seconds"], "phases": found["phases"]})
+        total = sum(step["seconds"] for step in taken)
+        if len(taken) == repeats or total + total / len(taken) > seconds:
+            break
+        with torch.no_grad():
+            for parameter, kept in zip(bench.policy.parameters(), weights, strict=True):
+                parameter.copy_(kept)
+    return {
+        "steps": taken, "peak_gib": peak_memory_gib(bench.device), "before_gib": before,
+        "tokens": found["tokens"], "gradient": found["gradient"], "hops": found.get("hops"),
+    }
+
+
+def memory_gib(device: torch.device) -> float:
+    """What this process holds now, GiB."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**30
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmRSS:")).split()[1]) / 2**20

@@ -1,0 +1,114 @@
+"""A measurement of `benchmarks.training` as Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from benchmarks.training_setup import ALGORITHMS
+
+_CSV = (
+    "algorithm", "length", "status", "steps", "seconds", "seconds_p20", "seconds_p80", "tokens_per_second", "peak_gib",
+    "step_gib", "hops", "gradient_error", "extrapolated_seconds", "extrapolated_gib",
+)
+
+
+def document(payload: dict) -> str:
+    """The tables, growth exponents and machine."""
+    setting = payload["setting"]
+    head = (
+        f"{setting['shape']}, {setting['dtype']}, B = {setting['batch']}, P = {setting['prompt']}, k = {setting['k']}, "
+        f"τ = {setting['tau']:g}, hop_tol = {setting['hop_tol']:g}."
+    )
+    if setting["checkpoint"]:
+        head += " Replay with activation checkpointing."
+    machine = ", ".join(f"{name} {value}" for name, value in payload["machine"].items())
+    parts = [head, checked(payload["check"]), *(text(payload["rows"]) for text in (comparison, phases, exponents))]
+    return "\n\n".join([*filter(None, parts), f"Machine: {machine}."]) + "\n"
+
+
+def checked(check: Dict[str, float]) -> str:
+    """What was compared before anything was timed."""
+    if not check:
+        return ""
+    errors = ", ".join(f"{ALGORITHMS[name]} {error:.1e}" for name, error in check.items())
+    return f"Gradients of one short step in float32 with all hops, relative difference from replay's: {errors}."
+
+
+def comparison(rows: List[dict]) -> str:
+    """Time and memory, and both against the published algorithm's."""
+    lines = [
+        "| S | algorithm | s / step | tokens/s | peak, GiB | of it the step | hops | gradient, error | "
+        "times faster | memory, peak | memory, step |",
+        "|---:|---|" + "---:|" * 9,
+    ]
+    for row in rows:
+        base = next(r for r in rows if r["length"] == row["length"] and r["algorithm"] == rows[0]["algorithm"])
+        lines.append("| " + " | ".join([str(row["length"]), ALGORITHMS[row["algorithm"]], *_cells(row, base)]) + " |")
+    return "\n".join(lines)
+
+
+def _cells(row: dict, base: dict) -> List[str]:
+    if row["status"] != "ok":
+        seconds, gib = row.get("extrapolated_seconds"), row.get("extrapolated_gib")
+        return [
+            "–" if seconds is None else f"~{seconds:.3g}", f"{row['status']}", "–",
+            "–" if gib is None else f"~{gib:.2f}", *["–"] * 5,
+        ]
+    spread = f" ({row['seconds_p20']:.3g}–{row['seconds_p80']:.3g})" if row["steps"] > 2 else ""
+    error, hops = row.get("gradient_error"), row["hops"]
+    theirs = base.get("seconds") or base.get("extrapolated_seconds")
+    measured = base["status"] == "ok"
+    return [
+        f"{row['seconds']:.3g}{spread}", f"{row['tokens_per_second']:.3g}", f"{row['peak_gib']:.2f}",
+        f"{row['step_gib']:.2f}", "–" if hops is None else f"{hops:.1f}", "–" if error is None else f"{error:.1e}",
+        "–" if theirs is None else f"{'' if measured else '~'}{theirs / row['seconds']:.3g}",
+        f"1/{base['peak_gib'] / row['peak_gib']:.3g}" if measured else "–",
+        f"1/{base['step_gib'] / max(row['step_gib'], 1e-3):.3g}" if measured else "–",
+    ]
+
+
+def phases(rows: List[dict]) -> str:
+    """Seconds of every phase and its share of the step."""
+    measured = [row for row in rows if row["status"] == "ok"]
+    names = list(dict.fromkeys(name for row in measured for name in row["phases"]))
+    lines = ["| S | algorithm | " + " | ".join(names) + " |", "|---:|---|" + "---:|" * len(names)]
+    for row in measured:
+        total = sum(row["phases"].values())
+        cells = (
+            f"{row['phases'][name]:.3g} s, {row['phases'][name] / total:.0%}" if name in row["phases"] else "–"
+            for name in names
+        )
+        lines.append("| " + " | ".join([str(row["length"]), ALGORITHMS[row["algorithm"]], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def exponents(rows: List[dict]) -> str:
+    """How time grows with S, from each length to the next: the e of time ~ S^e."""
+    lines = []
+    for name, title in ALGORITHMS.items():
+        pairs = growth([row for row in rows if row["algorithm"] == name and row["status"] == "ok"])
+        if pairs:
+            lines.append(f"- {title}: " + ", ".join(f"{e:.2f} from {a} to {b}" for (a, b), e in pairs.items()))
+    return "Growth of the seconds per step, the exponent of S:\n\n" + "\n".join(lines)
+
+
+def growth(rows: List[dict]) -> Dict[tuple, float]:
+    """{(shorter, longer): exponent} of consecutive lengths."""
+    return {
+        (a["length"], b["length"]): math.log(b["seconds"] / a["seconds"]) / math.log(b["length"] / a["length"])
+        for a, b in zip(rows, rows[1:], strict=False)
+    }
+
+
+def write_csv(path: Path, payload: dict) -> None:
+    """One line a row; phases as columns of their own."""
+    names = list(dict.fromkeys(name for row in payload["rows"] for name in row.get("phases", {})))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*_CSV, *(f"seconds/{name}" for name in names)])
+        for row in payload["rows"]:
+            phase: Dict[str, Optional[float]] = row.get("phases", {})
+            writer.writerow([row.get(key) for key in _CSV] + [phase.get(name) for name in names])

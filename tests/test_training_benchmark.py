@@ -1,0 +1,137 @@
+"""The benchmark of a training step: the algorithms compute the same, and the table says what was measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import training
+from benchmarks.training_setup import ALGORITHMS, Bench, Setting, measure
+from benchmarks.training_text import document, growth
+
+SETTING = Setting(shape="llama-260k", batch=2, prompt=5, length=12, k=16)
+
+
+def relative(ours, theirs):
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """One step of every algorithm with all hops."""
+    setting = replace(SETTING, hop_tol=0.0, max_hops=SETTING.length - 1)
+    return {name: Bench(setting).step(name) for name in ALGORITHMS}
+
+
+@pytest.mark.parametrize("name", ["published", "cached"])
+def test_the_published_algorithm_has_the_tokens_and_gradient_of_replay(exact, name):
+    assert torch.equal(exact[name]["tokens"], exact["replay"]["tokens"])
+    assert exact["replay"]["gradient"].norm() > 0
+    assert relative(exact["replay"]["gradient"], exact[name]["gradient"]) < 1e-4  # float32
+
+
+def test_phases_cover_the_step(exact):
+    assert list(exact["published"]["phases"]) == ["rollout", "reference and reward", "backward", "update"]
+    assert list(exact["replay"]["phases"]) == [
+        "rollout", "policy_forward", "base_forward", "head", "base_backward", "hops", "policy_backward", "update",
+    ]
+    for found in exact.values():
+        assert 0.5 < sum(found["phases"].values()) / found["seconds"] <= 1
+
+
+def test_every_repeat_starts_from_the_same_weights():
+    once, thrice = (measure(SETTING, "replay", repeats=n, seconds=60) for n in (1, 3))
+    assert len(thrice["steps"]) == 3
+    assert relative(thrice["gradient"], once["gradient"]) < 1e-5
+    assert thrice["peak_gib"] >= thrice["before_gib"] > 0
+
+
+def test_what_takes_long_is_not_repeated():
+    assert len(measure(SETTING, "replay", repeats=5, seconds=0.0)["steps"]) == 1
+
+
+def test_another_gradient_stops_the_benchmark(monkeypatch, tmp_path):
+    def run(setting, algorithm, folder, **limits):
+        gradient = torch.ones(3) * (1.1 if algorithm == "cached" else 1.0)
+        return {"status": "ok", "tokens": torch.zeros(2, 3), "gradient": gradient}
+
+    monkeypatch.setattr(training, "_run", run)
+    assert training.check(SETTING, 8, ["published", "replay"], tmp_path) == {"published": 0.0}
+    assert training.check(SETTING, 8, ["replay"], tmp_path) == {}
+    with pytest.raises(SystemExit, match="gradients differ, nothing is timed"):
+        training.check(SETTING, 8, ["published", "cached"], tmp_path)
+
+
+def test_a_power_law_is_continued():
+    rows = [{"length": s, "seconds": 3 * s**2.0} for s in (16, 64, 256)]
+    assert training._ahead(rows, "seconds", 1024) == pytest.approx(3 * 1024**2)
+    assert training._ahead(rows[:1], "seconds", 1024) is None
+    assert growth(rows) == {(16, 64): pytest.approx(2), (64, 256): pytest.approx(2)}
+
+
+def test_the_command(tmp_path, capsys):
+    stem = tmp_path / "small"
+    training.main([
+        "--shape", "llama-260k", "--batch", "2", "--prompt", "5", "--top-k", "16", "--lengths", "8",
+        "--algorithms", "published", "replay", "--repeats", "2", "--time-limit", "60", "--save", str(stem),
+    ])
+    printed = capsys.readouterr().out
+    payload = json.loads(stem.with_suffix(".json").read_text())
+    assert printed.endswith(document(payload)) and (tmp_path / "small.png").stat().st_size > 10_000
+    assert [(row["length"], row["algorithm"]) for row in payload["rows"]] == [(8, "published"), (8, "replay")]
+    assert all(row["status"] == "ok" and row["gradient_error"] < 0.1 for row in payload["rows"])
+    with stem.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["seconds"]) for row in rows] == [row["seconds"] for row in payload["rows"]]
+    training.main(["--table", str(stem.with_suffix(".json"))])
+    assert capsys.readouterr().out == document(payload)
+
+
+def test_rows_that_were_not_run(monkeypatch, tmp_path):
+    """Beyond the time limit a row has its extrapolated time, and replay's advantage is marked as such."""
+    def run(setting, algorithm, folder, **limits):
+        seconds = 1e-3 * setting.length ** (2 if algorithm == "published" else 1)
+        step = {"seconds": seconds, "phases": {"rollout": seconds / 2, "backward": seconds / 2}}
+        return {
+            "status": "ok", "steps": [step], "peak_gib": 2.0, "before_gib": 1.0, "hops": None,
+            "tokens": torch.zeros(2, 3), "gradient": torch.ones(3),
+        }
+
+    monkeypatch.setattr(training, "_run", run)
+    options = training._parser().parse_args(["--time-limit", "30", "--algorithms", "published", "replay"])
+    rows = []
+    for length in (64, 128, 256):
+        rows += training._rows(replace(SETTING, length=length), options, rows, tmp_path)
+    last, replayed = rows[-2:]
+    assert last["status"] == "too slow" and math.isclose(last["extrapolated_seconds"], 65.536)
+    assert replayed["status"] == "ok" and "gradient_error" not in replayed
+    payload = {"rows": rows, "setting": vars(SETTING), "machine": {"device": "none"}, "check": {}}
+    lines = document(payload).splitlines()
+    assert any(line.startswith("| 256 | published | ~65.5 | too slow |") for line in lines)
+    assert any(line.startswith("| 256 | replay | 0.256 |") and "| ~256 | – | – |" in line for line in lines)
+
+
+def test_a_step_that_fails_has_a_row_that_says_so(monkeypatch, tmp_path):
+    """Out of memory, or an error: the other algorithms and lengths go on, and what was to be expected is kept."""
+    monkeypatch.setattr(training, "_run", lambda setting, name, folder, **limits: {"status": "out of memory"})
+    options = training._parser().parse_args(["--algorithms", "published"])
+    before = [
+        {"algorithm": "published", "status": "ok", "length": s, "seconds": 1e-3 * s, "step_gib": 1e-6} for s in (2, 4)
+    ]
+    (row,) = training._rows(replace(SETTING, length=8), options, before, tmp_path)
+    assert row["status"] == "out of memory" and row["extrapolated_seconds"] == pytest.approx(8e-3)
+
+
+@pytest.mark.parametrize("length", [16, 64])
+def test_speed_of_a_step(benchmark, length):
+    """For pytest-benchmark to compare; and replay is faster than the published algorithm even on a tiny model."""
+    bench = Bench(replace(SETTING, length=length))
+    bench.step("replay")
+    benchmark.pedantic(lambda: bench.step("replay"), rounds=3)
+    replayed, published = (min(bench.step(name)["seconds"] for _ in range(2)) for name in ("replay", "published"))
+    assert replayed < published
