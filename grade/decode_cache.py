@@ -20,6 +20,7 @@ class ReservedLayer(DynamicLayer):
         super().__init__()
         self.capacity = capacity
         self._room: Optional[Tensor] = None  # [2, B, heads, capacity, head size]
+        self._view: Optional[Tensor] = None  # the keys in it, as long as nobody has put others in their place
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         if not self.is_initialized:
@@ -28,7 +29,7 @@ class ReservedLayer(DynamicLayer):
         total = past + key_states.shape[-2]
         if total > self.capacity:
             raise ValueError(f"a cache for {self.capacity} positions was given {total}")
-        if self._room is None or self._room.shape[1] != len(key_states):  # new, or repeated for several samples
+        if self._room is None or self.keys is not self._view:  # new, or repeated for several samples
             room = key_states.new_empty(2, *key_states.shape[:2], self.capacity, key_states.shape[-1])
             if past:
                 room[0, :, :, :past], room[1, :, :, :past] = self.keys, self.values
@@ -36,6 +37,7 @@ class ReservedLayer(DynamicLayer):
         self._room[0, :, :, past:total] = key_states
         self._room[1, :, :, past:total] = value_states
         self.keys, self.values = self._room[0, :, :, :total], self._room[1, :, :, :total]
+        self._view = self.keys
         return self.keys, self.values
 
 
