@@ -61,7 +61,7 @@ class Laboratory:
     prompts: List[List[int]]
     length: int
     top_k: int
-    value_heads: Dict[Method, torch.optim.Optimizer] = field(default_factory=dict)
+    value_heads: Dict[Method, Optional[torch.optim.Optimizer]] = field(default_factory=dict)
 
     def measure(
         self, names: List[str], stopping: Callable[[], bool], tick: Callable[[], None]
@@ -72,7 +72,7 @@ class Laboratory:
         for number in range(settings.warmup_draws + settings.draws):
             if number == settings.warmup_draws:
                 for method in others.values():
-                    _freeze_values(method)
+                    self._freeze_values(method)
             counts = number >= settings.warmup_draws
             for key, gradients, seconds in self._all(names, others, number, counts):
                 if counts:
@@ -148,15 +148,15 @@ class Laboratory:
     def _step(self, method: Method, number: int, seed: int) -> Tuple[List[Tensor], float]:
         """(the gradient of a policy-gradient method's step, seconds); the policy stays, a value head learns."""
         start, taken = self._now(), []
-        if method not in self.value_heads and method.parameter_groups():
-            rate = self.config.train.learning_rate
-            self.value_heads[method] = torch.optim.AdamW(method.parameter_groups(), lr=rate)
+        if method not in self.value_heads:
+            groups, rate = method.parameter_groups(), self.config.train.learning_rate
+            self.value_heads[method] = torch.optim.AdamW(groups, lr=rate) if groups else None
 
         def update() -> None:
             taken.append(self._take_gradient())
-            if method in self.value_heads:
-                self.value_heads[method].step()
-                self.value_heads[method].zero_grad(set_to_none=True)
+            if (optimizer := self.value_heads.get(method)) is not None:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
         method.step([self._draw(method, number, seed)], number, update)
         gradient = taken[0] if taken else self._take_gradient()  # GRPO makes no update of groups without differences
@@ -187,17 +187,22 @@ class Laboratory:
         weights = method.loss_weights(rollout, int(rollout.mask.sum()), len(rollout))
         prepared = prepare(self.policy, self.reward, rollout, method.settings(0), **weights)
         shared = self._now() - start
-        for tau in taus:
-            for estimator in estimators:
-                for hops in [*(h for h in self.config.variance.hops if h < self.length - 1), CONVERGED]:
-                    start = self._now()
-                    capped = {"max_hops": self.length - 1} if hops == CONVERGED else {"max_hops": hops, "hop_tol": 0.0}
-                    gradient, _, _ = prepared.hidden_gradient(
-                        replace(method.settings(0), tau=tau, estimator=estimator, **capped)
-                    )
-                    prepared.backward(gradient, retain_graph=True)
-                    taken = self._take_gradient()
-                    yield Estimate(name, estimator, tau, hops), taken, shared + self._now() - start
+        for tau, estimator in _rules(taus, estimators):
+            for hops in [*(h for h in self.config.variance.hops if h < self.length - 1), CONVERGED]:
+                start = self._now()
+                capped = {"max_hops": self.length - 1} if hops == CONVERGED else {"max_hops": hops, "hop_tol": 0.0}
+                gradient, _, _ = prepared.hidden_gradient(
+                    replace(method.settings(0), tau=tau or taus[0], estimator=estimator, **capped)
+                )
+                prepared.backward(gradient, retain_graph=True)
+                taken = self._take_gradient()
+                yield Estimate(name, estimator, tau, hops), taken, shared + self._now() - start
+
+    def _freeze_values(self, method: Method) -> None:
+        """Leave PPO's value loss out of the gradient: it is no part of the objective, and the value head has learnt."""
+        if method.config.method.name == "ppo":
+            method.settings = replace(method.settings, value_coef=0.0)
+            self.value_heads[method] = None
 
     def _take_gradient(self) -> List[Tensor]:
         """The policy's gradient, cleared."""
@@ -208,7 +213,9 @@ class Laboratory:
         return gradients
 
 
-def _freeze_values(method: Method) -> None:
-    """Leave PPO's value loss out of the gradient: it is no part of the objective, and the value head has learnt."""
-    if method.config.method.name == "ppo":
-        method.settings = replace(method.settings, value_coef=0.0)
+def _rules(taus: List[float], estimators: List[str]) -> Iterator[Tuple[Optional[float], str]]:
+    """(temperature, local rule) to be measured; `straight_through` knows no temperature."""
+    for tau in taus:
+        yield from ((tau, estimator) for estimator in estimators if estimator != "straight_through")
+    if "straight_through" in estimators:
+        yield None, "straight_through"

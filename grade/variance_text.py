@@ -70,7 +70,8 @@ def name_of(row: dict) -> str:
     if row["estimator"] is None:
         return row["method"]
     hops = row["hops"] if isinstance(row["hops"], str) else f"{row['hops']} hop{'s' * (row['hops'] != 1)}"
-    return f"{row['method']} {row['estimator']}, τ {row['tau']:g}, {hops}"
+    tau = "" if row["tau"] is None else f" τ {row['tau']:g},"
+    return f"{row['method']} {row['estimator']},{tau} {hops}"
 
 
 def _groups(payload: dict) -> dict:

@@ -121,6 +121,8 @@ VARIANCE = {
         {"method": "grade-ste", "estimator": "gumbel", "tau": 1.0, "hops": "converged", "length": 8,
          "top_k": 64, "draws": 48, "relative_variance": 12.5, "relative_variance_interval": [9.0, None],
          "cosine": 0.9, "cosine_interval": [0.8, 0.95], "verdict": "biased"},
+        {"method": "grade-ste", "estimator": "straight_through", "tau": None, "hops": 0, "length": 8,
+         "top_k": 64, "draws": 48, "relative_variance": 20.0, "cosine": 0.8, "verdict": "biased"},
         {"method": "grpo", "estimator": None, "tau": None, "hops": None, "length": 8, "top_k": 64, "draws": 48,
          "relative_variance": 1300.0, "cosine": None, "cosine_interval": None, "verdict": "unbiased"},
     ],

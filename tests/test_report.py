@@ -200,8 +200,9 @@ def test_estimator_variance(tmp_path):
         "gradient_norm", "estimator_relative_variance_8_64", "estimator_cosine_8_64"
     ]
     assert report.said("gradients", "note") == "8 tokens, 64 candidates: no signal-to-noise ratio per second."
-    first, second = report.table("gradients", "estimator_variance")
-    assert first["estimator"] == "grade-ste gumbel, τ 1, converged" and second["estimator"] == "grpo"
+    first, second, third = report.table("gradients", "estimator_variance")
+    assert first["estimator"] == "grade-ste gumbel, τ 1, converged" and third["estimator"] == "grpo"
+    assert second["estimator"] == "grade-ste straight_through, 0 hops"
     assert (first["relative variance"], first["cosine, 95% interval"]) == (12.5, (0.8, 0.95))
     assert first["relative variance, 95% interval"] == "above 9" and "bias" not in first  # no row has it
 
@@ -212,9 +213,20 @@ def test_measurements_beside_a_run_and_by_themselves(tmp_path):
     measured.mkdir()
     (measured / "variance.json").write_text(json.dumps(VARIANCE))
     assert "estimator_cosine_8_64" in Report(folder).figures("gradients")
+    assert "not recorded" in str(Report(folder).table("summary", "summary")[-1])  # the laboratory's machine is not ours
     alone = Report(measured)
     assert alone.figures("variance") == ["estimator_relative_variance_8_64", "estimator_cosine_8_64"]
     assert [row["what"] for row in alone.table("variance", "summary")] == ["model", "task", "parameters", "machine"]
+
+
+def test_measurements_of_another_model_are_left_out(tmp_path):
+    folder, measured = write_run(tmp_path / "run", settings={"name": "synthetic"}), tmp_path / "variance-synthetic"
+    measured.mkdir()
+    other = {**VARIANCE, "config": {**VARIANCE["config"], "model": {"name": "another_model"}}}
+    (measured / "variance.json").write_text(json.dumps(other))
+    report = Report(folder)
+    assert report.figures("gradients") == ["gradient_norm"]
+    assert "are of another model or task" in report.said("summary")
 
 
 def test_samples_gains_and_losses(tmp_path):

@@ -86,6 +86,13 @@ def test_other_settings_are_another_group_and_another_length_is_not(tmp_path):
     ]
 
 
+def test_settings_of_the_studies_and_of_later_versions_make_no_other_group(tmp_path):
+    write_run(tmp_path / "a", method="grade-ste", seed=0)
+    write_run(tmp_path / "b", method="grade-ste", seed=1, settings={"rollout.engine": "new", "variance.draws": 7})
+    write_run(tmp_path / "c", method="grade-ste", seed=2, settings={"variance.draws": 9})
+    assert labels(load_study(tmp_path)) == ["grade-ste"]
+
+
 def test_a_folder_names_the_variant_only_where_it_fits_the_settings(tmp_path):
     write_run(tmp_path / "rloo-seed0", method="ppo")
     write_run(tmp_path / "mine", method="reinforce", settings={"method.reinforce.baseline": "leave_one_out"})

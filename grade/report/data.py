@@ -82,7 +82,8 @@ class Study:
 
     @property
     def machine(self) -> Optional[dict]:
-        return self.comparison.get("machine") or self.variance.get("machine")
+        """The comparison's, or that of measurements by themselves; a run does not record its own."""
+        return self.comparison.get("machine") or (self.variance.get("machine") if self.kind == "variance" else None)
 
 
 def load_study(folder: Path) -> Study:
@@ -123,7 +124,13 @@ def load_study(folder: Path) -> Study:
 def _variance(folder: Path, runs: List[Run], problems: List[str]) -> dict:
     """variance.json of the folder, or of the one beside it that `grade variance` makes for the same config."""
     places = [folder, *(folder.parent / f"variance-{run.config.get('name')}" for run in runs[:1])]
-    return next((found for place in places if (found := _json(place / "variance.json", problems))), {})
+    found = next((found for place in places if (found := _json(place / "variance.json", problems))), {})
+    theirs = flatten(found.get("config", {}))
+    shared = [name for name in ("model.name", "task.name") if name in theirs]
+    other = runs and any(theirs[name] != runs[0].config.get(name) for name in shared)
+    if other:
+        problems.append("Measurements of `grade variance` beside the run are of another model or task: left out.")
+    return {} if other else found
 
 
 def _run_folders(folder: Path) -> List[Path]:

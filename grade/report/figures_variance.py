@@ -19,7 +19,7 @@ _LEVELS = ("-.", ":", (0, (1, 3)), (0, (5, 3)))
 
 def against_tau(rows: Sequence[dict], key: str, title: str, ylabel: str, *, log: bool) -> Figure:
     """Lines over τ of the rules of grade-ste and of soft grade, solid after all hops and dotted after none; level lines
-    of methods that have no temperature. `rows` all have `key`."""
+    of rules and methods that have no temperature. `rows` all have `key`."""
     figure, axes = new_axes(title, "temperature τ", ylabel, height=3.6)
     lines = _lines(rows, key)
     for place, ((label, hops), points) in enumerate(lines.items()):
@@ -33,12 +33,17 @@ def against_tau(rows: Sequence[dict], key: str, title: str, ylabel: str, *, log:
             tau, values, color=colour, marker=marker, markersize=5, linewidth=1.4, linestyle=":" if first else "-",
             markerfacecolor="none" if first else colour, label=f"{label}, no hops" if first else label,
         )
-    levels = [row for row in rows if row.get("tau") is None]
+    levels = [row for row in rows if row.get("tau") is None and row.get("hops") in (None, 0, "converged")]
     for place, row in enumerate(levels):
-        axes.axhline(
-            row[key], color=method_colour(row["method"]), linestyle=_LEVELS[place % len(_LEVELS)],
-            linewidth=1.2, label=row["method"],
-        )
+        rule = row.get("estimator")
+        if rule is None:
+            look = {"color": method_colour(row["method"]), "linestyle": _LEVELS[place % len(_LEVELS)]}
+            label = row["method"]
+        else:
+            first = row["hops"] == 0
+            look = {"color": _RULES[rule][0], "linestyle": ":" if first else "-"}
+            label = f"{rule}, no hops" if first else rule
+        axes.axhline(row[key], linewidth=1.2, label=label, **look)
     if log:
         axes.set(xscale="log", yscale="log")
     else:

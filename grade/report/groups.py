@@ -53,8 +53,9 @@ def grouped(runs: Sequence[Run]) -> List[Group]:
 
 
 def differing(runs: Sequence[Run]) -> List[str]:
-    """Settings in which runs differ that are not `_FREE`, nor those of another method than their own."""
-    names = {name: None for run in runs for name in run.config}
+    """Settings in which runs differ that are not `_FREE`, nor those of another method than their own, nor those that an
+    earlier version did not have."""
+    names = [name for name in runs[0].config if all(name in run.config for run in runs)]
     return [name for name in names if _counts(name, runs) and len(_distinct(runs, [name])) > 1]
 
 
@@ -62,7 +63,7 @@ def _counts(name: str, runs: Sequence[Run]) -> bool:
     section = name.split(".")[1] if name.count(".") == 2 else None
     if name.startswith("method.") and section in METHODS:
         return any(run.config["method.name"] == section for run in runs)
-    return name not in _FREE and not name.startswith("compare.")
+    return name not in _FREE and not name.startswith(("compare.", "variance."))
 
 
 def _distinct(runs: Sequence[Run], names: Sequence[str]) -> List[list]:

@@ -38,8 +38,14 @@ def variance(study: Study, section: Section) -> None:
             "changes with the policy."
         )
         return
-    batch = study.variance.get("config", {}).get("variance", {}).get("responses")
-    note = "One policy, repeated draws" + (f" of {batch} responses to one prompt. " if batch else ". ")
+    config = study.variance.get("config", {})
+    drawn, model = config.get("variance", {}), config.get("model", {}).get("name")
+    note = (
+        (f"{model}, " if model else "") + ("the adapter's initial state" if study.variance.get("adapter_sha256") is None
+                                           else "a trained adapter")
+        + (f"; draws of {drawn['responses']} responses, {drawn['samples_per_prompt']} to a prompt. "
+           if {"responses", "samples_per_prompt"} <= drawn.keys() else ". ")
+    )
     for length, top_k in dict.fromkeys((row.get("length"), row.get("top_k")) for row in rows):
         measured = [row for row in rows if (row.get("length"), row.get("top_k")) == (length, top_k)]
         parts = [f"{n} {what}" for n, what in ((length, "tokens"), (top_k, "candidates")) if n is not None]
@@ -63,7 +69,7 @@ def _figures(section: Section, rows: List[dict], where: str, suffix: str, note: 
         section.add(Drawing(
             f"estimator_{key}_{suffix}", against_tau(known, key, f"{title}\n{where}", axis, log=log),
             f"{note}{axis[0].upper()}{axis[1:]} of a response's gradient, {where}; solid: all hops, dotted: none; "
-            "level: methods without a temperature; bar: 95% interval."
+            "level: what has no temperature; bar, of what has one: 95% interval, where there is one."
             + (f" None for {', '.join(without)}." if without else ""),
             f"{title}: " + ", ".join(f"{name_of(row)} {row[key]:.3g}" for row in known) + ".",
         ))
