@@ -109,8 +109,8 @@ class MethodConfig:
     """KL's gradient through earlier tokens: by both models (exact), by the policy only, or not at all."""
     tau_start: float = 2.0
     """Temperature of the relaxation at step 0. Sampling itself stays at temperature 1."""
-    tau_end: float = 0.5
-    """Temperature after tau_steps; linear in between, constant after."""
+    tau_end: float = 2.0
+    """Temperature after tau_steps; linear in between, constant after. The paper goes down to 0.5."""
     tau_steps: int = 2000
     """Optimizer steps of the annealing."""
     max_hops: int = 16
