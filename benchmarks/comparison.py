@@ -1,28 +1,31 @@
 """The tables of a comparison that `grade compare` has made, as Markdown.
 
-    python -m benchmarks.comparison runs/compare-imdb_small/comparison.json
+    python -m benchmarks.comparison runs/compare-imdb_small/comparison.json        # of your own
+    python -m benchmarks.comparison benchmarks/results/compare_imdb_small.json
+    python -m benchmarks.comparison benchmarks/results/compare_imdb_small.json --budget tokens    # one of its tables
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import List
 
-from grade.comparison_text import document
-from grade.errors import GradeError, read_json
+from benchmarks.saved import read_saved
+from grade.comparison import Budgets
+from grade.comparison_text import TITLES, document, markdown
 
 
 def main(arguments: List[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a comparison.json")
-    try:
-        fix = "Name a comparison.json that `grade compare` has written."
-        payload = read_json(parser.parse_args(arguments).file, fix, "tables", "budgets", "learning_rates")
-    except GradeError as error:
-        sys.exit(str(error))
-    print(document(payload), end="")
+    parser.add_argument("--budget", choices=TITLES, help="only the tables at equal cost in these")
+    options = parser.parse_args(arguments)
+    payload = read_saved(options.file, "tables", "budgets", "learning_rates")
+    if options.budget is None:
+        print(document(payload), end="")
+    else:
+        print(markdown(payload["tables"][options.budget], options.budget, Budgets(**payload["budgets"])), end="")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m benchmarks.estimators                       # prints the tables; about two minutes on one core
     python -m benchmarks.estimators --save FILE.json      # also keeps every problem's figures
+    python -m benchmarks.estimators --table benchmarks/results/estimators.json    # the tables of kept figures
 
 Four symbols, four response tokens, random policies and rewards (`benchmarks.estimator_problem`), gradients from
 `grade.replay`. Expectations over the 256 responses are exact sums with their probabilities at temperature 1. Given
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.estimator_problem import Problem, network_reward, symbol_policy
+from benchmarks.saved import read_saved
 from grade.machine import machine, machine_line
 from grade.replay import ReplaySettings
 
@@ -179,24 +181,35 @@ def summary(rows: List[dict]) -> str:
     )
 
 
+def document(saved: dict) -> str:
+    """The tables of all spreads, with what they say, as Markdown."""
+    parts = []
+    for spread in dict.fromkeys(row["spread"] for row in saved["rows"]):
+        rows = [row for row in saved["rows"] if row["spread"] == spread]
+        count = len({row["problem"] for row in rows})
+        parts.append(f"Embeddings spread {spread:g} times their common vector, medians over {count} problems:")
+        parts += [table(rows), summary(rows)]
+    return "\n\n".join([*parts, machine_line(saved["machine"])]) + "\n"
+
+
 def main(arguments: List[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=5, help="random policies and rewards per spread")
     parser.add_argument("--save", type=Path, help="keep every problem's rows, with the machine's description")
+    parser.add_argument("--table", type=Path, help="print the tables of a saved file, measure nothing")
     options = parser.parse_args(arguments)
+    if options.table is not None:
+        print(document(read_saved(options.table, "rows", "machine")), end="")
+        return
     saved: dict = {"machine": machine(), "rows": []}
     for spread in SPREADS:
-        rows = []
         for seed in range(options.problems):
             policy = symbol_policy(SYMBOLS, spread, seed)
             problem = Problem(policy, network_reward(policy, LENGTH, seed), LENGTH, KL_COEF)
-            rows += [{"spread": spread, "problem": seed, **row} for row in measure(problem, seed)]
-        saved["rows"] += rows
-        print(f"Embeddings spread {spread:g} times their common vector, medians over {options.problems} problems:\n")
-        print(f"{table(rows)}\n\n{summary(rows)}\n", flush=True)
-    print(machine_line(saved["machine"]))
+            saved["rows"] += [{"spread": spread, "problem": seed, **row} for row in measure(problem, seed)]
     if options.save is not None:
         options.save.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    print(document(saved), end="")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m benchmarks.hop_solvers                     # ../shared/models, S = 64 and 256, tau = 1 and 0.5; minutes
     python -m benchmarks.hop_solvers --lengths 64 --models ../shared/models/stories260K
+    python -m benchmarks.hop_solvers --table benchmarks/results/hop_solvers.json    # of numbers kept with --save
 
 The gradient at the hidden states solves g = g_direct + A g, and one application of A is a backward pass through the
 policy (a VJP), next to which everything else is cheap, so a solver that is to save a third of the time must save a
@@ -31,6 +32,7 @@ from typing import Callable, List, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.saved import read_saved
 from grade.config_io import load_config
 from grade.loading import load_policy, load_tokenizer
 from grade.machine import machine, machine_line
@@ -168,17 +170,19 @@ def measure(model: str, length: int, tau: float, seeds: int) -> Row:
     return row
 
 
-def table(rows: List[Row]) -> str:
+def document(saved: dict) -> str:
     """Means over sequences, and plain over the better of the others: how many times less work at the very most."""
     titles = ["model", "S", "τ", "replay", "plain", "GMRES", *(f"{count} blocks" for count in BLOCKS), "best gain"]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
-    for row in rows:
-        plain, others = statistics.mean(row.plain), [statistics.mean(row.gmres)]
-        others += [statistics.mean(values) for values in row.blocks.values()]
-        counts = [statistics.mean(row.replay), plain, *others]
-        cells = [row.model, row.length, f"{row.tau:g}", *(f"{count:.1f}" for count in counts)]
+    for row in saved["rows"]:
+        plain = statistics.mean(row["plain"])
+        others = [statistics.mean(values) for values in (row["gmres"], *row["blocks"].values())]
+        counts = [statistics.mean(row["replay"]), plain, *others]
+        cells = [row["model"], row["length"], f"{row['tau']:g}", *(f"{count:.1f}" for count in counts)]
         lines.append("| " + " | ".join(map(str, [*cells, f"{plain / min(others):.2f}"])) + " |")
-    return "\n".join(lines)
+    sequences = len(saved["rows"][0]["plain"])
+    title = f"VJPs until within {TOLERANCE:g} of the converged gradient, mean over {sequences} sequences:"
+    return "\n\n".join([title, "\n".join(lines), machine_line(saved["machine"])]) + "\n"
 
 
 def main(arguments: List[str] | None = None) -> None:
@@ -188,17 +192,19 @@ def main(arguments: List[str] | None = None) -> None:
     parser.add_argument("--taus", nargs="+", type=float, default=[1.0, 0.5])
     parser.add_argument("--seeds", type=int, default=4, help="Sequences of each.")
     parser.add_argument("--save", type=Path, help="Also write the numbers as JSON.")
+    parser.add_argument("--table", type=Path, help="Print the table of a saved file, measure nothing.")
     options = parser.parse_args(arguments)
+    if options.table:
+        print(document(read_saved(options.table, "rows", "machine")), end="")
+        return
     rows = [
         measure(model, length, tau, options.seeds)
         for model in options.models for length in options.lengths for tau in options.taus
     ]
-    print(f"VJPs until within {TOLERANCE:g} of the converged gradient, mean over {options.seeds} sequences:\n")
-    print(table(rows))
-    found = machine()
-    print("\n" + machine_line(found))
+    saved = json.loads(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}))
     if options.save:
-        options.save.write_text(json.dumps({"machine": found, "rows": [asdict(r) for r in rows]}, indent=2) + "\n")
+        options.save.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    print(document(saved), end="")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,24 @@
+"""The tables of measurements that `grade variance` has made, as Markdown.
+
+    python -m benchmarks.variance runs/variance-imdb_small/variance.json                # of your own
+    python -m benchmarks.variance benchmarks/results/variance-imdb_small/variance.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import List
+
+from benchmarks.saved import read_saved
+from grade.variance_text import document
+
+
+def main(arguments: List[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="a variance.json")
+    print(document(read_saved(parser.parse_args(arguments).file, "rows", "config", "machine")), end="")
+
+
+if __name__ == "__main__":
+    main()
