@@ -15,13 +15,15 @@ from benchmarks.saved import read_saved
 from grade.comparison import Budgets
 from grade.comparison_text import TITLES, document, markdown
 
+_KIND = "a comparison.json that `grade compare` has written"
+
 
 def main(arguments: List[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a comparison.json")
     parser.add_argument("--budget", choices=TITLES, help="only the tables at equal cost in these")
     options = parser.parse_args(arguments)
-    payload = read_saved(options.file, "tables", "budgets", "learning_rates")
+    payload = read_saved(options.file, _KIND, "tables", "budgets", "learning_rates")
     if options.budget is None:
         print(document(payload), end="")
     else:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.estimator_problem import Problem, network_reward, symbol_policy
-from benchmarks.saved import read_saved
+from benchmarks.saved import SAVED, read_saved
 from grade.machine import machine, machine_line
 from grade.replay import ReplaySettings
 
@@ -199,9 +199,10 @@ def main(arguments: List[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, help="print the tables of a saved file, measure nothing")
     options = parser.parse_args(arguments)
     if options.table is not None:
-        print(document(read_saved(options.table, "rows", "machine")), end="")
+        saved = read_saved(options.table, SAVED, "rows", "machine", of_rows=("spread", "hops", "batch"))
+        print(document(saved), end="")
         return
-    saved: dict = {"machine": machine(), "rows": []}
+    saved = {"machine": machine(), "rows": []}
     for spread in SPREADS:
         for seed in range(options.problems):
             policy = symbol_policy(SYMBOLS, spread, seed)

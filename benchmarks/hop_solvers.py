@@ -32,7 +32,7 @@ from typing import Callable, List, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.saved import read_saved
+from benchmarks.saved import SAVED, read_saved
 from grade.config_io import load_config
 from grade.loading import load_policy, load_tokenizer
 from grade.machine import machine, machine_line
@@ -195,7 +195,8 @@ def main(arguments: List[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, help="Print the table of a saved file, measure nothing.")
     options = parser.parse_args(arguments)
     if options.table:
-        print(document(read_saved(options.table, "rows", "machine")), end="")
+        saved = read_saved(options.table, SAVED, "rows", "machine", of_rows=("plain", "gmres", "blocks"))
+        print(document(saved), end="")
         return
     rows = [
         measure(model, length, tau, options.seeds)

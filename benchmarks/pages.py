@@ -31,7 +31,10 @@ def main(arguments: List[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     stale = []
     for page in options.pages:
-        before = page.read_text(encoding="utf-8")
+        try:
+            before = page.read_text(encoding="utf-8")
+        except OSError as error:
+            sys.exit(f"{page} cannot be read ({error.strerror}). Call this in the repository's root, or name a page.")
         after = written(before)
         if after != before:
             stale.append(str(page))

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Sequence
 
 from grade.errors import GradeError, read_json
 
+SAVED = "a file that this command has kept with --save"
 
-def read_saved(path: Path, *keys: str) -> dict:
+
+def read_saved(path: Path, kind: str, *keys: str, of_rows: Sequence[str] = ()) -> dict:
     """The JSON file.
 
+    Args:
+        kind: what it should be, in words.
+        keys: what it must have.
+        of_rows: what every one of its "rows" must have.
+
     Raises:
-        SystemExit: there is none, or it is not one with these keys; with the fix.
+        SystemExit: there is none, or it is another command's; with the fix.
     """
+    fix = f"Name {kind}."
     try:
-        return read_json(path, "Name a file that the command in question has written.", *keys)
+        found = read_json(path, fix, *keys)
     except GradeError as error:
         sys.exit(str(error))
+    missing = [key for key in of_rows if any(key not in row for row in found["rows"])]
+    if missing:
+        sys.exit(f"{path} has rows without {missing[0]!r}: it is another command's. {fix}")
+    return found

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import List
 
+from benchmarks.saved import SAVED, read_saved
 from grade.machine import machine, machine_line
 
 COLUMNS = {"reward": 3, "kl": 3, "entropy": 2, "unique_token_ratio": 3, "mean_length": 1}
@@ -90,7 +91,7 @@ def main(arguments: List[str] | None = None) -> None:
     parser.add_argument("--save", type=Path, help="keep what the table needs, with the machine's description")
     options = parser.parse_args(arguments)
     if len(options.runs) == 1 and options.runs[0].is_file():
-        saved = json.loads(options.runs[0].read_text(encoding="utf-8"))
+        saved = read_saved(options.runs[0], SAVED, "machine", "runs")
     else:
         saved = {"machine": machine(), "runs": [read_run(run) for run in options.runs]}
     if options.save is not None:

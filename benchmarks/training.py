@@ -33,7 +33,7 @@ from typing import Dict, List, Optional
 import torch
 
 from benchmarks.measure import Machine, Times
-from benchmarks.saved import read_saved
+from benchmarks.saved import SAVED, read_saved
 from benchmarks.training_setup import ALGORITHMS, SHAPES, Setting, measure
 from benchmarks.training_text import checked, document, write_csv
 
@@ -50,8 +50,9 @@ def main(arguments: Optional[List[str]] = None) -> None:
         _child(options.child)
         return
     if options.table:
-        print(document(read_saved(options.table, "setting", "machine", "rows")), end="")
+        print(document(read_saved(options.table, SAVED, "setting", "machine", "check", "rows")), end="")
         return
+    _check_options(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda, but torch sees no CUDA or ROCm device. Use --device cpu.")
     lengths = sorted(set(options.lengths))
@@ -71,6 +72,26 @@ def main(arguments: Optional[List[str]] = None) -> None:
             if options.save:
                 _save(options.save, payload)
     print("\n" + document(payload), end="")
+    if any(row["status"].startswith("failed") for row in payload["rows"]):
+        sys.exit(1)
+
+
+def _check_options(options) -> None:
+    """Refuse numbers with which nothing can run."""
+    whole = {"--lengths": min(options.lengths), "--batch": options.batch, "--prompt": options.prompt,
+             "--top-k": options.top_k, "--repeats": options.repeats}
+    for name, value in whole.items():
+        if value < (2 if name == "--lengths" else 1):
+            sys.exit(f"{name} is {value}: it must be {2 if name == '--lengths' else 1} or more.")
+    vocabulary = SHAPES[options.shape][1]["vocab_size"]
+    if options.top_k > vocabulary:
+        sys.exit(f"--top-k is {options.top_k}, the vocabulary of {options.shape} {vocabulary}: lower it.")
+    positive = {"--tau": options.tau, "--seconds": options.seconds, "--time-limit": options.time_limit}
+    for name, value in positive.items():
+        if not (math.isfinite(value) and value > 0):
+            sys.exit(f"{name} is {value}: it must be a number above 0.")
+    if not (math.isfinite(options.hop_tol) and options.hop_tol >= 0):
+        sys.exit(f"--hop-tol is {options.hop_tol}: it must be a number from 0 on.")
 
 
 def check(setting: Setting, length: int, algorithms: List[str], folder: Path) -> Dict[str, float]:

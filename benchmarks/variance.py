@@ -17,7 +17,9 @@ from grade.variance_text import document
 def main(arguments: List[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a variance.json")
-    print(document(read_saved(parser.parse_args(arguments).file, "rows", "config", "machine")), end="")
+    file = parser.parse_args(arguments).file
+    kind = "a variance.json that `grade variance` has written"
+    print(document(read_saved(file, kind, "rows", "config", "machine")), end="")
 
 
 if __name__ == "__main__":

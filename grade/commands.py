@@ -138,7 +138,7 @@ def compare(argv: List[str]) -> int:
     for option, entries in (("methods", methods), ("seeds", seeds)):
         twice = [entry for entry in entries if entries.count(entry) > 1]
         if twice:
-            raise GradeError(f"--{option} names {twice[0]} twice.")
+            raise GradeError(f"--{option} names {twice[0]} twice: leave one of them out.")
     from grade.compare import run_comparison
 
     run_comparison(resolved.config, methods, seeds)

@@ -99,14 +99,17 @@ class RolloutSource:
                     if line.strip():
                         yield self._read(line, number)
         except (OSError, UnicodeDecodeError) as error:
-            raise GradeError(f"rollout.source: {self.path} cannot be read as text ({first_line(error)}).") from error
+            raise GradeError(
+                f"rollout.source: {self.path} cannot be read as text ({first_line(error)}). Name a file of JSON "
+                "lines, or a pipe."
+            ) from error
 
     def _read(self, line: str, number: int) -> Response:
         where = f"rollout.source: line {number} of {self.path}"
         try:
             record = json.loads(line)
             prompt, tokens = record["prompt"], record["response"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise GradeError(
                 f'{where} is not of the form {{"prompt": [ids], "response": [ids]}} ({error!r}). Mend it.'
             ) from error

@@ -59,7 +59,10 @@ def run_variance(config: Config, checkpoint: Optional[Path] = None) -> dict:
     folder = Path(config.output_dir) / f"variance-{config.name}"
     weights = None if checkpoint is None else adapter_digest(latest(checkpoint))
     if checkpoint is not None and weights is None:
-        raise GradeError(f"--checkpoint {checkpoint} holds no adapter (adapter_model.safetensors is missing).")
+        raise GradeError(
+            f"--checkpoint {checkpoint} holds no adapter (adapter_model.safetensors is missing). Name a folder under "
+            "checkpoints/ of a run."
+        )
     if config.task.name in JUDGED_BY_PROGRAM:
         raise GradeError(
             f"task.name={config.task.name}: an answer to it must end by itself to count, and grade variance measures "

@@ -70,9 +70,9 @@ def cut(path):
 @pytest.mark.parametrize(
     "options, expected",
     [
-        (["--seeds", "0,00,1"], "--seeds names 0 twice."),
+        (["--seeds", "0,00,1"], "--seeds names 0 twice: leave one of them out."),
         (["--seeds", ","], "--seeds is ',': write whole numbers"),
-        (["--methods", "ppo,grpo,ppo"], "--methods names ppo twice."),
+        (["--methods", "ppo,grpo,ppo"], "--methods names ppo twice: leave one of them out."),
         (["--methods", ","], "--methods is empty: name some of grade-ste"),
         (["--methods", ""], "--methods is empty: name some of grade-ste"),
         (["--compare.learning_rate_factors", "abc"], "it must be a list of numbers, written [1, 2]."),

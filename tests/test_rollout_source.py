@@ -137,6 +137,8 @@ GOOD = {"prompt": [5, 6], "response": [7, 8, 9, 10, 7, 8, 9, 10]}
 BAD = {
     "binary": (b"\xff\xfe\x00", "cannot be read as text"),
     "not JSON": (b"{", "line 1 of .* is not of the form"),
+    "nested without end": (b"[" * 100_000, "is not of the form"),
+    "a number without end": (b'{"prompt": [' + b"1" * 5000 + b'], "response": [1]}', "is not of the form"),
     "no response": ({"prompt": [5]}, "is not of the form"),
     "a list": ([1], "is not of the form"),
     "text": ({"prompt": "five", "response": [7]}, "its prompt is not a list of one or more token ids"),

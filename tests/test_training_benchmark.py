@@ -127,6 +127,17 @@ def test_a_step_that_fails_has_a_row_that_says_so(monkeypatch, tmp_path):
     assert row["status"] == "out of memory" and row["extrapolated_seconds"] == pytest.approx(8e-3)
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["--lengths", "0"], "--lengths is 0: it must be 2 or more"),
+    (["--tau", "0"], "--tau is 0.0: it must be a number above 0"),
+    (["--shape", "llama-260k", "--top-k", "513"], "--top-k is 513, the vocabulary of llama-260k 512"),
+    (["--hop-tol", "nan"], "--hop-tol is nan"),
+])
+def test_what_cannot_run_is_refused_at_once(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        training.main(arguments)
+
+
 @pytest.mark.parametrize("length", [16, 64])
 def test_speed_of_a_step(benchmark, length):
     """For pytest-benchmark to compare; and replay is faster than the published algorithm even on a tiny model."""

@@ -140,7 +140,8 @@ def test_intervals_cover():
 @pytest.fixture
 def lab_config(tiny_config):  # noqa: F811
     variance = VarianceConfig(
-        methods=["grade-ste", "grade", "reinforce", "rloo", "grpo", "ppo"], estimators=["gumbel", "rao", "straight_through"],
+        methods=["grade-ste", "grade", "reinforce", "rloo", "grpo", "ppo"],
+        estimators=["gumbel", "rao", "straight_through"],
         taus=[2.0, 0.5], hops=[0, 3], lengths=[4], draws=10, responses=4, samples_per_prompt=2, warmup_draws=2,
         reference_responses=640,
     )
