@@ -35,18 +35,19 @@ demo: $(STAMP)
 	$(BIN)/python -m grade demo $(DEMO_ARGS)
 
 # Two processes at once, because Triton decides when it is imported whether its kernels are compiled or interpreted; each
-# takes half of the cores. What compiles for GPUs goes after what interprets, which is the shorter. Status 5 means that
-# PYTEST_ARGS selected no test there.
+# takes half of the cores. What interprets is the shorter, so files that need nothing of the rest go after it. Status 5
+# means that PYTEST_ARGS selected no test there.
+APART = tests/kernels/test_aot.py tests/test_training_benchmark.py
 test: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // 2))')} \
 	    $(MAKE) --no-print-directory -k -j 2 test-main test-kernels
 
 test-main: $(STAMP)
-	$(BIN)/python -m pytest --ignore tests/kernels/test_aot.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(addprefix --ignore ,$(APART)) $(PYTEST_ARGS)
 
 test-kernels: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_path $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest tests/kernels/test_aot.py $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest $(APART) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
