@@ -68,7 +68,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
             rows = _rows(replace(setting, length=length), options, payload["rows"], Path(folder))
             for row in rows:
                 payload["rows"].append(row)
-                print(json.dumps({k: v for k, v in row.items() if k != "steps"}), flush=True)
+                print(json.dumps(row), flush=True)
             if options.save:
                 _save(options.save, payload)
     print("\n" + document(payload), end="")
@@ -78,11 +78,13 @@ def main(arguments: Optional[List[str]] = None) -> None:
 
 def _check_options(options) -> None:
     """Refuse numbers with which nothing can run."""
-    whole = {"--lengths": min(options.lengths), "--batch": options.batch, "--prompt": options.prompt,
-             "--top-k": options.top_k, "--repeats": options.repeats}
-    for name, value in whole.items():
-        if value < (2 if name == "--lengths" else 1):
-            sys.exit(f"{name} is {value}: it must be {2 if name == '--lengths' else 1} or more.")
+    whole = (
+        ("--lengths", min(options.lengths), 2), ("--batch", options.batch, 1), ("--prompt", options.prompt, 1),
+        ("--top-k", options.top_k, 1), ("--repeats", options.repeats, 1),
+    )
+    for name, value, least in whole:
+        if value < least:
+            sys.exit(f"{name} is {value}: it must be {least} or more.")
     vocabulary = SHAPES[options.shape][1]["vocab_size"]
     if options.top_k > vocabulary:
         sys.exit(f"--top-k is {options.top_k}, the vocabulary of {options.shape} {vocabulary}: lower it.")

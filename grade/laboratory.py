@@ -13,7 +13,6 @@ as its settings say, which then stays. The policy never moves.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, replace
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
@@ -24,6 +23,7 @@ from grade.config import Config, RolloutConfig
 from grade.gradient_statistics import Draws
 from grade.method_config import DIFFERENTIATING, method_named
 from grade.methods import Method, make_method
+from grade.metrics import now
 from grade.model import Policy
 from grade.replay import prepare
 from grade.reward import Reward
@@ -147,7 +147,7 @@ class Laboratory:
 
     def _step(self, method: Method, number: int, seed: int) -> Tuple[List[Tensor], float]:
         """(the gradient of a policy-gradient method's step, seconds); the policy stays, a value head learns."""
-        start, taken = self._now(), []
+        start, taken = now(self.policy.device), []
         if method not in self.value_heads:
             groups, rate = method.parameter_groups(), self.config.train.learning_rate
             self.value_heads[method] = torch.optim.AdamW(groups, lr=rate) if groups else None
@@ -160,13 +160,7 @@ class Laboratory:
 
         method.step([self._draw(method, number, seed)], number, update)
         gradient = taken[0] if taken else self._take_gradient()  # GRPO makes no update of groups without differences
-        return gradient, self._now() - start
-
-    def _now(self) -> float:
-        """Seconds, once the device has done all it was asked to."""
-        if self.policy.device.type == "cuda":
-            torch.cuda.synchronize(self.policy.device)
-        return time.perf_counter()
+        return gradient, now(self.policy.device) - start
 
     def _differentiate(self, name: str, number: int) -> Iterator[Tuple[Estimate, List[Tensor], float]]:
         """(what, gradient, seconds it would take alone) for every setting of `grade` or `grade-ste` on one draw."""
@@ -182,21 +176,21 @@ class Laboratory:
     ) -> Iterator[Tuple[Estimate, List[Tensor], float]]:
         """`_differentiate` for settings that share their responses."""
         method = self._method(name, tau=taus[0])
-        start = self._now()
+        start = now(self.policy.device)
         rollout = self._draw(method, number, self.config.variance.seed)
         weights = method.loss_weights(rollout, int(rollout.mask.sum()), len(rollout))
         prepared = prepare(self.policy, self.reward, rollout, method.settings(0), **weights)
-        shared = self._now() - start
+        shared = now(self.policy.device) - start
         for tau, estimator in _rules(taus, estimators):
             for hops in [*(h for h in self.config.variance.hops if h < self.length - 1), CONVERGED]:
-                start = self._now()
+                start = now(self.policy.device)
                 capped = {"max_hops": self.length - 1} if hops == CONVERGED else {"max_hops": hops, "hop_tol": 0.0}
                 gradient, _, _ = prepared.hidden_gradient(
                     replace(method.settings(0), tau=tau or taus[0], estimator=estimator, **capped)
                 )
                 prepared.backward(gradient, retain_graph=True)
                 taken = self._take_gradient()
-                yield Estimate(name, estimator, tau, hops), taken, shared + self._now() - start
+                yield Estimate(name, estimator, tau, hops), taken, shared + now(self.policy.device) - start
 
     def _freeze_values(self, method: Method) -> None:
         """Leave PPO's value loss out of the gradient: it is no part of the objective, and the value head has learnt."""

@@ -19,6 +19,13 @@ from grade.replay import Scores
 from grade.rollout import Rollout
 
 
+def now(device: torch.device) -> float:
+    """Seconds of a clock, once the device has done all that it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Phases:
     """Seconds spent in named parts of a step. On an accelerator each part waits for its work, so times are real."""
 
@@ -28,17 +35,11 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self._wait()
-        start = time.perf_counter()
+        start = now(self.device)
         try:
             yield
         finally:
-            self._wait()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + now(self.device) - start
 
     def take(self) -> Dict[str, float]:
         """The seconds so far, by phase; starts again from none."""

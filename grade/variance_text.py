@@ -31,12 +31,7 @@ NOTES = (
 
 def document(payload: dict) -> str:
     """variance.json as Markdown."""
-    variance = payload["config"]["variance"]
-    parts = [
-        f"Draws of {variance['responses']} responses, {variance['samples_per_prompt']} to a prompt, seed "
-        f"{variance['seed']}; "
-        + ("the adapter's initial state." if payload["adapter_sha256"] is None else "a trained adapter."),
-    ]
+    parts = [measured(payload)]
     for (length, top_k), rows in _groups(payload).items():
         titles = ["estimator", "draws", *(title for _, title, _ in _COLUMNS), "verdict"]
         lines = [f"## {length} tokens, {top_k} candidates", "", "| " + " | ".join(titles) + " |",
@@ -46,6 +41,18 @@ def document(payload: dict) -> str:
             lines.append("| " + " | ".join([name_of(row), str(row["draws"]), *cells, row["verdict"]]) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, NOTES, machine_line(payload["machine"])]) + "\n"
+
+
+def measured(payload: dict) -> str:
+    """What the draws were and whose gradient they gave, as far as the file says; a sentence."""
+    drawn = payload.get("config", {}).get("variance", {})
+    weights = "the adapter's initial state" if payload.get("adapter_sha256") is None else "a trained adapter"
+    if not {"responses", "samples_per_prompt", "seed"} <= drawn.keys():
+        return f"Repeated draws; {weights}."
+    return (
+        f"Draws of {drawn['responses']} responses, {drawn['samples_per_prompt']} to a prompt, seed {drawn['seed']}; "
+        f"{weights}."
+    )
 
 
 def rich_table(payload: dict) -> Table:

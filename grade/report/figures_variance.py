@@ -26,33 +26,31 @@ def against_tau(rows: Sequence[dict], key: str, title: str, ylabel: str, *, log:
         colour, marker = _SOFT if label == "grade" else _RULES.get(label, ("#888888", "x"))
         tau, values, intervals = zip(*sorted(points), strict=True)
         tau = [at * 1.02 ** (place - (len(lines) - 1) / 2) for at in tau]  # beside each other, so that bars can be seen
-        first = hops == 0
         for at, (low, high) in zip(tau, intervals, strict=True):
             axes.plot([at, at], [low, high], color=colour, linewidth=0.9, alpha=0.6)
         axes.plot(
-            tau, values, color=colour, marker=marker, markersize=5, linewidth=1.4, linestyle=":" if first else "-",
-            markerfacecolor="none" if first else colour, label=f"{label}, no hops" if first else label,
+            tau, values, color=colour, marker=marker, markersize=5, linewidth=1.4,
+            markerfacecolor="none" if hops == 0 else colour, **_by_hops(label, hops),
         )
     levels = [row for row in rows if row.get("tau") is None and row.get("hops") in (None, 0, "converged")]
     for place, row in enumerate(levels):
-        rule = row.get("estimator")
+        method, rule = row["method"], row.get("estimator")
         if rule is None:
-            look = {"color": method_colour(row["method"]), "linestyle": _LEVELS[place % len(_LEVELS)]}
-            label = row["method"]
+            look = {"color": method_colour(method), "linestyle": _LEVELS[place % len(_LEVELS)], "label": method}
         else:
-            first = row["hops"] == 0
-            look = {"color": _RULES[rule][0], "linestyle": ":" if first else "-"}
-            label = f"{rule}, no hops" if first else rule
-        axes.axhline(row[key], linewidth=1.2, label=label, **look)
-    if log:
-        axes.set(xscale="log", yscale="log")
-    else:
-        axes.set(xscale="log")
+            look = {"color": _RULES[rule][0], **_by_hops(rule, row["hops"])}
+        axes.axhline(row[key], linewidth=1.2, **look)
+    axes.set(xscale="log", yscale="log" if log else "linear")
     taus = sorted({row["tau"] for row in rows if row.get("tau") is not None})
     axes.set_xticks(taus, [f"{tau:g}" for tau in taus], minor=False)
     axes.set_xticks([], minor=True)
     add_legend(figure, axes)
     return figure
+
+
+def _by_hops(label: str, hops) -> Dict[str, str]:
+    """Label and line style: dotted without hops."""
+    return {"label": f"{label}, no hops", "linestyle": ":"} if hops == 0 else {"label": label, "linestyle": "-"}
 
 
 def _lines(rows: Sequence[dict], key: str) -> Dict[tuple, List[tuple]]:

@@ -9,7 +9,7 @@ from grade.report.figures_variance import against_tau
 from grade.report.measures import number
 from grade.report.parts import Drawing, Section
 from grade.report.tables import Column, Table
-from grade.variance_text import NOTES, name_of
+from grade.variance_text import NOTES, measured, name_of
 
 _COLUMNS = (
     ("length", "tokens", 0), ("top_k", "top_k", 0), ("draws", "draws", 0), ("mean_norm", "norm of the mean", 4),
@@ -38,19 +38,12 @@ def variance(study: Study, section: Section) -> None:
             "changes with the policy."
         )
         return
-    config = study.variance.get("config", {})
-    drawn, model = config.get("variance", {}), config.get("model", {}).get("name")
-    note = (
-        (f"{model}, " if model else "") + ("the adapter's initial state" if study.variance.get("adapter_sha256") is None
-                                           else "a trained adapter")
-        + (f"; draws of {drawn['responses']} responses, {drawn['samples_per_prompt']} to a prompt. "
-           if {"responses", "samples_per_prompt"} <= drawn.keys() else ". ")
-    )
+    note = measured(study.variance) + " "
     for length, top_k in dict.fromkeys((row.get("length"), row.get("top_k")) for row in rows):
-        measured = [row for row in rows if (row.get("length"), row.get("top_k")) == (length, top_k)]
+        here = [row for row in rows if (row.get("length"), row.get("top_k")) == (length, top_k)]
         parts = [f"{n} {what}" for n, what in ((length, "tokens"), (top_k, "candidates")) if n is not None]
         suffix = "_".join(str(n) for n in (length, top_k) if n is not None)
-        _figures(section, measured, ", ".join(parts), suffix, note)
+        _figures(section, here, ", ".join(parts), suffix, note)
     columns = [c for c in _COLUMNS if any(row.get(c[0]) is not None for row in rows)]
     section.add(Table(
         "estimator_variance", note + NOTES,
