@@ -8,18 +8,21 @@ response ends with the first end-of-sequence token, which is part of it, and pad
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Iterator, List, Optional, Sequence
+from typing import Iterator, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from grade.config import GenerationConfig
+from grade.decoding import Decoder
 from grade.model import Policy
 from grade_kernels import SparseTokens, linear_gumbel_topk, soft_embedding, vocab_head
 from grade_kernels.random import gumbel
 
-# Decoding asks whether all rows have ended only this often: the question waits for the device.
+# Decoding asks which rows have ended only this often: the question waits for the device.
 _END_CHECK_INTERVAL = 8
+# Rows that have ended are dropped once no more than this share goes on: the cache is copied each time.
+_DROP_AT = 0.75
 
 
 @dataclass
@@ -158,45 +161,69 @@ def sample(
     Returns:
         A rollout of B responses, at most `sampling.max_new_tokens` long.
     """
-    with policy.state(adapters=adapters):
-        cache = policy.new_cache(prompt_ids.shape[1] + sampling.max_new_tokens)
-        hidden = policy.hidden(policy.embed(prompt_ids), prompt_mask, cache)[:, -1]  # [U, d]
+    steps = sampling.max_new_tokens
+    with policy.merged() if adapters else policy.state(adapters=False):
+        decoder = Decoder(policy, prompt_ids, prompt_mask, copies=samples_per_prompt, steps=steps)
         if samples_per_prompt > 1:
-            cache.batch_repeat_interleave(samples_per_prompt)
-            hidden = hidden.repeat_interleave(samples_per_prompt, dim=0)
             prompt_ids = prompt_ids.repeat_interleave(samples_per_prompt, dim=0)
             prompt_mask = prompt_mask.repeat_interleave(samples_per_prompt, dim=0)
-        batch, prompt_length = prompt_ids.shape
-        steps = sampling.max_new_tokens
-        attention = torch.cat([prompt_mask, prompt_mask.new_ones(batch, steps)], dim=1)  # [B, P + S]
-        alive = torch.ones(batch, dtype=torch.bool, device=prompt_ids.device)
         rows = first_rows[:, None] + torch.arange(steps, device=first_rows.device)  # [B, S]
-        drawn: List[SparseTokens] = []
-        mask: List[Tensor] = []
+        out = _Drawn(policy, len(prompt_ids), sampling)
+        hidden = decoder.hidden  # [b, d] of the b <= B responses that are still written
         for step in range(steps):
             suppress = suppressed_ids(policy, step, sampling.min_new_tokens, sampling.ignore_eos)
-            draw = _draw(policy, hidden, sampling, seed, rows[:, step], suppress)
-            draw = replace(draw, tokens=torch.where(alive, draw.tokens, policy.pad_id))
-            drawn.append(draw)
-            mask.append(alive)
-            if not sampling.ignore_eos:
-                alive = alive & ~torch.isin(draw.tokens, policy.eos_ids)
-                if (step + 1) % _END_CHECK_INTERVAL == 0 and not alive.any():
+            draw = _draw(policy, hidden, sampling, seed, rows[out.where, step], suppress)
+            draw = out.put(step, draw)
+            if not sampling.ignore_eos and (step + 1) % _END_CHECK_INTERVAL == 0:
+                going = out.alive.nonzero().squeeze(1)
+                if not len(going):
                     break
+                if len(going) <= _DROP_AT * len(out.alive):
+                    decoder.keep(going)
+                    draw = out.keep(going, draw)
             if step + 1 < steps:
-                fed = soft_embedding(draw, policy.embedding) * policy.embedding_scale
-                hidden = policy.hidden(fed[:, None], attention[:, : prompt_length + step + 1], cache)[:, 0]
-    tokens = torch.stack([d.tokens for d in drawn], dim=1)
-    indices = torch.stack([d.indices for d in drawn], dim=1)
-    weights = torch.stack([d.weights for d in drawn], dim=1)
-    real = torch.stack(mask, dim=1)
-    chosen = (weights * (indices == tokens[..., None])).sum(-1)
+                hidden = decoder.feed(soft_embedding(draw, policy.embedding) * policy.embedding_scale)
     rollout = Rollout(
-        prompt_ids, prompt_mask, tokens, real, indices, chosen, rows[:, : tokens.shape[1]],
-        weights=weights if sampling.soft else None, min_new_tokens=sampling.min_new_tokens,
-        ignore_eos=sampling.ignore_eos, seed=seed, samples_per_prompt=samples_per_prompt,
+        prompt_ids, prompt_mask, out.tokens, out.mask, out.indices, out.token_weight, rows, weights=out.weights,
+        min_new_tokens=sampling.min_new_tokens, ignore_eos=sampling.ignore_eos, seed=seed,
+        samples_per_prompt=samples_per_prompt,
     )
     return rollout.cut(0, len(rollout))
+
+
+class _Drawn:
+    """The draws of B responses so far; those that have ended may be dropped from the batch."""
+
+    def __init__(self, policy: Policy, batch: int, sampling: Sampling):
+        self.policy, self.sampling = policy, sampling
+        size, device = (batch, sampling.max_new_tokens), policy.device
+        exact = dict(dtype=torch.promote_types(policy.dtype, torch.float32), device=device)
+        self.tokens = torch.full(size, policy.pad_id, device=device)
+        self.mask = torch.zeros(size, dtype=torch.bool, device=device)
+        self.indices = torch.zeros(*size, sampling.top_k, dtype=torch.int64, device=device)
+        self.token_weight = torch.zeros(size, **exact)
+        self.weights = torch.zeros(*size, sampling.top_k, **exact) if sampling.soft else None
+        self.where = torch.arange(batch, device=device)  # [b], the responses that the rows of a draw belong to
+        self.alive = torch.ones(batch, dtype=torch.bool, device=device)  # [b]
+
+    def put(self, step: int, draw: SparseTokens) -> SparseTokens:
+        """Note a step's draw [b]; what is to be fed, pad for those that had ended."""
+        draw = replace(draw, tokens=torch.where(self.alive, draw.tokens, self.policy.pad_id))
+        at = (self.where, step)
+        self.tokens[at], self.mask[at], self.indices[at] = draw.tokens, self.alive, draw.indices
+        self.token_weight[at] = (draw.weights * (draw.indices == draw.tokens[:, None])).sum(-1)
+        if self.weights is not None:
+            self.weights[at] = draw.weights
+        if not self.sampling.ignore_eos:
+            self.alive = self.alive & ~torch.isin(draw.tokens, self.policy.eos_ids)
+        return draw
+
+    def keep(self, rows: Tensor, draw: SparseTokens) -> SparseTokens:
+        """Go on with these rows of the batch only; the draw's share of them."""
+        self.where, self.alive = self.where[rows], self.alive[rows]
+        return replace(
+            draw, indices=draw.indices[rows], weights=draw.weights[rows], tokens=draw.tokens[rows], mass=draw.mass[rows]
+        )
 
 
 def _draw(policy: Policy, hidden: Tensor, sampling: Sampling, seed: int, rows: Tensor, suppress: Tensor):

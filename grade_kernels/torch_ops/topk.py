@@ -22,9 +22,25 @@ def topk_ids(logits: Rows, k: int, suppress: Tensor | None = None) -> Tensor:
     n, vocab = logits.shape
     select = _topk_sort if logits.dtype == torch.float64 else _topk_keys
     out = torch.empty(n, k, dtype=torch.int64, device=logits.device)
+    # 16-bit values are full of ties; and elsewhere than on a CPU, to ask for them would wait for the device.
+    quick = logits.device.type == "cpu" and logits.dtype.itemsize >= 4 and k < vocab
     for a, b in spans(n, max(1, _KEY_BYTES // (8 * vocab))):
-        out[a:b] = select(logits[a:b], k, suppress)
+        part = logits[a:b]
+        if not quick:
+            out[a:b] = select(part, k, suppress)
+            continue
+        out[a:b], untied = _topk_untied(part, k, suppress)
+        if not untied.all():
+            out[a:b][~untied] = select(part[~untied], k, suppress)
     return out
+
+
+def _topk_untied(logits: Tensor, k: int, suppress: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(ids [r, k], where they are sure [r]): where the first k + 1 values of a row differ, torch.topk has no choice."""
+    if suppress is not None:
+        logits = logits.index_fill(1, suppress, -torch.inf)
+    values, ids = logits.topk(k + 1)
+    return ids[:, :k], (values[:, 1:] < values[:, :-1]).all(-1)  # false beside a NaN
 
 
 def _topk_keys(logits: Tensor, k: int, suppress: Tensor | None) -> Tensor:

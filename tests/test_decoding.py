@@ -1,0 +1,100 @@
+"""What makes decoding quick changes nothing: a cache written in place, rows that ended dropped, the adapter merged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_rollout import PROMPTS, draw
+from tiny import CONFIGS, VOCAB, KeepDouble, tiny_policy
+
+import grade.rollout
+from grade.decoding import Decoder
+from grade.model import Policy
+from grade.rollout import pad_prompts
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_cache_written_in_place_is_transformers_own_to_the_bit(name, monkeypatch):
+    policy = tiny_policy(name)
+    ours = draw(policy, copies=3, soft=True)
+    concatenating = Policy.new_cache
+    monkeypatch.setattr(Policy, "new_cache", lambda self, capacity=None: concatenating(self))
+    theirs = draw(policy, copies=3, soft=True)
+    assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.indices, theirs.indices)
+    assert torch.equal(ours.weights, theirs.weights)
+
+
+def test_a_full_cache_is_refused():
+    policy = tiny_policy("llama")
+    ids, mask = pad_prompts(PROMPTS[:1], policy.pad_id)
+    cache = policy.new_cache(len(PROMPTS[0]) - 1)
+    with pytest.raises(ValueError, match="a cache for 2 positions was given 3"), torch.no_grad():
+        policy.hidden(policy.embed(ids), mask, cache)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("soft", [False, True])
+def test_rows_that_ended_are_dropped(name, soft, monkeypatch):
+    batches = []
+    feed = Decoder.feed
+    monkeypatch.setattr(Decoder, "feed", lambda self, x: batches.append(len(x)) or feed(self, x))
+    monkeypatch.setattr(grade.rollout, "_END_CHECK_INTERVAL", 2)
+    with KeepDouble():
+        policy = tiny_policy(name, dtype=torch.float64)
+        policy.eos_ids = torch.arange(0, VOCAB, 6)
+        dropped = draw(policy, copies=4, soft=soft)
+        assert batches == sorted(batches, reverse=True) and batches[-1] < batches[0] == 4 * len(PROMPTS)
+        monkeypatch.setattr(grade.rollout, "_DROP_AT", 0)
+        kept = draw(policy, copies=4, soft=soft)
+    mask = kept.mask
+    assert torch.equal(dropped.tokens, kept.tokens) and torch.equal(dropped.mask, mask)
+    assert torch.equal(dropped.indices[mask], kept.indices[mask])
+    torch.testing.assert_close(dropped.token_weight[mask], kept.token_weight[mask], rtol=1e-9, atol=1e-12)
+    if soft:
+        torch.testing.assert_close(dropped.weights[mask], kept.weights[mask], rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_merged_adapter_is_the_adapter(name):
+    with KeepDouble():
+        policy = tiny_policy(name, dtype=torch.float64)
+        x = policy.embed(torch.tensor(PROMPTS[0]))[None]
+        before = [p.clone() for p in policy.model.parameters()]
+        expected = policy.hidden(x, None)
+        with policy.state(adapters=False):
+            base = policy.hidden(x, None)
+        with policy.merged():
+            merged = policy.hidden(x, None)
+        with pytest.raises(RuntimeError, match="on the way"), policy.merged():
+            raise RuntimeError("on the way")
+        after = policy.hidden(x, None)
+    torch.testing.assert_close(merged, expected, rtol=1e-10, atol=1e-12)
+    assert (merged - base).abs().max() > 1e-4  # the adapter says something
+    assert torch.equal(after, expected)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_an_adapter_is_not_rounded_into_16_bit_weights():
+    policy = tiny_policy("llama", dtype=torch.bfloat16)
+    x = policy.embed(torch.tensor(PROMPTS[0]))[None]
+    expected = policy.hidden(x, None)
+    weights = [p.data_ptr() for p in policy.model.parameters()]
+    with policy.merged():
+        assert torch.equal(policy.hidden(x, None), expected)
+        assert weights == [p.data_ptr() for p in policy.model.parameters()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_no_mask_means_that_all_is_real(name):
+    """In one pass, and token by token behind a cache."""
+    with KeepDouble():
+        policy = tiny_policy(name, dtype=torch.float64)
+        x = policy.embed(torch.tensor([PROMPTS[0], PROMPTS[0][::-1]]))
+        expected = policy.hidden(x, torch.ones(x.shape[:2], dtype=torch.bool))
+        torch.testing.assert_close(policy.hidden(x, None), expected, rtol=1e-10, atol=1e-12)
+        cache = policy.new_cache(x.shape[1])
+        parts = [policy.hidden(x[:, t: t + 1], None, cache) for t in range(x.shape[1])]
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-11)
