@@ -6,7 +6,7 @@ once, and the gradient g at h solves
     g = g_direct + A g,      A = (head pull-back) . D . (dh/dX)^T
 
 because the embedding of token s + 1 depends on the logits of step s through the soft token, whose local
-vector-Jacobian product is D (`grade_kernels.soft_token_vjp`). A moves gradients to earlier tokens only, so
+vector-Jacobian product is D (`grade_kernels.SoftTokenRule`). A moves gradients to earlier tokens only, so
 g = sum_h A^h g_direct is finite: exact after S - 1 hops, close long before. Each hop is one backward pass with
 respect to X; the parameters are touched once, at the end.
 
@@ -29,7 +29,7 @@ from grade.model import Policy
 from grade.passes import BasePass, base_pass, fed_embeddings, per_token, policy_pass
 from grade.reward import Reward, reward_inputs, reward_of
 from grade.rollout import Rollout, support_is_allowed
-from grade_kernels import VocabHead, soft_token_vjp, vocab_head
+from grade_kernels import SoftTokenRule, VocabHead, vocab_head
 
 
 @dataclass
@@ -300,17 +300,18 @@ def _local_rule(policy: Policy, rollout: Rollout, settings: ReplaySettings, head
     """D and the pull-back to the hidden state, for the draws of this rollout; linear in its argument."""
     mask = rollout.mask
     allowed = support_is_allowed(policy, rollout)[mask]
-    draws = dict(
+    rule = SoftTokenRule(
         logits=torch.where(allowed, head.logits, -torch.inf), indices=head.indices,
         tokens=rollout.tokens[mask], rows=rollout.rows[mask], seed=rollout.seed, tau=settings.tau,
         estimator=settings.estimator, samples=settings.rao_samples, weight=policy.head,
         scale=policy.logit_scale, softcap=policy.softcap,
+        keep_bytes=settings.chunk_bytes,  # the sweep is over: what its chunks took is free
     )
 
-    def rule(incoming: Sequence[Tuple[Tensor, Tensor]]) -> Tensor:
-        return soft_token_vjp([g for g, _ in incoming], [table for _, table in incoming], **draws).dhidden
+    def hidden_rule(incoming: Sequence[Tuple[Tensor, Tensor]]) -> Tensor:
+        return rule([g for g, _ in incoming], [table for _, table in incoming]).dhidden
 
-    return rule
+    return hidden_rule
 
 
 def _input_vjp(policy: Policy, hidden: Tensor, x: Tensor, mask: Tensor, gradient: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from grade_kernels.objective import VocabObjective, vocab_objective
 from grade_kernels.scatter import scatter_tokens
 from grade_kernels.sparse import SparseTokens
 from grade_kernels.torch_ops.chunks import chunk_rows
-from grade_kernels.vjp import SoftTokenGrad, candidate_grad, pull_back, soft_token_vjp
+from grade_kernels.vjp import SoftTokenGrad, SoftTokenRule, candidate_grad, pull_back, soft_token_vjp
 
 __all__ = [
     "KLWithGrads",
     "SoftTokenGrad",
+    "SoftTokenRule",
     "SparseTokens",
     "VocabHead",
     "VocabObjective",

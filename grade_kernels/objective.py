@@ -119,7 +119,7 @@ def vocab_objective(
 
     Peak memory beside inputs and outputs: `chunk_bytes` (3 arrays of `chunk_rows(V, chunk_bytes)` rows by
     V columns; more only if a single row needs more), on the PyTorch path the temporaries of a piece (ten arrays of
-    1 MiB a thread on a CPU, of 64 MiB elsewhere, or of one row if that is larger), and 32 MiB for a block of the
+    512 KiB a thread on a CPU, of 64 MiB elsewhere, or of one row if that is larger), and 32 MiB for a block of the
     weight in float32 where it is a 16-bit one.
     """
     checks.check_head(hidden, weight, bias, scale, softcap)

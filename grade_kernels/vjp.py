@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,107 @@ class SoftTokenGrad:
 
     dlogits: Tensor  # [..., k] at the support
     dhidden: Tensor | None  # [..., d], pulled back through the head; None without one
+
+
+class SoftTokenRule:
+    """`soft_token_vjp` of the same draws for gradients that come one after the other: rule(grad, table).
+
+    All but the first two arguments of `soft_token_vjp` are given here, once.  The weights of the rule do not
+    depend on the gradient: on the PyTorch path they are made by the first call and kept.  The kernels of the
+    Triton path regenerate them in registers every time.
+
+    Parameters
+    ----------
+    keep_bytes : int
+        Weights are kept if they take at most as many bytes, else every call makes them anew.  They take 4 bytes
+        (8 in float64) for each of N * k candidates, times `samples` for rao and times 2 for reinmax.
+    others
+        As for `soft_token_vjp`.  Tensors must not change while the rule is in use.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On wrong dtypes, shapes, devices or options.
+    """
+
+    def __init__(
+        self,
+        *,
+        logits: Tensor,
+        indices: Tensor,
+        tokens: Tensor | None = None,
+        tau: float = 1.0,
+        estimator: str = "gumbel",
+        seed: int | None = None,
+        rows: Tensor | None = None,
+        samples: int = 16,
+        conditional: bool = False,
+        weight: Tensor | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        keep_bytes: int = 2**28,
+    ):
+        checks.check_float("logits", logits)
+        leading, k = logits.shape[:-1], logits.shape[-1]
+        checks.check_ids("indices", indices, logits.shape, logits.device)
+        checks.check_positive("tau", tau)
+        checks.check_choice("estimator", estimator, checks.ESTIMATORS)
+        if checks.check_int("samples", samples) < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        if checks.check_int("keep_bytes", keep_bytes) < 0:
+            raise ValueError(f"keep_bytes must be at least 0, got {keep_bytes}")
+        if tokens is not None:
+            checks.check_ids("tokens", tokens, leading, logits.device)
+        elif estimator in ("rao", "reinmax") or conditional:
+            wanted = f"estimator={estimator!r}" + (" with conditional=True" if conditional else "")
+            raise ValueError(f"{wanted} needs tokens, the sampled ids {tuple(leading)}")
+        if estimator in ("gumbel", "rao"):
+            if seed is None:
+                raise ValueError(f"estimator={estimator!r} needs the seed of the noise")
+            seed = checks.check_int("seed", seed)
+        keys = row_keys(rows, leading, logits.device)
+        if weight is not None:
+            checks.check_table("weight", weight, None, logits.device)
+            checks.check_scale_softcap(scale, softcap)
+        n = math.prod(leading)
+        draws = range(1, samples + 1) if estimator == "rao" else range(1, 2) if conditional else range(1)
+        self._indices, self._values = indices, logits.reshape(n, k)
+        self._draws = (None if tokens is None else tokens.reshape(n), keys, estimator, tau, seed or 0, draws)
+        self._weight, self._scale, self._softcap = weight, scale, softcap
+        self._terms = {"rao": samples, "reinmax": 2}.get(estimator, 1)
+        self._keep_bytes = keep_bytes
+        self._kept: dict[torch.dtype, list[tuple[float, Tensor]]] = {}
+
+    def __call__(
+        self, grad_embedding: Tensor | Sequence[Tensor], embedding: Tensor | Sequence[Tensor]
+    ) -> SoftTokenGrad:
+        """What `soft_token_vjp` gives for these gradients; it is linear in them."""
+        with torch.no_grad():
+            return self._apply(grad_embedding, embedding, partial(backend_for, "SoftTokenRule"))
+
+    def _apply(
+        self,
+        grad_embedding: Tensor | Sequence[Tensor],
+        embedding: Tensor | Sequence[Tensor],
+        choose_backend: Callable[..., str],
+    ) -> SoftTokenGrad:
+        grads, tables, ids = _pairs(grad_embedding, embedding, self._indices)
+        values, weight, shape = self._values, self._weight, self._indices.shape
+        sides = [*grads, *tables, *([] if weight is None else [weight])]
+        backend = choose_backend(values, *sides, k=shape[-1])
+        ops, dtype = implementation(backend), checks.compute_dtype(values, *grads, *tables)
+        if backend == "torch" and self._terms * values.numel() * dtype.itemsize <= self._keep_bytes:
+            if dtype not in self._kept:
+                self._kept[dtype] = list(ops.vjp.rule_terms(values.to(dtype), ids, *self._draws))
+            grad = ops.vjp.apply_terms(self._kept[dtype], ops.vjp.candidate_grad(grads, tables, ids).to(dtype))
+        else:
+            grad = ops.vjp.token_vjp(grads, tables, values, ids, *self._draws, dtype)
+
+        dhidden = None
+        if weight is not None:
+            d_raw = through_softcap(grad * self._scale, values.to(dtype), self._softcap)
+            dhidden = ops.embedding.weighted_sum(d_raw, ids, weight).view(*shape[:-1], weight.shape[1])
+        return SoftTokenGrad(grad.view(shape), dhidden)
 
 
 @torch.no_grad()
@@ -90,40 +192,13 @@ def soft_token_vjp(
     Notes
     -----
     No graph is made.  Memory is a few arrays [N, k] and the chunks of `torch_ops.embedding`.
+    `SoftTokenRule` is the same for several gradients.
     """
-    checks.check_float("logits", logits)
-    leading, k = logits.shape[:-1], logits.shape[-1]
-    checks.check_ids("indices", indices, logits.shape, logits.device)
-    checks.check_positive("tau", tau)
-    checks.check_choice("estimator", estimator, checks.ESTIMATORS)
-    if checks.check_int("samples", samples) < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
-    if tokens is not None:
-        checks.check_ids("tokens", tokens, leading, logits.device)
-    elif estimator in ("rao", "reinmax") or conditional:
-        wanted = f"estimator={estimator!r}" + (" with conditional=True" if conditional else "")
-        raise ValueError(f"{wanted} needs tokens, the sampled ids {tuple(leading)}")
-    if estimator in ("gumbel", "rao"):
-        if seed is None:
-            raise ValueError(f"estimator={estimator!r} needs the seed of the noise")
-        seed = checks.check_int("seed", seed)
-    keys = row_keys(rows, leading, logits.device)
-    if weight is not None:
-        checks.check_table("weight", weight, None, logits.device)
-        checks.check_scale_softcap(scale, softcap)
-    grads, tables, ids = _pairs(grad_embedding, embedding, indices)
-    sides = [*grads, *tables, *([] if weight is None else [weight])]
-    ops = implementation(backend_for("soft_token_vjp", logits, *sides, k=k))
-    dtype, n = checks.compute_dtype(logits, *grads, *tables), math.prod(leading)
-    values, chosen = logits.reshape(n, k), None if tokens is None else tokens.reshape(n)
-    draws = range(1, samples + 1) if estimator == "rao" else range(1, 2) if conditional else range(1)
-    grad = ops.vjp.token_vjp(grads, tables, values, ids, chosen, keys, estimator, tau, seed or 0, draws, dtype)
-
-    dhidden = None
-    if weight is not None:
-        d_raw = through_softcap(grad * scale, values.to(dtype), softcap)
-        dhidden = ops.embedding.weighted_sum(d_raw, ids, weight).view(*leading, weight.shape[1])
-    return SoftTokenGrad(grad.view(*leading, k), dhidden)
+    rule = SoftTokenRule(
+        logits=logits, indices=indices, tokens=tokens, tau=tau, estimator=estimator, seed=seed, rows=rows,
+        samples=samples, conditional=conditional, weight=weight, scale=scale, softcap=softcap, keep_bytes=0,
+    )
+    return rule._apply(grad_embedding, embedding, partial(backend_for, "soft_token_vjp"))
 
 
 @torch.no_grad()

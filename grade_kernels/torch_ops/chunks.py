@@ -17,7 +17,7 @@ from torch import Tensor
 # overwrite them) and one temporary of the product or of the soft cap.
 CHUNK_ARRAYS = 3
 # Bytes of one array of a piece: per thread on a CPU; large enough to hide kernel launches elsewhere.
-_PIECE_BYTES_CPU = 2**20
+_PIECE_BYTES_CPU = 2**19
 _PIECE_BYTES = 2**26
 
 

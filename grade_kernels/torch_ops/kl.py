@@ -6,11 +6,17 @@ With x = log q - log p the divergence is written as a sum of terms that are neve
 
 which holds because p and q both sum to 1 (a Bregman divergence).  Nothing cancels: identical rows give
 exactly 0, and a pair that differs by a bf16 rounding keeps all its digits.
+
+Rounded log-sum-exps leave x off by a constant c of about 1e-7, which is a lot where p and q agree in most
+digits.  It is found from sum_i p_i (e^x_i - 1) = e^c - 1 and taken back by
+
+    sum_i p_i phi(x_i - c) = sum_i p_i phi(x_i) - phi(c),   e^(x - c) - 1 = e^-c (e^x - 1) + e^-c - 1.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +24,20 @@ from torch import Tensor
 from grade_kernels.stats import KLStats
 from grade_kernels.torch_ops.chunks import Rows, pieces
 from grade_kernels.torch_ops.head import through_softcap
-from grade_kernels.torch_ops.logprob import peak_and_norm
+from grade_kernels.torch_ops.logprob import Exponentials, exponentials
 
-# phi is a power series up to this |x|: expm1(x) - x has lost a factor 2/x of precision there.
-_SERIES_TO = 0.25
-# phi(x) = x^2/2 * sum_n _SERIES[n] x^n, as many terms as make the rest less than half an ulp.
-_SERIES = {
-    torch.float32: [2.0 / math.factorial(n + 2) for n in range(6)],
-    torch.float64: [2.0 / math.factorial(n + 2) for n in range(12)],
-}
+# phi is a power series up to this |x|: e^x - 1 - x by itself has lost a factor 2/x of precision there.
+_SERIES_TO = 0.5
+# Its terms: as many as make the rest less than half an ulp.
+_TERMS = {torch.float32: 7, torch.float64: 14}
 # Where x exceeds this cap, p_i phi(x_i) = q_i to working precision, whatever p_i; see `_Pair`.
 _CAP = {torch.float32: 20.0, torch.float64: 40.0}
+
+
+class Divergence(NamedTuple):
+    stats: KLStats  # of the piece
+    grad_p: Tensor | None  # p (-x - KL) [r, V]
+    grad_q: Tensor | None  # q - p [r, V]
 
 
 def kl_stats(p_logits: Rows, q_logits: Rows, dtype: torch.dtype) -> KLStats:
@@ -38,7 +47,8 @@ def kl_stats(p_logits: Rows, q_logits: Rows, dtype: torch.dtype) -> KLStats:
     """
     stats = KLStats.empty(p_logits.shape[0], dtype, p_logits.device)
     for a, b in pieces(p_logits, dtype):
-        stats.put(a, b, _piece_stats(p_logits[a:b].to(dtype), q_logits[a:b].to(dtype)))
+        p, q = p_logits[a:b].to(dtype), q_logits[a:b].to(dtype)
+        stats.put(a, b, divergence(p, q, exponentials(p), exponentials(q)).stats)
     return stats
 
 
@@ -65,9 +75,7 @@ def kl_grads(
         if out_q is not None:
             d_q = x.clamp(max=_CAP[dtype]).expm1_().mul_(_capped_prob(p, q, rows))
         if out_p is not None:
-            # +inf only where p is 0, so any finite number will do; -x is +inf only where KL is.
-            d_p = x.nan_to_num_(posinf=torch.finfo(dtype).max, neginf=-torch.inf)
-            d_p.add_(rows.kl).neg_().mul_((p - rows.peak_p).sub_(rows.norm_p).exp_())
+            d_p = x.add_(rows.kl).neg_().mul_((p - rows.peak_p).sub_(rows.norm_p).exp_())
         for grad, logits, out in ((d_p, p, out_p), (d_q, q, out_q)):
             if grad is None:
                 continue
@@ -85,31 +93,40 @@ def kl_with_grads(p_logits: Rows, q_logits: Rows, dtype: torch.dtype) -> tuple[T
     return stats.kl.clone(), *outs
 
 
-def _piece_stats(p: Tensor, q: Tensor) -> KLStats:
-    peak_p, norm_p = peak_and_norm(p)
-    peak_q, norm_q = peak_and_norm(q)
-    shift = (peak_q - peak_p) + (norm_q - norm_p)
-    rows = KLStats(shift, peak_p, norm_p, peak_q, norm_q, shift)  # no KL yet
-    weights = _capped_prob(p, q, rows)
-    x = _log_ratio(p, q, shift).clamp_(max=_CAP[p.dtype])
-    # The difference of two rounded log-sum-exps is a poor shift where p and q agree in most digits.  One
-    # Newton step on sum_i p_i e^x_i = 1 mends it.
-    correction = x.expm1().mul_(weights).sum(-1, keepdim=True).log1p_()
-    terms = _phi(x.sub_(correction)).mul_(weights)
+def divergence(p: Tensor, q: Tensor, exp_p: Exponentials, exp_q: Exponentials, grad: bool = False) -> Divergence:
+    """KL(p || q) of the logits [r, V] of one piece, with its gradient to both while all they share is in cache.
+
+    The exponentials are those of the logits; their terms are overwritten.
+    """
+    dtype = p.dtype
+    shift = (exp_q.peak - exp_p.peak) + (exp_q.total / exp_p.total).log_()
+    x = _log_ratio(p, q, shift)
+    probs = exp_p.terms.div_(exp_p.total)
+    # max(p, q e^-cap), see `_capped_prob`.
+    weights = exp_q.terms.mul_(exp_q.total.reciprocal().mul_(math.exp(-_CAP[dtype])))
+    torch.maximum(weights, probs, out=weights)
+    d_q, phi = _expm1_and_phi(x)
+    d_q.mul_(weights)
+    correction = d_q.sum(-1, keepdim=True).log1p_()
+    kl = phi.mul_(weights).sum(-1, keepdim=True).sub_(correction.square() / 2).clamp_(min=0.0)
     # 0 * inf: p has underflown but is not masked, q is.  A NaN logit is put back by its log-sum-exp.
-    terms.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    kl = terms.sum(-1, keepdim=True)
-    kl = torch.where((rows.lse_p + rows.lse_q).isnan(), torch.nan, kl)
-    rows = rows._replace(kl=kl, shift=shift + correction)
-    return KLStats(*(stat[:, 0] for stat in rows))
+    kl.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    kl.masked_fill_((exp_p.total + exp_q.total).isnan(), torch.nan)
+    fields = (kl, exp_p.peak, exp_p.norm, exp_q.peak, exp_q.norm, shift + correction)
+    stats = KLStats(*(field[:, 0] for field in fields))
+    if not grad:
+        return Divergence(stats, None, None)
+    d_q.mul_((-correction).exp_()).addcmul_(weights, (-correction).expm1_())
+    return Divergence(stats, torch.sub(correction - kl, x, out=x).mul_(probs), d_q)
 
 
 def _log_ratio(p: Tensor, q: Tensor, shift: Tensor) -> Tensor:
-    """x = log q - log p; 0 where both are masked, inf where only p is, -inf where only q is."""
+    """x = log q - log p; 0 where both are masked, the largest float where only p is, -inf where only q is."""
     x = q - p  # exact where the two are close
     x.sub_(shift)
-    # NaN is -inf on both sides; a row with a NaN logit has a NaN shift and lse, which restore it.
-    return x.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    # NaN is -inf on both sides; a row with a NaN logit has a NaN shift and lse, which restore it.  +inf is
+    # only where p is 0, whose products must stay 0.
+    return x.nan_to_num_(nan=0.0, posinf=torch.finfo(x.dtype).max, neginf=-torch.inf)
 
 
 def _capped_prob(p: Tensor, q: Tensor, rows: KLStats) -> Tensor:
@@ -122,19 +139,22 @@ def _capped_prob(p: Tensor, q: Tensor, rows: KLStats) -> Tensor:
     return torch.maximum((p - rows.peak_p).sub_(rows.norm_p), floor).exp_()
 
 
-def _phi(x: Tensor) -> Tensor:
-    """e^x - 1 - x to full relative precision, >= 0; inf at -inf.
+def _expm1_and_phi(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e^min(x, cap) - 1 and phi(min(x, cap)) >= 0, to full relative precision; phi(-inf) is inf.
 
     Split x = s + r with s in the range of the series and r the excess, 0 within it:
-    phi(x) = phi(s) + expm1(r) (phi(s) + s + 1) - r, where phi(s) dominates while r is small.
+    e^x - 1 = (e^s - 1) + e^s (e^r - 1) and phi(x) = phi(s) + e^s (e^r - 1) - r, where what belongs to s
+    dominates while r is small: e^r - 1 needs its absolute precision only.
     """
-    series = _SERIES[x.dtype]
     s = x.clamp(-_SERIES_TO, _SERIES_TO)
-    poly = torch.full_like(s, series[-1])
-    for coefficient in reversed(series[:-1]):
-        poly.mul_(s).add_(coefficient)
-    poly.mul_(s).mul_(s).mul_(0.5)
-    excess = x - s
-    growth = excess.expm1()
-    tail = s.add_(poly).add_(1.0).mul_(growth)
-    return tail.sub_(excess).add_(poly)
+    excess = (x - s).clamp_(max=_CAP[x.dtype] - _SERIES_TO)
+    growth = excess.exp().sub_(1.0)
+    # 2 phi(s) = s^2 (1 + s/3 (1 + s/4 (1 + ...))), a pass for each term
+    last = _TERMS[x.dtype] + 1
+    series = torch.addcmul(s, s, s, value=1.0 / last)
+    for n in range(last - 1, 2, -1):
+        torch.addcmul(s, s, series, value=1.0 / n, out=series)
+    series.mul_(s)
+    expm1 = s.add_(series, alpha=0.5)
+    growth.addcmul_(expm1, growth)
+    return expm1.add_(growth), growth.sub_(excess).add_(series, alpha=0.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,14 +21,27 @@ def log_sum_exp(logits: Rows, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def peak_and_norm(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit and log-sum-exp minus it, [r, 1] each: log p = (logit - peak) - norm.
+class Exponentials(NamedTuple):
+    """A softmax in parts: log p = (logit - peak) - norm.
 
-    Kept apart because their sum would round log p to the precision of the logits.
+    Kept apart because peak + norm would round log p to the precision of the logits.
     """
-    peak = logits.amax(-1, keepdim=True)
-    peak = peak.masked_fill(peak == -torch.inf, 0.0)  # an all-masked row: norm is -inf
-    return peak, (logits - peak).exp_().sum(-1, keepdim=True).log_()
+
+    peak: Tensor  # [r, 1] largest logit
+    terms: Tensor  # [r, V] e^(logit - peak)
+    total: Tensor  # [r, 1] their sum
+
+    @property
+    def norm(self) -> Tensor:
+        """log-sum-exp minus the peak, [r, 1]."""
+        return self.total.log()
+
+
+def exponentials(logits: Tensor) -> Exponentials:
+    # The bound is for an all-masked row, whose norm is -inf.
+    peak = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+    terms = (logits - peak).exp_()
+    return Exponentials(peak, terms, terms.sum(-1, keepdim=True))
 
 
 def token_stats(logits: Rows, tokens: Tensor | None, dtype: torch.dtype) -> TokenStats:
@@ -34,16 +49,20 @@ def token_stats(logits: Rows, tokens: Tensor | None, dtype: torch.dtype) -> Toke
     stats = TokenStats.empty(logits.shape[0], dtype, logits.device)
     for a, b in pieces(logits, dtype):
         part = logits[a:b].to(dtype)
-        peak, norm = peak_and_norm(part)
-        stats.peak[a:b], stats.norm[a:b] = peak[:, 0], norm[:, 0]
-        logp = (part - peak).sub_(norm)
-        if tokens is not None:
-            stats.logprob[a:b] = logp.gather(-1, tokens[a:b, None])[:, 0]
-        probs = logp.exp()
-        # A masked entry contributes 0 log 0 = 0; a NaN row keeps its NaN through probs.
-        logp.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
-        stats.entropy[a:b] = -probs.mul_(logp).sum(-1)
+        stats.put(a, b, piece_stats(part, None if tokens is None else tokens[a:b], exponentials(part)))
     return stats
+
+
+def piece_stats(logits: Tensor, tokens: Tensor | None, exps: Exponentials) -> TokenStats:
+    """The statistics of the logits [r, V] of one piece and their exponentials."""
+    norm = exps.norm
+    # H = norm - sum_i p_i (logit_i - peak), both parts >= 0.  The bound makes a masked entry 0 log 0 = 0.
+    centred = (logits - exps.peak).clamp_(min=-1e4)
+    entropy = norm - centred.mul_(exps.terms).sum(-1, keepdim=True).div_(exps.total)
+    logprob = norm  # not meaningful
+    if tokens is not None:
+        logprob = (logits.gather(-1, tokens[:, None]) - exps.peak).sub_(norm)
+    return TokenStats(*(field[:, 0] for field in (logprob, entropy, exps.peak, norm)))
 
 
 def token_stats_grad(

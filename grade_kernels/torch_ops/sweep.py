@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from grade_kernels.stats import KLStats, TokenStats
 from grade_kernels.torch_ops import kl as kl_ops
-from grade_kernels.torch_ops.logprob import token_stats
+from grade_kernels.torch_ops.chunks import pieces
+from grade_kernels.torch_ops.head import through_softcap
+from grade_kernels.torch_ops.logprob import exponentials, piece_stats
 from grade_kernels.torch_ops.sample import select
 
 
@@ -28,19 +31,31 @@ def head_chunk(
     tokens : int64 [r] or None
     """
     dtype = logits.dtype
-    stats = token_stats(logits, tokens, dtype)
-    out = {"entropy": stats.entropy, "lse": stats.lse}
-    if tokens is not None:
-        out["logprob"] = stats.logprob
+    token, kl = (stats.empty(logits.shape[0], dtype, logits.device) for stats in (TokenStats, KLStats))
+    out = {"entropy": token.entropy}
     if k is not None:
         support = select(logits, k, suppress, indices, tokens, dtype)
-        mass = (support.values - stats.lse[:, None]).exp().sum(-1)
-        out |= {"indices": support.ids, "logits": support.values, "mass": mass}
-    if ref_logits is not None:
-        policy_first = direction == "policy_ref"
-        pair = (logits, ref_logits) if policy_first else (ref_logits, logits)
-        kl = kl_ops.kl_stats(*pair, dtype)
-        out |= {"kl": kl.kl, "ref_lse": kl.lse_q if policy_first else kl.lse_p}
+        out |= {"indices": support.ids, "logits": support.values}
+    policy_first = direction == "policy_ref"
+    for a, b in pieces(logits, dtype):
+        part = logits[a:b]
+        exps = exponentials(part)
+        token.put(a, b, piece_stats(part, None if tokens is None else tokens[a:b], exps))
+        if ref_logits is None:
+            continue
+        ref_part = ref_logits[a:b]
+        sides = (part, exps), (ref_part, exponentials(ref_part))
+        (p, exp_p), (q, exp_q) = sides if policy_first else sides[::-1]
+        divergence = kl_ops.divergence(p, q, exp_p, exp_q, grad)
+        kl.put(a, b, divergence.stats)
         if grad:  # the last use of the logits
-            kl_ops.kl_grads(*pair, kl, None, *pair, softcap)
+            p.copy_(through_softcap(divergence.grad_p, p, softcap))
+            q.copy_(through_softcap(divergence.grad_q, q, softcap))
+    out["lse"] = token.lse
+    if tokens is not None:
+        out["logprob"] = token.logprob
+    if k is not None:
+        out["mass"] = (support.values - token.lse[:, None]).exp().sum(-1)
+    if ref_logits is not None:
+        out |= {"kl": kl.kl, "ref_lse": kl.lse_q if policy_first else kl.lse_p}
     return out

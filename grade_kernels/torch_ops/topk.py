@@ -22,8 +22,10 @@ def topk_ids(logits: Rows, k: int, suppress: Tensor | None = None) -> Tensor:
     n, vocab = logits.shape
     select = _topk_sort if logits.dtype == torch.float64 else _topk_keys
     out = torch.empty(n, k, dtype=torch.int64, device=logits.device)
-    # 16-bit values are full of ties; and elsewhere than on a CPU, to ask for them would wait for the device.
+    # 16-bit values are full of ties. To ask for them would break a graph, and elsewhere than on a CPU wait for the
+    # device.
     quick = logits.device.type == "cpu" and logits.dtype.itemsize >= 4 and k < vocab
+    quick = quick and not torch.compiler.is_compiling()
     for a, b in spans(n, max(1, _KEY_BYTES // (8 * vocab))):
         part = logits[a:b]
         if not quick:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -33,15 +35,36 @@ def token_vjp(
     `draws` are those of the noise, for gumbel and rao: the free draw is 0, the others are conditional on
     `tokens` [N].
     """
-    values, v = logits.to(dtype), candidate_grad(grads, tables, ids).to(dtype)
+    terms = rule_terms(logits.to(dtype), ids, tokens, keys, estimator, tau, seed, draws)
+    return apply_terms(terms, candidate_grad(grads, tables, ids).to(dtype))
+
+
+def rule_terms(
+    logits: Tensor,
+    ids: Tensor,
+    tokens: Tensor | None,
+    keys: Tensor,
+    estimator: str,
+    tau: float,
+    seed: int,
+    draws: range,
+) -> Iterator[tuple[float, Tensor]]:
+    """Pairs (c, w [N, k]), made one at a time, such that the rule is v -> sum of c J(w) v; `draws` as above."""
     if estimator == "straight_through":
-        return softmax_vjp(values.softmax(-1), v)
-    if estimator == "reinmax":
-        one_hot = (ids == tokens[:, None]).to(dtype)
-        midpoint = (one_hot + tempered_softmax(values, tau)) / 2
-        return 2 * softmax_vjp(midpoint, v) - softmax_vjp(values.softmax(-1), v) / 2
-    total = torch.zeros_like(values)
-    for draw in draws:
-        z = noisy_logits(values, ids, keys, seed, draw, tokens if draw else None)
-        total += softmax_vjp(tempered_softmax(z, tau), v).div_(tau)
-    return total.div_(len(draws))
+        yield 1.0, logits.softmax(-1)
+    elif estimator == "reinmax":
+        one_hot = (ids == tokens[:, None]).to(logits.dtype)
+        yield 2.0, (one_hot + tempered_softmax(logits, tau)) / 2
+        yield -0.5, logits.softmax(-1)
+    else:
+        for draw in draws:
+            z = noisy_logits(logits, ids, keys, seed, draw, tokens if draw else None)
+            yield 1 / (tau * len(draws)), tempered_softmax(z, tau)
+
+
+def apply_terms(terms: Iterable[tuple[float, Tensor]], v: Tensor) -> Tensor:
+    """sum of c J(w) v over the terms (c, w): [N, k]."""
+    total = torch.zeros_like(v)
+    for factor, weights in terms:
+        total.add_(softmax_vjp(weights, v), alpha=factor)
+    return total

@@ -30,6 +30,10 @@ def vjp(grad=H, table=W, logits=L[:, :2], indices=IDS, **kwargs):
     return lambda: gk.soft_token_vjp(grad, table, logits=logits, indices=indices, **kwargs)
 
 
+def rule(grad=H, table=W, **kwargs):
+    return lambda: gk.SoftTokenRule(**{"logits": L[:, :2], "indices": IDS, "seed": 0, **kwargs})(grad, table)
+
+
 def head(hidden=H, weight=W, **kwargs):
     return lambda: gk.vocab_head(hidden, weight, **{"k": 2, **kwargs})
 
@@ -173,6 +177,10 @@ CASES = {
     "vjp no models": (vjp(grad=[], table=[]), ValueError, "must pair up one to one"),
     "vjp weight": (vjp(weight=W[0]), ValueError, "weight must be .vocabulary,"),
     "vjp softcap": (vjp(weight=W, softcap=-1.0), ValueError, "softcap must be a finite number above 0"),
+    "rule keep_bytes": (rule(keep_bytes=-1), ValueError, "keep_bytes must be at least 0, got -1"),
+    "rule float keep_bytes": (rule(keep_bytes=1e9), TypeError, "keep_bytes must be a python integer, got float"),
+    "rule seed": (rule(seed=None), ValueError, "estimator='gumbel' needs the seed of the noise"),
+    "rule grad shape": (rule(grad=H[:2]), ValueError, "indices must have shape"),
     "pull_back": (lambda: gk.pull_back(L, IDS, W), ValueError, r"indices must have shape \(3, 10\)"),
 }
 
@@ -203,6 +211,7 @@ OPS = {
     "vocab_head": head(),
     "vocab_objective": objective(),
     "soft_token_vjp": vjp(),
+    "SoftTokenRule": rule(),
     "scatter_tokens": lambda: gk.scatter_tokens(SPARSE, 10),
     "candidate_grad": lambda: gk.candidate_grad(H, W, IDS),
     "pull_back": lambda: gk.pull_back(IDS.float(), IDS, W),

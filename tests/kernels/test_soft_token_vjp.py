@@ -5,6 +5,7 @@ import torch
 from kernel_checks import HALF, Allocations, rel_err
 
 from grade_kernels import (
+    SoftTokenRule,
     candidate_grad,
     gumbel_topk,
     linear_gumbel_topk,
@@ -15,6 +16,7 @@ from grade_kernels import (
     soft_token_vjp,
 )
 from grade_kernels.torch_ops import embedding as embedding_ops
+from grade_kernels.torch_ops import vjp as vjp_ops
 
 ESTIMATORS = ["gumbel", "rao", "straight_through", "reinmax"]
 N, K, V, D = 7, 6, 40, 5
@@ -193,6 +195,33 @@ def test_pull_back_to_the_hidden_state(problem, estimator, softcap):
     torch.testing.assert_close(ours.dhidden, exact)
     plain = soft_token_vjp(problem["grad"], problem["table"], **args)
     torch.testing.assert_close(plain.dlogits, ours.dlogits)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_rule_serves_several_gradients(monkeypatch, problem, estimator, kept):
+    """Weights are made once if they fit: they take 8 bytes for each candidate and term."""
+    terms, noises = {"rao": 3, "reinmax": 2}.get(estimator, 1), []
+    noisy_logits = vjp_ops.noisy_logits
+    monkeypatch.setattr(vjp_ops, "noisy_logits", lambda *args: noises.append(args) or noisy_logits(*args))
+    args = {"tau": 0.5, "estimator": estimator, "samples": 3, "weight": problem["table"], **problem["common"]}
+    rule = SoftTokenRule(**args, keep_bytes=terms * N * K * 8 - (not kept))
+    other = torch.randn(N, 9, dtype=torch.float64), torch.randn(V, 9, dtype=torch.float64)
+    pairs = [(problem["grad"], problem["table"]), other, ([problem["grad"], other[0]], [problem["table"], other[1]])]
+    several = [rule(*pair) for pair in pairs]
+    assert len(noises) == {"gumbel": 1, "rao": 3}.get(estimator, 0) * (1 if kept else len(pairs))
+    for pair, ours in zip(pairs, several, strict=True):
+        exact = soft_token_vjp(*pair, **args)
+        assert torch.equal(ours.dlogits, exact.dlogits) and torch.equal(ours.dhidden, exact.dhidden)
+
+
+def test_a_rule_computes_in_the_precision_of_each_gradient(problem):
+    single = {**problem["common"], "logits": problem["common"]["logits"].float()}
+    rule, grad, table = SoftTokenRule(**single), problem["grad"], problem["table"]
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        ours = rule(grad.to(dtype), table.to(dtype)).dlogits
+        assert ours.dtype == dtype
+        assert torch.equal(ours, soft_token_vjp(grad.to(dtype), table.to(dtype), **single).dlogits)
 
 
 def test_hidden_gradient_equals_the_linear_sampler():

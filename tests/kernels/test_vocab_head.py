@@ -82,6 +82,27 @@ def test_half_operands_are_not_rounded_on_the_way(monkeypatch, dtype):
         assert rel_err(mine, exact) < 1e-4  # of a divergence of 1e-2 nats and of its gradient
 
 
+@pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
+@pytest.mark.parametrize("step", [3.0, 0.3, 1e-3, 1e-6])
+def test_float32_keeps_its_digits(step, direction):
+    """An identity head, so that the gradients are those to the logits; KL from nats down to 1e-13."""
+    logits = 2 * torch.randn(12, 500)
+    ref_logits, bias = logits + step * torch.randn(12, 500), torch.zeros(500)
+    bias[3::7] = -torch.inf  # ids that neither side has
+    out = vocab_head(logits, torch.eye(500), ref_hidden=ref_logits, k=None, direction=direction, grad=True, bias=bias)
+    kept = bias == 0
+    first, second = [x[:, kept].double().log_softmax(-1) for x in (logits, ref_logits)]
+    p, q = (first, second) if direction == "policy_ref" else (second, first)
+    kl = (p.exp() * (torch.expm1(q - p) - (q - p))).sum(-1)
+    grads = [p.exp() * (p - q - kl[:, None]), p.exp() * torch.expm1(q - p)]
+    torch.testing.assert_close(out.kl.double(), kl, rtol=2e-6, atol=0)
+    torch.testing.assert_close(out.entropy.double(), -(first.exp() * first).sum(-1), rtol=1e-6, atol=0)
+    outs = (out.grad_hidden, out.grad_ref_hidden)
+    for mine, exact in zip(outs if direction == "policy_ref" else outs[::-1], grads, strict=True):
+        assert (mine[:, ~kept] == 0).all()
+        assert ((mine[:, kept] - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 2e-6
+
+
 def test_identical_hidden_states():
     hidden, weight = torch.randn(9, D).bfloat16(), torch.randn(V, D).bfloat16()
     out = vocab_head(hidden, weight, ref_hidden=hidden.clone(), k=4, grad=True)
