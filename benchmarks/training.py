@@ -13,9 +13,10 @@ the timed step is compared once more, now with `--hop-tol`. How many hops that t
 ones need others than these (`hops` in a run's metrics.jsonl).
 
 Seconds are the median of `--repeats` steps (one, where it takes long), with the 20th and 80th percentile. Memory is
-the peak of the process (resident on CPU, allocated on a GPU) and, as `step`, what of it came after the model was
-loaded. A step that would take longer than `--time-limit` is not run: its time is extrapolated from the two lengths
-before it and marked ~; one that would not fit into memory is marked as such.
+the peak of the process (resident on CPU, allocated on a GPU). On a CPU a heap that falls to pieces can hold many times
+what is alive in it, so the peak of the bytes in living tensors is counted too, in a step of its own. A step that would
+take longer than `--time-limit` is not run: its time is extrapolated from the two lengths before it and marked ~; one
+that would not fit into memory is marked as such. Floors are what this machine must take at least for replay's phases.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ import torch
 
 from benchmarks.measure import Machine, Times
 from benchmarks.saved import SAVED, read_saved
+from benchmarks.training_floors import rates
 from benchmarks.training_setup import ALGORITHMS, SHAPES, Setting, measure
 from benchmarks.training_text import checked, document, write_csv
+from grade.memory import is_out_of_memory
 
 SAME = 2e-4
 """Largest relative difference of two float32 gradients of one step that counts as rounding."""
@@ -58,10 +61,11 @@ def main(arguments: Optional[List[str]] = None) -> None:
     lengths = sorted(set(options.lengths))
     setting = Setting(
         shape=options.shape, batch=options.batch, prompt=options.prompt, length=0, k=options.top_k, tau=options.tau,
-        hop_tol=options.hop_tol, dtype=options.dtype, device=options.device, checkpoint=options.checkpoint,
+        hop_tol=options.hop_tol, dtype=options.dtype, device=options.device,
     )
     payload = {"setting": asdict(setting), "machine": Machine(options.device).versions(), "rows": []}
     with tempfile.TemporaryDirectory() as folder:
+        payload["rates"] = rates(setting.device, setting.dtype)
         payload["check"] = check(setting, min(_CHECKED, lengths[0]), options.algorithms, Path(folder))
         print(checked(payload["check"]), flush=True)
         for length in lengths:
@@ -123,8 +127,9 @@ def _rows(setting: Setting, options, before: List[dict], folder: Path) -> List[d
     for name in (name for name in ALGORITHMS if name in options.algorithms):
         row = {"algorithm": name, "length": setting.length}
         earlier = [r for r in before if r["algorithm"] == name and r["status"] == "ok"]
-        seconds, gib = _ahead(earlier, "seconds", setting.length), _ahead(earlier, "step_gib", setting.length)
-        ahead = {"extrapolated_seconds": seconds, "extrapolated_gib": gib}
+        seconds, gib, tensors = (_ahead(earlier, key, setting.length) for key in ("seconds", "step_gib", "tensors_gib"))
+        peak = None if gib is None else gib + earlier[-1]["peak_gib"] - earlier[-1]["step_gib"]
+        ahead = {"extrapolated_seconds": seconds, "extrapolated_peak_gib": peak, "extrapolated_tensors_gib": tensors}
         free = Machine(setting.device).free_bytes()
         too_large = any(r["algorithm"] == name and r["status"] in ("would not fit", "out of memory") for r in before)
         if too_large or gib is not None and free is not None and gib * 2**30 > _OF_MEMORY * free:
@@ -136,8 +141,13 @@ def _rows(setting: Setting, options, before: List[dict], folder: Path) -> List[d
         found[name] = _run(
             setting, name, folder, repeats=options.repeats, seconds=options.seconds, limit=1.5 * options.time_limit
         )
-        done = found[name]["status"] == "ok"
-        rows.append({**row, **(_summary(found[name], setting) if done else {"status": found[name]["status"], **ahead})})
+        if found[name]["status"] == "ok":
+            row |= _summary(found[name], setting)
+            if row["tensors_gib"] is None and tensors is not None:
+                row["extrapolated_tensors_gib"] = tensors
+        else:
+            row |= {"status": found[name]["status"], **ahead}
+        rows.append(row)
     baselines = (found[name] for name in ("published", "cached") if name in found)
     reference = next((result for result in baselines if result["status"] == "ok"), None)
     for row in rows:
@@ -154,12 +164,14 @@ def _summary(result: dict, setting: Setting) -> dict:
         "status": "ok", "steps": len(steps), "seconds": times.median / 1e3, "seconds_p20": times.p20 / 1e3,
         "seconds_p80": times.p80 / 1e3, "phases": phases,
         "tokens_per_second": 1e3 * setting.batch * setting.length / times.median, "peak_gib": result["peak_gib"],
-        "step_gib": result["peak_gib"] - result["before_gib"], "hops": result["hops"],
+        "step_gib": result["peak_gib"] - result["before_gib"], "tensors_gib": result["tensors_gib"],
+        "hops": result["hops"],
     }
 
 
 def _ahead(rows: List[dict], key: str, length: int) -> Optional[float]:
     """What the power law through the last two lengths says of this one; None of fewer."""
+    rows = [row for row in rows if row[key] is not None]
     if len(rows) < 2:
         return None
     (s1, y1), (s2, y2) = ((row["length"], max(row[key], 1e-6)) for row in rows[-2:])
@@ -208,9 +220,7 @@ def _child(task: str) -> None:
     try:
         result = measure(setting, told["algorithm"], repeats=told["repeats"], seconds=told["seconds"])
     except (MemoryError, RuntimeError) as error:
-        # oneDNN has no other word for it.
-        words = ("can't allocate memory", "could not create a primitive")
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words):
+        if is_out_of_memory(error):
             sys.exit(_OUT_OF_MEMORY)
         raise
     torch.save(result, told["path"])
@@ -237,7 +247,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hop-tol", type=float, default=1e-2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--checkpoint", action="store_true", help="activation checkpointing in replay")
     parser.add_argument("--repeats", type=int, default=7, help="steps of a measurement")
     parser.add_argument("--seconds", type=float, default=30.0, help="no further repeat beyond these")
     parser.add_argument("--time-limit", type=float, default=900.0, help="seconds; a step beyond is extrapolated")

@@ -15,12 +15,14 @@ from benchmarks.training_setup import ALGORITHMS  # noqa: E402
 def plot(path: Path, payload: dict) -> None:
     """Measured points joined by lines; extrapolated ones hollow, on a dashed line."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    quantities = (("seconds", "seconds per step"), ("step_gib", "memory of the step, GiB"))
+    on_cpu = payload["setting"]["device"] == "cpu"
+    memory = ("tensors_gib", "living tensors, GiB") if on_cpu else ("peak_gib", "peak, GiB")
+    quantities = (("seconds", "seconds per step"), memory)
     for axis, (key, title) in zip(axes, quantities, strict=True):
         for number, (name, label) in enumerate(ALGORITHMS.items()):
             rows = [row for row in payload["rows"] if row["algorithm"] == name]
-            measured = [(row["length"], row[key]) for row in rows if row["status"] == "ok"]
-            ahead = "extrapolated_seconds" if key == "seconds" else "extrapolated_gib"
+            measured = [(row["length"], row[key]) for row in rows if row.get(key) is not None]
+            ahead = f"extrapolated_{key}"
             beyond = [(row["length"], row[ahead]) for row in rows if row.get(ahead) is not None]
             color = f"C{number}"
             if measured:

@@ -9,8 +9,11 @@ from typing import Dict, List
 import torch
 from torch import Tensor
 
+from benchmarks.measure import Machine
 from benchmarks.published import published_step
+from grade.compiled_decoding import CompiledDecoding
 from grade.config import Config, GenerationConfig, LoraSettings, ModelConfig, TrainConfig
+from grade.decoding import Decoding
 from grade.loading import add_adapter
 from grade.method_config import MethodConfig
 from grade.methods import make_method
@@ -20,7 +23,11 @@ from grade.reward import RewardHead, SharedReward
 from grade.rollout import sample
 from grade.services import Services
 
-ALGORITHMS = {"published": "published", "cached": "published, KV cache", "replay": "replay"}
+ALGORITHMS = {
+    "published": "published", "cached": "published, KV cache", "replay": "replay",
+    "checkpointed": "replay, activation checkpointing", "compiled": "replay, rollout.compile",
+}
+REPLAYED = ("replay", "checkpointed", "compiled")
 _EOS = 2
 _LORA = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _LLAMA_15M = dict(
@@ -52,7 +59,6 @@ class Setting:
         shape: a key of SHAPES.
         batch, prompt, length, k: responses, tokens of a prompt, tokens of a response, candidates per token.
         dtype: of the frozen weights.
-        checkpoint: activation checkpointing in replay.
     """
 
     shape: str
@@ -66,7 +72,6 @@ class Setting:
     kl_coef: float = 0.1
     dtype: str = "float32"
     device: str = "cpu"
-    checkpoint: bool = False
     seed: int = 0
 
 
@@ -85,8 +90,8 @@ class _Tokenizer:
 class Bench:
     """A policy on random weights with an adapter that is not zero, its reward, prompts and optimizer."""
 
-    def __init__(self, setting: Setting):
-        self.setting = setting
+    def __init__(self, setting: Setting, algorithm: str):
+        self.setting, self.algorithm = setting, algorithm
         self.config = Config(
             seed=setting.seed, device=setting.device,
             model=ModelConfig(name=setting.shape, dtype=setting.dtype, lora=LoraSettings(target_modules=_LORA)),
@@ -95,12 +100,13 @@ class Bench:
             ),
             method=MethodConfig(
                 tau_start=setting.tau, tau_end=setting.tau, hop_tol=setting.hop_tol, max_hops=setting.max_hops,
-                kl_coef=setting.kl_coef, activation_checkpointing=setting.checkpoint,
+                kl_coef=setting.kl_coef, activation_checkpointing=algorithm == "checkpointed",
             ),
             train=TrainConfig(batch_size=setting.batch, accumulation_steps=1),
         )
         self.device = torch.device(setting.device)
         self.policy = self._policy()
+        self.decoding = (CompiledDecoding if algorithm == "compiled" else Decoding)(self.policy)
         self.reward = SharedReward(self.policy, RewardHead(self.policy.head.shape[1], 64))
         generator = torch.Generator().manual_seed(setting.seed)
         size = (setting.batch, setting.prompt)
@@ -131,14 +137,20 @@ class Bench:
             raise ValueError(f"{setting.shape}: benchmarks.published knows plain heads only")
         return policy
 
+    def restore(self, weights: List[Tensor]) -> None:
+        """Put the adapter back; the optimizer's moments stay."""
+        with torch.no_grad():
+            for parameter, kept in zip(self.policy.parameters(), weights, strict=True):
+                parameter.copy_(kept)
+
     def rows(self) -> Tensor:
         """[B, S] int64 noise rows, the trainer's."""
         first = torch.arange(self.setting.batch, device=self.device) * self.setting.length
         return first[:, None] + torch.arange(self.setting.length, device=self.device)
 
-    def step(self, algorithm: str) -> dict:
-        """One whole training step: {"seconds" by the clock, "phases": their seconds, "tokens": [B, S], "gradient": [p],
-        and for replay "hops"}."""
+    def step(self) -> dict:
+        """One whole training step by the algorithm: {"seconds" by the clock, "phases": their seconds, "tokens": [B, S],
+        "gradient": [p], and for replay "hops"}."""
         self.phases.take()
         measured: dict = {}
         start = now(self.device)
@@ -154,13 +166,13 @@ class Bench:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
 
-        if algorithm == "replay":
+        if self.algorithm in REPLAYED:
             method = make_method(self.policy, self.reward, self.config, Services(phase=self.phases))
             mask = torch.ones_like(self.prompts, dtype=torch.bool)
             with self.phases("rollout"):
                 rollout = sample(
                     self.policy, self.prompts, mask, method.sampling(0), seed=self.setting.seed,
-                    first_rows=self.rows()[:, 0],
+                    first_rows=self.rows()[:, 0], decoding=self.decoding,
                 )
             measured["tokens"] = rollout.tokens.cpu()
             measured["hops"] = method.step([rollout], 0, update)["hops"]
@@ -168,7 +180,7 @@ class Bench:
             setting = self.setting
             measured["tokens"] = published_step(
                 self.policy, self.reward, self.prompts, length=setting.length, k=setting.k, tau=setting.tau,
-                seed=setting.seed, rows=self.rows(), kl_coef=setting.kl_coef, cached=algorithm == "cached",
+                seed=setting.seed, rows=self.rows(), kl_coef=setting.kl_coef, cached=self.algorithm == "cached",
                 phase=self.phases,
             ).cpu()
             update()
@@ -178,29 +190,35 @@ class Bench:
 def measure(setting: Setting, algorithm: str, *, repeats: int, seconds: float) -> dict:
     """Steps of one algorithm, each from the same weights: at most `repeats`, or fewer once they took `seconds`.
 
-    A short step first loads what is loaded lazily. Peak memory is that of the whole process (resident on CPU,
-    allocated on the accelerator); `before_gib` is what it held before the steps.
+    A step first loads what is loaded lazily: a short one, or where shapes are compiled one of the same length. Peak
+    memory is that of the whole process (resident on CPU, allocated on the accelerator); `before_gib` is what it held
+    before the steps. On a CPU `tensors_gib` is the peak of the bytes in living tensors, counted in one step more (not
+    where that would take longer than `seconds`): what a heap loses between them is no part of it.
     """
-    warm = Bench(replace(setting, length=2))
-    warm.step(algorithm)
-    del warm
-    gc.collect()  # checkpointed layers and their policy hold each other
-    bench = Bench(setting)
+    if algorithm != "compiled":
+        Bench(replace(setting, length=2), algorithm).step()
+        gc.collect()  # checkpointed layers and their policy hold each other
+    bench = Bench(setting, algorithm)
     weights = [p.detach().clone() for p in bench.policy.parameters()]
+    if algorithm == "compiled":
+        bench.step()
+        bench.restore(weights)
     reset_peak_memory(bench.device)
     before = peak_memory_gib(bench.device)  # nothing has happened since: what is held now
     taken: List[dict] = []
     while True:
-        found = bench.step(algorithm)
+        found = bench.step()
         taken.append({"seconds": found["seconds"], "phases": found["phases"]})
         total = sum(step["seconds"] for step in taken)
         if len(taken) == repeats or total + total / len(taken) > seconds:
             break
-        with torch.no_grad():
-            for parameter, kept in zip(bench.policy.parameters(), weights, strict=True):
-                parameter.copy_(kept)
+        bench.restore(weights)
     # Linux counts resident pages in batches per core: a peak can read a little below what was held before.
+    peak, living = max(before, peak_memory_gib(bench.device)), None
+    if bench.device.type == "cpu" and algorithm != "compiled" and found["seconds"] <= seconds:
+        bench.restore(weights)
+        living = Machine(setting.device).peak_bytes(bench.step)[1] / 2**30
     return {
-        "steps": taken, "peak_gib": max(before, peak_memory_gib(bench.device)), "before_gib": before,
+        "steps": taken, "peak_gib": peak, "before_gib": before, "tensors_gib": living,
         "tokens": found["tokens"], "gradient": found["gradient"], "hops": found.get("hops"),
     }

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
+from benchmarks.training_floors import table as floors
 from benchmarks.training_setup import ALGORITHMS
 
 _CSV = (
     "algorithm", "length", "status", "steps", "seconds", "seconds_p20", "seconds_p80", "tokens_per_second", "peak_gib",
-    "step_gib", "hops", "gradient_error", "extrapolated_seconds", "extrapolated_gib",
+    "step_gib", "tensors_gib", "hops", "gradient_error", "extrapolated_seconds", "extrapolated_peak_gib",
+    "extrapolated_tensors_gib",
 )
 
 
@@ -22,10 +24,9 @@ def document(payload: dict) -> str:
         f"{setting['shape']}, {setting['dtype']}, B = {setting['batch']}, P = {setting['prompt']}, k = {setting['k']}, "
         f"τ = {setting['tau']:g}, hop_tol = {setting['hop_tol']:g}."
     )
-    if setting["checkpoint"]:
-        head += " Replay with activation checkpointing."
     machine = ", ".join(f"{name} {value}" for name, value in payload["machine"].items())
-    parts = [head, checked(payload["check"]), *(text(payload["rows"]) for text in (comparison, phases, exponents))]
+    tables = (text(payload["rows"]) for text in (comparison, phases, exponents))
+    parts = [head, checked(payload["check"]), *tables, floors(payload)]
     return "\n\n".join([*filter(None, parts), f"Machine: {machine}."]) + "\n"
 
 
@@ -40,8 +41,8 @@ def checked(check: Dict[str, float]) -> str:
 def comparison(rows: List[dict]) -> str:
     """Time and memory, and both against the published algorithm's."""
     lines = [
-        "| S | algorithm | s / step | tokens/s | peak, GiB | of it the step | hops | gradient, error | "
-        "times faster | memory, peak | memory, step |",
+        "| S | algorithm | s / step | tokens/s | peak, GiB | tensors, GiB | hops | gradient, error | "
+        "times faster | memory, peak | memory, tensors |",
         "|---:|---|" + "---:|" * 9,
     ]
     for row in rows:
@@ -51,23 +52,33 @@ def comparison(rows: List[dict]) -> str:
 
 
 def _cells(row: dict, base: dict) -> List[str]:
+    memory = [_number(row, key, ".2f") for key in ("peak_gib", "tensors_gib")]
     if row["status"] != "ok":
-        seconds, gib = row.get("extrapolated_seconds"), row.get("extrapolated_gib")
-        return [
-            "–" if seconds is None else f"~{seconds:.3g}", f"{row['status']}", "–",
-            "–" if gib is None else f"~{gib:.2f}", *["–"] * 5,
-        ]
+        return [_number(row, "seconds", ".3g"), row["status"], *memory, *["–"] * 5]
     spread = f" ({row['seconds_p20']:.3g}–{row['seconds_p80']:.3g})" if row["steps"] > 2 else ""
     error, hops = row.get("gradient_error"), row["hops"]
-    theirs = base.get("seconds") or base.get("extrapolated_seconds")
-    measured = base["status"] == "ok"
     return [
-        f"{row['seconds']:.3g}{spread}", f"{row['tokens_per_second']:.3g}", f"{row['peak_gib']:.2f}",
-        f"{row['step_gib']:.2f}", "–" if hops is None else f"{hops:.1f}", "–" if error is None else f"{error:.1e}",
-        "–" if theirs is None else f"{'' if measured else '~'}{theirs / row['seconds']:.3g}",
-        f"1/{base['peak_gib'] / row['peak_gib']:.3g}" if measured else "–",
-        f"1/{base['step_gib'] / max(row['step_gib'], 1e-3):.3g}" if measured else "–",
+        f"{row['seconds']:.3g}{spread}", f"{row['tokens_per_second']:.3g}", *memory,
+        "–" if hops is None else f"{hops:.1f}", "–" if error is None else f"{error:.1e}",
+        _ratio(base, row, "seconds", ""), _ratio(base, row, "peak_gib", "1/"), _ratio(base, row, "tensors_gib", "1/"),
     ]
+
+
+def _value(row: dict, key: str) -> Tuple[Optional[float], str]:
+    """(measured or extrapolated, "~" of the latter)."""
+    if row.get(key) is not None:
+        return row[key], ""
+    return row.get(f"extrapolated_{key}"), "~"
+
+
+def _number(row: dict, key: str, form: str) -> str:
+    value, mark = _value(row, key)
+    return "–" if value is None else f"{mark}{value:{form}}"
+
+
+def _ratio(base: dict, row: dict, key: str, before: str) -> str:
+    (theirs, mark), (ours, our_mark) = _value(base, key), _value(row, key)
+    return "–" if not theirs or not ours else f"{mark or our_mark}{before}{theirs / ours:.3g}"
 
 
 def phases(rows: List[dict]) -> str:

@@ -322,7 +322,8 @@ def explain(error: ArgumentError) -> str:
 def describe_type(kind: Any) -> str:
     """A setting's type in words."""
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(kind))
+        choices = [str(choice) for choice in get_args(kind)]
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if get_origin(kind) is Union:
         return " or ".join(describe_type(part) for part in get_args(kind))
     if get_origin(kind) is list:

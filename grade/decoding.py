@@ -1,10 +1,33 @@
-"""Decoding: hidden states of the newest token, one forward of one position a token."""
+"""Decoding without a graph: hidden states of the newest token, one forward of one position a token."""
 
 from __future__ import annotations
+
+from typing import ContextManager
 
 from torch import Tensor
 
 from grade.model import Policy
+
+
+class Decoding:
+    """How a policy's responses are decoded: plainly, or with `rollout.compile` as `CompiledDecoding` does it.
+
+    Attributes:
+        drops_rows: whether responses that have ended may leave the batch.
+    """
+
+    drops_rows = True
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    def state(self, adapters: bool) -> ContextManager:
+        """The policy's state for a rollout."""
+        return self.policy.merged() if adapters else self.policy.state(adapters=False)
+
+    def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> Decoder:
+        """See `Decoder`."""
+        return Decoder(self.policy, prompt_ids, prompt_mask, copies=copies, steps=steps)
 
 
 class Decoder:
@@ -20,15 +43,16 @@ class Decoder:
 
     Attributes:
         hidden: [U * copies, d], states that predict the first tokens.
+        cache: keys and values of all positions so far.
     """
 
     def __init__(self, policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int):
         self._policy, self._length = policy, prompt_ids.shape[1]
-        self._cache = policy.new_cache(self._length + steps)
+        self.cache = policy.new_cache(self._length + steps)
         padded = not bool(prompt_mask.all())
-        hidden = policy.hidden(policy.embed(prompt_ids), prompt_mask if padded else None, self._cache)[:, -1]
+        hidden = policy.hidden(policy.embed(prompt_ids), prompt_mask if padded else None, self.cache)[:, -1]
         if copies > 1:
-            self._cache.batch_repeat_interleave(copies)
+            self.cache.batch_repeat_interleave(copies)
             hidden, prompt_mask = (x.repeat_interleave(copies, dim=0) for x in (hidden, prompt_mask))
         self.hidden = hidden
         self._mask = None  # [B, P + steps]
@@ -40,10 +64,10 @@ class Decoder:
         """[B, d] embeddings of the newest tokens -> [B, d] states that predict the next."""
         self._length += 1
         mask = None if self._mask is None else self._mask[:, : self._length]
-        return self._policy.hidden(embeddings[:, None], mask, self._cache)[:, 0]
+        return self._policy.hidden(embeddings[:, None], mask, self.cache)[:, 0]
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these responses only; [b] int64, positions in the batch."""
-        self._cache.batch_select_indices(rows)
+        self.cache.batch_select_indices(rows)
         if self._mask is not None:
             self._mask = self._mask[rows]

@@ -78,12 +78,12 @@ def evaluation_sampling(config: Config) -> Sampling:
     return replace(sampling_of(config.generation), top_p=top_p)
 
 
-def score_settings(config: Config) -> ReplaySettings:
+def score_settings(config: Config, device: torch.device) -> ReplaySettings:
     """How a response is scored; nothing here depends on the method."""
     method = config.method
     return ReplaySettings(
         tau=1.0, kl_direction=method.kl_direction, prompt_cache=method.prompt_cache,
-        chunk_bytes=method.head_chunk_mib * 2**20,
+        chunk_bytes=method.head_chunk_bytes(device.type),
     )
 
 
@@ -103,7 +103,7 @@ def evaluate(
         measure: given a rollout, further [B] measures of it by name; their means are the `details`.
     """
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    sampling, settings = evaluation_sampling(config), score_settings(config)
+    sampling, settings = evaluation_sampling(config), score_settings(config, policy.device)
     details_of = getattr(reward, "details", lambda rollout, scores: {})
     size, numbers = config.evaluation.batch_size, list(range(process, len(prompts), processes))
     records: List[dict] = []

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Dict
+from typing import TYPE_CHECKING, Dict, Optional
+
+if TYPE_CHECKING:
+    import torch
 
 
 def machine() -> Dict[str, object]:
@@ -26,3 +29,17 @@ def machine() -> Dict[str, object]:
 def machine_line(description: Dict[str, object]) -> str:
     """A recorded `machine` in one line."""
     return "Machine: " + ", ".join(f"{name} {value}" for name, value in description.items()) + "."
+
+
+def free_bytes(device: torch.device) -> Optional[int]:
+    """Free memory of a device; what the caching allocator holds unused counts as free. None where it is not known."""
+    import torch
+
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    found = [line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
+    return int(found[0].split()[1]) * 1024 if found else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 from grade.errors import GradeError
 
@@ -119,15 +120,25 @@ class MethodConfig:
     """A sequence stops hopping when its last change relative to its gradient (hidden space) is below this."""
     replay_dropout: bool = False
     """Adapter dropout during replay. Breaks the fixed point of `grade`, which refuses it."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward passes: less memory, more time."""
+    activation_checkpointing: Union[Literal["auto"], bool] = "auto"
+    """Recompute activations in the backward passes: less memory, more time. `auto`: only if the run's estimate would
+    otherwise exceed 80 % of the free memory."""
     prompt_cache: bool = True
     """The frozen pass reads prompts from a KV cache, one per distinct prompt; off with checkpointing."""
-    head_chunk_mib: int = 256
-    """Memory for the head's logits chunks, MiB."""
+    head_chunk_mib: Optional[int] = None
+    """Memory for the head's logits chunks, MiB; null: 64 on a CPU, about what its caches hold, and 256 elsewhere."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+
+    @property
+    def checkpoint(self) -> bool:
+        """Whether activations are recomputed; `auto` is off until it is decided."""
+        return self.activation_checkpointing is True
+
+    def head_chunk_bytes(self, device: str) -> int:
+        """`head_chunk_mib` on this type of device, bytes."""
+        return (self.head_chunk_mib or (64 if device == "cpu" else 256)) * 2**20
 
 
 # (setting, smallest allowed value, is that value itself allowed)
@@ -169,6 +180,18 @@ def method_named(method: MethodConfig, name: str) -> MethodConfig:
     base, changes = VARIANTS.get(name, (name, {}))
     sections = {base: replace(getattr(method, base), **changes)} if changes else {}
     return replace(method, name=base, **sections)
+
+
+def micro_batch_size(method: MethodConfig, batch_size: int, responses: int) -> int:
+    """Responses that pass through the policy together: a mini-batch is made of whole micro-batches, so that what a
+    response shares its pass with never changes.
+
+    Args:
+        batch_size: train.batch_size.
+        responses: of a step, on one process.
+    """
+    minibatches = getattr(method, method.name).minibatches if method.name in ("ppo", "grpo") else 1
+    return math.gcd(batch_size, responses // minibatches)
 
 
 def check_method(

@@ -12,7 +12,6 @@ those of the full distribution.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Callable, Dict, Iterator, List, Optional, Sequence, TypeVar
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from grade.config import Config
+from grade.method_config import micro_batch_size
 from grade.methods import Method, objective
 from grade.metrics import add_sums, step_metrics, step_sums, to_numbers
 from grade.passes import base_pass, fed_embeddings, per_token, policy_pass
@@ -93,8 +93,8 @@ class PolicyGradient(Method):
     def __init__(self, policy, reward, config: Config, services: Services):
         super().__init__(policy, reward, config, services)
         train = config.train
-        # A mini-batch is made of whole micro-batches: what a response shares its pass with never changes.
-        self.micro_batch = math.gcd(train.batch_size, train.batch_size * train.accumulation_steps // self.minibatches)
+        responses = train.batch_size * train.accumulation_steps
+        self.micro_batch = micro_batch_size(config.method, train.batch_size, responses)
 
     def sampling(self, step: int) -> Sampling:
         return sampling_of(self.config.generation)
@@ -132,14 +132,14 @@ class PolicyGradient(Method):
         policy, rollout, method = self.policy, scored.rollout, self.config.method
         mask = rollout.mask
         x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
-        checkpoint = method.activation_checkpointing and torch.is_grad_enabled()
+        checkpoint = method.checkpoint and torch.is_grad_enabled()
         hidden = policy_pass(policy, rollout, x, checkpoint=checkpoint)
         weights = {"entropy_weight": entropy_weight, "kl_weight": kl_weight, "ref_kl_weight": ref_kl_weight}
         head = vocab_objective(
             hidden[mask], policy.head, indices=rollout.indices[mask], tokens=rollout.tokens[mask],
             ref_hidden=scored.reference[mask] if reference else None, ref_kl=method.kl_direction == "ref_policy",
             **{name: None if weight is None else weight[mask] for name, weight in weights.items()},
-            chunk_bytes=method.head_chunk_mib * 2**20, **policy.head_transform,
+            chunk_bytes=method.head_chunk_bytes(self.policy.device.type), **policy.head_transform,
         )
         allowed = support_is_allowed(policy, rollout)[mask]
         logits = torch.where(allowed, head.logits, -torch.inf)  # [n, k]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grade.config import GenerationConfig
-from grade.decoding import Decoder
+from grade.decoding import Decoding
 from grade.model import Policy
 from grade_kernels import SparseTokens, linear_gumbel_topk, soft_embedding, vocab_head
 from grade_kernels.random import gumbel
@@ -110,9 +110,19 @@ class Rollout:
         last = self.tokens.gather(1, self.mask.sum(1, keepdim=True) - 1).squeeze(1)
         return torch.isin(last, eos_ids)
 
-    def micro_batches(self, size: int) -> Iterator[Rollout]:
+    def micro_batches(self, size: int, *, by_length: bool = False) -> Iterator[Rollout]:
+        """Cuts of `size` responses. `by_length` puts long ones with long ones, so that less padding is computed, where
+        that does not part the samples of a prompt; the longest come first, as memory that they lack is lacked at once.
+        """
+        rollout = self
+        if by_length and self.samples_per_prompt == 1:
+            rollout = self._ordered(self.mask.sum(1).argsort(descending=True, stable=True))
         for start in range(0, len(self), size):
-            yield self.cut(start, min(start + size, len(self)))
+            yield rollout.cut(start, min(start + size, len(self)))
+
+    def _ordered(self, rows: Tensor) -> Rollout:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: value[rows] for name, value in tensors.items()})
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int, device=None) -> tuple[Tensor, Tensor]:
@@ -148,6 +158,7 @@ def support_is_allowed(policy: Policy, rollout: Rollout) -> Tensor:
 def sample(
     policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, sampling: Sampling, *,
     seed: int, first_rows: Tensor, samples_per_prompt: int = 1, adapters: bool = True,
+    decoding: Optional[Decoding] = None,
 ) -> Rollout:
     """Draw responses.
 
@@ -157,13 +168,15 @@ def sample(
         first_rows: [B] int64, noise row of each response's first token; its s-th token uses first_rows + s.
         samples_per_prompt: responses per prompt, B = U * samples_per_prompt; the prompt is computed once.
         adapters: sample from the policy, or from the frozen base.
+        decoding: how; None is plainly.
 
     Returns:
         A rollout of B responses, at most `sampling.max_new_tokens` long.
     """
     steps = sampling.max_new_tokens
-    with policy.merged() if adapters else policy.state(adapters=False):
-        decoder = Decoder(policy, prompt_ids, prompt_mask, copies=samples_per_prompt, steps=steps)
+    decoding = decoding or Decoding(policy)
+    with decoding.state(adapters):
+        decoder = decoding.start(prompt_ids, prompt_mask, copies=samples_per_prompt, steps=steps)
         if samples_per_prompt > 1:
             prompt_ids = prompt_ids.repeat_interleave(samples_per_prompt, dim=0)
             prompt_mask = prompt_mask.repeat_interleave(samples_per_prompt, dim=0)
@@ -178,7 +191,7 @@ def sample(
                 going = out.alive.nonzero().squeeze(1)
                 if not len(going):
                     break
-                if len(going) <= _DROP_AT * len(out.alive):
+                if decoding.drops_rows and len(going) <= _DROP_AT * len(out.alive):
                     decoder.keep(going)
                     draw = out.keep(going, draw)
             if step + 1 < steps:

@@ -15,7 +15,7 @@ _MAY_CHANGE_ON_RESUME = {
     "train.resume", "train.overwrite", "train.run_dir", "output_dir", "name", "train.steps", "train.save_every",
     "train.tensorboard", "train.wandb", "train.wandb_project", "train.samples_logged", "train.samples_every",
     "evaluation.samples", "evaluation.batch_size", "generation.batch_size", "method.head_chunk_mib",
-    "train.keep_adapters", "task.judge_examples",
+    "train.keep_adapters", "task.judge_examples", "method.activation_checkpointing", "rollout.compile",
 }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional
 
@@ -22,12 +22,16 @@ from rich.console import Console
 from transformers import get_scheduler
 
 from grade.checkpoint import latest, load_adapter, load_state, save_checkpoint
+from grade.compiled_decoding import CompiledDecoding
 from grade.config import Config, GradeError
 from grade.config_io import config_to_yaml
+from grade.decoding import Decoding
 from grade.evaluate import Evaluation, evaluate, text_of, write_evaluations
 from grade.evaluation_tables import evaluation_table
 from grade.interrupt import stop_between_steps
 from grade.loading import load_policy, load_prompts, load_reward, load_tokenizer
+from grade.machine import free_bytes
+from grade.memory import plan as plan_memory
 from grade.methods import make_method
 from grade.metrics import Phases, RunLog, peak_memory_gib, reset_peak_memory
 from grade.progress import training_progress
@@ -75,9 +79,14 @@ class Trainer:
         head_config = with_kept_head(config, run_dir) if config.train.resume else config
         with accelerator.main_process_first():
             self.reward = load_reward(head_config, self.policy, self.task)
-        self.method = make_method(self.policy, self.reward, config, self.services)
         self.evaluation_prompts = load_prompts(config, self.task, tokenizer)
+        longest = max(len(prompt) for prompts in self.evaluation_prompts.values() for prompt in prompts)
         self.prompts = self.evaluation_prompts.pop("policy")
+        self.memory = plan_memory(
+            self.policy, self.reward, config, longest, free_bytes(accelerator.device), self.services.any_process
+        )
+        decided = replace(config.method, activation_checkpointing=self.memory.checkpoint)
+        self.method = make_method(self.policy, self.reward, replace(config, method=decided), self.services)
         train = config.train
         self.optimizer = torch.optim.AdamW(
             [{"params": self.policy.parameters()}, *self.method.parameter_groups()],
@@ -88,6 +97,7 @@ class Trainer:
         self.scheduler = get_scheduler(name, self.optimizer, train.warmup_steps, train.steps)
         self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
         self.source = self._open_source()
+        self.decoding = (CompiledDecoding if config.rollout.compile else Decoding)(self.policy)
         self.step = 0
         self.norms: List[float] = []  # of the policy's gradient, per update of the current step
         self.best: Optional[dict] = None
@@ -130,7 +140,10 @@ class Trainer:
             ids, mask = pad_prompts(
                 [self.prompts[n] for n in numbers[start:stop]], self.policy.pad_id, self.policy.device
             )
-            yield sample(self.policy, ids, mask, self.method.sampling(step), samples_per_prompt=copies, **draw)
+            yield sample(
+                self.policy, ids, mask, self.method.sampling(step), samples_per_prompt=copies, decoding=self.decoding,
+                **draw,
+            )
         if self.source is not None:
             self.source.skip((len(numbers) - first - share) * copies)
 
@@ -210,10 +223,12 @@ class Trainer:
         self.log = RunLog(self.run_dir, self.config, enabled=main, resume_step=self.step)
         try:
             with training_progress(train.steps, self.step, enabled=main) as progress, stop_between_steps() as stop:
+                progress.say(self.memory.line)
                 if self.step == 0 and not self.evaluations:
                     self._validate(progress, adapters=False)
                 while self.step < train.steps:
-                    metrics = self.train_step()
+                    with self.memory.explained(f"step {self.step}", "train"):
+                        metrics = self.train_step()
                     self.log.metrics(self.step, metrics)
                     progress.advance(metrics)
                     self.step += 1
@@ -249,7 +264,9 @@ class Trainer:
 
     def _evaluate(self, split: str, progress, *, adapters: bool) -> Evaluation:
         prompts = self.evaluation_prompts[split]
-        with progress.evaluation(split, len(prompts)) as tick:
+        with progress.evaluation(split, len(prompts)) as tick, self.memory.explained(
+            f"the {split} evaluation after {self.step} steps", "evaluation"
+        ):
             row = evaluate(
                 self.policy, self.reward, prompts, self.config, split=split, step=self.step if adapters else 0,
                 adapters=adapters, accelerator=self.accelerator, tick=tick,

@@ -514,3 +514,21 @@ def test_cut_is_no_copy_of_another_row():
     part = rollout.cut(2, 6)
     assert part.prompt_ids[part.prompt_mask].tolist() == PROMPTS[1] * 2 + PROMPTS[2] * 2
     assert part.samples_per_prompt == 2 and rollout.cut(1, 5).samples_per_prompt == 1
+
+
+def test_micro_batches_by_length_compute_less_padding():
+    policy = tiny_policy()
+    policy.eos_ids = torch.arange(0, VOCAB, 6)
+    rollout = draw(policy, PROMPTS * 4, max_new_tokens=20)
+    plain, sorted_ = (list(rollout.micro_batches(3, by_length=by_length)) for by_length in (False, True))
+    lengths = [part.mask.sum(1).tolist() for part in sorted_]
+    assert sum(lengths, []) == sorted(rollout.mask.sum(1).tolist(), reverse=True)
+    assert sum(p.mask.numel() for p in sorted_) < sum(p.mask.numel() for p in plain)
+    for parts in (plain, sorted_):  # the same responses, with what belongs to them
+        found = {int(row[0]): (t[m].tolist(), i[m].tolist()) for p in parts
+                 for row, t, m, i in zip(p.rows, p.tokens, p.mask, p.indices, strict=True)}
+        assert found == {int(row[0]): (t[m].tolist(), i[m].tolist()) for row, t, m, i in zip(
+            rollout.rows, rollout.tokens, rollout.mask, rollout.indices, strict=True)}
+    together = draw(policy, copies=2)  # the samples of a prompt are not parted
+    assert [p.tokens.tolist() for p in together.micro_batches(2, by_length=True)] == [
+        p.tokens.tolist() for p in together.micro_batches(2)]

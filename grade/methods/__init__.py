@@ -27,7 +27,7 @@ class Method:
 
     def __init__(self, policy, reward, config: Config, services: Services):
         self.policy, self.reward, self.config, self.services = policy, reward, config, services
-        if config.method.activation_checkpointing:
+        if config.method.checkpoint:
             policy.enable_checkpointing()
 
     def sampling(self, step: int) -> Sampling:

@@ -45,8 +45,8 @@ class Grade(Method):
         return ReplaySettings(
             tau=self.tau(step), estimator=method.estimator, rao_samples=method.rao_samples,
             kl_direction=method.kl_direction, kl_prefix_grad=method.kl_prefix_grad, max_hops=method.max_hops,
-            hop_tol=method.hop_tol, dropout=method.replay_dropout, checkpoint=method.activation_checkpointing,
-            prompt_cache=method.prompt_cache, chunk_bytes=method.head_chunk_mib * 2**20,
+            hop_tol=method.hop_tol, dropout=method.replay_dropout, checkpoint=method.checkpoint,
+            prompt_cache=method.prompt_cache, chunk_bytes=method.head_chunk_bytes(self.policy.device.type),
             any_process=self.services.any_process, phase=self.services.phase,
         )
 
@@ -55,7 +55,7 @@ class Grade(Method):
         totals = self.services.totals(r.mask for r in rollouts)
         sums: Dict[str, float] = {}
         for rollout in rollouts:
-            for micro_batch in rollout.micro_batches(self.config.train.batch_size):
+            for micro_batch in rollout.micro_batches(self.config.train.batch_size, by_length=True):
                 result = self.accumulate(
                     micro_batch, step, total_tokens=totals.tokens, total_responses=totals.responses
                 )

@@ -14,7 +14,7 @@ _FREE = {
     "train.save_every", "train.keep_adapters", "train.tensorboard", "train.wandb", "train.wandb_project",
     "train.samples_logged", "train.samples_every", "generation.batch_size", "method.head_chunk_mib",
     "evaluation.every", "evaluation.samples", "evaluation.batch_size", "evaluation.test_prompts",
-    "task.judge_examples",
+    "task.judge_examples", "method.activation_checkpointing", "rollout.compile",
 }
 SCHEDULE = ("method.tau_start", "method.tau_end", "method.tau_steps")
 

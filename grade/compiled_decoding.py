@@ -1,0 +1,122 @@
+"""`rollout.compile`: decoding by one compiled step over a static KV cache, in CUDA graphs on a GPU.
+
+A token of a small batch is thousands of small operations that cost more to launch than to run. Shapes must not change
+for them to be recorded, so the cache has its final length from the start, a mask says how far it is filled, and
+rows that have ended stay in the batch.
+"""
+
+from __future__ import annotations
+
+from typing import ContextManager, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from transformers import StaticCache
+
+from grade.decoding import Decoder, Decoding
+from grade.errors import GradeError, first_line
+from grade.model import Policy
+
+# Prompts differ in length, and every other capacity is compiled anew.
+_CAPACITY_STEP = 64
+
+
+class CompiledDecoding(Decoding):
+    """What one rollout leaves to the next: the compiled step, and the cache whose addresses it has recorded.
+
+    Raises:
+        GradeError: the policy's attention needs another kind of mask or cache, or there is no compiler.
+    """
+
+    drops_rows = False
+
+    def __init__(self, policy: Policy):
+        super().__init__(policy)
+        config = policy.config.get_text_config()
+        attention = getattr(config, "_attn_implementation", None)
+        if attention != "sdpa":
+            raise GradeError(
+                f"rollout.compile: model.attn_implementation is {attention}, and the compiled step masks its cache as "
+                "sdpa does. Set model.attn_implementation=sdpa, or rollout.compile=false."
+            )
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+        if kinds or getattr(config, "sliding_window", None):
+            raise GradeError(
+                f"rollout.compile: {type(policy.causal_lm).__name__} has layers that see a window "
+                f"({', '.join(sorted(kinds)) or 'sliding_window'}), which the compiled step has no cache for. Set "
+                "rollout.compile=false."
+            )
+        if policy.device.type == "cpu":
+            try:
+                get_cpp_compiler()
+            except (RuntimeError, OSError) as error:
+                raise _failed(error) from error
+        self._config = config
+        mode = "reduce-overhead" if policy.device.type == "cuda" else None
+        self._step = torch.compile(self._forward, dynamic=False, mode=mode)
+        self._shape: Optional[Tuple[int, int]] = None
+        self._cache: Optional[StaticCache] = None
+
+    def state(self, adapters: bool) -> ContextManager:
+        """As for the plain one, but CUDA graphs have recorded where the weights are, so none are merged there."""
+        return self.policy.state(adapters=adapters) if self.policy.device.type == "cuda" else super().state(adapters)
+
+    def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> CompiledDecoder:
+        return CompiledDecoder(self, prompt_ids, prompt_mask, copies=copies, steps=steps)
+
+    def cache(self, batch: int, length: int) -> StaticCache:
+        """An empty cache for `length` positions or somewhat more; the last rollout's where it fits."""
+        capacity = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
+        if self._shape == (batch, capacity):
+            self._cache.reset()
+        else:
+            self._shape, self._cache = (batch, capacity), StaticCache(config=self._config, max_cache_len=capacity)
+        return self._cache
+
+    def step(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
+        """[B, 1, d], mask [B, 1, 1, capacity] and positions [B, 1] -> [B, 1, d]."""
+        if self.policy.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        try:
+            return self._step(embeddings, mask, positions, cache).clone()  # the graph's own output is overwritten
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            raise _failed(error) from error
+
+    def _forward(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
+        return self.policy.backbone(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+
+
+def _failed(error: Exception) -> GradeError:
+    return GradeError(
+        f"rollout.compile: torch.compile failed ({first_line(error)}). It needs a C++ compiler on a CPU and Triton "
+        "on a GPU; or set rollout.compile=false."
+    )
+
+
+class CompiledDecoder:
+    """`Decoder` for a batch that keeps its shape; the prompt runs as it does there."""
+
+    def __init__(
+        self, decoding: CompiledDecoding, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int
+    ):
+        prompts = Decoder(decoding.policy, prompt_ids, prompt_mask, copies=copies, steps=0)
+        prompt_mask = prompt_mask.repeat_interleave(copies, dim=0)
+        self.hidden = prompts.hidden
+        self._decoding, (batch, self._length) = decoding, prompt_mask.shape
+        self._cache = decoding.cache(batch, self._length + steps)
+        for layer, prompt in zip(self._cache.layers, prompts.cache.layers, strict=True):
+            layer.update(prompt.keys, prompt.values)
+        self._mask = prompt_mask.new_zeros(batch, 1, 1, self._cache.layers[0].max_cache_len)
+        self._mask[:, 0, 0, : self._length] = prompt_mask
+        self._positions = prompt_mask.sum(1, keepdim=True)
+
+    def feed(self, embeddings: Tensor) -> Tensor:
+        """[B, d] embeddings of the newest tokens -> [B, d] states that predict the next."""
+        self._mask[..., self._length] = True
+        hidden = self._decoding.step(embeddings[:, None], self._mask, self._positions, self._cache)[:, 0]
+        self._length += 1
+        self._positions += 1
+        return hidden

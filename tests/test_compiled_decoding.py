@@ -1,0 +1,77 @@
+"""`rollout.compile` samples what plain decoding samples."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from test_rollout import PROMPTS
+from tiny import KeepDouble, tiny_policy
+
+import grade.compiled_decoding
+from grade.compiled_decoding import CompiledDecoding
+from grade.errors import GradeError
+from grade.rollout import Sampling, pad_prompts, sample
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "c++", "clang++")), reason="needs a C++ compiler"
+)
+
+
+@needs_compiler
+def test_compiled_decoding_is_decoding():
+    """With padding and several samples; again with other weights and prompts, and for the base, in the same cache."""
+    with KeepDouble():
+        policy = tiny_policy("llama", dtype=torch.float64)
+        decoding = CompiledDecoding(policy)
+        for seed, prompts, adapters in ((0, PROMPTS, True), (1, PROMPTS[::-1], True), (2, PROMPTS, False)):
+            ids, mask = pad_prompts(prompts, policy.pad_id)
+            rows = torch.arange(2 * len(prompts)) * 100
+            draw = dict(seed=seed, first_rows=rows, samples_per_prompt=2, adapters=adapters)
+            sampling = Sampling(max_new_tokens=6, top_k=7, soft=True)
+            plain = sample(policy, ids, mask, sampling, **draw)
+            ours = sample(policy, ids, mask, sampling, decoding=decoding, **draw)
+            assert torch.equal(plain.tokens, ours.tokens) and torch.equal(plain.mask, ours.mask)
+            assert (plain.weights - ours.weights)[plain.mask].abs().max() < 1e-9
+            with torch.no_grad():
+                for parameter in policy.parameters():
+                    parameter += 0.1 * torch.randn_like(parameter)
+    assert len(decoding.cache(1, 1).layers) == len(decoding.cache(1, 64).layers)
+    assert decoding.cache(1, 1) is decoding.cache(1, 64) is not decoding.cache(1, 65)
+
+
+@pytest.mark.parametrize("name, attention, message", [
+    ("gemma2", "sdpa", "layers that see a window"), ("llama", "eager", "set model.attn_implementation=sdpa"),
+])
+def test_what_cannot_be_compiled_is_refused(name, attention, message):
+    policy = tiny_policy(name)
+    policy.config._attn_implementation = attention
+    with pytest.raises(GradeError, match=rf"(?i)rollout\.compile: .*{message}"):
+        CompiledDecoding(policy)
+
+
+def test_a_missing_compiler_is_told_at_once(monkeypatch):
+    def missing():
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(grade.compiled_decoding, "get_cpp_compiler", missing)
+    with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed \(no working C\+\+ compiler\)"):
+        CompiledDecoding(tiny_policy("llama"))
+
+
+@needs_compiler
+def test_a_failing_compiler_is_told(monkeypatch):
+    policy = tiny_policy("llama")
+    decoding = CompiledDecoding(policy)
+
+    def fail(*_):
+        raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
+
+    monkeypatch.setattr(decoding, "_step", fail)
+    ids, mask = pad_prompts(PROMPTS, policy.pad_id)
+    with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed"):
+        sample(
+            policy, ids, mask, Sampling(max_new_tokens=2, top_k=3), seed=0, first_rows=torch.arange(len(PROMPTS)),
+            decoding=decoding,
+        )

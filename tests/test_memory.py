@@ -1,0 +1,272 @@
+"""What a run says it will need of memory, against what its steps hold; what it decides by that; running out of it."""
+
+from __future__ import annotations
+
+import gc
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import trainer_of, with_train
+from tiny import tiny_policy, tiny_reward
+from torch.autograd.graph import saved_tensors_hooks
+
+from benchmarks.measure import LiveBytes
+from grade.activations import measure_pass, policy_forward, saved_bytes
+from grade.checkpoint import load_state
+from grade.config import Config, EvaluationConfig, GenerationConfig, GradeError, MethodConfig, TrainConfig
+from grade.config_io import config_from_yaml, load_config
+from grade.machine import free_bytes
+from grade.memory import Estimate, MemoryPlan, estimate, is_out_of_memory, plan
+from grade.methods import make_method
+from grade.rollout import sample
+from grade.run_dir import prepare_run_dir
+from grade.services import Services
+from grade.trainer import Trainer, make_accelerator
+
+PROMPT = 16
+GIB = 2**30
+
+
+def config_of(name="grade-ste", checkpoint="auto", batch=2, length=24, **sections) -> Config:
+    """Steps of one micro-batch, few hops, every response at its longest."""
+    method = MethodConfig(name=name, activation_checkpointing=checkpoint, max_hops=2)
+    method.ppo = replace(method.ppo, epochs=1, minibatches=1)
+    return Config(
+        method=method, train=TrainConfig(batch_size=batch, accumulation_steps=1),
+        generation=GenerationConfig(max_new_tokens=length, min_new_tokens=0, top_k=32, ignore_eos=True),
+        evaluation=EvaluationConfig(batch_size=1), **sections,
+    )
+
+
+def parts_of(found: Estimate, checkpoint: bool) -> dict:
+    return found.checkpointed if checkpoint else found.parts
+
+
+@pytest.mark.parametrize("name, batch, length, attention", [
+    ("grade-ste", 1, 30, "sdpa"), ("grade-ste", 2, 85, "sdpa"), ("grade", 2, 30, "eager"), ("ppo", 1, 85, "sdpa"),
+    ("ppo", 3, 30, "sdpa"),
+])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_estimate_is_what_a_step_holds(name, checkpoint, batch, length, attention):
+    """Of tensors, without what is loaded; 101 tokens are more than were measured."""
+    policy, config = tiny_policy("llama"), config_of(name, checkpoint, batch, length)
+    policy.causal_lm.set_attn_implementation(attention)
+    reward = tiny_reward(policy)
+    parts = parts_of(estimate(policy, reward, config, PROMPT), checkpoint)
+    method = make_method(policy, reward, config, Services())
+    ids = torch.randint(4, 60, (batch, PROMPT))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1:, 0] = False  # of several prompts, most are padded
+    first = torch.arange(batch) * length
+    with LiveBytes() as live:
+        rollout = sample(policy, ids, mask, method.sampling(0), seed=0, first_rows=first)
+    assert 0.7 < parts["rollout"] / live.peak < 1.6
+    held = sum(t.nbytes for t in (rollout.indices, rollout.weights) if t is not None)
+    gc.collect()
+    with LiveBytes() as live:
+        method.step([rollout], 0, lambda: policy.model.zero_grad(set_to_none=True))
+    assert 0.75 < (parts["activations"] + parts["head"] - held) / live.peak < 1.5
+
+
+@pytest.mark.parametrize("name, attention", [
+    ("llama", "sdpa"), ("llama", "eager"), ("qwen3", "sdpa"), ("gemma2", "eager"), ("gpt-neox", "sdpa"),
+])
+def test_lengths_beyond_the_measured_follow_the_polynomial(name, attention):
+    policy = tiny_policy(name)
+    policy.causal_lm.set_attn_implementation(attention)
+    forward = policy_forward(policy, adapters=True)
+    law, found = measure_pass(policy.model, forward, 1000), saved_bytes(policy.model, lambda: forward(200))
+    assert law.whole(200) == pytest.approx(found["whole"], rel=1e-6)
+    assert law.kept(200) == pytest.approx(found["kept"], rel=1e-6)
+    assert found["kept"] + 2 * found["layer"] >= found["whole"] > found["kept"] + found["layer"]  # of two layers
+
+
+def test_attention_that_keeps_its_scores_is_seen():
+    policy = tiny_policy("llama")  # 2 layers of 4 heads
+    policy.causal_lm.set_attn_implementation("eager")
+    law = measure_pass(policy.model, policy_forward(policy, adapters=True), 1000)
+    assert law.whole.quadratic >= 2 * 4 * 4 and law.layer.quadratic >= 4 * 4
+    assert law.kept.quadratic < 8  # the mask
+
+
+def test_what_is_kept_is_what_a_checkpointed_pass_saves():
+    policy = tiny_policy("llama")
+    forward = policy_forward(policy, adapters=True)
+    kept = saved_bytes(policy.model, lambda: forward(48))["kept"]
+    policy.enable_checkpointing()
+    frozen = (*policy.model.parameters(), *policy.model.buffers())
+    saved, constant = {}, {tensor.untyped_storage().data_ptr() for tensor in frozen}
+
+    def save(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def checkpointed(length):
+        x = torch.zeros(1, length, policy.head.shape[1], requires_grad=True)
+        mask = torch.ones(1, length, dtype=torch.bool)
+        mask[:, 0] = False
+        with policy.state(adapters=True, checkpoint=True):
+            return policy.hidden(x, mask)
+
+    with saved_tensors_hooks(save, lambda tensor: tensor):
+        hidden = checkpointed(48)
+    found = sum(size for key, size in saved.items() if key not in constant)
+    arguments = 48 * 48 + 2 * 48 * 8 * 4 + 48 * 8  # the mask, the rotary angles and the positions: held, not saved
+    assert hidden.requires_grad and kept == found + arguments
+
+
+@pytest.mark.parametrize("reads", ["prompt+response", "response"])
+def test_estimating_changes_nothing(reads):
+    policy = tiny_policy("qwen3")
+    reward, state = tiny_reward(policy, reads), policy._state
+    before = {name: p.clone() for name, p in policy.model.named_parameters()}
+    flags = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in policy.model.modules()]
+    random = torch.get_rng_state()
+    estimate(policy, reward, config_of(), PROMPT)
+    assert policy._state == state and torch.equal(torch.get_rng_state(), random)
+    assert flags == [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in policy.model.modules()]
+    for name, parameter in policy.model.named_parameters():
+        assert parameter.grad is None and torch.equal(parameter, before[name])
+
+
+def test_a_reward_with_a_pass_of_its_own_costs_one():
+    policy = tiny_policy("llama")
+    both, alone = (
+        estimate(policy, tiny_reward(policy, reads), config_of(), PROMPT).parts["activations"]
+        for reads in ("prompt+response", "response")
+    )
+    assert alone > 1.2 * both
+
+
+# -- decision ------------------------------------------------------------------------------------------------
+
+
+def test_auto_follows_free_memory():
+    policy = tiny_policy("llama")
+    reward = tiny_reward(policy)
+
+    def checkpoints(free, asked="auto", any_process=bool):
+        return plan(policy, reward, config_of(checkpoint=asked), PROMPT, free, any_process).checkpoint
+
+    needed = estimate(policy, reward, config_of(), PROMPT).more(checkpoint=False)
+    assert not checkpoints(int(needed / 0.79)) and checkpoints(int(needed / 0.81))
+    assert not checkpoints(None)
+    assert checkpoints(100 * needed, any_process=lambda tight: True)  # another process has less
+    assert checkpoints(100 * needed, asked=True) and not checkpoints(1, asked=False)
+    policy.causal_lm.supports_gradient_checkpointing = False
+    assert not checkpoints(1)
+
+
+def test_checkpointing_saves_memory_and_the_line_says_so():
+    policy = tiny_policy("llama")
+    config = config_of(batch=4, length=60)
+    roomy, tight = (plan(policy, tiny_reward(policy), config, PROMPT, free) for free in (20 * GIB, 1))
+    assert tight.estimate.total(True) < 0.8 * roomy.estimate.total(False)
+    assert re.fullmatch(
+        r"memory: about 0.0 GiB at B = 4, P = 16, S = 60, k = 32 \(weights 0.0, optimizer 0.0, rollout 0.0, "
+        r"activations 0.0, head 0.0, evaluation 0.0\); 20.0 GiB free; activation checkpointing off \(auto\)",
+        roomy.line,
+    )
+    assert "checkpointing on (auto). That may not fit. Set train.batch_size below 4" in tight.line
+
+
+def test_a_method_made_before_the_decision_does_not_checkpoint():
+    config = config_of()
+    assert config.method.activation_checkpointing == "auto" and not config.method.checkpoint
+    policy = tiny_policy("llama")
+    assert not make_method(policy, tiny_reward(policy), config, Services()).settings(0).checkpoint
+
+
+@pytest.mark.parametrize("text, value", [("auto", "auto"), ("true", True), ("false", False)])
+def test_the_setting_has_three_values(tmp_path, text, value):
+    (tmp_path / "config.yaml").write_text(f"method:\n  activation_checkpointing: {text}\n")
+    for config in (
+        config_from_yaml(tmp_path / "config.yaml"), load_config("demo", [f"--method.activation_checkpointing={text}"])
+    ):
+        found = config.method.activation_checkpointing
+        assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["maybe", "2", "null"])
+def test_other_values_are_refused(text):
+    with pytest.raises(GradeError, match=f"^method.activation_checkpointing is {text}: .* be auto or true or false"):
+        load_config("demo", [f"--method.activation_checkpointing={text}"])
+
+
+def test_free_memory_is_a_number_of_this_machine():
+    free = free_bytes(torch.device("cpu"))
+    assert free is None or 2**20 < free < 2**50
+
+
+# -- running out ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error, expected", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), True),
+    (MemoryError(), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+    (RuntimeError("could not create a primitive"), True),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    (ValueError("can't allocate"), False),
+])
+def test_what_is_out_of_memory(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+@pytest.mark.parametrize("section, named, absent", [
+    ("train", ["activation_checkpointing to true", "train.batch_size below 4 (with train.accumulation_steps above 1 ",
+               "generation.batch_size below 4", "generation.max_new_tokens below 24"], "evaluation.batch_size"),
+    ("evaluation", ["evaluation.batch_size below 8", "method.head_chunk_mib below 256"], "train.batch_size"),
+])
+def test_running_out_names_the_step_and_what_to_change(section, named, absent):
+    config = replace(config_of(batch=4), evaluation=EvaluationConfig(batch_size=8))
+    parts = dict.fromkeys(("weights", "optimizer", "rollout", "activations", "head", "evaluation"), GIB)
+    memory = MemoryPlan(config, Estimate({"B": 4, "P": 2, "S": 2048, "k": 32}, 0, parts, parts), None, False, 2**28)
+    with pytest.raises(GradeError) as caught, memory.explained("step 7", section):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
+    text = str(caught.value)
+    assert "in step 7" in text and "about 4.0 GiB at B = 4, P = 2, S = 2,048, k = 32" in text and "\n" not in text
+    assert all(name in text for name in named) and absent not in text
+    with pytest.raises(GradeError, match="out of memory in step 8"), memory.explained("step 8", section):
+        torch.empty(2**55)  # what the allocator really says
+    with pytest.raises(RuntimeError, match="shapes"), memory.explained("step 7", section):
+        raise RuntimeError("shapes differ")
+
+
+def test_a_run_that_is_out_of_memory_keeps_its_checkpoint(tiny_config, capfd):
+    config = with_train(tiny_config, save_every=1)
+    trainer = Trainer(config, make_accelerator(config), prepare_run_dir(config))
+    step = trainer.method.step
+
+    def second_step_fails(rollouts, number, update):
+        if number == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return step(rollouts, number, update)
+
+    trainer.method.step = second_step_fails
+    with pytest.raises(GradeError, match=r"^out of memory in step 1, .* at B = 4, P = \d+, S = 8, k = 32 .*batch_size"):
+        trainer.fit()
+    assert load_state(Path(config.run_dir) / "checkpoints" / "last")["step"] == 1
+    assert config_from_yaml(Path(config.run_dir) / "config.yaml").method.activation_checkpointing == "auto"
+    said = " ".join(capfd.readouterr().err.split())
+    assert said.count("memory: about") == 1 and "activation checkpointing off (auto)" in said
+
+
+def test_a_validation_that_is_out_of_memory_says_so(tiny_config, monkeypatch):
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer = trainer_of(tiny_config)
+    monkeypatch.setattr("grade.trainer.evaluate", fails)
+    with pytest.raises(GradeError, match="the validation evaluation after 0 steps.*evaluation.batch_size below 8"):
+        trainer.fit()
+
+
+def test_a_trainer_with_little_memory_checkpoints(tiny_config, monkeypatch):
+    monkeypatch.setattr("grade.trainer.free_bytes", lambda device: 1)
+    trainer = trainer_of(tiny_config)
+    assert trainer.method.settings(0).checkpoint and trainer.config.method.activation_checkpointing == "auto"
+    assert trainer.train_step()["grad_norm"] > 0
