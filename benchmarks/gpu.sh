@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under ten minutes: the versions, the GPU tests, the kernel benchmark.
+# Everything that needs a GPU, in one call of under ten minutes: the versions, the GPU tests, the benchmarks of the
+# kernels and of a training step (random weights in the shape of Qwen3-4B).
 #
 #   bash benchmarks/gpu.sh                        tests, then all kernels
 #   bash benchmarks/gpu.sh --kernel logits_kl     arguments go to python -m benchmarks.kernels
@@ -8,17 +9,19 @@
 #   PYTHON=python3        interpreter
 #   INSTALL=1             first: pip install --no-deps -e . and pytest, hypothesis, scipy, matplotlib (default: nothing)
 #   OUT=DIR               the results go there too: log of the tests, CSV, plot
-#   SECONDS_IN_ALL=570    the tests may take half of it, the benchmark the rest
+#   SECONDS_IN_ALL=570    the tests may take a third of it, the training step TRAINING seconds, the kernels the rest
+#   TRAINING=240          0 leaves the training step out
 #   TESTS="tests"         what pytest runs; TESTS= runs none
 #
-# A failing test does not stop the benchmark. Exit status: 0, or the sum of 1 (tests failed, could not run or took
-# too long), 2 (the benchmark failed, or an implementation of this package is wrong) and 4 (no GPU: nothing ran).
+# A failing test does not stop the benchmarks. Exit status: 0, or the sum of 1 (tests failed, could not run or took
+# too long), 2 (a benchmark failed, or an implementation of this package is wrong) and 4 (no GPU: nothing ran).
 
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 4
 
 python=${PYTHON:-python3}
 total=${SECONDS_IN_ALL:-570}
+training=${TRAINING:-240}
 tests=${TESTS-tests}
 results=$(mktemp -d) || exit 4
 trap 'rm -rf "$results"' EXIT
@@ -62,7 +65,7 @@ sys.exit(0 if torch.cuda.is_available() else 1)
 PYTHON_END
 
 run_tests() { # run_tests ARGUMENTS...: appends to the log; 5 (no test chosen) is no failure
-    timeout --kill-after=10 "$((total / 2 - (SECONDS - begin)))" \
+    timeout --kill-after=10 "$((total / 3 - (SECONDS - begin)))" \
         "$python" -m pytest -m gpu -q --continue-on-collection-errors "$@" 2>&1 | tee -a "$results/gpu-tests.log"
     local code=${PIPESTATUS[0]}
     if [ "$code" = 124 ] || [ "$code" = 137 ]; then echo "gpu.sh: the tests took too long"; fi
@@ -86,17 +89,38 @@ else
 fi
 keep
 
-echo "== benchmark"
+echo "== kernels"
 # A set-up may begin just before the limit: it gets a margin before it is stopped.
-limit=$(($(left) - 45))
+limit=$(($(left) - 45 - training))
 if [ "$limit" -lt 30 ]; then limit=30; fi
 timeout --kill-after=10 "$((limit + 40))" \
     "$python" -m benchmarks.kernels --device cuda --time-limit "$limit" --out "$results" "$@" 2>&1 |
     tee "$results/gpu-kernels.log"
 [ "${PIPESTATUS[0]}" = 0 ] || status=$((status | 2))
 keep
+
+train() { # train NAME ARGUMENTS...: a training step, in what time is left
+    local name=$1 seconds
+    shift
+    seconds=$(left)
+    if [ "$seconds" -lt 20 ]; then
+        echo "gpu.sh: no time is left for the training step $name"
+        status=$((status | 2))
+        return
+    fi
+    timeout --kill-after=10 "$seconds" "$python" -m benchmarks.training --shape qwen3-4b --device cuda \
+        --dtype bfloat16 --repeats 5 --seconds 20 --save "$results/$name" "$@" 2>&1 | tee "$results/$name.log"
+    [ "${PIPESTATUS[0]}" = 0 ] || status=$((status | 2))
+    keep
+}
+
+if [ "$training" -gt 0 ]; then
+    echo "== training step"
+    train training-cuda --batch 16 --lengths 64 --algorithms replay compiled
+    train training-cuda-long --batch 8 --lengths 512 2048 --algorithms checkpointed
+fi
 if [ -z "${OUT:-}" ]; then
-    mkdir -p benchmarks/results && cp "$results"/kernels-* benchmarks/results/ 2> /dev/null
+    mkdir -p benchmarks/results && cp "$results"/kernels-* "$results"/training-* benchmarks/results/ 2> /dev/null
 fi
 echo "== results in ${OUT:-benchmarks/results}, $((SECONDS - begin)) s, status $status"
 exit "$status"

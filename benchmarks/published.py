@@ -7,9 +7,9 @@ weights; their mixture `E[indices]` is the straight-through soft token. Autograd
 
 Where the published code is wrong or wasteful beyond its algorithm, this is not, so that replay is not measured against
 a straw man: the whole batch runs at once; only the last position meets the vocabulary head; a step is checkpointed as
-a whole, with its prefix put together inside, so that a token's embedding is kept once; KL is in the loss, position by
-position and checkpointed, so that of the vocabulary's size only the logits are kept; its reference is one parallel pass
-shared with the reward.
+a whole, with its prefix put together inside, so that a token's embedding is kept once; KL is in the loss, a few
+positions at a time and checkpointed, so that of the vocabulary's size only the logits are kept; its reference is one
+parallel pass shared with the reward.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from grade.model import Policy
 from grade.reward import SharedReward
 from grade_kernels.random import gumbel
+
+# Positions of KL at a time: the head is read once for all of them, and four arrays [B, 16, V] are alive.
+_KL_POSITIONS = 16
 
 
 def published_step(
@@ -58,14 +61,14 @@ def published_step(
     with phase("reference and reward"):
         whole = torch.cat([prompt, response], dim=1)
         with policy.state(adapters=False):
-            base = policy.hidden(whole, _all_real(whole))
+            base = policy.hidden(whole, None)
         score = reward.head.probability(base.float().mean(1))
-        before = base[:, prompt_ids.shape[1] - 1: -1].unbind(1)  # S times [B, d]
+        before = base[:, prompt_ids.shape[1] - 1: -1]  # [B, S, d]
         kl = [
-            checkpoint(_kl, step_logits, hidden, policy.head, use_reentrant=False)
-            for step_logits, hidden in zip(logits, before, strict=True)
+            _checkpoint(_kl, before[:, here], policy.head, *logits[here])
+            for here in (slice(start, start + _KL_POSITIONS) for start in range(0, length, _KL_POSITIONS))
         ]
-        loss = kl_coef * torch.stack(kl).mean() - score.mean()
+        loss = kl_coef * torch.cat(kl, dim=1).mean() - score.mean()
     with phase("backward"):
         loss.backward()
     return torch.stack(tokens, dim=1)
@@ -76,10 +79,10 @@ def _whole_prefix(policy: Policy) -> Callable:
 
     def run(prompt: Tensor, *fed: Tensor) -> Tensor:
         whole = torch.cat([prompt, *(x[:, None] for x in fed)], dim=1)
-        return policy.hidden(whole, _all_real(whole))[:, -1]
+        return policy.hidden(whole, None)[:, -1]
 
     def last_hidden(prompt: Tensor, fed: List[Tensor]) -> Tensor:
-        return checkpoint(run, prompt, *fed, use_reentrant=False)
+        return _checkpoint(run, prompt, *fed)
 
     return last_hidden
 
@@ -89,9 +92,7 @@ def _cached(policy: Policy) -> Callable:
     cache = policy.new_cache()
 
     def last_hidden(prompt: Tensor, fed: List[Tensor]) -> Tensor:
-        newest = fed[-1][:, None] if fed else prompt
-        mask = torch.ones(len(prompt), prompt.shape[1] + len(fed), dtype=torch.bool, device=prompt.device)
-        return policy.hidden(newest, mask, cache)[:, -1]
+        return policy.hidden(fed[-1][:, None] if fed else prompt, None, cache)[:, -1]
 
     return last_hidden
 
@@ -106,11 +107,13 @@ def _soft_token(policy: Policy, logits: Tensor, rows: Tensor, k: int, tau: float
     return token, policy.embed(token) + mixture - mixture.detach()
 
 
-def _kl(logits: Tensor, reference_hidden: Tensor, head: Tensor) -> Tensor:
-    """[B], kl(policy‖ref) at one position."""
+def _kl(reference_hidden: Tensor, head: Tensor, *logits: Tensor) -> Tensor:
+    """[B, s], kl(policy‖ref) at s positions, whose logits [B, V] are given one by one."""
     reference = (reference_hidden @ head.T).float().log_softmax(-1)
-    return kl_div(reference, logits.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    policy = torch.stack(logits, dim=1).log_softmax(-1)
+    return kl_div(reference, policy, log_target=True, reduction="none").sum(-1)
 
 
-def _all_real(embeddings: Tensor) -> Tensor:
-    return torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+def _checkpoint(function: Callable, *arguments: Tensor) -> Tensor:
+    """Without the random state, which nothing reads."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

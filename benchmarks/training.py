@@ -165,7 +165,7 @@ def _summary(result: dict, setting: Setting) -> dict:
         "seconds_p80": times.p80 / 1e3, "phases": phases,
         "tokens_per_second": 1e3 * setting.batch * setting.length / times.median, "peak_gib": result["peak_gib"],
         "step_gib": result["peak_gib"] - result["before_gib"], "tensors_gib": result["tensors_gib"],
-        "hops": result["hops"],
+        "hops": result["hops"], "first_seconds": result["first_seconds"],
     }
 
 

@@ -1,31 +1,34 @@
 """What a replay step must take at least on this machine, phase by phase: bytes over bandwidth, operations over peak.
 
-Decoding reads every weight once a token, for the whole batch, and the keys and values so far; the parallel passes
-multiply. Both rates are measured here, so a floor says how far a phase is from what the machine can do, not from
-what another would.
+Decoding reads every weight once a token, for the whole batch, and the keys and values so far (from memory: a model
+that a cache holds has no such floor); the parallel passes multiply. Both rates are measured here, so a floor says how
+far a phase is from what this machine can do, not from what another would.
 """
 
 from __future__ import annotations
 
-from typing import Dict, List
+from typing import Callable, Dict, List
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import Machine
 from benchmarks.training_setup import SHAPES, Setting
 
-_READ_BYTES = 2**28  # far more than any cache holds
-_SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
+_READ_BYTES = 2**30  # more than caches hold
+_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices
 
 
 def rates(device: str, dtype: str) -> Dict[str, float]:
     """{"read_gb_s", "gflop_s"}: reading memory, and multiplying square matrices of this dtype."""
-    machine = Machine(device)
-    words = torch.ones(_READ_BYTES // 4, device=device)
-    read = machine.time(lambda: words.sum(), 0.5, least=5).median
-    side = _SIDE[device]
-    a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
-    multiply = machine.time(lambda: a @ a, 0.5, least=5).median
+    machine, side = Machine(device), _SIDE[device]
+
+    def median(operation: Callable[[Tensor], Tensor], operand: Tensor) -> float:
+        return machine.time(lambda: operation(operand), 0.5, least=5).median  # ms
+
+    read = median(torch.sum, torch.ones(_READ_BYTES // 4, device=device))
+    multiply = median(lambda a: a @ a, torch.randn(side, side, device=device, dtype=getattr(torch, dtype)))
+    machine.clear()  # the steps run in other processes
     return {"read_gb_s": _READ_BYTES / read / 1e6, "gflop_s": 2 * side**3 / multiply / 1e6}
 
 
@@ -47,17 +50,20 @@ def floors(setting: Setting, length: int, hops: float, measured: Dict[str, float
     whole = setting.prompt + length
     attention = 2 * layers * heads * size * setting.batch * whole**2  # two products of half a square
     forward = 2 * inner * tokens + attention
-    backward = 2 * inner * tokens + 2 * attention  # to the inputs only; an adapter's own share is small
-    kept = 2 * layers * groups * size * item * setting.batch * sum(range(setting.prompt, whole))
-    gathered = 2 * rows * setting.k * width * item  # a local rule reads its candidates' rows in two tables
+    backward = 2 * inner * tokens + 2 * attention  # an adapter's own share is small
+    outside = 2 * layers * heads * size * setting.batch * setting.prompt**2
+    to_inputs = 2 * inner * rows + 2 * (attention - outside)  # only the response's embeddings ask for a gradient
+    kept = 2 * layers * groups * size * item * setting.batch * sum(range(setting.prompt + 1, whole))
+    # A local rule reads its candidates' rows in two tables, and what many tokens share no more than once.
+    gathered = 2 * min(rows * setting.k, vocabulary) * width * item
     operations, read = 1 / (1e9 * measured["gflop_s"]), 1 / (1e9 * measured["read_gb_s"])
     return {
         "rollout": (length * (inner + vocabulary * width) * item + kept) * read,
         "policy_forward": forward * operations,
         "base_forward": forward * operations,
         "head": 4 * 2 * rows * vocabulary * width * operations,
-        "base_backward": backward * operations,
-        "hops": hops * backward * operations + (hops + 1) * gathered * read,
+        "base_backward": to_inputs * operations,
+        "hops": hops * to_inputs * operations + (hops + 1) * gathered * read,
         "policy_backward": backward * operations,
     }
 
@@ -75,7 +81,7 @@ def table(payload: dict) -> str:
     for row, least in found:
         cells = [f"{row['phases'][name] / least[name]:.1f} × {least[name]:.3g} s" for name in names]
         total = sum(least.values())
-        cells.append(f"{row['seconds'] / total:.1f} × {total:.3g} s")
+        cells.append(f"{sum(row['phases'].values()) / total:.1f} × {total:.3g} s")
         lines.append(f"| {row['length']} | " + " | ".join(cells) + " |")
     return (
         f"Replay against the floor of each phase, at the {measured['read_gb_s']:.1f} GB/s and "

@@ -193,15 +193,17 @@ def measure(setting: Setting, algorithm: str, *, repeats: int, seconds: float) -
     A step first loads what is loaded lazily: a short one, or where shapes are compiled one of the same length. Peak
     memory is that of the whole process (resident on CPU, allocated on the accelerator); `before_gib` is what it held
     before the steps. On a CPU `tensors_gib` is the peak of the bytes in living tensors, counted in one step more (not
-    where that would take longer than `seconds`): what a heap loses between them is no part of it.
+    where that would take longer than `seconds`): what a heap loses between them is no part of it. `first_seconds` is
+    the step that compiled.
     """
     if algorithm != "compiled":
         Bench(replace(setting, length=2), algorithm).step()
         gc.collect()  # checkpointed layers and their policy hold each other
     bench = Bench(setting, algorithm)
     weights = [p.detach().clone() for p in bench.policy.parameters()]
+    first = None
     if algorithm == "compiled":
-        bench.step()
+        first = bench.step()["seconds"]
         bench.restore(weights)
     reset_peak_memory(bench.device)
     before = peak_memory_gib(bench.device)  # nothing has happened since: what is held now
@@ -220,5 +222,5 @@ def measure(setting: Setting, algorithm: str, *, repeats: int, seconds: float) -
         living = Machine(setting.device).peak_bytes(bench.step)[1] / 2**30
     return {
         "steps": taken, "peak_gib": peak, "before_gib": before, "tensors_gib": living,
-        "tokens": found["tokens"], "gradient": found["gradient"], "hops": found.get("hops"),
+        "tokens": found["tokens"], "gradient": found["gradient"], "hops": found.get("hops"), "first_seconds": first,
     }

@@ -26,7 +26,7 @@ def document(payload: dict) -> str:
     )
     machine = ", ".join(f"{name} {value}" for name, value in payload["machine"].items())
     tables = (text(payload["rows"]) for text in (comparison, phases, exponents))
-    parts = [head, checked(payload["check"]), *tables, floors(payload)]
+    parts = [head, checked(payload["check"]), *tables, compiling(payload["rows"]), floors(payload)]
     return "\n\n".join([*filter(None, parts), f"Machine: {machine}."]) + "\n"
 
 
@@ -39,7 +39,7 @@ def checked(check: Dict[str, float]) -> str:
 
 
 def comparison(rows: List[dict]) -> str:
-    """Time and memory, and both against the published algorithm's."""
+    """Time and memory, and both against the first algorithm's, which is the published one unless it was left out."""
     lines = [
         "| S | algorithm | s / step | tokens/s | peak, GiB | tensors, GiB | hops | gradient, error | "
         "times faster | memory, peak | memory, tensors |",
@@ -79,6 +79,14 @@ def _number(row: dict, key: str, form: str) -> str:
 def _ratio(base: dict, row: dict, key: str, before: str) -> str:
     (theirs, mark), (ours, our_mark) = _value(base, key), _value(row, key)
     return "–" if not theirs or not ours else f"{mark or our_mark}{before}{theirs / ours:.3g}"
+
+
+def compiling(rows: List[dict]) -> str:
+    """What the rows of `rollout.compile` leave out."""
+    first = [f"{row['first_seconds']:.0f} s at S = {row['length']}" for row in rows if row.get("first_seconds")]
+    if not first:
+        return ""
+    return f"The first step of {ALGORITHMS['compiled']}, which compiles, is not in its rows: {', '.join(first)}."
 
 
 def phases(rows: List[dict]) -> str:

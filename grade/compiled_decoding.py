@@ -11,7 +11,6 @@ from typing import ContextManager, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._inductor.cpp_builder import get_cpp_compiler
 from transformers import StaticCache
 
 from grade.decoding import Decoder, Decoding
@@ -40,6 +39,11 @@ class CompiledDecoding(Decoding):
                 f"rollout.compile: model.attn_implementation is {attention}, and the compiled step masks its cache as "
                 "sdpa does. Set model.attn_implementation=sdpa, or rollout.compile=false."
             )
+        if getattr(config, "alibi", False):
+            raise GradeError(
+                f"rollout.compile: {type(policy.causal_lm).__name__} makes its positions (alibi) from another kind of "
+                "mask. Set rollout.compile=false."
+            )
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
         if kinds or getattr(config, "sliding_window", None):
             raise GradeError(
@@ -49,7 +53,7 @@ class CompiledDecoding(Decoding):
             )
         if policy.device.type == "cpu":
             try:
-                get_cpp_compiler()
+                _find_compiler()
             except (RuntimeError, OSError) as error:
                 raise _failed(error) from error
         self._config = config
@@ -66,9 +70,10 @@ class CompiledDecoding(Decoding):
         return CompiledDecoder(self, prompt_ids, prompt_mask, copies=copies, steps=steps)
 
     def cache(self, batch: int, length: int) -> StaticCache:
-        """An empty cache for `length` positions or somewhat more; the last rollout's where it fits."""
+        """An empty cache for `length` positions or more; the last rollout's where it fits, as any other address or size
+        is compiled or recorded anew."""
         capacity = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
-        if self._shape == (batch, capacity):
+        if self._shape is not None and self._shape[0] == batch and self._shape[1] >= capacity:
             self._cache.reset()
         else:
             self._shape, self._cache = (batch, capacity), StaticCache(config=self._config, max_cache_len=capacity)
@@ -87,6 +92,13 @@ class CompiledDecoding(Decoding):
         return self.policy.backbone(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
+
+
+def _find_compiler() -> None:
+    """Raises what torch.compile would raise at its first call."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds, and is torch's own affair
+
+    get_cpp_compiler()
 
 
 def _failed(error: Exception) -> GradeError:

@@ -40,6 +40,10 @@ class ReservedLayer(DynamicLayer):
         self._view = self.keys
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._room = self._view = None  # layer by layer, or all would stand twice until the next token
+
 
 def decoding_cache(config, capacity: int) -> DynamicCache:
     """A cache for up to `capacity` positions of a model with this config.

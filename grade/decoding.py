@@ -26,7 +26,7 @@ class Decoding:
         return self.policy.merged() if adapters else self.policy.state(adapters=False)
 
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> Decoder:
-        """See `Decoder`."""
+        """Run the prompts [U, P]; `Decoder` has the arguments."""
         return Decoder(self.policy, prompt_ids, prompt_mask, copies=copies, steps=steps)
 
 

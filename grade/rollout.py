@@ -111,16 +111,20 @@ class Rollout:
         return torch.isin(last, eos_ids)
 
     def micro_batches(self, size: int, *, by_length: bool = False) -> Iterator[Rollout]:
-        """Cuts of `size` responses. `by_length` puts long ones with long ones, so that less padding is computed, where
-        that does not part the samples of a prompt; the longest come first, as memory that they lack is lacked at once.
-        """
-        rollout = self
-        if by_length and self.samples_per_prompt == 1:
-            rollout = self._ordered(self.mask.sum(1).argsort(descending=True, stable=True))
-        for start in range(0, len(self), size):
-            yield rollout.cut(start, min(start + size, len(self)))
+        """Cuts of `size` responses.
 
-    def _ordered(self, rows: Tensor) -> Rollout:
+        Args:
+            by_length: put responses of similar length together, so that less padding is computed; the longest come
+                first, so that a lack of memory shows at once. Not where that would part the samples of a prompt.
+        """
+        order = None
+        if by_length and self.samples_per_prompt == 1:
+            order = self.mask.sum(1).argsort(descending=True, stable=True)
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            yield self.cut(start, stop) if order is None else self._rows(order[start:stop]).cut(0, stop - start)
+
+    def _rows(self, rows: Tensor) -> Rollout:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: value[rows] for name, value in tensors.items()})
 
@@ -168,7 +172,7 @@ def sample(
         first_rows: [B] int64, noise row of each response's first token; its s-th token uses first_rows + s.
         samples_per_prompt: responses per prompt, B = U * samples_per_prompt; the prompt is computed once.
         adapters: sample from the policy, or from the frozen base.
-        decoding: how; None is plainly.
+        decoding: how hidden states are computed; None is `Decoding(policy)`.
 
     Returns:
         A rollout of B responses, at most `sampling.max_new_tokens` long.
@@ -205,7 +209,7 @@ def sample(
 
 
 class _Drawn:
-    """The draws of B responses so far; those that have ended may be dropped from the batch."""
+    """The draws of B responses so far, as `Rollout` has them; those that have ended may be dropped from the batch."""
 
     def __init__(self, policy: Policy, batch: int, sampling: Sampling):
         self.policy, self.sampling = policy, sampling

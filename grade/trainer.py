@@ -97,7 +97,7 @@ class Trainer:
         self.scheduler = get_scheduler(name, self.optimizer, train.warmup_steps, train.steps)
         self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
         self.source = self._open_source()
-        self.decoding = (CompiledDecoding if config.rollout.compile else Decoding)(self.policy)
+        self.decoding = (CompiledDecoding if config.rollout.compile and self.source is None else Decoding)(self.policy)
         self.step = 0
         self.norms: List[float] = []  # of the policy's gradient, per update of the current step
         self.best: Optional[dict] = None

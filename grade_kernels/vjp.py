@@ -86,7 +86,7 @@ class SoftTokenRule:
             checks.check_scale_softcap(scale, softcap)
         n = math.prod(leading)
         draws = range(1, samples + 1) if estimator == "rao" else range(1, 2) if conditional else range(1)
-        self._indices, self._values = indices, logits.reshape(n, k)
+        self._indices, self._values = indices, logits.detach().reshape(n, k)
         self._draws = (None if tokens is None else tokens.reshape(n), keys, estimator, tau, seed or 0, draws)
         self._weight, self._scale, self._softcap = weight, scale, softcap
         self._terms = {"rao": samples, "reinmax": 2}.get(estimator, 1)
@@ -96,7 +96,7 @@ class SoftTokenRule:
     def __call__(
         self, grad_embedding: Tensor | Sequence[Tensor], embedding: Tensor | Sequence[Tensor]
     ) -> SoftTokenGrad:
-        """What `soft_token_vjp` gives for these gradients; it is linear in them."""
+        """What `soft_token_vjp` gives, or raises, for these gradients [..., d_e]; it is linear in them."""
         with torch.no_grad():
             return self._apply(grad_embedding, embedding, partial(backend_for, "SoftTokenRule"))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_rollout import PROMPTS
 from tiny import KeepDouble, tiny_policy
+from torch._dynamo.utils import counters
 
 import grade.compiled_decoding
 from grade.compiled_decoding import CompiledDecoding
@@ -25,6 +26,7 @@ def test_compiled_decoding_is_decoding():
     with KeepDouble():
         policy = tiny_policy("llama", dtype=torch.float64)
         decoding = CompiledDecoding(policy)
+        counters.clear()
         for seed, prompts, adapters in ((0, PROMPTS, True), (1, PROMPTS[::-1], True), (2, PROMPTS, False)):
             ids, mask = pad_prompts(prompts, policy.pad_id)
             rows = torch.arange(2 * len(prompts)) * 100
@@ -34,11 +36,12 @@ def test_compiled_decoding_is_decoding():
             ours = sample(policy, ids, mask, sampling, decoding=decoding, **draw)
             assert torch.equal(plain.tokens, ours.tokens) and torch.equal(plain.mask, ours.mask)
             assert (plain.weights - ours.weights)[plain.mask].abs().max() < 1e-9
+            assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
             with torch.no_grad():
                 for parameter in policy.parameters():
                     parameter += 0.1 * torch.randn_like(parameter)
-    assert len(decoding.cache(1, 1).layers) == len(decoding.cache(1, 64).layers)
     assert decoding.cache(1, 1) is decoding.cache(1, 64) is not decoding.cache(1, 65)
+    assert decoding.cache(1, 65) is decoding.cache(1, 64) is not decoding.cache(2, 64)
 
 
 @pytest.mark.parametrize("name, attention, message", [
@@ -55,7 +58,7 @@ def test_a_missing_compiler_is_told_at_once(monkeypatch):
     def missing():
         raise RuntimeError("no working C++ compiler")
 
-    monkeypatch.setattr(grade.compiled_decoding, "get_cpp_compiler", missing)
+    monkeypatch.setattr(grade.compiled_decoding, "_find_compiler", missing)
     with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed \(no working C\+\+ compiler\)"):
         CompiledDecoding(tiny_policy("llama"))
 

@@ -117,7 +117,7 @@ def test_rows_that_were_not_run(monkeypatch, tmp_path):
         step = {"seconds": seconds, "phases": {"rollout": seconds / 2, "backward": seconds / 2}}
         return {
             "status": "ok", "steps": [step], "peak_gib": 2.0, "before_gib": 1.0, "tensors_gib": 0.5, "hops": None,
-            "tokens": torch.zeros(2, 3), "gradient": torch.ones(3),
+            "first_seconds": None, "tokens": torch.zeros(2, 3), "gradient": torch.ones(3),
         }
 
     monkeypatch.setattr(training, "_run", run)
@@ -176,6 +176,6 @@ def test_floors_are_below_what_is_measured():
     assert all(0 < least[name] < step["phases"][name] for name in least)
     assert set(least) == set(step["phases"]) - {"update"}
     twice = floors(replace(setting, batch=8), setting.length, step["hops"], measured)
-    for name in ("policy_forward", "head", "base_backward", "hops"):
+    for name in ("policy_forward", "head", "base_backward", "policy_backward"):
         assert twice[name] == pytest.approx(2 * least[name])
     assert twice["rollout"] < 1.5 * least["rollout"]  # the weights are read once for all

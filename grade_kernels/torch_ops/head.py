@@ -16,7 +16,7 @@ from grade_kernels.torch_ops.chunks import spans
 # weight would be the largest tensor around.
 _BLOCK_BYTES = 2**25
 # As many rows a CPU's BLAS multiplies up to twice as fast with the long weight on the left, copy included.
-_FEW_ROWS = range(4, 33)
+_FEW_ROWS = (4, 32)
 
 
 def through_softcap(d_logits: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
@@ -94,7 +94,7 @@ class Head:
     def _product(self, hidden: Tensor) -> Tensor:
         weight, dtype = self.weight, self.dtype
         if weight.dtype == dtype:
-            if not weight.is_cuda and hidden.shape[0] in _FEW_ROWS:
+            if weight.device.type == "cpu" and _FEW_ROWS[0] <= hidden.shape[0] <= _FEW_ROWS[1]:
                 return (weight @ hidden.T).T.contiguous()
             return hidden @ weight.T
         if weight.is_cuda:

@@ -30,7 +30,7 @@ from grade_kernels.torch_ops.logprob import Exponentials, exponentials
 _SERIES_TO = 0.5
 # Its terms: as many as make the rest less than half an ulp.
 _TERMS = {torch.float32: 7, torch.float64: 14}
-# Where x exceeds this cap, p_i phi(x_i) = q_i to working precision, whatever p_i; see `_Pair`.
+# Where x exceeds this cap, p_i phi(x_i) = q_i to working precision, whatever p_i; see `_capped_prob`.
 _CAP = {torch.float32: 20.0, torch.float64: 40.0}
 
 

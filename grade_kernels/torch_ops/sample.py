@@ -33,7 +33,20 @@ def select(
     tokens: Tensor | None,
     dtype: torch.dtype,
 ) -> Support:
-    """The exact top-k of logits [N, V], or `indices` [N, k] where they are given.
+    """`candidates`, and the log-sum-exp of the rows."""
+    ids, values = candidates(logits, k, suppress, indices, tokens, dtype)
+    return Support(ids, values, log_sum_exp(logits, dtype))
+
+
+def candidates(
+    logits: Rows,
+    k: int,
+    suppress: Tensor | None,
+    indices: Tensor | None,
+    tokens: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(ids [N, k], their logits): the exact top-k of logits [N, V], or `indices` [N, k] where they are given.
 
     A token [N] that the support misses takes its last place.  `suppress` (int64 [m]) is left out, or at
     -inf where the support holds it anyway, unless it is the row's token.
@@ -41,8 +54,7 @@ def select(
     ids = topk_ids(logits, k, suppress) if indices is None else indices
     if tokens is not None:
         ids = place(ids, tokens)[0]
-    values = gather(logits, ids).to(dtype)
-    return Support(ids, block(values, ids, suppress, tokens), log_sum_exp(logits, dtype))
+    return ids, block(gather(logits, ids).to(dtype), ids, suppress, tokens)
 
 
 def place(indices: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

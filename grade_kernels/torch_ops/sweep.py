@@ -9,7 +9,7 @@ from grade_kernels.torch_ops import kl as kl_ops
 from grade_kernels.torch_ops.chunks import pieces
 from grade_kernels.torch_ops.head import through_softcap
 from grade_kernels.torch_ops.logprob import exponentials, piece_stats
-from grade_kernels.torch_ops.sample import select
+from grade_kernels.torch_ops.sample import candidates
 
 
 def head_chunk(
@@ -34,8 +34,7 @@ def head_chunk(
     token, kl = (stats.empty(logits.shape[0], dtype, logits.device) for stats in (TokenStats, KLStats))
     out = {"entropy": token.entropy}
     if k is not None:
-        support = select(logits, k, suppress, indices, tokens, dtype)
-        out |= {"indices": support.ids, "logits": support.values}
+        out["indices"], out["logits"] = candidates(logits, k, suppress, indices, tokens, dtype)
     policy_first = direction == "policy_ref"
     for a, b in pieces(logits, dtype):
         part = logits[a:b]
@@ -55,7 +54,7 @@ def head_chunk(
     if tokens is not None:
         out["logprob"] = token.logprob
     if k is not None:
-        out["mass"] = (support.values - token.lse[:, None]).exp().sum(-1)
+        out["mass"] = (out["logits"] - token.lse[:, None]).exp().sum(-1)
     if ref_logits is not None:
         out |= {"kl": kl.kl, "ref_lse": kl.lse_q if policy_first else kl.lse_p}
     return out
