@@ -15,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from grade.machine import free_bytes
+
 # Written between repetitions on a GPU: more than any L2 (256 MiB on an MI300X), so that every repetition starts cold.
 FLUSH_BYTES = 2**29
 # What the copy bandwidth is measured on: much more than the caches.
@@ -68,14 +70,7 @@ class Machine:
 
     def free_bytes(self) -> int | None:
         """Free memory; what the caching allocator holds unused counts as free. None where it is not known."""
-        if self.is_gpu:
-            return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        meminfo = Path("/proc/meminfo")
-        if meminfo.exists():
-            for line in meminfo.read_text().splitlines():
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-        return None
+        return free_bytes(self.device)
 
     def synchronize(self) -> None:
         if self.is_gpu:

@@ -12,6 +12,7 @@ from typing import ContextManager, Optional, Tuple
 import torch
 from torch import Tensor
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 from grade.decoding import Decoder, Decoding
 from grade.errors import GradeError, first_line
@@ -19,6 +20,11 @@ from grade.model import Policy
 
 # Prompts differ in length, and every other capacity is compiled anew.
 _CAPACITY_STEP = 64
+
+
+def capacity_of(length: int) -> int:
+    """Positions of a cache for `length` of them."""
+    return -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
 
 
 class CompiledDecoding(Decoding):
@@ -43,6 +49,11 @@ class CompiledDecoding(Decoding):
             raise GradeError(
                 f"rollout.compile: {type(policy.causal_lm).__name__} makes its positions (alibi) from another kind of "
                 "mask. Set rollout.compile=false."
+            )
+        if not hasattr(StaticLayer(1), "cumulative_length"):
+            raise GradeError(
+                "rollout.compile: this version of transformers counts a static cache's positions in a way that cannot "
+                "be compiled. Install a newer one (5.23 was tested), or set rollout.compile=false."
             )
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
         if kinds or getattr(config, "sliding_window", None):
@@ -72,7 +83,7 @@ class CompiledDecoding(Decoding):
     def cache(self, batch: int, length: int) -> StaticCache:
         """An empty cache for `length` positions or more; the last rollout's where it fits, as any other address or size
         is compiled or recorded anew."""
-        capacity = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
+        capacity = capacity_of(length)
         if self._shape is not None and self._shape[0] == batch and self._shape[1] >= capacity:
             self._cache.reset()
         else:
@@ -103,8 +114,8 @@ def _find_compiler() -> None:
 
 def _failed(error: Exception) -> GradeError:
     return GradeError(
-        f"rollout.compile: torch.compile failed ({first_line(error)}). It needs a C++ compiler on a CPU and Triton "
-        "on a GPU; or set rollout.compile=false."
+        f"rollout.compile: torch.compile failed ({first_line(error)}). Mend what it names (it needs a C++ compiler on "
+        "a CPU, Triton on a GPU), or set rollout.compile=false."
     )
 
 

@@ -322,8 +322,7 @@ def explain(error: ArgumentError) -> str:
 def describe_type(kind: Any) -> str:
     """A setting's type in words."""
     if get_origin(kind) is Literal:
-        choices = [str(choice) for choice in get_args(kind)]
-        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
+        return ("one of " if len(get_args(kind)) > 1 else "") + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is Union:
         return " or ".join(describe_type(part) for part in get_args(kind))
     if get_origin(kind) is list:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Optional
+from typing import TYPE_CHECKING, Dict, List, Optional
 
 if TYPE_CHECKING:
     import torch
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def machine() -> Dict[str, object]:
@@ -31,8 +33,12 @@ def machine_line(description: Dict[str, object]) -> str:
     return "Machine: " + ", ".join(f"{name} {value}" for name, value in description.items()) + "."
 
 
-def free_bytes(device: torch.device) -> Optional[int]:
-    """Free memory of a device; what the caching allocator holds unused counts as free. None where it is not known."""
+def free_bytes(device: torch.device, processes: int = 1) -> Optional[int]:
+    """Free memory of a device; what the caching allocator holds unused counts as free. None where it is not known.
+
+    Args:
+        processes: among which the machine's memory is shared; accelerators belong to one each.
+    """
     import torch
 
     if device.type == "cuda":
@@ -42,4 +48,16 @@ def free_bytes(device: torch.device) -> Optional[int]:
     if not meminfo.exists():
         return None
     found = [line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
-    return int(found[0].split()[1]) * 1024 if found else None
+    left = min((*(int(line.split()[1]) * 1024 for line in found), *_left_to_container()), default=None)
+    return None if left is None else left // processes
+
+
+def _left_to_container() -> List[int]:
+    """Bytes until this control group's limit, where it has one (cgroup v2); file caches give way."""
+    try:
+        limit, used = ((CONTROL_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        cached = [line.split()[1] for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+                  if line.startswith("inactive_file ")]
+    except OSError:
+        return []
+    return [] if limit == "max" else [int(limit) - int(used) + sum(map(int, cached))]

@@ -1,6 +1,6 @@
 """What a run will need of memory at its peak, and what to change where that is more than there is.
 
-    peak = weights + optimizer + max(rollout, activations + head, evaluation)
+    peak = weights + optimizer + compiled + max(rollout, activations + head, evaluation)
 
 The activations of a pass are measured (`grade.activations`); what the rest of a step holds (the cache, the candidates,
 the arrays of the vocabulary sweep and of the hops) follows from shapes.
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grade.activations import PassBytes, cache_bytes, measure_pass, policy_forward, reads_response, reward_forward
+from grade.compiled_decoding import capacity_of
 from grade.config import Config, GradeError
 from grade.errors import first_line
 from grade.method_config import DIFFERENTIATING, micro_batch_size
@@ -38,7 +39,8 @@ class Estimate:
     Attributes:
         sizes: "B", "P", "S", "k": responses of a pass, longest prompt and response in tokens, candidates of a token.
         loaded: what is there already: the weights of policy and reward.
-        parts: "weights", "optimizer", and by phase "rollout", "activations" and "head" (together), "evaluation".
+        parts: "weights", "optimizer", with rollout.compile "compiled" (its cache stays), and by phase "rollout",
+            "activations" and "head" (together), "evaluation".
         checkpointed: the same with activation checkpointing; None where the architecture has none.
     """
 
@@ -49,7 +51,8 @@ class Estimate:
 
     def total(self, checkpoint: bool) -> int:
         parts = self._parts(checkpoint)
-        return parts["weights"] + parts["optimizer"] + max(_training(parts), parts["evaluation"])
+        always = parts["weights"] + parts["optimizer"] + parts.get("compiled", 0)
+        return always + max(parts["rollout"], _passes(parts), parts["evaluation"])
 
     def more(self, checkpoint: bool) -> int:
         """What is needed beside what is loaded."""
@@ -58,7 +61,12 @@ class Estimate:
     def largest(self, checkpoint: bool) -> str:
         """The section whose settings decide, "train" or "evaluation"."""
         parts = self._parts(checkpoint)
-        return "evaluation" if parts["evaluation"] > _training(parts) else "train"
+        return "evaluation" if parts["evaluation"] > max(parts["rollout"], _passes(parts)) else "train"
+
+    def sampling_decides(self, checkpoint: bool) -> bool:
+        """Whether sampling takes more than the passes that training makes over what was sampled."""
+        parts = self._parts(checkpoint)
+        return parts["rollout"] > _passes(parts)
 
     def sentence(self, checkpoint: bool) -> str:
         """Total and parts, such as `about 1.3 GiB at B = 8, P = 32, S = 64, k = 256 (weights 0.1, ...)`."""
@@ -70,8 +78,8 @@ class Estimate:
         return self.checkpointed if checkpoint and self.checkpointed else self.parts
 
 
-def _training(parts: Dict[str, int]) -> int:
-    return max(parts["rollout"], parts["activations"] + parts["head"])
+def _passes(parts: Dict[str, int]) -> int:
+    return parts["activations"] + parts["head"]
 
 
 @dataclass(frozen=True)
@@ -161,17 +169,27 @@ def estimate(policy: Policy, reward: Reward, config: Config, prompt_length: int)
     weights = _bytes(t for m in modules for t in (*m.parameters(), *m.buffers()))
     # Sampling adds the adapter to copies of the weights it is on, unless they are 16-bit.
     adapted = [m.get_base_layer().weight for m in policy.model.modules() if isinstance(m, BaseTunerLayer)]
+    compiled = config.rollout.compile and config.rollout.source is None
     merged = _bytes(adapted) if shapes.item >= 4 else 0
+    merged_here = 0 if compiled and policy.device.type == "cuda" else merged
     before = {
         "weights": weights, "optimizer": 3 * _bytes(policy.parameters()),  # gradients and two moments
-        "rollout": shapes.rollout(decoded, max(decoded // copies, 1), ours) + merged + waiting,
+        "rollout": shapes.rollout(decoded, max(decoded // copies, 1), ours) + merged_here + waiting,
     }
+    if compiled:
+        before["compiled"] = cache * decoded * capacity_of(shapes.whole)
     asked = config.evaluation.batch_size
-    after = {"evaluation": max(shapes.rollout(asked, asked, ours), shapes.scoring(asked, ours))}
+    candidates = 8 * asked * shapes.response * k
+    after = {
+        "evaluation": candidates + max(shapes.rollout(asked, asked, ours) + merged, shapes.scoring(asked, ours))
+    }
     if method.name in DIFFERENTIATING:
         base = measure_pass(policy.model, policy_forward(policy, adapters=False), shapes.whole)
         activations = _replay_activations(policy, reward, shapes, ours, base, prompt_cache=method.prompt_cache)
         held, working = shapes.replay_head(batch * shapes.response)
+        terms = {"rao": method.rao_samples, "reinmax": 2}.get(method.estimator, 1)
+        further = 4 * (terms - 1) * batch * shapes.response * k  # weights that hops keep, up to a bound
+        held += further if in_pieces and further <= method.head_chunk_bytes(policy.device.type) else 0
     else:
         def activations(checkpoint: bool) -> float:
             return ours.held(shapes.whole, checkpoint) + shapes.whole * shapes.width * shapes.item
@@ -270,7 +288,7 @@ class MemoryPlan:
                 raise
             raise GradeError(
                 f"out of memory in {what}, which was estimated to need {self.estimate.sentence(self.checkpoint)}. "
-                f"{self._change(section)} The last checkpoint is kept. ({first_line(error)})"
+                f"{self._change(section)} What was saved is kept. ({first_line(error)})"
             ) from error
 
     def _change(self, section: str) -> str:
@@ -288,7 +306,8 @@ class MemoryPlan:
                 )
             together = min(generation.batch_size or responses, responses)
             if together > generation.samples_per_prompt:
-                changes.append(f"generation.batch_size below {together}")
+                first = 0 if self.estimate.sampling_decides(self.checkpoint) else len(changes)
+                changes.insert(first, f"generation.batch_size below {together}")
         elif config.evaluation.batch_size > 1:
             changes.append(f"evaluation.batch_size below {config.evaluation.batch_size}")
         if chunk > 16:
@@ -302,11 +321,11 @@ def plan(
     any_process: Callable[[bool], bool] = bool,
 ) -> MemoryPlan:
     """Estimate, and decide where method.activation_checkpointing is `auto`: on if the run would take more than 80 % of
-    what is free on any process, and the architecture has it."""
+    what is free on any process, and less with it."""
     found, asked = estimate(policy, reward, config, prompt_length), config.method.activation_checkpointing
     if asked == "auto":
         tight = free is not None and found.more(checkpoint=False) > _SHARE * free
-        asked = any_process(tight) and found.checkpointed is not None
+        asked = any_process(tight and found.total(checkpoint=True) < found.total(checkpoint=False))
     return MemoryPlan(config, found, free, asked, config.method.head_chunk_bytes(policy.device.type))
 
 

@@ -191,8 +191,9 @@ class Policy:
         Without a graph, and exact up to rounding. 16-bit weights are left as they are: rounding to them would lose what
         a small adapter changes. The base weights come back to the bit: they are set aside, not subtracted from.
         """
-        layers = self._adapter_layers if self.dtype.itemsize >= 4 else []
-        kept = [layer.get_base_layer().weight for layer in layers]
+        layers, kept = self._adapter_layers, [layer.get_base_layer().weight for layer in self._adapter_layers]
+        if any(weight.dtype.itemsize < 4 for weight in kept):
+            layers, kept = [], []
         before = [weight.data for weight in kept]
         with self.state(adapters=not layers):
             try:

@@ -45,13 +45,15 @@ class RolloutSource:
 
     Args:
         needed: responses of the whole run, over all processes.
+        processes: that read it.
 
     Raises:
-        GradeError: the file is not there, a line cannot be used with this policy and these settings, or a regular
-            file holds fewer responses than the run needs. A regular file is read once to find out.
+        GradeError: the file is not there, it is a pipe that several processes would read, a line cannot be used with
+            this policy and these settings, or a regular file holds fewer responses than the run needs. A regular file
+            is read once to find out.
     """
 
-    def __init__(self, config: Config, policy: Policy, *, needed: int):
+    def __init__(self, config: Config, policy: Policy, *, needed: int, processes: int = 1):
         self.config, self.policy, self.path = config, policy, Path(config.rollout.source)
         self._known = torch.ones(policy.vocab_size, dtype=torch.bool)
         self._known[policy.suppressed.cpu()] = False
@@ -59,6 +61,10 @@ class RolloutSource:
         if not self.path.exists() or self.path.is_dir():
             raise GradeError(f"rollout.source: there is no file {self.path}. Name one, or null to sample here.")
         self.is_pipe = not self.path.is_file()
+        if self.is_pipe and processes > 1:
+            raise GradeError(
+                f"rollout.source: {self.path} is a pipe, which only one process can read. Use a file, or one process."
+            )
         if not self.is_pipe:
             found = sum(1 for _ in self._responses())
             if found < needed:

@@ -83,7 +83,8 @@ class Trainer:
         longest = max(len(prompt) for prompts in self.evaluation_prompts.values() for prompt in prompts)
         self.prompts = self.evaluation_prompts.pop("policy")
         self.memory = plan_memory(
-            self.policy, self.reward, config, longest, free_bytes(accelerator.device), self.services.any_process
+            self.policy, self.reward, config, longest, free_bytes(accelerator.device, accelerator.num_processes),
+            self.services.any_process,
         )
         decided = replace(config.method, activation_checkpointing=self.memory.checkpoint)
         self.method = make_method(self.policy, self.reward, replace(config, method=decided), self.services)
@@ -96,25 +97,15 @@ class Trainer:
         name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
         self.scheduler = get_scheduler(name, self.optimizer, train.warmup_steps, train.steps)
         self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
-        self.source = self._open_source()
+        self.source = None
+        if config.rollout.source is not None:
+            needed = train.steps * self.responses_per_step
+            self.source = RolloutSource(config, self.policy, needed=needed, processes=accelerator.num_processes)
         self.decoding = (CompiledDecoding if config.rollout.compile and self.source is None else Decoding)(self.policy)
         self.step = 0
         self.norms: List[float] = []  # of the policy's gradient, per update of the current step
         self.best: Optional[dict] = None
         self.evaluations: List[dict] = []
-
-    def _open_source(self) -> Optional[RolloutSource]:
-        """rollout.source, checked."""
-        if self.config.rollout.source is None:
-            return None
-        source = RolloutSource(
-            self.config, self.policy, needed=self.config.train.steps * self.responses_per_step
-        )
-        if source.is_pipe and self.accelerator.num_processes > 1:
-            raise GradeError(
-                f"rollout.source: {source.path} is a pipe, which only one process can read. Use a file, or one process."
-            )
-        return source
 
     # -- one step --------------------------------------------------------------------------------------------
 
@@ -265,7 +256,7 @@ class Trainer:
     def _evaluate(self, split: str, progress, *, adapters: bool) -> Evaluation:
         prompts = self.evaluation_prompts[split]
         with progress.evaluation(split, len(prompts)) as tick, self.memory.explained(
-            f"the {split} evaluation after {self.step} steps", "evaluation"
+            f"the {split} evaluation", "evaluation"
         ):
             row = evaluate(
                 self.policy, self.reward, prompts, self.config, split=split, step=self.step if adapters else 0,

@@ -196,6 +196,27 @@ def test_other_values_are_refused(text):
         load_config("demo", [f"--method.activation_checkpointing={text}"])
 
 
+@pytest.mark.parametrize("rollout, expected", [(1, True), (9, False)])
+def test_auto_leaves_off_what_would_not_help(monkeypatch, rollout, expected):
+    """Where sampling takes the most, recomputed activations would only take time; and sampling is what to change."""
+    policy, config = tiny_policy(), config_of(batch=4)
+    parts = dict(weights=0, optimizer=0, rollout=rollout * GIB, activations=4 * GIB, head=GIB, evaluation=0)
+    less = {**parts, "activations": GIB}
+    monkeypatch.setattr("grade.memory.estimate", lambda *_: Estimate({"B": 4}, 0, parts, less))
+    found = plan(policy, tiny_reward(policy), config, 8, free=1)
+    assert found.checkpoint is expected
+    assert ("Set generation.batch_size below 4" in found.line) is (rollout == 9)
+
+
+def test_what_a_container_has_left(monkeypatch, tmp_path):
+    for name, text in (("max", "3000"), ("current", "2500"), ("stat", "anon 9\ninactive_file 400\nactive_file 7\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr("grade.machine.CONTROL_GROUP", tmp_path)
+    assert free_bytes(torch.device("cpu")) == 900 and free_bytes(torch.device("cpu"), 2) == 450
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(torch.device("cpu")) > 2**20
+
+
 def test_free_memory_is_a_number_of_this_machine():
     free = free_bytes(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
@@ -261,12 +282,12 @@ def test_a_validation_that_is_out_of_memory_says_so(tiny_config, monkeypatch):
 
     trainer = trainer_of(tiny_config)
     monkeypatch.setattr("grade.trainer.evaluate", fails)
-    with pytest.raises(GradeError, match="the validation evaluation after 0 steps.*evaluation.batch_size below 8"):
+    with pytest.raises(GradeError, match="the validation evaluation .*evaluation.batch_size below 8"):
         trainer.fit()
 
 
 def test_a_trainer_with_little_memory_checkpoints(tiny_config, monkeypatch):
-    monkeypatch.setattr("grade.trainer.free_bytes", lambda device: 1)
+    monkeypatch.setattr("grade.trainer.free_bytes", lambda *_: 1)
     trainer = trainer_of(tiny_config)
     assert trainer.method.settings(0).checkpoint and trainer.config.method.activation_checkpointing == "auto"
     assert trainer.train_step()["grad_norm"] > 0

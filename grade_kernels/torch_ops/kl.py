@@ -11,6 +11,8 @@ Rounded log-sum-exps leave x off by a constant c of about 1e-7, which is a lot w
 digits.  It is found from sum_i p_i (e^x_i - 1) = e^c - 1 and taken back by
 
     sum_i p_i phi(x_i - c) = sum_i p_i phi(x_i) - phi(c),   e^(x - c) - 1 = e^-c (e^x - 1) + e^-c - 1.
+
+That difference is 0 at least, and loses digits once KL is far below c^2 / 2 (about 1e-14 nats in float32).
 """
 
 from __future__ import annotations
