@@ -282,7 +282,7 @@ def test_a_validation_that_is_out_of_memory_says_so(tiny_config, monkeypatch):
 
     trainer = trainer_of(tiny_config)
     monkeypatch.setattr("grade.trainer.evaluate", fails)
-    with pytest.raises(GradeError, match="the validation evaluation .*evaluation.batch_size below 8"):
+    with pytest.raises(GradeError, match="the validation evaluation, .*evaluation.batch_size below 8"):
         trainer.fit()
 
 
