@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,11 @@ def main(arguments: Optional[List[str]] = None) -> None:
         _child(options.child)
         return
     if options.table:
-        print(document(read_saved(options.table, SAVED, "setting", "machine", "check", "rows")), end="")
+        payload = read_saved(options.table, SAVED, "setting", "machine", "check", "rows")
+        try:
+            print(document(payload), end="")
+        except (AttributeError, KeyError, TypeError) as error:
+            sys.exit(f"{options.table} is damaged, or of another version of this benchmark ({error!r}). Measure again.")
         return
     _check_options(options)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -96,6 +101,13 @@ def _check_options(options) -> None:
     for name, value in positive.items():
         if not (math.isfinite(value) and value > 0):
             sys.exit(f"{name} is {value}: it must be a number above 0.")
+    if options.save is not None:
+        try:
+            options.save.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"--save {options.save}: its folder cannot be made ({error.strerror}). Name another place.")
+        if not os.access(options.save.parent, os.W_OK):
+            sys.exit(f"--save {options.save}: its folder cannot be written to. Name another place.")
     if not (math.isfinite(options.hop_tol) and options.hop_tol >= 0):
         sys.exit(f"--hop-tol is {options.hop_tol}: it must be a number from 0 on.")
 
@@ -109,7 +121,8 @@ def check(setting: Setting, length: int, algorithms: List[str], folder: Path) ->
     if set(algorithms) == {"replay"}:
         return {}
     exact = replace(setting, length=length, hop_tol=0.0, max_hops=length - 1, dtype="float32")
-    found = {name: _run(exact, name, folder, repeats=1, seconds=0.0, limit=600.0) for name in {"replay", *algorithms}}
+    names = dict.fromkeys(["replay", *algorithms])
+    found = {name: _run(exact, name, folder, repeats=1, seconds=0.0, limit=600.0) for name in names}
     failed = [name for name, result in found.items() if result["status"] != "ok"]
     if failed:
         sys.exit(f"{', '.join(failed)} could not run at S = {length}: {found[failed[0]]['status']}")

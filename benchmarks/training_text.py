@@ -111,7 +111,7 @@ def exponents(rows: List[dict]) -> str:
         pairs = growth([row for row in rows if row["algorithm"] == name and row["status"] == "ok"])
         if pairs:
             lines.append(f"- {title}: " + ", ".join(f"{e:.2f} from {a} to {b}" for (a, b), e in pairs.items()))
-    return "Growth of the seconds per step, the exponent of S:\n\n" + "\n".join(lines)
+    return "Growth of the seconds per step, the exponent of S:\n\n" + "\n".join(lines) if lines else ""
 
 
 def growth(rows: List[dict]) -> Dict[tuple, float]:

@@ -108,8 +108,8 @@ class RolloutConfig:
     a named pipe of them; null: sample here."""
     compile: bool = False
     """Decode training's responses by a compiled step over a static KV cache: CUDA graphs on a GPU, fused loops on a
-    CPU. Needs sdpa attention without windows; the first rollout of a batch size or greater length takes half a minute
-    or more."""
+    CPU. Needs sdpa attention without windows; not used with rollout.source. The first rollout of a batch size or
+    greater length takes half a minute or more."""
 
 
 @dataclass

@@ -76,6 +76,8 @@ class Trainer:
         tokenizer = load_tokenizer(config)
         self.task = load_task(config)
         self.policy = load_policy(config, tokenizer, accelerator.device)
+        compiled = config.rollout.compile and config.rollout.source is None
+        self.decoding = (CompiledDecoding if compiled else Decoding)(self.policy)  # refuses before a head is trained
         head_config = with_kept_head(config, run_dir) if config.train.resume else config
         with accelerator.main_process_first():
             self.reward = load_reward(head_config, self.policy, self.task)
@@ -101,7 +103,6 @@ class Trainer:
         if config.rollout.source is not None:
             needed = train.steps * self.responses_per_step
             self.source = RolloutSource(config, self.policy, needed=needed, processes=accelerator.num_processes)
-        self.decoding = (CompiledDecoding if config.rollout.compile and self.source is None else Decoding)(self.policy)
         self.step = 0
         self.norms: List[float] = []  # of the policy's gradient, per update of the current step
         self.best: Optional[dict] = None

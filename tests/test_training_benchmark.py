@@ -56,13 +56,14 @@ def test_the_peak_is_the_steps(monkeypatch):
     ordinary = Bench.step
 
     def larger(self):
-        torch.ones(64 * 2**20)  # a quarter of a GiB, gone at once
+        torch.ones(2**28)  # a GiB, gone at once
         return ordinary(self)
 
     monkeypatch.setattr(Bench, "step", larger)
     found = measure(SETTING, "replay", repeats=1, seconds=60)
-    assert found["before_gib"] > 0.05 and found["peak_gib"] - found["before_gib"] > 0.2
-    assert 0.25 <= found["tensors_gib"] < 0.27
+    # Less than a GiB more, where the kernel took back pages of libraries meanwhile.
+    assert found["before_gib"] > 0.05 and found["peak_gib"] - found["before_gib"] > 0.5
+    assert 1 <= found["tensors_gib"] < 1.02
 
 
 def test_living_tensors_are_not_counted_where_that_takes_long():
@@ -108,6 +109,10 @@ def test_the_command(tmp_path, capsys):
     assert [float(row["seconds"]) for row in rows] == [row["seconds"] for row in payload["rows"]]
     training.main(["--table", str(stem.with_suffix(".json"))])
     assert capsys.readouterr().out == document(payload)
+    payload["rows"][1].pop("phases")
+    stem.with_suffix(".json").write_text(json.dumps(payload))
+    with pytest.raises(SystemExit, match="is damaged, or of another version of this benchmark"):
+        training.main(["--table", str(stem.with_suffix(".json"))])
 
 
 def test_rows_that_were_not_run(monkeypatch, tmp_path):
@@ -151,6 +156,7 @@ def test_a_step_that_fails_has_a_row_that_says_so(monkeypatch, tmp_path):
     (["--tau", "0"], "--tau is 0.0: it must be a number above 0"),
     (["--shape", "llama-260k", "--top-k", "513"], "--top-k is 513, the vocabulary of llama-260k 512"),
     (["--hop-tol", "nan"], "--hop-tol is nan"),
+    (["--save", "README.md/x"], "--save README.md/x: its folder cannot be made"),
 ])
 def test_what_cannot_run_is_refused_at_once(arguments, message):
     with pytest.raises(SystemExit, match=message):
