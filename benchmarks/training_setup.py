@@ -215,7 +215,7 @@ def measure(setting: Setting, algorithm: str, *, repeats: int, seconds: float) -
         if len(taken) == repeats or total + total / len(taken) > seconds:
             break
         bench.restore(weights)
-    # Pages of libraries may be taken back meanwhile: a peak can read below what was held before.
+    # The kernel counts pages in batches: a peak can read a little below what was held before.
     peak, living = max(before, peak_memory_gib(bench.device)), None
     if bench.device.type == "cpu" and algorithm != "compiled" and found["seconds"] <= seconds:
         bench.restore(weights)

@@ -61,7 +61,7 @@ def test_the_peak_is_the_steps(monkeypatch):
 
     monkeypatch.setattr(Bench, "step", larger)
     found = measure(SETTING, "replay", repeats=1, seconds=60)
-    # Less than a GiB more, where the kernel took back pages of libraries meanwhile.
+    # A quarter of it was found in the heap that other tests had left, which is no new memory; a GiB is not.
     assert found["before_gib"] > 0.05 and found["peak_gib"] - found["before_gib"] > 0.5
     assert 1 <= found["tensors_gib"] < 1.02
 
