@@ -1,6 +1,6 @@
 """`rollout.compile`: decoding by one compiled step over a static KV cache, in CUDA graphs on a GPU.
 
-A token of a small batch is thousands of small operations that cost more to launch than to run. Shapes must not change
+A token of a small batch is hundreds of small operations that cost more to launch than to run. Shapes must not change
 for them to be recorded, so the cache has its final length from the start, a mask says how far it is filled, and
 rows that have ended stay in the batch.
 """

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grade.activations import PassBytes, cache_bytes, measure_pass, policy_forward, reads_response, reward_forward
 from grade.compiled_decoding import capacity_of
@@ -167,10 +165,8 @@ def estimate(policy: Policy, reward: Reward, config: Config, prompt_length: int)
     waiting = responses * shapes.response * generation.top_k * (12 if method.name == "grade" else 8)
     modules = [policy.model, *(m for m in vars(reward).values() if isinstance(m, nn.Module))]
     weights = _bytes(t for m in modules for t in (*m.parameters(), *m.buffers()))
-    # Sampling adds the adapter to copies of the weights it is on, unless they are 16-bit.
-    adapted = [m.get_base_layer().weight for m in policy.model.modules() if isinstance(m, BaseTunerLayer)]
     compiled = config.rollout.compile and config.rollout.source is None
-    merged = _bytes(adapted) if shapes.item >= 4 else 0
+    merged = _bytes(policy.merged_weights())  # copies, while something is sampled
     merged_here = 0 if compiled and policy.device.type == "cuda" else merged
     before = {
         "weights": weights, "optimizer": 3 * _bytes(policy.parameters()),  # gradients and two moments
@@ -202,7 +198,7 @@ def estimate(policy: Policy, reward: Reward, config: Config, prompt_length: int)
         passes = {"activations": waiting + batch * activations(checkpoint), "head": held + max(working, layer)}
         found.append({name: math.ceil(size) for name, size in {**before, **passes, **after}.items()})
     sizes = {"B": batch, "P": prompt_length, "S": shapes.response, "k": generation.top_k}
-    return Estimate(sizes, weights, found[0], found[1] if _can_checkpoint(policy) else None)
+    return Estimate(sizes, weights, found[0], found[1] if policy.can_checkpoint else None)
 
 
 def _replay_activations(
@@ -231,11 +227,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     """Of storages, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
-
-
-def _can_checkpoint(policy: Policy) -> bool:
-    layers = any(isinstance(m, GradientCheckpointingLayer) for m in policy.model.modules())
-    return layers and policy.causal_lm.supports_gradient_checkpointing
 
 
 # -- decision ------------------------------------------------------------------------------------------------

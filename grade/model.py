@@ -184,26 +184,35 @@ class Policy:
             for layer in self._checkpoint_layers:
                 layer.training = state.checkpoint
 
+    def merged_weights(self) -> List[torch.nn.Parameter]:
+        """The weights of which `merged` makes copies; none if they are 16-bit, since rounding to them would lose what a
+        small adapter changes."""
+        weights = [layer.get_base_layer().weight for layer in self._adapter_layers]
+        return [] if any(weight.dtype.itemsize < 4 for weight in weights) else weights
+
     @contextmanager
     def merged(self) -> Iterator[None]:
         """Run forwards as the policy with its adapter added to the weights, which saves two products a layer and token.
 
-        Without a graph, and exact up to rounding. 16-bit weights are left as they are: rounding to them would lose what
-        a small adapter changes. The base weights come back to the bit: they are set aside, not subtracted from.
+        Without a graph, and exact up to rounding. The base weights come back to the bit: they are set aside, not
+        subtracted from. Where there are no `merged_weights` the adapter stays beside them.
         """
-        layers, kept = self._adapter_layers, [layer.get_base_layer().weight for layer in self._adapter_layers]
-        if any(weight.dtype.itemsize < 4 for weight in kept):
-            layers, kept = [], []
+        kept = self.merged_weights()
         before = [weight.data for weight in kept]
-        with self.state(adapters=not layers):
+        with self.state(adapters=not kept):
             try:
                 with torch.no_grad():
-                    for layer, weight in zip(layers, kept, strict=True):
+                    for layer, weight in zip(self._adapter_layers if kept else [], kept, strict=True):
                         weight.data = sum((layer.get_delta_weight(name) for name in layer.active_adapters), weight.data)
                 yield
             finally:
                 for weight, data in zip(kept, before, strict=True):
                     weight.data = data
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the architecture has layers that transformers can checkpoint."""
+        return bool(self._checkpoint_layers) and self.causal_lm.supports_gradient_checkpointing
 
     def enable_checkpointing(self) -> None:
         """Let `state(checkpoint=True)` recompute activations in backward.
@@ -213,7 +222,7 @@ class Policy:
         """
         enable = getattr(self.causal_lm, "activation_checkpointing_enable", None)  # transformers >= 5.20
         enable = enable or self.causal_lm.gradient_checkpointing_enable
-        if not self._checkpoint_layers or not self.causal_lm.supports_gradient_checkpointing:
+        if not self.can_checkpoint:
             raise GradeError(
                 f"method.activation_checkpointing: {type(self.causal_lm).__name__} has no layers that transformers "
                 "can checkpoint. Set it to false."
