@@ -19,10 +19,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from grade.drawing import Sampling
 from grade.model import Policy
 from grade.passes import BasePass
 from grade.replay import ReplaySettings, replay
-from grade.rollout import Rollout, Sampling, sample
+from grade.rollout import Rollout, sample
 
 PROMPT = [0, 1]
 

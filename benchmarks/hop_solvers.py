@@ -34,12 +34,13 @@ from torch import Tensor
 
 from benchmarks.saved import SAVED, read_saved
 from grade.config_io import load_config
+from grade.drawing import Sampling
 from grade.loading import load_policy, load_tokenizer
 from grade.machine import machine, machine_line
 from grade.methods import kl_weight
 from grade.replay import ReplaySettings, prepare
 from grade.reward import RewardHead, SharedReward
-from grade.rollout import Sampling, pad_prompts, sample
+from grade.rollout import pad_prompts, sample
 
 TOLERANCE = 1e-2
 BLOCKS = (2, 4, 8)

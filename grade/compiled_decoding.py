@@ -3,11 +3,15 @@
 A token of a small batch is hundreds of small operations that cost more to launch than to run. Shapes must not change
 for them to be recorded, so the cache has its final length from the start, a mask says how far it is filled, and
 rows that have ended stay in the batch.
+
+On a GPU the draw is a few kernels of ours already; from a packed head, on a CPU, it is a hundred operations on [B, k],
+so it is compiled too.
 """
 
 from __future__ import annotations
 
-from typing import ContextManager, Optional, Tuple
+from contextlib import contextmanager
+from typing import ContextManager, Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -15,8 +19,10 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from grade.decoding import Decoder, Decoding
+from grade.drawing import draw_from_product
 from grade.errors import GradeError, first_line
 from grade.model import Policy
+from grade_kernels import SparseTokens
 
 # Prompts differ in length, and every other capacity is compiled anew.
 _CAPACITY_STEP = 64
@@ -68,8 +74,11 @@ class CompiledDecoding(Decoding):
             except (RuntimeError, OSError) as error:
                 raise _failed(error) from error
         self._config = config
-        mode = "reduce-overhead" if policy.device.type == "cuda" else None
-        self._step = torch.compile(self._forward, dynamic=False, mode=mode)
+        on_cpu = policy.device.type == "cpu"
+        options = {"cpp_wrapper": True} if on_cpu else torch._inductor.list_mode_options("reduce-overhead")
+        self._step = torch.compile(self._forward, dynamic=False, options=options)
+        # Not dynamic=False: the temperature changes from step to step.
+        self._compiled_draw = torch.compile(draw_from_product, options=options)
         self._shape: Optional[Tuple[int, int]] = None
         self._cache: Optional[StaticCache] = None
 
@@ -79,6 +88,10 @@ class CompiledDecoding(Decoding):
 
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> CompiledDecoder:
         return CompiledDecoder(self, prompt_ids, prompt_mask, copies=copies, steps=steps)
+
+    def _draw(self, *args, **kwargs) -> SparseTokens:
+        with _explained():
+            return self._compiled_draw(*args, **kwargs)
 
     def cache(self, batch: int, length: int) -> StaticCache:
         """An empty cache for `length` positions or more; the last rollout's where it fits, as any other address or size
@@ -94,15 +107,26 @@ class CompiledDecoding(Decoding):
         """[B, 1, d], mask [B, 1, 1, capacity] and positions [B, 1] -> [B, 1, d]."""
         if self.policy.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
-        try:
+        with _explained():
             return self._step(embeddings, mask, positions, cache).clone()  # the graph's own output is overwritten
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            raise _failed(error) from error
 
     def _forward(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
         return self.policy.backbone(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn a failure of torch.compile into what to do.
+
+    Raises:
+        GradeError: it failed.
+    """
+    try:
+        yield
+    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        raise _failed(error) from error
 
 
 def _find_compiler() -> None:

@@ -1,12 +1,16 @@
-"""Decoding without a graph: hidden states of the newest token, one forward of one position a token."""
+"""Decoding without a graph: hidden states of the newest token, one forward of one position a token, and its draw."""
 
 from __future__ import annotations
 
-from typing import ContextManager
+from contextlib import contextmanager
+from typing import ContextManager, Iterator, Optional
 
 from torch import Tensor
 
+from grade.drawing import Sampling, draw_from_product, draw_tokens
 from grade.model import Policy
+from grade.packed_head import pack, packed_product, packs
+from grade_kernels import SparseTokens
 
 
 class Decoding:
@@ -20,6 +24,18 @@ class Decoding:
 
     def __init__(self, policy: Policy):
         self.policy = policy
+        self._packed: Optional[Tensor] = None  # the head, for this rollout
+
+    @contextmanager
+    def rollout(self, adapters: bool, sampling: Sampling, responses: int) -> Iterator[None]:
+        """Around one rollout: the policy's state, and the copies of weights that are made for its length."""
+        if sampling.top_p is None and packs(self.policy.head, responses, sampling.max_new_tokens):
+            self._packed = pack(self.policy.head)
+        try:
+            with self.state(adapters):
+                yield
+        finally:
+            self._packed = None
 
     def state(self, adapters: bool) -> ContextManager:
         """The policy's state for a rollout."""
@@ -28,6 +44,18 @@ class Decoding:
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> Decoder:
         """Run the prompts [U, P]; `Decoder` has the arguments."""
         return Decoder(self.policy, prompt_ids, prompt_mask, copies=copies, steps=steps)
+
+    def draw(self, hidden: Tensor, sampling: Sampling, *, seed: int, rows: Tensor, suppress: Tensor) -> SparseTokens:
+        """`draw_tokens` of [b, d] hidden states."""
+        if self._packed is None:
+            return draw_tokens(self.policy, hidden, sampling, seed=seed, rows=rows, suppress=suppress)
+        return self._draw(
+            packed_product(hidden, self._packed), sampling.top_k, sampling.tau, seed, rows, suppress,
+            not sampling.soft, **self.policy.head_transform,
+        )
+
+    def _draw(self, *args, **kwargs) -> SparseTokens:
+        return draw_from_product(*args, **kwargs)
 
 
 class Decoder:

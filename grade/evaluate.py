@@ -15,11 +15,12 @@ import torch
 from accelerate.utils import gather_object
 
 from grade.config import Config, GradeError
+from grade.drawing import Sampling, sampling_of
 from grade.metrics import unique_token_ratio
 from grade.model import Policy
 from grade.replay import ReplaySettings, score
 from grade.reward import Reward
-from grade.rollout import Rollout, Sampling, pad_prompts, sample, sampling_of
+from grade.rollout import Rollout, pad_prompts, sample
 
 Measures = Dict[str, torch.Tensor]
 

@@ -22,6 +22,7 @@ from grade.config import Config, GradeError
 from grade.errors import first_line
 from grade.method_config import DIFFERENTIATING, micro_batch_size
 from grade.model import Policy
+from grade.packed_head import packs
 from grade.reward import Reward
 from grade_kernels import backend_for, chunk_rows
 from grade_kernels.torch_ops.chunks import piece_rows
@@ -168,16 +169,21 @@ def estimate(policy: Policy, reward: Reward, config: Config, prompt_length: int)
     compiled = config.rollout.compile and config.rollout.source is None
     merged = _bytes(policy.merged_weights())  # copies, while something is sampled
     merged_here = 0 if compiled and policy.device.type == "cuda" else merged
+
+    def packed(rows: int) -> int:
+        return _bytes([policy.head]) if packs(policy.head, rows, shapes.response) else 0
+
     before = {
         "weights": weights, "optimizer": 3 * _bytes(policy.parameters()),  # gradients and two moments
-        "rollout": shapes.rollout(decoded, max(decoded // copies, 1), ours) + merged_here + waiting,
+        "rollout": shapes.rollout(decoded, max(decoded // copies, 1), ours) + merged_here + packed(decoded) + waiting,
     }
     if compiled:
         before["compiled"] = cache * decoded * capacity_of(shapes.whole)
     asked = config.evaluation.batch_size
     candidates = 8 * asked * shapes.response * k
     after = {
-        "evaluation": candidates + max(shapes.rollout(asked, asked, ours) + merged, shapes.scoring(asked, ours))
+        "evaluation": candidates
+        + max(shapes.rollout(asked, asked, ours) + merged + packed(asked), shapes.scoring(asked, ours))
     }
     if method.name in DIFFERENTIATING:
         base = measure_pass(policy.model, policy_forward(policy, adapters=False), shapes.whole)

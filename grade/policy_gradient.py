@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from grade.config import Config
+from grade.drawing import Sampling, sampling_of
 from grade.method_config import micro_batch_size
 from grade.methods import Method, objective
 from grade.metrics import add_sums, step_metrics, step_sums, to_numbers
 from grade.passes import base_pass, fed_embeddings, per_token, policy_pass
 from grade.replay import Scores
 from grade.reward import reward_inputs, reward_of
-from grade.rollout import Rollout, Sampling, sampling_of, support_is_allowed
+from grade.rollout import Rollout, support_is_allowed
 from grade.services import Services
 from grade_kernels import vocab_objective
 

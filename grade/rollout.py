@@ -13,46 +13,15 @@ from typing import Iterator, Optional, Sequence
 import torch
 from torch import Tensor
 
-from grade.config import GenerationConfig
 from grade.decoding import Decoding
+from grade.drawing import Sampling, suppressed_ids
 from grade.model import Policy
-from grade_kernels import SparseTokens, linear_gumbel_topk, soft_embedding, vocab_head
-from grade_kernels.random import gumbel
+from grade_kernels import SparseTokens, soft_embedding
 
 # Decoding asks which rows have ended only this often: the question waits for the device.
 _END_CHECK_INTERVAL = 8
 # Rows that have ended are dropped once no more than this share goes on: the cache is copied each time.
 _DROP_AT = 0.75
-
-
-@dataclass
-class Sampling:
-    """How tokens are drawn.
-
-    Args:
-        max_new_tokens, min_new_tokens: length of a response, its end-of-sequence token included.
-        top_k: candidates per token.
-        tau: temperature of the relaxed weights; tokens do not depend on it.
-        soft: feed the relaxed mixture (GRADE) instead of the token (GRADE-STE).
-        ignore_eos: end-of-sequence does not end a response.
-        top_p: draw from the smallest set of candidates that holds this mass; None draws from all of them.
-    """
-
-    max_new_tokens: int
-    min_new_tokens: int = 0
-    top_k: int = 256
-    tau: float = 1.0
-    soft: bool = False
-    ignore_eos: bool = False
-    top_p: Optional[float] = None
-
-
-def sampling_of(generation: GenerationConfig, *, tau: float = 1.0, soft: bool = False) -> Sampling:
-    """Training's sampler as the settings describe it."""
-    return Sampling(
-        max_new_tokens=generation.max_new_tokens, min_new_tokens=generation.min_new_tokens, top_k=generation.top_k,
-        tau=tau, soft=soft, ignore_eos=generation.ignore_eos,
-    )
 
 
 @dataclass
@@ -140,13 +109,6 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int, device=None) -> t
     return ids.to(device), mask.to(device)
 
 
-def suppressed_ids(policy: Policy, step: int, min_new_tokens: int, ignore_eos: bool) -> Tensor:
-    """Ids that may not be sampled as token number `step` (from 0)."""
-    if step + 1 < min_new_tokens and not ignore_eos:
-        return torch.cat([policy.suppressed, policy.eos_ids])
-    return policy.suppressed
-
-
 def support_is_allowed(policy: Policy, rollout: Rollout) -> Tensor:
     """[B, S, k] bool: candidates that could be sampled. False only where k exceeds what was left to choose from."""
     banned = torch.zeros(policy.vocab_size, dtype=torch.bool, device=policy.device)
@@ -172,24 +134,23 @@ def sample(
         first_rows: [B] int64, noise row of each response's first token; its s-th token uses first_rows + s.
         samples_per_prompt: responses per prompt, B = U * samples_per_prompt; the prompt is computed once.
         adapters: sample from the policy, or from the frozen base.
-        decoding: how hidden states are computed; None is `Decoding(policy)`.
+        decoding: how hidden states and draws are computed; None is `Decoding(policy)`.
 
     Returns:
         A rollout of B responses, at most `sampling.max_new_tokens` long.
     """
     steps = sampling.max_new_tokens
     decoding = decoding or Decoding(policy)
-    with decoding.state(adapters):
+    rows = first_rows[:, None] + torch.arange(steps, device=first_rows.device)  # [B, S]
+    out = _Drawn(policy, len(prompt_ids) * samples_per_prompt, sampling)
+    # Inference mode takes a tenth off a token of a small model. Its tensors may never enter a graph, so what a rollout
+    # keeps is made outside.
+    with decoding.rollout(adapters, sampling, len(out.alive)), torch.inference_mode():
         decoder = decoding.start(prompt_ids, prompt_mask, copies=samples_per_prompt, steps=steps)
-        if samples_per_prompt > 1:
-            prompt_ids = prompt_ids.repeat_interleave(samples_per_prompt, dim=0)
-            prompt_mask = prompt_mask.repeat_interleave(samples_per_prompt, dim=0)
-        rows = first_rows[:, None] + torch.arange(steps, device=first_rows.device)  # [B, S]
-        out = _Drawn(policy, len(prompt_ids), sampling)
         hidden = decoder.hidden  # [b, d] of the b <= B responses that are still written
         for step in range(steps):
             suppress = suppressed_ids(policy, step, sampling.min_new_tokens, sampling.ignore_eos)
-            draw = _draw(policy, hidden, sampling, seed, rows[out.where, step], suppress)
+            draw = decoding.draw(hidden, sampling, seed=seed, rows=rows[out.where, step], suppress=suppress)
             draw = out.put(step, draw)
             if not sampling.ignore_eos and (step + 1) % _END_CHECK_INTERVAL == 0:
                 going = out.alive.nonzero().squeeze(1)
@@ -200,6 +161,8 @@ def sample(
                     draw = out.keep(going, draw)
             if step + 1 < steps:
                 hidden = decoder.feed(soft_embedding(draw, policy.embedding) * policy.embedding_scale)
+    if samples_per_prompt > 1:
+        prompt_ids, prompt_mask = (x.repeat_interleave(samples_per_prompt, dim=0) for x in (prompt_ids, prompt_mask))
     rollout = Rollout(
         prompt_ids, prompt_mask, out.tokens, out.mask, out.indices, out.token_weight, rows, weights=out.weights,
         min_new_tokens=sampling.min_new_tokens, ignore_eos=sampling.ignore_eos, seed=seed,
@@ -241,40 +204,3 @@ class _Drawn:
         return replace(
             draw, indices=draw.indices[rows], weights=draw.weights[rows], tokens=draw.tokens[rows], mass=draw.mass[rows]
         )
-
-
-def _draw(policy: Policy, hidden: Tensor, sampling: Sampling, seed: int, rows: Tensor, suppress: Tensor):
-    """One token per row: [B, d] hidden states -> SparseTokens of [B]."""
-    if sampling.top_p is None:
-        return linear_gumbel_topk(
-            hidden, policy.head, sampling.top_k, sampling.tau, seed=seed, rows=rows, suppress=suppress,
-            hard=not sampling.soft, **policy.head_transform,
-        )
-    out = vocab_head(hidden, policy.head, k=sampling.top_k, suppress=suppress, **policy.head_transform)
-    lse = out.lse
-    if len(suppress):  # the nucleus is one of what may be sampled, as if the others had no mass
-        banned = vocab_head(
-            hidden, policy.head, indices=suppress.expand(len(hidden), -1), **policy.head_transform
-        ).mass
-        lse = lse + torch.log1p(-banned.clamp_max(1 - 1e-6))
-    inside = nucleus(out.logits, lse, sampling.top_p)
-    noise = gumbel(seed, 0, rows, out.indices, dtype=torch.float32)
-    noisy = torch.where(inside, out.logits + noise, -torch.inf)
-    tokens = out.indices.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
-    return SparseTokens(out.indices, torch.softmax(noisy / sampling.tau, -1), tokens, out.mass, hard=not sampling.soft)
-
-
-def nucleus(logits: Tensor, lse: Tensor, top_p: float) -> Tensor:
-    """[..., k] bool: the fewest leading candidates that hold `top_p` of the distribution's mass.
-
-    Args:
-        logits: [..., k], descending.
-        lse: [...], log-sum-exp over everything that may be sampled.
-        top_p: mass in (0, 1]. Where all k candidates hold less, all are kept; so are they at 1, whatever rounding
-            does to a sum of 1.
-    """
-    if top_p >= 1:
-        return torch.ones_like(logits, dtype=torch.bool)
-    mass = torch.exp(logits - lse[..., None])
-    before = mass.cumsum(-1) - mass  # mass of the candidates ahead of this one
-    return before < top_p

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from grade.config import Config
+from grade.drawing import Sampling, suppressed_ids
 from grade.errors import GradeError, first_line
 from grade.model import Policy
 from grade.passes import fed_embeddings, policy_pass
-from grade.rollout import Rollout, Sampling, pad_prompts, suppressed_ids
+from grade.rollout import Rollout, pad_prompts
 from grade_kernels import linear_gumbel_topk, place_tokens
 
 _CONDITIONAL_DRAW = 1  # draw 0 is the sampler's own

@@ -1,4 +1,4 @@
-"""Fixtures for the shared data and models; where they are absent, the tests that need them are skipped."""
+"""Fixtures: the shared data and models, whose tests are skipped where they are absent, and packed heads."""
 
 from __future__ import annotations
 
@@ -34,3 +34,25 @@ def imdb_lm() -> Path:
 def stories260k() -> Path:
     """Folder of a 260K-parameter Llama trained on stories."""
     return _shared("models", "stories260K")
+
+
+@pytest.fixture
+def packed_heads(monkeypatch):
+    """Heads of any size are packed; the numbers of rows that were multiplied with one."""
+    import torch
+
+    import grade.decoding
+    import grade.packed_head
+
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    rows = []
+    product = grade.packed_head.packed_product
+
+    def counted(hidden, packed):
+        rows.append(len(hidden))
+        return product(hidden, packed)
+
+    monkeypatch.setattr(grade.packed_head, "_LEAST_NUMEL", 0)
+    monkeypatch.setattr(grade.decoding, "packed_product", counted)
+    return rows

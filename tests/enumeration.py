@@ -13,8 +13,9 @@ from tiny import VOCAB, tiny_policy
 from torch import Tensor
 
 from grade.config import Config, GenerationConfig, MethodConfig, TrainConfig
+from grade.drawing import Sampling
 from grade.methods import make_method
-from grade.rollout import Rollout, Sampling, pad_prompts, sample
+from grade.rollout import Rollout, pad_prompts, sample
 from grade.services import Services
 
 SYMBOLS, LENGTH = 3, 2

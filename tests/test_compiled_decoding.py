@@ -12,8 +12,10 @@ from torch._dynamo.utils import counters
 
 import grade.compiled_decoding
 from grade.compiled_decoding import CompiledDecoding
+from grade.decoding import Decoding
+from grade.drawing import Sampling, draw_from_product
 from grade.errors import GradeError
-from grade.rollout import Sampling, pad_prompts, sample
+from grade.rollout import pad_prompts, sample
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "c++", "clang++")), reason="needs a C++ compiler"
@@ -44,6 +46,29 @@ def test_compiled_decoding_is_decoding():
     assert decoding.cache(1, 65) is decoding.cache(1, 64) is not decoding.cache(2, 64)
 
 
+@needs_compiler
+def test_the_compiled_draw_is_the_draw(packed_heads):
+    """For temperatures that change, without a graph for each of them."""
+    torch.manual_seed(0)
+    policy = tiny_policy("llama", unknown=3)
+    plain, compiled = Decoding(policy), CompiledDecoding(policy)
+    hidden, rows = 8 * torch.randn(5, policy.head.shape[1]), torch.arange(5) * 7
+    counters.clear()
+    with torch.inference_mode():
+        for tau in (2.0, 1.5, 1.0, 0.5):
+            sampling = Sampling(max_new_tokens=16, top_k=9, tau=tau)
+            with plain.rollout(True, sampling, 5), compiled.rollout(True, sampling, 5):
+                expected, ours = (
+                    how.draw(hidden, sampling, seed=3, rows=rows, suppress=policy.suppressed)
+                    for how in (plain, compiled)
+                )
+            assert torch.equal(expected.indices, ours.indices) and torch.equal(expected.tokens, ours.tokens)
+            torch.testing.assert_close(ours.weights, expected.weights)
+            torch.testing.assert_close(ours.mass, expected.mass)
+    assert packed_heads == [5] * 8
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
 @pytest.mark.parametrize("name, attention, message", [
     ("gemma2", "sdpa", "layers that see a window"), ("llama", "eager", "set model.attn_implementation=sdpa"),
 ])
@@ -64,17 +89,20 @@ def test_a_missing_compiler_is_told_at_once(monkeypatch):
 
 
 @needs_compiler
-def test_a_failing_compiler_is_told(monkeypatch):
+@pytest.mark.parametrize("part", ["_step", "_compiled_draw"])
+def test_a_failing_compiler_is_told(monkeypatch, part, packed_heads):
     policy = tiny_policy("llama")
     decoding = CompiledDecoding(policy)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
 
-    monkeypatch.setattr(decoding, "_step", fail)
+    monkeypatch.setattr(decoding, "_compiled_draw", draw_from_product)
+    monkeypatch.setattr(decoding, part, fail)
     ids, mask = pad_prompts(PROMPTS, policy.pad_id)
     with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed"):
         sample(
-            policy, ids, mask, Sampling(max_new_tokens=2, top_k=3), seed=0, first_rows=torch.arange(len(PROMPTS)),
+            policy, ids, mask, Sampling(max_new_tokens=16, top_k=3), seed=0, first_rows=torch.arange(len(PROMPTS)),
             decoding=decoding,
         )
+    assert packed_heads

@@ -1,4 +1,5 @@
-"""What makes decoding quick changes nothing: a cache written in place, rows that ended dropped, the adapter merged."""
+"""What makes decoding quick changes nothing: a cache written in place, rows that ended dropped, the adapter merged, the
+head packed."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ import torch
 from test_rollout import PROMPTS, draw
 from tiny import CONFIGS, VOCAB, KeepDouble, tiny_policy
 
+import grade.packed_head
 import grade.rollout
 from grade.decoding import Decoder
 from grade.model import Policy
+from grade.packed_head import pack, packed_product, packs
 from grade.rollout import pad_prompts
 
 
@@ -98,3 +101,50 @@ def test_no_mask_means_that_all_is_real(name):
         cache = policy.new_cache(x.shape[1])
         parts = [policy.hidden(x[:, t: t + 1], None, cache) for t in range(x.shape[1])]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-11)
+
+
+# -- the packed head ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1000, 64), (4099, 288), (37, 5)], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 7, 16, 33])
+def test_the_packed_product_is_the_product(size, rows):
+    """Of whole numbers exactly, else within float32's rounding of a sum."""
+    generator = torch.Generator().manual_seed(rows)
+    weight, hidden = (torch.randn(n, size[1], generator=generator) for n in (size[0], rows))
+    expected = hidden.double() @ weight.double().T
+    error = (packed_product(hidden, pack(weight)) - expected).abs()
+    bound = size[1] * torch.finfo(torch.float32).eps * (hidden.abs().double() @ weight.abs().double().T)
+    assert (error <= bound).all()
+    whole = [x.mul(8).round() for x in (hidden, weight)]
+    assert torch.equal(packed_product(whole[0], pack(whole[1])).double(), whole[0].double() @ whole[1].double().T)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("transform", [{}, dict(logit_scale=0.3, softcap=2.0)], ids=["plain", "transformed"])
+def test_a_packed_head_samples_the_same(soft, transform, packed_heads, monkeypatch):
+    """With everything that a head can have beside its weight; rows leave the batch on the way."""
+    policy = tiny_policy("llama", unknown=3)
+    if transform:
+        policy.head_bias = torch.randn(policy.vocab_size, generator=torch.Generator().manual_seed(0))
+    for name, value in transform.items():
+        setattr(policy, name, value)
+    kinds = dict(copies=4, soft=soft, max_new_tokens=20)
+    packed = draw(policy, **kinds)
+    assert len(packed_heads) > 8 and packed_heads[0] == 4 * len(PROMPTS)
+    monkeypatch.setattr(grade.packed_head, "_LEAST_NUMEL", policy.head.numel() + 1)
+    plain = draw(policy, **kinds)
+    assert torch.equal(packed.tokens, plain.tokens) and torch.equal(packed.indices, plain.indices)
+    torch.testing.assert_close(packed.token_weight, plain.token_weight)
+    if soft:
+        torch.testing.assert_close(packed.weights, plain.weights)
+
+
+def test_what_is_packed(packed_heads):
+    weight = torch.zeros(8, 4)
+    assert packs(weight, rows=4, tokens=16)
+    assert not packs(weight, rows=3, tokens=16) and not packs(weight, rows=4, tokens=15)
+    assert not packs(weight.double(), rows=4, tokens=16) and not packs(weight.bfloat16(), rows=4, tokens=16)
+    policy = tiny_policy("llama")
+    draw(policy, top_p=0.9, max_new_tokens=16)  # a nucleus reads its own statistics of the head
+    assert not packed_heads

@@ -10,9 +10,10 @@ from test_rollout import PROMPTS
 from tiny import tiny_policy, tiny_reward
 
 from grade.compiled_decoding import CompiledDecoding
+from grade.drawing import Sampling
 from grade.model import Policy
 from grade.replay import ReplaySettings
-from grade.rollout import Rollout, Sampling, pad_prompts, sample
+from grade.rollout import Rollout, pad_prompts, sample
 from grade_kernels import gumbel_topk, soft_embedding, vocab_head
 
 pytestmark = [

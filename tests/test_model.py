@@ -20,9 +20,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from grade.config import GradeError
+from grade.drawing import Sampling
 from grade.model import Policy
 from grade.replay import ReplaySettings, replay
-from grade.rollout import Sampling, pad_prompts, sample
+from grade.rollout import pad_prompts, sample
 from grade_kernels import vocab_head
 from grade_kernels.reference import head_logits
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from grade.config import GradeError
+from grade.drawing import Sampling
 from grade.methods import kl_weight
 from grade.passes import BasePass, base_pass, fed_embeddings
 from grade.replay import ReplaySettings, replay, score
@@ -33,7 +34,7 @@ from grade.reward import (
     mean_pool,
     positive_class,
 )
-from grade.rollout import Rollout, Sampling, pad_prompts, sample
+from grade.rollout import Rollout, pad_prompts, sample
 
 READS = ["prompt+response", "response"]
 PROMPTS = [[5, 9, 2], [7, 11, 13, 17, 19], [23]]

@@ -6,10 +6,12 @@ import pytest
 import torch
 from tiny import CONFIGS, EOS, VOCAB, KeepDouble, tiny_policy, tiny_reward
 
+import grade.drawing
 import grade.rollout
+from grade.drawing import Sampling, nucleus
 from grade.passes import fed_embeddings, policy_pass
 from grade.replay import ReplaySettings, score
-from grade.rollout import Sampling, nucleus, pad_prompts, sample, support_is_allowed
+from grade.rollout import pad_prompts, sample, support_is_allowed
 from grade_kernels import vocab_head
 from grade_kernels.random import gumbel
 
@@ -300,7 +302,7 @@ def test_state_is_restored_after_an_exception(monkeypatch):
     with policy.state(adapters=True, dropout=True):
         dropped = hidden_now()
         with monkeypatch.context() as patch:
-            patch.setattr(grade.rollout, "linear_gumbel_topk", fail)
+            patch.setattr(grade.drawing, "linear_gumbel_topk", fail)
             with pytest.raises(RuntimeError, match="out of memory"):
                 draw(policy, adapters=False)
         assert torch.equal(hidden_now(), dropped)
@@ -316,6 +318,8 @@ def test_sampling_leaves_no_graph_and_no_global_randomness():
     rollout = draw(policy, soft=True)
     assert torch.equal(torch.rand(3), expected)
     assert not rollout.weights.requires_grad and not rollout.token_weight.requires_grad
+    kept = [value for value in vars(rollout).values() if isinstance(value, torch.Tensor)]
+    assert len(kept) >= 7 and not any(value.is_inference() for value in kept)
 
 
 # -- replay sees what sampling saw ---------------------------------------------------------------------------------
@@ -325,7 +329,7 @@ def test_sampling_leaves_no_graph_and_no_global_randomness():
 def test_importance_ratio_is_one_on_the_first_pass(name, soft, monkeypatch):
     """log-probabilities of the truncated distribution: of the cached pass that sampled, and of the parallel pass."""
     logits_at_sampling = []
-    original = grade.rollout.linear_gumbel_topk
+    original = grade.drawing.linear_gumbel_topk
 
     def record(hidden, weight, *args, **kwargs):
         out = original(hidden, weight, *args, **kwargs)
@@ -333,7 +337,7 @@ def test_importance_ratio_is_one_on_the_first_pass(name, soft, monkeypatch):
         logits_at_sampling.append(seen.logits)
         return out
 
-    monkeypatch.setattr(grade.rollout, "linear_gumbel_topk", record)
+    monkeypatch.setattr(grade.drawing, "linear_gumbel_topk", record)
     monkeypatch.setattr(grade.rollout, "_DROP_AT", 0)  # whole batches can be stacked
     with KeepDouble():
         policy = tiny_policy(name, dtype=torch.float64, unknown=2, dropout=0.3)

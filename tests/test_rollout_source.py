@@ -14,9 +14,10 @@ from tiny import tiny_policy, tiny_reward
 from tiny_run import shared_output, tiny_config, tiny_data, tiny_model  # noqa: F401
 
 from grade.config import GradeError, RolloutConfig, validate
+from grade.drawing import Sampling
 from grade.methods import kl_weight
 from grade.replay import ReplaySettings, replay
-from grade.rollout import Sampling, pad_prompts, sample
+from grade.rollout import pad_prompts, sample
 from grade.rollout_source import Response, recreate
 
 PROMPTS = [[5, 9, 11], [7, 3]]

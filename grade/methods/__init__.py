@@ -14,8 +14,9 @@ from typing import Callable, Dict, List
 from torch import Tensor
 
 from grade.config import Config
+from grade.drawing import Sampling
 from grade.method_config import DIFFERENTIATING, MethodConfig
-from grade.rollout import Rollout, Sampling
+from grade.rollout import Rollout
 from grade.services import Services
 
 Update = Callable[[], None]

@@ -19,10 +19,11 @@ from typing import Dict, Iterator, List
 
 import torch
 
+from grade.drawing import Sampling, sampling_of
 from grade.methods import Method, Update, kl_weight, objective
 from grade.metrics import add_sums, step_metrics, step_sums
 from grade.replay import ReplayResult, ReplaySettings, replay
-from grade.rollout import Rollout, Sampling, sampling_of
+from grade.rollout import Rollout
 
 
 def tau_at(step: int, start: float, end: float, steps: int) -> float:
