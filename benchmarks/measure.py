@@ -170,25 +170,32 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {_memory_of(t)[1] for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **kwargs)
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage(), given)
+                self._add(*_memory_of(tensor), given)
         self.peak = max(self.peak, self._now)
         return out
 
-    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _add(self, owner: object, key: int, size: int, given: set[int]) -> None:
         if key in given or key in self._known:
             return
         self._known.add(key)
         self._now += size
-        weakref.finalize(storage, self._drop, key, size)
+        weakref.finalize(owner, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._now -= size
+
+
+def _memory_of(tensor: torch.Tensor) -> tuple[object, int, int]:
+    """(what the memory lives and dies with, its key, its bytes); oneDNN's own layouts have no storage to ask."""
+    if tensor.is_mkldnn:
+        return tensor, id(tensor), tensor.numel() * tensor.element_size()
+    storage = tensor.untyped_storage()
+    return storage, storage._cdata, storage.nbytes()
 
 
 def cpu_name() -> str:

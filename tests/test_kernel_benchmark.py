@@ -238,6 +238,16 @@ def test_peak_counts_live_storages_once():
     assert peak == 8000 and result.shape == (10, 100)
 
 
+def test_peak_counts_onednn_layouts():
+    """Which have no storage, while they are held."""
+    machine, x = measure.Machine("cpu"), torch.zeros(100, 10)
+
+    def one_at_a_time():
+        return x.to_mkldnn().to_dense(), x.to_mkldnn()  # 4,000 bytes each
+
+    assert machine.peak_bytes(one_at_a_time)[1] == 8000
+
+
 def test_gpu_script_without_a_gpu_says_so():
     environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)

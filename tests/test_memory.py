@@ -71,6 +71,26 @@ def test_the_estimate_is_what_a_step_holds(name, checkpoint, batch, length, atte
     assert 0.75 < (parts["activations"] + parts["head"] - held) / live.peak < 1.5
 
 
+def test_a_packed_head_is_part_of_sampling(packed_heads):
+    """Of four responses or more in training, and of prompts in evaluation."""
+    policy = tiny_policy("llama")
+    # A head that is nearly all that sampling holds.
+    policy.head = policy.embedding = torch.randn(400 * len(policy.head), policy.head.shape[1])
+    reward, size = tiny_reward(policy), policy.head.nbytes
+    config = config_of(batch=4)
+    parts = estimate(policy, reward, config, PROMPT).parts
+    ids = torch.randint(4, 60, (4, PROMPT))
+    sampling = make_method(policy, reward, config, Services()).sampling(0)
+    with LiveBytes() as live:
+        sample(policy, ids, torch.ones_like(ids, dtype=torch.bool), sampling, seed=0, first_rows=torch.arange(4) * 24)
+    assert packed_heads and size < live.peak < parts["rollout"]
+    fewer = estimate(policy, reward, config_of(batch=3), PROMPT).parts
+    assert size < parts["rollout"] - fewer["rollout"] < 1.5 * size
+    config.evaluation.batch_size = 4
+    asked = estimate(policy, reward, config, PROMPT).parts
+    assert asked["evaluation"] - parts["evaluation"] > size
+
+
 @pytest.mark.parametrize("name, attention", [
     ("llama", "sdpa"), ("llama", "eager"), ("qwen3", "sdpa"), ("gemma2", "eager"), ("gpt-neox", "sdpa"),
 ])
