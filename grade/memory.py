@@ -1,4 +1,4 @@
-"""What a run will need of memory at its peak, and what to change where that is more than there is.
+"""What a run will need of memory at its peak.
 
     peak = weights + optimizer + compiled + max(rollout, activations + head, evaluation)
 
@@ -9,26 +9,25 @@ the arrays of the vocabulary sweep and of the hops) follows from shapes.
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterable, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from grade.activations import PassBytes, cache_bytes, measure_pass, policy_forward, reads_response, reward_forward
 from grade.compiled_decoding import capacity_of
-from grade.config import Config, GradeError
-from grade.errors import first_line
-from grade.method_config import DIFFERENTIATING, micro_batch_size
+from grade.config import Config
+from grade.method_config import DIFFERENTIATING
 from grade.model import Policy
 from grade.packed_head import packs
 from grade.reward import Reward
 from grade_kernels import backend_for, chunk_rows
 from grade_kernels.torch_ops.chunks import piece_rows
 
-_SHARE = 0.8  # of what is free that a run may take by this estimate: allocators lose some to fragments
 _GIB = 2**30
+# What the largest phase is called.
+_WHERE = {"passes": "", "rollout": "in sampling ", "evaluation": "in evaluation "}
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Estimate:
     """Peak memory of a run, bytes.
 
     Attributes:
-        sizes: "B", "P", "S", "k": responses of a pass, longest prompt and response in tokens, candidates of a token.
+        sizes: "P", "S", "k": longest prompt and response in tokens, candidates of a token.
+        batches: B by phase, "rollout", "passes" and "evaluation": responses at a time.
         loaded: what is there already: the weights of policy and reward.
         parts: "weights", "optimizer", with rollout.compile "compiled" (its cache stays), and by phase "rollout",
             "activations" and "head" (together), "evaluation".
@@ -44,6 +44,7 @@ class Estimate:
     """
 
     sizes: Dict[str, int]
+    batches: Dict[str, int]
     loaded: int
     parts: Dict[str, int]
     checkpointed: Optional[Dict[str, int]]
@@ -51,34 +52,40 @@ class Estimate:
     def total(self, checkpoint: bool) -> int:
         parts = self._parts(checkpoint)
         always = parts["weights"] + parts["optimizer"] + parts.get("compiled", 0)
-        return always + max(parts["rollout"], _passes(parts), parts["evaluation"])
+        return always + max(_phases(parts).values())
 
     def more(self, checkpoint: bool) -> int:
         """What is needed beside what is loaded."""
         return self.total(checkpoint) - self.loaded
 
     def largest(self, checkpoint: bool) -> str:
-        """The section whose settings decide, "train" or "evaluation"."""
-        parts = self._parts(checkpoint)
-        return "evaluation" if parts["evaluation"] > max(parts["rollout"], _passes(parts)) else "train"
-
-    def sampling_decides(self, checkpoint: bool) -> bool:
-        """Whether sampling takes more than the passes that training makes over what was sampled."""
-        parts = self._parts(checkpoint)
-        return parts["rollout"] > _passes(parts)
+        """The phase whose settings decide: "rollout", "passes" (that training makes over what was sampled) or
+        "evaluation"."""
+        phases = _phases(self._parts(checkpoint))
+        return max(phases, key=phases.get)
 
     def sentence(self, checkpoint: bool) -> str:
-        """Total and parts, such as `about 1.3 GiB at B = 8, P = 32, S = 64, k = 256 (weights 0.1, ...)`."""
-        at = ", ".join(f"{name} = {size:,}" for name, size in self.sizes.items())
-        parts = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in self._parts(checkpoint).items())
-        return f"about {self.total(checkpoint) / _GIB:.1f} GiB at {at} ({parts})"
+        """Total and parts, such as `about 1.3 GiB at B = 8, P = 32, S = 64, k = 256 (weights 102 MiB, ...)`."""
+        largest = self.largest(checkpoint)
+        sizes = {"B": self.batches[largest], **self.sizes}
+        at = ", ".join(f"{name} = {size:,}" for name, size in sizes.items())
+        parts = ", ".join(f"{name} {size_of(size)}" for name, size in self._parts(checkpoint).items())
+        return f"about {size_of(self.total(checkpoint))} {_WHERE[largest]}at {at} ({parts})"
 
     def _parts(self, checkpoint: bool) -> Dict[str, int]:
         return self.checkpointed if checkpoint and self.checkpointed else self.parts
 
 
-def _passes(parts: Dict[str, int]) -> int:
-    return parts["activations"] + parts["head"]
+def _phases(parts: Dict[str, int]) -> Dict[str, int]:
+    """Of which one is in memory at a time; the first of equals counts as the largest."""
+    return {
+        "passes": parts["activations"] + parts["head"], "rollout": parts["rollout"], "evaluation": parts["evaluation"],
+    }
+
+
+def size_of(size: float) -> str:
+    """Bytes in GiB, or in MiB where they are less."""
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{math.ceil(size / 2**20)} MiB"
 
 
 @dataclass(frozen=True)
@@ -140,11 +147,14 @@ class _Shapes:
         return 3 * states + 25 * candidates, max(self.logits(rows), 2 * states + 12 * candidates)
 
 
-def estimate(policy: Policy, reward: Reward, config: Config, prompt_length: int) -> Estimate:
+def estimate(
+    policy: Policy, reward: Reward, config: Config, prompt_length: int, evaluated: Optional[int] = None
+) -> Estimate:
     """The peak memory of a run of `config`, for up to ten forwards of at most 96 tokens; the models stay as they were.
 
     Args:
         prompt_length: P, tokens of the longest prompt.
+        evaluated: prompts of the largest evaluation; None: as many as evaluation.batch_size or more.
     """
     generation, train, method = config.generation, config.train, config.method
     responses, copies = train.batch_size * train.accumulation_steps, generation.samples_per_prompt
@@ -180,6 +190,8 @@ def estimate(policy: Policy, reward: Reward, config: Config, prompt_length: int)
     if compiled:
         before["compiled"] = cache * decoded * capacity_of(shapes.whole)
     asked = config.evaluation.batch_size
+    if evaluated is not None:
+        asked = min(asked, evaluated)
     candidates = 8 * asked * shapes.response * k
     after = {
         "evaluation": candidates
@@ -203,8 +215,9 @@ def estimate(policy: Policy, reward: Reward, config: Config, prompt_length: int)
         layer = batch * ours.at_work(shapes.whole, checkpoint)
         passes = {"activations": waiting + batch * activations(checkpoint), "head": held + max(working, layer)}
         found.append({name: math.ceil(size) for name, size in {**before, **passes, **after}.items()})
-    sizes = {"B": batch, "P": prompt_length, "S": shapes.response, "k": generation.top_k}
-    return Estimate(sizes, weights, found[0], found[1] if policy.can_checkpoint else None)
+    sizes = {"P": prompt_length, "S": shapes.response, "k": k}
+    batches = {"rollout": decoded, "passes": batch, "evaluation": asked}
+    return Estimate(sizes, batches, weights, found[0], found[1] if policy.can_checkpoint else None)
 
 
 def _replay_activations(
@@ -233,101 +246,3 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     """Of storages, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
-
-
-# -- decision ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What a run will need, what there is, and whether it checkpoints.
-
-    Args:
-        free: bytes; None where the platform does not tell.
-        chunk_bytes: of the head's logits.
-    """
-
-    config: Config
-    estimate: Estimate
-    free: Optional[int]
-    checkpoint: bool
-    chunk_bytes: int
-
-    @property
-    def line(self) -> str:
-        """What the run says before its first step."""
-        method, needed = self.config.method, self.estimate.more(self.checkpoint)
-        auto = " (auto)" if method.activation_checkpointing == "auto" else ""
-        free = "free memory unknown" if self.free is None else f"{self.free / _GIB:.1f} GiB free"
-        line = (
-            f"memory: {self.estimate.sentence(self.checkpoint)}; {free}; activation checkpointing "
-            f"{'on' if self.checkpoint else 'off'}{auto}"
-        )
-        if self.free is not None and needed > self.free:
-            line += f". That may not fit. {self._change(self.estimate.largest(self.checkpoint))}"
-        return line
-
-    @contextmanager
-    def explained(self, what: str, section: str) -> Iterator[None]:
-        """Turn running out of memory into what to change.
-
-        Args:
-            what: such as "step 3".
-            section: "train" or "evaluation", whose settings decide.
-
-        Raises:
-            GradeError: memory ran out.
-        """
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise GradeError(
-                f"out of memory in {what}, which was estimated to need {self.estimate.sentence(self.checkpoint)}. "
-                f"{self._change(section)} What was saved is kept. ({first_line(error)})"
-            ) from error
-
-    def _change(self, section: str) -> str:
-        """The settings that lower the peak of training or evaluation, those first that leave the result what it is."""
-        config, train, generation = self.config, self.config.train, self.config.generation
-        responses, chunk = train.batch_size * train.accumulation_steps, self.chunk_bytes // 2**20
-        changes: List[str] = []
-        if section == "train":
-            if not self.checkpoint and self.estimate.checkpointed:
-                changes.append("method.activation_checkpointing to true")
-            if train.batch_size > 1:
-                changes.append(
-                    f"train.batch_size below {train.batch_size} (with train.accumulation_steps above "
-                    f"{train.accumulation_steps} for the same gradient)"
-                )
-            together = min(generation.batch_size or responses, responses)
-            if together > generation.samples_per_prompt:
-                first = 0 if self.estimate.sampling_decides(self.checkpoint) else len(changes)
-                changes.insert(first, f"generation.batch_size below {together}")
-        elif config.evaluation.batch_size > 1:
-            changes.append(f"evaluation.batch_size below {config.evaluation.batch_size}")
-        if chunk > 16:
-            changes.append(f"method.head_chunk_mib below {chunk}")
-        changes.append(f"generation.max_new_tokens below {generation.max_new_tokens}")
-        return f"Set {', '.join(changes[:-1])} or {changes[-1]}." if changes[1:] else f"Set {changes[0]}."
-
-
-def plan(
-    policy: Policy, reward: Reward, config: Config, prompt_length: int, free: Optional[int],
-    any_process: Callable[[bool], bool] = bool,
-) -> MemoryPlan:
-    """Estimate, and decide where method.activation_checkpointing is `auto`: on if the run would take more than 80 % of
-    what is free on any process, and less with it."""
-    found, asked = estimate(policy, reward, config, prompt_length), config.method.activation_checkpointing
-    if asked == "auto":
-        tight = free is not None and found.more(checkpoint=False) > _SHARE * free
-        asked = any_process(tight and found.total(checkpoint=True) < found.total(checkpoint=False))
-    return MemoryPlan(config, found, free, asked, config.method.head_chunk_bytes(policy.device.type))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out, on any device."""
-    # oneDNN has no other word for it.
-    words = ("DefaultCPUAllocator", "can't allocate memory", "could not create a primitive", "error: out of memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)

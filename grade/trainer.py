@@ -31,7 +31,7 @@ from grade.evaluation_tables import evaluation_table
 from grade.interrupt import stop_between_steps
 from grade.loading import load_policy, load_prompts, load_reward, load_tokenizer
 from grade.machine import free_bytes
-from grade.memory import plan as plan_memory
+from grade.memory_plan import plan as plan_memory
 from grade.methods import make_method
 from grade.metrics import Phases, RunLog, peak_memory_gib, reset_peak_memory
 from grade.progress import training_progress
@@ -86,7 +86,7 @@ class Trainer:
         self.prompts = self.evaluation_prompts.pop("policy")
         self.memory = plan_memory(
             self.policy, self.reward, config, longest, free_bytes(accelerator.device, accelerator.num_processes),
-            self.services.any_process,
+            self.services.any_process, evaluated=max(map(len, self.evaluation_prompts.values()), default=0),
         )
         decided = replace(config.method, activation_checkpointing=self.memory.checkpoint)
         self.method = make_method(self.policy, self.reward, replace(config, method=decided), self.services)

@@ -19,7 +19,8 @@ from grade.checkpoint import load_state
 from grade.config import Config, EvaluationConfig, GenerationConfig, GradeError, MethodConfig, TrainConfig
 from grade.config_io import config_from_yaml, load_config
 from grade.machine import free_bytes
-from grade.memory import Estimate, MemoryPlan, estimate, is_out_of_memory, plan
+from grade.memory import Estimate, estimate
+from grade.memory_plan import MemoryPlan, is_out_of_memory, plan
 from grade.methods import make_method
 from grade.rollout import sample
 from grade.run_dir import prepare_run_dir
@@ -28,6 +29,7 @@ from grade.trainer import Trainer, make_accelerator
 
 PROMPT = 16
 GIB = 2**30
+BATCHES = {"passes": 4, "rollout": 8, "evaluation": 16}
 
 
 def config_of(name="grade-ste", checkpoint="auto", batch=2, length=24, **sections) -> Config:
@@ -186,8 +188,8 @@ def test_checkpointing_saves_memory_and_the_line_says_so():
     roomy, tight = (plan(policy, tiny_reward(policy), config, PROMPT, free) for free in (20 * GIB, 1))
     assert tight.estimate.total(True) < 0.8 * roomy.estimate.total(False)
     assert re.fullmatch(
-        r"memory: about 0.0 GiB at B = 4, P = 16, S = 60, k = 32 \(weights 0.0, optimizer 0.0, rollout 0.0, "
-        r"activations 0.0, head 0.0, evaluation 0.0\); 20.0 GiB free; activation checkpointing off \(auto\)",
+        r"memory: about \d MiB at B = 4, P = 16, S = 60, k = 32 \(weights 1 MiB, optimizer 1 MiB, rollout \d MiB, "
+        r"activations \d MiB, head \d MiB, evaluation \d MiB\); 20.0 GiB free; activation checkpointing off \(auto\)",
         roomy.line,
     )
     assert "checkpointing on (auto). That may not fit. Set train.batch_size below 4" in tight.line
@@ -222,7 +224,7 @@ def test_auto_leaves_off_what_would_not_help(monkeypatch, rollout, expected):
     policy, config = tiny_policy(), config_of(batch=4)
     parts = dict(weights=0, optimizer=0, rollout=rollout * GIB, activations=4 * GIB, head=GIB, evaluation=0)
     less = {**parts, "activations": GIB}
-    monkeypatch.setattr("grade.memory.estimate", lambda *_: Estimate({"B": 4}, 0, parts, less))
+    monkeypatch.setattr("grade.memory_plan.estimate", lambda *_: Estimate({}, BATCHES, 0, parts, less))
     found = plan(policy, tiny_reward(policy), config, 8, free=1)
     assert found.checkpoint is expected
     assert ("Set generation.batch_size below 4" in found.line) is (rollout == 9)
@@ -240,6 +242,30 @@ def test_what_a_container_has_left(monkeypatch, tmp_path):
 def test_free_memory_is_a_number_of_this_machine():
     free = free_bytes(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
+
+
+@pytest.mark.parametrize("largest, at", [
+    ("activations", "3.0 GiB at B = 4,"), ("rollout", "3.0 GiB in sampling at B = 8,"),
+    ("evaluation", "3.0 GiB in evaluation at B = 16,"),
+])
+def test_the_sentence_names_the_phase_that_decides(largest, at):
+    parts = dict(weights=GIB, optimizer=0, rollout=2**20, activations=0, head=0, evaluation=2**20 + 1)
+    found = Estimate({"P": 2, "S": 2048, "k": 32}, BATCHES, 0, {**parts, largest: 2 * GIB}, None)
+    said = found.sentence(checkpoint=True)
+    assert said.startswith(f"about {at} P = 2, S = 2,048, k = 32 (weights 1.0 GiB, optimizer 0 MiB, ")
+    assert largest == "rollout" or "rollout 1 MiB" in said
+    assert largest == "evaluation" or "evaluation 2 MiB" in said
+
+
+def test_no_more_prompts_are_evaluated_together_than_there_are():
+    policy = tiny_policy("llama")
+    config = config_of()
+    config.evaluation.batch_size = 64
+    few, many, some = (
+        estimate(policy, tiny_reward(policy), config, PROMPT, evaluated) for evaluated in (6, 600, None)
+    )
+    assert few.batches["evaluation"] == 6 and few.largest(False) != "evaluation"
+    assert many == some and many.batches["evaluation"] == 64 and many.largest(False) == "evaluation"
 
 
 # -- running out ---------------------------------------------------------------------------------------------
@@ -265,7 +291,7 @@ def test_what_is_out_of_memory(error, expected):
 def test_running_out_names_the_step_and_what_to_change(section, named, absent):
     config = replace(config_of(batch=4), evaluation=EvaluationConfig(batch_size=8))
     parts = dict.fromkeys(("weights", "optimizer", "rollout", "activations", "head", "evaluation"), GIB)
-    memory = MemoryPlan(config, Estimate({"B": 4, "P": 2, "S": 2048, "k": 32}, 0, parts, parts), None, False, 2**28)
+    memory = MemoryPlan(config, Estimate({"P": 2, "S": 2048, "k": 32}, BATCHES, 0, parts, parts), None, False, 2**28)
     with pytest.raises(GradeError) as caught, memory.explained("step 7", section):
         raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
     text = str(caught.value)
