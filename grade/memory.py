@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from grade.activations import PassBytes, cache_bytes, measure_pass, policy_forward, reads_response, reward_forward
 from grade.compiled_decoding import capacity_of
 from grade.config import Config
-from grade.method_config import DIFFERENTIATING
+from grade.method_config import DIFFERENTIATING, micro_batch_size
 from grade.model import Policy
 from grade.packed_head import packs
 from grade.reward import Reward
