@@ -74,11 +74,10 @@ class CompiledDecoding(Decoding):
             except (RuntimeError, OSError) as error:
                 raise _failed(error) from error
         self._config = config
-        on_cpu = policy.device.type == "cpu"
-        options = {"cpp_wrapper": True} if on_cpu else torch._inductor.list_mode_options("reduce-overhead")
-        self._step = torch.compile(self._forward, dynamic=False, options=options)
-        # Not dynamic=False: the temperature changes from step to step.
-        self._compiled_draw = torch.compile(draw_from_product, options=options)
+        how = {"cpu": {"options": {"cpp_wrapper": True}}, "cuda": {"mode": "reduce-overhead"}}
+        self._step = torch.compile(self._forward, dynamic=False, **how.get(policy.device.type, {}))
+        if policy.device.type == "cpu":
+            self._draw = torch.compile(draw_from_product)  # not dynamic=False: the temperature changes
         self._shape: Optional[Tuple[int, int]] = None
         self._cache: Optional[StaticCache] = None
 
@@ -89,9 +88,9 @@ class CompiledDecoding(Decoding):
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> CompiledDecoder:
         return CompiledDecoder(self, prompt_ids, prompt_mask, copies=copies, steps=steps)
 
-    def _draw(self, *args, **kwargs) -> SparseTokens:
+    def draw(self, *args, **kwargs) -> SparseTokens:
         with _explained():
-            return self._compiled_draw(*args, **kwargs)
+            return super().draw(*args, **kwargs)
 
     def cache(self, batch: int, length: int) -> StaticCache:
         """An empty cache for `length` positions or more; the last rollout's where it fits, as any other address or size

@@ -107,9 +107,10 @@ class RolloutConfig:
     """File of token ids that another engine sampled from the policy, lines of {"prompt": [ids], "response": [ids]}, or
     a named pipe of them; null: sample here."""
     compile: bool = False
-    """Decode training's responses by a compiled step over a static KV cache: CUDA graphs on a GPU, fused loops and
-    a copy of the head packed for few rows on a CPU. Needs sdpa attention without windows; not used with
-    rollout.source. The first rollout of a batch size or greater length takes half a minute or more."""
+    """Decode training's responses by a compiled step over a static KV cache: CUDA graphs on a GPU, fused loops
+    (and the draw with them) on a CPU. Needs sdpa attention without windows; not used with rollout.source. The first
+    rollout of a batch size or greater length takes half a minute or more, the first changed temperature some seconds.
+    """
 
 
 @dataclass

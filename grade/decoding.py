@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grade.drawing import Sampling, draw_from_product, draw_tokens
 from grade.model import Policy
-from grade.packed_head import pack, packed_product, packs
+from grade.packed_head import pack, packed_product, worth_packing
 from grade_kernels import SparseTokens
 
 
@@ -24,12 +24,14 @@ class Decoding:
 
     def __init__(self, policy: Policy):
         self.policy = policy
-        self._packed: Optional[Tensor] = None  # the head, for this rollout
+        self._packed: Optional[Tensor] = None  # the head, during a rollout
+        self._draw = draw_from_product
 
     @contextmanager
-    def rollout(self, adapters: bool, sampling: Sampling, responses: int) -> Iterator[None]:
-        """Around one rollout: the policy's state, and the copies of weights that are made for its length."""
-        if sampling.top_p is None and packs(self.policy.head, responses, sampling.max_new_tokens):
+    def prepared(self, adapters: bool, sampling: Sampling, responses: int) -> Iterator[None]:
+        """For one rollout of at most `responses` at a time: the policy's state, and copies of weights that are quicker
+        to read."""
+        if sampling.top_p is None and worth_packing(self.policy.head, responses, sampling.max_new_tokens):
             self._packed = pack(self.policy.head)
         try:
             with self.state(adapters):
@@ -46,16 +48,13 @@ class Decoding:
         return Decoder(self.policy, prompt_ids, prompt_mask, copies=copies, steps=steps)
 
     def draw(self, hidden: Tensor, sampling: Sampling, *, seed: int, rows: Tensor, suppress: Tensor) -> SparseTokens:
-        """`draw_tokens` of [b, d] hidden states."""
+        """`draw_tokens` of [b, d] hidden states, inside `prepared` for the same `sampling`."""
         if self._packed is None:
             return draw_tokens(self.policy, hidden, sampling, seed=seed, rows=rows, suppress=suppress)
         return self._draw(
             packed_product(hidden, self._packed), sampling.top_k, sampling.tau, seed, rows, suppress,
             not sampling.soft, **self.policy.head_transform,
         )
-
-    def _draw(self, *args, **kwargs) -> SparseTokens:
-        return draw_from_product(*args, **kwargs)
 
 
 class Decoder:

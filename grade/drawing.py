@@ -12,6 +12,7 @@ from grade.config import GenerationConfig
 from grade.model import Policy
 from grade_kernels import SparseTokens, gumbel_topk, linear_gumbel_topk, vocab_head
 from grade_kernels.random import gumbel
+from grade_kernels.torch_ops.head import finish_logits
 
 
 @dataclass
@@ -83,12 +84,14 @@ def draw_from_product(
     product: Tensor, k: int, tau: float, seed: int, rows: Tensor, suppress: Tensor, hard: bool, *,
     bias: Optional[Tensor], scale: float, softcap: Optional[float],
 ) -> SparseTokens:
-    """The same without a nucleus, from hidden @ W^T [B, V] and the rest of the head."""
-    logits = product if scale == 1.0 else scale * product
-    if bias is not None:
-        logits = logits + bias
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    """The same without a nucleus, from hidden @ W^T [B, V], which is overwritten, and the rest of the head.
+
+    Args:
+        rows, suppress: as there; [B] and [m] int64.
+        hard: feed the token instead of the mixture.
+        bias, scale, softcap: `Policy.head_transform`.
+    """
+    logits = finish_logits(product, bias, scale, softcap)
     return gumbel_topk(logits, k, tau, seed=seed, rows=rows, suppress=suppress, hard=hard)
 
 

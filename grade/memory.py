@@ -20,7 +20,7 @@ from grade.compiled_decoding import capacity_of
 from grade.config import Config
 from grade.method_config import DIFFERENTIATING, micro_batch_size
 from grade.model import Policy
-from grade.packed_head import packs
+from grade.packed_head import worth_packing
 from grade.reward import Reward
 from grade_kernels import backend_for, chunk_rows
 from grade_kernels.torch_ops.chunks import piece_rows
@@ -176,27 +176,26 @@ def estimate(
     waiting = responses * shapes.response * generation.top_k * (12 if method.name == "grade" else 8)
     modules = [policy.model, *(m for m in vars(reward).values() if isinstance(m, nn.Module))]
     weights = _bytes(t for m in modules for t in (*m.parameters(), *m.buffers()))
-    compiled = config.rollout.compile and config.rollout.source is None
+    sampled = config.rollout.source is None
+    compiled = config.rollout.compile and sampled
     merged = _bytes(policy.merged_weights())  # copies, while something is sampled
     merged_here = 0 if compiled and policy.device.type == "cuda" else merged
 
     def packed(rows: int) -> int:
-        return _bytes([policy.head]) if packs(policy.head, rows, shapes.response) else 0
+        return _bytes([policy.head]) if worth_packing(policy.head, rows, shapes.response) else 0
 
-    before = {
-        "weights": weights, "optimizer": 3 * _bytes(policy.parameters()),  # gradients and two moments
-        "rollout": shapes.rollout(decoded, max(decoded // copies, 1), ours) + merged_here + packed(decoded) + waiting,
-    }
+    before = {"weights": weights, "optimizer": 3 * _bytes(policy.parameters())}  # gradients and two moments
+    before["rollout"] = waiting
+    if sampled:
+        before["rollout"] += shapes.rollout(decoded, max(decoded // copies, 1), ours) + merged_here + packed(decoded)
     if compiled:
         before["compiled"] = cache * decoded * capacity_of(shapes.whole)
     asked = config.evaluation.batch_size
     if evaluated is not None:
         asked = min(asked, evaluated)
     candidates = 8 * asked * shapes.response * k
-    after = {
-        "evaluation": candidates
-        + max(shapes.rollout(asked, asked, ours) + merged + packed(asked), shapes.scoring(asked, ours))
-    }
+    copied = merged + (packed(asked) if config.evaluation.sampler == "policy" else 0)
+    after = {"evaluation": candidates + max(shapes.rollout(asked, asked, ours) + copied, shapes.scoring(asked, ours))}
     if method.name in DIFFERENTIATING:
         base = measure_pass(policy.model, policy_forward(policy, adapters=False), shapes.whole)
         activations = _replay_activations(policy, reward, shapes, ours, base, prompt_cache=method.prompt_cache)

@@ -14,12 +14,15 @@ from torch import Tensor
 _ROWS = 16
 # Below, packing or calling oneDNN costs more than it saves.
 _LEAST_NUMEL, _LEAST_ROWS, _LEAST_TOKENS = 2**20, 4, 16
+# A larger product [r, V] is left to `linear_gumbel_topk`, which makes it in chunks.
+_MOST_BYTES = 2**26
 
 
-def packs(weight: Tensor, rows: int, tokens: int) -> bool:
+def worth_packing(weight: Tensor, rows: int, tokens: int) -> bool:
     """Whether packing `weight` [V, d] pays for `tokens` products with `rows` rows: float32, on a CPU with oneDNN."""
     able = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return able and weight.numel() >= _LEAST_NUMEL and rows >= _LEAST_ROWS and tokens >= _LEAST_TOKENS
+    enough = weight.numel() >= _LEAST_NUMEL and rows >= _LEAST_ROWS and tokens >= _LEAST_TOKENS
+    return able and enough and 4 * rows * weight.shape[0] <= _MOST_BYTES
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -30,4 +33,3 @@ def pack(weight: Tensor) -> Tensor:
 def packed_product(hidden: Tensor, packed: Tensor) -> Tensor:
     """hidden [r, d] @ weight^T -> [r, V]; without a graph."""
     return torch.ops.mkldnn._linear_pointwise(hidden, packed, None, "none", [], "")
-

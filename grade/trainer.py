@@ -217,7 +217,7 @@ class Trainer:
             with training_progress(train.steps, self.step, enabled=main) as progress, stop_between_steps() as stop:
                 progress.say(self.memory.line)
                 if isinstance(self.decoding, CompiledDecoding):
-                    progress.say("rollout.compile: the first step compiles, for half a minute or more")
+                    progress.say("rollout.compile: the first step compiles for half a minute or more")
                 if self.step == 0 and not self.evaluations:
                     self._validate(progress, adapters=False)
                 while self.step < train.steps:

@@ -11,6 +11,8 @@ Philox is from Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,10 @@ def philox(
 
     `seed` is any python int and wraps at 64 bits.  Returns four int64 tensors of values in [0, 2^32).
     """
+    seed = operator.index(seed)  # compiled code has it as a constant: its symbols know no 64 bits
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    if torch.compiler.is_compiling():
+        return _philox_without_overflow(k0, k1, c0, c1, c2, c3)
     c0, c1, c2, c3 = (c.clone() for c in torch.broadcast_tensors(c0, c1, c2, c3))
     product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
     for _ in range(_ROUNDS):
@@ -40,6 +45,23 @@ def philox(
         c1, product1, c3, product0 = product1, c1, product0, c3  # products become words, words scratch
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
     return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
+
+
+def _philox_without_overflow(k0: int, k1: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor):
+    # Compiled for a CPU, a product that wraps is undefined behaviour, and the C++ compiler does drop a mask
+    # that only such a product needs.
+    for _ in range(_ROUNDS):
+        high0, low0 = _words(c0, _MULTIPLIERS[0])
+        high1, low1 = _words(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return torch.broadcast_tensors(c0, c1, c2, c3)
+
+
+def _words(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """Upper and lower 32 bits of the product of two 32-bit words, through products of 48 bits."""
+    upper, lower = (word >> 16) * multiplier, (word & 0xFFFF) * multiplier
+    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _MASK
 
 
 def random_bits(seed: int, draw: int, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from torch._dynamo.utils import counters
 
 import grade.compiled_decoding
 from grade.compiled_decoding import CompiledDecoding
-from grade.decoding import Decoding
 from grade.drawing import Sampling, draw_from_product
 from grade.errors import GradeError
 from grade.rollout import pad_prompts, sample
@@ -25,6 +24,7 @@ needs_compiler = pytest.mark.skipif(
 @needs_compiler
 def test_compiled_decoding_is_decoding():
     """With padding and several samples; again with other weights and prompts, and for the base, in the same cache."""
+    torch._dynamo.reset()
     with KeepDouble():
         policy = tiny_policy("llama", dtype=torch.float64)
         decoding = CompiledDecoding(policy)
@@ -48,25 +48,27 @@ def test_compiled_decoding_is_decoding():
 
 @needs_compiler
 def test_the_compiled_draw_is_the_draw(packed_heads):
-    """For temperatures that change, without a graph for each of them."""
-    torch.manual_seed(0)
-    policy = tiny_policy("llama", unknown=3)
-    plain, compiled = Decoding(policy), CompiledDecoding(policy)
-    hidden, rows = 8 * torch.randn(5, policy.head.shape[1]), torch.arange(5) * 7
+    """End to end from a packed head with all it can have, for suppressed ids and temperatures that change."""
+    torch._dynamo.reset()
     counters.clear()
-    with torch.inference_mode():
-        for tau in (2.0, 1.5, 1.0, 0.5):
-            sampling = Sampling(max_new_tokens=16, top_k=9, tau=tau)
-            with plain.rollout(True, sampling, 5), compiled.rollout(True, sampling, 5):
-                expected, ours = (
-                    how.draw(hidden, sampling, seed=3, rows=rows, suppress=policy.suppressed)
-                    for how in (plain, compiled)
-                )
-            assert torch.equal(expected.indices, ours.indices) and torch.equal(expected.tokens, ours.tokens)
-            torch.testing.assert_close(ours.weights, expected.weights)
-            torch.testing.assert_close(ours.mass, expected.mass)
-    assert packed_heads == [5] * 8
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    policy = tiny_policy("llama", unknown=3)
+    policy.head_bias, policy.logit_scale, policy.softcap = torch.linspace(-1, 1, policy.vocab_size), 0.3, 2.0
+    decoding = CompiledDecoding(policy)
+    ids, mask = pad_prompts(PROMPTS, policy.pad_id)
+    graphs = []
+    for tau, soft in ((2.0, False), (1.5, True), (1.0, True)):
+        sampling = Sampling(max_new_tokens=16, min_new_tokens=4, top_k=9, tau=tau, soft=soft)
+        draw = dict(seed=0, first_rows=torch.arange(len(PROMPTS)) * 100)
+        plain = sample(policy, ids, mask, sampling, **draw)
+        ours = sample(policy, ids, mask, sampling, decoding=decoding, **draw)
+        assert torch.equal(plain.tokens, ours.tokens) and torch.equal(plain.indices, ours.indices)
+        torch.testing.assert_close(ours.token_weight, plain.token_weight)
+        if soft:
+            torch.testing.assert_close(ours.weights, plain.weights)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert packed_heads == [len(PROMPTS)] * (2 * 16 * 3)
+    # The model and two sets of suppressed ids; another temperature, and after that any.
+    assert graphs[0] == 3 and graphs[1] == graphs[2] <= 5 and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("name, attention, message", [
@@ -89,7 +91,7 @@ def test_a_missing_compiler_is_told_at_once(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("part", ["_step", "_compiled_draw"])
+@pytest.mark.parametrize("part", ["_step", "_draw"])
 def test_a_failing_compiler_is_told(monkeypatch, part, packed_heads):
     policy = tiny_policy("llama")
     decoding = CompiledDecoding(policy)
@@ -97,7 +99,7 @@ def test_a_failing_compiler_is_told(monkeypatch, part, packed_heads):
     def fail(*_, **__):
         raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
 
-    monkeypatch.setattr(decoding, "_compiled_draw", draw_from_product)
+    monkeypatch.setattr(decoding, "_draw", draw_from_product)
     monkeypatch.setattr(decoding, part, fail)
     ids, mask = pad_prompts(PROMPTS, policy.pad_id)
     with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed"):

@@ -238,6 +238,7 @@ def test_peak_counts_live_storages_once():
     assert peak == 8000 and result.shape == (10, 100)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_peak_counts_onednn_layouts():
     """Which have no storage, while they are held."""
     machine, x = measure.Machine("cpu"), torch.zeros(100, 10)

@@ -13,10 +13,19 @@ from test_trainer import trainer_of, with_train
 from tiny import tiny_policy, tiny_reward
 from torch.autograd.graph import saved_tensors_hooks
 
+import grade.memory
 from benchmarks.measure import LiveBytes
 from grade.activations import measure_pass, policy_forward, saved_bytes
 from grade.checkpoint import load_state
-from grade.config import Config, EvaluationConfig, GenerationConfig, GradeError, MethodConfig, TrainConfig
+from grade.config import (
+    Config,
+    EvaluationConfig,
+    GenerationConfig,
+    GradeError,
+    MethodConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from grade.config_io import config_from_yaml, load_config
 from grade.machine import free_bytes
 from grade.memory import Estimate, estimate
@@ -73,15 +82,15 @@ def test_the_estimate_is_what_a_step_holds(name, checkpoint, batch, length, atte
     assert 0.75 < (parts["activations"] + parts["head"] - held) / live.peak < 1.5
 
 
-def test_a_packed_head_is_part_of_sampling(packed_heads):
+def test_a_packed_head_is_part_of_sampling(packed_heads, monkeypatch):
     """Of four responses or more in training, and of prompts in evaluation."""
     policy = tiny_policy("llama")
     # A head that is nearly all that sampling holds.
-    policy.head = policy.embedding = torch.randn(400 * len(policy.head), policy.head.shape[1])
+    policy.head = policy.embedding = torch.zeros(400 * len(policy.head), policy.head.shape[1])
     reward, size = tiny_reward(policy), policy.head.nbytes
     config = config_of(batch=4)
     parts = estimate(policy, reward, config, PROMPT).parts
-    ids = torch.randint(4, 60, (4, PROMPT))
+    ids = torch.full((4, PROMPT), 5)
     sampling = make_method(policy, reward, config, Services()).sampling(0)
     with LiveBytes() as live:
         sample(policy, ids, torch.ones_like(ids, dtype=torch.bool), sampling, seed=0, first_rows=torch.arange(4) * 24)
@@ -89,8 +98,22 @@ def test_a_packed_head_is_part_of_sampling(packed_heads):
     fewer = estimate(policy, reward, config_of(batch=3), PROMPT).parts
     assert size < parts["rollout"] - fewer["rollout"] < 1.5 * size
     config.evaluation.batch_size = 4
-    asked = estimate(policy, reward, config, PROMPT).parts
-    assert asked["evaluation"] - parts["evaluation"] > size
+    asked = estimate(policy, reward, config, PROMPT).parts["evaluation"]
+    assert asked - parts["evaluation"] > size
+    monkeypatch.setattr(grade.memory._Shapes, "scoring", lambda *_: 0)  # which takes more, with so wide a head
+    asked = estimate(policy, reward, config, PROMPT).parts["evaluation"]
+    config.evaluation.sampler = "top_p"
+    assert asked - estimate(policy, reward, config, PROMPT).parts["evaluation"] == size
+
+
+def test_what_another_engine_samples_takes_no_memory_here():
+    policy = tiny_policy("llama")
+    here, elsewhere = (
+        estimate(policy, tiny_reward(policy), config_of(rollout=rollout), PROMPT).parts
+        for rollout in (RolloutConfig(), RolloutConfig(source="responses.jsonl"))
+    )
+    assert 0 < elsewhere["rollout"] == 2 * 24 * 32 * 8 < here["rollout"]  # the candidates' ids wait for their turn
+    assert elsewhere == {**here, "rollout": elsewhere["rollout"]}
 
 
 @pytest.mark.parametrize("name, attention", [
@@ -262,9 +285,9 @@ def test_no_more_prompts_are_evaluated_together_than_there_are():
     config = config_of()
     config.evaluation.batch_size = 64
     few, many, some = (
-        estimate(policy, tiny_reward(policy), config, PROMPT, evaluated) for evaluated in (6, 600, None)
+        estimate(policy, tiny_reward(policy), config, PROMPT, evaluated) for evaluated in (1, 600, None)
     )
-    assert few.batches["evaluation"] == 6 and few.largest(False) != "evaluation"
+    assert few.batches["evaluation"] == 1 and few.largest(False) != "evaluation"
     assert many == some and many.batches["evaluation"] == 64 and many.largest(False) == "evaluation"
 
 

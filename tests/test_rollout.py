@@ -322,6 +322,24 @@ def test_sampling_leaves_no_graph_and_no_global_randomness():
     assert len(kept) >= 7 and not any(value.is_inference() for value in kept)
 
 
+@pytest.mark.parametrize("rope", [
+    dict(rope_type="dynamic", factor=2.0),
+    dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=16),
+], ids=lambda rope: rope["rope_type"])
+def test_what_a_model_notes_while_sampling_can_enter_a_graph(rope, monkeypatch):
+    """Frequencies that are made anew for sequences longer than any before, and kept in the module."""
+    config = CONFIGS["llama"]()
+    config.max_position_embeddings, config.rope_parameters = 16, {"rope_theta": 10_000.0, **rope}
+    monkeypatch.setitem(CONFIGS, "llama", lambda: config)
+    policy = tiny_policy("llama")
+    before = [buffer.clone() for buffer in policy.model.buffers()]
+    rollout = draw(policy, max_new_tokens=24)
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.model.buffers(), strict=True))
+    x = policy.embed(rollout.tokens).requires_grad_()
+    policy.hidden(x, rollout.mask).square().sum().backward()
+    assert x.grad.isfinite().all() and all(p.grad is not None for p in policy.parameters())
+
+
 # -- replay sees what sampling saw ---------------------------------------------------------------------------------
 
 

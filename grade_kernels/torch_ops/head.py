@@ -49,6 +49,17 @@ def _mm_float32(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(x, weight, out_dtype=torch.float32)
 
 
+def finish_logits(out: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Logits [r, V] of a head, in place, from out = hidden @ weight.T."""
+    if scale != 1.0:
+        out *= scale
+    if bias is not None:
+        out += bias.to(out.dtype)
+    if softcap is not None:
+        out.div_(softcap).tanh_().mul_(softcap)
+    return out
+
+
 @dataclass(frozen=True)
 class Head:
     """logits = cap * tanh((scale * hidden @ weight.T + bias) / cap), without the tanh if softcap is None."""
@@ -65,14 +76,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [r, d] -> logits [r, V], never rounded to 16 bits."""
-        out = self._product(hidden)
-        if self.scale != 1.0:
-            out *= self.scale
-        if self.bias is not None:
-            out += self.bias.to(out.dtype)
-        if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
-        return out
+        return finish_logits(self._product(hidden), self.bias, self.scale, self.softcap)
 
     def grad_hidden(self, d_raw: Tensor) -> Tensor:
         """d_raw [r, V] (before the soft cap) -> d hidden [r, d] in `dtype`."""
