@@ -109,7 +109,7 @@ train() { # train NAME ARGUMENTS...: a training step, in what time is left
         return
     fi
     timeout --kill-after=10 "$seconds" "$python" -m benchmarks.training --shape qwen3-4b --device cuda \
-        --dtype bfloat16 --repeats 5 --seconds 20 --save "$results/$name" "$@" 2>&1 | tee "$results/$name.log"
+        --dtype bfloat16 --rounds 1 --repeats 5 --seconds 20 --save "$results/$name" "$@" 2>&1 | tee "$results/$name.log"
     [ "${PIPESTATUS[0]}" = 0 ] || status=$((status | 2))
     keep
 }

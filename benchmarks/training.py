@@ -12,7 +12,8 @@ short length: where one differs, nothing is timed. Then every step runs in a pro
 the timed step is compared once more, now with `--hop-tol`. How many hops that takes depends on the weights: trained
 ones need others than these (`hops` in a run's metrics.jsonl).
 
-Seconds are the median of `--repeats` steps (one, where it takes long), with the 20th and 80th percentile. Memory is
+Seconds are the median over `--rounds` rounds of `--repeats` steps (one, where it takes long), with the 20th and 80th
+percentile; in a round every algorithm has its turn, since a machine's speed changes while it measures. Memory is
 the peak of the process (resident on CPU, allocated on a GPU). On a CPU a heap that falls to pieces can hold many times
 what is alive in it, so the peak of the bytes in living tensors is counted too, in a step of its own. A step that would
 take longer than `--time-limit` is not run: its time is extrapolated from the two lengths before it and marked ~; one
@@ -46,6 +47,7 @@ SAME = 2e-4
 _CHECKED = 16  # tokens of the compared step, at most
 _OUT_OF_MEMORY = 17  # exit status of a child
 _OF_MEMORY = 0.9  # share of what is free that a step may take
+_COUNTED = 0.25  # share of the time limit that a step may take to be run once more, slower, counting living tensors
 
 
 def main(arguments: Optional[List[str]] = None) -> None:
@@ -89,7 +91,7 @@ def _check_options(options) -> None:
     """Refuse numbers with which nothing can run."""
     whole = (
         ("--lengths", min(options.lengths), 2), ("--batch", options.batch, 1), ("--prompt", options.prompt, 1),
-        ("--top-k", options.top_k, 1), ("--repeats", options.repeats, 1),
+        ("--top-k", options.top_k, 1), ("--repeats", options.repeats, 1), ("--rounds", options.rounds, 1),
     )
     for name, value, least in whole:
         if value < least:
@@ -136,37 +138,67 @@ def check(setting: Setting, length: int, algorithms: List[str], folder: Path) ->
 
 def _rows(setting: Setting, options, before: List[dict], folder: Path) -> List[dict]:
     """The algorithms at one length, replay last; each is compared with the published one."""
-    rows, found = [], {}
-    for name in (name for name in ALGORITHMS if name in options.algorithms):
-        row = {"algorithm": name, "length": setting.length}
-        earlier = [r for r in before if r["algorithm"] == name and r["status"] == "ok"]
-        seconds, gib, tensors = (_ahead(earlier, key, setting.length) for key in ("seconds", "step_gib", "tensors_gib"))
-        peak = None if gib is None else gib + earlier[-1]["peak_gib"] - earlier[-1]["step_gib"]
-        ahead = {"extrapolated_seconds": seconds, "extrapolated_peak_gib": peak, "extrapolated_tensors_gib": tensors}
-        free = Machine(setting.device).free_bytes()
-        too_large = any(r["algorithm"] == name and r["status"] in ("would not fit", "out of memory") for r in before)
-        if too_large or gib is not None and free is not None and gib * 2**30 > _OF_MEMORY * free:
-            rows.append({**row, "status": "would not fit", **ahead})
-            continue
-        if seconds is not None and seconds > options.time_limit:
-            rows.append({**row, "status": "too slow", **ahead})
-            continue
-        found[name] = _run(
-            setting, name, folder, repeats=options.repeats, seconds=options.seconds, limit=1.5 * options.time_limit
-        )
-        if found[name]["status"] == "ok":
-            row |= _summary(found[name], setting)
-            if row["tensors_gib"] is None and tensors is not None:
-                row["extrapolated_tensors_gib"] = tensors
-        else:
-            row |= {"status": found[name]["status"], **ahead}
-        rows.append(row)
+    rows, found, names = [], {}, [name for name in ALGORITHMS if name in options.algorithms]
+    ahead = {name: _expected(name, setting.length, before) for name in names}
+    refused = {name: _refusal(name, setting, options, before, ahead[name]) for name in names}
+    active = [name for name in names if not refused[name]]
+    for turn in range(options.rounds):
+        for name in active:
+            result = _run(
+                setting, name, folder, repeats=options.repeats, seconds=options.seconds, limit=1.5 * options.time_limit,
+                counted=0.0 if turn else _COUNTED * options.time_limit,
+            )
+            found[name] = _joined(found[name], result) if turn else result
+        active = [name for name in active if _affords(found[name], turn + 1, options.seconds)]
     baselines = (found[name] for name in ("published", "cached") if name in found)
     reference = next((result for result in baselines if result["status"] == "ok"), None)
-    for row in rows:
-        if row["status"] == "ok" and reference is not None:
-            row["gradient_error"] = _difference(found[row["algorithm"]], reference)
+    for name in names:
+        row = {"algorithm": name, "length": setting.length}
+        if refused[name] or found[name]["status"] != "ok":
+            rows.append({**row, "status": refused[name] or found[name]["status"], **ahead[name]})
+            continue
+        row |= _summary(found[name], setting)
+        tensors = ahead[name]["extrapolated_tensors_gib"]
+        if row["tensors_gib"] is None and tensors is not None:
+            row["extrapolated_tensors_gib"] = tensors
+        if reference is not None:
+            row["gradient_error"] = _difference(found[name], reference)
+        rows.append(row)
     return rows
+
+
+def _expected(name: str, length: int, before: List[dict]) -> Dict[str, Optional[float]]:
+    """What the lengths before say of this one."""
+    earlier = [row for row in before if row["algorithm"] == name and row["status"] == "ok"]
+    seconds, gib, tensors = (_ahead(earlier, key, length) for key in ("seconds", "step_gib", "tensors_gib"))
+    peak = None if gib is None else gib + earlier[-1]["peak_gib"] - earlier[-1]["step_gib"]
+    return {"extrapolated_seconds": seconds, "extrapolated_peak_gib": peak, "extrapolated_tensors_gib": tensors}
+
+
+def _refusal(name: str, setting: Setting, options, before: List[dict], ahead: Dict[str, Optional[float]]) -> str:
+    """Why a step is not run, or ""."""
+    earlier = [row for row in before if row["algorithm"] == name]
+    gib = _ahead([row for row in earlier if row["status"] == "ok"], "step_gib", setting.length)
+    free = Machine(setting.device).free_bytes()
+    too_large = any(row["status"] in ("would not fit", "out of memory") for row in earlier)
+    if too_large or gib is not None and free is not None and gib * 2**30 > _OF_MEMORY * free:
+        return "would not fit"
+    seconds = ahead["extrapolated_seconds"]
+    return "too slow" if seconds is not None and seconds > options.time_limit else ""
+
+
+def _affords(result: dict, turns: int, seconds: float) -> bool:
+    """Whether one more turn, like those so far, stays within the seconds of an algorithm."""
+    ok = result["status"] == "ok"
+    return ok and sum(step["seconds"] for step in result["steps"]) * (turns + 1) / turns <= seconds
+
+
+def _joined(done: dict, more: dict) -> dict:
+    """A measurement and another round of it; what was measured stays if that fails."""
+    if more["status"] != "ok":
+        return done
+    peak = max((done, more), key=lambda result: result["peak_gib"])
+    return {**done, "steps": done["steps"] + more["steps"], **{key: peak[key] for key in ("peak_gib", "before_gib")}}
 
 
 def _summary(result: dict, setting: Setting) -> dict:
@@ -201,12 +233,15 @@ def _difference(result: dict, reference: dict) -> float:
 # -- processes -----------------------------------------------------------------------------------------------
 
 
-def _run(setting: Setting, algorithm: str, folder: Path, *, repeats: int, seconds: float, limit: float) -> dict:
+def _run(
+    setting: Setting, algorithm: str, folder: Path, *, repeats: int, seconds: float, limit: float, counted: float = 0.0
+) -> dict:
     """`training_setup.measure` in a process of its own, and "status"."""
     path = folder / "result.pt"
     path.unlink(missing_ok=True)
     task = {
-        "setting": asdict(setting), "algorithm": algorithm, "repeats": repeats, "seconds": seconds, "path": str(path)
+        "setting": asdict(setting), "algorithm": algorithm, "path": str(path),
+        "limits": {"repeats": repeats, "seconds": seconds, "counted": counted},
     }
     command = [sys.executable, "-m", "benchmarks.training", "--child", json.dumps(task)]
     try:
@@ -231,7 +266,7 @@ def _child(task: str) -> None:
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + int(_OF_MEMORY * free),) * 2)
     try:
-        result = measure(setting, told["algorithm"], repeats=told["repeats"], seconds=told["seconds"])
+        result = measure(setting, told["algorithm"], **told["limits"])
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             sys.exit(_OUT_OF_MEMORY)
@@ -260,8 +295,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hop-tol", type=float, default=1e-2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=7, help="steps of a measurement")
-    parser.add_argument("--seconds", type=float, default=30.0, help="no further repeat beyond these")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every algorithm at a length")
+    parser.add_argument("--repeats", type=int, default=3, help="steps of a turn")
+    parser.add_argument("--seconds", type=float, default=60.0, help="no further step beyond these, of an algorithm")
     parser.add_argument("--time-limit", type=float, default=900.0, help="seconds; a step beyond is extrapolated")
     parser.add_argument("--save", type=Path, metavar="STEM", help="write STEM.json, STEM.csv, STEM.png")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a saved JSON and stop")

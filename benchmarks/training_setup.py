@@ -187,14 +187,14 @@ class Bench:
         return {**measured, "seconds": now(self.device) - start, "phases": self.phases.take()}
 
 
-def measure(setting: Setting, algorithm: str, *, repeats: int, seconds: float) -> dict:
+def measure(setting: Setting, algorithm: str, *, repeats: int, seconds: float, counted: float) -> dict:
     """Steps of one algorithm, each from the same weights: at most `repeats`, or fewer once they took `seconds`.
 
     A step first loads what is loaded lazily: a short one, or where shapes are compiled one of the same length. Peak
     memory is that of the whole process (resident on CPU, allocated on the accelerator); `before_gib` is what it held
     before the steps. On a CPU `tensors_gib` is the peak of the bytes in living tensors, counted in one step more (not
-    where that would take longer than `seconds`): what a heap loses between them is no part of it. `first_seconds` is
-    the step that compiled.
+    where a step takes longer than `counted` seconds): what a heap loses between them is no part of it. `first_seconds`
+    is the step that compiled.
     """
     if algorithm != "compiled":
         Bench(replace(setting, length=2), algorithm).step()
@@ -217,7 +217,7 @@ def measure(setting: Setting, algorithm: str, *, repeats: int, seconds: float) -
         bench.restore(weights)
     # The kernel counts pages in batches: a peak can read a little below what was held before.
     peak, living = max(before, peak_memory_gib(bench.device)), None
-    if bench.device.type == "cpu" and algorithm != "compiled" and found["seconds"] <= seconds:
+    if bench.device.type == "cpu" and algorithm != "compiled" and found["seconds"] <= counted:
         bench.restore(weights)
         living = Machine(setting.device).peak_bytes(bench.step)[1] / 2**30
     return {

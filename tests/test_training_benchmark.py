@@ -46,7 +46,7 @@ def test_phases_cover_the_step(exact):
 
 
 def test_every_repeat_starts_from_the_same_weights():
-    once, thrice = (measure(SETTING, "replay", repeats=n, seconds=60) for n in (1, 3))
+    once, thrice = (measure(SETTING, "replay", repeats=n, seconds=60, counted=0) for n in (1, 3))
     assert len(thrice["steps"]) == 3
     assert relative(thrice["gradient"], once["gradient"]) < 1e-5
 
@@ -60,18 +60,18 @@ def test_the_peak_is_the_steps(monkeypatch):
         return ordinary(self)
 
     monkeypatch.setattr(Bench, "step", larger)
-    found = measure(SETTING, "replay", repeats=1, seconds=60)
+    found = measure(SETTING, "replay", repeats=1, seconds=60, counted=60)
     # A quarter of it was found in the heap that other tests had left, which is no new memory; a GiB is not.
     assert found["before_gib"] > 0.05 and found["peak_gib"] - found["before_gib"] > 0.5
     assert 1 <= found["tensors_gib"] < 1.02
 
 
 def test_living_tensors_are_not_counted_where_that_takes_long():
-    assert measure(SETTING, "replay", repeats=1, seconds=0.0)["tensors_gib"] is None
+    assert measure(SETTING, "replay", repeats=1, seconds=60, counted=0)["tensors_gib"] is None
 
 
 def test_what_takes_long_is_not_repeated():
-    assert len(measure(SETTING, "replay", repeats=5, seconds=0.0)["steps"]) == 1
+    assert len(measure(SETTING, "replay", repeats=5, seconds=0, counted=0)["steps"]) == 1
 
 
 def test_another_gradient_stops_the_benchmark(monkeypatch, tmp_path):
@@ -97,7 +97,8 @@ def test_the_command(tmp_path, capsys):
     stem = tmp_path / "small"
     training.main([
         "--shape", "llama-260k", "--batch", "2", "--prompt", "5", "--top-k", "16", "--lengths", "8",
-        "--algorithms", "published", "replay", "--repeats", "2", "--time-limit", "60", "--save", str(stem),
+        "--algorithms", "published", "replay", "--rounds", "1", "--repeats", "2", "--time-limit", "60",
+        "--save", str(stem),
     ])
     printed = capsys.readouterr().out
     payload = json.loads(stem.with_suffix(".json").read_text())
@@ -126,7 +127,8 @@ def test_rows_that_were_not_run(monkeypatch, tmp_path):
         }
 
     monkeypatch.setattr(training, "_run", run)
-    options = training._parser().parse_args(["--time-limit", "30", "--algorithms", "published", "replay"])
+    arguments = ["--rounds", "1", "--time-limit", "30", "--algorithms", "published", "replay"]
+    options = training._parser().parse_args(arguments)
     rows = []
     for length in (64, 128, 256):
         rows += training._rows(replace(SETTING, length=length), options, rows, tmp_path)
@@ -137,6 +139,34 @@ def test_rows_that_were_not_run(monkeypatch, tmp_path):
     lines = document(payload).splitlines()
     assert any(line.startswith("| 256 | published | ~65.5 | too slow |") for line in lines)
     assert any(line.startswith("| 256 | replay | 0.256 |") and "| ~256 | ~1/1 | ~1/1 |" in line for line in lines)
+
+
+def test_rounds_take_turns(monkeypatch, tmp_path):
+    """Every algorithm once a round, while its steps stay within --seconds; living tensors are counted in the first, and
+    a later round that fails takes nothing away."""
+    seconds = {"published": [25.0], "cached": [7.0, 8.0, 9.0], "replay": [1.0, 4.0, 2.0]}
+    taken = []
+
+    def run(setting, algorithm, folder, *, counted, **limits):
+        turn = sum(name == algorithm for name, _ in taken)
+        taken.append((algorithm, counted > 0))
+        if algorithm == "cached" and turn == 2:
+            return {"status": "out of memory"}
+        return {
+            "status": "ok", "steps": [{"seconds": seconds[algorithm][turn], "phases": {"update": 1.0}}],
+            "peak_gib": 2.0 + turn, "before_gib": 1.5 * turn, "tensors_gib": 0.5 if counted else None, "hops": None,
+            "first_seconds": None, "tokens": torch.zeros(2, 3), "gradient": torch.ones(3),
+        }
+
+    monkeypatch.setattr(training, "_run", run)
+    arguments = ["--rounds", "3", "--seconds", "40", "--algorithms", "published", "cached", "replay"]
+    published, cached, replay = training._rows(SETTING, training._parser().parse_args(arguments), [], tmp_path)
+    order = ["published", "cached", "replay", "cached", "replay", "cached", "replay"]
+    assert taken == [(name, turn < 3) for turn, name in enumerate(order)]
+    assert (published["steps"], published["seconds"]) == (1, 25.0)
+    assert (cached["status"], cached["steps"], cached["seconds"]) == ("ok", 2, 7.5)
+    assert (replay["steps"], replay["seconds"], replay["peak_gib"], replay["step_gib"]) == (3, 2.0, 4.0, 1.0)
+    assert [row["tensors_gib"] for row in (published, cached, replay)] == [0.5] * 3
 
 
 def test_a_step_that_fails_has_a_row_that_says_so(monkeypatch, tmp_path):
