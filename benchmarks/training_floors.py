@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Machine
-from benchmarks.training_setup import SHAPES, Setting
+from benchmarks.training_setup import ALGORITHMS, SHAPES, Setting
 
 _READ_BYTES = 2**30  # more than caches hold
 _SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices
@@ -69,20 +69,20 @@ def floors(setting: Setting, length: int, hops: float, measured: Dict[str, float
 
 
 def table(payload: dict) -> str:
-    """Measured seconds over the floor's, for replay; "" where the rates were not measured."""
+    """Measured seconds over the floor's, for replay and with rollout.compile; "" where the rates were not measured."""
     measured = payload.get("rates")
-    rows = [row for row in payload["rows"] if row["status"] == "ok" and row["algorithm"] == "replay"]
+    rows = [row for row in payload["rows"] if row["status"] == "ok" and row["algorithm"] in ("replay", "compiled")]
     if not measured or not rows:
         return ""
     setting = Setting(**payload["setting"])
     found: List[tuple] = [(row, floors(setting, row["length"], row["hops"], measured)) for row in rows]
     names = list(found[0][1])
-    lines = ["| S | " + " | ".join([*names, "all"]) + " |", "|---:|" + "---:|" * (len(names) + 1)]
+    lines = ["| S | algorithm | " + " | ".join([*names, "all"]) + " |", "|---:|---|" + "---:|" * (len(names) + 1)]
     for row, least in found:
         cells = [f"{row['phases'][name] / least[name]:.1f} × {least[name]:.3g} s" for name in names]
         total = sum(least.values())
         cells.append(f"{sum(row['phases'].values()) / total:.1f} × {total:.3g} s")
-        lines.append(f"| {row['length']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row['length']} | {ALGORITHMS[row['algorithm']]} | " + " | ".join(cells) + " |")
     return (
         f"Replay against the floor of each phase, at the {measured['read_gb_s']:.1f} GB/s and "
         f"{measured['gflop_s']:.0f} GFLOP/s measured here:\n\n" + "\n".join(lines)
