@@ -137,7 +137,7 @@ def check(setting: Setting, length: int, algorithms: List[str], folder: Path) ->
 
 
 def _rows(setting: Setting, options, before: List[dict], folder: Path) -> List[dict]:
-    """The algorithms at one length, replay last; each is compared with the published one."""
+    """The algorithms at one length, taking turns; the gradient of each is compared with the published one."""
     rows, found, names = [], {}, [name for name in ALGORITHMS if name in options.algorithms]
     ahead = {name: _expected(name, setting.length, before) for name in names}
     refused = {name: _refusal(name, setting, options, before, ahead[name]) for name in names}
