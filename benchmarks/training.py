@@ -278,9 +278,10 @@ def _save(stem: Path, payload: dict) -> None:
     from benchmarks.training_plot import plot
 
     stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
-    write_csv(stem.with_suffix(".csv"), payload)
-    plot(stem.with_suffix(".png"), payload)
+    table, lines, figure = (stem.with_name(stem.name + kind) for kind in (".json", ".csv", ".png"))
+    table.write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
+    write_csv(lines, payload)
+    plot(figure, payload)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -69,8 +69,12 @@ class Estimate:
         largest = self.largest(checkpoint)
         sizes = {"B": self.batches[largest], **self.sizes}
         at = ", ".join(f"{name} = {size:,}" for name, size in sizes.items())
-        parts = ", ".join(f"{name} {size_of(size)}" for name, size in self._parts(checkpoint).items())
-        return f"about {size_of(self.total(checkpoint))} {_WHERE[largest]}at {at} ({parts})"
+        size = {name: f"{name} {size_of(part)}" for name, part in self._parts(checkpoint).items()}
+        always = ", ".join(size[name] for name in ("weights", "optimizer", "compiled") if name in size)
+        return (
+            f"about {size_of(self.total(checkpoint))} {_WHERE[largest]}at {at} ({always}; and the largest of "
+            f"{size['rollout']}, {size['activations']} + {size['head']}, {size['evaluation']})"
+        )
 
     def _parts(self, checkpoint: bool) -> Dict[str, int]:
         return self.checkpointed if checkpoint and self.checkpointed else self.parts

@@ -211,8 +211,9 @@ def test_checkpointing_saves_memory_and_the_line_says_so():
     roomy, tight = (plan(policy, tiny_reward(policy), config, PROMPT, free) for free in (20 * GIB, 1))
     assert tight.estimate.total(True) < 0.8 * roomy.estimate.total(False)
     assert re.fullmatch(
-        r"memory: about \d MiB at B = 4, P = 16, S = 60, k = 32 \(weights 1 MiB, optimizer 1 MiB, rollout \d MiB, "
-        r"activations \d MiB, head \d MiB, evaluation \d MiB\); 20.0 GiB free; activation checkpointing off \(auto\)",
+        r"memory: about \d MiB at B = 4, P = 16, S = 60, k = 32 \(weights 1 MiB, optimizer 1 MiB; and the "
+        r"largest of rollout \d MiB, activations \d MiB \+ head \d MiB, evaluation \d MiB\); 20.0 GiB free; "
+        r"activation checkpointing off \(auto\)",
         roomy.line,
     )
     assert "checkpointing on (auto). That may not fit. Set train.batch_size below 4" in tight.line
@@ -275,7 +276,7 @@ def test_the_sentence_names_the_phase_that_decides(largest, at):
     parts = dict(weights=GIB, optimizer=0, rollout=2**20, activations=0, head=0, evaluation=2**20 + 1)
     found = Estimate({"P": 2, "S": 2048, "k": 32}, BATCHES, 0, {**parts, largest: 2 * GIB}, None)
     said = found.sentence(checkpoint=True)
-    assert said.startswith(f"about {at} P = 2, S = 2,048, k = 32 (weights 1.0 GiB, optimizer 0 MiB, ")
+    assert said.startswith(f"about {at} P = 2, S = 2,048, k = 32 (weights 1.0 GiB, optimizer 0 MiB; and ")
     assert largest == "rollout" or "rollout 1 MiB" in said
     assert largest == "evaluation" or "evaluation 2 MiB" in said
 

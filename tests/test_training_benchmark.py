@@ -94,26 +94,27 @@ def test_a_power_law_is_continued():
 
 
 def test_the_command(tmp_path, capsys):
-    stem = tmp_path / "small"
+    stem = tmp_path / "llama-0.3m"  # the dot is part of the name
+    saved = tmp_path / "llama-0.3m.json"
     training.main([
         "--shape", "llama-260k", "--batch", "2", "--prompt", "5", "--top-k", "16", "--lengths", "8",
         "--algorithms", "published", "replay", "--rounds", "1", "--repeats", "2", "--time-limit", "60",
         "--save", str(stem),
     ])
     printed = capsys.readouterr().out
-    payload = json.loads(stem.with_suffix(".json").read_text())
-    assert printed.endswith(document(payload)) and (tmp_path / "small.png").stat().st_size > 10_000
+    payload = json.loads(saved.read_text())
+    assert printed.endswith(document(payload)) and (tmp_path / "llama-0.3m.png").stat().st_size > 10_000
     assert [(row["length"], row["algorithm"]) for row in payload["rows"]] == [(8, "published"), (8, "replay")]
     assert all(row["status"] == "ok" and row["gradient_error"] < 0.1 for row in payload["rows"])
-    with stem.with_suffix(".csv").open() as file:
+    with (tmp_path / "llama-0.3m.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["seconds"]) for row in rows] == [row["seconds"] for row in payload["rows"]]
-    training.main(["--table", str(stem.with_suffix(".json"))])
+    training.main(["--table", str(saved)])
     assert capsys.readouterr().out == document(payload)
     payload["rows"][1].pop("phases")
-    stem.with_suffix(".json").write_text(json.dumps(payload))
+    saved.write_text(json.dumps(payload))
     with pytest.raises(SystemExit, match="is damaged, or of another version of this benchmark"):
-        training.main(["--table", str(stem.with_suffix(".json"))])
+        training.main(["--table", str(saved)])
 
 
 def test_rows_that_were_not_run(monkeypatch, tmp_path):
