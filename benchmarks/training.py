@@ -31,7 +31,7 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
@@ -139,8 +139,9 @@ def check(setting: Setting, length: int, algorithms: List[str], folder: Path) ->
 def _rows(setting: Setting, options, before: List[dict], folder: Path) -> List[dict]:
     """The algorithms at one length, taking turns; the gradient of each is compared with the published one."""
     rows, found, names = [], {}, [name for name in ALGORITHMS if name in options.algorithms]
-    ahead = {name: _expected(name, setting.length, before) for name in names}
-    refused = {name: _refusal(name, setting, options, before, ahead[name]) for name in names}
+    ahead, refused = {}, {}
+    for name in names:
+        ahead[name], refused[name] = _expected([row for row in before if row["algorithm"] == name], setting, options)
     active = [name for name in names if not refused[name]]
     for turn in range(options.rounds):
         for name in active:
@@ -167,24 +168,17 @@ def _rows(setting: Setting, options, before: List[dict], folder: Path) -> List[d
     return rows
 
 
-def _expected(name: str, length: int, before: List[dict]) -> Dict[str, Optional[float]]:
-    """What the lengths before say of this one."""
-    earlier = [row for row in before if row["algorithm"] == name and row["status"] == "ok"]
-    seconds, gib, tensors = (_ahead(earlier, key, length) for key in ("seconds", "step_gib", "tensors_gib"))
-    peak = None if gib is None else gib + earlier[-1]["peak_gib"] - earlier[-1]["step_gib"]
-    return {"extrapolated_seconds": seconds, "extrapolated_peak_gib": peak, "extrapolated_tensors_gib": tensors}
-
-
-def _refusal(name: str, setting: Setting, options, before: List[dict], ahead: Dict[str, Optional[float]]) -> str:
-    """Why a step is not run, or ""."""
-    earlier = [row for row in before if row["algorithm"] == name]
-    gib = _ahead([row for row in earlier if row["status"] == "ok"], "step_gib", setting.length)
+def _expected(earlier: List[dict], setting: Setting, options) -> Tuple[Dict[str, Optional[float]], str]:
+    """(What an algorithm's rows of the lengths before say of this one, why it is therefore not run or "")."""
+    done = [row for row in earlier if row["status"] == "ok"]
+    seconds, gib, tensors = (_ahead(done, key, setting.length) for key in ("seconds", "step_gib", "tensors_gib"))
+    peak = None if gib is None else gib + done[-1]["peak_gib"] - done[-1]["step_gib"]
+    ahead = {"extrapolated_seconds": seconds, "extrapolated_peak_gib": peak, "extrapolated_tensors_gib": tensors}
     free = Machine(setting.device).free_bytes()
     too_large = any(row["status"] in ("would not fit", "out of memory") for row in earlier)
     if too_large or gib is not None and free is not None and gib * 2**30 > _OF_MEMORY * free:
-        return "would not fit"
-    seconds = ahead["extrapolated_seconds"]
-    return "too slow" if seconds is not None and seconds > options.time_limit else ""
+        return ahead, "would not fit"
+    return ahead, "too slow" if seconds is not None and seconds > options.time_limit else ""
 
 
 def _affords(result: dict, turns: int, seconds: float) -> bool:

@@ -1,8 +1,8 @@
 """The head's product for the few rows of a token, on a CPU: the weight in oneDNN's own layout.
 
 Such a product should take as long as reading the weight once. A plain matrix product takes that long for up to three
-rows, and two to four times as long for 4 to 32 (V = 32,000, d = 288, two cores: 3.7 ms for 4 rows; packed 1.8, the
-memory's speed). Packing costs about as much as it saves in eight tokens, and a copy of the weight while it is used.
+rows only, and several times as long for 4 to 32. Packing costs about as much as it saves in a few tokens, and a copy of
+the weight while it is used.
 """
 
 from __future__ import annotations

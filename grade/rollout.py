@@ -142,10 +142,9 @@ def sample(
     steps = sampling.max_new_tokens
     decoding = decoding or Decoding(policy)
     rows = first_rows[:, None] + torch.arange(steps, device=first_rows.device)  # [B, S]
-    early, late = (
-        suppressed_ids(policy, step, sampling.min_new_tokens, sampling.ignore_eos)
-        for step in (0, sampling.min_new_tokens)
-    )
+    suppress = [
+        suppressed_ids(policy, step, sampling.min_new_tokens, sampling.ignore_eos) for step in range(steps)
+    ]
     out = _Drawn(policy, len(prompt_ids) * samples_per_prompt, sampling)
     # Inference mode takes a tenth off a token of a small model. Its tensors may never enter a graph, so what a rollout
     # keeps is made outside.
@@ -153,8 +152,7 @@ def sample(
         decoder = decoding.start(prompt_ids, prompt_mask, copies=samples_per_prompt, steps=steps)
         hidden = decoder.hidden  # [b, d] of the b <= B responses that are still written
         for step in range(steps):
-            suppress = late if step + 1 >= sampling.min_new_tokens else early
-            draw = decoding.draw(hidden, sampling, seed=seed, rows=rows[out.where, step], suppress=suppress)
+            draw = decoding.draw(hidden, sampling, seed=seed, rows=rows[out.where, step], suppress=suppress[step])
             draw = out.put(step, draw)
             if not sampling.ignore_eos and (step + 1) % _END_CHECK_INTERVAL == 0:
                 going = out.alive.nonzero().squeeze(1)
