@@ -33,10 +33,10 @@ from grade.comparison import (
 )
 from grade.comparison_text import TITLES, document, notes, rich_table
 from grade.config import Config, GradeError, validate
-from grade.files import check_writable, locked
+from grade.files import check_writable
 from grade.final_test import test_checkpoints, test_key
-from grade.fingerprint import inputs_of
-from grade.jobs import Job, check_jobs, run_jobs
+from grade.fingerprint import inputs_of, judge_digest
+from grade.jobs import Job, check_jobs, locked, run_jobs
 from grade.loading import load_policy, load_prompts, load_reward, load_tokenizer
 from grade.machine import machine
 from grade.method_config import method_named
@@ -118,13 +118,9 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
     _check_steps(planned, "train.steps")
     check_writable("output_dir", comparison.folder)
     comparison.folder.mkdir(parents=True, exist_ok=True)
-    in_use = (
-        f"output_dir: {comparison.folder} is in use by another `grade compare`, or by a run that one left behind: wait "
-        "for it or stop it, or compare under another --name."
-    )
-    with locked(comparison.folder / "lock", "output_dir", in_use) as lock:
+    with locked(comparison.folder) as lock:
         console.print("Preparing data and reward", highlight=False)
-        inputs = _prepare(config)
+        inputs, judged = _prepare(config)
         rates, sweep, failures = _sweep(comparison, inputs, console, lock)
         jobs = {(m, s): comparison.run_job(m, s, rates[m]) for s in seeds for m in methods if m in rates}
         check_jobs(list(jobs.values()), inputs)
@@ -138,7 +134,7 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         if not curves:
             raise GradeError(f"every run of the comparison failed: {failures}")
         chosen = _chosen(comparison, curves)
-        tests, untested, judge = test_checkpoints(config, comparison.folder, inputs, chosen, console)
+        tests, untested, judge = test_checkpoints(config, comparison.folder, {**inputs, **judged}, chosen, console)
         failures |= untested
         payload = _payload(comparison, rates, sweep, failures, judge, curves, tests)
         write_comparison(comparison.folder / "comparison.json", payload)
@@ -195,9 +191,9 @@ def _curve(job: Job, method: str, seed: int) -> RunCurve:
     return curve
 
 
-def _prepare(config: Config) -> Dict[str, str]:
+def _prepare(config: Config) -> Tuple[Dict[str, str], Dict[str, str]]:
     """Find mistakes in data and prompts, and train the reward head, before several runs would each do so; in this
-    process, and given back. The fingerprint of what the runs will read."""
+    process, and given back. The fingerprints of what the runs read, and of what only their test reads."""
     accelerator, tokenizer, task = make_accelerator(config), load_tokenizer(config), load_task(config)
     load_prompts(config, task, tokenizer)
     policy = load_policy(config, tokenizer, accelerator.device)
@@ -205,7 +201,7 @@ def _prepare(config: Config) -> Dict[str, str]:
     del policy
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
-    return inputs
+    return inputs, {"judge": judge_digest(task)}
 
 
 def _sweep(

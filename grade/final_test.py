@@ -26,7 +26,7 @@ from grade.processes import make_accelerator
 from grade.reward_training import judged_length
 from grade.rollout import Rollout
 from grade.run_dir import make_again
-from grade.tasks import load_task
+from grade.tasks import load_task, sha256_of
 from grade_kernels import linear_token_logprob
 
 
@@ -38,7 +38,7 @@ def test_checkpoints(
     Args:
         config: of the comparison.
         folder: keeps tests.json, the judge and its report.
-        inputs: fingerprint of model, tokenizer, data and reward (`grade.fingerprint`).
+        inputs: fingerprint of model, tokenizer, data, reward and the judge's texts (`grade.fingerprint`).
         adapters: folder of each checkpoint's adapter.
 
     Returns:
@@ -156,11 +156,12 @@ def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenize
 
 
 def _judge_identity(config: Config, inputs: Mapping[str, str], task, lengths: Sequence[int]) -> dict:
-    """What a judge depends on. All of it decides the test's identity too, so another judge means other results."""
-    return {
-        "tokenizer": inputs["tokenizer"], "texts": task.describe()["splits"]["judge"], "test": inputs["data"],
-        "lengths": list(lengths), "seed": config.reward.seed,
+    """What a judge and its report depend on, by content."""
+    texts = {
+        name: sha256_of(f"{example.label} {example.text}" for example in examples)
+        for name, examples in (("trained_on", task.judge), ("held_out", task.test))
     }
+    return {"tokenizer": inputs["tokenizer"], **texts, "lengths": list(lengths), "seed": config.reward.seed}
 
 
 def _judge_report(folder: Path) -> Optional[dict]:

@@ -66,10 +66,15 @@ def tokenizer_digest(tokenizer) -> str:
 
 
 def data_digest(task) -> str:
-    """SHA-256 over the rows of every split that a run uses; the judge of comparisons has its own."""
+    """SHA-256 over the rows of every split that a run uses."""
     described = task.describe()
     splits = {name: split for name, split in described["splits"].items() if name != "judge"}
     return _digest({"task": described["task"], "splits": splits})
+
+
+def judge_digest(task) -> str:
+    """SHA-256 over the rows that train the judge of a comparison, which no run reads."""
+    return _digest(task.describe()["splits"].get("judge"))
 
 
 def inputs_of(config: Config, policy: Policy, task, reward) -> dict[str, str]:

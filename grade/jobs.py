@@ -9,10 +9,11 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, List, Mapping, Sequence
+from typing import ContextManager, Dict, List, Mapping, Sequence
 
 from rich.console import Console
 
+from grade import files
 from grade.config import Config, GradeError
 from grade.config_io import config_from_yaml, config_to_yaml
 from grade.errors import read_json
@@ -43,6 +44,19 @@ class Job:
     def log(self) -> Path:
         """Where the child's output goes."""
         return self.run_dir.with_name(self.run_dir.name + ".log")
+
+
+def locked(folder: Path) -> ContextManager[int]:
+    """Keep a second comparison out of `folder` while the block runs; gives the lock's descriptor, for `run_jobs`.
+
+    Raises:
+        GradeError: it is locked, or its file system has no locks.
+    """
+    return files.locked(
+        folder / "lock", "output_dir",
+        f"{folder} is in use by another `grade compare`, or by a run that one left behind: wait for it or stop it, or "
+        "compare under another --name.",
+    )
 
 
 def check_jobs(jobs: Sequence[Job], inputs: Mapping[str, str]) -> None:
@@ -80,8 +94,8 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) 
     call.
 
     Args:
-        lock: descriptor of the lock on the comparison's folder; the children hold it too, so that a run which outlives
-            its parent, and still writes there, keeps the folder locked.
+        lock: what `locked` gave. The children hold it too: a run that outlives its parent, and still writes there,
+            keeps the folder locked.
 
     Raises:
         GradeError: a run's evaluation.json is damaged; nothing was started.

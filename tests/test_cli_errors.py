@@ -92,7 +92,7 @@ def test_option_without_value(capsys):
     message = run_error(capsys, "train", "imdb_small", "--train.steps")
     assert message == "--train.steps needs a value: a whole number."
     message = run_error(capsys, "train", "imdb_small", "--train.resume", "--seed", "3")
-    assert message == "--train.resume needs a value: true or false."
+    assert message == "--train.resume needs a value: true or false or auto."
 
 
 def test_section_as_option(capsys):
@@ -237,7 +237,7 @@ def test_interrupted_training_says_how_to_resume(monkeypatch, capsys):
     stand_in.train = interrupt
     monkeypatch.setitem(sys.modules, "grade.trainer", stand_in)
     assert cli.main(["train", "imdb_small", "--train.overwrite", "true", "--seed=3"]) == 130
-    assert "grade train imdb_small --seed=3 --train.resume true\n" in capsys.readouterr().err
+    assert "grade train imdb_small --seed=3 --train.resume auto\n" in capsys.readouterr().err
 
 
 def test_unexpected_exceptions_keep_their_traceback(monkeypatch):

@@ -25,7 +25,7 @@ from grade.comparison_text import document
 from grade.config import GradeError
 from grade.config_io import config_from_yaml, config_to_yaml
 from grade.jobs import Job, locked, run_jobs
-from grade.run_dir import adapter_folder, is_finished
+from grade.run_dir import adapter_folder, decided, is_finished, mark
 from grade.trainer import train
 
 
@@ -102,6 +102,7 @@ def test_a_comparison_from_runs_to_tables(comparable, in_process):
 def _scale_adapter(folder, factor):
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({name: factor * value for name, value in weights.items()}, folder / "adapter_model.safetensors")
+    (folder / "manifest.json").unlink()  # which would tell that it is not the run's own
 
 
 def test_jobs_alternate_between_methods_and_validate_as_often_as_asked(comparable, monkeypatch):
@@ -121,7 +122,7 @@ def test_jobs_alternate_between_methods_and_validate_as_often_as_asked(comparabl
         return {job.name: "not run" for job in jobs}
 
     monkeypatch.setattr(grade.compare, "run_jobs", no_run)
-    monkeypatch.setattr(grade.compare, "_prepare", lambda config: None)
+    monkeypatch.setattr(grade.compare, "_prepare", lambda config: ({}, {}))
     with pytest.raises(GradeError, match="every run of the comparison failed"):
         run_comparison(comparable, ["ppo", "grpo"], [4, 5])
     assert order == ["ppo-seed4", "grpo-seed4", "ppo-seed5", "grpo-seed5"]
@@ -187,7 +188,7 @@ def sweep(comparable, monkeypatch, peak, factors):
     )
     run, ran = trial(peak)
     monkeypatch.setattr(grade.compare, "run_jobs", run)
-    rates, tried, failures = _sweep(Comparison(config, ["ppo", "grpo"], [0]), Console(quiet=True), 0)
+    rates, tried, failures = _sweep(Comparison(config, ["ppo", "grpo"], [0]), {}, Console(quiet=True), 0)
     assert failures == {} and rates["ppo"] == rates["grpo"]
     assert [t["learning_rate"] for t in tried if t["method"] == "grpo"] == sorted(
         t["learning_rate"] for t in tried if t["method"] == "ppo"
@@ -291,7 +292,8 @@ def test_a_run_goes_on_from_what_an_interrupted_save_left(comparable, tmp_path, 
     monkeypatch.setattr(jobs_module, "_command", lambda settings: [sys.executable, "-c", "pass"])
     for left, resumes in (("nothing", False), ("last.old", True)):
         (job.run_dir / "checkpoints" / left).mkdir(parents=True)
+        mark(job.run_dir)
         with locked(tmp_path) as lock:
             run_jobs([job], 1, Console(quiet=True), lock=lock)
-        train = config_from_yaml(tmp_path / "run.yaml").train
+        train = decided(config_from_yaml(tmp_path / "run.yaml")).train
         assert train.resume is resumes and train.overwrite is not resumes

@@ -26,12 +26,13 @@ from grade.loading import load_prompts
 from grade.reward_training import head_report
 
 METHODS = ["reinforce", "ppo"]
+INPUTS = {"model": "m", "tokenizer": "t", "data": "d", "reward": "r"}
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """A comparison of two steps whose data, reward and test are never needed."""
-    monkeypatch.setattr(grade.compare, "_prepare", lambda config: None)
+    monkeypatch.setattr(grade.compare, "_prepare", lambda config: (INPUTS, {}))
     monkeypatch.setattr(grade.compare, "test_checkpoints", lambda *_: ({}, {}, None))
     made = Config(name="few", output_dir=str(tmp_path), device="cpu")
     return replace(
@@ -54,6 +55,9 @@ def finish(config, method, *, seconds=1.0, seed=0, job=None):
     job.run_dir.mkdir(parents=True, exist_ok=True)
     (job.run_dir / "config.yaml").write_text(config_to_yaml(job.config), encoding="utf-8")
     (job.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]), encoding="utf-8")
+    train = job.config.train
+    inputs = {**INPUTS, "responses_per_step": train.batch_size * train.accumulation_steps}
+    (job.run_dir / "run.json").write_text(json.dumps({"inputs": inputs}), encoding="utf-8")
     validated = [{"step": step} for step in range(job.config.train.steps + 1)]
     (job.run_dir / "evaluation.json").write_text(json.dumps({"validation": validated}), encoding="utf-8")
     return job.run_dir
@@ -226,24 +230,24 @@ def test_an_adapter_that_cannot_be_read_fails_alone(config, no_models, tmp_path,
     policy = SimpleNamespace(model=SimpleNamespace(peft_config={"default": SimpleNamespace(r=4)}))
     monkeypatch.setattr(final_test, "load_policy", lambda *_: policy)
     adapters = {("ppo", 0, 2): adapter}
-    results, failures, _ = final_test.test_checkpoints(config, tmp_path, adapters, Console(quiet=True))
+    results, failures, _ = final_test.test_checkpoints(config, tmp_path, INPUTS, adapters, Console(quiet=True))
     assert list(results) == [("base", None, 0)] and list(failures) == ["ppo-seed0"]
     assert str(adapter) in failures["ppo-seed0"] and f"Delete {adapter.parents[1]}: " in failures["ppo-seed0"]
 
 
 @pytest.mark.parametrize("name", ["tests.json", "judge.json"])
 def test_damaged_results_are_told_in_words(config, no_models, tmp_path, name):
-    final_test.test_checkpoints(config, tmp_path, {}, Console(quiet=True))
+    final_test.test_checkpoints(config, tmp_path, INPUTS, {}, Console(quiet=True))
     for text in ("[]", "{"):
         (tmp_path / name).write_text(text)
         with pytest.raises(GradeError, match=f"{name} .*Delete it"):
-            final_test.test_checkpoints(config, tmp_path, {}, Console(quiet=True))
+            final_test.test_checkpoints(config, tmp_path, INPUTS, {}, Console(quiet=True))
 
 
 def test_a_damaged_report_of_the_reward_head(config, tmp_path):
     (tmp_path / "reward.json").write_text('{"accuracy": {')
     with pytest.raises(GradeError, match=f"reward.json cannot be read .*Delete {tmp_path}: the head is then trained"):
-        head_report(replace(config, reward=replace(config.reward, path=str(tmp_path))), None)
+        head_report(replace(config, reward=replace(config.reward, path=str(tmp_path))), None, None)
 
 
 def test_a_killed_child_names_its_signal(config, tmp_path, monkeypatch):
@@ -265,3 +269,12 @@ def test_the_benchmark_prints_one_line(tmp_path, text):
         with pytest.raises(SystemExit, match="comparison.json that `grade compare` has written") as stopped:
             benchmark.main([str(file)])
         assert str(stopped.value).startswith(str(file)) and "\n" not in str(stopped.value)
+
+
+def test_runs_made_from_something_else_are_not_counted(config, monkeypatch):
+    """Finished runs under the same settings, whose base model was another one then."""
+    for method in METHODS:
+        finish(config, method)
+    monkeypatch.setattr(grade.compare, "_prepare", lambda config: ({**INPUTS, "model": "another"}, {}))
+    with pytest.raises(GradeError, match="reinforce-seed0 was started with other .*the base model's weights"):
+        grade.compare.run_comparison(config, METHODS, [0])

@@ -124,20 +124,20 @@ def test_a_judge_of_other_settings_is_trained_anew(reviews, tmp_path, monkeypatc
     ))
     task, config = SimpleNamespace(judge=reviews[0], test=reviews[1]), Config()
     for _ in range(2):
-        assert load_judge(tmp_path, config, None, task) is not None
+        assert load_judge(tmp_path, config, {"tokenizer": "t"}, None, task) is not None
     assert len(trained) == 1
     others = [
-        replace(config, reward=replace(config.reward, seed=7)),
-        replace(config, task=replace(config.task, split_seed=7)),
-        replace(config, model=replace(config.model, name="other")),
-        replace(config, generation=replace(config.generation, max_new_tokens=7)),
+        (replace(config, reward=replace(config.reward, seed=7)), {"tokenizer": "t"}, task),
+        (config, {"tokenizer": "t"}, SimpleNamespace(judge=reviews[0][1:], test=reviews[1])),
+        (config, {"tokenizer": "another of that name"}, task),
+        (replace(config, generation=replace(config.generation, max_new_tokens=7)), {"tokenizer": "t"}, task),
     ]
-    for number, other in enumerate(others, start=2):
-        load_judge(tmp_path, other, None, task)
+    for number, (other, inputs, found) in enumerate(others, start=2):
+        load_judge(tmp_path, other, inputs, None, found)
         assert len(trained) == number
     report = json.loads((tmp_path / "judge.json").read_text(encoding="utf-8"))
     assert report["accuracy"] == {} and report["identity"]["lengths"] == trained[-1]["lengths"]
-    assert load_judge(tmp_path, config, None, SimpleNamespace(judge=[], test=[])) is None
+    assert load_judge(tmp_path, config, {"tokenizer": "t"}, None, SimpleNamespace(judge=[], test=[])) is None
     assert not (tmp_path / "judge.json").exists()
 
 

@@ -209,7 +209,7 @@ def test_stopping_keeps_the_draws_so_far(lab_config, monkeypatch):
             made.append(1)
             request.asked = len(made) >= draws + lab_config.variance.warmup_draws
 
-        monkeypatch.setattr(variance, "stop_between_steps", lambda: nullcontext(request))
+        monkeypatch.setattr(variance, "stop_between_steps", lambda first: nullcontext(request))
         monkeypatch.setattr(variance, "counting", lambda title, total: nullcontext(tick))
         with pytest.raises(KeyboardInterrupt):
             run_variance(replace(lab_config, name="stopped"))
