@@ -203,6 +203,7 @@ class Trainer:
     def fit(self) -> Dict[str, Evaluation]:
         """Train to config.train.steps; the test evaluations {"base": ..., "best": ...}, or {} without test prompts."""
         train, every = self.config.train, self.config.evaluation.every
+        self.memory.check(self.services.any_process)
         if train.resume:
             self._restore()
         main = self.accelerator.is_main_process
