@@ -112,7 +112,7 @@ def evaluate(argv: List[str]) -> int:
 
 
 def compare(argv: List[str]) -> int:
-    """`grade compare CONFIG [--methods A,B] [--seeds 0,1] [--section.field VALUE ...]`."""
+    """`grade compare CONFIG [--methods A,B] [--seeds 0,1] [--section.field VALUE ...]`; 1 where a run failed."""
     parser = _config_parser(
         "compare", "Train methods over seeds on the same prompts; tables at equal tokens and at equal training time. "
         "The comparison itself sets seed, method.name, generation.samples_per_prompt, evaluation.every, train.run_dir, "
@@ -147,10 +147,15 @@ def compare(argv: List[str]) -> int:
         twice = [entry for entry in entries if entries.count(entry) > 1]
         if twice:
             raise GradeError(f"--{option} names {twice[0]} twice: leave one of them out.")
-    from grade.compare import run_comparison
+    from grade.compare import missing_results, run_comparison
 
-    run_comparison(resolved.config, methods, seeds)
-    return 0
+    missing = missing_results(run_comparison(resolved.config, methods, seeds))
+    sys.stdout.flush()  # the tables come first, wherever both go
+    for name, reason in missing.items():
+        print(f"grade: failed: {name}: {reason}", file=sys.stderr)
+    if missing:
+        print("The tables are without what failed: the same command tries it again.", file=sys.stderr)
+    return 1 if missing else 0
 
 
 def _listed(text: str) -> List[str]:

@@ -140,6 +140,22 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
     return payload
 
 
+def missing_results(payload: dict) -> Dict[str, str]:
+    """Why there are no results, by name: of runs that failed or could not be tested, and of the trials of methods that
+    have no learning rate. A trial that failed where another one gave the method its rate is no missing result: a step
+    size too large is what a sweep is to find.
+
+    Args:
+        payload: of comparison.json.
+    """
+    without = [method for method in payload["methods"] if method not in payload["learning_rates"]]
+    trials = tuple(f"sweep/{method}-lr" for method in without)
+    return {
+        name: reason for name, reason in payload["failures"].items()
+        if not name.startswith("sweep/") or name.startswith(trials)
+    }
+
+
 def _check_methods(comparison: Comparison, jobs: Sequence[Job]) -> None:
     """Refuse methods that cannot run, and two that are the same.
 
