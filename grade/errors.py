@@ -75,4 +75,4 @@ _FAILED_WRITES = ("I/O error", "inline_container.cc", "PytorchStreamWriter", "Pa
 
 
 def _room(setting: str, full: bool) -> str:
-    return f"{'Make room on its disk' if full else 'Let it be written'}, or name another folder with {setting}."
+    return f"{'Make room on its disk, or name' if full else 'Name'} another folder with {setting}."
