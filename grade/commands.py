@@ -5,7 +5,6 @@ Torch and everything that needs it is imported after the settings have been chec
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 from grade import config_io
 from grade.config import Config, GradeError, default_methods
+from grade.errors import printing
 from grade.method_config import COMPARED
 from grade.settings import COUNT, SEED, check_text, shown
 
@@ -224,7 +224,8 @@ def doctor(argv: List[str]) -> int:
         return 0
     from grade.doctor import run_doctor
 
-    run_doctor(as_json="--json" in options)
+    with printing():
+        run_doctor(as_json="--json" in options)
     return 0
 
 
@@ -309,9 +310,5 @@ def _resolve(
 
 def emit(text: str) -> None:
     """Print to standard output, quietly when its reader has gone (`grade train --help | head`)."""
-    try:
+    with printing():
         sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at exit: give it somewhere to write.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -34,6 +34,7 @@ from grade.comparison import (
 )
 from grade.comparison_text import TITLES, document, notes, rich_table
 from grade.config import Config, GradeError, validate
+from grade.errors import printing, writing
 from grade.final_test import test_checkpoints, test_key
 from grade.jobs import Job, check_jobs, locked, run_jobs
 from grade.loading import load_policy, load_prompts, load_reward, load_tokenizer
@@ -45,6 +46,7 @@ from grade.trainer import make_accelerator
 
 _GROUP = 4
 _SWEEP_VALIDATIONS = 2
+_TESTED = "Make room on its disk: runs and tests are kept, and the same command writes it."
 _EXTENSIONS = 2  # of the sweep, beyond the factors
 
 
@@ -135,7 +137,8 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         tests, untested, judge = test_checkpoints(config, comparison.folder, _chosen(comparison, curves), console)
         failures |= untested
         payload = _payload(comparison, rates, sweep, failures, judge, curves, tests)
-        write_comparison(comparison.folder / "comparison.json", payload)
+        with writing(comparison.folder / "comparison.json", "output_dir", _TESTED):
+            write_comparison(comparison.folder / "comparison.json", payload)
         show(payload, comparison.folder)
     return payload
 
@@ -301,9 +304,11 @@ def _payload(
 
 def show(payload: dict, folder: Path) -> None:
     """Print the two tables with their notes; write them as comparison.md."""
+    with writing(folder / "comparison.md", "output_dir", _TESTED):
+        (folder / "comparison.md").write_text(document(payload), encoding="utf-8")
     out = Console()
-    for budget, title in TITLES.items():
-        out.print(rich_table(payload["tables"][budget], title))
-    (folder / "comparison.md").write_text(document(payload), encoding="utf-8")
-    out.print(notes(payload), highlight=False, markup=False)
-    out.print(f"Comparison: {folder}", soft_wrap=True, highlight=False)
+    with printing():
+        for budget, title in TITLES.items():
+            out.print(rich_table(payload["tables"][budget], title))
+        out.print(notes(payload), highlight=False, markup=False)
+        out.print(f"Comparison: {folder}", soft_wrap=True, highlight=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -68,6 +70,24 @@ def writing(path: Path, setting: str, fix: str = "") -> Iterator[None]:
         raise GradeError(
             f"{setting}: {path} could not be written ({first_line(error)}). {fix or _room(setting, True)}"
         ) from error
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """The same for standard output; a reader that has gone (`grade doctor | head`) has seen what it wanted.
+
+    Raises:
+        GradeError: with the reason.
+    """
+    try:
+        yield
+        sys.stdout.flush()  # what is left to Python's end fails there
+    except OSError as error:
+        # Python flushes once more at its end: give it somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            reason = error.strerror or first_line(error)
+            raise GradeError(f"standard output could not be written ({reason}): make room where it goes.") from error
 
 
 _FAILED_WRITES = ("I/O error", "inline_container.cc", "PytorchStreamWriter", "Parent directory")
