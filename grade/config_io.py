@@ -17,13 +17,11 @@ from typing import (
     Dict,
     Iterator,
     List,
-    Literal,
     Mapping,
     Optional,
     Tuple,
     Union,
     get_args,
-    get_origin,
     get_type_hints,
 )
 
@@ -31,7 +29,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from grade.config import Config, GradeError, get_setting, validate
-from grade.number_texts import check_node, check_options
+from grade.setting_texts import check_node, check_options, describe_type
 from grade.settings import check_text, shown
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -190,7 +188,7 @@ def _flatten(
         is_section = any(key.startswith(f"{name}.") for key in known)
         if name in known:
             try:
-                check_node(name, value_node, known[name], describe_type)
+                check_node(name, value_node, known[name])
             except GradeError as error:
                 raise GradeError(f"line {line}: {error}") from None
             value = loader.construct_object(value_node, deep=True)
@@ -296,7 +294,7 @@ def parse_settings(
     except ArgumentError as error:
         raise GradeError(f"{path}: {explain(error)}") from None
     parser.set_defaults({name: get_setting(checked, name) for name in values})
-    check_options(options, {**setting_types(), **(own or {})}, describe_type)
+    check_options(options, {**setting_types(), **(own or {})})
     try:
         return parser.parse_args(options)
     except ArgumentError as error:
@@ -333,21 +331,6 @@ def explain(error: ArgumentError) -> str:
     found = "null" if value.group(1) == "None" else shown(value.group(1))
     message = f"{key.group(1)} is {found}: it must be {describe_type(kind)}."
     return message + (" In YAML, put it in quotes." if kind in (str, Optional[str]) else "")
-
-
-def describe_type(kind: Any) -> str:
-    """A setting's type in words."""
-    if get_origin(kind) is Literal:
-        return ("one of " if len(get_args(kind)) > 1 else "") + ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) is Union:
-        return " or ".join(describe_type(part) for part in get_args(kind))
-    if get_origin(kind) is list:
-        kind = get_args(kind)[0]
-        choices = get_args(kind)  # of a Literal
-        words = {int: "whole numbers", float: "numbers"}.get(kind, " or ".join(choices) or "texts")
-        return f"a list of {words}, written [{'1, 2' if kind in (int, float) else 'a, b'}]"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return words[kind]
 
 
 def _nest(values: Dict[str, Any]) -> Dict[str, Any]:

@@ -13,8 +13,8 @@ from test_config import set_setting
 
 from grade import cli, config_io
 from grade.config import NOISE_ROWS, Config, GradeError, get_setting, validate
-from grade.number_texts import check_options
 from grade.run_dir import prepare_run_dir
+from grade.setting_texts import check_options
 from grade.settings import Facts, check_text, facts_of, numeric, setting, shown
 from grade.trainer import Trainer, make_accelerator
 
@@ -168,7 +168,7 @@ def test_a_number_is_written_in_plain_digits(name, text, tmp_path):
         text = "0_10"  # of a number with a point, a zero in front is no other number
     written = f"[1, {text}]" if name == "variance.hops" else text
     with pytest.raises(GradeError, match=f"^{re.escape(name)} is {re.escape(text)}: it must be "):
-        check_options([f"--{name}", written], config_io.setting_types(), config_io.describe_type)
+        check_options([f"--{name}", written], config_io.setting_types())
     path = tmp_path / "one.yaml"
     section, last = name.split(".")
     path.write_text(f"{section}:\n  {last}: {written}\n", encoding="utf-8")
