@@ -24,6 +24,7 @@ from grade.report.style import _SETTINGS, add_legend, drawn, new_axes, save  # n
 from grade.report.tables import Column, Table  # noqa: E402
 
 PDFLATEX = shutil.which("pdflatex")
+ENGINES = ["pdflatex", "xelatex", "lualatex"]
 needs_latex = pytest.mark.skipif(
     PDFLATEX is None or subprocess.run(["kpsewhich", "booktabs.sty"], capture_output=True).returncode != 0,
     reason="needs LaTeX (apt-get install texlive-latex-base texlive-latex-recommended)",
@@ -41,7 +42,7 @@ def page(tmp_path_factory):
     patch.undo()
 
 
-def compiles(folder, body: str) -> None:
+def compiles(folder, body: str, engine: str = "pdflatex") -> None:
     """A document compiles without an error, reads nothing of its own choice and starts no program."""
     (folder / "main.tex").write_text(
         "\\documentclass{article}\\usepackage{booktabs,longtable}\\begin{document}\n" + body + "\n\\end{document}\n",
@@ -49,7 +50,7 @@ def compiles(folder, body: str) -> None:
     )
     options = ["-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "-recorder"]
     done = subprocess.run(
-        [PDFLATEX, *options, "main.tex"], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
+        [engine, *options, "main.tex"], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
     )
     log = (folder / "main.log").read_text(encoding="utf-8", errors="replace")
     assert done.returncode == 0, re.findall(r"^!.*\n.*\n.*", log, re.MULTILINE)[:3]
@@ -70,21 +71,27 @@ def test_every_table_of_a_hostile_report_compiles(page, tmp_path):
 
 
 @needs_latex
-def test_each_text_compiles_wherever_it_stands(tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_text_compiles_wherever_it_stands(tmp_path, engine):
     """In a paragraph and in a line, first and last in a row, in a title and in the caption."""
+    if shutil.which(engine) is None:
+        pytest.skip(f"needs {engine}")
     for number, text in enumerate(TEXTS.values()):
         table = Table("t", text, [Column(text[:30]), Column("b")], [[text[:30], text], [text, text[:30]], ["x", "y"]])
         (tmp_path / f"t{number}.tex").write_bytes(table.latex().encode("utf-8"))
-    compiles(tmp_path, "\n".join(f"\\clearpage\\noindent\\input{{t{number}}}" for number in range(len(TEXTS))))
+    compiles(tmp_path, "\n".join(f"\\clearpage\\noindent\\input{{t{number}}}" for number in range(len(TEXTS))), engine)
 
 
 @needs_latex
-def test_all_characters_that_stand_as_they_are(tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_characters_that_stand_as_they_are(tmp_path, engine):
+    if shutil.which(engine) is None:
+        pytest.skip(f"needs {engine}")
     characters = [chr(i) for i in range(0x20, 0x3000) if unicodedata.category(chr(i)) != "Cn"]
     table = Table("t", "", [Column("a"), Column("b")], [["x", "".join(characters[i: i + 300])]
                                                        for i in range(0, len(characters), 300)])
     (tmp_path / "t.tex").write_bytes(table.latex().encode("utf-8"))
-    compiles(tmp_path, "\\noindent\\input{t}")
+    compiles(tmp_path, "\\noindent\\input{t}", engine)
 
 
 @needs_latex
