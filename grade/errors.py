@@ -33,7 +33,7 @@ def read_json(path: Path, fix: str, *keys: str) -> dict:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise GradeError(f"{path} cannot be read ({reason}). {fix}") from error
     if not isinstance(found, dict):

@@ -145,7 +145,7 @@ def _load_run(folder: Path, problems: List[str]) -> Optional[Run]:
     try:
         config = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         seed, method = int(config["seed"]), _method(folder.name, config)
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError):
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
         problems.append(f"{folder.name}/config.yaml is not that of a run.")
         return None
     rows = _rows(folder / "metrics.jsonl", problems)
@@ -205,7 +205,7 @@ def _json(path: Path, problems: List[str]) -> dict:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         problems.append(f"{path.name} of {path.parent.name} cannot be read: left out.")
