@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import List
 
 from benchmarks.saved import SAVED, read_saved
+from grade.jsonl import read_rows
 from grade.machine import machine, machine_line
 
 COLUMNS = {"reward": 3, "kl": 3, "entropy": 2, "unique_token_ratio": 3, "mean_length": 1}
@@ -35,7 +36,7 @@ def read_run(run_dir: Path) -> dict:
     evaluation = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
     if "test" not in evaluation:
         sys.exit(f"{run_dir}: the run has not been tested yet. Finish it (--train.resume true).")
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = read_rows(run_dir / "metrics.jsonl").rows
     seconds = [sum(v for k, v in row.items() if k.startswith("seconds/")) for row in steps if "loss" in row]
     best = evaluation["best"]["step"]
     validation = evaluation["validation"]

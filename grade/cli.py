@@ -6,7 +6,8 @@
 
 Relative paths in settings are relative to the current directory. Torch and everything that needs it is
 imported after the settings have been checked: help is quick, and mistakes show before anything is loaded.
-Exit codes: 0; 2 for a mistake the user can mend (one message, no traceback); 130 when interrupted.
+Exit codes: 0; 1 when `compare` lacks the results of a run that failed (its tables are printed, what failed is named
+last); 2 for a mistake the user can mend (one message, no traceback); 130 when interrupted.
 """
 
 from __future__ import annotations

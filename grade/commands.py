@@ -5,16 +5,18 @@ Torch and everything that needs it is imported after the settings have been chec
 
 from __future__ import annotations
 
-import os
+import re
 import sys
 from pathlib import Path
-from typing import Any, Callable, List, Literal, NamedTuple, Optional
+from typing import Any, Callable, List, Literal, Mapping, NamedTuple, Optional
 
 from jsonargparse import ArgumentParser
 
 from grade import config_io
 from grade.config import Config, GradeError, default_methods
+from grade.errors import printing
 from grade.method_config import COMPARED
+from grade.settings import COUNT, SEED, check_text, shown
 
 COMMANDS = {
     "demo": "train a tiny model on built-in reviews, from scratch to a better one: no network, no GPU",
@@ -33,7 +35,7 @@ _FLAGS = ["help", "h", "print_config"]
 def train(argv: List[str]) -> int:
     """`grade train CONFIG [--section.field VALUE ...]`."""
     parser = _config_parser("train", "Train a policy; the run directory holds everything it makes.")
-    resolved = _resolve(parser, argv, [], "CONFIG", config_io.find_config)
+    resolved = _resolve(parser, argv, {}, "CONFIG", config_io.find_config)
     if resolved is not None:
         from grade.trainer import train as train_policy
 
@@ -44,7 +46,7 @@ def train(argv: List[str]) -> int:
 def reward(argv: List[str]) -> int:
     """`grade reward CONFIG [--section.field VALUE ...]`."""
     parser = _config_parser("reward", "Train the reward head; `grade train` does so when it is missing.")
-    resolved = _resolve(parser, argv, [], "CONFIG", config_io.find_config)
+    resolved = _resolve(parser, argv, {}, "CONFIG", config_io.find_config)
     if resolved is not None:
         from grade.reward_training import train_reward
 
@@ -72,12 +74,14 @@ def demo(argv: List[str]) -> int:
         metavar="N",
         help="Optimizer steps of the tiny model's own training; null: as many as it needs.",
     )
-    resolved = _resolve(parser, argv, ["cache_dir", "pretrain_steps"], None, config_io.find_config)
+    resolved = _resolve(parser, argv, {"cache_dir": str, "pretrain_steps": Optional[int]}, None, config_io.find_config)
     if resolved is None:
         return 0
     cache_dir, steps = resolved.options.cache_dir, resolved.options.pretrain_steps
-    if steps is not None and steps < 1:
-        raise GradeError(f"pretrain_steps is {steps}: it must be at least 1.")
+    if cache_dir is not None:
+        check_text("--cache_dir", cache_dir, "path")
+    if steps is not None and not 1 <= steps <= COUNT:
+        raise GradeError(f"pretrain_steps is {shown(steps)}: it must be at least 1 and at most {COUNT}.")
     from grade.demo import run_demo
 
     run_demo(resolved.config, Path(cache_dir) if cache_dir else None, steps)
@@ -97,17 +101,18 @@ def evaluate(argv: List[str]) -> int:
     checkpoint_help = "`best` by validation, `last`, or the folder of an adapter."
     group.add_argument("--checkpoint", type=str, default="best", help=checkpoint_help)
     group.add_argument("--split", type=Literal["test", "validation"], default="test", help="Whose prompts.")
-    resolved = _resolve(parser, argv, ["checkpoint", "split"], "RUN_DIR", _config_of_run)
+    resolved = _resolve(parser, argv, {"checkpoint": str, "split": str}, "RUN_DIR", _config_of_run)
     if resolved is not None:
         from grade.evaluate import evaluate_run
 
         checkpoint, split = resolved.options.checkpoint, resolved.options.split
+        check_text("--checkpoint", checkpoint, "path")
         evaluate_run(resolved.config, Path(resolved.positional), checkpoint, split)
     return 0
 
 
 def compare(argv: List[str]) -> int:
-    """`grade compare CONFIG [--methods A,B] [--seeds 0,1] [--section.field VALUE ...]`."""
+    """`grade compare CONFIG [--methods A,B] [--seeds 0,1] [--section.field VALUE ...]`; 1 where a run failed."""
     parser = _config_parser(
         "compare", "Train methods over seeds on the same prompts; tables at equal tokens and at equal training time. "
         "The comparison itself sets seed, method.name, generation.samples_per_prompt, evaluation.every, train.run_dir, "
@@ -121,7 +126,7 @@ def compare(argv: List[str]) -> int:
         help=f"Of {', '.join(COMPARED)}; null: those that can use the task's reward.",
     )
     group.add_argument("--seeds", type=str, default="0,1,2", metavar="0,1", help="Seeds of the runs.")
-    resolved = _resolve(parser, argv, ["methods", "seeds"], "CONFIG", config_io.find_config)
+    resolved = _resolve(parser, argv, {"methods": str, "seeds": str}, "CONFIG", config_io.find_config)
     if resolved is None:
         return 0
     wanted = resolved.options.methods
@@ -132,17 +137,25 @@ def compare(argv: List[str]) -> int:
     if unknown:
         raise GradeError(f"--methods: there is no {unknown[0]!r}. There are {', '.join(COMPARED)}.")
     texts = _listed(resolved.options.seeds)
-    if not texts or not all(text.isdecimal() and int(text) < 2**63 for text in texts):
-        raise GradeError(f"--seeds is {resolved.options.seeds!r}: write whole numbers with commas, such as 0,1,2.")
+    if not texts or not all(re.fullmatch("[0-9]{1,20}", text) and int(text) <= SEED for text in texts):
+        raise GradeError(
+            f"--seeds is {shown(repr(resolved.options.seeds))}: write whole numbers up to {SEED} with commas, such as "
+            "0,1,2."
+        )
     seeds = [int(text) for text in texts]
     for option, entries in (("methods", methods), ("seeds", seeds)):
         twice = [entry for entry in entries if entries.count(entry) > 1]
         if twice:
             raise GradeError(f"--{option} names {twice[0]} twice: leave one of them out.")
-    from grade.compare import run_comparison
+    from grade.compare import missing_results, run_comparison
 
-    run_comparison(resolved.config, methods, seeds)
-    return 0
+    missing = missing_results(run_comparison(resolved.config, methods, seeds))
+    sys.stdout.flush()  # the tables come first, wherever both go
+    for name, reason in missing.items():
+        print(f"grade: failed: {name}: {reason}", file=sys.stderr)
+    if missing:
+        print("The tables are without what failed: the same command tries it again.", file=sys.stderr)
+    return 1 if missing else 0
 
 
 def _listed(text: str) -> List[str]:
@@ -162,11 +175,13 @@ def variance(argv: List[str]) -> int:
         "--checkpoint", type=Optional[str], metavar="DIR",
         help="Folder of an adapter, such as runs/NAME/checkpoints/best; null: the adapter's initial state.",
     )
-    resolved = _resolve(parser, argv, ["checkpoint"], "CONFIG", config_io.find_config)
+    resolved = _resolve(parser, argv, {"checkpoint": str}, "CONFIG", config_io.find_config)
     if resolved is not None:
         from grade.variance import run_variance
 
         checkpoint = resolved.options.checkpoint
+        if checkpoint is not None:
+            check_text("--checkpoint", checkpoint, "path")
         run_variance(resolved.config, Path(checkpoint) if checkpoint else None)
     return 0
 
@@ -187,6 +202,9 @@ def report(argv: List[str]) -> int:
     if len(positionals) != 1:
         raise GradeError(f"name one folder: {parser.usage}.")
     output = parser.parse_args(options).output
+    for name, text in (("FOLDER", positionals[0]), ("--output", output)):
+        if text is not None:
+            check_text(name, text, "path")
     from grade.report import run_report
 
     page = run_report(Path(positionals[0]), Path(output) if output else None)
@@ -206,7 +224,8 @@ def doctor(argv: List[str]) -> int:
         return 0
     from grade.doctor import run_doctor
 
-    run_doctor(as_json="--json" in options)
+    with printing():
+        run_doctor(as_json="--json" in options)
     return 0
 
 
@@ -236,6 +255,7 @@ def _config_parser(command: str, description: str) -> ArgumentParser:
 
 
 def _config_of_run(run_dir: str) -> Path:
+    check_text("RUN_DIR", run_dir, "path")
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise GradeError(f"{run_dir} is not a run directory: it has no config.yaml.")
@@ -245,14 +265,14 @@ def _config_of_run(run_dir: str) -> Path:
 def _resolve(
     parser: ArgumentParser,
     argv: List[str],
-    own: List[str],
+    own: Mapping[str, Any],
     metavar: Optional[str],
     find: Callable[[str], Path],
 ) -> Optional[Resolved]:
     """What a command line says; None when it asked for help or for the settings, which are then printed.
 
     Args:
-        own: names of the command's own options, beside the settings.
+        own: types of the command's own options by name, beside the settings.
         metavar: name of the positional argument; None: the command has none and reads the config `demo`.
         find: the YAML file that the positional argument means.
     """
@@ -277,7 +297,7 @@ def _resolve(
         names = ", ".join(config_io.shipped_configs())
         hint = f" Shipped configs: {names}." if metavar == "CONFIG" else ""
         raise GradeError(f"{metavar} is missing: {parser.usage}.{hint}")
-    namespace = config_io.parse_settings(parser, find("demo" if metavar is None else positionals[0]), options)
+    namespace = config_io.parse_settings(parser, find("demo" if metavar is None else positionals[0]), options, own)
     if wants_help:
         emit(parser.format_help())
         return None
@@ -290,9 +310,5 @@ def _resolve(
 
 def emit(text: str) -> None:
     """Print to standard output, quietly when its reader has gone (`grade train --help | head`)."""
-    try:
+    with printing():
         sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at exit: give it somewhere to write.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

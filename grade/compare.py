@@ -33,6 +33,7 @@ from grade.comparison import (
 )
 from grade.comparison_text import TITLES, document, notes, rich_table
 from grade.config import Config, GradeError, validate
+from grade.errors import printing, writing
 from grade.files import check_writable
 from grade.final_test import test_checkpoints, test_key
 from grade.fingerprint import inputs_of, judge_digest
@@ -46,6 +47,7 @@ from grade.tasks import load_task
 
 _GROUP = 4
 _SWEEP_VALIDATIONS = 2
+_TESTED = "Make room on its disk: runs and tests are kept, and the same command writes it."
 _EXTENSIONS = 2  # of the sweep, beyond the factors
 
 
@@ -137,9 +139,26 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         tests, untested, judge = test_checkpoints(config, comparison.folder, {**inputs, **judged}, chosen, console)
         failures |= untested
         payload = _payload(comparison, rates, sweep, failures, judge, curves, tests)
-        write_comparison(comparison.folder / "comparison.json", payload)
+        with writing(comparison.folder / "comparison.json", "output_dir", _TESTED):
+            write_comparison(comparison.folder / "comparison.json", payload)
         show(payload, comparison.folder)
     return payload
+
+
+def missing_results(payload: dict) -> Dict[str, str]:
+    """Why there are no results, by name: of runs that failed or could not be tested, and of the trials of methods that
+    have no learning rate. A trial that failed where another one gave the method its rate is no missing result: a step
+    size too large is what a sweep is to find.
+
+    Args:
+        payload: of comparison.json.
+    """
+    without = [method for method in payload["methods"] if method not in payload["learning_rates"]]
+    trials = tuple(f"sweep/{method}-lr" for method in without)
+    return {
+        name: reason for name, reason in payload["failures"].items()
+        if not name.startswith("sweep/") or name.startswith(trials)
+    }
 
 
 def _check_methods(comparison: Comparison, jobs: Sequence[Job]) -> None:
@@ -290,9 +309,11 @@ def _payload(
 
 def show(payload: dict, folder: Path) -> None:
     """Print the two tables with their notes; write them as comparison.md."""
+    with writing(folder / "comparison.md", "output_dir", _TESTED):
+        (folder / "comparison.md").write_text(document(payload), encoding="utf-8")
     out = Console()
-    for budget, title in TITLES.items():
-        out.print(rich_table(payload["tables"][budget], title))
-    (folder / "comparison.md").write_text(document(payload), encoding="utf-8")
-    out.print(notes(payload), highlight=False, markup=False)
-    out.print(f"Comparison: {folder}", soft_wrap=True, highlight=False)
+    with printing():
+        for budget, title in TITLES.items():
+            out.print(rich_table(payload["tables"][budget], title))
+        out.print(notes(payload), highlight=False, markup=False)
+        out.print(f"Comparison: {folder}", soft_wrap=True, highlight=False)

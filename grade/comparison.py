@@ -11,7 +11,6 @@ objective does not pay for.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import yaml
 
 from grade.errors import GradeError, first_line
 from grade.evaluate import write_evaluations
+from grade.jsonl import read_rows
 from grade.run_dir import make_again
 
 BudgetKind = Literal["tokens", "seconds"]
@@ -158,15 +158,10 @@ def objective(metric: float, kl: float, kl_sequence: float, kl_coef: float, kl_r
 def _rows(run_dir: Path) -> List[dict]:
     """The rows of a run's log; a last line that is still being written, or was cut short, is left out."""
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise GradeError(f"{path}: line {number} is broken. {make_again(run_dir)}") from error
-    return rows
+    found = read_rows(path)
+    if found.broken:
+        raise GradeError(f"{path}: line {found.broken[0]} is broken. {make_again(run_dir)}")
+    return found.rows
 
 
 # -- equal cost ----------------------------------------------------------------------------------------------

@@ -6,33 +6,25 @@ docstring here is what `grade train --help` prints. Nothing heavy is imported: `
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Dict, List, Literal, Optional, Union
 
 from grade.errors import GradeError
-from grade.method_config import (
-    AT_MOST_ONE,
-    BELOW_ONE,
-    DIFFERENTIATING,
-    LOWER_BOUNDS,
-    METHODS,
-    MethodConfig,
-    check_method,
-)
-from grade.study_config import STUDY_BOUNDS, CompareConfig, VarianceConfig, check_studies
-from grade.task_config import JUDGED_BY_PROGRAM, TASK_BOUNDS, TaskConfig
+from grade.method_config import DIFFERENTIATING, METHODS, MethodConfig, check_method
+from grade.settings import BATCH, COUNT, RATE, ROWS, SEED, TOKENS, WEIGHT, check_values, setting
+from grade.study_config import CompareConfig, VarianceConfig, check_studies
+from grade.task_config import JUDGED_BY_PROGRAM, WRITTEN, WRITTEN_EXAMPLES, TaskConfig
 
 
 @dataclass
 class LoraSettings:
     """The trainable adapter (peft LoRA). Everything else stays frozen."""
 
-    r: int = 16
+    r: int = setting(16, ge=1, le=8192)
     """Rank."""
-    alpha: float = 32.0
+    alpha: float = setting(32.0, gt=0, le=WEIGHT)
     """Scale numerator: updates are multiplied by alpha / r."""
-    dropout: float = 0.05
+    dropout: float = setting(0.05, ge=0, lt=1)
     """Adapter dropout, a probability. Only active with method.replay_dropout."""
     target_modules: List[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     """Names of the linear layers that get an adapter. Not the head, not the embedding."""
@@ -63,21 +55,21 @@ class RewardConfig:
     """The classifier's label to raise, by name; null: the one called positive, or the last of two."""
     input: Literal["prompt+response", "response"] = "prompt+response"
     """What the reward reads, the same in training and evaluation."""
-    path: Optional[str] = None
+    path: Optional[str] = setting(None, text="path")
     """Folder of a trained head; null: one under output_dir named by its training, made when missing."""
-    hidden_size: int = 256
+    hidden_size: int = setting(256, ge=1, le=2**14)
     """Width of the head's hidden layer."""
-    epochs: int = 20
+    epochs: int = setting(20, ge=1, le=10**4)
     """Passes over the head's training features."""
-    learning_rate: float = 1e-3
+    learning_rate: float = setting(1e-3, ge=0, le=RATE)
     """AdamW step size of the head."""
-    weight_decay: float = 0.01
+    weight_decay: float = setting(0.01, ge=0, le=RATE)
     """AdamW weight decay of the head."""
-    batch_size: int = 64
+    batch_size: int = setting(64, ge=1, le=BATCH)
     """Reviews in a step of the head's training."""
-    max_tokens: int = 128
+    max_tokens: int = setting(128, ge=1, le=TOKENS)
     """Reviews are cut to this many tokens for the head's training."""
-    seed: int = 0
+    seed: int = setting(0, ge=0, le=SEED)
     """Seed of the head's initial weights and of its batches."""
 
 
@@ -85,17 +77,17 @@ class RewardConfig:
 class GenerationConfig:
     """How responses are sampled: temperature 1 over the top_k candidates."""
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = setting(64, ge=1, le=TOKENS)
     """Longest response in tokens, the end-of-sequence token included."""
-    min_new_tokens: int = 8
+    min_new_tokens: int = setting(8, ge=0, le=TOKENS)
     """End-of-sequence cannot be chosen before this many tokens."""
-    top_k: int = 256
+    top_k: int = setting(256, ge=1, le=TOKENS)
     """Candidates per token; they are the support of sampling and of the gradient."""
     ignore_eos: bool = False
     """End-of-sequence is an ordinary token and every response has max_new_tokens."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: int = setting(1, ge=1, le=BATCH)
     """Responses per prompt in training; the prompt's KV cache is computed once for all of them."""
-    batch_size: Optional[int] = None
+    batch_size: Optional[int] = setting(None, ge=1, le=BATCH)
     """Sequences decoded together in training; null: all of a step's."""
 
 
@@ -117,36 +109,36 @@ class RolloutConfig:
 class TrainConfig:
     """The optimizer and the run."""
 
-    steps: int = 250
+    steps: int = setting(250, ge=1, le=COUNT)
     """Optimizer steps."""
-    batch_size: int = 1
+    batch_size: int = setting(1, ge=1, le=BATCH)
     """Responses replayed together on one process (a micro-batch)."""
-    accumulation_steps: int = 16
+    accumulation_steps: int = setting(16, ge=1, le=BATCH)
     """Micro-batches per optimizer step; the gradient equals that of the one large batch."""
-    learning_rate: float = 1e-5
+    learning_rate: float = setting(1e-5, ge=0, le=RATE)
     """AdamW step size."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
-    warmup_steps: int = 0
+    warmup_steps: int = setting(0, ge=0, le=COUNT)
     """Optimizer steps of linear warm-up."""
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, ge=0, le=RATE)
     """AdamW weight decay of the adapter."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = setting(0.9, ge=0, lt=1)
     """AdamW first-moment decay."""
-    adam_beta2: float = 0.999
+    adam_beta2: float = setting(0.999, ge=0, lt=1)
     """AdamW second-moment decay."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: float = setting(1e-8, gt=0, le=1)
     """AdamW denominator offset."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = setting(1.0, ge=0, le=1e12)
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
-    run_dir: Optional[str] = None
+    run_dir: Optional[str] = setting(None, text="path")
     """Folder of the run; null: output_dir/name-seed<seed>."""
     resume: Union[bool, Literal["auto"]] = False
     """Continue the run in run_dir from its last checkpoint; the result equals an uninterrupted run. `auto`: where there
     is one, and start where there is none."""
     overwrite: bool = False
     """Delete what a run wrote in run_dir, and nothing else, and start again."""
-    save_every: int = 50
+    save_every: int = setting(50, ge=1, le=COUNT)
     """Steps between checkpoints for resuming; one is always written at the end."""
     keep_adapters: bool = False
     """Keep the adapter of every validation in checkpoints/step-N, not only the best and the last."""
@@ -156,9 +148,9 @@ class TrainConfig:
     """Log to Weights & Biases (needs the extra `wandb`)."""
     wandb_project: str = "grade"
     """Project name on Weights & Biases."""
-    samples_logged: int = 4
+    samples_logged: int = setting(4, ge=0, le=BATCH)
     """Responses written to samples.jsonl at each logged step."""
-    samples_every: int = 10
+    samples_every: int = setting(10, ge=1, le=COUNT)
     """Steps between entries of samples.jsonl."""
 
 
@@ -166,21 +158,21 @@ class TrainConfig:
 class EvaluationConfig:
     """Fixed prompts, fixed noise: the base model and every checkpoint answer the same questions."""
 
-    every: int = 25
+    every: int = setting(25, ge=1, le=COUNT)
     """Optimizer steps between validations; the base model is validated first and the last step always."""
-    validation_prompts: int = 500
+    validation_prompts: int = setting(500, ge=1, le=ROWS)
     """Validation prompts, the same ones each time."""
-    test_prompts: int = 2000
+    test_prompts: int = setting(2000, ge=0, le=ROWS)
     """Test prompts, used once, with the best checkpoint and the base model; 0: no test."""
     sampler: Literal["policy", "top_p"] = "policy"
     """`policy`: the sampler of training. `top_p`: the fewest candidates that hold top_p of the mass."""
-    top_p: float = 0.9
+    top_p: float = setting(0.9, gt=0, le=1)
     """Probability mass of the `top_p` sampler."""
-    batch_size: int = 64
+    batch_size: int = setting(64, ge=1, le=BATCH)
     """Sequences decoded together."""
-    seed: int = 1234
+    seed: int = setting(1234, ge=0, le=SEED)
     """Seed of the evaluation's noise, apart from the training's."""
-    samples: int = 16
+    samples: int = setting(16, ge=0, le=ROWS)
     """Responses kept in evaluation.json for reading."""
 
 
@@ -195,13 +187,13 @@ def default_methods(config: Config) -> List[str]:
 class Config:
     """Everything a run depends on."""
 
-    name: str = "grade"
+    name: str = setting("grade", text="name")
     """Name of the experiment: the first part of its folder names."""
-    seed: int = 0
+    seed: int = setting(0, ge=0, le=SEED)
     """Seed of adapter initialisation, prompt order and sampling noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: the accelerator where there is one."""
-    output_dir: str = "runs"
+    output_dir: str = setting("runs", text="path")
     """Folder for run directories and trained reward heads."""
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -219,48 +211,8 @@ class Config:
         return self.train.run_dir or f"{self.output_dir}/{self.name}-seed{self.seed}"
 
 
-# (setting, smallest allowed value, is that value itself allowed)
-_LOWER_BOUNDS = [
-    *TASK_BOUNDS,
-    *LOWER_BOUNDS,
-    *STUDY_BOUNDS,
-    ("model.lora.r", 1, True),
-    ("model.lora.alpha", 0, False),
-    ("model.lora.dropout", 0, True),
-    ("reward.hidden_size", 1, True),
-    ("reward.epochs", 1, True),
-    ("reward.learning_rate", 0, True),
-    ("reward.weight_decay", 0, True),
-    ("reward.batch_size", 1, True),
-    ("reward.max_tokens", 1, True),
-    ("generation.max_new_tokens", 1, True),
-    ("generation.min_new_tokens", 0, True),
-    ("generation.top_k", 1, True),
-    ("generation.samples_per_prompt", 1, True),
-    ("generation.batch_size", 1, True),
-    ("train.steps", 1, True),
-    ("train.batch_size", 1, True),
-    ("train.accumulation_steps", 1, True),
-    ("train.learning_rate", 0, True),
-    ("train.warmup_steps", 0, True),
-    ("train.weight_decay", 0, True),
-    ("train.adam_beta1", 0, True),
-    ("train.adam_beta2", 0, True),
-    ("train.adam_epsilon", 0, False),
-    ("train.max_grad_norm", 0, True),
-    ("train.save_every", 1, True),
-    ("train.samples_logged", 0, True),
-    ("train.samples_every", 1, True),
-    ("evaluation.every", 1, True),
-    ("evaluation.validation_prompts", 1, True),
-    ("evaluation.test_prompts", 0, True),
-    ("evaluation.top_p", 0, False),
-    ("evaluation.batch_size", 1, True),
-    ("evaluation.samples", 0, True),
-]
-_SEEDS = ["seed", "task.split_seed", "reward.seed", "evaluation.seed", "compare.sweep_seed", "variance.seed"]
-_BELOW_ONE = ["model.lora.dropout", "train.adam_beta1", "train.adam_beta2", *BELOW_ONE]
-_AT_MOST_ONE = ["evaluation.top_p", *AT_MOST_ONE]
+NOISE_ROWS = 2**52
+"""Most tokens that one process may sample in a run: their noise is keyed by 64 bits, which many processes share."""
 
 
 def get_setting(config: Config, dotted: str):
@@ -285,21 +237,7 @@ def validate(config: Config) -> None:
     Raises:
         GradeError: naming the setting, the reason and the fix.
     """
-    for name, bound, inclusive in _LOWER_BOUNDS:
-        value = get_setting(config, name)
-        if value is None:
-            continue
-        if not math.isfinite(value) or value < bound or (value == bound and not inclusive):
-            raise GradeError(f"{name} is {value}: it must be {'at least' if inclusive else 'above'} {bound}.")
-    for name in _BELOW_ONE:
-        if get_setting(config, name) >= 1:
-            raise GradeError(f"{name} is {get_setting(config, name)}: it must be below 1.")
-    for name in _AT_MOST_ONE:
-        if get_setting(config, name) > 1:
-            raise GradeError(f"{name} is {get_setting(config, name)}: it must be at most 1.")
-    for name in _SEEDS:
-        if not 0 <= get_setting(config, name) < 2**63:
-            raise GradeError(f"{name} is {get_setting(config, name)}: a seed is between 0 and 2^63 - 1.")
+    check_values(config)
     generation, method, train = config.generation, config.method, config.train
     if not config.model.lora.target_modules:
         raise GradeError("model.lora.target_modules is empty: nothing would be trained. Name a layer.")
@@ -310,6 +248,18 @@ def validate(config: Config) -> None:
         )
     check_studies(config.compare, config.variance)
     per_step = train.batch_size * train.accumulation_steps
+    if train.steps * per_step * generation.max_new_tokens > NOISE_ROWS:
+        raise GradeError(
+            "train.steps * train.batch_size * train.accumulation_steps * generation.max_new_tokens is "
+            f"{train.steps * per_step * generation.max_new_tokens}: a run has noise for 2^52 tokens. Lower one of them."
+        )
+    examples = sum(getattr(config.task, f"{part}_examples") for part in ("reward", "policy", "validation", "judge"))
+    if config.task.name in WRITTEN and examples > WRITTEN_EXAMPLES:
+        raise GradeError(
+            f"task.reward_examples + task.policy_examples + task.validation_examples + task.judge_examples is "
+            f"{examples}: task.name={config.task.name} writes its examples one by one, at most {WRITTEN_EXAMPLES}. "
+            "Lower one of them."
+        )
     if per_step % generation.samples_per_prompt:
         raise GradeError(
             f"train.batch_size * train.accumulation_steps ({per_step}) is not a multiple of "

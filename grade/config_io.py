@@ -17,12 +17,11 @@ from typing import (
     Dict,
     Iterator,
     List,
-    Literal,
+    Mapping,
     Optional,
     Tuple,
     Union,
     get_args,
-    get_origin,
     get_type_hints,
 )
 
@@ -30,6 +29,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from grade.config import Config, GradeError, get_setting, validate
+from grade.setting_texts import check_node, check_options, describe_type
+from grade.settings import check_text, shown
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -82,6 +83,7 @@ def shipped_configs() -> List[str]:
 
 def find_config(name_or_path: str) -> Path:
     """Path of a shipped config or of a YAML file; a shipped name wins over a file of that name."""
+    check_text("CONFIG", name_or_path, "path")
     if name_or_path in shipped_configs():
         return CONFIG_FOLDER / f"{name_or_path}.yaml"
     path = Path(name_or_path)
@@ -169,6 +171,8 @@ def read_yaml(path: Path) -> Dict[str, Any]:
         raise GradeError(f"{path}{where}: malformed YAML: {error.problem}.") from None
     except yaml.YAMLError as error:
         raise GradeError(f"{path}: malformed YAML: {_one_line(error)}") from None
+    except RecursionError:
+        raise GradeError(f"{path}: malformed YAML: it is nested too deeply.") from None
     finally:
         loader.dispose()
     return values
@@ -183,6 +187,10 @@ def _flatten(
         line = key_node.start_mark.line + 1
         is_section = any(key.startswith(f"{name}.") for key in known)
         if name in known:
+            try:
+                check_node(name, value_node, known[name])
+            except GradeError as error:
+                raise GradeError(f"line {line}: {error}") from None
             value = loader.construct_object(value_node, deep=True)
             # jsonargparse takes null for 'not set', whatever the type.
             if value is None and type(None) not in get_args(known[name]):
@@ -270,10 +278,15 @@ def split_arguments(
     return positionals, options
 
 
-def parse_settings(parser: ArgumentParser, path: Path, options: List[str]) -> Any:
+def parse_settings(
+    parser: ArgumentParser, path: Path, options: List[str], own: Optional[Mapping[str, Any]] = None
+) -> Any:
     """Namespace of `parser`'s values: defaults, then the file at `path`, then `options`.
 
     The file's values become the parser's defaults, so that its help shows them.
+
+    Args:
+        own: types of the options that are no settings, by name.
     """
     values = read_yaml(path)
     try:
@@ -281,6 +294,7 @@ def parse_settings(parser: ArgumentParser, path: Path, options: List[str]) -> An
     except ArgumentError as error:
         raise GradeError(f"{path}: {explain(error)}") from None
     parser.set_defaults({name: get_setting(checked, name) for name in values})
+    check_options(options, {**setting_types(), **(own or {})})
     try:
         return parser.parse_args(options)
     except ArgumentError as error:
@@ -314,24 +328,9 @@ def explain(error: ArgumentError) -> str:
     kind = setting_types().get(key.group(1)) if key else None
     if not key or not value or kind is None:
         return _one_line(error)
-    shown = "null" if value.group(1) == "None" else value.group(1)
-    message = f"{key.group(1)} is {shown}: it must be {describe_type(kind)}."
+    found = "null" if value.group(1) == "None" else shown(value.group(1))
+    message = f"{key.group(1)} is {found}: it must be {describe_type(kind)}."
     return message + (" In YAML, put it in quotes." if kind in (str, Optional[str]) else "")
-
-
-def describe_type(kind: Any) -> str:
-    """A setting's type in words."""
-    if get_origin(kind) is Literal:
-        return ("one of " if len(get_args(kind)) > 1 else "") + ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) is Union:
-        return " or ".join(describe_type(part) for part in get_args(kind))
-    if get_origin(kind) is list:
-        kind = get_args(kind)[0]
-        choices = get_args(kind)  # of a Literal
-        words = {int: "whole numbers", float: "numbers"}.get(kind, " or ".join(choices) or "texts")
-        return f"a list of {words}, written [{'1, 2' if kind in (int, float) else 'a, b'}]"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return words[kind]
 
 
 def _nest(values: Dict[str, Any]) -> Dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -31,7 +33,7 @@ def read_json(path: Path, fix: str, *keys: str) -> dict:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise GradeError(f"{path} cannot be read ({reason}). {fix}") from error
     if not isinstance(found, dict):
@@ -70,9 +72,27 @@ def writing(path: Path, setting: str, fix: str = "") -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def printing() -> Iterator[None]:
+    """The same for standard output; a reader that has gone (`grade doctor | head`) has seen what it wanted.
+
+    Raises:
+        GradeError: with the reason.
+    """
+    try:
+        yield
+        sys.stdout.flush()  # what is left to Python's end fails there
+    except OSError as error:
+        # Python flushes once more at its end: give it somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            reason = error.strerror or first_line(error)
+            raise GradeError(f"standard output could not be written ({reason}): make room where it goes.") from error
+
+
 _FAILED_WRITES = ("I/O error", "inline_container.cc", "PytorchStreamWriter", "Parent directory")
 """Parts of the messages of safetensors and of torch.save."""
 
 
 def _room(setting: str, full: bool) -> str:
-    return f"{'Make room on its disk' if full else 'Let it be written'}, or name another folder with {setting}."
+    return f"{'Make room on its disk, or name' if full else 'Name'} another folder with {setting}."

@@ -17,7 +17,7 @@ from rich.console import Console
 from grade.checkpoint import adapter_digest, load_adapter
 from grade.comparison import BASE, Checkpoint
 from grade.config import Config, GradeError
-from grade.errors import read_json
+from grade.errors import read_json, writing
 from grade.evaluate import evaluate, text_of, write_evaluations
 from grade.judge import Judge, train_judge
 from grade.loading import load_policy, load_reward, load_tokenizer
@@ -28,6 +28,8 @@ from grade.rollout import Rollout
 from grade.run_dir import make_again
 from grade.tasks import load_task, sha256_of
 from grade_kernels import linear_token_logprob
+
+_ROOM = "Make room on its disk: what was tested before is kept, and the same command goes on."
 
 
 def test_checkpoints(
@@ -53,7 +55,7 @@ def test_checkpoints(
     kept = read_json(path, "Delete it: the same command tests again.") if path.is_file() else {}
     if kept.get("identity") != identity:
         kept = {"identity": identity, "results": {}}
-        write_evaluations(path, kept)  # before a judge of these settings takes the place of those results' own
+        _write(path, kept)  # before a judge of these settings takes the place of those results' own
     digests = {BASE: None, **{key: adapter_digest(adapter) for key, adapter in adapters.items()}}
     missing = [
         key for key, digest in digests.items()
@@ -82,8 +84,13 @@ def test_checkpoints(
                 policy, reward, prompts, config, split="test", step=step, adapters=key != BASE, measure=measure
             )
             kept["results"][test_key(key)] = {**_numbers(asdict(row)), "adapter_sha256": digests[key]}
-            write_evaluations(path, kept)
+            _write(path, kept)
     return {key: kept["results"][test_key(key)] for key in digests}, failures, _judge_report(folder)
+
+
+def _write(path: Path, content: dict) -> None:
+    with writing(path, "output_dir", _ROOM):
+        write_evaluations(path, content)
 
 
 def test_key(key: Checkpoint) -> str:
@@ -150,8 +157,9 @@ def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenize
     report.unlink(missing_ok=True)  # written last: it says whose weights these are
     # Reported on the test's own reviews: held-out training reviews flatter it (the same films, perhaps).
     judge, numbers = train_judge(tokenizer, examples, task.test, lengths=lengths, seed=config.reward.seed)
-    judge.save(path)
-    write_evaluations(report, {**numbers, "identity": identity})
+    with writing(path, "output_dir", _ROOM):
+        judge.save(path)
+    _write(report, {**numbers, "identity": identity})
     return judge
 
 

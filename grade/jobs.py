@@ -159,6 +159,8 @@ def _why_it_failed(job: Job, returncode: int) -> str:
     if returncode < 0:
         name = {known.value: known.name for known in signal.Signals}.get(-returncode, f"signal {-returncode}")
         return f"killed by {name}" + (", perhaps for lack of memory" if name == "SIGKILL" else "")
-    lines = [line.strip() for line in job.log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    # A reason may quote a text with separators such as U+2028, at which only `splitlines` ends a line.
+    text = job.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.split("\n")]
     errors = [line for line in lines if line.startswith("grade: error:")]
     return (errors or [line for line in lines if line] or ["no output"])[-1]

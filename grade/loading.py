@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from grade.config import Config, GradeError
 from grade.errors import first_line
+from grade.machine import free_bytes
 from grade.model import Policy
 from grade.reward import SharedReward, check_classifier, load_classifier
 from grade.task_config import JUDGED_BY_PROGRAM
@@ -99,6 +100,17 @@ def add_adapter(base, config: Config):
         raise GradeError(
             f"model.lora.target_modules: {config.model.name} has no linear layer called {', '.join(missing)}. "
             f"It has {', '.join(sorted(linear))}."
+        )
+    layers = [
+        m for name, m in base.named_modules()
+        if name.rsplit(".", 1)[-1] in lora.target_modules and isinstance(m, (torch.nn.Linear, Conv1D))
+    ]
+    needed = 16 * lora.r * sum(sum(m.weight.shape) for m in layers)  # float32: weights, gradients and two moments
+    free = free_bytes(base.device)
+    if free is not None and needed > free:
+        raise GradeError(
+            f"model.lora.r is {lora.r}: its adapter would take {needed / 2**30:.1f} GiB to train, and "
+            f"{free / 2**30:.1f} GiB are free. Lower it, or name fewer model.lora.target_modules."
         )
     settings = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),

@@ -14,6 +14,7 @@ from grade.memory import Estimate, estimate, size_of
 from grade.model import Policy
 from grade.reward import Reward
 
+_HOPELESS = 2.0  # times what is free: the estimate may be a half too high, and other programs may give memory back
 _SHARE = 0.8  # of what is free that a run may take by the estimate: allocators lose some to fragments
 
 
@@ -46,6 +47,24 @@ class MemoryPlan:
             section = "evaluation" if self.estimate.largest(self.checkpoint) == "evaluation" else "train"
             line += f". That may not fit. {self._change(section)}"
         return line
+
+    def check(self, any_process: Callable[[bool], bool] = bool) -> None:
+        """Refuse, before any work, a run that cannot fit.
+
+        Args:
+            any_process: whether something holds on any process, so that all refuse or none.
+
+        Raises:
+            GradeError: the estimate is more than twice what is free.
+        """
+        hopeless = self.free is not None and self.estimate.more(self.checkpoint) > _HOPELESS * self.free
+        if any_process(hopeless):
+            section = "evaluation" if self.estimate.largest(self.checkpoint) == "evaluation" else "train"
+            needed = self.estimate.sentence(self.checkpoint)
+            raise GradeError(
+                f"the run would need {needed}, and {size_of(self.free or 0)} are free: that cannot fit. "
+                f"{self._change(section)}"
+            )
 
     @contextmanager
     def explained(self, what: str, section: str) -> Iterator[None]:

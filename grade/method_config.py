@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Optional, Union
 
 from grade.errors import GradeError
+from grade.settings import BATCH, COUNT, RATE, TOKENS, WEIGHT, setting
 
 METHODS = ("grade-ste", "grade", "ppo", "reinforce", "grpo")
 DIFFERENTIATING = ("grade-ste", "grade")
@@ -20,29 +21,29 @@ COMPARED = (*METHODS, *VARIANTS)
 class PPOConfig:
     """Proximal policy optimisation with a value head on the policy's last hidden state (method.name: ppo)."""
 
-    epochs: int = 4
+    epochs: int = setting(4, ge=1, le=1000)
     """Passes over a step's responses."""
-    minibatches: int = 2
+    minibatches: int = setting(2, ge=1, le=BATCH)
     """Optimizer steps per pass. Their order is shuffled; which responses share one stays."""
-    clip: float = 0.2
+    clip: float = setting(0.2, gt=0, le=WEIGHT)
     """Largest change of the importance ratio that is rewarded."""
-    value_clip: float = 0.2
+    value_clip: float = setting(0.2, ge=0, le=WEIGHT)
     """Largest change of a value, in units of reward, that lowers the value loss; 0 turns it off."""
-    value_coef: float = 0.5
+    value_coef: float = setting(0.5, ge=0, le=WEIGHT)
     """Weight of the value loss."""
-    value_learning_rate: Optional[float] = None
+    value_learning_rate: Optional[float] = setting(None, ge=0, le=RATE)
     """AdamW step size of the value head; null: train.learning_rate."""
-    entropy_coef: float = 0.01
+    entropy_coef: float = setting(0.01, ge=0, le=WEIGHT)
     """Weight of the entropy bonus, exact over the vocabulary, per nat."""
-    gamma: float = 1.0
+    gamma: float = setting(1.0, ge=0, le=1)
     """Discount per token; GRADE's paper runs its PPO at 0.99."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = setting(0.95, ge=0, le=1)
     """Decay of generalised advantage estimation per token."""
     whiten_advantages: bool = True
     """Shift and scale advantages to mean 0 and variance 1 over the step's real tokens."""
     kl: Literal["reward", "loss"] = "reward"
     """`reward`: every token pays kl_coef times its log-ratio to the reference. `loss`: the exact KL is a loss term."""
-    target_kl: Optional[float] = 0.1
+    target_kl: Optional[float] = setting(0.1, gt=0, le=WEIGHT)
     """Stop a step's passes once the approximate KL to the sampling policy, nats per token, exceeds this."""
 
 
@@ -53,7 +54,7 @@ class ReinforceConfig:
     baseline: Literal["ema", "leave_one_out", "none"] = "ema"
     """`ema`: moving average of the return. `leave_one_out`: mean of the other responses, of the same prompt if
     generation.samples_per_prompt is above 1 (RLOO)."""
-    ema_decay: float = 0.9
+    ema_decay: float = setting(0.9, ge=0, lt=1)
     """Decay of the moving average per optimizer step."""
 
 
@@ -68,22 +69,22 @@ class GRPOConfig:
     loss_reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """Mean over the step's tokens; over each response's tokens, then responses; or tokens divided by the constant
     responses * max_new_tokens."""
-    clip_low: float = 0.2
+    clip_low: float = setting(0.2, gt=0, le=1)
     """Smallest importance ratio that counts: 1 - clip_low."""
-    clip_high: float = 0.2
+    clip_high: float = setting(0.2, gt=0, le=WEIGHT)
     """Largest importance ratio that counts: 1 + clip_high."""
-    epochs: int = 1
+    epochs: int = setting(1, ge=1, le=1000)
     """Passes over the responses of a step."""
-    minibatches: int = 1
+    minibatches: int = setting(1, ge=1, le=BATCH)
     """Optimizer steps of a pass."""
-    kl_policy_ref_coef: float = 0.0
+    kl_policy_ref_coef: float = setting(0.0, ge=0, le=WEIGHT)
     """Weight of an exact kl(policy‖ref) beside normalised advantages, as GRPO is usually written, per nat; it comes on
     top of method.kl_coef."""
-    kl_ref_policy_coef: float = 0.0
+    kl_ref_policy_coef: float = setting(0.0, ge=0, le=WEIGHT)
     """The same for kl(ref‖policy)."""
-    preference_coef: float = 1.0
+    preference_coef: float = setting(1.0, ge=0, le=WEIGHT)
     """Weight of the reward in the shaped reward."""
-    entropy_reward_coef: float = 0.0
+    entropy_reward_coef: float = setting(0.0, ge=0, le=WEIGHT)
     """Weight of the policy's entropy, per nat, in the shaped reward: of a token, or mean of a response."""
 
 
@@ -98,9 +99,9 @@ class MethodConfig:
     gradients, which need no gradient of the reward."""
     estimator: Literal["gumbel", "rao", "straight_through", "reinmax"] = "gumbel"
     """Local rule from a token's embedding gradient to its logits; `grade` needs `gumbel`."""
-    rao_samples: int = 16
+    rao_samples: int = setting(16, ge=1, le=4096)
     """Conditional Gumbel draws per token that `rao` averages."""
-    kl_coef: float = 0.1
+    kl_coef: float = setting(0.1, ge=0, le=WEIGHT)
     """Weight of the KL term, per nat."""
     kl_direction: Literal["policy_ref", "ref_policy"] = "policy_ref"
     """`policy_ref`: kl(policy‖ref). `ref_policy`: kl(ref‖policy). Exact over the vocabulary."""
@@ -108,15 +109,15 @@ class MethodConfig:
     """`token_mean`: over the global batch's real tokens. `sequence_sum`: per response, mean over those."""
     kl_prefix_grad: Literal["both", "policy", "none"] = "both"
     """KL's gradient through earlier tokens: by both models (exact), by the policy only, or not at all."""
-    tau_start: float = 2.0
+    tau_start: float = setting(2.0, ge=1e-4, le=WEIGHT)
     """Temperature of the relaxation at step 0. Sampling itself stays at temperature 1."""
-    tau_end: float = 2.0
+    tau_end: float = setting(2.0, ge=1e-4, le=WEIGHT)
     """Temperature after tau_steps; linear in between, constant after. The paper goes down to 0.5."""
-    tau_steps: int = 2000
+    tau_steps: int = setting(2000, ge=1, le=COUNT)
     """Optimizer steps of the annealing."""
-    max_hops: int = 16
+    max_hops: int = setting(16, ge=0, le=TOKENS)
     """Most applications of the hop operator per step; exact at max_new_tokens - 1."""
-    hop_tol: float = 1e-2
+    hop_tol: float = setting(1e-2, ge=0, le=WEIGHT)
     """A sequence stops hopping when its last change relative to its gradient (hidden space) is below this."""
     replay_dropout: bool = False
     """Adapter dropout during replay. Breaks the fixed point of `grade`, which refuses it."""
@@ -125,7 +126,7 @@ class MethodConfig:
     otherwise exceed 80 % of the free memory."""
     prompt_cache: bool = True
     """The frozen pass reads prompts from a KV cache, one per distinct prompt; off with checkpointing."""
-    head_chunk_mib: Optional[int] = None
+    head_chunk_mib: Optional[int] = setting(None, ge=1, le=2**20)
     """Memory for the head's logits chunks, MiB; null: 64 on a CPU, about what its caches hold, and 256 elsewhere."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
@@ -139,40 +140,6 @@ class MethodConfig:
     def head_chunk_bytes(self, device: str) -> int:
         """`head_chunk_mib` on this type of device, bytes."""
         return (self.head_chunk_mib or (64 if device == "cpu" else 256)) * 2**20
-
-
-# (setting, smallest allowed value, is that value itself allowed)
-LOWER_BOUNDS = [
-    ("method.rao_samples", 1, True),
-    ("method.kl_coef", 0, True),
-    ("method.tau_start", 0, False),
-    ("method.tau_end", 0, False),
-    ("method.tau_steps", 1, True),
-    ("method.max_hops", 0, True),
-    ("method.hop_tol", 0, True),
-    ("method.head_chunk_mib", 1, True),
-    ("method.ppo.epochs", 1, True),
-    ("method.ppo.minibatches", 1, True),
-    ("method.ppo.clip", 0, False),
-    ("method.ppo.value_clip", 0, True),
-    ("method.ppo.value_coef", 0, True),
-    ("method.ppo.value_learning_rate", 0, True),
-    ("method.ppo.entropy_coef", 0, True),
-    ("method.ppo.gamma", 0, True),
-    ("method.ppo.gae_lambda", 0, True),
-    ("method.ppo.target_kl", 0, False),
-    ("method.reinforce.ema_decay", 0, True),
-    ("method.grpo.clip_low", 0, False),
-    ("method.grpo.clip_high", 0, False),
-    ("method.grpo.epochs", 1, True),
-    ("method.grpo.minibatches", 1, True),
-    ("method.grpo.kl_policy_ref_coef", 0, True),
-    ("method.grpo.kl_ref_policy_coef", 0, True),
-    ("method.grpo.preference_coef", 0, True),
-    ("method.grpo.entropy_reward_coef", 0, True),
-]
-AT_MOST_ONE = ["method.ppo.gamma", "method.ppo.gae_lambda", "method.grpo.clip_low"]
-BELOW_ONE = ["method.reinforce.ema_decay"]
 
 
 def method_named(method: MethodConfig, name: str) -> MethodConfig:

@@ -5,21 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from grade.settings import ROWS, SEED, TOKENS, setting
+
 JUDGED_BY_PROGRAM = ("countdown",)
 """Tasks whose reward is a program, without a gradient."""
+WRITTEN = ("demo", "countdown")
+"""Tasks whose examples are written by a program when they are asked for."""
+WRITTEN_EXAMPLES = 10**6
+"""Most examples that it may be asked for: some minutes' work."""
 
 
 @dataclass
 class CountdownConfig:
     """The puzzles of task.name=countdown: reach a target with + - * / and given numbers, each used at most once."""
 
-    operands: int = 4
+    operands: int = setting(4, ge=2, le=16)
     """Numbers in a puzzle."""
-    max_number: int = 25
+    max_number: int = setting(25, ge=2, le=10**6)
     """Largest given number."""
-    max_target: int = 100
+    max_target: int = setting(100, ge=1, le=10**9)
     """Largest target."""
-    max_steps: int = 6
+    max_steps: int = setting(6, ge=1, le=64)
     """A solution has at most this many operations."""
     partial_credit: bool = True
     """Valid steps and reaching the target earn a part of the reward; false: 1 for a solution, else 0."""
@@ -40,36 +46,20 @@ class TaskConfig:
     """Column with the label: integers or strings."""
     positive_label: str = "1"
     """Value of the label column that means 'positive' (compared as text)."""
-    split_seed: int = 0
+    split_seed: int = setting(0, ge=0, le=SEED)
     """Seed of the one shuffle before the training file is cut into splits."""
-    reward_examples: int = 5000
+    reward_examples: int = setting(5000, ge=2, le=ROWS)
     """Reviews that train the reward head: the first of the shuffled training file."""
-    policy_examples: int = 10000
+    policy_examples: int = setting(10000, ge=1, le=ROWS)
     """Reviews whose openings are training prompts: the next ones."""
-    validation_examples: int = 2000
+    validation_examples: int = setting(2000, ge=1, le=ROWS)
     """Reviews held out for validation prompts and the head's accuracy: the next ones."""
-    judge_examples: int = 8000
+    judge_examples: int = setting(8000, ge=0, le=ROWS)
     """Reviews that train the judge of `grade compare`: the next ones, as many as are left up to this; 0: no judge."""
-    prompt_sentences: int = 2
+    prompt_sentences: int = setting(2, ge=1, le=TOKENS)
     """A prompt is at most this many opening sentences of a review."""
-    prompt_max_chars: int = 200
+    prompt_max_chars: int = setting(200, ge=1, le=10**7)
     """A prompt is cut to this many characters, at a word's end."""
-    prompt_max_tokens: int = 32
+    prompt_max_tokens: int = setting(32, ge=1, le=TOKENS)
     """A prompt is cut to this many tokens."""
     countdown: CountdownConfig = field(default_factory=CountdownConfig)
-
-
-# (setting, smallest allowed value, is that value itself allowed)
-TASK_BOUNDS = [
-    ("task.reward_examples", 2, True),
-    ("task.policy_examples", 1, True),
-    ("task.validation_examples", 1, True),
-    ("task.judge_examples", 0, True),
-    ("task.countdown.operands", 2, True),
-    ("task.countdown.max_number", 2, True),
-    ("task.countdown.max_target", 1, True),
-    ("task.countdown.max_steps", 1, True),
-    ("task.prompt_sentences", 1, True),
-    ("task.prompt_max_chars", 1, True),
-    ("task.prompt_max_tokens", 1, True),
-]

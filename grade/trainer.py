@@ -210,6 +210,7 @@ class Trainer:
             KeyboardInterrupt: a stop was asked for; the last step is saved.
         """
         train, every = self.config.train, self.config.evaluation.every
+        self.memory.check(self.services.any_process)
         notes = [self.memory.line]
         written = self._restore(notes) if train.resume else None
         main = self.accelerator.is_main_process

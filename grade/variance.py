@@ -16,7 +16,7 @@ from rich.console import Console
 
 from grade.checkpoint import adapter_digest, load_adapter
 from grade.config import Config, EvaluationConfig, GradeError, default_methods, validate
-from grade.errors import read_json
+from grade.errors import printing, read_json, writing
 from grade.evaluate import write_evaluations
 from grade.files import check_writable, latest
 from grade.fingerprint import inputs_of
@@ -85,7 +85,8 @@ def run_variance(config: Config, checkpoint: Optional[Path] = None) -> dict:
         load_adapter(latest(checkpoint), policy)
     payload = _kept(path, {**identity, "inputs": inputs_of(config, policy, task, reward)})
     prompts = task.prompts("policy", tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, "output_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
     with stop_between_steps("what was measured is written") as stop:
         for length in lengths:
             for top_k in top_ks:
@@ -97,12 +98,14 @@ def run_variance(config: Config, checkpoint: Optional[Path] = None) -> dict:
                 if len(fresh) < len(here) or _fewest(fresh) < _fewest(here):
                     fresh = here  # stopped earlier than before
                 payload["rows"] = [row for row in payload["rows"] if row not in here] + fresh
-                write_evaluations(path, payload)
-                (folder / "variance.md").write_text(document(payload), encoding="utf-8")
+                with writing(path, "output_dir", "Make room on its disk: what was measured before is kept there."):
+                    write_evaluations(path, payload)
+                    (folder / "variance.md").write_text(document(payload), encoding="utf-8")
                 if stop.asked:
                     raise KeyboardInterrupt
-    Console().print(rich_table(payload))
-    Console().print(f"Measured: {path}", soft_wrap=True, highlight=False)
+    with printing():
+        Console().print(rich_table(payload))
+        Console().print(f"Measured: {path}", soft_wrap=True, highlight=False)
     return payload
 
 

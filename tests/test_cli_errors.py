@@ -78,7 +78,7 @@ def test_unknown_option_in_several_sections_names_them_all(capsys):
         ("--train.steps", "abc", "train.steps is abc: it must be a whole number."),
         ("--train.steps", "1.5", "train.steps is 1.5: it must be a whole number."),
         ("--train.learning_rate", "fast", "train.learning_rate is fast: it must be a number."),
-        ("--train.resume", "maybe", "train.resume is maybe: it must be true or false."),
+        ("--train.resume", "maybe", "train.resume is maybe: it must be true or false or auto."),
         ("--method.name", "grad", "method.name is grad: it must be one of grade-ste, grade, ppo, reinforce, grpo."),
         ("--generation.batch_size", "2.5", "batch_size is 2.5: it must be a whole number or null."),
         ("--model.lora.target_modules", "q_proj", "model.lora.target_modules is q_proj: it must be a list"),

@@ -18,8 +18,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import grade.compare
+from grade import cli
 from grade import jobs as jobs_module
-from grade.compare import Comparison, _sweep, run_comparison
+from grade.compare import Comparison, _sweep, missing_results, run_comparison
 from grade.comparison import read_run
 from grade.comparison_text import document
 from grade.config import GradeError
@@ -141,6 +142,7 @@ def test_a_method_that_fails_is_reported_and_left_out(comparable, in_process, mo
     payload = run_comparison(comparable, ["reinforce", "grpo"], [0])
     assert [row["method"] for row in payload["tables"]["tokens"]] == ["base", "reinforce"]
     assert "no_such_layer" in payload["failures"]["grpo-seed0"] and "Failed: grpo-seed0" in document(payload)
+    assert list(missing_results(payload)) == ["grpo-seed0"]
 
 
 def test_what_cannot_be_compared_is_refused_before_any_run(comparable, in_process):
@@ -297,3 +299,28 @@ def test_a_run_goes_on_from_what_an_interrupted_save_left(comparable, tmp_path, 
             run_jobs([job], 1, Console(quiet=True), lock=lock)
         train = decided(config_from_yaml(tmp_path / "run.yaml")).train
         assert train.resume is resumes and train.overwrite is not resumes
+
+
+@pytest.mark.parametrize("failures, rates, missing", [
+    ({}, ["ppo", "grpo"], []),
+    ({"sweep/ppo-lr3": "diverged"}, ["ppo", "grpo"], []),
+    ({"sweep/grpo-lr3": "diverged", "sweep/grpo-token-lr1": "diverged"}, ["ppo", "grpo-token"], ["sweep/grpo-lr3"]),
+    ({"sweep/ppo-lr3": "diverged", "grpo-seed1": "killed by SIGKILL"}, ["ppo", "grpo"], ["grpo-seed1"]),
+])
+def test_a_comparison_without_results_of_a_run_ends_with_1(monkeypatch, capsys, failures, rates, missing):
+    """The tables first, then the failed ones by name."""
+    payload = {
+        "methods": sorted({"ppo", "grpo", *rates}), "failures": failures, "learning_rates": dict.fromkeys(rates, 1e-3),
+    }
+
+    def run(config, methods, seeds):
+        print("the tables")
+        return payload
+
+    monkeypatch.setattr(grade.compare, "run_comparison", run)
+    assert cli.main(["compare", "demo"]) == (1 if missing else 0)
+    said = capsys.readouterr()
+    assert said.out == "the tables\n"
+    lines = said.err.splitlines()
+    assert lines[:-1] == [f"grade: failed: {name}: {failures[name]}" for name in missing]
+    assert lines[-1:] == (["The tables are without what failed: the same command tries it again."] if missing else [])

@@ -160,7 +160,10 @@ def test_prompts_are_looked_at_before_models(config, monkeypatch):
 
 @pytest.mark.parametrize(
     "text, expected",
-    [(None, "No such file"), ('{"a": 1', "cannot be read"), ("[]", "holds no JSON object"), ("{}", "no entry 'a'")],
+    [
+        (None, "No such file"), ('{"a": 1', "cannot be read"), ("[]", "holds no JSON object"), ("{}", "no entry 'a'"),
+        pytest.param("[" * 200_000, "cannot be read", id="deep"),
+    ],
 )
 def test_read_json(tmp_path, text, expected):
     path = tmp_path / "a.json"

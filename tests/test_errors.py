@@ -15,14 +15,14 @@ FULL = Path("/dev/full")
 @pytest.mark.parametrize(
     "error, reason, fix",
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", "Make room on its disk"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded", "Make room on its disk"),
-        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied", "Let it be written"),
-        (OSError("nothing but words\nand more"), "nothing but words", "Let it be written"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", "Make room on its disk, or name"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded", "Make room on its disk, or name"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied", "Name"),
+        (OSError("nothing but words\nand more"), "nothing but words", "Name"),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-         "No space left on device (os error 28)", "Make room on its disk"),
+         "No space left on device (os error 28)", "Make room on its disk, or name"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
-         "unexpected pos 576 vs 534", "Make room on its disk"),
+         "unexpected pos 576 vs 534", "Make room on its disk, or name"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
@@ -31,7 +31,7 @@ def test_a_failed_write_is_told_in_words(error, reason, fix):
         raise error
     message = str(caught.value)
     assert message.startswith("output_dir: runs/a/b.json could not be written (") and "\n" not in message
-    assert reason in message and message.endswith(f"{fix}, or name another folder with output_dir.")
+    assert reason in message and message.endswith(f"{fix} another folder with output_dir.")
 
 
 def test_the_fix_of_the_caller_stands_instead():

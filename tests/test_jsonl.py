@@ -1,11 +1,18 @@
 """JSON lines: what is text stays in its row, and what was cut short is told from what is damaged."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from report_runs import write_run
 
+from benchmarks import seeds
+from grade import comparison
+from grade.config import Config
 from grade.errors import GradeError
+from grade.jobs import Job, _why_it_failed
 from grade.jsonl import Rows, append_rows, encode_rows, read_rows
+from grade.report.data import load_study
 
 SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r", "\n", "\r\n"]
 
@@ -49,3 +56,28 @@ def test_a_file_that_cannot_be_read_is_told_in_words(tmp_path):
     with pytest.raises(GradeError, match="metrics.jsonl cannot be read"):
         (tmp_path / "metrics.jsonl").mkdir()
         read_rows(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("separator", SEPARATORS, ids=[repr(s) for s in SEPARATORS])
+def test_every_reader_of_logs_keeps_the_row_whole(tmp_path, separator):
+    """A text in a row, written as the trainer writes it: not escaped."""
+    folder = write_run(tmp_path / "run")
+    log = folder / "metrics.jsonl"
+    rows = [{**row, "note": f"a{separator}b"} for row in read_rows(log).rows]
+    log.write_bytes(encode_rows(rows))
+    study = load_study(folder)
+    assert len(study.runs[0].steps) == 4 and study.problems == []
+    assert [row["note"] for row in study.runs[0].steps] == [f"a{separator}b"] * 4
+    assert len(comparison._rows(folder)) == len(rows) == len(seeds_rows(folder))
+
+
+def seeds_rows(folder):
+    """The steps that benchmarks.seeds reads, and the validations it leaves out."""
+    found = seeds.read_run(folder)
+    return found["step_seconds"] + [None] * 3
+
+
+def test_the_reason_of_a_failed_run_is_its_whole_line(tmp_path):
+    job = Job("ppo", replace(Config(), train=replace(Config().train, run_dir=str(tmp_path / "ppo"))))
+    job.log.write_text("step 1\rstep 2\rgrade: error: the text 'a\u2028b\x85c' is odd.\n\n", encoding="utf-8")
+    assert _why_it_failed(job, 2) == "grade: error: the text 'a\u2028b\x85c' is odd."

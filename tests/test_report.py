@@ -289,7 +289,7 @@ def test_the_page_and_its_files(tmp_path, monkeypatch):
 
 def test_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(GradeError, match="cannot be written.*Name another folder"):
+    with pytest.raises(GradeError, match="could not be written.*Name another folder with --output"):
         write_page("title", [Section("summary", "Summary")], tmp_path / "file")
 
 

@@ -8,6 +8,7 @@ import subprocess
 from html import escape
 
 import pytest
+from hostile import write_hostile
 from report_runs import write_comparison
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
@@ -50,6 +51,16 @@ def test_the_page_loads_without_an_error(page, tmp_path):
     dom, console = chromium(page, tmp_path / "profile", "--dump-dom")
     assert console == []  # nothing refused by the page's own policy, nothing missing
     assert "Final comparison" in dom and dom.count("<svg") > 10 and "grade-ste" in dom
+
+
+def test_a_hostile_page_shows_texts_and_runs_none(tmp_path):
+    """Prompts, names of methods and settings that would be markup or programs."""
+    folder, output = write_hostile(tmp_path / "<script>document.title='owned'"), tmp_path / "page"
+    dom, console = chromium(run_report(folder, output), tmp_path / "profile", "--dump-dom")
+    assert console == [] and "<script" not in dom and "<img" not in dom
+    assert "<title>&lt;script&gt;document.title='owned'</title>" in dom
+    for words in ("onerror=alert(1)", "HYPERLINK", "漢字かな", "مرحبا", r"\input{/etc/passwd}", r"$\frac{$"):
+        assert words in dom
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -15,6 +15,7 @@ import yaml
 
 from grade.config import flatten
 from grade.errors import GradeError
+from grade.jsonl import read_rows
 from grade.method_config import COMPARED, VARIANTS
 
 BASE = "base/None/0"
@@ -144,7 +145,7 @@ def _load_run(folder: Path, problems: List[str]) -> Optional[Run]:
     try:
         config = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         seed, method = int(config["seed"]), _method(folder.name, config)
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError):
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
         problems.append(f"{folder.name}/config.yaml is not that of a run.")
         return None
     rows = _rows(folder / "metrics.jsonl", problems)
@@ -185,16 +186,17 @@ def _logged_evaluation(row: dict) -> dict:
 
 def _rows(path: Path, problems: List[str]) -> List[dict]:
     """Rows of a log. The last line may be cut short: it is being written."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    rows, broken = [], []
-    for number, line in enumerate(lines, start=1):
+    found = read_rows(path)
+    rows, without = [], 0
+    for row in found.rows:
         try:
-            row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
-        except (ValueError, KeyError, TypeError):
-            broken.append(number)
-    if any(number < len(lines) for number in broken):
-        problems.append(f"{path.parent.name}/{path.name}: left out what is not a row, line {broken[0]} first.")
+        except (ValueError, KeyError, TypeError, OverflowError):
+            without += 1
+    if found.broken:
+        problems.append(f"{path.parent.name}/{path.name}: left out what is not a row, line {found.broken[0]} first.")
+    if without:
+        problems.append(f"{path.parent.name}/{path.name}: left out {without} rows that name no step.")
     return sorted(rows, key=lambda row: row["step"])
 
 
@@ -203,7 +205,7 @@ def _json(path: Path, problems: List[str]) -> dict:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         problems.append(f"{path.name} of {path.parent.name} cannot be read: left out.")

@@ -10,21 +10,27 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from grade.report.statistics import Estimate, Interval
-from grade.report.style import INK, add_legend, new_axes, tinted
+from grade.report.style import INK, add_legend, drawn, new_axes, tinted
 
 BASE_COLOUR = "#888888"
 _HATCHES = ("", "///", "...", "xxx")
 
 
 def _rows(title: str, xlabel: str, labels: Sequence[str], per_row: float):
-    labels = [label.replace(" (", "\n(") for label in labels]
-    two_lines = any("\n" in label for label in labels)
-    figure, axes = new_axes(title, xlabel, "", height=0.95 + max(per_row, 0.42 * two_lines) * len(labels))
+    labels = [_on_lines(label) for label in labels]
+    lines = max((label.count("\n") + 1 for label in labels), default=1)
+    figure, axes = new_axes(title, xlabel, "", height=0.95 + max(per_row, 0.21 * lines * (lines > 1)) * len(labels))
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)  # the first on top
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     return figure, axes
+
+
+def _on_lines(label: str) -> str:
+    """The method, and below it the settings that tell it from others, on two lines at most."""
+    method, bracket, settings = label.partition(" (")
+    return drawn(method, 34) + (f"\n{drawn(bracket[1:] + settings, 34, lines=2)}" if bracket else "")
 
 
 def bars(

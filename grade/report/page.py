@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import List, Set
 
 from grade import __version__
-from grade.errors import GradeError
+from grade.errors import writing
 from grade.report.parts import Drawing, Section, Text
 from grade.report.style import save
 from grade.report.tables import Table
@@ -51,6 +51,7 @@ summary { font-weight: 600; cursor: pointer; }
 .pair p { margin: 0; white-space: pre-wrap; }
 .pair span { display: block; font-size: .8rem; color: var(--soft); white-space: normal; }
 .prompt { grid-column: 1 / -1; }
+.pair p, th, td { unicode-bidi: isolate; }
 @media (max-width: 40rem) { .pair { grid-template-columns: 1fr; }
   .text { white-space: normal; min-width: 6rem; } .long { min-width: 11rem; } }
 @media print { .figures { display: block; } figure { break-inside: avoid; } }
@@ -65,20 +66,29 @@ def write_page(title: str, sections: List[Section], output: Path) -> Path:
     Raises:
         GradeError: `output` cannot be written.
     """
-    try:
+    path = output / "index.html"
+    with writing(output, "--output"):
         for folder in ("figures", "tables"):
             (output / folder).mkdir(parents=True, exist_ok=True)
-        path = output / "index.html"
         before = _linked(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else set()
-        body = "".join(_section(section, output) for section in sections)
-        path.write_text(_page(title, sections, body), encoding="utf-8")
+    body = "".join(_section(section, output) for section in sections)
+    _write(path, _page(title, sections, body))
+    with writing(output, "--output"):
         for name in before - _linked(body):
             (output / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise GradeError(
-            f"--output: {output} cannot be written ({error.strerror or error}). Name another folder."
-        ) from error
     return path
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file as a whole; half of a surrogate pair, which UTF-8 does not have, becomes a question mark."""
+    fresh = path.with_name(path.name + ".new")
+    with writing(path, "--output"):
+        try:
+            fresh.write_bytes(text.encode("utf-8", "replace"))
+            fresh.replace(path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
 
 
 def _page(title: str, sections: List[Section], body: str) -> str:
@@ -117,7 +127,8 @@ def _grid(figures: List[str]) -> List[str]:
 
 
 def _drawing(part: Drawing, output: Path) -> str:
-    svg = save(part.figure, output / "figures", part.name)
+    with writing(output / "figures" / part.name, "--output"):
+        svg = save(part.figure, output / "figures", part.name)
     return (
         f'<figure id="figure-{part.name}"><div role="img" aria-label="{escape(part.alt)}">{svg}</div>'
         f"<figcaption>{escape(part.caption)} {_links('figures', part.name, ('png', 'pdf'))}</figcaption></figure>"
@@ -125,8 +136,8 @@ def _drawing(part: Drawing, output: Path) -> str:
 
 
 def _files(table: Table, output: Path) -> str:
-    (output / "tables" / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
-    (output / "tables" / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
+    _write(output / "tables" / f"{table.name}.csv", table.csv())
+    _write(output / "tables" / f"{table.name}.tex", table.latex())
     return f'<p class="files">{_links("tables", table.name, ("csv", "tex"))}</p>'
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
+import warnings
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Dict, Optional, Sequence, Tuple
 
@@ -69,11 +72,40 @@ def new_axes(title: str, xlabel: str, ylabel: str, height: float = 3.2) -> Tuple
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        figure.suptitle(title, x=0.01, horizontalalignment="left")
+        axes.set(xlabel=drawn(xlabel), ylabel=drawn(ylabel))
+        figure.suptitle(drawn(title), x=0.01, horizontalalignment="left")
     axes.tick_params(color=INK, labelcolor=INK)
     axes.grid(color=INK, alpha=0.15, linewidth=0.6)
     return figure, axes
+
+
+def drawn(text: str, width: float = 52, lines: int = 1) -> str:
+    """`text` for matplotlib to draw as it stands: it would read what is between two dollars as mathematics, and fail at
+    what is none; controls, marks of direction and halves of surrogate pairs have no glyph; too long a text leaves no
+    room for axes.
+
+    Args:
+        width: of a line, in small letters.
+        lines: how many at most; what is longer ends in dots.
+    """
+    text = "".join("�" if unicodedata.category(c) in ("Cc", "Cs") else c for c in " ".join(text.split())
+                   if unicodedata.category(c) != "Cf")
+    found, rest = [], text
+    while rest and len(found) < lines:
+        reached = list(accumulate(map(_letters, rest)))
+        fits = sum(so_far <= width for so_far in reached)
+        if fits < len(rest):
+            space = rest.rfind(" ", 1, fits + 1)
+            fits = space if space > 0 and len(found) + 1 < lines else max(fits, 1)
+        found.append(rest[:fits].strip())
+        rest = rest[fits:].strip()
+    return "\n".join(found).replace("$", r"\$") + "…" * bool(rest)
+
+
+def _letters(character: str) -> float:
+    """About how many small letters are as wide."""
+    wide = unicodedata.east_asian_width(character) in "WF" or character == "�"
+    return 2.0 if wide else 1.6 if character in "WMm%@" else 1.0
 
 
 def add_legend(figure: Figure, axes: Axes, handles: Optional[Sequence] = None) -> None:
@@ -81,16 +113,19 @@ def add_legend(figure: Figure, axes: Axes, handles: Optional[Sequence] = None) -
     handles = list(handles if handles is not None else axes.get_legend_handles_labels()[0])
     if not handles:
         return
-    longest = max(len(handle.get_label()) for handle in handles)
+    labels = [drawn(handle.get_label()) for handle in handles]
+    longest = max(map(len, labels))
     columns = max(1, min(len(handles), 52 // (longest + 6)))
     figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(handles) // columns))
     with matplotlib.rc_context(_SETTINGS):
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+        figure.legend(handles=handles, labels=labels, loc="outside lower center", ncols=columns)
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
     """Write `name`.png and `name`.pdf; return the figure as SVG for the page."""
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+        # A box stands for it in PNG and PDF; the page's SVG is text, for which a browser finds a font.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font", UserWarning)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out now, once for all formats
         figure.savefig(folder / f"{name}.png", dpi=200, facecolor="white")

@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from html import escape
 from typing import List, Sequence, Tuple, Union
 
+from grade.report.latex import OTHER, latex
 from grade.report.statistics import Estimate
 
 Cell = Union[None, str, int, float, Estimate, Tuple[float, float]]
 """Nothing, text, a count, a number, a mean over seeds, or an interval."""
 NOTHING = "–"
-_LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "�": "?", "±": r"$\pm$", "−": "$-$", "–": "--", "…": r"\dots{}", "→": r"$\to$", "≥": r"$\geq$",
-    "×": r"$\times$", "‖": r"$\|$", "·": r"$\cdot$", "τ": r"$\tau$", "\n": " ", "\r": " ", "\t": " ",
-}
+_PAGE = 50  # lines of text
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")
+"""What a spreadsheet takes for the start of a formula."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,8 @@ class Table:
         ]
 
     def csv(self) -> str:
-        """All digits; a mean's standard error and an interval's upper end in columns of their own."""
+        """All digits; a mean's standard error and an interval's upper end in columns of their own. A text that a
+        spreadsheet would run as a formula has an apostrophe before it."""
         kinds = [self._kind(i) for i in range(len(self.columns))]
         titles: List[str] = []
         for column, kind in zip(self.columns, kinds, strict=True):
@@ -73,9 +72,10 @@ class Table:
             titles += [column.title, *further.get(kind, [])]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(titles)
+        writer.writerow(map(_no_formula, titles))
         for row in self.rows:
-            writer.writerow(sum((_values(cell, kind) for cell, kind in zip(row, kinds, strict=True)), []))
+            values = sum((_values(cell, kind) for cell, kind in zip(row, kinds, strict=True)), [])
+            writer.writerow(map(_no_formula, values))
         return text.getvalue()
 
     def _are_texts(self) -> List[bool]:
@@ -92,14 +92,22 @@ class Table:
         for i in range(len(self.columns)):
             if any(isinstance(row[i], str) and len(row[i]) > 40 for row in self.rows):
                 kinds[i] = r"p{0.25\textwidth}"
-        lines = [" & ".join(latex(column.title) for column in self.columns)]
-        lines += [" & ".join(latex(text) for text in self.texts(row)) for row in self.rows]
-        head, body = lines[0] + r" \\", [line + r" \\" for line in lines[1:]]
+        # Only a longtable goes on over pages. A row after \\ may not start with what that takes for an option.
+        name = "longtable" if self._lines() > _PAGE else "tabular"
+        rows = ["{}" + " & ".join(map(latex, cells)) + r" \\" for cells in
+                ([column.title for column in self.columns], *map(self.texts, self.rows))]
         return "\n".join([
-            "% needs \\usepackage{booktabs}", f"% {' '.join(self.caption.split())}",
-            f"\\begin{{tabular}}{{{''.join(kinds)}}}", r"\toprule", head, r"\midrule",
-            *body, r"\bottomrule", r"\end{tabular}", "",
+            f"% needs \\usepackage{{booktabs}}{' and {longtable}' if name == 'longtable' else ''}",
+            f"% {latex(' '.join(self.caption.split()))}",
+            *([OTHER] if any(r"\othercharacter" in row for row in rows) else []),
+            f"\\begin{{{name}}}{{{''.join(kinds)}}}", r"\toprule", rows[0], r"\midrule",
+            *rows[1:], r"\bottomrule", f"\\end{{{name}}}", "",
         ])
+
+    def _lines(self) -> int:
+        """About how many lines the rows take in LaTeX."""
+        longest = [max((len(cell) for cell in row if isinstance(cell, str)), default=0) for row in self.rows]
+        return sum(1 + length // 20 if length > 40 else 1 for length in longest)
 
     def texts(self, row: Sequence[Cell]) -> List[str]:
         """The cells of a row as people read them."""
@@ -134,6 +142,15 @@ def _values(cell: Cell, kind: type) -> List[object]:
     return [cell] if kind is object else [cell, None]
 
 
-def latex(text: str) -> str:
-    """`text` with everything that means something to LaTeX written out."""
-    return "".join(_LATEX.get(character, character) for character in text)
+def _no_formula(value: object) -> object:
+    """`value`, or where it is a text that starts like a formula and is no number, that text quoted."""
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\0", "�")  # at which readers of CSV stop
+    quote = "'" if value.startswith(_FORMULA) else ""
+    value = value.replace("\r\n", "\n").replace("\r", "\n")  # Python writes a return without quotes
+    try:
+        float(value)
+    except ValueError:
+        return quote + value
+    return value

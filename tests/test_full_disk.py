@@ -1,0 +1,148 @@
+"""A disk that is full while a result is written: words that name the file and the setting, and what was kept stays."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from report_runs import write_run
+from rich.console import Console
+from test_compare_errors import METHODS, config, finish, no_models  # noqa: F401
+from test_variance import lab_config  # noqa: F401
+
+import grade.compare
+import grade.variance
+from grade import final_test
+from grade.compare import run_comparison
+from grade.errors import GradeError
+from grade.judge import Judge
+
+FULL = Path("/dev/full")
+
+
+NO_SPACE = r"could not be written \(No space left on device\)\. "
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """Makes writing a text or bytes to files of that name fail as on a full disk."""
+
+    def fill(name: str) -> None:
+        for method in ("write_text", "write_bytes"):
+            monkeypatch.setattr(Path, method, failing(getattr(Path, method), name))
+
+    def failing(original, name):
+        def write(path, *args, **kwargs):
+            if path.name == name:
+                path.touch()
+                no_space()
+            return original(path, *args, **kwargs)
+
+        return write
+
+    return fill
+
+
+@pytest.mark.parametrize("name", ["comparison.json", "comparison.md"])
+def test_a_comparison(config, full, monkeypatch, name):  # noqa: F811
+    finish(config, "reinforce"), finish(config, "ppo")
+    full(name)
+    if name == "comparison.json":
+        monkeypatch.setattr(grade.compare, "write_comparison", no_space)
+    words = f"^output_dir: .*{name} {NO_SPACE}Make room on its disk: runs and tests are kept, and the same command"
+    with pytest.raises(GradeError, match=words):
+        run_comparison(config, METHODS, [0])
+
+
+def test_test_results(config, no_models, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(final_test, "write_evaluations", no_space)
+    with pytest.raises(GradeError, match=f"^output_dir: .*tests.json {NO_SPACE}.* the same command goes on"):
+        final_test.test_checkpoints(config, tmp_path, {}, Console(quiet=True))
+
+
+TASK = SimpleNamespace(judge=[SimpleNamespace(label=i, text="a b") for i in (0, 1)], test=[])
+
+
+def test_the_judges_report(config, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(final_test, "train_judge", lambda *_, **__: (Judge(), {"accuracy": {}}))
+    monkeypatch.setattr(final_test, "write_evaluations", no_space)
+    with pytest.raises(GradeError, match=f"^output_dir: .*judge.json {NO_SPACE}.* the same command goes on"):
+        final_test.load_judge(tmp_path, config, None, TASK)
+
+
+def test_the_judges_weights(config, tmp_path, monkeypatch):  # noqa: F811
+    def save(judge, path):
+        from safetensors import SafetensorError
+
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(final_test, "train_judge", lambda *_, **__: (Judge(), {"accuracy": {}}))
+    monkeypatch.setattr(Judge, "save", save)
+    with pytest.raises(GradeError, match="^output_dir: .*judge.safetensors could not be written .*No space left"):
+        final_test.load_judge(tmp_path, config, None, TASK)
+    assert not (tmp_path / "judge.json").exists()  # nothing says that those weights are whole
+
+
+@pytest.mark.parametrize("name", ["variance.json", "variance.md"])
+def test_measurements(lab_config, full, monkeypatch, name):  # noqa: F811
+    monkeypatch.setattr(grade.variance, "_measured", lambda *_: [])
+    full(name)
+    if name == "variance.json":
+        monkeypatch.setattr(grade.variance, "write_evaluations", no_space)
+    with pytest.raises(GradeError, match=f"^output_dir: .*variance.json {NO_SPACE}.* is kept there"):
+        grade.variance.run_variance(lab_config)
+
+
+@pytest.mark.parametrize("written", ["index.html.new", "summary.csv.new", "runs.tex.new"])
+def test_a_report(full, tmp_path, monkeypatch, written):
+    pytest.importorskip("matplotlib")
+    from grade.report.page import write_page
+    from grade.report.parts import Section
+    from grade.report.tables import Column, Table
+
+    tables = [Table(name, "", [Column("a")], [["x"]]) for name in ("summary", "runs")]
+    page = write_page("before", [Section("s", "S", tables)], tmp_path)
+    full(written)
+    with pytest.raises(GradeError, match=rf"^--output: .*{written[:-4]} could not be written \(No space left"):
+        write_page("after", [Section("s", "S", tables)], tmp_path)
+    assert "before" in page.read_text() and not list(tmp_path.rglob("*.new"))  # the earlier page is whole
+
+
+def test_a_figure(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from grade.report import page, run_report
+
+    monkeypatch.setattr(page, "save", no_space)
+    with pytest.raises(GradeError, match=r"^--output: .*figures/\w+ could not be written \(No space left on device\)"):
+        run_report(write_run(tmp_path / "run"))
+
+
+@pytest.mark.skipif(not FULL.is_char_device(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("argv", [["doctor"], ["doctor", "--json"], ["train", "--help"]], ids=" ".join)
+def test_standard_output(argv):
+    with FULL.open("w") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "grade", *argv], stdout=out, stderr=subprocess.PIPE, text=True, timeout=120,
+        )
+    assert done.stderr == (
+        "grade: error: standard output could not be written (No space left on device): make room where it goes.\n"
+    )
+    assert done.returncode == 2
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m grade doctor --json | head -c 1; exit ${{PIPESTATUS[0]}}", shell=True,
+        executable="/bin/bash", capture_output=True, text=True, timeout=120,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("{", "", 0)
+
+
