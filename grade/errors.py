@@ -10,9 +10,28 @@ class GradeError(Exception):
     """The user can mend it: its text names the setting, the reason and the fix; the CLI exits with 2."""
 
 
-def first_line(error: Exception) -> str:
-    """What another library's error says, in one line: some of their messages list every choice there is."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+_LONGEST_LINE, _LONGEST_HEAD = 240, 400  # characters
+
+
+def reason_of(error: BaseException) -> str:
+    """What another library's error says, in one line that holds its reason.
+
+    The reason may stand at the beginning (before a list of every choice there is) or in the last line (after what was
+    tried). So a short message is given whole, and of a long one the beginning and the last line.
+    """
+    lines = [" ".join(line.split()) for line in str(error).split("\n")]
+    lines = [line for line in lines if line]
+    if not lines:
+        return type(error).__name__
+    # A line longer than that lists choices or dumps data; it is shown only if there is nothing else.
+    lines = [line for line in lines if len(line) <= _LONGEST_LINE] or [lines[0][:_LONGEST_LINE] + " ..."]
+    shown = lines[:1]
+    while len(shown) < len(lines) and len(" ".join(shown)) + len(lines[len(shown)]) < _LONGEST_HEAD:
+        shown.append(lines[len(shown)])
+    return " ".join(shown if len(shown) == len(lines) else [*shown, "...", lines[-1]])
+
+
+first_line = reason_of
 
 
 def read_json(path: Path, fix: str, *keys: str) -> dict:
@@ -28,7 +47,7 @@ def read_json(path: Path, fix: str, *keys: str) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise GradeError(f"{path} cannot be read ({reason}). {fix}") from error
     if not isinstance(found, dict):
         raise GradeError(f"{path} holds no JSON object. {fix}")

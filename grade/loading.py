@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from grade.config import Config, GradeError
-from grade.errors import first_line
+from grade.errors import reason_of
 from grade.model import Policy
 from grade.reward import SharedReward, check_classifier, load_classifier
 from grade.task_config import JUDGED_BY_PROGRAM
@@ -168,6 +168,6 @@ def _check_fits(config: Config, settings) -> None:
 
 def _not_loadable(config: Config, error: Exception) -> GradeError:
     return GradeError(
-        f"model.name={config.model.name} cannot be loaded: {first_line(error)} Name a folder with a model, or a hub "
+        f"model.name={config.model.name} cannot be loaded: {reason_of(error)} Name a folder with a model, or a hub "
         "model while the hub can be reached (`grade doctor` tells)."
     )

@@ -13,7 +13,7 @@ from typing import Dict, Optional, Protocol
 import torch
 from torch import Tensor, nn
 
-from grade.errors import GradeError, first_line
+from grade.errors import GradeError, reason_of
 from grade.model import Policy
 from grade.passes import BasePass, accumulation_dtype, fed_embeddings
 from grade.rollout import Rollout
@@ -247,7 +247,7 @@ def load_classifier(name: str, policy: Policy, *, positive_label: Optional[str],
 
 
 def _not_loadable(name: str, error: Exception) -> GradeError:
-    return GradeError(f"reward.model={name} cannot be loaded: {first_line(error)}")
+    return GradeError(f"reward.model={name} cannot be loaded: {reason_of(error)}")
 
 
 def positive_class(name: str, id2label: Dict[int, str], wanted: Optional[str]) -> int:

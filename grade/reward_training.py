@@ -196,10 +196,7 @@ def features_of(
     """
     limit = max(lengths)
     texts = [e.text for e in examples]
-    if special_tokens:
-        encoded = encode(policy.tokenizer, texts, limit)
-    else:
-        encoded = [row[:limit] for row in policy.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    encoded = encode(policy.tokenizer, texts, limit, special_tokens=special_tokens)
     readable = [i for i, row in enumerate(encoded) if row]
     examples, encoded = [examples[i] for i in readable], [encoded[i] for i in readable]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # equal lengths together: little padding

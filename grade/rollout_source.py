@@ -25,7 +25,7 @@ from torch import Tensor
 
 from grade.config import Config
 from grade.drawing import Sampling, suppressed_ids
-from grade.errors import GradeError, first_line
+from grade.errors import GradeError, reason_of
 from grade.model import Policy
 from grade.passes import fed_embeddings, policy_pass
 from grade.rollout import Rollout, pad_prompts
@@ -107,7 +107,7 @@ class RolloutSource:
                         yield self._read(line, number)
         except (OSError, UnicodeDecodeError) as error:
             raise GradeError(
-                f"rollout.source: {self.path} cannot be read as text ({first_line(error)}). Name a file of JSON "
+                f"rollout.source: {self.path} cannot be read as text ({reason_of(error)}). Name a file of JSON "
                 "lines, or a pipe."
             ) from error
 

@@ -91,10 +91,14 @@ def test_too_few_puzzles():
 class PieceTokenizer:
     """Any piece of text can be a token; ids are given out as pieces come. Text is encoded by characters."""
 
-    chat_template = None
+    chat_template, is_fast, unk_token_id, added_tokens_decoder = None, False, None, {}
+    all_special_ids, all_special_tokens = [0, 1, 2], ["<bos>", EOS, PAD]
 
     def __init__(self):
         self.ids = {"<bos>": 0, EOS: 1, PAD: 2}
+
+    def build_inputs_with_special_tokens(self, ids):
+        return [0] + ids
 
     def encode(self, pieces):
         return [self.ids.setdefault(piece, len(self.ids)) for piece in pieces]

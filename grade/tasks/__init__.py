@@ -2,8 +2,8 @@
 
 A task is five disjoint lists of examples. The reward head learns from `reward`, the policy continues openings
 of `policy`, `validation` picks the checkpoint, `test` is looked at once, and `judge` trains the judge of
-comparisons. Everything that decides what a model reads (cleaning, cutting, special tokens) is in this file, so
-that every task, the policy and the reward read the same. Nothing heavy is imported here.
+comparisons. Everything that decides what a model reads (cleaning, cutting) is in this file, and special tokens are
+in `grade.encoding`, so that every task, the policy and the reward read the same. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Iterable, Iterator, Sequence
 
 from grade.config import Config, GradeError, TaskConfig
+from grade.encoding import encode
 
 SPLITS = ("reward", "policy", "validation", "test", "judge")
 
@@ -31,8 +32,6 @@ _SENTENCE_END = re.compile(
     r"(?=\s(?![a-z]))"  # then a space and no lower-case letter ('Well... maybe' goes on; 3.5 has no space)
     r"|[。！？]+[”’」』）]*"  # scripts that put no space between sentences
 )
-
-_ROWS_PER_BATCH = 1024  # texts handed to the tokenizer at once
 
 
 @dataclass(frozen=True)
@@ -80,50 +79,6 @@ def opening(text: str, sentences: int, max_chars: int) -> str:
             last_space = text.rfind(" ", 0, end)
             end = last_space if last_space > 0 else end
     return text[:end].rstrip()
-
-
-def encode(tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Token ids of texts that a model is to continue or to read.
-
-    As `tokenizer(text)` gives them, so with BOS exactly where the tokenizer adds it by itself, but without
-    tokens that it puts *after* the text: a model has nothing to say after EOS. They are told by position, as
-    BOS and EOS may be one id. The policy's prompts and the reward's reviews both come from here.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        texts: B texts.
-        max_tokens: longest row, BOS included; the end is cut off.
-
-    Returns:
-        B lists of ids, not padded. A text without tokens gives an empty list, not a lone BOS.
-
-    Raises:
-        GradeError: `max_tokens` leaves no room for text.
-    """
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    marked = tokenizer("a", add_special_tokens=True)["input_ids"]
-    extra = len(marked) - len(plain)
-    before = next((i for i in range(extra + 1) if marked[i : i + len(plain)] == plain), 0)
-    after = extra - before
-    if max_tokens <= before:
-        raise GradeError(
-            f"A limit of {max_tokens} tokens leaves no room for text: the tokenizer starts every text with "
-            f"{before} of its own. Raise task.prompt_max_tokens (prompts) or reward.max_tokens (reviews)."
-        )
-    rows = []
-    for start in range(0, len(texts), _ROWS_PER_BATCH):
-        batch = list(texts[start : start + _ROWS_PER_BATCH])
-        # Cut by hand below: a tokenizer's own truncation keeps EOS and may cut on the left.
-        ids = tokenizer(
-            batch,
-            add_special_tokens=True,
-            padding=False,
-            truncation=False,
-            verbose=False,
-            return_attention_mask=False,
-        )["input_ids"]
-        rows += [row[: len(row) - after][:max_tokens] if len(row) > extra else [] for row in ids]
-    return rows
 
 
 def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
