@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Optional
 
 JUDGED_BY_PROGRAM = ("countdown",)
 """Tasks whose reward is a program, without a gradient."""
@@ -40,6 +40,8 @@ class TaskConfig:
     """Column with the label: integers or strings."""
     positive_label: str = "1"
     """Value of the label column that means 'positive' (compared as text)."""
+    negative_label: Optional[str] = None
+    """Value that means 'negative'; null: the only other one besides -1 (unlabelled). Rows with neither are left out."""
     split_seed: int = 0
     """Seed of the one shuffle before the training file is cut into splits."""
     reward_examples: int = 5000

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Iterable, Iterator, Sequence
 
 from grade.config import Config, GradeError, TaskConfig
@@ -47,6 +47,29 @@ class Example:
     id: str
     text: str
     label: int
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of a data set mean.
+
+    Attributes:
+        column: that holds them.
+        positive, negative: the two values, as text.
+        left_out: how many rows have another value, by value; they are in no split.
+    """
+
+    column: str
+    positive: str
+    negative: str
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        others = ", ".join(f"{count} with {label!r}" for label, count in sorted(self.left_out.items()))
+        return (
+            f"{self.positive!r} of column {self.column!r} (negative: {self.negative!r}"
+            + (f"; rows left out: {others})" if others else ")")
+        )
 
 
 def clean(text: str) -> str:
@@ -104,6 +127,7 @@ class Task:
         validation: prompts and texts for choosing a checkpoint and judging the head.
         test: prompts and texts for the final evaluation.
         judge: trains the judge of `grade compare`, which no method sees; may be empty.
+        labels: what the labels of the data mean; None where they were not read from data.
     """
 
     source: str
@@ -113,6 +137,7 @@ class Task:
     validation: list[Example]
     test: list[Example]
     judge: list[Example] = field(default_factory=list)
+    labels: Labels | None = None
 
     def __post_init__(self) -> None:
         ids = [example.id for split in SPLITS for example in self.examples(split)]
@@ -177,6 +202,7 @@ class Task:
             "task": self.settings.name,
             "dataset": self.source,
             "split_seed": self.settings.split_seed,
+            **({} if self.labels is None else {"labels": asdict(self.labels)}),
             "splits": splits,
             "texts_in_two_splits": self.repeated_texts(),
         }
@@ -188,7 +214,9 @@ class Task:
         return {f"{a} and {b}": len(texts[a] & texts[b]) for a, b in pairs}
 
 
-def cut_splits(train: Sequence[Example], test: Sequence[Example], settings: TaskConfig, source: str) -> Task:
+def cut_splits(
+    train: Sequence[Example], test: Sequence[Example], settings: TaskConfig, source: str, labels: Labels | None = None
+) -> Task:
     """Cut a task from the rows of a training and a test file.
 
     One shuffle of the training rows (files are often sorted by label), then consecutive stretches, so
@@ -220,6 +248,7 @@ def cut_splits(train: Sequence[Example], test: Sequence[Example], settings: Task
         validation=rows[second:third],
         test=shuffled(test, settings.split_seed),
         judge=rows[third : third + settings.judge_examples],
+        labels=labels,
     )
 
 
