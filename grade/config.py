@@ -50,6 +50,8 @@ class ModelConfig:
     """Dtype of the frozen weights. Adapters are float32. Not float16: small gradients would vanish in it."""
     attn_implementation: Optional[str] = None
     """Attention as transformers names it (sdpa, eager, flash_attention_2); null: transformers' choice."""
+    trust_remote_code: bool = False
+    """Let code that comes with the model's files (auto_map) run here. Look at it first: it may do anything."""
     lora: LoraSettings = field(default_factory=LoraSettings)
 
 
@@ -60,7 +62,7 @@ class RewardConfig:
     model: Optional[str] = None
     """Classifier with the policy's vocabulary (hub name or folder); null: a head on the frozen base."""
     positive_label: Optional[str] = None
-    """The classifier's label to raise, by name; null: the one called positive, or the last of two."""
+    """The classifier's label to raise, by name; null: the one called positive."""
     input: Literal["prompt+response", "response"] = "prompt+response"
     """What the reward reads, the same in training and evaluation."""
     path: Optional[str] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 
@@ -11,6 +12,7 @@ class GradeError(Exception):
 
 
 _LONGEST_LINE, _LONGEST_HEAD = 240, 400  # characters
+_CHOICE = re.compile(r"\(\d\) ")
 
 
 def reason_of(error: BaseException) -> str:
@@ -21,8 +23,12 @@ def reason_of(error: BaseException) -> str:
     """
     lines = [" ".join(line.split()) for line in str(error).split("\n")]
     lines = [line for line in lines if line]
+    if len(lines) > 1 and _CHOICE.match(lines[1]):  # "... one of:", "(1) this", "(2) that", then the reason
+        lines = [line for line in lines[1:] if not _CHOICE.match(line)] or lines
     if not lines:
         return type(error).__name__
+    if len(lines) == 1 and " " not in lines[0]:  # a key that is missing, say
+        return f"{type(error).__name__}: {lines[0]}"
     # A line longer than that lists choices or dumps data; it is shown only if there is nothing else.
     lines = [line for line in lines if len(line) <= _LONGEST_LINE] or [lines[0][:_LONGEST_LINE] + " ..."]
     shown = lines[:1]
