@@ -26,6 +26,7 @@ from grade.compiled_decoding import CompiledDecoding
 from grade.config import Config, GradeError
 from grade.config_io import config_to_yaml
 from grade.decoding import Decoding
+from grade.end_of_sequence import warning_without_ends
 from grade.evaluate import Evaluation, evaluate, text_of, write_evaluations
 from grade.evaluation_tables import evaluation_table
 from grade.interrupt import stop_between_steps
@@ -34,6 +35,7 @@ from grade.machine import free_bytes
 from grade.memory_plan import plan as plan_memory
 from grade.methods import make_method
 from grade.metrics import Phases, RunLog, peak_memory_gib, reset_peak_memory
+from grade.opening_lines import opening_lines
 from grade.progress import training_progress
 from grade.reward_training import head_report, keep_head, with_kept_head
 from grade.rollout import Rollout, pad_prompts, sample
@@ -215,7 +217,8 @@ class Trainer:
         self.log = RunLog(self.run_dir, self.config, enabled=main, resume_step=self.step)
         try:
             with training_progress(train.steps, self.step, enabled=main) as progress, stop_between_steps() as stop:
-                progress.say(self.memory.line)
+                for line in (*opening_lines(self.config, self.task, self.policy, self.reward), self.memory.line):
+                    progress.say(line)
                 if isinstance(self.decoding, CompiledDecoding):
                     progress.say("rollout.compile: the first step compiles for half a minute or more")
                 if self.step == 0 and not self.evaluations:
@@ -255,6 +258,9 @@ class Trainer:
             + "".join(f"{name} {value:.3f}  " for name, value in row.details.items()) +
             f"KL {row.kl:.3f} nats/token  distinct tokens {row.unique_token_ratio:.2f}"
         )
+        warning = warning_without_ends(self.config, row.eos_rate) if len(self.evaluations) == 1 else None
+        if warning is not None:
+            progress.say(warning)
 
     def _evaluate(self, split: str, progress, *, adapters: bool) -> Evaluation:
         prompts = self.evaluation_prompts[split]
