@@ -331,6 +331,11 @@ def validate(config: Config) -> None:
             f"generation.ignore_eos is true, but an answer to task.name={config.task.name} must end to count. Set it "
             "to false."
         )
+    if config.reward.positive_label is not None and config.reward.model is None:
+        raise GradeError(
+            f"reward.positive_label is {config.reward.positive_label}, a label of a classifier, but reward.model is "
+            "null. Name the classifier; the label that the trained head raises is task.positive_label."
+        )
     if method.name == "grpo" and method.grpo.level == "token" and config.reward.model is not None:
         raise GradeError(
             "method.grpo.level=token needs the reward after every token, which a classifier (reward.model) does not "

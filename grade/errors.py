@@ -27,7 +27,7 @@ def reason_of(error: BaseException) -> str:
         lines = [line for line in lines[1:] if not _CHOICE.match(line)] or lines
     if not lines:
         return type(error).__name__
-    if len(lines) == 1 and " " not in lines[0]:  # a key that is missing, say
+    if isinstance(error, KeyError):  # says the key and no more
         return f"{type(error).__name__}: {lines[0]}"
     # A line longer than that lists choices or dumps data; it is shown only if there is nothing else.
     lines = [line for line in lines if len(line) <= _LONGEST_LINE] or [lines[0][:_LONGEST_LINE] + " ..."]

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from grade.errors import GradeError, reason_of
+from grade.hub_names import looks_local
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _VOCABULARIES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")  # of any kind of tokenizer
@@ -24,15 +25,6 @@ _NOT_TRUSTED = {
     "model.name": "Look at that code, and set model.trust_remote_code to true if it may run; or name another model.",
     "reward.model": "No code of a reward's folder is run here. Name a classifier that transformers knows by itself.",
 }
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name means a path: it starts as one, has more parts than a hub name, or exists here."""
-    try:
-        here = Path(name).exists()
-    except (OSError, ValueError):  # too long for a path, or with a character that none may have
-        here = False
-    return here or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
 
 
 def context_of(config) -> Optional[int]:
@@ -68,7 +60,6 @@ class Pretrained:
             **({"local_files_only": True} if self.is_local else {"revision": revision}),
         }
         if self.is_local:
-            self._refuse_adapters()
             self._check_folder(Path(self.path))
 
     def _load(self, loader, **options):
@@ -149,6 +140,7 @@ class Pretrained:
         if not folder.is_dir():
             kind = "a file, not a folder with a model" if folder.exists() else "no folder here"
             raise self.refusal(f"{folder} is {kind}. (A name of this form is not looked up at the hub.)")
+        self._refuse_adapters()
         if not (folder / "config.json").is_file():
             raise self.refusal(f"{folder} has no config.json. Name a folder that save_pretrained wrote.")
 

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from grade.checkpoint import check_writable
 from grade.config import Config, GradeError
+from grade.encoding import encode
 from grade.errors import read_json
 from grade.model import Policy
 from grade.passes import accumulation_dtype
 from grade.reward import RewardHead
 from grade.task_config import JUDGED_BY_PROGRAM
-from grade.tasks import encode
 
 _HEAD_FILE, _REPORT_FILE = "head.safetensors", "reward.json"
 _FEATURE_BATCH = 32

@@ -160,6 +160,31 @@ def test_prompts(monkeypatch):
     assert "at most 6 operations" in text
 
 
+TEMPLATES = {
+    "an attack on the sandbox": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError: access to"),
+    "its own refusal": ("{{ raise_exception('no user turn') }}", "TemplateError: no user turn"),
+    "no template": ("{% if %}", "TemplateSyntaxError: "),
+    "an endless loop": ("{% for i in range(10**9) %}x{% endfor %}", "OverflowError: "),
+    "several": ({"tool_use": "x", "rag": "y"}, "chat templates rag, tool_use, and none called default. Save it with"),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_chat_templates_that_cannot_be_used_are_told(case):
+    template, reason = TEMPLATES[case]
+    tokenizer = train_tokenizer(["a b"], {"vocabulary": 300, "context": 128})
+    tokenizer.chat_template = template
+    with pytest.raises(GradeError, match=f"model.name: .*{reason}"):
+        make_task().prompts("policy", tokenizer)
+
+
+def test_of_several_chat_templates_the_default_is_used():
+    tokenizer = train_tokenizer(["a b"], {"vocabulary": 300, "context": 128})
+    tokenizer.chat_template = {"rag": "{{ raise_exception('not this') }}", "default": "{{ messages[0].content }}!"}
+    (row,) = make_task(prompt_max_tokens=1000).prompts("policy", tokenizer, limit=1)
+    assert tokenizer.decode(row).endswith("</answer>.!")
+
+
 def test_tokenizer_without_digits_is_refused():
     class NoDigits(PieceTokenizer):
         def __call__(self, text, add_special_tokens=True, **_):

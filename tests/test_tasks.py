@@ -215,6 +215,14 @@ def test_missing_path(name):
         load_task(config_for(name))
 
 
+def test_a_folder_that_is_here_is_not_looked_up_at_the_hub(monkeypatch, tmp_path):
+    """Though its name could be one of the hub, and whatever it lacks."""
+    (tmp_path / "somebody" / "reviews").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GradeError, match="somebody/reviews, which holds nothing"):
+        load_task(config_for("somebody/reviews"))
+
+
 def test_file_instead_of_folder(folder):
     with pytest.raises(GradeError, match="a file: name the folder"):
         load_task(config_for(folder / "train.parquet"))

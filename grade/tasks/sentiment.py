@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from grade.config import GradeError, TaskConfig
 from grade.errors import reason_of
+from grade.hub_names import looks_local
 from grade.tasks import Example, Labels, Task, clean, cut_splits
 
 _PARTS = ("train", "test")
@@ -42,16 +43,16 @@ def load(settings: TaskConfig) -> Task:
     """
     name = settings.dataset
     path = Path(name).expanduser()
-    if path.is_dir():
+    if not looks_local(name):
+        files = _load_hub(name, settings)
+    elif path.is_dir():
         files = _load_folder(path, settings)
     elif path.exists():
         raise GradeError(f"task.dataset is {name}, a file: name the folder that holds it ({_LOCAL_FILES}).")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    else:
         raise GradeError(
             f"task.dataset is {name}, and there is no such folder. Name {_LOCAL_FILES}, or a hub dataset."
         )
-    else:
-        files = _load_hub(name, settings)
     return cut_splits(files.parts["train"], files.parts["test"], settings, source=name, labels=files.labels)
 
 
