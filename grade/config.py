@@ -108,6 +108,8 @@ class RolloutConfig:
     source: Optional[str] = None
     """File of token ids that another engine sampled from the policy, lines of {"prompt": [ids], "response": [ids]}, or
     a named pipe of them; null: sample here."""
+    timeout: float = 600.0
+    """Seconds to wait for the next response on a pipe before the run stops."""
     compile: bool = False
     """Decode training's responses by a compiled step over a static KV cache: CUDA graphs on a GPU, fused loops
     (and the draw with them) on a CPU. Needs sdpa attention without windows; not used with rollout.source. The first
@@ -239,6 +241,7 @@ _LOWER_BOUNDS = [
     ("generation.top_k", 1, True),
     ("generation.samples_per_prompt", 1, True),
     ("generation.batch_size", 1, True),
+    ("rollout.timeout", 0, False),
     ("train.steps", 1, True),
     ("train.batch_size", 1, True),
     ("train.accumulation_steps", 1, True),

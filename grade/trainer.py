@@ -30,6 +30,7 @@ from grade.end_of_sequence import warning_without_ends
 from grade.evaluate import Evaluation, evaluate, text_of, write_evaluations
 from grade.evaluation_tables import evaluation_table
 from grade.interrupt import stop_between_steps
+from grade.line_source import StopAsked
 from grade.loading import load_policy, load_prompts, load_reward, load_tokenizer
 from grade.machine import free_bytes
 from grade.memory_plan import plan as plan_memory
@@ -223,9 +224,15 @@ class Trainer:
                     progress.say("rollout.compile: the first step compiles for half a minute or more")
                 if self.step == 0 and not self.evaluations:
                     self._validate(progress, adapters=False)
+                if self.source is not None:
+                    self.source.should_stop = lambda: stop.asked
                 while self.step < train.steps:
-                    with self.memory.explained(f"step {self.step}", "train"):
-                        metrics = self.train_step()
+                    try:
+                        with self.memory.explained(f"step {self.step}", "train"):
+                            metrics = self.train_step()
+                    except StopAsked:  # while it waited for responses: nothing of this step has been done
+                        self._save()
+                        raise KeyboardInterrupt from None
                     self.log.metrics(self.step, metrics)
                     progress.advance(metrics)
                     self.step += 1
