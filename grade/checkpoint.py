@@ -1,79 +1,97 @@
-"""Adapters and trainer state on disk, always whole: written beside their place, then moved into it."""
+"""Checkpoints: a saved adapter, with the trainer's state where a run can be continued from it, and their checksums.
+
+    adapter_config.json, adapter_model.safetensors    as peft writes them
+    trainer_state.json, trainer_state.safetensors     numbers and tensors of the state, if there is one (`grade.tree`)
+    manifest.json                                     step, and the SHA-256 of every other file
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-import tempfile
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from safetensors import SafetensorError
 
-from grade.errors import GradeError, first_line
+from grade import tree
+from grade.errors import GradeError, read_json, reason_of, writing
+from grade.files import latest, replaced_folder, sha256
 from grade.model import Policy
 
-STATE_FILE = "trainer_state.pt"
+MANIFEST_FILE = "manifest.json"
+_STATE_STEM = "trainer_state"
+_FORMAT = 1
 
 
-def save_checkpoint(directory: Path, policy: Policy, state: Optional[dict] = None) -> None:
+def save_checkpoint(directory: Path, policy: Policy, step: int, state: Optional[dict] = None) -> None:
     """Write the adapter as peft does (`PeftModel.from_pretrained` loads it) and, for resuming, the trainer's state.
 
-    An interruption leaves the earlier checkpoint or the new one, never half of either.
-    """
-    fresh, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        policy.model.save_pretrained(str(fresh))
-        if state is not None:
-            torch.save(state, fresh / STATE_FILE)
-        if directory.exists():
-            directory.rename(old)
-        fresh.rename(directory)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise GradeError(
-            f"train.run_dir: the checkpoint {directory} could not be written ({error}). What was saved before "
-            "is whole; make room and continue with --train.resume true."
-        ) from error
-    shutil.rmtree(old, ignore_errors=True)
+    An interruption leaves the earlier checkpoint or the new one, never half of either and never neither.
 
-
-def check_writable(setting: str, folder: Path) -> None:
-    """Find out before any work whether `folder` can be made and written; leaves no trace in it.
+    Args:
+        step: optimizer steps that the policy has had.
+        state: dictionaries and lists of numbers, texts and tensors.
 
     Raises:
-        GradeError: naming the setting.
+        GradeError: it could not be written.
     """
-    try:
-        missing = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        if missing:
-            folder.rmdir()
-    except OSError as error:
-        raise GradeError(
-            f"{setting}: {folder} cannot be written ({error.strerror or error}). Name another folder."
-        ) from error
+    for leftover in directory.parent.glob(f"{directory.name}.new-*"):  # of processes that were killed: the run is ours
+        shutil.rmtree(leftover, ignore_errors=True)
+    with writing(directory, "train.run_dir"), replaced_folder(directory) as fresh:
+        policy.model.save_pretrained(str(fresh))
+        if state is not None:
+            tree.save(fresh / _STATE_STEM, state)
+        files = {path.name: sha256(path) for path in sorted(fresh.iterdir()) if path.is_file()}
+        manifest = {"format": _FORMAT, "step": step, "files": files}
+        text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2)
+        (fresh / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def verified_step(directory: Path) -> int:
+    """Optimizer steps of a checkpoint whose files are, to the bit, those that were written.
+
+    Raises:
+        GradeError: one of them is missing or differs; with its name.
+    """
+    path = directory / MANIFEST_FILE
+    manifest = read_json(path, "", "format", "step", "files", "sha256")
+    claimed = manifest.pop("sha256")
+    if _digest(manifest) != claimed or manifest["format"] != _FORMAT:
+        raise GradeError(f"{path} is damaged, or of another version of this program.")
+    for name, digest in manifest["files"].items():
+        file = directory / name
+        try:
+            found = sha256(file)
+        except OSError as error:
+            raise GradeError(f"{file} cannot be read ({error.strerror or reason_of(error)}).") from error
+        if found != digest:
+            raise GradeError(f"{file} is damaged: it is not what was written there (its SHA-256 differs).")
+    return manifest["step"]
 
 
 def load_adapter(directory: Path, policy: Policy) -> None:
     """Put a saved adapter's weights into the policy.
 
     Raises:
-        GradeError: the folder holds no adapter, or one of another shape.
+        GradeError: the folder holds no adapter, a damaged one, or one of another shape.
     """
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 
     if not (directory / "adapter_config.json").is_file():
         raise GradeError(f"checkpoint {directory}: no adapter is saved there (adapter_config.json is missing).")
+    if (directory / MANIFEST_FILE).is_file():  # an adapter from elsewhere has none
+        verified_step(directory)
     try:
         saved, ours = LoraConfig.from_pretrained(str(directory)), policy.model.peft_config["default"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GradeError(f"checkpoint {directory}: adapter_config.json is damaged ({first_line(error)}).") from error
+        raise GradeError(f"checkpoint {directory}: adapter_config.json is damaged ({reason_of(error)}).") from error
     for name in ("r", "lora_alpha", "use_rslora"):
         if getattr(saved, name) != getattr(ours, name):
             raise GradeError(
@@ -83,11 +101,14 @@ def load_adapter(directory: Path, policy: Policy) -> None:
     try:
         weights = load_peft_weights(str(directory), device=str(policy.device))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise GradeError(f"checkpoint {directory}: its adapter cannot be read ({first_line(error)}).") from error
+        raise GradeError(f"checkpoint {directory}: its adapter cannot be read ({reason_of(error)}).") from error
+    wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if wrong is not None:
+        raise GradeError(f"checkpoint {directory}: its adapter is broken, {wrong} is not finite. Use another one.")
     try:
         outcome = set_peft_model_state_dict(policy.model, weights)
     except RuntimeError as error:
-        reason = first_line(error)
+        reason = reason_of(error)
         raise GradeError(f"checkpoint {directory} does not fit model.name and model.lora: {reason}") from error
     expected = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     missing = [name for name in outcome.missing_keys if name in expected]
@@ -101,27 +122,26 @@ def load_adapter(directory: Path, policy: Policy) -> None:
 def adapter_digest(directory: Path) -> Optional[str]:
     """SHA-256 of a saved adapter's weights, which a folder's name does not tell. None if there are none."""
     weights = directory / "adapter_model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+    return sha256(weights) if weights.is_file() else None
 
 
-def load_state(directory: Path) -> dict:
-    """The trainer's state saved with a checkpoint.
+def load_state(directory: Path) -> dict[str, Any]:
+    """The trainer's state saved with a checkpoint, and the number of steps of its manifest as `step`.
 
     Raises:
-        GradeError: there is none.
+        GradeError: there is none, or it is damaged.
     """
-    path = latest(directory) / STATE_FILE
-    if not path.is_file():
-        raise GradeError(f"train.resume: {directory} holds no checkpoint to continue from. Start without it.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged pickle raises depends on the damage
+    folder = latest(directory)
+    if not folder.is_dir():
         raise GradeError(
-            f"train.resume: {path} cannot be read ({first_line(error)}). Start again with --train.overwrite true."
-        ) from error
-
-
-def latest(directory: Path) -> Path:
-    """`directory`, or the copy that an interruption between two renames left in its place."""
-    old = directory.with_name(directory.name + ".old")
-    return old if not directory.exists() and old.exists() else directory
+            f"train.resume: {directory} is no checkpoint: there is nothing to continue. --train.resume auto starts "
+            "where that is so."
+        )
+    try:
+        step = verified_step(folder)
+        state = tree.load(folder / _STATE_STEM)
+        if any(isinstance(leaf, torch.Tensor) and not leaf.isfinite().all() for leaf in tree.leaves(state)):
+            raise GradeError(f"{folder} holds values that are not finite.")
+    except GradeError as error:
+        raise GradeError(f"train.resume: {error} Start again with --train.overwrite true.") from error
+    return {**state, "step": step}

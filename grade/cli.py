@@ -12,13 +12,19 @@ Exit codes: 0; 2 for a mistake the user can mend (one message, no traceback); 13
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 import sys
+import time
 from typing import List, Optional
 
 from grade import __version__, commands, config_io
 from grade.commands import COMMANDS, HELP, emit
 from grade.errors import GradeError
+
+_PATIENCE = 10.0
+"""Seconds that a process other than the first waits before it says what went wrong: where the first says it, the
+launcher has ended this one by then."""
 
 USAGE = f"""usage: grade COMMAND ...
 
@@ -37,6 +43,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         return run(argv)
     except GradeError as error:
+        if int(os.environ.get("RANK", "0")):  # one of several processes, which will mostly have the same to say
+            time.sleep(_PATIENCE)
         print(f"grade: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -44,8 +52,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         if argv[:1] in (["compare"], ["variance"]):
             print("What is done is kept: the same command goes on.", file=sys.stderr)
         if argv[:1] == ["train"]:
-            resume = shlex.join([*_without_resume(argv), "--train.resume", "true"])
-            print(f"Continue from the last checkpoint with: grade {resume}", file=sys.stderr)
+            resume = shlex.join([*_without_resume(argv), "--train.resume", "auto"])
+            print(f"Go on from the last checkpoint, if there is one, with: grade {resume}", file=sys.stderr)
         return 130
 
 

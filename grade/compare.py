@@ -21,7 +21,6 @@ from typing import Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 import torch
 from rich.console import Console
 
-from grade.checkpoint import check_writable
 from grade.comparison import (
     Checkpoint,
     RunCurve,
@@ -34,14 +33,16 @@ from grade.comparison import (
 )
 from grade.comparison_text import TITLES, document, notes, rich_table
 from grade.config import Config, GradeError, validate
+from grade.files import check_writable, locked
 from grade.final_test import test_checkpoints, test_key
-from grade.jobs import Job, check_jobs, locked, run_jobs
+from grade.fingerprint import inputs_of
+from grade.jobs import Job, check_jobs, run_jobs
 from grade.loading import load_policy, load_prompts, load_reward, load_tokenizer
 from grade.machine import machine
 from grade.method_config import method_named
+from grade.processes import make_accelerator
 from grade.run_dir import adapter_folder, make_again
 from grade.tasks import load_task
-from grade.trainer import make_accelerator
 
 _GROUP = 4
 _SWEEP_VALIDATIONS = 2
@@ -117,12 +118,16 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
     _check_steps(planned, "train.steps")
     check_writable("output_dir", comparison.folder)
     comparison.folder.mkdir(parents=True, exist_ok=True)
-    with locked(comparison.folder) as lock:
+    in_use = (
+        f"output_dir: {comparison.folder} is in use by another `grade compare`, or by a run that one left behind: wait "
+        "for it or stop it, or compare under another --name."
+    )
+    with locked(comparison.folder / "lock", "output_dir", in_use) as lock:
         console.print("Preparing data and reward", highlight=False)
-        _prepare(config)
-        rates, sweep, failures = _sweep(comparison, console, lock)
+        inputs = _prepare(config)
+        rates, sweep, failures = _sweep(comparison, inputs, console, lock)
         jobs = {(m, s): comparison.run_job(m, s, rates[m]) for s in seeds for m in methods if m in rates}
-        check_jobs(list(jobs.values()))
+        check_jobs(list(jobs.values()), inputs)
         failures |= run_jobs(list(jobs.values()), config.compare.jobs, console, lock=lock)
         curves = []
         for key in ((m, s) for m in methods for s in seeds if (m, s) in jobs and jobs[m, s].name not in failures):
@@ -132,7 +137,8 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
                 failures[jobs[key].name] = str(error)
         if not curves:
             raise GradeError(f"every run of the comparison failed: {failures}")
-        tests, untested, judge = test_checkpoints(config, comparison.folder, _chosen(comparison, curves), console)
+        chosen = _chosen(comparison, curves)
+        tests, untested, judge = test_checkpoints(config, comparison.folder, inputs, chosen, console)
         failures |= untested
         payload = _payload(comparison, rates, sweep, failures, judge, curves, tests)
         write_comparison(comparison.folder / "comparison.json", payload)
@@ -189,18 +195,21 @@ def _curve(job: Job, method: str, seed: int) -> RunCurve:
     return curve
 
 
-def _prepare(config: Config) -> None:
+def _prepare(config: Config) -> Dict[str, str]:
     """Find mistakes in data and prompts, and train the reward head, before several runs would each do so; in this
-    process, and given back."""
+    process, and given back. The fingerprint of what the runs will read."""
     accelerator, tokenizer, task = make_accelerator(config), load_tokenizer(config), load_task(config)
     load_prompts(config, task, tokenizer)
-    load_reward(config, load_policy(config, tokenizer, accelerator.device), task)
+    policy = load_policy(config, tokenizer, accelerator.device)
+    inputs = inputs_of(config, policy, task, load_reward(config, policy, task))
+    del policy
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
+    return inputs
 
 
 def _sweep(
-    comparison: Comparison, console: Console, lock: int
+    comparison: Comparison, inputs: Mapping[str, str], console: Console, lock: int
 ) -> Tuple[Dict[str, float], List[dict], Dict[str, str]]:
     """(learning rate by method, what was tried, failures). A rate that fails is not chosen.
 
@@ -217,7 +226,7 @@ def _sweep(
     wanted = [(method, factor) for factor in factors for method in comparison.methods]
     for _ in range(1 + _EXTENSIONS):
         jobs = {key: comparison.sweep_job(*key) for key in wanted}
-        check_jobs(list(jobs.values()))
+        check_jobs(list(jobs.values()), inputs)
         _check_steps(jobs.values(), "compare.sweep_steps")
         steps = f"{compare.sweep_steps} step{'s' * (compare.sweep_steps > 1)}"
         console.print(f"Learning rates: {len(jobs)} run{'s' * (len(jobs) > 1)} of {steps}", highlight=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Dict, List, Literal, Optional
+from typing import Dict, List, Literal, Optional, Union
 
 from grade.errors import GradeError
 from grade.method_config import (
@@ -145,10 +145,11 @@ class TrainConfig:
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     run_dir: Optional[str] = None
     """Folder of the run; null: output_dir/name-seed<seed>."""
-    resume: bool = False
-    """Continue the run in run_dir from its last checkpoint; the result equals an uninterrupted run."""
+    resume: Union[bool, Literal["auto"]] = False
+    """Continue the run in run_dir from its last checkpoint; the result equals an uninterrupted run. `auto`: where there
+    is one, and start where there is none."""
     overwrite: bool = False
-    """Delete what run_dir holds and start again."""
+    """Delete what a run wrote in run_dir, and nothing else, and start again."""
     save_every: int = 50
     """Steps between checkpoints for resuming; one is always written at the end."""
     keep_adapters: bool = False
@@ -345,4 +346,4 @@ def validate(config: Config) -> None:
             "give. Use level sequence, or leave reward.model null for the trained head."
         )
     if train.resume and train.overwrite:
-        raise GradeError("train.resume and train.overwrite are both true: choose one.")
+        raise GradeError(f"train.resume is {train.resume} and train.overwrite is true: choose one.")

@@ -1,10 +1,14 @@
-"""The error that a user can mend, how other libraries' errors are quoted in it, and files that may be damaged."""
+"""The error that a user can mend, how other libraries' errors are quoted in it, and files that may be damaged or
+may not be written."""
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 
 class GradeError(Exception):
@@ -37,9 +41,6 @@ def reason_of(error: BaseException) -> str:
     return " ".join(shown if len(shown) == len(lines) else [*shown, "...", lines[-1]])
 
 
-first_line = reason_of
-
-
 def read_json(path: Path, fix: str, *keys: str) -> dict:
     """The object in a JSON file.
 
@@ -61,3 +62,39 @@ def read_json(path: Path, fix: str, *keys: str) -> dict:
     if missing:
         raise GradeError(f"{path} has no entry {missing[0]!r}. {fix}")
     return found
+
+
+@contextmanager
+def writing(path: Path, setting: str, fix: str = "") -> Iterator[None]:
+    """Turn what goes wrong while the block writes `path` into words; the block should do nothing else.
+
+    Not only an OSError: safetensors and torch.save report a full disk as errors of their own.
+
+    Args:
+        setting: what decides the place, such as "train.run_dir" or "--output".
+        fix: a sentence that says what to do; by default to make room or to name another folder.
+
+    Raises:
+        GradeError: with the file, the reason and the fix.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason, fix = error.strerror or reason_of(error), fix or _room(setting, full)
+        raise GradeError(f"{setting}: {path} could not be written ({reason}). {fix}") from error
+    except Exception as error:
+        library = any(name in str(error) for name in _FAILED_WRITES)
+        if isinstance(error, GradeError) or not library:
+            raise
+        raise GradeError(
+            f"{setting}: {path} could not be written ({reason_of(error)}). {fix or _room(setting, True)}"
+        ) from error
+
+
+_FAILED_WRITES = ("I/O error", "inline_container.cc", "PytorchStreamWriter", "Parent directory")
+"""Parts of the messages of safetensors and of torch.save."""
+
+
+def _room(setting: str, full: bool) -> str:
+    return f"{'Make room on its disk' if full else 'Let it be written'}, or name another folder with {setting}."

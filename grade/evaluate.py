@@ -16,6 +16,8 @@ from accelerate.utils import gather_object
 
 from grade.config import Config, GradeError
 from grade.drawing import Sampling, sampling_of
+from grade.errors import writing
+from grade.files import latest, replace_text
 from grade.metrics import unique_token_ratio
 from grade.model import Policy
 from grade.replay import ReplaySettings, score
@@ -169,10 +171,13 @@ def _summary(records: List[dict], config: Config, *, split: str, step: Optional[
 
 
 def write_evaluations(path: Path, evaluations: Dict[str, object]) -> None:
-    """evaluation.json, replaced as a whole."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(evaluations, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    """A file of evaluations as JSON, replaced as a whole.
+
+    Raises:
+        GradeError: it cannot be written.
+    """
+    with writing(path, "train.run_dir", "Make room on its disk and start the same command again."):
+        replace_text(path, json.dumps(evaluations, indent=2, ensure_ascii=False) + "\n")
 
 
 def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> List[Evaluation]:
@@ -185,12 +190,12 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     """
     from rich.console import Console
 
-    from grade.checkpoint import latest, load_adapter
+    from grade.checkpoint import load_adapter
     from grade.evaluation_tables import evaluation_table
     from grade.loading import load_policy, load_reward, load_tokenizer
+    from grade.processes import main_process_first, make_accelerator
     from grade.reward_training import with_kept_head
     from grade.tasks import load_task
-    from grade.trainer import make_accelerator
 
     folder = latest(run_dir / "checkpoints" / checkpoint) if checkpoint in ("best", "last") else Path(checkpoint)
     if not (folder / "adapter_config.json").is_file():
@@ -199,7 +204,7 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     tokenizer = load_tokenizer(config)
     task = load_task(config)
     policy = load_policy(config, tokenizer, accelerator.device)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         reward = load_reward(with_kept_head(config, run_dir), policy, task)
     load_adapter(folder, policy)
     limit = config.evaluation.test_prompts if split == "test" else config.evaluation.validation_prompts

@@ -23,22 +23,23 @@ from grade.evaluate import evaluate, text_of, write_evaluations
 from grade.judge import Judge, train_judge
 from grade.loading import load_policy, load_reward, load_tokenizer
 from grade.passes import base_pass, fed_embeddings, per_token
+from grade.processes import make_accelerator
 from grade.reward_training import judged_length
 from grade.rollout import Rollout
 from grade.run_dir import make_again
 from grade.tasks import load_task
-from grade.trainer import make_accelerator
 from grade_kernels import linear_token_logprob
 
 
 def test_checkpoints(
-    config: Config, folder: Path, adapters: Mapping[Checkpoint, Path], console: Console
+    config: Config, folder: Path, inputs: Mapping[str, str], adapters: Mapping[Checkpoint, Path], console: Console
 ) -> Tuple[Dict[Checkpoint, dict], Dict[str, str], Optional[dict]]:
     """Test the base model and each adapter, but for what `folder`/tests.json already holds of the same weights.
 
     Args:
         config: of the comparison.
         folder: keeps tests.json, the judge and its report.
+        inputs: fingerprint of model, tokenizer, data and reward (`grade.fingerprint`).
         adapters: folder of each checkpoint's adapter.
 
     Returns:
@@ -49,7 +50,7 @@ def test_checkpoints(
         GradeError: tests.json or judge.json is damaged.
     """
     path = folder / "tests.json"
-    identity = _identity(config)
+    identity = {**_identity(config), "inputs": dict(inputs)}
     kept = read_json(path, "Delete it: the same command tests again.") if path.is_file() else {}
     if kept.get("identity") != identity:
         kept = {"identity": identity, "results": {}}
@@ -65,7 +66,7 @@ def test_checkpoints(
         policy = load_policy(config, tokenizer, accelerator.device)
         reward = load_reward(config, policy, task)
         prompts = task.prompts("test", tokenizer, limit=config.evaluation.test_prompts)
-        measure = sample_measures(policy, load_judge(folder, config, tokenizer, task))
+        measure = sample_measures(policy, load_judge(folder, config, inputs, tokenizer, task))
         for number, key in enumerate(missing, start=1):
             method, seed, step = key
             name = "the base model" if key == BASE else f"{method}, seed {seed}, step {step}"
@@ -136,7 +137,7 @@ def judge_rows(policy, rollout: Rollout) -> List[List[int]]:
     return encode(policy.tokenizer, texts, None, special_tokens=False)
 
 
-def load_judge(folder: Path, config: Config, tokenizer, task) -> Optional[Judge]:
+def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenizer, task) -> Optional[Judge]:
     """The comparison's judge, trained now unless the one kept there was trained on the same; None for a task without
     texts to learn from."""
     examples, report, path = getattr(task, "judge", []), folder / "judge.json", folder / "judge.safetensors"
@@ -144,7 +145,7 @@ def load_judge(folder: Path, config: Config, tokenizer, task) -> Optional[Judge]
         report.unlink(missing_ok=True)
         return None
     lengths = sorted({judged_length(config), config.reward.max_tokens, 2 * config.reward.max_tokens})
-    identity = _judge_identity(config, lengths)
+    identity = _judge_identity(config, inputs, task, lengths)
     if path.is_file() and (_judge_report(folder) or {}).get("identity") == identity:
         return Judge.load(path)
     report.unlink(missing_ok=True)  # written last: it says whose weights these are
@@ -155,10 +156,10 @@ def load_judge(folder: Path, config: Config, tokenizer, task) -> Optional[Judge]
     return judge
 
 
-def _judge_identity(config: Config, lengths: Sequence[int]) -> dict:
-    """What a judge depends on. All of it is in `_identity` too, so another judge means other test results."""
+def _judge_identity(config: Config, inputs: Mapping[str, str], task, lengths: Sequence[int]) -> dict:
+    """What a judge depends on. All of it decides the test's identity too, so another judge means other results."""
     return {
-        "tokenizer": config.model.name, "revision": config.model.revision, "task": asdict(config.task),
+        "tokenizer": inputs["tokenizer"], "texts": task.describe()["splits"]["judge"], "test": inputs["data"],
         "lengths": list(lengths), "seed": config.reward.seed,
     }
 

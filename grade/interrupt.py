@@ -1,11 +1,16 @@
-"""Stop between two steps, not inside one: a first Ctrl-C or SIGTERM asks, a second Ctrl-C interrupts at once."""
+"""Stop between two steps, not inside one: a first Ctrl-C, SIGTERM or hang-up asks, a second Ctrl-C interrupts at once.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Iterator
+
+_ASKING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopRequest:
@@ -16,8 +21,12 @@ class StopRequest:
 
 
 @contextmanager
-def stop_between_steps() -> Iterator[StopRequest]:
-    """Collect interrupts while the block runs. Outside the main thread, where Python has no signals, it never asks."""
+def stop_between_steps(first: str) -> Iterator[StopRequest]:
+    """Collect interrupts while the block runs. Outside the main thread, where Python has no signals, it never asks.
+
+    Args:
+        first: what is still done, said at once when a stop is asked for, such as "this step is finished and saved".
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -26,13 +35,35 @@ def stop_between_steps() -> Iterator[StopRequest]:
     def ask(number, frame):
         if request.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == getattr(signal, "SIGHUP", None):
+            _leave_terminal()
+        elif not request.asked:
+            _say(f"grade: stopping: {first} first. Ctrl-C again stops at once.")
         request.asked = True
 
     # A signal that whoever started the process has it ignore (nohup, a shell's background job) stays ignored.
-    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    heard = [n for n in _ASKING if signal.getsignal(n) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, ask) for number in heard}
     try:
         yield request
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _say(line: str) -> None:
+    """A line on standard error from inside a signal handler, where Python's own streams may be in use; once for all
+    processes of a run."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            os.write(2, f"\n{line}\n".encode())
+
+
+def _leave_terminal() -> None:
+    """The terminal is gone: what is still printed goes nowhere, instead of failing."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):  # a pipe or a file stays
+                os.dup2(nowhere, stream)
+    os.close(nowhere)

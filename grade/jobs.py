@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence
+from typing import Dict, List, Mapping, Sequence
 
 from rich.console import Console
 
-from grade.checkpoint import latest
 from grade.config import Config, GradeError
 from grade.config_io import config_from_yaml, config_to_yaml
+from grade.errors import read_json
+from grade.fingerprint import differing
 from grade.interrupt import stop_between_steps
 from grade.run_dir import differing_settings, is_finished, make_again
 
@@ -46,48 +45,29 @@ class Job:
         return self.run_dir.with_name(self.run_dir.name + ".log")
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Keep a second comparison out of `folder` while the block runs.
+def check_jobs(jobs: Sequence[Job], inputs: Mapping[str, str]) -> None:
+    """Refuse to continue, or to count, runs that were made under other settings or from something else.
 
-    Yields:
-        The lock's file descriptor, for `run_jobs`: children inherit it, so a run that outlives its parent, and still
-        writes there, keeps the folder locked.
-
-    Raises:
-        GradeError: it is locked, or its file system has no locks.
-    """
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GradeError(
-                f"{folder} is in use by another `grade compare`, or by a run that one left behind: wait for it or stop "
-                "it, or compare under another --name."
-            ) from None
-        except OSError as error:
-            reason = f"cannot be locked ({error.strerror})"
-            raise GradeError(f"output_dir: {folder} {reason}. Name a folder on another disk.") from error
-        yield file.fileno()
-
-
-def check_jobs(jobs: Sequence[Job]) -> None:
-    """Refuse to continue runs that were started under other settings.
+    Args:
+        inputs: fingerprint of what the runs read (`grade.fingerprint.inputs_of`).
 
     Raises:
         GradeError: naming the run and what differs; or the run's settings are missing or damaged.
     """
     for job in jobs:
-        if not (job.run_dir.is_dir() and any(job.run_dir.iterdir())):
-            continue
+        if not (job.run_dir / "run.json").is_file():
+            continue  # not begun, or stopped before it had done anything: it starts again
         try:
             before = config_from_yaml(job.run_dir / "config.yaml")
         except GradeError as error:
             raise GradeError(f"{error} {make_again(job.run_dir)}") from error
-        differing = differing_settings(before, job.config)
-        if differing:
+        record = read_json(job.run_dir / "run.json", make_again(job.run_dir), "inputs")
+        train = job.config.train
+        now = {**inputs, "responses_per_step": train.batch_size * train.accumulation_steps}
+        changed = differing_settings(before, job.config) or differing(record["inputs"], now)
+        if changed:
             raise GradeError(
-                f"{job.run_dir} was started with other settings: {differing}. Put them back, delete that folder, "
+                f"{job.run_dir} was started with other settings or data: {changed}. Put them back, delete that folder, "
                 "or compare under another --name."
             )
 
@@ -100,7 +80,8 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) 
     call.
 
     Args:
-        lock: what `locked` gave; the children hold it too.
+        lock: descriptor of the lock on the comparison's folder; the children hold it too, so that a run which outlives
+            its parent, and still writes there, keeps the folder locked.
 
     Raises:
         GradeError: a run's evaluation.json is damaged; nothing was started.
@@ -112,7 +93,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) 
     done, total = len(jobs) - len(waiting), len(jobs)
     if done:
         console.print(f"Runs finished before: {done} of {total}.", highlight=False)
-    with stop_between_steps() as stop:
+    with stop_between_steps("every run saves its last step") as stop:
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -136,9 +117,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) 
 
 def _start(job: Job, at_once: int, lock: int) -> subprocess.Popen:
     job.run_dir.parent.mkdir(parents=True, exist_ok=True)
-    started = latest(job.run_dir / "checkpoints" / "last").is_dir()
-    # What stopped before its first checkpoint has nothing to continue from.
-    train = replace(job.config.train, resume=started, overwrite=not started and job.run_dir.exists())
+    train = replace(job.config.train, resume="auto")
     settings = job.run_dir.with_name(job.run_dir.name + ".yaml")
     settings.write_text(config_to_yaml(replace(job.config, train=train)), encoding="utf-8")
     threads = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // at_once, 1)))

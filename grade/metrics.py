@@ -1,20 +1,18 @@
-"""What a run writes while it runs: metrics.jsonl, samples.jsonl, tensorboard, optionally Weights & Biases.
+"""What a step is measured by: sums that micro-batches and processes add up, means, seconds and memory.
 
 Names follow TRL where it has one (`reward`, `reward_std`, `kl`, `entropy`, `grad_norm`, `completions/mean_length`).
 """
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional
+from typing import Dict, Iterator, Optional
 
 import torch
 from torch import Tensor
 
-from grade.config import Config, GradeError
 from grade.replay import Scores
 from grade.rollout import Rollout
 
@@ -142,75 +140,3 @@ def peak_memory_gib(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 2**30  # macOS counts bytes, others KiB
-
-
-class RunLog:
-    """Appends to the run's files; on processes other than the main one it writes nothing."""
-
-    def __init__(self, run_dir: Path, config: Config, *, enabled: bool, resume_step: int = 0):
-        self.run_dir, self.enabled = run_dir, enabled
-        self._tensorboard = self._wandb = None
-        if not enabled:
-            return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            _drop_after(run_dir / name, resume_step)
-        if config.train.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step or None)
-        if config.train.wandb:
-            self._wandb = _start_wandb(config, run_dir)
-
-    def metrics(self, step: int, values: Dict[str, float]) -> None:
-        if not self.enabled:
-            return
-        _append(self.run_dir / "metrics.jsonl", [{"step": step, **values}])
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
-
-    def samples(self, step: int, samples: List[dict]) -> None:
-        if self.enabled:
-            _append(self.run_dir / "samples.jsonl", [{"step": step, **s} for s in samples])
-
-    def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def _append(path: Path, rows: List[dict]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Drop what a run resumed after `step` steps writes again: training rows from there on, later validations.
-
-    Training rows carry the number of their step, from 0; a validation's is the number of steps taken before it.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            if row["step"] < step or (row["step"] == step > 0 and any(name.startswith("validation/") for name in row)):
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue  # a line cut short when the run was stopped
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def _start_wandb(config: Config, run_dir: Path):
-    try:
-        import wandb
-    except ImportError as error:
-        raise GradeError("train.wandb is true but wandb is not installed: pip install 'grade[wandb]'.") from error
-    from dataclasses import asdict
-
-    return wandb.init(project=config.train.wandb_project, name=run_dir.name, dir=str(run_dir), config=asdict(config))

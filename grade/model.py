@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grade.decode_cache import decoding_cache
 from grade.end_of_sequence import end_ids
-from grade.errors import GradeError, first_line
+from grade.errors import GradeError, reason_of
 from grade.probe import probe_embedding, probe_head, probe_passes
 
 
@@ -97,7 +97,7 @@ class Policy:
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise GradeError(
                 f"model.name: {type(self.causal_lm).__name__} cannot run the passes that replay needs "
-                f"({first_line(error)}). Choose another model."
+                f"({reason_of(error)}). Choose another model."
             ) from error
 
     @property

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grade.checkpoint import check_writable
 from grade.config import Config, GradeError
 from grade.encoding import encode
-from grade.errors import read_json
+from grade.errors import read_json, writing
+from grade.files import check_writable, replaced_folder, sha256
+from grade.fingerprint import differing, model_inputs
 from grade.model import Policy
 from grade.passes import accumulation_dtype
 from grade.reward import RewardHead
@@ -42,23 +42,23 @@ def judged_length(config: Config) -> int:
     return prompt + config.generation.max_new_tokens
 
 
-def head_identity(config: Config, task) -> dict:
-    """What a trained head depends on; two equal identities may share one head."""
+def head_identity(config: Config, policy: Policy, task) -> dict:
+    """What a trained head depends on, by content: two equal identities may share one head."""
     reward = asdict(config.reward)
     del reward["path"], reward["model"], reward["positive_label"]
     described = task.describe()
-    del described["splits"]["judge"], described["texts_in_two_splits"]
+    del described["splits"]["judge"], described["texts_in_two_splits"], described["dataset"]
     return {
-        "model": config.model.name, "revision": config.model.revision, "dtype": config.model.dtype,
-        "reward": reward, "judged_length": judged_length(config), "task": described,
+        "inputs": model_inputs(policy), "dtype": config.model.dtype, "reward": reward,
+        "judged_length": judged_length(config), "task": described,
     }
 
 
-def head_folder(config: Config, task) -> Path:
+def head_folder(config: Config, policy: Policy, task) -> Path:
     """reward.path, or a folder under output_dir named by the head's identity."""
     if config.reward.path is not None:
         return Path(config.reward.path)
-    text = json.dumps(head_identity(config, task), sort_keys=True)
+    text = json.dumps(head_identity(config, policy, task), sort_keys=True)
     return Path(config.output_dir) / f"reward-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
@@ -68,10 +68,11 @@ def load_or_train_head(config: Config, policy: Policy, task) -> RewardHead:
     Raises:
         GradeError: reward.path holds something else than a head for this model.
     """
-    folder = head_folder(config, task)
+    folder = head_folder(config, policy, task)
     if (folder / _HEAD_FILE).is_file():
         return _load(folder, config, policy)
-    check_writable("output_dir" if config.reward.path is None else "reward.path", folder)
+    setting = "output_dir" if config.reward.path is None else "reward.path"
+    check_writable(setting, folder)
     if config.reward.path is not None and folder.exists() and any(folder.iterdir()):
         raise GradeError(f"reward.path={folder} holds no reward head ({_HEAD_FILE} is missing). Name another folder.")
     head, report = train_head(config, policy, task)
@@ -79,20 +80,22 @@ def load_or_train_head(config: Config, policy: Policy, task) -> RewardHead:
         raise GradeError(
             f"reward.learning_rate={config.reward.learning_rate}: the head's loss became {report['loss']}. Lower it."
         )
-    report["identity"] = head_identity(config, task)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    fresh = folder / f"{_HEAD_FILE}.{os.getpid()}"
-    save_file(head.state_dict(), fresh)
-    fresh.replace(folder / _HEAD_FILE)  # last, and whole: its presence says that the folder is complete
+    report["identity"] = head_identity(config, policy, task)
+    report["model"] = config.model.name
+    with writing(folder, setting), replaced_folder(folder) as fresh:
+        save_file(head.state_dict(), fresh / _HEAD_FILE)
+        report["sha256"] = sha256(fresh / _HEAD_FILE)
+        (fresh / _REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return head
 
 
-def keep_head(config: Config, task, run_dir: Path) -> None:
+def keep_head(config: Config, policy: Policy, task, run_dir: Path) -> None:
     """Copy the head into the run: its reward stays what it was, whatever happens to the shared folder."""
-    source, kept = head_folder(config, task), run_dir / "reward"
+    source, kept = head_folder(config, policy, task), run_dir / "reward"
     if source != kept and not (kept / _HEAD_FILE).is_file():
-        shutil.copytree(source, kept, dirs_exist_ok=True)
+        with writing(kept, "train.run_dir"), replaced_folder(kept) as fresh:
+            for name in (_HEAD_FILE, _REPORT_FILE):
+                shutil.copyfile(source / name, fresh / name)
 
 
 def with_kept_head(config: Config, run_dir: Path) -> Config:
@@ -103,9 +106,9 @@ def with_kept_head(config: Config, run_dir: Path) -> Config:
     return replace(config, reward=replace(config.reward, path=str(kept)))
 
 
-def head_report(config: Config, task) -> dict:
+def head_report(config: Config, policy: Policy, task) -> dict:
     """The accuracies stored with the head, empty before it is trained."""
-    return _report(head_folder(config, task))
+    return _report(head_folder(config, policy, task))
 
 
 def _report(folder: Path) -> dict:
@@ -119,14 +122,19 @@ def _load(folder: Path, config: Config, policy: Policy) -> RewardHead:
         hidden, features = weights["layers.0.weight"].shape
     except (SafetensorError, KeyError, ValueError) as error:
         raise GradeError(f"reward.path={folder}: {_HEAD_FILE} is no reward head ({error}).") from error
-    identity = _report(folder).get("identity", {})
-    for name, now in (("model", config.model.name), ("reads", config.reward.input)):
-        then = identity.get("model") if name == "model" else identity.get("reward", {}).get("input")
-        if then is not None and then != now:
-            raise GradeError(
-                f"reward.path={folder}: its head was trained for {name} {then}, this config has {now}. Name the head "
-                "of this config, or leave reward.path null to train one."
-            )
+    report = _report(folder)
+    if report.get("sha256") != sha256(folder / _HEAD_FILE):
+        raise GradeError(f"reward.path={folder}: {_HEAD_FILE} is not what was trained there ({_REPORT_FILE} tells).")
+    identity = report.get("identity", {})
+    changed = differing(identity.get("inputs", {}), model_inputs(policy))
+    reads = identity.get("reward", {}).get("input")
+    if reads != config.reward.input:
+        changed = f"reward.input ({reads} then, {config.reward.input} now)"
+    if changed:
+        raise GradeError(
+            f"reward.path={folder}: its head was trained for something else: {changed}. Name the head of this config, "
+            "or leave reward.path null to train one."
+        )
     if features != policy.head.shape[1]:
         raise GradeError(
             f"reward.path={folder}: its head reads {features} features, {config.model.name} has "
@@ -224,8 +232,8 @@ def features_of(
 def train_reward(config: Config) -> Dict[str, float]:
     """`grade reward`: train the head of a config (or find it trained) and print its accuracy."""
     from grade.loading import load_policy, load_tokenizer
+    from grade.processes import make_accelerator
     from grade.tasks import load_task
-    from grade.trainer import make_accelerator
 
     if config.reward.model is not None:
         raise GradeError("reward.model names a trained classifier: there is no head to train. Set it to null.")
@@ -235,9 +243,9 @@ def train_reward(config: Config) -> Dict[str, float]:
     task = load_task(config)
     policy = load_policy(config, tokenizer, make_accelerator(config).device)
     load_or_train_head(config, policy, task)
-    report = head_report(config, task)
+    report = head_report(config, policy, task)
     console = Console()
-    console.print(f"Reward head: {head_folder(config, task)}")
+    console.print(f"Reward head: {head_folder(config, policy, task)}")
     for text, value in report["accuracy"].items():
         judged = " (the length it will judge)" if text == f"{report['judged_length']} tokens" else ""
         console.print(f"  held-out accuracy on the first {text}{judged}: {value:.3f} of {report['held_out']} reviews")

@@ -11,51 +11,45 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from transformers import get_scheduler
 
-from grade.checkpoint import latest, load_adapter, load_state, save_checkpoint
+from grade.checkpoint import load_adapter, load_state, save_checkpoint, verified_step
 from grade.compiled_decoding import CompiledDecoding
 from grade.config import Config, GradeError
 from grade.config_io import config_to_yaml
 from grade.decoding import Decoding
 from grade.end_of_sequence import warning_without_ends
+from grade.errors import reason_of, writing
 from grade.evaluate import Evaluation, evaluate, text_of, write_evaluations
 from grade.evaluation_tables import evaluation_table
+from grade.files import latest, replace_text
+from grade.fingerprint import differing, inputs_of
 from grade.interrupt import stop_between_steps
 from grade.line_source import StopAsked
 from grade.loading import load_policy, load_prompts, load_reward, load_tokenizer
 from grade.machine import free_bytes
 from grade.memory_plan import plan as plan_memory
 from grade.methods import make_method
-from grade.metrics import Phases, RunLog, peak_memory_gib, reset_peak_memory
+from grade.metrics import Phases, peak_memory_gib, reset_peak_memory
 from grade.opening_lines import opening_lines
+from grade.processes import main_process_first, make_accelerator, shared
 from grade.progress import training_progress
 from grade.reward_training import head_report, keep_head, with_kept_head
 from grade.rollout import Rollout, pad_prompts, sample
 from grade.rollout_source import RolloutSource
-from grade.run_dir import adapter_folder, prepare_run_dir
+from grade.run_dir import adapter_folder, clear, mark, run_folder
+from grade.run_log import Extent, RunLog
 from grade.services import Services
+from grade.soundness import broken_measure, broken_policy
 from grade.tasks import load_task
-
-
-def make_accelerator(config: Config) -> Accelerator:
-    """Accelerate's view of the machine: device, processes, reductions.
-
-    Raises:
-        GradeError: device=cuda without one.
-    """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise GradeError("device=cuda, but torch sees no CUDA or ROCm device. Use device=auto or cpu.")
-    # Not what accelerate would choose on Apple silicon: its GPU has no float64, which sums here use.
-    return Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
 
 
 def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> List[int]:
@@ -67,6 +61,9 @@ def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> List[int]
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         numbers += order[offset: offset + per_step - len(numbers)].tolist()
     return numbers
+
+
+_LOWER = "Start another run with a lower train.learning_rate."
 
 
 class Trainer:
@@ -82,7 +79,7 @@ class Trainer:
         compiled = config.rollout.compile and config.rollout.source is None
         self.decoding = (CompiledDecoding if compiled else Decoding)(self.policy)  # refuses before a head is trained
         head_config = with_kept_head(config, run_dir) if config.train.resume else config
-        with accelerator.main_process_first():
+        with main_process_first(accelerator):
             self.reward = load_reward(head_config, self.policy, self.task)
         self.evaluation_prompts = load_prompts(config, self.task, tokenizer)
         longest = max(len(prompt) for prompts in self.evaluation_prompts.values() for prompt in prompts)
@@ -100,8 +97,11 @@ class Trainer:
             weight_decay=train.weight_decay,
         )
         name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-        self.scheduler = get_scheduler(name, self.optimizer, train.warmup_steps, train.steps)
+        # The learning rate is a function of the step and of the settings in force: nothing of it is saved or restored.
+        self.schedule = get_scheduler(name, self.optimizer, train.warmup_steps, train.steps).lr_lambdas[0]
         self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
+        inputs = inputs_of(config, self.policy, self.task, self.reward)
+        self.inputs = {**inputs, "responses_per_step": self.responses_per_step}
         self.source = None
         if config.rollout.source is not None:
             needed = train.steps * self.responses_per_step
@@ -110,6 +110,7 @@ class Trainer:
         self.norms: List[float] = []  # of the policy's gradient, per update of the current step
         self.best: Optional[dict] = None
         self.evaluations: List[dict] = []
+        self.saved: Optional[int] = None  # steps of the checkpoint in checkpoints/last
 
     # -- one step --------------------------------------------------------------------------------------------
 
@@ -149,15 +150,16 @@ class Trainer:
         with self.phases("rollout"):
             rollouts = list(self.rollouts(step))
         self.norms = []
-        learning_rate = self.scheduler.get_last_lr()[0]
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.schedule(step)
         metrics = self.method.step(rollouts, step, self._update)
-        self.scheduler.step()
         seconds = self.phases.take()
         if self.accelerator.is_main_process and step % config.train.samples_every == 0:
             self.log.samples(step, self._samples(rollouts[0]))
         norms = self.norms or [0.0]
         return {
-            **metrics, "grad_norm": sum(norms) / len(norms), "learning_rate": learning_rate, "updates": len(self.norms),
+            **metrics, "grad_norm": sum(norms) / len(norms), "updates": len(self.norms),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": metrics["tokens"] / sum(seconds.values()),
             "memory/peak_gib": peak_memory_gib(self.policy.device),
             **{f"seconds/{name}": value for name, value in seconds.items()},
@@ -184,9 +186,8 @@ class Trainer:
             wrong = [norm for norm in norms if not math.isfinite(norm)]
             if wrong:
                 raise GradeError(
-                    f"the gradient's norm at step {self.step} is {wrong[0]}: the update was not made. Start another "
-                    "run with a lower train.learning_rate (for grade and grade-ste a higher method.tau_end helps too); "
-                    "the last checkpoint is kept."
+                    f"the gradient's norm at step {self.step} is {wrong[0]}: the update was not made. {self._kept()} "
+                    f"{_LOWER} For grade and grade-ste a higher method.tau_end helps too."
                 )
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -204,61 +205,85 @@ class Trainer:
     # -- the run ---------------------------------------------------------------------------------------------
 
     def fit(self) -> Dict[str, Evaluation]:
-        """Train to config.train.steps; the test evaluations {"base": ..., "best": ...}, or {} without test prompts."""
+        """Train to config.train.steps; the test evaluations {"base": ..., "best": ...}, or {} without test prompts.
+
+        Raises:
+            GradeError: the run cannot be continued, its files cannot be written, or the policy is broken; the earlier
+                checkpoints are untouched.
+            KeyboardInterrupt: a stop was asked for; the last step is saved.
+        """
         train, every = self.config.train, self.config.evaluation.every
-        if train.resume:
-            self._restore()
+        notes = [*opening_lines(self.config, self.task, self.policy, self.reward), self.memory.line]
+        written = self._restore(notes) if train.resume else None
         main = self.accelerator.is_main_process
-        if main:
-            if train.overwrite and self.run_dir.exists():
-                shutil.rmtree(self.run_dir)
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.yaml").write_text(config_to_yaml(self.config), encoding="utf-8")
-            self._write_record()
-        self.log = RunLog(self.run_dir, self.config, enabled=main, resume_step=self.step)
-        try:
-            with training_progress(train.steps, self.step, enabled=main) as progress, stop_between_steps() as stop:
-                for line in (*opening_lines(self.config, self.task, self.policy, self.reward), self.memory.line):
-                    progress.say(line)
-                if isinstance(self.decoding, CompiledDecoding):
-                    progress.say("rollout.compile: the first step compiles for half a minute or more")
-                if self.step == 0 and not self.evaluations:
-                    self._validate(progress, adapters=False)
-                if self.source is not None:
-                    self.source.should_stop = lambda: stop.asked
-                while self.step < train.steps:
-                    try:
-                        with self.memory.explained(f"step {self.step}", "train"):
-                            metrics = self.train_step()
-                    except StopAsked:  # while it waited for responses: nothing of this step has been done
-                        self._save()
-                        raise KeyboardInterrupt from None
-                    self.log.metrics(self.step, metrics)
-                    progress.advance(metrics)
-                    self.step += 1
-                    if self.step % every == 0 or self.step == train.steps:
-                        self._validate(progress)
-                    stopping = self.services.any_process(stop.asked)
-                    if self.step % train.save_every == 0 or self.step == train.steps or stopping:
-                        self._save()
-                    if stopping and self.step < train.steps:
-                        raise KeyboardInterrupt
-                return self._test(progress)
-        finally:
-            self.log.close()
+        with main_process_first(self.accelerator):
+            if main:
+                if train.overwrite:
+                    clear(self.run_dir)
+                mark(self.run_dir)
+            self.log = RunLog(self.run_dir, self.config, enabled=main, written=written, resume_step=self.step)
+            if main:
+                with writing(self.run_dir / "config.yaml", "train.run_dir"):
+                    replace_text(self.run_dir / "config.yaml", config_to_yaml(self.config))
+                self._write_record()
+        if isinstance(self.decoding, CompiledDecoding):
+            notes.append("rollout.compile: the first step compiles for half a minute or more")
+        with ExitStack() as stack:
+            stack.callback(self.log.close)
+            progress = stack.enter_context(training_progress(train.steps, self.step, enabled=main))
+            stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
+            for note in notes:
+                progress.say(note)
+            if self.step == 0 and not self.evaluations:
+                self._validate(progress, adapters=False)
+            if self.source is not None:
+                self.source.should_stop = lambda: stop.asked
+            while self.step < train.steps:
+                try:
+                    with self.memory.explained(f"step {self.step}", "train"):
+                        metrics = self.train_step()
+                except StopAsked:  # while it waited for responses: nothing of this step has been done
+                    self._save()
+                    raise KeyboardInterrupt from None
+                self._refuse_broken(f"step {self.step}", broken_measure(metrics))
+                self.log.metrics(self.step, metrics)
+                progress.advance(metrics)
+                self.step += 1
+                if self.step % every == 0 or self.step == train.steps:
+                    self._validate(progress)
+                stopping = self.services.any_process(stop.asked)
+                if self.step % train.save_every == 0 or self.step == train.steps or stopping:
+                    self._save()
+                if stopping and self.step < train.steps:
+                    raise KeyboardInterrupt
+            if not self.best["beats_base"]:
+                progress.say(self.verdict())
+            return self._test(progress)
+
+    def verdict(self) -> str:
+        """What to say of a run of which no checkpoint's validation was better than the base model's."""
+        base, best = Evaluation(**self.evaluations[0]), self.best
+        return (
+            f"No checkpoint is better than the base model: its validation is {base.metric:.3f}, the best of the "
+            f"run's {best['metric']:.3f} (step {best['step']}). {_LOWER}"
+        )
 
     def _validate(self, progress, *, adapters: bool = True) -> None:
+        if adapters:
+            self._check_policy()
         row = self._evaluate("validation", progress, adapters=adapters)
+        self._refuse_broken(f"validation after {self.step} steps", broken_measure(row.summary()))
         self.evaluations.append(asdict(row))
         self.log.metrics(self.step, {f"validation/{k}": v for k, v in row.summary().items()})
         better = adapters and (self.best is None or row.metric > self.best["metric"])
         if better:
-            self.best = {"step": self.step, "metric": row.metric, "reward": row.reward}
+            beats = row.metric > Evaluation(**self.evaluations[0]).metric
+            self.best = {"step": self.step, "metric": row.metric, "reward": row.reward, "beats_base": beats}
         if self.accelerator.is_main_process:
             if better:
-                save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy)
+                save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy, self.step)
             if adapters and self.config.train.keep_adapters:
-                save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy)
+                save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy, self.step)
         self._write_evaluations()
         progress.say(
             f"step {row.step:>4}  validation of the {row.model}: reward {row.reward:.3f} ± {row.reward_stderr:.3f}  "
@@ -268,6 +293,29 @@ class Trainer:
         warning = warning_without_ends(self.config, row.eos_rate) if len(self.evaluations) == 1 else None
         if warning is not None:
             progress.say(warning)
+
+    def _check_policy(self) -> None:
+        trained = (p for group in self.optimizer.param_groups for p in group["params"])
+        self._refuse_broken(f"after {self.step} steps", broken_policy(self.policy, trained, self.prompts[0]))
+
+    def _refuse_broken(self, when: str, broken: Optional[str]) -> None:
+        """End the run before a broken policy is saved or chosen.
+
+        Args:
+            broken: what is wrong with it, from `grade.soundness`; None: nothing is.
+        """
+        if broken is not None:
+            raise GradeError(
+                f"{when}: the policy is broken ({broken}), and nothing of it is saved. {self._kept()} {_LOWER}"
+            )
+
+    def _kept(self) -> str:
+        """Which checkpoints there are to go back to, as a sentence."""
+        if self.saved is None and self.best is None:
+            return "No checkpoint had been written before."
+        kept = [] if self.saved is None else [f"checkpoints/last (step {self.saved})"]
+        kept += [] if self.best is None else [f"checkpoints/best (step {self.best['step']})"]
+        return f"Kept {'is' if len(kept) == 1 else 'are'} {' and '.join(kept)}."
 
     def _evaluate(self, split: str, progress, *, adapters: bool) -> Evaluation:
         prompts = self.evaluation_prompts[split]
@@ -286,7 +334,13 @@ class Trainer:
         if not self.evaluation_prompts["test"]:
             return {}
         self.accelerator.wait_for_everyone()
-        load_adapter(latest(self.run_dir / "checkpoints" / "best"), self.policy)
+        best = latest(self.run_dir / "checkpoints" / "best")
+        if (found := verified_step(best)) != self.best["step"]:
+            raise GradeError(
+                f"{best} holds step {found}, but the best of this run is step {self.best['step']}: the run went "
+                "further once. Raise train.steps again, or start anew with --train.overwrite true."
+            )
+        load_adapter(best, self.policy)
         self.step = self.best["step"]
         rows = {
             "base": self._evaluate("test", progress, adapters=False),
@@ -303,36 +357,63 @@ class Trainer:
             )
 
     def _write_record(self) -> None:
-        """What the run was made of: splits and the reward head's accuracy; and the head itself."""
-        record = {"task": self.task.describe()}
+        """What the run was made of: splits, fingerprints and the reward head's accuracy; and the head itself."""
+        record = {"task": self.task.describe(), "inputs": self.inputs}
         if self.reward.differentiable and self.config.reward.model is None:
-            keep_head(self.config, self.task, self.run_dir)
-            record["reward_head"] = head_report(with_kept_head(self.config, self.run_dir), self.task)
-        (self.run_dir / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            keep_head(self.config, self.policy, self.task, self.run_dir)
+            kept = with_kept_head(self.config, self.run_dir)
+            record["reward_head"] = head_report(kept, self.policy, self.task)
+        with writing(self.run_dir / "run.json", "train.run_dir"):
+            replace_text(self.run_dir / "run.json", json.dumps(record, indent=2) + "\n")
 
     def _save(self) -> None:
+        self._check_policy()
         if self.accelerator.is_main_process:
             state = {
-                "step": self.step, "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-                "best": self.best, "evaluations": self.evaluations, "method": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "steps": self.config.train.steps, "best": self.best,
+                "evaluations": self.evaluations, "method": self.method.state_dict(), "inputs": self.inputs,
+                "logs": self.log.extents(),
             }
-            save_checkpoint(self.run_dir / "checkpoints" / "last", self.policy, state)
+            save_checkpoint(self.run_dir / "checkpoints" / "last", self.policy, self.step, state)
+        self.saved = self.step
 
-    def _restore(self) -> None:
+    def _restore(self, notes: List[str]) -> Dict[str, Extent]:
+        """Continue from the last checkpoint; what its run had logged by then.
+
+        Args:
+            notes: gets what the user should know of the difference to an uninterrupted run.
+
+        Raises:
+            GradeError: the checkpoint is damaged, or something that the run depends on has been replaced.
+        """
         folder = latest(self.run_dir / "checkpoints" / "last")
         state = load_state(folder)
-        load_adapter(folder, self.policy)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if "method" not in state:
+        try:
+            changed = differing(state["inputs"], self.inputs)
+            if changed:
+                raise GradeError(
+                    f"train.resume: {self.run_dir} was started with something else: {changed}. Put it back, or start "
+                    "another run with --train.run_dir."
+                )
+            load_adapter(folder, self.policy)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.method.load_state_dict(state["method"])
+            self.best, self.evaluations, logs = state["best"], state["evaluations"], state["logs"]
+            before, now = state["steps"], self.config.train.steps
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise GradeError(
-                f"train.resume: {folder} was written by an earlier version, without the method's own state. Start "
+                f"train.resume: the trainer's state in {folder} does not fit this run ({reason_of(error)}). Start "
                 "again with --train.overwrite true."
+            ) from error
+        self.step = self.saved = state["step"]
+        if before != now and self.config.train.schedule != "constant":
+            notes.append(
+                f"train.steps was {before} and is {now}: from here on the learning rate follows the "
+                f"{self.config.train.schedule} schedule of {now} steps, which the first {self.step} did not"
             )
-        self.method.load_state_dict(state["method"])
-        self.step, self.best, self.evaluations = state["step"], state["best"], state["evaluations"]
         if self.source is not None and not self.source.is_pipe:
             self.source.skip(self.step * self.responses_per_step)
+        return logs
 
     # -- processes -------------------------------------------------------------------------------------------
 
@@ -343,17 +424,34 @@ class Trainer:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").cpu()
 
 
+@contextmanager
+def started(config: Config, accelerator: Accelerator) -> Iterator[Tuple[Config, Path]]:
+    """Hold the run's folder, in the main process for all; yields the config as it is decided and the folder.
+
+    Raises:
+        GradeError: in every process, if the folder cannot be used.
+    """
+    with ExitStack() as stack:
+        with main_process_first(accelerator):
+            if accelerator.is_main_process:
+                config = stack.enter_context(run_folder(config))
+        decided = shared(accelerator, (config.train.resume, config.train.overwrite))
+        train = replace(config.train, resume=decided[0], overwrite=decided[1])
+        yield replace(config, train=train), Path(config.run_dir)
+
+
 def train(config: Config) -> Dict[str, Evaluation]:
     """`grade train`: run a config and print what came out."""
     accelerator = make_accelerator(config)
-    with accelerator.main_process_first():
-        run_dir = prepare_run_dir(config)
-    trainer = Trainer(config, accelerator, run_dir)
-    rows = trainer.fit()
+    with started(config, accelerator) as (config, run_dir):
+        trainer = Trainer(config, accelerator, run_dir)
+        rows = trainer.fit()
     if accelerator.is_main_process:
         console = Console()
         if rows:
             title = f"test, {rows['best'].prompts} prompts, best checkpoint by validation"
             console.print(evaluation_table(list(rows.values()), title))
+        if not trainer.best["beats_base"]:
+            console.print(trainer.verdict(), soft_wrap=True)
         console.print(f"Run directory: {run_dir}", soft_wrap=True)
     return rows

@@ -14,21 +14,23 @@ from typing import List, Optional
 
 from rich.console import Console
 
-from grade.checkpoint import adapter_digest, check_writable, latest, load_adapter
+from grade.checkpoint import adapter_digest, load_adapter
 from grade.config import Config, EvaluationConfig, GradeError, default_methods, validate
 from grade.errors import read_json
 from grade.evaluate import write_evaluations
+from grade.files import check_writable, latest
+from grade.fingerprint import inputs_of
 from grade.gradient_statistics import Draws, agreement, norm_error
 from grade.interrupt import StopRequest, stop_between_steps
 from grade.laboratory import Estimate, Laboratory
 from grade.loading import load_policy, load_reward, load_tokenizer
 from grade.machine import machine
 from grade.method_config import MethodConfig, method_named
+from grade.processes import make_accelerator
 from grade.progress import counting
 from grade.study_config import CompareConfig
 from grade.task_config import JUDGED_BY_PROGRAM
 from grade.tasks import load_task
-from grade.trainer import make_accelerator
 from grade.variance_text import document, rich_table
 
 JUDGED_LENGTH = 8
@@ -72,7 +74,8 @@ def run_variance(config: Config, checkpoint: Optional[Path] = None) -> dict:
         validate(Laboratory(largest, None, None, [], max(lengths), max(top_ks)).of(name))
     check_writable("output_dir", folder)
     path = folder / "variance.json"
-    payload = _kept(path, {"config": asdict(_relevant(config)), "adapter_sha256": weights, "machine": machine()})
+    identity = {"config": asdict(_relevant(config)), "adapter_sha256": weights, "machine": machine()}
+    _kept(path, identity)  # first without what takes time to load
     accelerator, tokenizer, task = make_accelerator(config), load_tokenizer(config), load_task(config)
     if accelerator.num_processes > 1:
         raise GradeError("grade variance runs in one process: start it without torchrun or accelerate.")
@@ -80,9 +83,10 @@ def run_variance(config: Config, checkpoint: Optional[Path] = None) -> dict:
     reward = load_reward(config, policy, task)
     if checkpoint is not None:
         load_adapter(latest(checkpoint), policy)
+    payload = _kept(path, {**identity, "inputs": inputs_of(config, policy, task, reward)})
     prompts = task.prompts("policy", tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    with stop_between_steps() as stop:
+    with stop_between_steps("what was measured is written") as stop:
         for length in lengths:
             for top_k in top_ks:
                 laboratory = Laboratory(config, policy, reward, prompts, length, top_k)

@@ -31,10 +31,11 @@ from grade.machine import free_bytes
 from grade.memory import Estimate, estimate
 from grade.memory_plan import MemoryPlan, is_out_of_memory, plan
 from grade.methods import make_method
+from grade.processes import make_accelerator
 from grade.rollout import sample
 from grade.run_dir import prepare_run_dir
 from grade.services import Services
-from grade.trainer import Trainer, make_accelerator
+from grade.trainer import Trainer
 
 PROMPT = 16
 GIB = 2**30

@@ -19,14 +19,17 @@ from tiny import tiny_policy, tiny_reward
 from tiny_run import shared_output, tiny_config, tiny_data, tiny_model  # noqa: F401
 
 from grade import line_source
-from grade.checkpoint import latest, load_state
+from grade.checkpoint import load_state
 from grade.config import GradeError, RolloutConfig, validate
 from grade.drawing import Sampling
+from grade.files import latest
 from grade.methods import kl_weight
+from grade.processes import make_accelerator
 from grade.replay import ReplaySettings, replay
 from grade.rollout import pad_prompts, sample
 from grade.rollout_source import Response, recreate
-from grade.trainer import Trainer, make_accelerator, prepare_run_dir
+from grade.run_dir import prepare_run_dir
+from grade.trainer import Trainer
 
 PROMPTS = [[5, 9, 11], [7, 3]]
 

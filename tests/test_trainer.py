@@ -17,9 +17,11 @@ from grade.evaluate import evaluate, evaluate_run
 from grade.methods import kl_weight
 from grade.methods.grade import tau_at
 from grade.metrics import add_sums, step_metrics, step_sums, unique_token_ratio
+from grade.processes import make_accelerator
 from grade.replay import Scores
 from grade.rollout import Rollout
-from grade.trainer import Trainer, make_accelerator, prepare_run_dir, prompt_numbers, train
+from grade.run_dir import prepare_run_dir
+from grade.trainer import Trainer, prompt_numbers, train
 
 
 class NullLog:
@@ -292,12 +294,12 @@ def test_damaged_checkpoints_are_told_in_words(tiny_config, damage):
     train(config)
     last = Path(config.run_dir) / "checkpoints" / "last"
     if damage == "state":
-        (last / "trainer_state.pt").write_bytes(b"junk")
+        (last / "trainer_state.safetensors").write_bytes(b"junk")
     elif damage == "adapter":
         (last / "adapter_model.safetensors").write_bytes(b"junk")
     else:
         (last / "adapter_model.safetensors").unlink()
-    with pytest.raises(GradeError, match="cannot be read"):
+    with pytest.raises(GradeError, match="cannot be read|is damaged"):
         train(with_train(config, resume=True, steps=2))
 
 
@@ -315,7 +317,7 @@ def test_a_model_with_missing_tensors_is_refused(tiny_config, tmp_path):
 
 def test_a_checkpoint_of_another_alpha_is_refused(tiny_config, tmp_path):
     trainer = trainer_of(tiny_config)
-    save_checkpoint(tmp_path / "adapter", trainer.policy)
+    save_checkpoint(tmp_path / "adapter", trainer.policy, 1)
     other = replace(tiny_config, model=replace(tiny_config.model, lora=replace(tiny_config.model.lora, alpha=64)))
     with pytest.raises(GradeError, match="lora_alpha=8.*64"):
         load_adapter(tmp_path / "adapter", trainer_of(other).policy)
@@ -380,7 +382,7 @@ def test_a_saved_adapter_loads_in_peft_and_gives_the_policy(tiny_config, tmp_pat
 
     trainer = trainer_of(with_train(tiny_config, learning_rate=1e-2))
     trainer.train_step()
-    save_checkpoint(tmp_path / "adapter", trainer.policy)
+    save_checkpoint(tmp_path / "adapter", trainer.policy, 1)
     loaded = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_config.model.name, dtype=torch.float32), str(tmp_path / "adapter")
     )
@@ -397,11 +399,11 @@ def test_run_directory_in_use_is_refused_and_nothing_is_lost(tiny_config, tmp_pa
     run_dir.mkdir()
     (run_dir / "notes.txt").write_text("mine")
     config = with_train(tiny_config, run_dir=str(run_dir))
-    with pytest.raises(GradeError, match="train.run_dir.*--train.resume"):
+    with pytest.raises(GradeError, match="train.run_dir.*not empty.*--train.run_dir"):
         prepare_run_dir(config)
-    with pytest.raises(GradeError, match="does not look like a run"):
+    with pytest.raises(GradeError, match="nothing is deleted there"):
         prepare_run_dir(with_train(config, overwrite=True))
-    with pytest.raises(GradeError, match="no checkpoint to continue"):
+    with pytest.raises(GradeError, match="nothing to continue"):
         prepare_run_dir(with_train(config, resume=True))
     assert (run_dir / "notes.txt").read_text() == "mine"
 

@@ -11,8 +11,9 @@ from test_trainer import adapter_of, stop_after_two_steps, timeless, trainer_of,
 from grade.checkpoint import load_state
 from grade.config import GradeError, validate
 from grade.evaluate import Evaluation
+from grade.processes import make_accelerator
 from grade.run_dir import adapter_folder, is_finished, prepare_run_dir
-from grade.trainer import Trainer, make_accelerator, train
+from grade.trainer import Trainer, train
 
 
 def config_of(tiny_config, name, section=None, **changes):

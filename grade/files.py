@@ -1,0 +1,173 @@
+"""Files and folders on disk that are always whole: written beside their place, synchronised, then moved into it.
+
+A process may be killed, or the machine lose power, at any moment: what stands under a name is then the earlier content
+or the later one, never half of either, and never nothing where there was something.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Iterator
+
+from grade.errors import GradeError, writing
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, has reached the disk.
+
+    Raises:
+        OSError: it did not.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Give a file another content, as a whole.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written; it then holds what it held.
+    """
+    fresh = path.with_name(path.name + ".new")
+    try:
+        fresh.write_bytes(content)
+        sync(fresh)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """As `replace_bytes`, in UTF-8; half of a surrogate pair is written as its escape."""
+    replace_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder anew as a whole: yields an empty folder to fill, which takes the place of `folder` at the end.
+
+    At every moment `folder` or its old copy is complete, if there ever was one (see `latest`). What a killed process
+    leaves is named `folder`.new-<process>.
+
+    Raises:
+        OSError: it cannot be written; what was there before is untouched.
+    """
+    fresh, old = folder.with_name(f"{folder.name}.new-{os.getpid()}"), _old(folder)
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        _share(fresh)
+        for path in [*fresh.rglob("*"), fresh]:
+            sync(path)
+        if folder.exists():  # only then is the old copy one too many; else it is the only one there is
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        fresh.rename(folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if not folder.exists() and old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Give a folder's files the permissions that the user's umask gives to new files: some libraries write theirs
+    as private temporary files."""
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
+def latest(folder: Path) -> Path:
+    """`folder`, or the old copy that an interruption between two renames left in its place."""
+    old = _old(folder)
+    return old if not folder.exists() and old.exists() else folder
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal; read again only where its size or time of change is another.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    status = path.stat()
+    return _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_writable(setting: str, folder: Path) -> None:
+    """Find out before any work whether `folder` can be made and written; leaves no trace in it.
+
+    Raises:
+        GradeError: naming the setting.
+    """
+    try:
+        missing = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+        if missing:
+            folder.rmdir()
+    except OSError as error:
+        raise GradeError(
+            f"{setting}: {folder} cannot be written ({error.strerror or error}). Name another folder."
+        ) from error
+
+
+@contextmanager
+def locked(path: Path, setting: str, in_use: str) -> Iterator[int]:
+    """Hold a lock while the block runs; the system releases it when the process ends, however that happens.
+
+    Args:
+        path: the file that is locked; made if it is missing, and left.
+        setting: what decides the place, for the message.
+        in_use: the message where another process holds the lock.
+
+    Yields:
+        The lock's file descriptor, which a child process may inherit to hold it too.
+
+    Raises:
+        GradeError: it is held elsewhere, cannot be made, or the file system has no locks.
+    """
+    with writing(path, setting):
+        file = path.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GradeError(in_use) from None
+        except OSError as error:
+            reason = f"cannot be locked ({error.strerror})"
+            raise GradeError(f"{setting}: {path.parent} {reason}. Name a folder on another disk.") from error
+        yield file.fileno()

@@ -1,0 +1,51 @@
+"""The processes of a run: the machine as accelerate sees it, and errors that all of them share."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from grade.config import Config
+from grade.errors import GradeError
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Accelerate's view of the machine: device, processes, reductions.
+
+    Raises:
+        GradeError: device=cuda without one.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise GradeError("device=cuda, but torch sees no CUDA or ROCm device. Use device=auto or cpu.")
+    # Not what accelerate would choose on Apple silicon: its GPU has no float64, which sums here use.
+    return Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
+
+
+def shared(accelerator: Accelerator, value: Any) -> Any:
+    """The main process' value, in every process."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """The block runs in the main process, then in the others; what the first may not do, the others do not try.
+
+    Raises:
+        GradeError: in every process, the main one's; accelerate's own would leave the others waiting for it.
+    """
+    if not accelerator.is_main_process:
+        error = shared(accelerator, None)
+        if error is not None:
+            raise GradeError(error)
+        yield
+        return
+    try:
+        yield
+    except GradeError as error:
+        shared(accelerator, str(error))
+        raise
+    shared(accelerator, None)

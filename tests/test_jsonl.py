@@ -1,0 +1,51 @@
+"""JSON lines: what is text stays in its row, and what was cut short is told from what is damaged."""
+
+import json
+
+import pytest
+
+from grade.errors import GradeError
+from grade.jsonl import Rows, append_rows, encode_rows, read_rows
+
+SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r", "\n", "\r\n"]
+
+
+@pytest.mark.parametrize("separator", SEPARATORS, ids=[repr(s) for s in SEPARATORS])
+def test_a_text_with_any_line_separator_is_one_row(tmp_path, separator):
+    rows = [{"step": i, "response": f"one{separator}two"} for i in range(8)]
+    path = tmp_path / "samples.jsonl"
+    append_rows(path, rows[:3])
+    append_rows(path, rows[3:])
+    assert read_rows(path) == Rows(rows, [], False)
+    assert path.read_bytes().count(b"\n") == 8
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "a\udfff!", "😀", "\x00", "\\ud800", "ü漢ع"])
+def test_any_text_is_read_back_as_it_was(tmp_path, text):
+    append_rows(tmp_path / "samples.jsonl", [{"text": text, text: 1}])
+    assert read_rows(tmp_path / "samples.jsonl").rows == [{"text": text, text: 1}]
+
+
+def test_a_missing_and_an_empty_file_have_no_rows(tmp_path):
+    assert read_rows(tmp_path / "none.jsonl") == Rows([], [], False)
+    (tmp_path / "empty.jsonl").touch()
+    assert read_rows(tmp_path / "empty.jsonl") == Rows([], [], False)
+
+
+def test_a_cut_last_line_is_told_from_broken_ones(tmp_path):
+    path, whole = tmp_path / "metrics.jsonl", encode_rows([{"step": 0}, {"text": "ü"}])
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        found = read_rows(path)
+        assert found.rows == [json.loads(line) for line in (b'{"step": 0}', '{"text": "ü"}'.encode())
+                              if whole[:cut].find(line) >= 0]
+        # A row that lacks only its line's end is whole.
+        assert found.broken == [] and found.cut == (cut not in (0, 11, 12, len(whole) - 1, len(whole)))
+    path.write_bytes(b'{"step": 0}\n{"st\n[1]\n7\n\n\xff\n' + b"[" * 200_000 + b'\n{"step": 1}\n{"st\n')
+    assert read_rows(path) == Rows([{"step": 0}, {"step": 1}], [2, 3, 4, 5, 6, 7], True)
+
+
+def test_a_file_that_cannot_be_read_is_told_in_words(tmp_path):
+    with pytest.raises(GradeError, match="metrics.jsonl cannot be read"):
+        (tmp_path / "metrics.jsonl").mkdir()
+        read_rows(tmp_path / "metrics.jsonl")
