@@ -29,7 +29,8 @@ _NOT_TRUSTED = {
 
 def context_of(config) -> Optional[int]:
     """Most positions of a model with this configuration; None where they have no limit."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # the latter is MPT's
     return limit if limit is not None and limit > 0 else None
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from test_reward import SAME, classifier, save_tokenizer
 from tiny import CONFIGS
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MambaConfig, MptConfig
 
 from grade.config import Config, GradeError
 from grade.errors import reason_of
 from grade.hub_names import looks_local
 from grade.loading import load_policy, load_tokenizer
-from grade.pretrained import Pretrained
+from grade.pretrained import Pretrained, context_of
 from grade.reward import check_classifier
 
 CPU = torch.device("cpu")
@@ -230,6 +230,14 @@ def test_a_complete_classifier_is_read_without_the_hub(tmp_path, folder, asked):
     save_tokenizer(tmp_path / "judge", SAME)
     check_classifier(str(tmp_path / "judge"), load_tokenizer(config_for(folder)), judged=8, positive_label=None)
     assert not asked
+
+
+@pytest.mark.parametrize("config, context", [
+    (LlamaConfig(max_position_embeddings=99), 99), (GPT2Config(n_positions=77), 77), (MptConfig(max_seq_len=55), 55),
+    (BloomConfig(), None), (MambaConfig(), None),
+], ids=lambda x: getattr(x, "model_type", None))
+def test_the_context_of_an_architecture(config, context):
+    assert context_of(config) == context
 
 
 # -- what another library says -------------------------------------------------------------------------------------
