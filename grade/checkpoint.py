@@ -41,7 +41,8 @@ def save_checkpoint(directory: Path, policy: Policy, step: int, state: Optional[
     for leftover in directory.parent.glob(f"{directory.name}.new-*"):  # of processes that were killed: the run is ours
         shutil.rmtree(leftover, ignore_errors=True)
     with writing(directory, "train.run_dir"), replaced_folder(directory) as fresh:
-        policy.model.save_pretrained(str(fresh))
+        # The embeddings are the base's. `auto` would look for its config, at the hub where no folder has it.
+        policy.model.save_pretrained(str(fresh), save_embedding_layers=False)
         if state is not None:
             tree.save(fresh / _STATE_STEM, state)
         files = {path.name: sha256(path) for path in sorted(fresh.iterdir()) if path.is_file()}
@@ -86,6 +87,10 @@ def load_adapter(directory: Path, policy: Policy) -> None:
 
     if not (directory / "adapter_config.json").is_file():
         raise GradeError(f"checkpoint {directory}: no adapter is saved there (adapter_config.json is missing).")
+    if not any((directory / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        raise GradeError(  # peft would look for the folder's name at the hub
+            f"checkpoint {directory}: no adapter is saved there (adapter_model.safetensors is missing)."
+        )
     if (directory / MANIFEST_FILE).is_file():  # an adapter from elsewhere has none
         verified_step(directory)
     try:

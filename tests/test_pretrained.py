@@ -7,6 +7,7 @@ import pickle
 import socket
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from test_reward import SAME, classifier, save_tokenizer
 from tiny import CONFIGS
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MambaConfig, MptConfig
 
+from grade.checkpoint import load_adapter, save_checkpoint
 from grade.config import Config, GradeError
 from grade.errors import reason_of
 from grade.hub_names import looks_local
@@ -131,6 +133,21 @@ def test_an_adapter_given_as_a_model_says_so(folder, asked, whole):
     for setting in ("model.name", "reward.model"):
         with pytest.raises(GradeError, match=f"{setting}=.*it is an adapter .* of the model some/base, not a model"):
             Pretrained(setting, str(folder))
+    assert not asked
+
+
+def test_adapters_are_written_and_read_without_the_hub(folder, asked, monkeypatch):
+    """peft asks the hub for the base's config when it saves, and for weights that an adapter's folder lacks."""
+    policy = load(folder)
+    policy.model.peft_config["default"].base_model_name_or_path = "some/base"
+    monkeypatch.chdir(folder.parent.parent)
+    saved = Path("somebody/adapter")
+    save_checkpoint(saved, policy, 1)
+    load_adapter(saved, policy)
+    (saved / "manifest.json").unlink()
+    (saved / "adapter_model.safetensors").unlink()
+    with pytest.raises(GradeError, match="no adapter is saved there .adapter_model.safetensors is missing"):
+        load_adapter(saved, policy)
     assert not asked
 
 
