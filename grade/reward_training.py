@@ -48,6 +48,7 @@ def head_identity(config: Config, policy: Policy, task) -> dict:
     del reward["path"], reward["model"], reward["positive_label"]
     described = task.describe()
     del described["splits"]["judge"], described["texts_in_two_splits"], described["dataset"]
+    described.pop("labels", None)  # the splits' sums cover what became of them
     return {
         "inputs": model_inputs(policy), "dtype": config.model.dtype, "reward": reward,
         "judged_length": judged_length(config), "task": described,

@@ -121,7 +121,7 @@ def _load_hub(name: str, settings: TaskConfig) -> Labelled:
     except datasets.exceptions.DatasetNotFoundError as error:
         raise GradeError(
             f"task.dataset is {name}: there is no such folder here, and the hub shows no such dataset "
-            f"({error}). Correct the name, or name {_LOCAL_FILES}."
+            f"({reason_of(error)}). Correct the name, or name {_LOCAL_FILES}."
         ) from error
     except Exception as error:
         if _is_connection_error(error):
