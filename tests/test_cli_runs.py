@@ -12,6 +12,7 @@ import pytest
 
 from grade import cli
 from grade.config_io import config_to_yaml
+from grade.run_dir import mark
 
 SHRUNK_DEMO = [
     "--pretrain_steps", "20", "--task.reward_examples", "60", "--task.policy_examples", "40",
@@ -19,6 +20,9 @@ SHRUNK_DEMO = [
     "--train.steps", "2", "--train.batch_size", "4", "--evaluation.every", "2", "--evaluation.validation_prompts", "8",
     "--evaluation.test_prompts", "8", "--reward.epochs", "2",
 ]
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def grade(*arguments, cwd, **environment):
@@ -82,9 +86,8 @@ def test_two_processes_equal_one_large_batch(tiny_config, tmp_path, method):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         return rows, json.loads((tmp_path / name / "evaluation.json").read_text())["test"]
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     one, test_one = run("one", sys.executable, batch_size=8)
-    two, test_two = run("two", *torchrun, batch_size=4)
+    two, test_two = run("two", *TORCHRUN, batch_size=4)
     assert len(one) == len(two)
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
@@ -92,6 +95,21 @@ def test_two_processes_equal_one_large_batch(tiny_config, tmp_path, method):
             if not name.startswith(("seconds", "tokens_per", "memory")):
                 assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-6), name
     assert test_two["best"]["reward"] == pytest.approx(test_one["best"]["reward"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_several_processes_say_once_what_is_wrong(tiny_config, tmp_path):
+    """The folder holds a run: one line, from one process, and no traceback of ours."""
+    mark(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    config = tmp_path / "config.yaml"
+    config.write_text(config_to_yaml(tiny_config))
+    done = subprocess.run(
+        [*TORCHRUN, "-m", "grade", "train", str(config)], cwd=tmp_path, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0 and done.stderr.count("grade: error:") == 1, done.stderr
+    assert 'grade/trainer.py", line' not in done.stderr
 
 
 def mistake(tiny_config, tmp_path, capsys, *options):

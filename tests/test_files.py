@@ -1,0 +1,131 @@
+"""Files that are always whole: every moment at which a process can be killed has its turn."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+
+from grade.errors import GradeError
+from grade.files import check_writable, latest, locked, replace_text, replaced_folder, sha256
+
+_OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "shutil.rmtree")
+
+
+def killed(work, place, before):
+    """Run `work` in a child that is killed just before its n-th operation on files below `place`; whether it was."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def watch(event, arguments):
+            nonlocal seen
+            if event in _OPERATIONS and any(str(place) in str(a) for a in arguments):
+                seen += 1
+                if seen == before:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(watch)
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def write(folder, version):
+    with replaced_folder(folder) as fresh:
+        (fresh / "a").write_text(version)
+        (fresh / "b").write_text(version)
+
+
+def version_of(folder):
+    """What a folder holds, which must be whole."""
+    found = latest(folder)
+    versions = {(found / name).read_text() for name in ("a", "b")}
+    assert len(versions) == 1, versions
+    return versions.pop()
+
+
+def test_a_folder_survives_two_kills_at_any_two_moments(tmp_path, monkeypatch):
+    """A first one while version 2 is written over version 1, a second one while version 3 is."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow, and a killed process loses nothing without it
+    number = first = 0
+    while True:
+        first += 1
+        second = 0
+        while True:
+            second += 1
+            number += 1
+            folder = tmp_path / str(number) / "last"
+            write(folder, "1")
+            first_came = killed(lambda f=folder: write(f, "2"), folder.parent, first)
+            second_came = killed(lambda f=folder: write(f, "3"), folder.parent, second)
+            version = version_of(folder)
+            assert version in ({"1", "2", "3"} if second_came else {"3"}), (first, second)
+            write(folder, "4")
+            assert version_of(folder) == "4"
+            if not second_came:
+                break
+        if not first_came:
+            break
+    assert first > 5 and number > 30  # there were moments
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    folder = tmp_path / "last"
+    write(folder, "1")
+    with pytest.raises(ZeroDivisionError), replaced_folder(folder) as fresh:
+        (fresh / "a").write_text("2")
+        raise ZeroDivisionError
+    assert version_of(folder) == "1" and [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with replaced_folder(tmp_path / "last") as fresh:
+            (fresh / "private").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "last" / "private").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_keeps_its_content_when_the_disk_is_full(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    replace_text(path, "before")
+
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_text(path, "after")
+    assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_hash_follows_the_content(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"abc")
+    assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
+    path.write_bytes(b"abd")
+    os.utime(path, ns=(1, 1))
+    assert sha256(path) != "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_lock_is_held_once_and_released(tmp_path):
+    with locked(tmp_path / "lock", "output_dir", "in use"):
+        with pytest.raises(GradeError, match="in use"), locked(tmp_path / "lock", "output_dir", "in use"):
+            pass
+    with locked(tmp_path / "lock", "output_dir", "in use"):
+        pass
+
+
+def test_writability_is_found_out_without_a_trace(tmp_path):
+    check_writable("output_dir", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(GradeError, match="output_dir.*cannot be written"):
+        check_writable("output_dir", tmp_path / "file" / "below")

@@ -1,0 +1,344 @@
+"""What a run must never do: lose somebody's files, bless a broken policy, or go on as another run without a word."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_trainer import stop_after_two_steps, timeless, trainer_of, with_train
+from tiny_run import make_tiny_config
+
+from grade import cli
+from grade.checkpoint import load_state, verified_step
+from grade.config_io import config_from_yaml, config_to_yaml
+from grade.errors import GradeError
+from grade.evaluate import evaluate_run
+from grade.processes import make_accelerator
+from grade.run_dir import MARKER, clear, decided, mark, prepare_run_dir, run_folder
+from grade.trainer import Trainer, train
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_model, tiny_data, shared_output, tmp_path_factory):
+    """The config of a run that was interrupted in its third step of four; its folder is for copying."""
+    config = make_tiny_config(tiny_model, tiny_data, shared_output, tmp_path_factory.mktemp("stopped") / "run")
+    config = with_train(config, save_every=1, samples_every=1)
+    config = replace(config, evaluation=replace(config.evaluation, validation_prompts=4, test_prompts=4))
+    stop_after_two_steps(config)
+    return config
+
+
+@pytest.fixture
+def copied(stopped, tmp_path):
+    """Its config, resuming a copy of its folder."""
+    shutil.copytree(stopped.run_dir, tmp_path / "run")
+    return with_train(stopped, run_dir=str(tmp_path / "run"), resume=True)
+
+
+def everything(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(config, match: str) -> None:
+    """Resuming is refused in these words, and nothing in the folder is touched."""
+    before = everything(Path(config.run_dir))
+    with pytest.raises(GradeError, match=match):
+        train(config)
+    assert everything(Path(config.run_dir)) == before
+
+
+# -- whose files ---------------------------------------------------------------------------------------------
+
+
+def test_overwriting_deletes_only_what_the_run_wrote(copied):
+    run_dir = Path(copied.run_dir)
+    foreign = ["thesis.tex", ".git/HEAD", "checkpoints/mine/adapter.bin", "tensorboard/notes", "reward/notes"]
+    for name in foreign:
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_text("mine")
+    clear(run_dir)
+    left = {str(path.relative_to(run_dir)) for path in everything(run_dir)}
+    assert left == {*foreign, MARKER} and all((run_dir / name).read_text() == "mine" for name in foreign)
+
+
+def test_a_folder_without_the_marker_is_never_overwritten(tiny_config, tmp_path):
+    """Also if it holds a config.yaml, or is a run's folder seen from above."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "config.yaml").write_text(config_to_yaml(tiny_config))
+    (tmp_path / "thesis" / "metrics.jsonl").write_text("mine")
+    mark(tmp_path / "thesis" / "run")
+    refused(with_train(tiny_config, run_dir=str(tmp_path / "thesis"), overwrite=True), "nothing is deleted there")
+
+
+@pytest.mark.parametrize("link", ["the folder", "checkpoints", "metrics.jsonl"])
+def test_nothing_is_deleted_through_a_symbolic_link(copied, tmp_path, link):
+    run_dir, elsewhere = Path(copied.run_dir), tmp_path / "elsewhere"
+    place = run_dir if link == "the folder" else run_dir / link
+    place.rename(elsewhere)
+    place.symlink_to(elsewhere)
+    refused(with_train(copied, resume=False, overwrite=True), "symbolic link")
+
+
+def test_a_stop_in_the_middle_of_deleting_leaves_nothing_to_resume(copied, monkeypatch):
+    calls = []
+
+    def killed(path, *args, **kwargs):
+        calls.append(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        clear(Path(copied.run_dir))
+    monkeypatch.undo()
+    auto = decided(with_train(copied, resume="auto"))
+    assert calls and (auto.train.resume, auto.train.overwrite) in ((False, True), (True, False))
+    if auto.train.resume:
+        assert verified_step(Path(copied.run_dir) / "checkpoints" / "last") == 2
+    clear(Path(copied.run_dir))
+    assert set(everything(Path(copied.run_dir))) == {Path(copied.run_dir) / MARKER}
+
+
+def test_a_run_folder_is_used_by_one_process(copied):
+    with run_folder(copied):
+        refused(copied, "another process uses")
+    with run_folder(copied):
+        pass
+
+
+def test_a_mistake_leaves_no_folder(tiny_config):
+    with pytest.raises(GradeError, match="model.name"):
+        train(replace(tiny_config, model=replace(tiny_config.model, name="./nowhere")))
+    assert not Path(tiny_config.run_dir).exists()
+
+
+def test_resume_auto_starts_goes_on_and_starts_again(tiny_config, stopped, tmp_path):
+    """Free: start. A checkpoint: go on. Stopped before the first one: start over what is there."""
+    auto = with_train(tiny_config, resume="auto")
+    assert decided(auto).train == replace(auto.train, resume=False)
+    assert decided(with_train(stopped, resume="auto")).train.resume is True
+    begun = tmp_path / "begun"
+    mark(begun)
+    (begun / "metrics.jsonl").write_text("")
+    auto = with_train(auto, run_dir=str(begun))
+    assert (decided(auto).train.resume, decided(auto).train.overwrite) == (False, True)
+    with pytest.raises(GradeError, match="before its first checkpoint.*--train.resume auto"):
+        prepare_run_dir(with_train(auto, resume=False))
+    with pytest.raises(GradeError, match="nothing to continue.*--train.resume auto"):
+        prepare_run_dir(with_train(auto, resume=True))
+
+
+# -- what is resumed -----------------------------------------------------------------------------------------
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_found(stopped, tmp_path):
+    """One in each of 12 stretches of every file."""
+    last, copy = Path(stopped.run_dir) / "checkpoints" / "last", tmp_path / "last"
+    shutil.copytree(last, copy)
+    assert verified_step(copy) == 2
+    names = [path.name for path in last.iterdir()]
+    state = {"trainer_state.json", "trainer_state.safetensors"}
+    assert {"adapter_model.safetensors", "manifest.json", *state} <= set(names)
+    for name in names:
+        content = (last / name).read_bytes()
+        for part in range(12):
+            damaged = bytearray(content)
+            damaged[(len(content) - 1) * part // 11] ^= 1 << part % 8
+            (copy / name).write_bytes(damaged)
+            try:
+                assert json.loads(damaged) == json.loads(content)  # white space, or a digit of a number's spelling
+            except (ValueError, AssertionError):
+                with pytest.raises(GradeError):
+                    verified_step(copy)
+        (copy / name).write_bytes(content)
+    assert verified_step(copy) == 2
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_log_that_is_not_the_runs_is_refused(copied, name):
+    path = Path(copied.run_dir) / name
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    refused(copied, f"{name} is damaged")
+    path.write_bytes(content.replace(b"e", b"f", 1))
+    refused(copied, f"{name} is damaged")
+    path.unlink()
+    refused(copied, f"{name} cannot be read")
+
+
+def test_a_damaged_reward_head_is_refused(copied):
+    head = Path(copied.run_dir) / "reward" / "head.safetensors"
+    content = bytearray(head.read_bytes())
+    content[-1] ^= 1
+    head.write_bytes(content)
+    refused(copied, "head.safetensors is not what was trained there")
+
+
+def other_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_own_inputs(config, tmp_path):
+    """A config that reads copies of model and data, which a test may replace."""
+    shutil.copytree(config.model.name, tmp_path / "model")
+    shutil.copytree(config.task.dataset, tmp_path / "data")
+    return replace(
+        config, model=replace(config.model, name=str(tmp_path / "model")),
+        task=replace(config.task, dataset=str(tmp_path / "data")), output_dir=str(tmp_path / "output"),
+    )
+
+
+def test_replaced_inputs_are_another_run(tiny_config, tmp_path):
+    """Under the same paths: first other reviews, then other base weights. A head trained on the old weights is not
+    taken for one of the new."""
+    config = with_own_inputs(with_train(tiny_config, save_every=1), tmp_path)
+    stop_after_two_steps(config)
+    resumed = with_train(config, resume=True)
+    rows = (tmp_path / "data" / "train.jsonl").read_text()
+    (tmp_path / "data" / "train.jsonl").write_text(rows.replace("the", "THE"))
+    refused(resumed, "the data of task.dataset")
+    (tmp_path / "data" / "train.jsonl").write_text(rows)
+    heads = set((tmp_path / "output").glob("reward-*"))
+    other_weights(tmp_path / "model")
+    with pytest.raises(GradeError, match="base model's weights"):
+        train(resumed)
+    trainer_of(with_train(config, run_dir=str(tmp_path / "again")))
+    assert len(set((tmp_path / "output").glob("reward-*")) - heads) == 1
+    with pytest.raises(GradeError, match="base model's weights"):
+        evaluate_run(config, Path(config.run_dir), "last", "validation")
+
+
+def test_another_number_of_responses_a_step_is_refused_and_other_micro_batches_are_not(copied):
+    refused(with_train(copied, batch_size=8), r"responses of a step.*4 then, 8 now")
+    train(with_train(copied, batch_size=2, accumulation_steps=2))
+    assert load_state(Path(copied.run_dir) / "checkpoints" / "last")["step"] == 4
+
+
+def test_a_schedule_is_a_function_of_the_step_and_the_settings(copied):
+    """Four steps, two of them done, become eight: the third has the rate of step 2 of 8, and the change is said."""
+    state = load_state(Path(copied.run_dir) / "checkpoints" / "last")
+    assert state["steps"] == 4
+    trainer = trainer_of(with_train(copied, schedule="linear", steps=8))
+    notes = []
+    trainer._restore(notes)
+    assert trainer.train_step()["learning_rate"] == pytest.approx(1e-3 * (8 - 2) / 8)
+    assert len(notes) == 1 and "was 4 and is 8" in notes[0] and "linear" in notes[0]
+    trainer = trainer_of(with_train(copied, schedule="constant", steps=8))
+    notes = []
+    trainer._restore(notes)
+    assert not notes
+
+
+def test_tensorboard_keeps_the_validation_of_the_resumed_step(copied):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(copied)
+    events = EventAccumulator(str(Path(copied.run_dir) / "tensorboard"))
+    events.Reload()
+    rows = timeless(Path(copied.run_dir) / "metrics.jsonl")
+    assert [e.step for e in events.Scalars("validation/reward")] == [r["step"] for r in rows if "validation/kl" in r]
+    assert [e.step for e in events.Scalars("reward")] == [0, 1, 2, 3]
+
+
+# -- what is saved and chosen --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["grpo", "grade-ste"])
+def test_a_broken_policy_is_never_saved_or_chosen(tiny_config, method):
+    """A learning rate of 1e20: the run fails, and what it saved before is whole and finite."""
+    config = with_train(tiny_config, learning_rate=1e20, save_every=1)
+    config = replace(
+        config, method=replace(config.method, name=method),
+        generation=replace(config.generation, samples_per_prompt=2), evaluation=replace(config.evaluation, every=1),
+    )
+    with pytest.raises(GradeError, match="broken|norm at step"):
+        train(config)
+    saved = list((Path(config.run_dir) / "checkpoints").glob("*/adapter_model.safetensors"))
+    for path in saved:
+        verified_step(path.parent)
+        assert all(weight.isfinite().all() for weight in load_file(path).values())
+    evaluations = json.loads((Path(config.run_dir) / "evaluation.json").read_text())
+    assert [row["model"] for row in evaluations["validation"]][0] == "base"
+    assert all(torch.tensor([row["reward"], row["kl"]]).isfinite().all() for row in evaluations["validation"])
+
+
+def test_weights_that_break_after_a_checkpoint_leave_it_alone(copied):
+    trainer = Trainer(copied, make_accelerator(copied), prepare_run_dir(copied))
+    step = trainer.train_step
+
+    def poisoned():
+        metrics = step()
+        with torch.no_grad():
+            trainer.policy.parameters()[0].fill_(float("nan"))
+        return metrics
+
+    trainer.train_step = poisoned
+    with pytest.raises(GradeError, match=r"weights are not finite.*checkpoints/last \(step 2\)"):
+        trainer.fit()
+    assert load_state(Path(copied.run_dir) / "checkpoints" / "last")["step"] == 2
+
+
+def test_a_run_that_beats_nothing_says_so(stopped, tmp_path, capsys):
+    """Learning rate 0: every validation equals the base model's."""
+    train(with_train(stopped, learning_rate=0.0, run_dir=str(tmp_path / "run"), steps=1))
+    assert "No checkpoint is better than the base model" in " ".join(capsys.readouterr().out.split())
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert evaluation["best"]["beats_base"] is False
+
+
+def test_a_full_disk_is_told_in_words_and_the_run_goes_on_later(copied, monkeypatch):
+    import grade.run_log
+
+    def full(path, rows):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grade.run_log, "append_rows", full)
+        with pytest.raises(GradeError, match=r"train.run_dir.*jsonl.*No space left.*--train.resume auto"):
+            train(copied)
+    train(copied)
+    assert load_state(Path(copied.run_dir) / "checkpoints" / "last")["step"] == 4
+
+
+@pytest.mark.parametrize("what", ["a checkpoint", "evaluation.json", "the reward head", "config.yaml"])
+def test_a_full_disk_elsewhere(tiny_config, tmp_path, monkeypatch, what):
+    import grade.checkpoint
+    import grade.evaluate
+    import grade.reward_training
+    import grade.trainer
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    config = with_train(replace(tiny_config, output_dir=str(tmp_path / "output")), steps=1)
+    places = {
+        "a checkpoint": (grade.checkpoint.tree, "save"), "evaluation.json": (grade.evaluate, "replace_text"),
+        "the reward head": (grade.reward_training, "save_file"), "config.yaml": (grade.trainer, "replace_text"),
+    }
+    monkeypatch.setattr(*places[what], full)
+    with pytest.raises(GradeError, match="could not be written.*No space left"):
+        train(config)
+
+
+def test_the_hint_after_a_stop_is_one_command_that_works(stopped, tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.yaml").write_text(config_to_yaml(stopped))
+    monkeypatch.setattr("grade.trainer.train", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["train", str(tmp_path / "config.yaml"), "--train.overwrite", "true"]) == 130
+    hint = capsys.readouterr().err.strip().split("grade ")[-1].split()
+    assert hint == ["train", str(tmp_path / "config.yaml"), "--train.resume", "auto"]
+
+
+def test_config_and_record_of_a_resumed_run(copied):
+    """What a run was made of is kept with it, and settings that may change are those of the last call."""
+    with ExitStack() as stack:
+        config = stack.enter_context(run_folder(with_train(copied, resume="auto", save_every=3)))
+        Trainer(config, make_accelerator(config), Path(config.run_dir)).fit()
+    assert config_from_yaml(Path(copied.run_dir) / "config.yaml").train.save_every == 3
+    inputs = json.loads((Path(copied.run_dir) / "run.json").read_text())["inputs"]
+    assert set(inputs) == {"model", "tokenizer", "data", "reward", "responses_per_step"}
