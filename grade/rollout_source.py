@@ -7,7 +7,7 @@ One response a line, in the order of the steps; samples of one prompt stand next
 have had with the trainer's own sampling, if the other engine samples as that does: from the policy as it is now, at
 temperature 1, among its top_k candidates. A file made beforehand is on-policy for its first step only; a named pipe is
 read as steps need it, so an engine that keeps it open and loads checkpoints/last in between can keep up
-(train.save_every 1).
+(train.save_every 1). Each of its lines is waited for rollout.timeout seconds, and a stop is heard meanwhile.
 
 The candidates are found again, by one parallel pass. Token ids that are not among them take the last place and are
 counted (`off_support`): a few come from rounding, many from another model, temperature or truncation.
