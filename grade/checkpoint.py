@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from grade import tree
-from grade.errors import GradeError, first_line, read_json, writing
+from grade.errors import GradeError, read_json, reason_of, writing
 from grade.files import latest, replaced_folder, sha256
 from grade.model import Policy
 
@@ -41,7 +41,8 @@ def save_checkpoint(directory: Path, policy: Policy, step: int, state: Optional[
     for leftover in directory.parent.glob(f"{directory.name}.new-*"):  # of processes that were killed: the run is ours
         shutil.rmtree(leftover, ignore_errors=True)
     with writing(directory, "train.run_dir"), replaced_folder(directory) as fresh:
-        policy.model.save_pretrained(str(fresh))
+        # The embeddings are the base's. `auto` would look for its config, at the hub where no folder has it.
+        policy.model.save_pretrained(str(fresh), save_embedding_layers=False)
         if state is not None:
             tree.save(fresh / _STATE_STEM, state)
         files = {path.name: sha256(path) for path in sorted(fresh.iterdir()) if path.is_file()}
@@ -70,7 +71,7 @@ def verified_step(directory: Path) -> int:
         try:
             found = sha256(file)
         except OSError as error:
-            raise GradeError(f"{file} cannot be read ({error.strerror or first_line(error)}).") from error
+            raise GradeError(f"{file} cannot be read ({error.strerror or reason_of(error)}).") from error
         if found != digest:
             raise GradeError(f"{file} is damaged: it is not what was written there (its SHA-256 differs).")
     return manifest["step"]
@@ -86,12 +87,16 @@ def load_adapter(directory: Path, policy: Policy) -> None:
 
     if not (directory / "adapter_config.json").is_file():
         raise GradeError(f"checkpoint {directory}: no adapter is saved there (adapter_config.json is missing).")
+    if not any((directory / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        raise GradeError(  # peft would look for the folder's name at the hub
+            f"checkpoint {directory}: no adapter is saved there (adapter_model.safetensors is missing)."
+        )
     if (directory / MANIFEST_FILE).is_file():  # an adapter from elsewhere has none
         verified_step(directory)
     try:
         saved, ours = LoraConfig.from_pretrained(str(directory)), policy.model.peft_config["default"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GradeError(f"checkpoint {directory}: adapter_config.json is damaged ({first_line(error)}).") from error
+        raise GradeError(f"checkpoint {directory}: adapter_config.json is damaged ({reason_of(error)}).") from error
     for name in ("r", "lora_alpha", "use_rslora"):
         if getattr(saved, name) != getattr(ours, name):
             raise GradeError(
@@ -101,14 +106,14 @@ def load_adapter(directory: Path, policy: Policy) -> None:
     try:
         weights = load_peft_weights(str(directory), device=str(policy.device))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise GradeError(f"checkpoint {directory}: its adapter cannot be read ({first_line(error)}).") from error
+        raise GradeError(f"checkpoint {directory}: its adapter cannot be read ({reason_of(error)}).") from error
     wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
     if wrong is not None:
         raise GradeError(f"checkpoint {directory}: its adapter is broken, {wrong} is not finite. Use another one.")
     try:
         outcome = set_peft_model_state_dict(policy.model, weights)
     except RuntimeError as error:
-        reason = first_line(error)
+        reason = reason_of(error)
         raise GradeError(f"checkpoint {directory} does not fit model.name and model.lora: {reason}") from error
     expected = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     missing = [name for name in outcome.missing_keys if name in expected]

@@ -20,7 +20,7 @@ from typing import Dict, Iterable, List, Literal, Mapping, Optional, Sequence, T
 
 import yaml
 
-from grade.errors import GradeError, first_line
+from grade.errors import GradeError, reason_of
 from grade.evaluate import write_evaluations
 from grade.jsonl import read_rows
 from grade.run_dir import make_again
@@ -108,7 +108,7 @@ def read_run(run_dir: Path, method: str, seed: int) -> RunCurve:
     try:
         return _read_run(run_dir, method, seed)
     except (OSError, LookupError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise GradeError(f"{run_dir} holds damaged files ({reason}). {make_again(run_dir)}") from error
 
 

@@ -20,7 +20,7 @@ from transformers.cache_utils import StaticLayer
 
 from grade.decoding import Decoder, Decoding
 from grade.drawing import draw_from_product
-from grade.errors import GradeError, first_line
+from grade.errors import GradeError, reason_of
 from grade.model import Policy
 from grade_kernels import SparseTokens
 
@@ -137,7 +137,7 @@ def _find_compiler() -> None:
 
 def _failed(error: Exception) -> GradeError:
     return GradeError(
-        f"rollout.compile: torch.compile failed ({first_line(error)}). Mend what it names (it needs a C++ compiler on "
+        f"rollout.compile: torch.compile failed ({reason_of(error)}). Mend what it names (it needs a C++ compiler on "
         "a CPU, Triton on a GPU), or set rollout.compile=false."
     )
 

@@ -42,6 +42,8 @@ class ModelConfig:
     """Dtype of the frozen weights. Adapters are float32. Not float16: small gradients would vanish in it."""
     attn_implementation: Optional[str] = None
     """Attention as transformers names it (sdpa, eager, flash_attention_2); null: transformers' choice."""
+    trust_remote_code: bool = False
+    """Let code that comes with the model's files (auto_map) run here. Look at it first: it may do anything."""
     lora: LoraSettings = field(default_factory=LoraSettings)
 
 
@@ -52,7 +54,7 @@ class RewardConfig:
     model: Optional[str] = None
     """Classifier with the policy's vocabulary (hub name or folder); null: a head on the frozen base."""
     positive_label: Optional[str] = None
-    """The classifier's label to raise, by name; null: the one called positive, or the last of two."""
+    """The classifier's label to raise, by name; null: the one called positive."""
     input: Literal["prompt+response", "response"] = "prompt+response"
     """What the reward reads, the same in training and evaluation."""
     path: Optional[str] = setting(None, text="path")
@@ -98,6 +100,8 @@ class RolloutConfig:
     source: Optional[str] = None
     """File of token ids that another engine sampled from the policy, lines of {"prompt": [ids], "response": [ids]}, or
     a named pipe of them; null: sample here."""
+    timeout: float = setting(600.0, gt=0, le=10**7)
+    """Seconds to wait for the next response on a pipe before the run stops."""
     compile: bool = False
     """Decode training's responses by a compiled step over a static KV cache: CUDA graphs on a GPU, fused loops
     (and the draw with them) on a CPU. Needs sdpa attention without windows; not used with rollout.source. The first
@@ -279,6 +283,11 @@ def validate(config: Config) -> None:
         raise GradeError(
             f"generation.ignore_eos is true, but an answer to task.name={config.task.name} must end to count. Set it "
             "to false."
+        )
+    if config.reward.positive_label is not None and config.reward.model is None:
+        raise GradeError(
+            f"reward.positive_label is {config.reward.positive_label}, a label of a classifier, but reward.model is "
+            "null. Name the classifier; the label that the trained head raises is task.positive_label."
         )
     if method.name == "grpo" and method.grpo.level == "token" and config.reward.model is not None:
         raise GradeError(

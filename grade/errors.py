@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,30 @@ class GradeError(Exception):
     """The user can mend it: its text names the setting, the reason and the fix; the CLI exits with 2."""
 
 
-def first_line(error: Exception) -> str:
-    """What another library's error says, in one line: some of their messages list every choice there is."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+_LONGEST_LINE, _LONGEST_HEAD = 240, 400  # characters
+_CHOICE = re.compile(r"\(\d\) ")
+
+
+def reason_of(error: BaseException) -> str:
+    """What another library's error says, in one line that holds its reason.
+
+    The reason may stand at the beginning (before a list of every choice there is) or in the last line (after what was
+    tried). So a short message is given whole, and of a long one the beginning and the last line.
+    """
+    lines = [" ".join(line.split()) for line in str(error).split("\n")]
+    lines = [line for line in lines if line]
+    if len(lines) > 1 and _CHOICE.match(lines[1]):  # "... one of:", "(1) this", "(2) that", then the reason
+        lines = [line for line in lines[1:] if not _CHOICE.match(line)] or lines
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, KeyError):  # says the key and no more
+        return f"{type(error).__name__}: {lines[0]}"
+    # A line longer than that lists choices or dumps data; it is shown only if there is nothing else.
+    lines = [line for line in lines if len(line) <= _LONGEST_LINE] or [lines[0][:_LONGEST_LINE] + " ..."]
+    shown = lines[:1]
+    while len(shown) < len(lines) and len(" ".join(shown)) + len(lines[len(shown)]) < _LONGEST_HEAD:
+        shown.append(lines[len(shown)])
+    return " ".join(shown if len(shown) == len(lines) else [*shown, "...", lines[-1]])
 
 
 def read_json(path: Path, fix: str, *keys: str) -> dict:
@@ -34,7 +56,7 @@ def read_json(path: Path, fix: str, *keys: str) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise GradeError(f"{path} cannot be read ({reason}). {fix}") from error
     if not isinstance(found, dict):
         raise GradeError(f"{path} holds no JSON object. {fix}")
@@ -61,14 +83,14 @@ def writing(path: Path, setting: str, fix: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason, fix = error.strerror or first_line(error), fix or _room(setting, full)
+        reason, fix = error.strerror or reason_of(error), fix or _room(setting, full)
         raise GradeError(f"{setting}: {path} could not be written ({reason}). {fix}") from error
     except Exception as error:
         library = any(name in str(error) for name in _FAILED_WRITES)
         if isinstance(error, GradeError) or not library:
             raise
         raise GradeError(
-            f"{setting}: {path} could not be written ({first_line(error)}). {fix or _room(setting, True)}"
+            f"{setting}: {path} could not be written ({reason_of(error)}). {fix or _room(setting, True)}"
         ) from error
 
 
@@ -86,7 +108,7 @@ def printing() -> Iterator[None]:
         # Python flushes once more at its end: give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            reason = error.strerror or first_line(error)
+            reason = error.strerror or reason_of(error)
             raise GradeError(f"standard output could not be written ({reason}): make room where it goes.") from error
 
 

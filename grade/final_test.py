@@ -17,6 +17,7 @@ from rich.console import Console
 from grade.checkpoint import adapter_digest, load_adapter
 from grade.comparison import BASE, Checkpoint
 from grade.config import Config, GradeError
+from grade.encoding import encode
 from grade.errors import read_json, writing
 from grade.evaluate import evaluate, text_of, write_evaluations
 from grade.judge import Judge, train_judge
@@ -140,7 +141,7 @@ def judge_rows(policy, rollout: Rollout) -> List[List[int]]:
     ids = torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)
     mask = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)
     texts = [text_of(policy, row, kept) for row, kept in zip(ids, mask, strict=True)]
-    return policy.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return encode(policy.tokenizer, texts, None, special_tokens=False)
 
 
 def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenizer, task) -> Optional[Judge]:

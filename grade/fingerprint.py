@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grade.config import Config
-from grade.errors import GradeError, first_line
+from grade.errors import GradeError, reason_of
 from grade.files import sha256
 from grade.model import Policy
 
@@ -41,7 +41,7 @@ def model_digest(name: str, loaded) -> str:
         try:
             return _digest({path.name: sha256(path) for path in files})
         except OSError as error:
-            raise GradeError(f"{error.filename} cannot be read ({error.strerror or first_line(error)}).") from error
+            raise GradeError(f"{error.filename} cannot be read ({error.strerror or reason_of(error)}).") from error
     return commit or tensors_digest(loaded.state_dict())
 
 

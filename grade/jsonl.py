@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Iterable, List, NamedTuple
 
-from grade.errors import GradeError, first_line
+from grade.errors import GradeError, reason_of
 
 
 class Rows(NamedTuple):
@@ -34,7 +34,7 @@ def read_rows(path: Path) -> Rows:
     except FileNotFoundError:
         return Rows([], [], False)
     except OSError as error:
-        raise GradeError(f"{path} cannot be read ({error.strerror or first_line(error)}).") from error
+        raise GradeError(f"{path} cannot be read ({error.strerror or reason_of(error)}).") from error
     if not lines[-1]:
         lines.pop()  # what follows the last line's end
     rows, broken = [], []

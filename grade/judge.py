@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from grade.encoding import encode
 from grade.errors import GradeError
 from grade.tasks import Example
 
@@ -109,7 +110,7 @@ def train_judge(
 
 def _encode(tokenizer, examples: Sequence[Example]) -> Tuple[List[List[int]], Tensor]:
     """Token ids of whole texts and labels float32 [N]."""
-    rows = tokenizer([e.text for e in examples], add_special_tokens=False, verbose=False)["input_ids"]
+    rows = encode(tokenizer, [e.text for e in examples], None, special_tokens=False)
     return rows, torch.tensor([float(e.label) for e in examples])
 
 

@@ -7,16 +7,16 @@ from typing import Dict, List
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from grade.config import Config, GradeError
-from grade.errors import first_line
 from grade.machine import free_bytes
 from grade.model import Policy
+from grade.pretrained import Pretrained, context_of
 from grade.reward import SharedReward, check_classifier, load_classifier
+from grade.reward_training import judged_length
 from grade.task_config import JUDGED_BY_PROGRAM
 
 
@@ -38,21 +38,35 @@ def model_path(config: Config) -> str:
     return str(models[name]())
 
 
+def policy_source(config: Config) -> Pretrained:
+    """Where model.name's files are.
+
+    Raises:
+        GradeError: model.name is a path without a model.
+    """
+    model = config.model
+    return Pretrained(
+        "model.name", model.name, path=model_path(config), revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
 def load_tokenizer(config: Config):
     """The policy's tokenizer, padding on the left.
 
     Raises:
         GradeError: model.name cannot be found, or reward.model has another vocabulary.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(config), revision=config.model.revision)
-    except (OSError, ValueError) as error:
-        raise _not_loadable(config, error) from error
+    source = policy_source(config)
+    source.check_weights()  # a mistake that shows at once is told at once
+    tokenizer = source.tokenizer()
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if config.reward.model is not None:  # before any weights are read: the policy may be large
-        check_classifier(config.reward.model, tokenizer)
+        check_classifier(
+            config.reward.model, tokenizer, judged=judged_length(config), positive_label=config.reward.positive_label
+        )
     return tokenizer
 
 
@@ -63,20 +77,13 @@ def load_policy(config: Config, tokenizer, device: torch.device) -> Policy:
         GradeError: the model cannot be found or used, its context is too short, it has no such target modules, or
             generation.top_k exceeds its vocabulary.
     """
-    path = model_path(config)
-    try:
-        settings = AutoConfig.from_pretrained(path, revision=config.model.revision)
-    except (OSError, ValueError) as error:
-        raise _not_loadable(config, error) from error
-    _check_fits(config, settings)
+    source = policy_source(config)
+    _check_fits(config, source.config())
     transformers_logging.disable_progress_bar()  # one line per file of weights says less than it costs to read
-    try:
-        base, found = AutoModelForCausalLM.from_pretrained(
-            path, revision=config.model.revision, dtype=getattr(torch, config.model.dtype),
-            attn_implementation=config.model.attn_implementation, output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _not_loadable(config, error) from error
+    base, found = source.model(
+        AutoModelForCausalLM, dtype=getattr(torch, config.model.dtype),
+        attn_implementation=config.model.attn_implementation, output_loading_info=True,
+    )
     if found["missing_keys"]:
         raise GradeError(
             f"model.name={config.model.name}: its files lack {len(found['missing_keys'])} of the model's tensors (such "
@@ -151,14 +158,15 @@ def load_reward(config: Config, policy: Policy, task):
         return task.make_reward(policy)
     if config.reward.model is not None:
         return load_classifier(
-            config.reward.model, policy, positive_label=config.reward.positive_label, reads=config.reward.input
+            config.reward.model, policy, positive_label=config.reward.positive_label, reads=config.reward.input,
+            judged=judged_length(config),
         )
     return SharedReward(policy, load_or_train_head(config, policy, task), config.reward.input)
 
 
 def _check_fits(config: Config, settings) -> None:
     text = settings.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
+    context = context_of(settings)
     prompt, response = config.task.prompt_max_tokens, config.generation.max_new_tokens
     if context is not None and prompt + response > context:
         raise GradeError(
@@ -176,10 +184,3 @@ def _check_fits(config: Config, settings) -> None:
             f"generation.top_k ({config.generation.top_k}) exceeds the vocabulary of {config.model.name}, "
             f"{text.vocab_size} tokens. Lower it."
         )
-
-
-def _not_loadable(config: Config, error: Exception) -> GradeError:
-    return GradeError(
-        f"model.name={config.model.name} cannot be loaded: {first_line(error)} Name a folder with a model, or a hub "
-        "model while the hub can be reached (`grade doctor` tells)."
-    )

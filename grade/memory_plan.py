@@ -9,7 +9,7 @@ from typing import Callable, Iterator, List, Optional
 import torch
 
 from grade.config import Config
-from grade.errors import GradeError, first_line
+from grade.errors import GradeError, reason_of
 from grade.memory import Estimate, estimate, size_of
 from grade.model import Policy
 from grade.reward import Reward
@@ -84,7 +84,7 @@ class MemoryPlan:
                 raise
             raise GradeError(
                 f"out of memory in {what}, which was estimated to need {self.estimate.sentence(self.checkpoint)}. "
-                f"{self._change(section)} What was saved is kept. ({first_line(error)})"
+                f"{self._change(section)} What was saved is kept. ({reason_of(error)})"
             ) from error
 
     def _change(self, section: str) -> str:

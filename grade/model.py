@@ -23,7 +23,8 @@ from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grade.decode_cache import decoding_cache
-from grade.errors import GradeError, first_line
+from grade.end_of_sequence import end_ids
+from grade.errors import GradeError, reason_of
 from grade.probe import probe_embedding, probe_head, probe_passes
 
 
@@ -82,10 +83,11 @@ class Policy:
         unknown = torch.ones(self.vocab_size, dtype=torch.bool)
         unknown[known[known < self.vocab_size]] = False
         self.suppressed = unknown.nonzero().squeeze(1).to(self.device)
-        self.eos_ids = torch.tensor(_eos_ids(self.causal_lm, tokenizer), dtype=torch.int64, device=self.device)
+        ends = end_ids(self.causal_lm, tokenizer, self.vocab_size)
+        self.eos_ids = torch.tensor(list(ends), dtype=torch.int64, device=self.device)
         # Pad only fills positions that masks exclude, so any id will do; eos may double as pad.
         pad = tokenizer.pad_token_id
-        self.pad_id = pad if pad is not None and pad < len(self.embedding) else int(self.eos_ids[0])
+        self.pad_id = pad if pad is not None and 0 <= pad < len(self.embedding) else int(self.eos_ids[0])
 
     def _probe(self) -> None:
         try:
@@ -95,7 +97,7 @@ class Policy:
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise GradeError(
                 f"model.name: {type(self.causal_lm).__name__} cannot run the passes that replay needs "
-                f"({first_line(error)}). Choose another model."
+                f"({reason_of(error)}). Choose another model."
             ) from error
 
     @property
@@ -248,12 +250,3 @@ class _LayerState:
 
     def __exit__(self, *_) -> None:
         self._policy._apply(self._previous.pop())
-
-
-def _eos_ids(causal_lm, tokenizer) -> List[int]:
-    """Every id that ends a response: the generation config's, else the model's, else the tokenizer's."""
-    for source in (getattr(causal_lm, "generation_config", None), causal_lm.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return sorted(set(ids)) if isinstance(ids, (list, tuple)) else [ids]
-    raise GradeError("model.name: neither the generation config nor the tokenizer names an end-of-sequence token.")

@@ -26,7 +26,7 @@ class TrainingProgress:
 
     def say(self, line: str) -> None:
         """A line that stays, above the bars."""
-        self.bar.console.print(line, highlight=False)
+        self.bar.console.print(line, highlight=False, markup=False)  # a label or a token may look like a tag
 
     @contextmanager
     def evaluation(self, split: str, prompts: int) -> Iterator[Callable[[int], None]]:

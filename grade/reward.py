@@ -13,10 +13,13 @@ from typing import Dict, Optional, Protocol
 import torch
 from torch import Tensor, nn
 
-from grade.errors import GradeError, first_line
+from grade.errors import GradeError, reason_of
 from grade.model import Policy
 from grade.passes import BasePass, accumulation_dtype, fed_embeddings
+from grade.pretrained import Pretrained, context_of
 from grade.rollout import Rollout
+
+_PROBE_TOKENS = 12
 
 
 class Reward(Protocol):
@@ -132,10 +135,16 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 class ClassifierReward:
     """A transformers sequence classifier over the policy's vocabulary, read at the last real token.
 
+    What an output means is the model's `problem_type`: classes that exclude each other (a softmax; the default), each a
+    question of its own (multi_label_classification, a sigmoid), or numbers (regression, used as they are).
+
     Args:
         model: decoder with a `score` layer on its last hidden state.
-        label: class index whose probability is the reward; None for a model with a single output, used as it is.
+        label: class index that is the reward; None for a model with a single output.
         reads: "prompt+response" or "response".
+
+    Attributes:
+        raises: what a higher reward means, in words.
     """
 
     differentiable, shares_base_pass = True, False
@@ -144,6 +153,15 @@ class ClassifierReward:
         self.model, self.label, self.reads = model.requires_grad_(False).eval(), label, reads
         self.table = model.get_input_embeddings().weight.detach()
         self.embedding_scale = _module_scale(model)
+        kind, labels = model.config.problem_type, list(model.config.id2label.values())
+        if kind == "multi_label_classification":
+            self._value, what = lambda logits: logits[:, label or 0].sigmoid(), "the probability (by sigmoid)"
+        elif label is None or kind == "regression":
+            self._value, what = lambda logits: logits[:, label or 0], "the output"
+        else:
+            self._value, what = lambda logits: logits.softmax(-1)[:, label], "the probability (by softmax)"
+        chosen = "" if label is None else f" of the class {model.config.id2label[label]!r} among {labels}"
+        self.raises = f"{what}{chosen}"
 
     def from_base(self, base: BasePass, mask: Tensor) -> Tensor:
         raise TypeError("a classifier has features of its own: use from_embeddings")
@@ -154,14 +172,45 @@ class ClassifierReward:
             prompt = nn.functional.embedding(rollout.prompt_ids, self.table) * self.embedding_scale
             x = torch.cat([prompt, x.to(prompt.dtype)], dim=1)
             mask = torch.cat([rollout.prompt_mask, mask], dim=1)
+        logits = self._logits(x, mask)
+        return self._value(logits.to(accumulation_dtype(logits)))
+
+    def _logits(self, x: Tensor, mask: Tensor) -> Tensor:
+        """[B, T, d_r] embeddings and [B, T] bool -> [B, labels], read at the last real token."""
         positions = (mask.long().cumsum(1) - 1).clamp_min(0)
         hidden = self.model.base_model(
             inputs_embeds=x, attention_mask=mask.long(), position_ids=positions, use_cache=False
         ).last_hidden_state
         last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)  # [B], position of the last real token
-        logits = self.model.score(hidden[torch.arange(len(hidden), device=last.device), last])
-        logits = logits.to(accumulation_dtype(logits))
-        return logits[:, 0] if self.label is None else logits.softmax(-1)[:, self.label]
+        return self.model.score(hidden[torch.arange(len(hidden), device=last.device), last])
+
+    @torch.no_grad()
+    def probe(self) -> None:
+        """Measure on a few tokens that it reads, from padded embeddings, what the model itself says of the ids.
+
+        Raises:
+            GradeError: it does not.
+        """
+        name, pad = type(self.model).__name__, self.model.config.pad_token_id
+        ids = torch.arange(1, _PROBE_TOKENS + 2, device=self.table.device) * 7919 % len(self.table)
+        ids = ids[ids != pad][None, :_PROBE_TOKENS]  # the model's own forward looks for pad to find the end
+        padded = nn.functional.pad(ids, (2, 3))
+        mask = torch.zeros_like(padded, dtype=torch.bool)
+        mask[:, 2: 2 + ids.shape[1]] = True
+        try:
+            own = self.model(input_ids=ids, use_cache=False).logits.double()
+            ours = self._logits(nn.functional.embedding(padded, self.table) * self.embedding_scale, mask).double()
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise GradeError(
+                f"reward.model: {name} cannot be read from embeddings under a mask ({reason_of(error)}). Choose "
+                "another classifier."
+            ) from error
+        error = (ours - own).norm() / own.norm().clamp_min(1e-300)
+        if not error <= min(max(300 * torch.finfo(self.table.dtype).eps, 1e-5), 0.1):
+            raise GradeError(
+                f"reward.model: {name} says {own.tolist()} of twelve tokens, and {ours.tolist()} of their embeddings: "
+                "it does more than read its last hidden state. Choose another classifier."
+            )
 
 
 def _module_scale(model) -> float:
@@ -194,39 +243,44 @@ def check_same_vocabulary(name: str, theirs: Dict[str, int], policy_vocabulary: 
     )
 
 
-def check_classifier(name: str, policy_tokenizer):
-    """The classifier's config, if it exists and has the policy's vocabulary. Reads no weights.
+def check_classifier(name: str, policy_tokenizer, *, judged: int, positive_label: Optional[str]):
+    """The classifier's source and config, if it exists, has the policy's vocabulary, can read `judged` tokens and says
+    which class to raise. Reads no weights.
 
     Raises:
-        GradeError: not found, or other vocabulary.
+        GradeError: not found, other vocabulary, too short a context, or no such label.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    source = Pretrained("reward.model", name)
+    config = source.config()
+    check_same_vocabulary(name, source.tokenizer().get_vocab(), policy_tokenizer.get_vocab())
+    context = context_of(config)
+    if context is not None and judged > context:
+        raise GradeError(
+            f"reward.model={name}: its context is {context} tokens, and it would judge texts of up to {judged} "
+            "(generation.max_new_tokens, and task.prompt_max_tokens where reward.input is prompt+response). Lower one "
+            "of them, or choose another classifier."
+        )
+    if any("SequenceClassification" in architecture for architecture in config.architectures or []):
+        positive_class(name, config.id2label, positive_label)  # what is no classifier is told by its weights
+    return source, config
 
-    try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise _not_loadable(name, error) from error
-    check_same_vocabulary(name, tokenizer.get_vocab(), policy_tokenizer.get_vocab())
-    return config
 
-
-def load_classifier(name: str, policy: Policy, *, positive_label: Optional[str], reads: str) -> ClassifierReward:
+def load_classifier(
+    name: str, policy: Policy, *, positive_label: Optional[str], reads: str, judged: int
+) -> ClassifierReward:
     """A hub or local classifier as a reward; its vocabulary is checked before its weights are read.
 
+    Args:
+        judged: most tokens that it will read at once.
+
     Raises:
-        GradeError: not found, other vocabulary, no trained score layer on the last hidden state, or no such label.
+        GradeError: not found, other vocabulary, too short a context, no trained score layer on the last hidden state,
+            or no such label.
     """
     from transformers import AutoModelForSequenceClassification
 
-    config = check_classifier(name, policy.tokenizer)
-    label = None if config.num_labels == 1 else positive_class(name, config.id2label, positive_label)
-    try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=policy.dtype, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise _not_loadable(name, error) from error
+    source, config = check_classifier(name, policy.tokenizer, judged=judged, positive_label=positive_label)
+    model, found = source.model(AutoModelForSequenceClassification, dtype=policy.dtype, output_loading_info=True)
     if not isinstance(getattr(model, "score", None), nn.Linear) or config.is_encoder_decoder:
         raise GradeError(
             f"reward.model={name}: {type(model).__name__} has no `score` layer on its last hidden state. Rewards are "
@@ -237,33 +291,41 @@ def load_classifier(name: str, policy: Policy, *, positive_label: Optional[str],
             f"reward.model={name}: its files hold no `score` layer, so transformers drew a random one. It is a "
             "language model, not a trained classifier: choose one that is, or leave reward.model null."
         )
+    if found["missing_keys"]:
+        raise GradeError(
+            f"reward.model={name}: its files lack {len(found['missing_keys'])} of the model's tensors (such as "
+            f"{min(found['missing_keys'])}), which transformers fills with random numbers. Name a complete model."
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < policy.vocab_size:
         raise GradeError(
             f"reward.model={name}: its embedding table has {rows} rows, the policy's {policy.vocab_size}. "
             "Resize it (model.resize_token_embeddings) and save it again."
         )
-    return ClassifierReward(model.to(policy.device), label, reads)
+    label = positive_class(name, config.id2label, positive_label)
+    reward = ClassifierReward(model.to(policy.device), label, reads)
+    reward.probe()
+    reward.raises = f"{reward.raises} of reward.model={name}"
+    return reward
 
 
-def _not_loadable(name: str, error: Exception) -> GradeError:
-    return GradeError(f"reward.model={name} cannot be loaded: {first_line(error)}")
-
-
-def positive_class(name: str, id2label: Dict[int, str], wanted: Optional[str]) -> int:
-    """Index of the class to raise: the named one, or one called positive, or the last of two.
+def positive_class(name: str, id2label: Dict[int, str], wanted: Optional[str]) -> Optional[int]:
+    """Index of the class to raise: the named one, or else the one called positive. None: there is one output only.
 
     Raises:
         GradeError: there is no such class, or which one is meant is not clear.
     """
-    labels = {str(label).lower(): int(index) for index, label in id2label.items()}
-    if wanted is not None:
-        if wanted.lower() not in labels:
-            raise GradeError(f"reward.positive_label={wanted}: {name} has the labels {list(id2label.values())}.")
-        return labels[wanted.lower()]
-    for candidate in ("positive", "pos"):
-        if candidate in labels:
-            return labels[candidate]
-    if len(labels) == 2:
-        return max(labels.values())
-    raise GradeError(f"reward.positive_label is not set and {name} has the labels {list(id2label.values())}: name one.")
+    labels = list(id2label.values())
+    if wanted is None and len(labels) == 1:
+        return None
+    for candidate in ("positive", "pos") if wanted is None else (wanted,):
+        exact = [int(index) for index, label in id2label.items() if str(label) == candidate]
+        found = exact or [int(index) for index, label in id2label.items() if str(label).lower() == candidate.lower()]
+        if len(found) == 1:
+            return None if len(labels) == 1 else found[0]
+    if wanted is None:
+        raise GradeError(
+            f"reward.positive_label is not set and {name} has the labels {labels}, none of which is called positive: "
+            "name the one to raise."
+        )
+    raise GradeError(f"reward.positive_label={wanted}: {name} has the labels {labels}. Name one of them.")

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grade.config import Config, GradeError
+from grade.encoding import encode
 from grade.errors import read_json, writing
 from grade.files import check_writable, replaced_folder, sha256
 from grade.fingerprint import differing, model_inputs
@@ -30,7 +31,6 @@ from grade.model import Policy
 from grade.passes import accumulation_dtype
 from grade.reward import RewardHead
 from grade.task_config import JUDGED_BY_PROGRAM
-from grade.tasks import encode
 
 _HEAD_FILE, _REPORT_FILE = "head.safetensors", "reward.json"
 _FEATURE_BATCH = 32
@@ -48,6 +48,7 @@ def head_identity(config: Config, policy: Policy, task) -> dict:
     del reward["path"], reward["model"], reward["positive_label"]
     described = task.describe()
     del described["splits"]["judge"], described["texts_in_two_splits"], described["dataset"]
+    described.pop("labels", None)  # the splits' sums cover what became of them
     return {
         "inputs": model_inputs(policy), "dtype": config.model.dtype, "reward": reward,
         "judged_length": judged_length(config), "task": described,
@@ -204,10 +205,7 @@ def features_of(
     """
     limit = max(lengths)
     texts = [e.text for e in examples]
-    if special_tokens:
-        encoded = encode(policy.tokenizer, texts, limit)
-    else:
-        encoded = [row[:limit] for row in policy.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    encoded = encode(policy.tokenizer, texts, limit, special_tokens=special_tokens)
     readable = [i for i, row in enumerate(encoded) if row]
     examples, encoded = [examples[i] for i in readable], [encoded[i] for i in readable]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # equal lengths together: little padding

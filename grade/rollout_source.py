@@ -7,7 +7,7 @@ One response a line, in the order of the steps; samples of one prompt stand next
 have had with the trainer's own sampling, if the other engine samples as that does: from the policy as it is now, at
 temperature 1, among its top_k candidates. A file made beforehand is on-policy for its first step only; a named pipe is
 read as steps need it, so an engine that keeps it open and loads checkpoints/last in between can keep up
-(train.save_every 1).
+(train.save_every 1). Each of its lines is waited for rollout.timeout seconds, and a stop is heard meanwhile.
 
 The candidates are found again, by one parallel pass. Token ids that are not among them take the last place and are
 counted (`off_support`): a few come from rounding, many from another model, temperature or truncation.
@@ -18,14 +18,15 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
-from typing import Iterator, List, NamedTuple
+from typing import Callable, Iterator, List, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grade.config import Config
 from grade.drawing import Sampling, suppressed_ids
-from grade.errors import GradeError, first_line
+from grade.errors import GradeError, reason_of
+from grade.line_source import MOST_BYTES, Silent, TooLong, lines_of
 from grade.model import Policy
 from grade.passes import fed_embeddings, policy_pass
 from grade.rollout import Rollout, pad_prompts
@@ -48,6 +49,9 @@ class RolloutSource:
         needed: responses of the whole run, over all processes.
         processes: that read it.
 
+    Attributes:
+        should_stop: asked while a line is waited for; once it says so, `rollout` raises StopAsked.
+
     Raises:
         GradeError: the file is not there, it is a pipe that several processes would read, a line cannot be used with
             this policy and these settings, or a regular file holds fewer responses than the run needs. A regular file
@@ -56,6 +60,7 @@ class RolloutSource:
 
     def __init__(self, config: Config, policy: Policy, *, needed: int, processes: int = 1):
         self.config, self.policy, self.path = config, policy, Path(config.rollout.source)
+        self.should_stop: Callable[[], bool] = lambda: False
         self._known = torch.ones(policy.vocab_size, dtype=torch.bool)
         self._known[policy.suppressed.cpu()] = False
         self._ends = set(policy.eos_ids.tolist())
@@ -83,7 +88,8 @@ class RolloutSource:
         """The next `count` responses, as if they had been sampled here; arguments as in `grade.rollout.sample`.
 
         Raises:
-            GradeError: a pipe ended, or holds a line that cannot be used.
+            GradeError: a pipe ended, was silent for rollout.timeout, or holds a line that cannot be used.
+            StopAsked: `should_stop` said so while nothing came.
         """
         responses = list(islice(self._lines, count))
         if len(responses) < count:
@@ -100,15 +106,25 @@ class RolloutSource:
         return recreate(self.policy, responses, sampling, seed=seed, first_rows=first_rows, copies=copies)
 
     def _responses(self) -> Iterator[Response]:
+        where = f"rollout.source: {self.path}"
+        lines = lines_of(self.path, timeout=self.config.rollout.timeout, should_stop=lambda: self.should_stop())
         try:
-            with self.path.open(encoding="utf-8") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield self._read(line, number)
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield self._read(line.decode("utf-8"), number)
+        except Silent as silence:
+            raise GradeError(
+                f"{where} {silence} in rollout.timeout={self.config.rollout.timeout:g} seconds. See whether the "
+                "engine that writes it still runs, or raise rollout.timeout. The last checkpoint is kept: go on with "
+                "--train.resume true."
+            ) from None
+        except TooLong:
+            raise GradeError(
+                f"{where} has a line of more than {MOST_BYTES} bytes without an end. Write one response a line."
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise GradeError(
-                f"rollout.source: {self.path} cannot be read as text ({first_line(error)}). Name a file of JSON "
-                "lines, or a pipe."
+                f"{where} cannot be read as text ({reason_of(error)}). Name a file of JSON lines, or a pipe."
             ) from error
 
     def _read(self, line: str, number: int) -> Response:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Tuple
 
 from grade.config import Config, GradeError
-from grade.errors import first_line, writing
+from grade.errors import reason_of, writing
 from grade.files import replace_bytes, sync
 from grade.jsonl import append_rows, encode_rows, read_rows
 
@@ -113,7 +113,7 @@ def beginning(path: Path, extent: Extent) -> bytes:
     try:
         content = path.read_bytes()[:size] if size else b""
     except OSError as error:
-        raise GradeError(f"train.resume: {path} cannot be read ({error.strerror or first_line(error)}).") from error
+        raise GradeError(f"train.resume: {path} cannot be read ({error.strerror or reason_of(error)}).") from error
     if len(content) < size or hashlib.sha256(content).hexdigest() != digest:
         raise GradeError(
             f"train.resume: {path} is damaged: it does not begin with what the checkpoint's run had written there. Put "

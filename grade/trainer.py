@@ -26,17 +26,20 @@ from grade.compiled_decoding import CompiledDecoding
 from grade.config import Config, GradeError
 from grade.config_io import config_to_yaml
 from grade.decoding import Decoding
-from grade.errors import first_line, writing
+from grade.end_of_sequence import warning_without_ends
+from grade.errors import reason_of, writing
 from grade.evaluate import Evaluation, evaluate, text_of, write_evaluations
 from grade.evaluation_tables import evaluation_table
 from grade.files import latest, replace_text
 from grade.fingerprint import differing, inputs_of
 from grade.interrupt import stop_between_steps
+from grade.line_source import StopAsked
 from grade.loading import load_policy, load_prompts, load_reward, load_tokenizer
 from grade.machine import free_bytes
 from grade.memory_plan import plan as plan_memory
 from grade.methods import make_method
 from grade.metrics import Phases, peak_memory_gib, reset_peak_memory
+from grade.opening_lines import opening_lines
 from grade.processes import main_process_first, make_accelerator, shared
 from grade.progress import training_progress
 from grade.reward_training import head_report, keep_head, with_kept_head
@@ -211,7 +214,7 @@ class Trainer:
         """
         train, every = self.config.train, self.config.evaluation.every
         self.memory.check(self.services.any_process)
-        notes = [self.memory.line]
+        notes = [*opening_lines(self.config, self.task, self.policy, self.reward), self.memory.line]
         written = self._restore(notes) if train.resume else None
         main = self.accelerator.is_main_process
         with main_process_first(self.accelerator):
@@ -234,9 +237,15 @@ class Trainer:
                 progress.say(note)
             if self.step == 0 and not self.evaluations:
                 self._validate(progress, adapters=False)
+            if self.source is not None:
+                self.source.should_stop = lambda: stop.asked
             while self.step < train.steps:
-                with self.memory.explained(f"step {self.step}", "train"):
-                    metrics = self.train_step()
+                try:
+                    with self.memory.explained(f"step {self.step}", "train"):
+                        metrics = self.train_step()
+                except StopAsked:  # while it waited for responses: nothing of this step has been done
+                    self._save()
+                    raise KeyboardInterrupt from None
                 self._refuse_broken(f"step {self.step}", broken_measure(metrics))
                 self.log.metrics(self.step, metrics)
                 progress.advance(metrics)
@@ -282,6 +291,9 @@ class Trainer:
             + "".join(f"{name} {value:.3f}  " for name, value in row.details.items()) +
             f"KL {row.kl:.3f} nats/token  distinct tokens {row.unique_token_ratio:.2f}"
         )
+        warning = warning_without_ends(self.config, row.eos_rate) if len(self.evaluations) == 1 else None
+        if warning is not None:
+            progress.say(warning)
 
     def _check_policy(self) -> None:
         trained = (p for group in self.optimizer.param_groups for p in group["params"])
@@ -391,7 +403,7 @@ class Trainer:
             before, now = state["steps"], self.config.train.steps
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise GradeError(
-                f"train.resume: the trainer's state in {folder} does not fit this run ({first_line(error)}). Start "
+                f"train.resume: the trainer's state in {folder} does not fit this run ({reason_of(error)}). Start "
                 "again with --train.overwrite true."
             ) from error
         self.step = self.saved = state["step"]

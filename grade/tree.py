@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grade.errors import GradeError, first_line, read_json
+from grade.errors import GradeError, read_json, reason_of
 
 _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
 
@@ -43,7 +43,7 @@ def load(stem: Path) -> dict[str, Any]:
     try:
         return _unpacked(packed, load_file(path))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise GradeError(f"{path} cannot be read ({first_line(error)}).") from error
+        raise GradeError(f"{path} cannot be read ({reason_of(error)}).") from error
 
 
 def leaves(tree: Any) -> Iterator[Any]:

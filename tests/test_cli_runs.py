@@ -139,6 +139,7 @@ BAD = {
     "no CUDA": (["--device", "cuda"], "device=cuda"),
     "nothing to resume": (["--train.resume", "true"], "train.resume"),
     "no such classifier": (["--reward.model", "./nowhere"], "reward.model"),
+    "a label without its classifier": (["--reward.positive_label", "good"], "reward.positive_label"),
 }
 
 

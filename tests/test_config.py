@@ -76,6 +76,7 @@ def test_round_trip_keeps_every_value_and_type(tmp_path):
         train__run_dir="runs/1e5",
         task__positive_label="no",
         task__text_column="1",
+        reward__model="a/classifier",
         reward__positive_label="0",
         model__revision="0123",
         model__lora__alpha=7.0,

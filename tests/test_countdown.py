@@ -91,10 +91,14 @@ def test_too_few_puzzles():
 class PieceTokenizer:
     """Any piece of text can be a token; ids are given out as pieces come. Text is encoded by characters."""
 
-    chat_template = None
+    chat_template, is_fast, unk_token_id, added_tokens_decoder = None, False, None, {}
+    all_special_ids, all_special_tokens = [0, 1, 2], ["<bos>", EOS, PAD]
 
     def __init__(self):
         self.ids = {"<bos>": 0, EOS: 1, PAD: 2}
+
+    def build_inputs_with_special_tokens(self, ids):
+        return [0] + ids
 
     def encode(self, pieces):
         return [self.ids.setdefault(piece, len(self.ids)) for piece in pieces]
@@ -154,6 +158,31 @@ def test_prompts(monkeypatch):
     a, b, c = task.test[0].numbers
     assert f"Numbers: {a} {b} {c}\nTarget: {task.test[0].target}\n" in text and text.endswith("\nassistant:")
     assert "at most 6 operations" in text
+
+
+TEMPLATES = {
+    "an attack on the sandbox": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError: access to"),
+    "its own refusal": ("{{ raise_exception('no user turn') }}", "TemplateError: no user turn"),
+    "no template": ("{% if %}", "TemplateSyntaxError: "),
+    "an endless loop": ("{% for i in range(10**9) %}x{% endfor %}", "OverflowError: "),
+    "several": ({"tool_use": "x", "rag": "y"}, "chat templates rag, tool_use, and none called default. Save it with"),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_chat_templates_that_cannot_be_used_are_told(case):
+    template, reason = TEMPLATES[case]
+    tokenizer = train_tokenizer(["a b"], {"vocabulary": 300, "context": 128})
+    tokenizer.chat_template = template
+    with pytest.raises(GradeError, match=f"model.name: .*{reason}"):
+        make_task().prompts("policy", tokenizer)
+
+
+def test_of_several_chat_templates_the_default_is_used():
+    tokenizer = train_tokenizer(["a b"], {"vocabulary": 300, "context": 128})
+    tokenizer.chat_template = {"rag": "{{ raise_exception('not this') }}", "default": "{{ messages[0].content }}!"}
+    (row,) = make_task(prompt_max_tokens=1000).prompts("policy", tokenizer, limit=1)
+    assert tokenizer.decode(row).endswith("</answer>.!")
 
 
 def test_tokenizer_without_digits_is_refused():

@@ -21,10 +21,12 @@ from grade.tasks.demo import write_reviews
 class Words:
     """A tokenizer that numbers words as they come."""
 
+    all_special_ids, all_special_tokens, added_tokens_decoder, unk_token_id = [], [], {}, None
+
     def __init__(self):
         self.ids = {}
 
-    def __call__(self, texts, add_special_tokens, verbose):
+    def __call__(self, texts, add_special_tokens=False, **_):
         assert not add_special_tokens
         words = [re.findall(r"\w+", text) for text in texts]
         return {"input_ids": [[self.ids.setdefault(word, len(self.ids)) for word in row] for row in words]}
@@ -46,7 +48,7 @@ def test_learns_sentiment_of_short_and_long_texts(reviews):
     assert list(report["accuracy"]) == ["30 tokens", "45 tokens"]
     assert report["accuracy"]["45 tokens"] > 0.95 and report["accuracy"]["30 tokens"] > 0.8
     assert (report["trained_on"], report["held_out"]) == (1500, 200)
-    good, bad = tokenizer(["It is wonderful and superb", "It is terrible and boring"], False, False)["input_ids"]
+    good, bad = tokenizer(["It is wonderful and superb", "It is terrible and boring"])["input_ids"]
     positive, negative = judge.probability([good, bad])
     assert positive > 0.5 > negative
 
@@ -100,11 +102,13 @@ def test_hash_spreads_a_vocabulary():
 class Letters:
     """Ids 0 to 3: a special token, "a", "b" and "ab", which is how the tokenizer spells those two."""
 
+    all_special_ids, all_special_tokens, added_tokens_decoder, unk_token_id = [0], ["<s>"], {}, None
+
     def decode(self, ids, skip_special_tokens):
         assert skip_special_tokens
         return "".join(["", "a", "b", "ab"][i] for i in ids)
 
-    def __call__(self, texts, add_special_tokens, verbose):
+    def __call__(self, texts, add_special_tokens=False, **_):
         assert not add_special_tokens
         return {"input_ids": [[["", "a", "b", "ab"].index(part) for part in re.findall("ab|a|b", t)] for t in texts]}
 

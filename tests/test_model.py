@@ -225,21 +225,6 @@ def test_suppressed_ids_are_those_the_tokenizer_does_not_know():
     assert tiny_policy().suppressed.numel() == 0
 
 
-def test_eos_ids_come_from_the_generation_config_then_the_model_then_the_tokenizer():
-    base = base_model(CONFIGS["llama"]())
-    base.generation_config.eos_token_id = [9, 5, 9]
-    assert policy_around(base).eos_ids.tolist() == [5, 9]
-    base = base_model(CONFIGS["llama"]())
-    base.generation_config.eos_token_id = 11
-    assert policy_around(base).eos_ids.tolist() == [11]
-    base = base_model(CONFIGS["llama"]())
-    base.generation_config.eos_token_id, base.config.eos_token_id = None, [8, 2]
-    assert policy_around(base).eos_ids.tolist() == [2, 8]
-    base = base_model(CONFIGS["llama"]())
-    base.generation_config.eos_token_id = base.config.eos_token_id = None
-    assert policy_around(base).eos_ids.tolist() == [EOS]
-
-
 def test_a_model_without_eos_is_refused_and_pad_falls_back_to_eos():
     class Bare(TinyTokenizer):
         pad_token_id = eos_token_id = None

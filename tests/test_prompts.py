@@ -9,16 +9,18 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from grade.config import Config, GradeError
-from grade.tasks import Example, Task, clean, encode, opening
+from grade.encoding import encode
+from grade.tasks import Example, Task, clean, opening
 
 
 def word_tokenizer(template="$A"):
     """Words as tokens, `a` known, and specials around the text as `template` says; BOS and EOS are one id."""
-    words = ["<e>", "<p>", "a", "b", "c", "d", "e"]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    words = ["<e>", "<p>", "a", "b", "c", "d", "e", "<u>"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<u>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<e>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<e>", eos_token="<e>", pad_token="<p>")
+    names = dict(bos_token="<e>", eos_token="<e>", pad_token="<p>", unk_token="<u>")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
 # --- openings ---
@@ -86,7 +88,7 @@ def test_specials_in_front_stay_and_those_behind_go(template):
     tokenizer = word_tokenizer(template)
     assert encode(tokenizer, ["a b c", "", "d"], 10) == [start + [2, 3, 4], [], start + [5]]
     assert encode(tokenizer, ["a b c d e"], 2 + len(start)) == [start + [2, 3]]
-    assert encode(tokenizer, ["a <e> b"], 10) == [start + [2, 0, 3]]
+    assert encode(tokenizer, ["a <e> b"], 10) == [start + [2, 7, 7, 3]]  # text, read as < and e>
     if start:
         with pytest.raises(GradeError, match="limit of 1 tokens leaves no room"):
             encode(tokenizer, ["a"], 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -376,11 +377,11 @@ def test_classifier_from_a_folder(tmp_path):
     model.save_pretrained(tmp_path)
     save_tokenizer(tmp_path, SAME)
     policy = tiny_policy()
-    reward = load_classifier(str(tmp_path), policy, positive_label=None, reads="response")
+    reward = load_classifier(str(tmp_path), policy, positive_label=None, reads="response", judged=16)
     assert (reward.label, reward.reads) == (1, "response")
     expected = value(policy, ClassifierReward(model, 1, "response"), rollout_of())
     assert torch.allclose(value(policy, reward, rollout_of()), expected, atol=1e-6)
-    chosen = load_classifier(str(tmp_path), policy, positive_label="negative", reads="response")
+    chosen = load_classifier(str(tmp_path), policy, positive_label="negative", reads="response", judged=16)
     assert torch.allclose(value(policy, chosen, rollout_of()), 1 - expected, atol=1e-6)
 
 
@@ -391,7 +392,7 @@ def test_other_vocabulary_is_refused_before_weights_are_read(tmp_path):
     save_tokenizer(tmp_path, swapped)
     assert not list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.bin"))
     with pytest.raises(GradeError, match=r"2 tokens differ, for example '<4>' has id 5 there and 4 here"):
-        load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response")
+        load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response", judged=16)
 
 
 def test_missing_weights_and_missing_folders_end_in_words(tmp_path):
@@ -399,7 +400,73 @@ def test_missing_weights_and_missing_folders_end_in_words(tmp_path):
     save_tokenizer(tmp_path, SAME)
     for name in (str(tmp_path), str(tmp_path / "nothing")):
         with pytest.raises(GradeError, match="reward.model=.*cannot be loaded"):
-            load_classifier(name, tiny_policy(), positive_label=None, reads="response")
+            load_classifier(name, tiny_policy(), positive_label=None, reads="response", judged=16)
+
+
+OWN_LABELS = dict(id2label={0: "toxic", 1: "POSITIVE", 2: "rude"})
+
+
+@pytest.mark.parametrize("kind, activation, words", [
+    (None, lambda logits: logits.softmax(-1)[:, 1], "the probability .by softmax. of the class 'POSITIVE' among"),
+    ("single_label_classification", lambda logits: logits.softmax(-1)[:, 1], "by softmax"),
+    ("multi_label_classification", lambda logits: logits[:, 1].sigmoid(), "by sigmoid"),
+    ("regression", lambda logits: logits[:, 1], "the output of the class 'POSITIVE' among .*'toxic', .*'rude'"),
+], ids=str)
+def test_what_an_output_means_is_the_models_problem_type(tmp_path, kind, activation, words):
+    """The classes of a multi-label classifier are questions of their own: no softmax over them."""
+    model = classifier(labels=3, problem_type=kind, **OWN_LABELS)
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, SAME)
+    policy = tiny_policy()
+    reward = load_classifier(str(tmp_path), policy, positive_label=None, reads="response", judged=16)
+    with torch.no_grad():
+        logits = torch.cat([model(input_ids=torch.tensor([r])).logits for r in RESPONSES])
+    assert torch.allclose(value(policy, reward, rollout_of()), activation(logits), atol=1e-5)
+    assert re.search(words, reward.raises) and reward.raises.endswith(f"of reward.model={tmp_path}")
+
+
+def test_a_single_multi_label_output_is_a_probability():
+    policy, model = tiny_policy(), classifier(labels=1, problem_type="multi_label_classification")
+    values = value(policy, ClassifierReward(model, None), rollout_of())
+    raw = value(policy, ClassifierReward(classifier(labels=1), None), rollout_of())
+    assert torch.allclose(values, raw.sigmoid(), atol=1e-6)
+
+
+def test_which_class_is_raised_is_asked_before_weights_are_read(tmp_path):
+    """{0: good, 1: bad} raised "bad" without a word."""
+    config = classifier(labels=2, id2label={0: "good", 1: "bad"}).config
+    config.architectures = ["LlamaForSequenceClassification"]
+    config.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, SAME)
+    with pytest.raises(GradeError, match=r"reward.positive_label is not set and .* \['good', 'bad'\].* name the one"):
+        load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response", judged=16)
+
+
+@pytest.mark.parametrize("judged, fits", [(64, True), (65, False)])
+def test_a_context_shorter_than_what_is_judged_is_refused(tmp_path, judged, fits):
+    classifier(GPT2Config, labels=1).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, SAME)
+    options = dict(positive_label=None, reads="response", judged=judged)
+    if fits:
+        load_classifier(str(tmp_path), tiny_policy(), **options)
+    else:
+        with pytest.raises(GradeError, match="context is 64 tokens, and it would judge texts of up to 65"):
+            load_classifier(str(tmp_path), tiny_policy(), **options)
+
+
+@pytest.mark.parametrize("config_class", CLASSIFIERS)
+def test_the_probe_tells_a_classifier_that_does_more(config_class):
+    model = classifier(config_class, dtype=torch.float32)
+    reward = ClassifierReward(model, 1)
+    reward.probe()
+
+    def add(module, args, kwargs, output):
+        output.last_hidden_state = output.last_hidden_state + (kwargs.get("inputs_embeds") is None)
+        return output
+
+    model.base_model.register_forward_hook(add, with_kwargs=True)
+    with pytest.raises(GradeError, match="it does more than read its last hidden state"):
+        reward.probe()
 
 
 def test_a_language_model_is_no_trained_classifier(tmp_path):
@@ -410,7 +477,7 @@ def test_a_language_model_is_no_trained_classifier(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     save_tokenizer(tmp_path, SAME)
     with pytest.raises(GradeError, match="no `score` layer.*random"):
-        load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response")
+        load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response", judged=16)
 
 
 def test_encoder_classifiers_are_refused_by_name(tmp_path):
@@ -420,14 +487,15 @@ def test_encoder_classifiers_are_refused_by_name(tmp_path):
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     save_tokenizer(tmp_path, SAME)
     with pytest.raises(GradeError, match="BertForSequenceClassification has no `score` layer"):
-        load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response")
+        load_classifier(str(tmp_path), tiny_policy(), positive_label="LABEL_1", reads="response", judged=16)
 
 
 def test_architectures_without_a_classifier_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "cohere", "num_labels": 2}))
+    (tmp_path / "model.safetensors").touch()
     save_tokenizer(tmp_path, SAME)
     with pytest.raises(GradeError, match="reward.model=.*cannot be loaded: .*CohereConfig") as refusal:
-        load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response")
+        load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response", judged=16)
     assert "\n" not in str(refusal.value)
 
 
@@ -435,7 +503,7 @@ def test_a_table_shorter_than_the_vocabulary_is_refused(tmp_path):
     classifier(labels=2, vocab_size=VOCAB - 1, pad_token_id=0).save_pretrained(tmp_path)
     save_tokenizer(tmp_path, SAME)
     with pytest.raises(GradeError, match="60 rows, the policy's 61"):
-        load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response")
+        load_classifier(str(tmp_path), tiny_policy(), positive_label="LABEL_1", reads="response", judged=16)
 
 
 def test_vocabulary_check_counts_and_names_the_first_difference():
@@ -451,8 +519,9 @@ def test_vocabulary_check_counts_and_names_the_first_difference():
     "labels, wanted, expected",
     [
         (["NEGATIVE", "POSITIVE"], None, 1), (["Positive", "Negative"], None, 0), (["pos", "neg"], None, 0),
-        (["neg", "neutral", "pos"], None, 2), (["LABEL_0", "LABEL_1"], None, 1), (["good", "bad"], "Good", 0),
-        (["positive", "negative"], "negative", 1), (["a", "b", "c"], "b", 1),
+        (["neg", "neutral", "pos"], None, 2), (["good", "bad"], "Good", 0), (["good", "bad"], "bad", 1),
+        (["positive", "negative"], "negative", 1), (["a", "b", "c"], "b", 1), (["Good", "good"], "good", 1),
+        (["LABEL_0"], None, None), (["LABEL_0", "LABEL_1"], "LABEL_1", 1), (["toxicity"], "toxicity", None),
     ],
 )
 def test_positive_class(labels, wanted, expected):
@@ -464,6 +533,10 @@ def test_positive_class(labels, wanted, expected):
     [
         (["a", "b", "c"], None, r"positive_label is not set and m has the labels \['a', 'b', 'c'\]"),
         (["a", "b"], "c", r"positive_label=c: m has the labels \['a', 'b'\]"),
+        (["good", "bad"], None, r"has the labels \['good', 'bad'\], none of which is called positive"),
+        (["LABEL_0", "LABEL_1"], None, r"has the labels \['LABEL_0', 'LABEL_1'\]"),
+        (["score"], "positive", r"positive_label=positive: m has the labels \['score'\]"),
+        (["Good", "GOOD"], "good", r"positive_label=good: m has the labels \['Good', 'GOOD'\]"),
     ],
 )
 def test_positive_class_that_is_not_there(labels, wanted, message):

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_trainer import trainer_of
 from tiny import tiny_policy, tiny_reward
 from tiny_run import shared_output, tiny_config, tiny_data, tiny_model  # noqa: F401
 
+from grade import line_source
+from grade.checkpoint import load_state
 from grade.config import GradeError, RolloutConfig, validate
 from grade.drawing import Sampling
+from grade.files import latest
 from grade.methods import kl_weight
+from grade.processes import make_accelerator
 from grade.replay import ReplaySettings, replay
 from grade.rollout import pad_prompts, sample
 from grade.rollout_source import Response, recreate
+from grade.run_dir import prepare_run_dir
+from grade.trainer import Trainer
 
 PROMPTS = [[5, 9, 11], [7, 3]]
 
@@ -102,8 +113,8 @@ def lines_of(trainer, steps):
     return lines
 
 
-def with_source(config, path):
-    config = replace(config, rollout=RolloutConfig(source=str(path)))
+def with_source(config, path, **rollout):
+    config = replace(config, rollout=RolloutConfig(source=str(path), **rollout))
     validate(config)
     return config
 
@@ -181,6 +192,138 @@ def test_too_few_responses_missing_files_and_torn_groups_are_refused(sourced, tm
     pairs = replace(sourced, generation=replace(sourced.generation, samples_per_prompt=2))
     with pytest.raises(GradeError, match="does not have the 2 responses of a prompt next to each other"):
         trainer_of(with_source(pairs, torn)).train_step()
+
+
+def engine_of(pipe, act):
+    """Another engine: opens the pipe, and acts until nobody reads."""
+
+    def run():
+        with contextlib.suppress(BrokenPipeError), pipe.open("wb", buffering=0) as file:
+            act(file)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def drip(file):
+    while True:
+        file.write(b"[")
+        time.sleep(0.02)
+
+
+def endless(file):
+    while True:
+        file.write(b"1" * 2**16)
+
+
+SILENT = {
+    "nobody opens it": (None, "has no writer in rollout.timeout=0.3 seconds"),
+    "its writer says nothing": (lambda file: time.sleep(2), "has no writer in|gave nothing in"),
+    "a line begins": (lambda file: (file.write(b"{"), time.sleep(2)), "gave the beginning of a line and no more in"),
+    "a line never ends, slowly": (drip, "gave the beginning of a line and no more in rollout.timeout=0.3"),
+    "a line never ends, fast": (endless, "has a line of more than .* without an end. Write one response a line"),
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_a_pipe_is_not_waited_for_without_end(sourced, tmp_path, monkeypatch, case):
+    act, message = SILENT[case]
+    monkeypatch.setattr(line_source, "MOST_BYTES", 2**20)
+    os.mkfifo(tmp_path / "pipe")
+    config = with_source(sourced, tmp_path / "pipe", timeout=0.3)
+    trainer = trainer_of(config)
+    if act is not None:
+        engine_of(tmp_path / "pipe", act)
+    began = time.monotonic()
+    with pytest.raises(GradeError, match=f"rollout.source: .*pipe ({message})"):
+        trainer.train_step()
+    assert time.monotonic() - began < 2  # far from both 0.3 seconds and for ever
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_stop_is_heard_while_a_pipe_is_silent(sourced, tmp_path, done):
+    """The responses of `done` steps come and then nothing: those steps are kept, and the run goes on from there."""
+    reference = trainer_of(sourced)
+    lines = lines_of(reference, 2)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    config = with_source(replace(sourced, train=replace(sourced.train, save_every=1000)), pipe)
+    stopped, asked = threading.Event(), []
+
+    def writes(these, until):
+        def act(file):
+            file.write("".join(json.dumps(line) + "\n" for line in these).encode())
+            until.wait(30)
+        return act
+
+    def wait_for_the_rest():
+        asked.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = Trainer(config, make_accelerator(config), prepare_run_dir(config))
+    step = trainer.train_step
+
+    def stopped_while_waiting():
+        if trainer.step == done:
+            threading.Timer(0.3, wait_for_the_rest).start()
+        return step()
+
+    trainer.train_step = stopped_while_waiting
+    engine = engine_of(pipe, writes(lines[: 4 * done], stopped))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert time.monotonic() - asked[0] < 2
+    stopped.set()
+    engine.join()
+    assert load_state(Path(config.run_dir) / "checkpoints" / "last")["step"] == done
+
+    resumed = replace(config, train=replace(config.train, resume=True))
+    trainer = Trainer(resumed, make_accelerator(resumed), prepare_run_dir(resumed))
+    engine_of(pipe, writes(lines[4 * done:], threading.Event()))
+    trainer.fit()
+    adapter = load_file(latest(Path(config.run_dir) / "checkpoints" / "last") / "adapter_model.safetensors")
+    ours = dict(reference.policy.model.named_parameters())
+    for name, weight in adapter.items():
+        torch.testing.assert_close(weight, ours[name.replace(".weight", ".default.weight")], rtol=1e-5, atol=1e-7)
+    rows = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().split("\n") if line]
+    assert [row["step"] for row in rows if "reward" in row] == [0, 1]
+    assert [row["step"] for row in rows if "validation/reward" in row] == [0, 2]
+
+
+def test_only_a_newline_ends_a_line(sourced, tmp_path):
+    """An engine may write the text beside the ids, with whatever separators stand in it."""
+    odd = {**GOOD, "text": "one\u2028two\u2029three\u0085four\x0bfive\x1csix"}
+    path = tmp_path / "ids.jsonl"
+    path.write_bytes(b"\r\n".join(json.dumps(odd, ensure_ascii=False).encode() for _ in range(8)))
+    trainer_of(with_source(sourced, path)).train_step()
+
+
+@pytest.mark.parametrize("content, lines", [
+    (b"", []), (b"\n", [b""]), (b"a", [b"a"]), (b"a\nb\n", [b"a", b"b"]), (b"a\n\nb", [b"a", b"", b"b"]),
+    (b"x" * 2**16 + b"\n" + b"y" * 70_000, [b"x" * 2**16, b"y" * 70_000]),
+    (b"\n".join(b"%d" % i for i in range(40_000)), [b"%d" % i for i in range(40_000)]),
+])
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_lines_of_files_and_pipes(tmp_path, content, lines, kind):
+    path = tmp_path / kind
+    if kind == "file":
+        path.write_bytes(content)
+    else:
+        os.mkfifo(path)
+        engine_of(path, lambda file: file.write(content))
+    read = line_source.lines_of(path, timeout=0.5 if content else 0.05, should_stop=lambda: False)
+    if kind == "pipe" and not content:
+        with pytest.raises(line_source.Silent, match="has no writer"):
+            list(read)
+    else:
+        assert list(read) == lines
+
+
+def test_a_timeout_is_a_number_of_seconds(sourced):
+    for wrong in (0.0, -1.0, float("inf")):
+        with pytest.raises(GradeError, match="rollout.timeout is"):
+            with_source(sourced, "ids.jsonl", timeout=wrong)
 
 
 def test_rules_that_need_the_noise_are_refused(tiny_config):  # noqa: F811

@@ -215,6 +215,14 @@ def test_missing_path(name):
         load_task(config_for(name))
 
 
+def test_a_folder_that_is_here_is_not_looked_up_at_the_hub(monkeypatch, tmp_path):
+    """Though its name could be one of the hub, and whatever it lacks."""
+    (tmp_path / "somebody" / "reviews").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GradeError, match="somebody/reviews, which holds nothing"):
+        load_task(config_for("somebody/reviews"))
+
+
 def test_file_instead_of_folder(folder):
     with pytest.raises(GradeError, match="a file: name the folder"):
         load_task(config_for(folder / "train.parquet"))
@@ -242,7 +250,7 @@ def test_unknown_and_unusable_hub_datasets(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unusable)
     with pytest.raises(
-        GradeError, match=r"cannot be loaded \(ValueError: Config name is missing\.\)\. Save it"
+        GradeError, match=r"cannot be loaded \(ValueError: Config name is missing\. Pick one\)\. Save it"
     ):
         load_task(config_for("a/b"))
 
@@ -290,6 +298,78 @@ def test_classes(folder, tmp_path):
         load_task(config_for(save(tmp_path / "single", "parquet", label=[1] * ROWS)))
     with pytest.raises(GradeError, match="no label in row 0, column 'label'"):
         load_task(config_for(save(tmp_path / "unlabelled", "parquet", label=[None] + [1] * (ROWS - 1))))
+
+
+def labelled(folder, *values):
+    """Reviews whose labels are these values in turn."""
+    return save(folder, "csv", label=[values[i % len(values)] for i in range(ROWS)])
+
+
+def test_unlabelled_rows_are_left_out_and_counted(tmp_path):
+    """-1 was a negative review: the head learned from rows that nobody had labelled."""
+    task = load_task(config_for(labelled(tmp_path / "some", 1, -1, 0), reward_examples=10, policy_examples=10))
+    for example in (e for split in SPLITS for e in task.examples(split)):
+        assert example.label == {0: 1, 2: 0}[int(example.id.split("/")[1]) % 3]
+    assert len(task.test) == 40 and task.labels.left_out == {"-1": 40}
+    assert task.describe()["labels"] == {"column": "label", "positive": "1", "negative": "0", "left_out": {"-1": 40}}
+    assert str(task.labels) == "'1' of column 'label' (negative: '0'; rows left out: 40 with '-1')"
+
+
+def test_labels_of_minus_one_and_one(tmp_path):
+    task = load_task(config_for(labelled(tmp_path / "signs", 1, -1)))
+    assert task.labels.negative == "-1" and not task.labels.left_out
+
+
+def test_more_than_two_labels_need_a_negative_one(tmp_path):
+    stars = labelled(tmp_path / "stars", 1, 2, 3, 4, 5)
+    few = dict(positive_label="5", reward_examples=6, policy_examples=6, validation_examples=6)
+    with pytest.raises(GradeError, match=r"holds 1, 2, 3, 4, 5: besides task\.positive_label='5' .*negative_label"):
+        load_task(config_for(stars, **few))
+    task = load_task(config_for(stars, negative_label="2", **few))
+    assert {int(e.id.split("/")[1]) % 5 for e in task.test} == {1, 4}
+    assert task.labels.left_out == {"1": 24, "3": 24, "4": 24}
+    for wrong in ("7", "5"):
+        with pytest.raises(GradeError, match=f"task.negative_label is '{wrong}': .* holds 1, 2, 3, 4, 5"):
+            load_task(config_for(stars, negative_label=wrong, **few))
+
+
+def test_hidden_test_labels_are_no_class(tmp_path):
+    folder = save(tmp_path / "hidden", "csv", parts=("train",))
+    save(folder, "csv", parts=("test",), label=[-1] * ROWS)
+    with pytest.raises(GradeError, match="The test data .* no positive row .* holds -1"):
+        load_task(config_for(folder))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_files_may_differ_in_columns_that_are_not_read(tmp_path, kind):
+    folder = save(tmp_path / "more", kind, parts=("train",), stars=[5] * ROWS)
+    save(folder, kind, parts=("test",), source=["web"] * ROWS)
+    assert load_task(config_for(folder)).reward == load_task(config_for(save(tmp_path / "same", kind))).reward
+    shards = save(tmp_path / "shards", kind, parts=("test",))
+    save(shards, kind, parts=("train",))
+    (shards / f"train.{kind}").rename(shards / f"train-00000-of-00002.{kind}")
+    save(shards, kind, parts=("train",), author=["me"] * ROWS)
+    (shards / f"train.{kind}").rename(shards / f"train-00001-of-00002.{kind}")
+    assert sum(map(len, split_ids(load_task(config_for(shards))))) == 3 * ROWS
+
+
+def test_a_file_that_lacks_a_column_is_refused(tmp_path):
+    folder = save(tmp_path / "lacks", "csv")
+    (folder / "test.csv").write_text("text\nGood.\n", encoding="utf-8")
+    with pytest.raises(GradeError, match="The test data .* has no column 'label': set task.label_column to .* text"):
+        load_task(config_for(folder))
+
+
+def test_line_separators_of_unicode_end_no_row(tmp_path):
+    """U+2028, U+0085 and their like stand in scraped reviews; JSON lines end at a newline only."""
+    odd = [f"One\u2028 {i} two\u2029three\u0085four\x0bfive\x1csix\ufeff." for i in range(ROWS)]
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for part in ("train", "test"):
+        lines = [json.dumps({"text": t, "label": i % 2}, ensure_ascii=False) for i, t in enumerate(odd)]
+        (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    task = load_task(config_for(folder))
+    assert len(task.test) == ROWS and {e.text for e in task.test} == {" ".join(t.split()) for t in odd}
 
 
 def test_no_rows_and_rows_without_text(tmp_path):

@@ -2,8 +2,8 @@
 
 A task is five disjoint lists of examples. The reward head learns from `reward`, the policy continues openings
 of `policy`, `validation` picks the checkpoint, `test` is looked at once, and `judge` trains the judge of
-comparisons. Everything that decides what a model reads (cleaning, cutting, special tokens) is in this file, so
-that every task, the policy and the reward read the same. Nothing heavy is imported here.
+comparisons. Everything that decides what a model reads (cleaning, cutting) is in this file, and special tokens are
+in `grade.encoding`, so that every task, the policy and the reward read the same. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Iterable, Iterator, Sequence
 
 from grade.config import Config, GradeError, TaskConfig
+from grade.encoding import encode
 
 SPLITS = ("reward", "policy", "validation", "test", "judge")
 
@@ -32,8 +33,6 @@ _SENTENCE_END = re.compile(
     r"|[。！？]+[”’」』）]*"  # scripts that put no space between sentences
 )
 
-_ROWS_PER_BATCH = 1024  # texts handed to the tokenizer at once
-
 
 @dataclass(frozen=True)
 class Example:
@@ -48,6 +47,29 @@ class Example:
     id: str
     text: str
     label: int
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of a data set mean.
+
+    Attributes:
+        column: that holds them.
+        positive, negative: the two values, as text.
+        left_out: how many rows have another value, by value; they are in no split.
+    """
+
+    column: str
+    positive: str
+    negative: str
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        others = ", ".join(f"{count} with {label!r}" for label, count in sorted(self.left_out.items()))
+        return (
+            f"{self.positive!r} of column {self.column!r} (negative: {self.negative!r}"
+            + (f"; rows left out: {others})" if others else ")")
+        )
 
 
 def clean(text: str) -> str:
@@ -82,50 +104,6 @@ def opening(text: str, sentences: int, max_chars: int) -> str:
     return text[:end].rstrip()
 
 
-def encode(tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Token ids of texts that a model is to continue or to read.
-
-    As `tokenizer(text)` gives them, so with BOS exactly where the tokenizer adds it by itself, but without
-    tokens that it puts *after* the text: a model has nothing to say after EOS. They are told by position, as
-    BOS and EOS may be one id. The policy's prompts and the reward's reviews both come from here.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        texts: B texts.
-        max_tokens: longest row, BOS included; the end is cut off.
-
-    Returns:
-        B lists of ids, not padded. A text without tokens gives an empty list, not a lone BOS.
-
-    Raises:
-        GradeError: `max_tokens` leaves no room for text.
-    """
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    marked = tokenizer("a", add_special_tokens=True)["input_ids"]
-    extra = len(marked) - len(plain)
-    before = next((i for i in range(extra + 1) if marked[i : i + len(plain)] == plain), 0)
-    after = extra - before
-    if max_tokens <= before:
-        raise GradeError(
-            f"A limit of {max_tokens} tokens leaves no room for text: the tokenizer starts every text with "
-            f"{before} of its own. Raise task.prompt_max_tokens (prompts) or reward.max_tokens (reviews)."
-        )
-    rows = []
-    for start in range(0, len(texts), _ROWS_PER_BATCH):
-        batch = list(texts[start : start + _ROWS_PER_BATCH])
-        # Cut by hand below: a tokenizer's own truncation keeps EOS and may cut on the left.
-        ids = tokenizer(
-            batch,
-            add_special_tokens=True,
-            padding=False,
-            truncation=False,
-            verbose=False,
-            return_attention_mask=False,
-        )["input_ids"]
-        rows += [row[: len(row) - after][:max_tokens] if len(row) > extra else [] for row in ids]
-    return rows
-
-
 def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
     """`examples` in an order that depends on `seed` and their number only.
 
@@ -149,6 +127,7 @@ class Task:
         validation: prompts and texts for choosing a checkpoint and judging the head.
         test: prompts and texts for the final evaluation.
         judge: trains the judge of `grade compare`, which no method sees; may be empty.
+        labels: what the labels of the data mean; None where they were not read from data.
     """
 
     source: str
@@ -158,6 +137,7 @@ class Task:
     validation: list[Example]
     test: list[Example]
     judge: list[Example] = field(default_factory=list)
+    labels: Labels | None = None
 
     def __post_init__(self) -> None:
         ids = [example.id for split in SPLITS for example in self.examples(split)]
@@ -222,6 +202,7 @@ class Task:
             "task": self.settings.name,
             "dataset": self.source,
             "split_seed": self.settings.split_seed,
+            **({} if self.labels is None else {"labels": asdict(self.labels)}),
             "splits": splits,
             "texts_in_two_splits": self.repeated_texts(),
         }
@@ -233,7 +214,9 @@ class Task:
         return {f"{a} and {b}": len(texts[a] & texts[b]) for a, b in pairs}
 
 
-def cut_splits(train: Sequence[Example], test: Sequence[Example], settings: TaskConfig, source: str) -> Task:
+def cut_splits(
+    train: Sequence[Example], test: Sequence[Example], settings: TaskConfig, source: str, labels: Labels | None = None
+) -> Task:
     """Cut a task from the rows of a training and a test file.
 
     One shuffle of the training rows (files are often sorted by label), then consecutive stretches, so
@@ -265,6 +248,7 @@ def cut_splits(train: Sequence[Example], test: Sequence[Example], settings: Task
         validation=rows[second:third],
         test=shuffled(test, settings.split_seed),
         judge=rows[third : third + settings.judge_examples],
+        labels=labels,
     )
 
 

@@ -11,8 +11,9 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Dict, List, Optional, Set, Tuple
 
-from grade.errors import GradeError
-from grade.tasks import encode, sha256_of
+from grade.encoding import encode
+from grade.errors import GradeError, reason_of
+from grade.tasks import sha256_of
 
 if TYPE_CHECKING:
     from grade.config import TaskConfig
@@ -211,12 +212,19 @@ class CountdownTask:
             Lists of at most `prompt_max_tokens` ids, not padded.
 
         Raises:
-            GradeError: a prompt is longer (cut, it would be another puzzle), or the tokenizer does not tell two
-                puzzles apart.
+            GradeError: a prompt is longer (cut, it would be another puzzle), the tokenizer does not tell two puzzles
+                apart, or its chat template cannot be used.
         """
         puzzles = self.puzzles(split)[:limit]
         longest = self.settings.prompt_max_tokens
-        if getattr(tokenizer, "chat_template", None):
+        template = getattr(tokenizer, "chat_template", None)
+        if isinstance(template, dict) and template and "default" not in template:
+            raise GradeError(
+                f"model.name: its tokenizer has the chat templates {', '.join(sorted(template))}, and none called "
+                "default. Save it with the one to use as its only one (tokenizer.chat_template = "
+                f"tokenizer.chat_template[{min(template)!r}])."
+            )
+        if template:
             rows = [self._chat(puzzle, tokenizer) for puzzle in puzzles]
         else:
             rows = encode(tokenizer, [puzzle.prompt for puzzle in puzzles], longest + 1)
@@ -240,7 +248,13 @@ class CountdownTask:
             target=puzzle.target,
         )
         message = [{"role": "user", "content": content}]
-        return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+        try:
+            return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+        except Exception as error:  # a template is a program of its author; jinja2 keeps it in a sandbox
+            raise GradeError(
+                f"model.name: its chat template cannot write a prompt ({type(error).__name__}: {reason_of(error)}). "
+                "Mend the template in the model's folder, or choose another model."
+            ) from error
 
     def make_reward(self, policy: Policy) -> CountdownReward:
         """The reward of responses to this task's prompts."""

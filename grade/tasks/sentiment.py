@@ -13,14 +13,26 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from grade.config import GradeError, TaskConfig
-from grade.tasks import Example, Task, clean, cut_splits
+from grade.errors import reason_of
+from grade.hub_names import looks_local
+from grade.tasks import Example, Labels, Task, clean, cut_splits
 
 _PARTS = ("train", "test")
 _READERS = {"parquet": "parquet", "csv": "csv", "json": "json", "jsonl": "json"}
+_UNLABELLED = "-1"  # as the hub's data sets mark rows without a label
 _LOCAL_FILES = "a folder with train.* and test.* (parquet, csv, json or jsonl) or one written by save_to_disk"
+
+
+class Labelled(NamedTuple):
+    """The examples of train and test, and what their labels mean."""
+
+    parts: dict[str, list[Example]]
+    labels: Labels
 
 
 def load(settings: TaskConfig) -> Task:
@@ -31,20 +43,20 @@ def load(settings: TaskConfig) -> Task:
     """
     name = settings.dataset
     path = Path(name).expanduser()
-    if path.is_dir():
+    if not looks_local(name):
+        files = _load_hub(name, settings)
+    elif path.is_dir():
         files = _load_folder(path, settings)
     elif path.exists():
         raise GradeError(f"task.dataset is {name}, a file: name the folder that holds it ({_LOCAL_FILES}).")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    else:
         raise GradeError(
             f"task.dataset is {name}, and there is no such folder. Name {_LOCAL_FILES}, or a hub dataset."
         )
-    else:
-        files = _load_hub(name, settings)
-    return cut_splits(files["train"], files["test"], settings, source=name)
+    return cut_splits(files.parts["train"], files.parts["test"], settings, source=name, labels=files.labels)
 
 
-def _load_folder(path: Path, settings: TaskConfig) -> dict[str, list[Example]]:
+def _load_folder(path: Path, settings: TaskConfig) -> Labelled:
     import datasets
 
     if (path / "dataset_dict.json").exists():
@@ -53,7 +65,7 @@ def _load_folder(path: Path, settings: TaskConfig) -> dict[str, list[Example]]:
                 raise GradeError(f"The {part} data of task.dataset={path} is empty: it has no rows.")
         with _reading(path):
             data = datasets.load_from_disk(str(path))
-        return _examples(data, settings)
+        return _examples({part: [data[part]] for part in data}, settings)
     if (path / "dataset_info.json").exists() and (path / "state.json").exists():
         raise GradeError(
             f"task.dataset is {path}, a single saved dataset: save a DatasetDict with the parts train "
@@ -63,9 +75,23 @@ def _load_folder(path: Path, settings: TaskConfig) -> dict[str, list[Example]]:
     # The reader's cache lies in a folder of its own and goes with it: the data folder may be read-only, and
     # no second copy of somebody's data stays behind.
     with tempfile.TemporaryDirectory(prefix="grade-", ignore_cleanup_errors=True) as cache:
-        with _reading(path), _quiet(datasets):
-            data = datasets.load_dataset(reader, data_files=files, cache_dir=cache)
+        with _quiet(datasets):
+            data = {part: [_read_file(reader, part, file, cache, path) for file in files[part]] for part in _PARTS}
         return _examples(data, settings)
+
+
+def _read_file(reader: str, part: str, file: str, cache: str, path: Path):
+    """One file as a dataset. Read together, files would have to have the same columns, of which two are needed."""
+    import datasets
+
+    with _reading(path):
+        try:
+            return datasets.load_dataset(reader, data_files={part: [file]}, split=part, cache_dir=cache)
+        except Exception as error:
+            # Only the wording tells a file without rows from a broken one; unrecognised, the reason is still shown.
+            if re.search(r'"(\w+)" corresponds to no data', str(error)):
+                return datasets.Dataset.from_dict({})
+            raise
 
 
 def _data_files(path: Path) -> tuple[str, dict[str, list[str]]]:
@@ -87,7 +113,7 @@ def _data_files(path: Path) -> tuple[str, dict[str, list[str]]]:
     return _READERS[suffix], files
 
 
-def _load_hub(name: str, settings: TaskConfig) -> dict[str, list[Example]]:
+def _load_hub(name: str, settings: TaskConfig) -> Labelled:
     import datasets
 
     try:
@@ -95,7 +121,7 @@ def _load_hub(name: str, settings: TaskConfig) -> dict[str, list[Example]]:
     except datasets.exceptions.DatasetNotFoundError as error:
         raise GradeError(
             f"task.dataset is {name}: there is no such folder here, and the hub shows no such dataset "
-            f"({error}). Correct the name, or name {_LOCAL_FILES}."
+            f"({reason_of(error)}). Correct the name, or name {_LOCAL_FILES}."
         ) from error
     except Exception as error:
         if _is_connection_error(error):
@@ -104,10 +130,10 @@ def _load_hub(name: str, settings: TaskConfig) -> dict[str, list[Example]]:
                 f"work without it, set task.dataset to {_LOCAL_FILES}."
             ) from error
         raise GradeError(
-            f"task.dataset is {name}, and the hub's dataset cannot be loaded ({_one_line(error)}). "
+            f"task.dataset is {name}, and the hub's dataset cannot be loaded ({_innermost(error)}). "
             f"Save it yourself and set task.dataset to {_LOCAL_FILES}."
         ) from error
-    return _examples(data, settings)
+    return _examples({part: [data[part]] for part in data}, settings)
 
 
 def _is_connection_error(error: BaseException | None) -> bool:
@@ -121,58 +147,115 @@ def _is_connection_error(error: BaseException | None) -> bool:
     return False
 
 
-def _examples(data, settings: TaskConfig) -> dict[str, list[Example]]:
-    """The examples of both parts, after every check that does not depend on the splits' sizes."""
+def _examples(data: dict[str, list], settings: TaskConfig) -> Labelled:
+    """The examples of both parts, each of one or more datasets, after every check that does not depend on the splits'
+    sizes."""
     missing = [part for part in _PARTS if part not in data]
     if missing:
         raise GradeError(
             f"The data of task.dataset={settings.dataset} has no part called {missing[0]} (it has "
             f"{', '.join(data) or 'none'}): train and test are needed."
         )
-    return {part: _read_part(data[part], part, settings) for part in _PARTS}
+    columns = {part: _columns(data[part], part, settings) for part in _PARTS}
+    negative = _negative_label(settings, {label for _, labels in columns.values() for label in labels})
+    left_out: Counter = Counter()
+    examples = {}
+    for part, (texts, labels) in columns.items():
+        classes = {settings.positive_label: 1, negative: 0}
+        left_out.update(label for label in labels if label not in classes)
+        examples[part] = [
+            Example(f"{part}/{row}", text, classes[label])
+            for row, (text, label) in enumerate(zip(texts, labels, strict=True))
+            if text and label in classes  # there is nothing to read or to continue in an empty review
+        ]
+        _check_part(examples[part], labels, _where(part, settings), settings)
+    return Labelled(examples, Labels(settings.label_column, settings.positive_label, negative, dict(left_out)))
 
 
-def _read_part(rows, part: str, settings: TaskConfig) -> list[Example]:
-    where = f"The {part} data of task.dataset={settings.dataset}"
-    if len(rows) == 0:
+def _where(part: str, settings: TaskConfig) -> str:
+    return f"The {part} data of task.dataset={settings.dataset}"
+
+
+def _columns(datasets: list, part: str, settings: TaskConfig) -> tuple[list[str], list[str]]:
+    """Cleaned texts and labels, as text, of all rows."""
+    where = _where(part, settings)
+    filled = [rows for rows in datasets if len(rows)]
+    if not filled:
         raise GradeError(f"{where} is empty: it has no rows.")
-    for setting in ("text_column", "label_column"):
-        column = getattr(settings, setting)
-        if column not in rows.column_names:
+    texts: list[str] = []
+    labels: list[str] = []
+    for rows in filled:
+        for setting in ("text_column", "label_column"):
+            column = getattr(settings, setting)
+            if column not in rows.column_names:
+                raise GradeError(
+                    f"{where} has no column {column!r}: set task.{setting} to one of "
+                    f"{', '.join(rows.column_names)}."
+                )
+        columns = rows.select_columns(list({settings.text_column, settings.label_column})).with_format(None)[:]
+        for text, label in zip(columns[settings.text_column], columns[settings.label_column], strict=True):
+            if text is not None and not isinstance(text, str):
+                raise GradeError(
+                    f"{where} has {type(text).__name__} values in column {settings.text_column!r}: "
+                    f"task.text_column must name a column of strings ({', '.join(rows.column_names)})."
+                )
+            if label is None:
+                raise GradeError(
+                    f"{where} has no label in row {len(labels)}, column {settings.label_column!r}: remove such rows."
+                )
+            texts.append(clean(text or ""))
+            labels.append(str(label))
+    return texts, labels
+
+
+def _negative_label(settings: TaskConfig, values: set[str]) -> str | None:
+    """The label that means 'negative': task.negative_label, or else the one besides the positive one (and besides -1,
+    which means unlabelled where there are two others). None where there is no second one, or no positive one.
+
+    Raises:
+        GradeError: it is not clear which one is meant.
+    """
+    positive, negative = settings.positive_label, settings.negative_label
+    if negative is not None:
+        if negative == positive or negative not in values:
             raise GradeError(
-                f"{where} has no column {column!r}: set task.{setting} to one of "
-                f"{', '.join(rows.column_names)}."
+                f"task.negative_label is {negative!r}: column {settings.label_column!r} of task.dataset="
+                f"{settings.dataset} holds {_shown(values)}, and task.positive_label is {positive!r}. Name another of "
+                "them."
             )
-    columns = rows.select_columns(list({settings.text_column, settings.label_column})).with_format(None)[:]
-    examples = []
-    texts, labels = columns[settings.text_column], columns[settings.label_column]
-    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
-        if text is not None and not isinstance(text, str):
-            raise GradeError(
-                f"{where} has {type(text).__name__} values in column {settings.text_column!r}: "
-                f"task.text_column must name a column of strings ({', '.join(rows.column_names)})."
-            )
-        if label is None:
-            raise GradeError(
-                f"{where} has no label in row {row}, column {settings.label_column!r}: remove such rows."
-            )
-        cleaned = clean(text or "")
-        if cleaned:  # there is nothing to read or to continue in an empty review
-            examples.append(Example(f"{part}/{row}", cleaned, int(str(label) == settings.positive_label)))
-    if not examples:
+        return negative
+    others = values - {positive}
+    if len(others) > 1:
+        others -= {_UNLABELLED}
+    if positive in values and len(others) > 1:
+        raise GradeError(
+            f"Column {settings.label_column!r} of task.dataset={settings.dataset} holds {_shown(values)}: besides "
+            f"task.positive_label={positive!r} there is more than one. Set task.negative_label to the one that means "
+            "'negative'; rows with any other are left out and counted."
+        )
+    return others.pop() if len(others) == 1 else None
+
+
+def _shown(values) -> str:
+    ordered = sorted(set(values))
+    return ", ".join(ordered[:10]) + (", ..." if len(ordered) > 10 else "")
+
+
+def _check_part(examples: list[Example], labels: list[str], where: str, settings: TaskConfig) -> None:
+    """Whether a part has both classes."""
+    classes = {example.label for example in examples}
+    if len(classes) == 2:
+        return
+    if not examples and settings.positive_label in labels:
         raise GradeError(
             f"{where} is empty: no row has text in column {settings.text_column!r} (task.text_column)."
         )
-    if len({example.label for example in examples}) < 2:
-        values = sorted({str(label) for label in labels})
-        shown = ", ".join(values[:10]) + (", ..." if len(values) > 10 else "")
-        problem = "only positive rows" if examples[0].label else "no positive row"
-        raise GradeError(
-            f"{where} has {problem} by task.positive_label={settings.positive_label!r}: column "
-            f"{settings.label_column!r} holds {shown}. Both classes are needed: correct "
-            "task.positive_label or task.label_column, or use data with both."
-        )
-    return examples
+    problem = "only positive rows" if 1 in classes else "no positive row"
+    raise GradeError(
+        f"{where} has {problem} by task.positive_label={settings.positive_label!r}: column "
+        f"{settings.label_column!r} holds {_shown(labels)}. Both classes are needed: correct "
+        "task.positive_label or task.label_column, or use data with both."
+    )
 
 
 @contextlib.contextmanager
@@ -181,22 +264,16 @@ def _reading(path: Path):
     try:
         yield
     except Exception as error:
-        # Only the wording tells files without rows from broken ones; unrecognised, the reason is still shown.
-        empty = re.search(r'"(\w+)" corresponds to no data', str(error))
-        if empty:
-            message = f"The {empty[1]} data of task.dataset={path} is empty: it has no rows."
-            raise GradeError(message) from error
         raise GradeError(
-            f"task.dataset is {path}, and its files cannot be read: {_one_line(error)}"
+            f"task.dataset is {path}, and its files cannot be read: {_innermost(error)}"
         ) from error
 
 
-def _one_line(error: BaseException) -> str:
-    """The innermost cause of an error (readers wrap it in words of their own), first line only."""
+def _innermost(error: BaseException) -> str:
+    """The reason that the innermost cause of an error gives: readers wrap it in words of their own."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return f"{type(error).__name__}: {reason_of(error)}"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,14 @@
+"""Names of models and data sets: a folder here, or something on the hub. What means a path is never looked up there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name means a path: it starts as one, has more parts than a hub name, or exists here."""
+    try:
+        here = Path(name).exists()
+    except (OSError, ValueError):  # too long for a path, or with a character that none may have
+        here = False
+    return here or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
