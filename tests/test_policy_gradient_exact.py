@@ -106,19 +106,14 @@ def test_reinforce_is_unbiased(policy, baseline, average, groups, copies, reduct
 @pytest.mark.parametrize("kl_coef", [0.0, KL_COEF])
 def test_grpo_expectation(policy, kl_coef):
     """With the group's mean as baseline, G - 1 Gth of the objective's gradient, over the longest response: of reward
-    and KL alike. The KL is a loss at fixed responses: the choice of a token is not charged for the KL that it leads
-    to. Groups that do not differ give nothing, not even KL."""
+    and KL alike, in groups that tie too. The KL is a loss at fixed responses: the choice of a token is not charged for
+    the KL that it leads to."""
     method = method_of(
         policy, TableReward(TABLE), "grpo", batch=2, copies=2, kl_coef=kl_coef,
         own={"advantage_scale": "none", "loss_reduction": "constant"},
     )
-    terms, probability = every_response(policy)
-    reward, chance = TABLE.flatten(), probability.detach()
-    # The chance of a partner with another reward, for each response: 1 minus that of one with the same.
-    differs = 1 - (chance * (reward[:, None] == reward)).sum(1)
-    kl = (chance * differs * terms.kl.sum(1)).sum() / LENGTH
-    loss = (-(probability * reward).sum() + kl_coef * kl) * (1 / 2) / LENGTH
-    assert relative_error(expected_gradient(method, PAIRS, 2), gradients(policy, loss)) < 1e-9
+    exact = exact_gradient(policy, kl_coef, kl_to_go=False) * (1 / 2) / LENGTH
+    assert relative_error(expected_gradient(method, PAIRS, 2), exact) < 1e-12
 
 
 # -- the real sampler ----------------------------------------------------------------------------------------------
@@ -149,9 +144,9 @@ def test_sampled_gradient_is_unbiased(draws, name, own, kl_coef, reduction):
     exact = exact_gradient(policy, kl_coef, reduction)
     found = []
     for rollout in rollouts:
-        (gradient,), metrics = step_gradients(method, rollout)
-        if name == "grpo":  # divides by the responses of groups that differ; G - 1 Gth and length as above
-            gradient = gradient * (1 - metrics["frac_reward_zero_std"]) * LENGTH * 8 / 7
+        (gradient,), _ = step_gradients(method, rollout)
+        if name == "grpo":  # G - 1 Gth and length as above
+            gradient = gradient * LENGTH * 8 / 7
         found.append(gradient)
     directions = torch.randn(len(exact), 5, generator=torch.Generator().manual_seed(0))
     directions[:, 0] = exact
@@ -283,13 +278,14 @@ def test_ppo_is_its_documented_loss(double, kl, whiten, reduction):
     old_values = head(old.hidden).squeeze(-1).detach() * mask
     penalty = torch.zeros_like(old.full)
     if kl == "reward":  # a mean over tokens, on the scale of rewards that are a mean over responses
-        mean = old.kl[mask].mean()
-        penalty = 0.4 * (old.full - old.full_ref - mean) * len(rollout) / int(mask.sum())
+        sums, tokens = old.kl.sum(1), mask.sum(1)
+        others = (sums.sum() - sums) / (tokens.sum() - tokens)  # per token, of the other responses
+        penalty = 0.4 * (old.full - old.full_ref - others[:, None]) * len(rollout) / int(mask.sum())
     advantage = gae(token_rewards(reward_of, penalty, mask), old_values, mask, 0.9, 0.8)
     returns = advantage + old_values
     if whiten:
         real = advantage[mask]
-        advantage = (advantage - real.mean()) / (real.std(correction=0) + 1e-8)
+        advantage = (advantage - real.mean()) / (real.var(correction=1) + 1e-8).sqrt()
 
     def loss():
         terms = full_terms(own, rollout)
