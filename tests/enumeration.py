@@ -22,7 +22,6 @@ SYMBOLS, LENGTH = 3, 2
 CANDIDATES = 5  # two of them can never be drawn
 PROMPT = [5, 9]
 RESPONSES = torch.cartesian_prod(torch.arange(SYMBOLS), torch.arange(SYMBOLS))  # [9, 2]
-PAIRS = [(i, j) for i in range(len(RESPONSES)) for j in range(i, len(RESPONSES))]
 
 
 def symbol_policy(*, dtype=torch.float64, symbols=SYMBOLS):

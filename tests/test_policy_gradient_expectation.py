@@ -130,6 +130,26 @@ def reduced(kl, of: Responses, group, reduction):
 FORMS = [(r, d) for r in ("token_mean", "sequence_sum") for d in ("policy_ref", "ref_policy")]
 
 
+@pytest.mark.parametrize("lengths", ["equal", "ragged"])
+def test_the_cases_tell_the_forms_apart(policy, cases, lengths):
+    """The KL that the choice of a token leads to, its direction and its reduction change far more than `EXACT`."""
+    of = cases[lengths]
+
+    def gradient(reduction="token_mean", direction="policy_ref", to_go=True):
+        kl = kl_of(of, direction)
+
+        def loss(group, probability):
+            return (probability if to_go else probability.detach()) * reduced(kl, of, group, reduction)
+
+        return expected(policy, of, 2, loss)
+
+    for other in ({"to_go": False}, {"direction": "ref_policy"}, {"reduction": "sequence_sum"}):
+        assert relative_error(gradient(**other), gradient()) > 0.03
+    if lengths == "ragged":  # and not by a factor
+        whole, mean = gradient("sequence_sum"), gradient()
+        assert relative_error(whole * (mean @ whole) / (whole @ whole), mean) > 0.03
+
+
 # -- REINFORCE -----------------------------------------------------------------------------------------------------
 
 
