@@ -12,14 +12,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-main test-kernels lint clean
+.PHONY: help install demo test test-main test-kernels test-portable lint clean
 
 help:
-	@echo "make demo     install into $(VENV) and train a tiny model from scratch to a better one (DEMO_ARGS)"
-	@echo "make test     install into $(VENV) and run the tests (PYTEST_ARGS)"
-	@echo "make lint     check style with ruff"
-	@echo "make install  only install into $(VENV)"
-	@echo "make clean    remove $(VENV), caches and build files (not runs/)"
+	@echo "make demo           install into $(VENV) and train a tiny model from scratch to a better one (DEMO_ARGS)"
+	@echo "make test           install into $(VENV) and run the tests (PYTEST_ARGS)"
+	@echo "make test-portable  of these, those that rounding could upset, with other kernels of the libraries"
+	@echo "make lint           check style with ruff"
+	@echo "make install        only install into $(VENV)"
+	@echo "make clean          remove $(VENV), caches and build files (not runs/)"
 
 install: $(STAMP)
 
@@ -48,6 +49,13 @@ test-main: $(STAMP)
 test-kernels: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_path $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest $(APART) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	@$(MAKE) --no-print-directory test-portable
+
+# The libraries take other kernels, and so round otherwise, on a processor with AVX2 only. These make them do so anywhere.
+PORTABLE = $(addprefix tests/test_,decoding.py rollout.py replay.py policy_gradient_steps.py methods_bandit.py)
+test-portable: $(STAMP)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE \
+	    $(BIN)/python -m pytest $(PORTABLE) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -40,9 +40,10 @@ class PPOConfig:
     gae_lambda: float = setting(0.95, ge=0, le=1)
     """Decay of generalised advantage estimation per token."""
     whiten_advantages: bool = True
-    """Shift and scale advantages to mean 0 and variance 1 over the step's real tokens."""
+    """Shift and scale advantages to mean 0 and variance 1 (over n - 1) of the step's real tokens."""
     kl: Literal["reward", "loss"] = "reward"
-    """`reward`: every token pays kl_coef times its log-ratio to the reference. `loss`: the exact KL is a loss term."""
+    """`reward`: every token pays kl_coef times its log-ratio to the reference; `loss`: the exact KL is a loss term.
+    TRL's `kl_coef` is `reward` with kl_reduction `sequence_sum`."""
     target_kl: Optional[float] = setting(0.1, gt=0, le=WEIGHT)
     """Stop a step's passes once the approximate KL to the sampling policy, nats per token, exceeds this."""
 
@@ -78,10 +79,9 @@ class GRPOConfig:
     minibatches: int = setting(1, ge=1, le=BATCH)
     """Optimizer steps of a pass."""
     kl_policy_ref_coef: float = setting(0.0, ge=0, le=WEIGHT)
-    """Weight of an exact kl(policy‖ref) beside normalised advantages, as GRPO is usually written, per nat; it comes on
-    top of method.kl_coef."""
+    """Weight of an exact kl(policy‖ref) beside normalised advantages, per nat; it comes on top of method.kl_coef."""
     kl_ref_policy_coef: float = setting(0.0, ge=0, le=WEIGHT)
-    """The same for kl(ref‖policy)."""
+    """The same for kl(ref‖policy): TRL's `beta`, whose k3 estimator has the expected gradient of this direction."""
     preference_coef: float = setting(1.0, ge=0, le=WEIGHT)
     """Weight of the reward in the shaped reward."""
     entropy_reward_coef: float = setting(0.0, ge=0, le=WEIGHT)
@@ -98,7 +98,8 @@ class MethodConfig:
     """`grade-ste`: straight-through, hard tokens fed forward. `grade`: soft tokens fed forward. The others are policy
     gradients, which need no gradient of the reward."""
     estimator: Literal["gumbel", "rao", "straight_through", "reinmax"] = "gumbel"
-    """Local rule from a token's embedding gradient to its logits; `grade` needs `gumbel`."""
+    """Local rule from a token's embedding gradient to its logits; `grade` needs `gumbel`, and `reinmax` temperatures of
+    1 or more."""
     rao_samples: int = setting(16, ge=1, le=4096)
     """Conditional Gumbel draws per token that `rao` averages."""
     kl_coef: float = setting(0.1, ge=0, le=WEIGHT)
@@ -195,6 +196,14 @@ def check_method(
             f"method.estimator={method.estimator} needs method.name=grade-ste: soft tokens are the "
             "Gumbel-Softmax weights themselves, so only `gumbel` is their gradient."
         )
+    if method.name == "grade-ste" and method.estimator == "reinmax":
+        for name in ("tau_start", "tau_end"):
+            if getattr(method, name) < 1:
+                raise GradeError(
+                    f"method.{name} is {getattr(method, name)}, but method.estimator=reinmax is second-order accurate "
+                    "at a temperature of 1, and its authors refuse less than that: its first term would follow the "
+                    f"drawn token alone. Set method.{name} to 1 or more, or use the estimator rao."
+                )
     if method.name in DIFFERENTIATING and method.estimator == "gumbel" and not own_sampling:
         raise GradeError(
             f"rollout.source gives token ids, but method.name={method.name} with method.estimator=gumbel needs the "

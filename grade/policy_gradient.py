@@ -27,6 +27,7 @@ from grade.passes import base_pass, fed_embeddings, per_token, policy_pass
 from grade.replay import Scores
 from grade.reward import reward_inputs, reward_of
 from grade.rollout import Rollout, support_is_allowed
+from grade.seeds import derived_seed
 from grade.services import Services
 from grade_kernels import vocab_objective
 
@@ -84,6 +85,19 @@ def clipped_surrogate(
     ratio = torch.exp(logprob - old_logprob)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.maximum(-advantage * ratio, -advantage * clipped)
+
+
+def mean_of_others(sums: Tensor, tokens: Tensor, total: float, total_tokens: float) -> Tensor:
+    """[n] float64: a mean over the tokens of a step's other responses, so that it does not depend on the response.
+
+    Args:
+        sums: [n], of each response's tokens; tokens: [n], their number.
+        total, total_tokens: of the whole step, over micro-batches and processes.
+
+    0 where a step has no other response.
+    """
+    others = total_tokens - tokens.double()
+    return torch.where(others > 0, (total - sums.double()) / others.clamp_min(1), 0.0)
 
 
 class PolicyGradient(Method):
@@ -160,10 +174,28 @@ class PolicyGradient(Method):
         """[B, S], KL in the direction of the settings."""
         return terms.kl if self.config.method.kl_direction == "policy_ref" else terms.ref_kl
 
+    def others_kl(self, scored: List[Scored]) -> List[Tensor]:
+        """[B, 1] float64 per micro-batch: what a token's KL is compared with, nats; needs `Scored.old`.
+
+        With `kl_reduction: token_mean` the step's KL is a ratio of sums, KL / tokens. Minus the same ratio without the
+        response, which its tokens do not change, a response with the KL k in n tokens is charged for
+        (k - n * mean of the others) / tokens: without bias for responses of any lengths, and length as such costs
+        nothing. 0 for a sum over responses, to which every token adds.
+        """
+        sizes = [len(s.reward) for s in scored]
+        if self.config.method.kl_reduction == "sequence_sum":
+            mean = torch.zeros(sum(sizes), dtype=torch.float64, device=scored[0].reward.device)
+        else:
+            sums = torch.cat([self.kl_of(s.old).double().sum(1) for s in scored])
+            tokens = torch.cat([s.rollout.mask.sum(1) for s in scored])
+            total = self.services.sum({"kl": sums.sum().item(), "tokens": tokens.sum().item()})
+            mean = mean_of_others(sums, tokens, total["kl"], total["tokens"])
+        return list(mean[:, None].split(sizes))
+
     def shuffled_minibatches(self, batch: Sequence[T], step: int, epoch: int) -> Iterator[List[T]]:
         """`minibatches` lists of micro-batches in an order that follows from (seed, step, epoch)."""
-        seed = hash((self.config.seed, step, epoch)) % 2**63
-        order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed)).tolist()
+        generator = torch.Generator().manual_seed(derived_seed(self.config.seed, step, epoch))
+        order = torch.randperm(len(batch), generator=generator).tolist()
         for i in range(self.minibatches):
             start, stop = (n * len(order) // self.minibatches for n in (i, i + 1))
             yield [batch[j] for j in order[start:stop]]

@@ -36,6 +36,11 @@ def logits_kl(logits: Tensor, ref_logits: Tensor, direction: str = "policy_ref")
         dtype of the side: p (log p - log q - KL) for the first distribution p of the direction, q - p for
         the second, q.  Saved beside the inputs: six scalars a row.
 
+        Inputs that are log-probabilities already are logits too: the value is the same, and the gradient is
+        that of the KL of their softmax, q - p, orthogonal to shifts of a row.  `torch.nn.functional.kl_div`
+        and Liger take log q as it is and have the gradient -p.  The two agree once they are pulled back
+        through the `log_softmax` that made the input.
+
     Raises
     ------
     TypeError, ValueError

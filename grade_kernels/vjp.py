@@ -159,7 +159,8 @@ def soft_token_vjp(
     reinmax
         2 J((onehot(token) + softmax(l / tau)) / 2) v - J(softmax(l)) v / 2 (Liu et al. 2023, algorithm 2:
         tau shapes the first distribution only, and there is no factor 1/tau, because both Jacobians are
-        taken with respect to the logits of a softmax at temperature 1; second-order accurate at tau = 1).
+        taken with respect to the logits of a softmax at temperature 1; second-order accurate at tau = 1.
+        The authors' own code refuses tau < 1; here it is computed as written, to be measured).
 
     All four are linear in v and sum to 0 over the support.
 

@@ -6,7 +6,7 @@ Two tokens of three symbols make nine responses, so every expectation over respo
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from tiny import VOCAB, tiny_policy
@@ -22,12 +22,11 @@ SYMBOLS, LENGTH = 3, 2
 CANDIDATES = 5  # two of them can never be drawn
 PROMPT = [5, 9]
 RESPONSES = torch.cartesian_prod(torch.arange(SYMBOLS), torch.arange(SYMBOLS))  # [9, 2]
-PAIRS = [(i, j) for i in range(len(RESPONSES)) for j in range(i, len(RESPONSES))]
 
 
-def symbol_policy(*, dtype=torch.float64):
-    """A tiny Llama that knows three symbols only: entropy and KL are over 61 ids, sampling is not."""
-    return tiny_policy("llama", dtype=dtype, unknown=VOCAB - SYMBOLS)
+def symbol_policy(*, dtype=torch.float64, symbols=SYMBOLS):
+    """A tiny Llama that knows a few symbols only: entropy and KL are over 61 ids, sampling is not."""
+    return tiny_policy("llama", dtype=dtype, unknown=VOCAB - symbols)
 
 
 class TableReward:
@@ -58,12 +57,13 @@ class ConstantReward:
         return torch.full((len(rollout),), self.value)
 
 
-def given_rollout(policy, tokens: Tensor, copies: int = 1) -> Rollout:
-    """The responses `tokens` [B, 2] as if they had been sampled."""
+def given_rollout(policy, tokens: Tensor, copies: int = 1, mask: Optional[Tensor] = None) -> Rollout:
+    """The responses `tokens` [B, S] as if they had been sampled; `mask` [B, S] bool says what of them is real."""
     shape = tokens.shape
+    mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask
     ids = torch.tensor([PROMPT]).expand(shape[0], -1)
     return Rollout(
-        ids, torch.ones_like(ids, dtype=torch.bool), tokens, torch.ones(shape, dtype=torch.bool),
+        ids, torch.ones_like(ids, dtype=torch.bool), tokens, mask,
         torch.arange(CANDIDATES).expand(*shape, -1), torch.ones(shape), torch.zeros(shape, dtype=torch.int64),
         ignore_eos=True, samples_per_prompt=copies,
     )

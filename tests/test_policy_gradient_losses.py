@@ -11,7 +11,7 @@ from torch import tensor
 from grade.methods.grpo import sequence_advantages, token_advantages, token_weights
 from grade.methods.ppo import PPO, Experience, gae, token_rewards, value_loss
 from grade.methods.reinforce import MovingAverage, leave_one_out, penalised_return, reinforce_loss
-from grade.policy_gradient import Scored, TokenMeans, clipped_surrogate
+from grade.policy_gradient import Scored, TokenMeans, clipped_surrogate, mean_of_others
 from grade.rollout import Rollout
 from grade.services import Services
 
@@ -115,7 +115,7 @@ def test_whitening_is_over_real_tokens():
     masks = [prefix_mask([2, 5], 5), prefix_mask([3, 1, 3], 3)]
     advantages = [torch.randn(m.shape, generator=generator) * 3 + 2 for m in masks]
     real = torch.cat([a[m] for a, m in zip(advantages, masks, strict=True)]).double()
-    expected = (real - real.mean()) / real.var(correction=0).sqrt()
+    expected = (real - real.mean()) / (real.var(correction=1) + 1e-8).sqrt()
     nothing = torch.zeros(())
     batch = [
         Experience(Scored(rollout_of_mask(m), nothing, nothing), nothing, nothing, a)
@@ -123,11 +123,25 @@ def test_whitening_is_over_real_tokens():
     ]
     method = PPO.__new__(PPO)
     method.services = Services()
-    method._whiten(batch)
+    method._whiten(batch, tokens=len(real))
     whitened = torch.cat([e.advantage[m] for e, m in zip(batch, masks, strict=True)])
     close(whitened, expected, 1e-5)
-    assert abs(whitened.mean()) < 1e-6 and abs(whitened.var(correction=0) - 1) < 1e-5
+    assert abs(whitened.mean()) < 1e-6 and abs(whitened.var(correction=1) - 1) < 1e-5
     assert all((e.advantage[~m] == 0).all() for e, m in zip(batch, masks, strict=True))
+
+
+def test_whitening_by_hand():
+    """Of 1, 2 and 6 with mean 3: the variance is (4 + 1 + 9) / 2 = 7. Of equal advantages rounding stays rounding."""
+    method = PPO.__new__(PPO)
+    method.services, nothing = Services(), torch.zeros(())
+    for values, expected in (
+        ([1.0, 2.0, 6.0], [-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5]), ([0.1, 0.1 + 1e-8], [-5e-5, 5e-5]), ([4.0], [0.0]),
+    ):
+        values = tensor([values], dtype=torch.float64)
+        batch = [Experience(Scored(rollout_of_mask(values != 0), nothing, nothing), nothing, nothing, values)]
+        spread = method._whiten(batch, values.numel())
+        close(batch[0].advantage, [expected], 1e-6)
+        assert values.numel() > 1 or spread == pytest.approx(1e-4)
 
 
 # -- REINFORCE -----------------------------------------------------------------------------------------------------
@@ -192,6 +206,18 @@ def test_moving_average_without_memory_and_of_zero():
 # -- GRPO ----------------------------------------------------------------------------------------------------------
 
 
+def test_mean_of_others_by_hand():
+    """KLs of 6 and 2 in 3 and 1 tokens, of a step with 20 in 8; nothing where there are no others."""
+    close(mean_of_others(tensor([6.0, 2.0]), tensor([3, 1]), 20.0, 8.0), [14 / 5, 18 / 7])
+    close(mean_of_others(tensor([6.0]), tensor([3]), 6.0, 3.0), [0.0])
+
+
+def test_equal_rewards_have_no_advantage_whatever_their_mean_rounds_to():
+    rewards = torch.full((1, 7), 0.1)
+    assert (rewards.mean(1) != rewards[:, 0]).any()
+    assert torch.equal(sequence_advantages(rewards, "std"), torch.zeros(1, 7))
+
+
 def test_sequence_advantages_by_hand():
     """Mean 2 and standard deviation sqrt(((-1)^2 + 0 + 1) / 2) = 1; the second group does not differ."""
     rewards = tensor([[1.0, 2.0, 3.0], [0.5, 0.5, 0.5]])
@@ -215,23 +241,17 @@ def test_token_advantages_are_clamped_below():
 @pytest.mark.parametrize(
     "reduction, expected",
     [
-        ("token_mean", [[1 / 5, 1 / 5, 1 / 5], [0, 0, 0], [1 / 5, 0, 0]]),
-        ("sequence_mean", [[1 / 9, 1 / 9, 1 / 9], [0, 0, 0], [1 / 3, 0, 0]]),
-        ("constant", [[1 / 12, 1 / 12, 1 / 12], [0, 0, 0], [1 / 12, 0, 0]]),
+        ("token_mean", [[1 / 5, 1 / 5, 1 / 5], [1 / 5, 0, 0]]),
+        ("sequence_mean", [[1 / 9, 1 / 9, 1 / 9], [1 / 3, 0, 0]]),
+        ("constant", [[1 / 12, 1 / 12, 1 / 12], [1 / 12, 0, 0]]),
     ],
 )
 def test_token_weights_by_hand(reduction, expected):
-    """Of a mini-batch with 5 tokens in 3 responses that count, two of which are here; at most 4 tokens."""
-    mask = prefix_mask([3, 0, 1], 3)  # the second response's group teaches nothing
+    """Of a mini-batch with 5 tokens in 3 responses, two of which are here; at most 4 tokens."""
+    mask = prefix_mask([3, 1], 3)
     weights = token_weights(mask, reduction, 5, 3, 4)
     close(weights, expected, 1e-12)
     assert weights.dtype is torch.float64
-
-
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
-def test_token_weights_of_nothing_are_zero(reduction):
-    weights = token_weights(torch.zeros(2, 3, dtype=torch.bool), reduction, 0, 0, 4)
-    assert torch.equal(weights, torch.zeros(2, 3, dtype=torch.float64))
 
 
 # -- means over tokens ---------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from enumeration import ConstantReward, drawn_rollout, method_of, step_gradients
+from enumeration import ConstantReward, drawn_rollout, full_terms, method_of, step_gradients
 from published import relative_error
 from tiny import VOCAB, KeepDouble, tiny_policy, tiny_reward
 
@@ -42,8 +42,9 @@ def ragged(policy, copies=4, prompts=PROMPTS):
     return rollout
 
 
-def method_for(case, policy, reward, batch=8, accumulation=1, copies=4, **common):
-    name, own = ONE_UPDATE[case]
+def method_for(case, policy, reward, batch=8, accumulation=1, copies=4, own=None, **common):
+    name, defaults = ONE_UPDATE[case]
+    own = {**defaults, **(own or {})}
     common = {"kl_coef": 0.1, **common}
     return method_of(
         policy, reward, name, batch=batch, accumulation=accumulation, copies=copies, max_new_tokens=6, own=own, **common
@@ -133,22 +134,44 @@ def test_equal_rewards_teach_reinforce_nothing():
         assert torch.count_nonzero(one_gradient(method, rollout)[0]) == 0
 
 
-@pytest.mark.parametrize("case", ["grpo", "grpo-token"])
-def test_groups_that_do_not_differ_are_left_out(case):
-    """The first prompt's group gets no weight, in no total: the gradient is that of the other group alone."""
+@pytest.mark.parametrize("case, own", [("grpo", {}), ("grpo-token", {"loss_reduction": "token_mean"})])
+def test_groups_that_do_not_differ_stay_in_the_denominators(case, own):
+    """The gradient of a step with one is that of the other group alone, times its share of the tokens."""
     policy = tiny_policy()
     rollout = ragged(policy)
-    both, metrics = one_gradient(method_for(case, policy, TokenReward(), 2, 4), rollout)
-    alone, _ = one_gradient(method_for(case, policy, TokenReward(), 2, 2), rollout.cut(4, 8))
+    own = {**own, "kl_ref_policy_coef": 0.0}
+    both, metrics = one_gradient(method_for(case, policy, TokenReward(), 2, 4, kl_coef=0.0, own=own), rollout)
+    other = rollout.cut(4, 8)
+    alone, _ = one_gradient(method_for(case, policy, TokenReward(), 2, 2, kl_coef=0.0, own=own), other)
     assert metrics["frac_reward_zero_std"] == 0.5
-    assert relative_error(both, alone) < 1e-5
+    assert relative_error(both, alone * int(other.mask.sum()) / int(rollout.mask.sum())) < 1e-5
 
 
-@pytest.mark.parametrize("case", ["grpo", "grpo-token"])
-def test_no_group_that_differs_is_no_update(case):
+def test_the_kl_of_groups_that_do_not_differ_counts():
+    """Beside advantages, and with the scale of undivided ones."""
+    with KeepDouble():
+        policy = tiny_policy(dtype=torch.float64)
+        rollout = ragged(policy, prompts=PROMPTS[:1] * 2)
+        kl = full_terms(policy, rollout)
+        share = 1 / int(rollout.mask.sum())
+        for own, kl_coef, expected in (
+            ({"kl_ref_policy_coef": 0.2}, 0.0, 0.2 * share * kl.ref_kl.sum()),
+            ({"kl_ref_policy_coef": 0.0, "advantage_scale": "none"}, 0.1, 0.1 * share**2 * 6 * kl.kl.sum()),
+        ):
+            method = method_for("grpo", policy, TokenReward(), 2, 4, kl_coef=kl_coef, own=own)
+            found, metrics = one_gradient(method, rollout)
+            assert metrics["frac_reward_zero_std"] == 1.0
+            exact = torch.autograd.grad(expected, policy.parameters(), retain_graph=True)
+            assert relative_error(found, torch.cat([g.flatten() for g in exact])) < 1e-12
+
+
+@pytest.mark.parametrize("case, kl_coef", [("grpo", 0.1), ("grpo-token", 0.0)])
+def test_a_gradient_of_zero_is_no_update(case, kl_coef):
+    """No group differs, and no KL is asked for, or none that has a scale."""
     policy = tiny_policy()
     rollout = ragged(policy, prompts=PROMPTS[:1] * 2)
-    taken, metrics = step_gradients(method_for(case, policy, TokenReward(), 2, 4), rollout)
+    own = {"kl_ref_policy_coef": 0.0}
+    taken, metrics = step_gradients(method_for(case, policy, TokenReward(), 2, 4, kl_coef=kl_coef, own=own), rollout)
     assert taken == []
     assert metrics["frac_reward_zero_std"] == 1.0
     assert all(p.grad is None for p in policy.parameters())
@@ -181,14 +204,19 @@ def test_reinforce_learns_from_single_responses(baseline):
 
 
 def test_the_moving_average_follows_the_return():
-    """Its first value is the first step's mean return, KL included, and the next step is compared with it."""
+    """Its first value is the first step's mean return, KL included, and the next step is compared with it. The KL of a
+    token is what it has above the mean: of the step's others at first, then of the steps before."""
     policy = tiny_policy()
     method = method_of(policy, TokenReward(), "reinforce", batch=8, copies=4, max_new_tokens=6, kl_coef=0.3)
     rollout = ragged(policy)
     _, first = step_gradients(method, rollout)
-    assert first["return"] == pytest.approx(first["reward"] - 0.3 * first["kl"], rel=1e-5)
+    kl, tokens = full_terms(policy, rollout).kl.sum(1), rollout.mask.sum(1)
+    above = kl - tokens * (kl.sum() - kl) / (tokens.sum() - tokens)
+    assert first["return"] == pytest.approx(first["reward"] - 0.3 * above.sum().item() / tokens.sum().item(), rel=1e-5)
+    assert first["return"] != pytest.approx(first["reward"], rel=1e-3)
     _, second = step_gradients(method, rollout)
     assert second["baseline"] == pytest.approx(first["return"])
+    assert second["return"] == pytest.approx(second["reward"], rel=1e-5)
 
 
 # -- stopping and resuming -----------------------------------------------------------------------------------------

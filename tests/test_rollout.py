@@ -24,14 +24,15 @@ EVERY_MODEL = [(name, False) for name in CONFIGS] + [(name, True) for name in ("
 CHI_SQUARED_999 = {3: 16.27, 11: 31.26}
 
 
-def draw(policy, prompts=PROMPTS, *, seed=0, rows=None, copies=1, adapters=True, **options):
+def draw(policy, prompts=PROMPTS, *, seed=0, rows=None, copies=1, adapters=True, decoding=None, **options):
     """A rollout of 12 tokens from 7 candidates unless told otherwise, and noise rows that do not overlap."""
     sampling = Sampling(**{"max_new_tokens": 12, "top_k": 7, **options})
     ids, mask = pad_prompts(prompts, policy.pad_id)
     if rows is None:
         rows = torch.arange(len(prompts) * copies) * 100
     return sample(
-        policy, ids, mask, sampling, seed=seed, first_rows=rows, samples_per_prompt=copies, adapters=adapters
+        policy, ids, mask, sampling, seed=seed, first_rows=rows, samples_per_prompt=copies, adapters=adapters,
+        decoding=decoding,
     )
 
 

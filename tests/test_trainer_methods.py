@@ -108,6 +108,7 @@ def test_the_solve_rate_chooses_where_there_is_one():
     [
         ({"name": "grpo"}, "generation.samples_per_prompt is 1"),
         ({"name": "ppo", "kl_direction": "ref_policy"}, "method.ppo.kl=reward"),
+        ({"estimator": "reinmax", "tau_end": 0.5}, "method.tau_end is 0.5, but method.estimator=reinmax"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused(tiny_config, changes, words):

@@ -24,6 +24,7 @@ from grade.methods import Method, Update, kl_weight, objective
 from grade.metrics import add_sums, step_metrics, step_sums
 from grade.replay import ReplayResult, ReplaySettings, replay
 from grade.rollout import Rollout
+from grade.seeds import derived_seed
 
 
 def tau_at(step: int, start: float, end: float, steps: int) -> float:
@@ -91,7 +92,7 @@ class Grade(Method):
             return
         device = self.policy.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(hash((self.config.seed, int(micro_batch.rows[0, 0]))) % 2**63)
+            torch.manual_seed(derived_seed(self.config.seed, int(micro_batch.rows[0, 0])))
             yield
 
     def _sums(self, micro_batch: Rollout, result: ReplayResult) -> Dict[str, float]:

@@ -9,10 +9,17 @@ group's mean token, within [-1, 1].
 
 KL is exact over the vocabulary and a term of the loss, without the effect of a token on later ones. It can be weighed
 in two ways. method.kl_coef means what it means for every method, reward - kl_coef * KL: where GRPO weighs a response's
-reward by more or less (its length, its group's deviation), the KL goes with it. grpo.kl_policy_ref_coef and
-grpo.kl_ref_policy_coef are added as GRPO is usually written, beside normalised advantages, both directions at once if
-both are set. A group whose rewards are all equal teaches nothing: it is counted, gets no weight (in the KL neither) and
-is left out of every total.
+reward by more or less (its length, its group's deviation), the KL goes with it. grpo.kl_ref_policy_coef and
+grpo.kl_policy_ref_coef are added beside normalised advantages, as GRPO is usually written, both if both are set.
+
+TRL's `beta` is grpo.kl_ref_policy_coef. Its estimator of the KL, k3 = q/p - log(q/p) - 1 of policy p and reference q at
+a token drawn from p, has the mean kl(policy‖ref), but is differentiated as a function of log p at the token that was
+drawn: 1 - q/p, whose mean over tokens is the gradient of kl(ref‖policy). Here that gradient is exact, not sampled.
+
+A group whose rewards are all equal has advantages of 0 and stays in every denominator, as in TRL; its KL counts. Two
+differences: where the advantages are divided by the group's deviation there is none to divide by, so such a group is
+left out of the KL of method.kl_coef; and a mini-batch with a gradient of exactly 0 takes no optimizer step, which
+would move by its momentum alone. As in TRL, the divisor is the deviation (with n - 1) + 1e-4.
 """
 
 from __future__ import annotations
@@ -37,9 +44,15 @@ def group_scale(rewards: Tensor, scale: str) -> Tensor:
     return 1 / (rewards.std(1, keepdim=True) + _STD_OFFSET) if scale == "std" else torch.ones_like(rewards[:, :1])
 
 
+def differ(rewards: Tensor) -> Tensor:
+    """[U, G] -> [U, 1] bool: whether a group's rewards differ."""
+    return (rewards != rewards[:, :1]).any(1, keepdim=True)
+
+
 def sequence_advantages(rewards: Tensor, scale: str) -> Tensor:
-    """[U, G] rewards of U groups -> [U, G]: minus the group's mean, times `group_scale`."""
-    return (rewards - rewards.mean(1, keepdim=True)) * group_scale(rewards, scale)
+    """[U, G] rewards of U groups -> [U, G]: minus the group's mean, times `group_scale`; 0 for equal rewards."""
+    advantage = (rewards - rewards.mean(1, keepdim=True)) * group_scale(rewards, scale)
+    return torch.where(differ(rewards), advantage, 0.0)
 
 
 def token_advantages(rewards: Tensor, mask: Tensor) -> Tensor:
@@ -56,16 +69,16 @@ def token_weights(mask: Tensor, reduction: str, tokens: int, responses: int, max
     """[B, S] float64: what each token counts in the loss.
 
     Args:
-        mask: [B, S] bool, real tokens that count.
+        mask: [B, S] bool, real tokens.
         reduction: "token_mean", "sequence_mean" or "constant".
-        tokens, responses: of the mini-batch, over micro-batches and processes, counting only those that count.
+        tokens, responses: of the mini-batch, over micro-batches and processes.
     """
     counted = mask.double()
     if reduction == "token_mean":
-        return counted / max(tokens, 1)
+        return counted / tokens
     if reduction == "sequence_mean":
-        return counted / counted.sum(1, keepdim=True).clamp_min(1) / max(responses, 1)
-    return counted / (max(responses, 1) * max_new_tokens)
+        return counted / counted.sum(1, keepdim=True) / responses
+    return counted / (responses * max_new_tokens)
 
 
 @dataclass
@@ -74,20 +87,22 @@ class Experience:
 
     Args:
         advantage: [B, S].
-        counts: [B] bool, whether the response's group teaches anything.
+        differs: [B] bool, whether the rewards of the response's group differ.
         scale: [B], what the reward's gradient is multiplied with, in the mean: `group_scale` and (G - 1) / G, since a
-            response is part of the mean it is compared with.
+            response is part of the mean it is compared with. 0 where there is no deviation to divide by.
+        moves: [B] bool, whether the response adds anything to the gradient.
     """
 
     scored: Scored
     advantage: Tensor
-    counts: Tensor
+    differs: Tensor
     scale: Tensor
+    moves: Tensor
 
     @property
     def mask(self) -> Tensor:
-        """[B, S] bool, real tokens that count."""
-        return self.scored.rollout.mask & self.counts[:, None]
+        """[B, S] bool, real tokens."""
+        return self.scored.rollout.mask
 
 
 class GRPO(PolicyGradient):
@@ -106,15 +121,16 @@ class GRPO(PolicyGradient):
         means, sums = TokenMeans(self.services.sum), {}
         for epoch in range(settings.epochs):
             for minibatch in self.shuffled_minibatches(batch, step, epoch):
-                totals = self.services.totals(e.mask for e in minibatch)  # of what counts
+                totals = self.services.totals(e.mask for e in minibatch)
                 with self.services.phase("backward"):
                     for experience in minibatch:
                         terms = self._accumulate(experience, totals, means)
                         if epoch == 0:
                             sums = add_sums(sums, self._sums(experience, terms))
-                if totals.responses > 0:  # AdamW would move by its momentum even without a gradient
+                # AdamW would move by its momentum even without a gradient.
+                if self.services.any_process(any(bool(e.moves.any()) for e in minibatch)):
                     update()
-        average = means.take()  # empty in a step of which nothing counts
+        average = means.take()  # empty in a step of which nothing moves
         return self.metrics(sums, {name: average[ours] for name, ours in _TRL_NAMES.items() if ours in average})
 
     def _experiences(self, scored: List[Scored]) -> List[Experience]:
@@ -124,19 +140,24 @@ class GRPO(PolicyGradient):
         if settings.level == "sequence":
             rewards = torch.cat([self._shaped(s) for s in scored]).view(-1, copies)  # [U, G]
             advantage = sequence_advantages(rewards, settings.advantage_scale)
-            counts = (rewards != rewards[:, :1]).any(1)  # [U]
+            differs = differ(rewards)[:, 0]  # [U]
             advantage = advantage.flatten()[:, None]  # [N, 1]
             scale = group_scale(rewards, settings.advantage_scale)[:, 0] * (copies - 1) / copies  # [U]
+            if settings.advantage_scale == "std":
+                scale = torch.where(differs, scale, 0.0)
         else:
             mask = _stack(masks).unflatten(0, (-1, copies))  # [U, G, S]
             rewards = _stack([self._shaped_tokens(s) for s in scored]).unflatten(0, (-1, copies))
             advantage = token_advantages(rewards, mask)
-            counts = (advantage != 0).any(2).any(1)
+            differs = (advantage != 0).any(2).any(1)
             advantage, scale = advantage.flatten(0, 1), torch.ones_like(advantage[:, 0, 0])  # [N, S], [U]
-        of_responses = (x.repeat_interleave(copies).split(sizes) for x in (counts, scale))
+        moves = differs | (self.config.method.kl_coef * scale > 0)
+        if settings.kl_policy_ref_coef > 0 or settings.kl_ref_policy_coef > 0:
+            moves = torch.ones_like(moves)
+        of_responses = (x.repeat_interleave(copies).split(sizes) for x in (differs, scale, moves))
         return [
-            Experience(s, a[:, : m.shape[1]] * m, c, x)
-            for s, m, a, c, x in zip(scored, masks, advantage.split(sizes), *of_responses, strict=True)
+            Experience(s, a[:, : m.shape[1]] * m, *own)
+            for s, m, a, *own in zip(scored, masks, advantage.split(sizes), *of_responses, strict=True)
         ]
 
     def _shaped(self, scored: Scored) -> Tensor:
@@ -157,10 +178,10 @@ class GRPO(PolicyGradient):
     def _accumulate(self, experience: Experience, totals: Totals, means: TokenMeans) -> Terms:
         """Add a micro-batch's share of its mini-batch's gradient; the policy's terms."""
         settings, scored, mask = self.settings, experience.scored, experience.mask
-        if not mask.any():
+        if not experience.moves.any():
             with torch.no_grad():
                 terms = scored.old or self.terms(scored)
-            means.add(mask, **dict.fromkeys(_TRL_NAMES.values(), torch.zeros_like(terms.logprob)))
+            means.add(mask & False, **dict.fromkeys(_TRL_NAMES.values(), torch.zeros_like(terms.logprob)))
             return terms
         counted = token_weights(
             mask, settings.loss_reduction, totals.tokens, totals.responses, self.config.generation.max_new_tokens
@@ -191,7 +212,7 @@ class GRPO(PolicyGradient):
 
     def _sums(self, experience: Experience, terms: Terms) -> Dict[str, float]:
         scored = experience.scored
-        return self.sums(scored, scored.old or terms, frac_reward_zero_std=~experience.counts)
+        return self.sums(scored, scored.old or terms, frac_reward_zero_std=~experience.differs)
 
 
 _TRL_NAMES = {

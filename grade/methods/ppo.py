@@ -5,6 +5,14 @@ passes of clipped updates in mini-batches. The reward arrives with the last real
 layer on the policy's own last hidden state; its gradient reaches the adapter, as is usual for a shared trunk. Where
 this departs from common implementations: entropy and, with `kl: loss`, the KL are exact over the vocabulary, and
 everything after the end of a response is left out of every mean.
+
+With `kl: reward` and a token mean, a token pays for its log-ratio to the reference above the mean KL per token of the
+step's other responses: the mean of all would contain the token's own later cost, 1/G of which it would not pay for.
+
+Beside TRL's PPO: advantages are whitened as there, with n - 1 in the variance and 1e-8 added to it. The state past the
+end of a response has the value 0, since the episode is over; TRL lets the value head speak for it, one token past the
+end, and pays the reward there. KL with `kl: reward` is the log-ratio of the drawn token in both (TRL's k1); TRL's
+`kl_coef` is a cost per token, here the coefficient of `kl_reduction: sequence_sum`.
 """
 
 from __future__ import annotations
@@ -33,7 +41,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
 
     Args:
         rewards, values: [B, S]; `values` are of the state before each token.
-        mask: [B, S] bool; V' after the last real token is 0, and padding gets 0.
+        mask: [B, S] bool; V' past the last real token is 0, the value of a state that has ended, and padding gets 0.
     """
     advantage = torch.zeros_like(rewards)
     ahead = value_ahead = torch.zeros_like(rewards[:, 0])
@@ -98,9 +106,9 @@ class PPO(PolicyGradient):
     def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
         settings, totals = self.settings, self.services.totals(r.mask for r in rollouts)
         scored = self.score(rollouts, old=True)
-        mean_kl = self._mean_kl(scored)
-        batch = [self._experience(s, totals, mean_kl) for s in scored]
-        spread = self._whiten(batch) if settings.whiten_advantages else 1.0
+        others_kl = self.others_kl(scored)
+        batch = [self._experience(s, totals, mean) for s, mean in zip(scored, others_kl, strict=True)]
+        spread = self._whiten(batch, totals.tokens) if settings.whiten_advantages else 1.0
         means, updates = TokenMeans(self.services.sum), 0
         for epoch in range(settings.epochs):
             drift = TokenMeans(self.services.sum)
@@ -120,37 +128,31 @@ class PPO(PolicyGradient):
         means = means.take()
         return self.metrics(sums, {**{name: means[ours] for name, ours in _TRL_NAMES.items()}, "ppo/updates": updates})
 
-    def _mean_kl(self, scored: List[Scored]) -> float:
-        """What a token pays for in a token mean: the difference of its KL from the step's mean, nats (see
-        `reinforce.penalised_return`). 0 for the sum, which every token adds to."""
-        if self.config.method.kl_reduction == "sequence_sum":
-            return 0.0
-        means = TokenMeans(self.services.sum)
-        for s in scored:
-            means.add(s.rollout.mask, kl=s.old.kl)
-        return means.take()["kl"]
-
-    def _experience(self, scored: Scored, totals: Totals, mean_kl: float) -> Experience:
-        """Values, returns and advantages under the policy that sampled."""
+    def _experience(self, scored: Scored, totals: Totals, others_kl: Tensor) -> Experience:
+        """Values, returns and advantages under the policy that sampled; `others_kl` [B, 1] is of the base class."""
         settings, old, mask = self.settings, scored.old, scored.rollout.mask
         with torch.no_grad():
             values = self.value_head(old.hidden) * mask
         penalty = torch.zeros_like(values)
         if settings.kl == "reward":  # on the scale of one reward: the loss divides rewards by the responses
-            cost = old.full_logprob - old.ref_logprob - mean_kl
+            cost = old.full_logprob - old.ref_logprob - others_kl
             penalty = totals.responses * self._kl_weight(mask, totals) * cost
         rewards = token_rewards(scored.reward, penalty.to(values.dtype), mask)
         advantage = gae(rewards, values, mask, settings.gamma, settings.gae_lambda)
         old.hidden = None  # [B, S, d], read above for the last time
         return Experience(scored, values, advantage + values, advantage)
 
-    def _whiten(self, batch: List[Experience]) -> float:
-        """Mean 0, variance 1 over the step's real tokens, on all processes; what advantages were divided by."""
+    def _whiten(self, batch: List[Experience], tokens: int) -> float:
+        """Mean 0, variance 1 over the step's `tokens` real tokens, on all processes; what advantages were divided by.
+
+        The variance is the unbiased one, over n - 1; a single token keeps the divisor of variance 0.
+        """
         moments = TokenMeans(self.services.sum)
         for e in batch:
             moments.add(e.scored.rollout.mask, mean=e.advantage.double(), square=e.advantage.double().square())
         total = moments.take()
-        spread = max(total["square"] - total["mean"] ** 2, 0.0) ** 0.5 + 1e-8
+        variance = max(total["square"] - total["mean"] ** 2, 0.0) * tokens / max(tokens - 1, 1)
+        spread = (variance + 1e-8) ** 0.5  # of equal advantages, rounding is not blown up
         for e in batch:
             e.advantage = (e.advantage - total["mean"]) / spread * e.scored.rollout.mask
         return spread

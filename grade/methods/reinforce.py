@@ -6,14 +6,16 @@
 With log pi(Y) the sum over tokens. The first term is the effect of choosing other tokens, on the reward and on the KL
 that they lead to; the second the effect on the KL of each visited state. KL is exact, so only the choice of tokens is
 sampled, and together they are the gradient of the objective that GRADE also minimises. Without bias for the KL summed
-over responses and for responses of one length; the mean over the tokens of a step is a ratio of two sums, and is
-followed to first order. Departures from the textbook: the distribution is restricted to the sampler's candidates, and
-AdamW takes the step.
+over responses and for responses of one length. The mean over the tokens of a step is a ratio of two sums: a response
+is compared with the mean of the step's others, which is without bias for any lengths, where their KL is known before
+the first backward pass: with the leave-one-out baseline, and in the first step. Later steps of the other baselines
+spare that pass and take the mean of earlier steps, which follows the ratio to first order. Departures from the
+textbook: the distribution is restricted to the sampler's candidates, and AdamW takes the step.
 """
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Union
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from grade.methods import Update, kl_weight
 from grade.metrics import add_sums
 from grade.policy_gradient import PolicyGradient, Scored
 from grade.rollout import Rollout
+from grade.services import Totals
 
 
 def reinforce_loss(logprob: Tensor, advantage: Tensor) -> Tensor:
@@ -35,15 +38,15 @@ def reinforce_loss(logprob: Tensor, advantage: Tensor) -> Tensor:
 
 
 def penalised_return(
-    reward: Tensor, kl: Tensor, weight: Tensor, responses: int, mean_kl: float = 0.0
+    reward: Tensor, kl: Tensor, weight: Tensor, responses: int, mean_kl: Union[float, Tensor] = 0.0
 ) -> Tensor:
     """[B] float64: reward minus what the response adds to the KL term, on the scale of one reward.
 
     Args:
         reward: [B]; kl: [B, S] nats; weight: [B, S], what each token's KL counts in the loss.
         responses: of the whole step, by whose number the loss divides rewards.
-        mean_kl: KL per token of the other responses, where the loss takes the mean over tokens: a token raises a mean
-            only by what it has above it, so that length as such costs nothing. 0 for a sum.
+        mean_kl: number or [B, 1], KL per token of other responses, where the loss takes the mean over tokens: a token
+            raises a mean only by what it has above it, so that length as such costs nothing. 0 for a sum.
     """
     return reward.double() - responses * (weight * (kl - mean_kl)).sum(1)
 
@@ -86,17 +89,20 @@ class Reinforce(PolicyGradient):
 
     def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
         method, totals = self.config.method, self.services.totals(r.mask for r in rollouts)
-        scored = self.score(rollouts, old=self.settings.baseline == "leave_one_out")
-        weights = [
-            kl_weight(s.rollout.mask, method.kl_reduction, method.kl_coef, totals.tokens, totals.responses)
-            for s in scored
-        ]
-        baselines = self._baselines(scored, weights, totals.responses)
+        # The KL is known before the backward pass where other responses' is asked for: see the top of this file.
+        first = self.average_kl.value is None and method.kl_coef > 0 and method.kl_reduction == "token_mean"
+        known = self.settings.baseline == "leave_one_out" or (first and totals.responses > 1)
+        scored = self.score(rollouts, old=known)
+        mean_kl = self._mean_kl(scored)
+        baselines = self._baselines(scored, mean_kl, totals)
         sums: Dict[str, float] = {}
         with self.services.phase("backward"):
-            for s, weight, baseline in zip(scored, weights, baselines, strict=True):
+            for s, mean, baseline in zip(scored, mean_kl, baselines, strict=True):
+                weight = kl_weight(
+                    s.rollout.mask, method.kl_reduction, method.kl_coef, totals.tokens, totals.responses
+                )
                 terms = self.terms(s, **self.kl_weights(weight))
-                returns = penalised_return(s.reward, self.kl_of(terms), weight, totals.responses, self._mean_kl)
+                returns = penalised_return(s.reward, self.kl_of(terms), weight, totals.responses, mean)
                 advantage = (returns - baseline).to(terms.logprob.dtype)
                 (reinforce_loss(terms.logprob, advantage) / totals.responses + terms.penalty).backward()
                 own = {"return": returns, "baseline": baseline, "advantage²": advantage.square()}
@@ -107,37 +113,49 @@ class Reinforce(PolicyGradient):
         self.average_kl.update(metrics["kl"])
         return metrics
 
-    @property
-    def _mean_kl(self) -> float:
-        """Of earlier steps, so that it does not depend on the responses it is used for."""
-        return 0.0 if self.config.method.kl_reduction == "sequence_sum" else self.average_kl.value or 0.0
+    def _mean_kl(self, scored: List[Scored]) -> List[Tensor]:
+        """[B, 1] float64 per micro-batch: what a token's KL is compared with; never its own response's."""
+        if scored[0].old is not None:
+            return self.others_kl(scored)
+        past = 0.0 if self.config.method.kl_reduction == "sequence_sum" else self.average_kl.value or 0.0
+        return [s.reward.new_full((len(s.reward), 1), past, dtype=torch.float64) for s in scored]
 
-    def _baselines(self, scored: List[Scored], weights: List[Tensor], responses: int) -> List[Tensor]:
+    def _baselines(self, scored: List[Scored], mean_kl: List[Tensor], totals: Totals) -> List[Tensor]:
         """[B] float64 per micro-batch: what each response's return is compared with; never its own."""
-        rewards = torch.cat([s.reward.double() for s in scored])
-        if self.settings.baseline == "none":
-            baseline = torch.zeros_like(rewards)
-        elif self.settings.baseline == "leave_one_out":
-            returns = [
-                penalised_return(s.reward, self.kl_of(s.old), w, responses, self._mean_kl)
-                for s, w in zip(scored, weights, strict=True)
-            ]
-            baseline = self._leave_one_out(torch.cat(returns), responses)
-        elif self.average.value is not None:
-            baseline = torch.full_like(rewards, self.average.value)
-        elif responses > 1:  # the first step has no past; others' rewards serve, the KL is still near 0
-            baseline = self._leave_one_out(rewards, responses)
+        sizes = [len(s.reward) for s in scored]
+        first = self.settings.baseline == "ema" and self.average.value is None  # has no past, so others serve
+        if self.settings.baseline == "leave_one_out" or (first and totals.responses > 1):
+            baseline = self._return_of_others(scored, torch.cat(mean_kl).squeeze(1), totals)
         else:
-            baseline = torch.zeros_like(rewards)
-        return list(baseline.split([len(s.reward) for s in scored]))
+            past = self.average.value or 0.0 if self.settings.baseline == "ema" else 0.0
+            baseline = torch.full((sum(sizes),), past, dtype=torch.float64, device=scored[0].reward.device)
+        return list(baseline.split(sizes))
 
-    def _leave_one_out(self, returns: Tensor, responses: int) -> Tensor:
-        """Over the samples of a prompt, or where there is one each, over the step's responses on all processes."""
+    def _return_of_others(self, scored: List[Scored], mean_kl: Tensor, totals: Totals) -> Tensor:
+        """[n] float64: mean return of the other responses as it would be without the response, nowhere in which it is:
+        their rewards minus their part of the KL of a step that had only the others.
+
+        Without `Scored.old` only of their rewards, which is no bias either.
+        """
+        baseline = self._mean_of_others(torch.cat([s.reward.double() for s in scored]), totals.responses)
+        if scored[0].old is None:
+            return baseline
+        kl = torch.cat([self.kl_of(s.old).double().sum(1) for s in scored])
+        tokens = torch.cat([s.rollout.mask.sum(1).double() for s in scored])
+        kl, length = (self._mean_of_others(x, totals.responses) for x in (kl, tokens))
+        scale = 1.0  # of a sum of KL over a response, to its part of the loss on the scale of one reward
+        if self.config.method.kl_reduction == "token_mean":
+            scale = (totals.responses - 1) / (totals.tokens - tokens)
+        return baseline - self.config.method.kl_coef * scale * (kl - length * mean_kl)
+
+    def _mean_of_others(self, values: Tensor, responses: int) -> Tensor:
+        """[n] -> [n]: over the samples of a prompt, or where there is one each, over the step's responses on all
+        processes; without the response itself."""
         copies = self.config.generation.samples_per_prompt
         if copies > 1:
-            return leave_one_out(returns.view(-1, copies)).flatten()
-        total = self.services.sum({"return": returns.sum().item()})["return"]
-        return (total - returns) / (responses - 1)
+            return leave_one_out(values.view(-1, copies)).flatten()
+        total = self.services.sum({"value": values.sum().item()})["value"]
+        return (total - values) / (responses - 1)
 
     def state_dict(self) -> dict:
         return {"average": self.average.state_dict(), "average_kl": self.average_kl.state_dict()}

@@ -74,6 +74,21 @@ def test_no_worse_than_plain_pytorch(dtype, direction):
         assert_no_worse(mine, theirs, exact)
 
 
+def test_log_probabilities_are_logits_too():
+    """The gradient is q - p and not torch's -p, which is the same once it is pulled back through the log_softmax."""
+    logits = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    ref = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    logq = logits.log_softmax(-1)
+    ours = logits_kl(logq, ref, "ref_policy")
+    theirs = torch.nn.functional.kl_div(logq, ref, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    by_input, by_logits = ([torch.autograd.grad(x.sum(), y, retain_graph=True)[0] for x in (ours, theirs)]
+                           for y in (logq, logits))
+    torch.testing.assert_close(by_input[0], logq.exp() - ref.exp(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(by_input[1], -ref.exp(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*by_logits, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 50.0])

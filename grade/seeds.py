@@ -1,0 +1,15 @@
+"""Seeds for torch's generators, derived from a run's seed and what tells one use from another."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def derived_seed(seed: int, *parts: int) -> int:
+    """A seed in [0, 2**63), the same for the same whole numbers under every interpreter and on every machine.
+
+    The first eight bytes, little-endian, of the SHA-256 digest of the numbers in decimal, separated by commas; without
+    their highest bit, so that the seed also fits a signed integer. `hash` of a tuple would promise none of this.
+    """
+    text = ",".join(str(int(part)) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") % 2**63
