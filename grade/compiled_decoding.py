@@ -10,6 +10,7 @@ so it is compiled too.
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import ContextManager, Iterator, Optional, Tuple
 
@@ -22,6 +23,8 @@ from grade.decoding import Decoder, Decoding
 from grade.drawing import draw_from_product
 from grade.errors import GradeError, first_line
 from grade.model import Policy
+from grade.probe import tolerance_of
+from grade.probe_decoding import decoding_error
 from grade_kernels import SparseTokens
 
 # Prompts differ in length, and every other capacity is compiled anew.
@@ -74,12 +77,33 @@ class CompiledDecoding(Decoding):
             except (RuntimeError, OSError) as error:
                 raise _failed(error) from error
         self._config = config
+        self._shape: Optional[Tuple[int, int]] = None
+        self._cache: Optional[StaticCache] = None
+        self._step = self._forward
+        self._probe()
         how = {"cpu": {"options": {"cpp_wrapper": True}}, "cuda": {"mode": "reduce-overhead"}}
         self._step = torch.compile(self._forward, dynamic=False, **how.get(policy.device.type, {}))
         if policy.device.type == "cpu":
             self._draw = torch.compile(draw_from_product)  # not dynamic=False: the temperature changes
-        self._shape: Optional[Tuple[int, int]] = None
-        self._cache: Optional[StaticCache] = None
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Before anything is compiled, the step decodes what a parallel pass computes.
+
+        Raises:
+            GradeError: it does not.
+        """
+        name = type(self.policy.causal_lm).__name__
+        reason = "it gives other hidden states than a parallel pass"
+        try:
+            error = decoding_error(self.policy, self.start, drops_rows=False)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as failure:
+            error, reason = math.inf, first_line(failure)
+        self._shape = self._cache = None
+        if error > tolerance_of(self.policy.dtype):
+            raise GradeError(
+                f"rollout.compile: {name} cannot be decoded with a static cache ({reason}). Set rollout.compile=false."
+            )
 
     def state(self, adapters: bool) -> ContextManager:
         """As for the plain one, but CUDA graphs have recorded where the weights are, so none are merged there."""
@@ -110,9 +134,7 @@ class CompiledDecoding(Decoding):
             return self._step(embeddings, mask, positions, cache).clone()  # the graph's own output is overwritten
 
     def _forward(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
-        return self.policy.backbone(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        return self.policy.forward(embeddings, mask, positions, cache)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import pytest
@@ -149,7 +150,7 @@ def treat_ids_specially(base):
 
 def misuse_cache(base):
     def hook(module, args, kwargs, out):
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name from transformers 5.24 on, and before
         if cache is not None and cache.get_seq_length() > 6:
             out.last_hidden_state = out.last_hidden_state * 2
 
@@ -169,7 +170,12 @@ def lose_padded_rows(base):
 
 def ignore_positions(base):
     original = base.transformer.forward
-    base.transformer.forward = lambda *args, position_ids=None, **kwargs: original(*args, **kwargs)
+
+    @functools.wraps(original)
+    def forward(*args, position_ids=None, **kwargs):
+        return original(*args, **kwargs)
+
+    base.transformer.forward = forward
 
 
 REFUSALS = [
@@ -287,7 +293,7 @@ def test_cached_segments_equal_one_pass(name):
 
 def switches(policy):
     """Everything `state` may touch: adapter switches, and the training flag of every module."""
-    adapters = [layer._disable_adapters for layer in policy._adapter_layers]
+    adapters = [layer._disable_adapters for layer in policy.adapter_layers]
     return adapters, [module.training for module in policy.model.modules()]
 
 
