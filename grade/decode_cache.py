@@ -61,6 +61,11 @@ def decoding_cache(config, capacity: int) -> DynamicCache:
     return cache
 
 
+def is_recurrent(cache: Cache) -> bool:
+    """Whether it holds recurrent states alone, and so cannot say how many positions it has seen."""
+    return bool(cache.layers) and not any(hasattr(layer, "keys") for layer in cache.layers)
+
+
 def select_rows(cache: Cache, rows: Tensor) -> None:
     """Put the batch's rows [b] int64 in the place of all, in this order, as often as they are named."""
     cache.reorder_cache(rows)

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grade.decode_cache import decoding_cache
+from grade.decode_cache import decoding_cache, is_recurrent
 from grade.errors import GradeError, first_line
 from grade.probe import check_finite, probe_embedding, probe_head, probe_passes
 from grade.probe_decoding import probe_checkpointing, probe_decoding, probe_length, probe_merged, probe_prompt_cache
@@ -161,26 +161,31 @@ class Policy:
             [B, T, d].
         """
         batch, length = embeddings.shape[:2]
-        if mask is None:
+        positions = None
+        if cache is not None and is_recurrent(cache):
+            mask = None if mask is None else mask[:, -length:]  # there are no earlier positions to be seen
+        if not self.takes("position_ids"):
+            pass
+        elif mask is None:
             past = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(past, past + length, device=embeddings.device).expand(batch, -1)
         else:
             positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -length:]
-            mask = mask.long()
+        mask = None if mask is None else mask.long()
         return self.forward(embeddings, mask, positions, cache)
 
     def forward(
-        self, embeddings: Tensor, mask: Optional[Tensor], positions: Tensor, cache: Optional[Cache] = None
+        self, embeddings: Tensor, mask: Optional[Tensor], positions: Optional[Tensor], cache: Optional[Cache] = None
     ) -> Tensor:
         """The backbone's final hidden states [B, T, d], by the names that its signature has for what it is given.
 
         Args:
             mask: [B, T_past + T] int64, or a mask of its attention's own shape.
-            positions: [B, T] int64; not given to a model that finds them itself.
+            positions: [B, T] int64; None for a model that finds them itself.
         """
         given = {"inputs_embeds": embeddings, "attention_mask": mask, "use_cache": cache is not None}
         given[self._cache_name] = cache
-        if self.takes("position_ids"):
+        if positions is not None:
             given["position_ids"] = positions
         return self.backbone(**given).last_hidden_state
 

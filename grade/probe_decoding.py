@@ -109,12 +109,12 @@ def _length_refusal(policy, length: int) -> GradeError:
     rope = getattr(policy.config.get_text_config(), "rope_parameters", None) or {}
     switch = rope.get("original_max_position_embeddings")
     kind = f" (rope_type {rope['rope_type']})" if rope.get("rope_type") else ""
-    lower = f"to {switch} or less" if switch and switch < length else "them"
+    most = f"to {switch} or less" if switch and switch < length else "until it is accepted"
     return GradeError(
         f"model.name: what a position means to this {type(policy.causal_lm).__name__} depends on the length of the "
         f"sequence{kind}, and changes within the {length} positions of this run's longest: what is sampled would not "
         "be what replay computes. Lower task.prompt_max_tokens + generation.max_new_tokens, and reward.max_tokens, "
-        f"{lower}, or choose another model."
+        f"{most}, or choose another model."
     )
 
 
