@@ -17,7 +17,7 @@ from typing import ContextManager, Iterator, Optional, Tuple
 import torch
 from torch import Tensor
 from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from grade.decoding import Decoder, Decoding
 from grade.drawing import draw_from_product
@@ -48,6 +48,14 @@ class CompiledDecoding(Decoding):
     def __init__(self, policy: Policy):
         super().__init__(policy)
         config = policy.config.get_text_config()
+        kinds = {type(layer).__name__ for layer in policy.new_cache().layers if type(layer) is not DynamicLayer}
+        if kinds:
+            kinds = set(getattr(config, "layer_types", None) or kinds) - {"full_attention"}
+            raise GradeError(
+                f"rollout.compile: {type(policy.causal_lm).__name__} has layers that keep something else than all "
+                f"earlier positions ({', '.join(sorted(kinds))}), for which the compiled step has no cache. Set "
+                "rollout.compile=false."
+            )
         attention = getattr(config, "_attn_implementation", None)
         if attention != "sdpa":
             raise GradeError(
@@ -63,13 +71,6 @@ class CompiledDecoding(Decoding):
             raise GradeError(
                 "rollout.compile: this version of transformers counts a static cache's positions in a way that cannot "
                 "be compiled. Install a newer one (5.23 was tested), or set rollout.compile=false."
-            )
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-        if kinds or getattr(config, "sliding_window", None):
-            raise GradeError(
-                f"rollout.compile: {type(policy.causal_lm).__name__} has layers that see a window "
-                f"({', '.join(sorted(kinds)) or 'sliding_window'}), which the compiled step has no cache for. Set "
-                "rollout.compile=false."
             )
         if policy.device.type == "cpu":
             try:
