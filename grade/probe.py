@@ -14,7 +14,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from grade.errors import GradeError
+from grade.errors import GradeError, first_line
 
 PROBE_TOKENS = 12
 _PROBE_ROWS = 4096  # of the head: a few thousand logits settle its shape without a float32 copy of all of it
@@ -119,7 +119,7 @@ def probe_head(policy) -> Tuple[float, Optional[float]]:
     if relative_error(straight, logits) < tolerance:
         return scale, None
     config = policy.config.get_text_config()
-    for name in ("final_logit_softcapping", "logits_soft_cap"):  # Gemma's name, and RecurrentGemma's
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):  # Gemma's, Griffin's, xLSTM's
         cap = getattr(config, name, None)
         if cap and relative_error(cap * torch.tanh(straight / cap), logits) < tolerance:
             return scale, float(cap)
@@ -159,16 +159,21 @@ def probe_passes(policy) -> None:
         GradeError: naming the claim that fails.
     """
     missing = [name for name in ("inputs_embeds", "attention_mask") if not policy.takes(name)]
+    if not (policy.takes("cache") or policy.takes("past_key_values")):
+        missing.append("cache of earlier positions")
     if missing:
         raise refusal(policy, f"takes no {' and no '.join(missing)}")
     ids, tolerance = probe_ids(policy), tolerance_of(policy.dtype)
     embeddings = policy.embed(ids)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    hidden = policy.hidden(embeddings, mask)
+    own = policy.backbone(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    try:
+        hidden = policy.hidden(embeddings, mask)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        reason = first_line(error)
+        raise refusal(policy, f"reads the ids beside their embeddings, or cannot do without ({reason})") from error
     if not hidden.isfinite().all():
         raise refusal(policy, f"gives hidden states that are NaN or infinite in model.dtype={policy.dtype}")
-
-    own = policy.backbone(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
     if relative_error(hidden, own) > tolerance:
         raise refusal(policy, "gives other hidden states for inputs_embeds than for the same input_ids")
 
