@@ -18,7 +18,7 @@ _SIZES: Dict[int, str] = {
         "unpadded_vocab_size vocab_size vocab_size_per_layer_input"
     ),
     CONTEXT: (
-        "max_position_embeddings max_seq_len max_target_positions model_max_length n_ctx n_positions"
+        "index_topk max_position_embeddings max_seq_len max_target_positions model_max_length n_ctx n_positions"
     ),
     48: (
         "decoder_ffn_dim dense_intermediate_size dff dim_ff encoder_ffn_dim feed_forward_size ffn_dim "
@@ -35,7 +35,7 @@ _SIZES: Dict[int, str] = {
     ),
     8: (
         "attention_chunk_size attention_head_size attention_window_size chunk_size d_head dim_head "
-        "gated_norm_rank head_dim hidden_size_per_layer_input index_head_dim index_topk indexer_head_dim "
+        "gated_norm_rank head_dim hidden_size_per_layer_input index_head_dim indexer_head_dim "
         "kv_channels kv_lora_rank laurel_rank linear_head_dim linear_key_head_dim linear_value_head_dim "
         "local_attention_window_len loop_gate_rank mamba_chunk_size mamba_d_head mamba_head_dim mamba_headdim "
         "mamba_num_heads o_lora_rank q_lora_rank qk_head_dim qk_nope_head_dim router_hidden_size sliding_window "

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from grade.config import Config, GradeError
 from grade.errors import first_line
 from grade.model import Policy
+from grade.probe_classifier import probe_classifier
 from grade.reward import SharedReward, check_classifier, load_classifier
 from grade.task_config import JUDGED_BY_PROGRAM
 
@@ -138,9 +139,13 @@ def load_reward(config: Config, policy: Policy, task):
     if hasattr(task, "make_reward"):
         return task.make_reward(policy)
     if config.reward.model is not None:
-        return load_classifier(
+        reward = load_classifier(
             config.reward.model, policy, positive_label=config.reward.positive_label, reads=config.reward.input
         )
+        response = config.generation.max_new_tokens
+        read = response if config.reward.input == "response" else config.task.prompt_max_tokens + response
+        probe_classifier(reward, config.reward.model, read)
+        return reward
     return SharedReward(policy, load_or_train_head(config, policy, task), config.reward.input)
 
 

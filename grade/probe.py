@@ -172,6 +172,8 @@ def probe_passes(policy) -> None:
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         reason = first_line(error)
         raise refusal(policy, f"reads the ids beside their embeddings, or cannot do without ({reason})") from error
+    if not torch.equal(embeddings, policy.embed(ids)):
+        raise refusal(policy, "writes into the embeddings that it is given")
     if not hidden.isfinite().all():
         raise refusal(policy, f"gives hidden states that are NaN or infinite in model.dtype={policy.dtype}")
     if relative_error(hidden, own) > tolerance:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from test_model import base_model, embeddings_of, policy_around
-from tiny import CONFIGS, FURTHER, LLAMA_SIZES, SIZES, KeepDouble, TinyTokenizer, tiny_policy
-from transformers import BartConfig, LlamaConfig, RecurrentGemmaConfig
+from tiny import CONFIGS, FURTHER, LLAMA_SIZES, SIZES, TARGETS, KeepDouble, TinyTokenizer, tiny_policy
+from transformers import AutoTokenizer, BartConfig, LlamaConfig, RecurrentGemmaConfig
 
 from grade.activations import cache_bytes
 from grade.compiled_decoding import CompiledDecoding
@@ -21,6 +22,7 @@ from grade.model import Policy
 from grade.probe import probe_head
 from grade.reward import SharedReward
 from grade.rollout import pad_prompts
+from grade.trainer import train
 
 # -- positions -----------------------------------------------------------------------------------------------------
 
@@ -176,6 +178,29 @@ def test_memory_counts_recurrent_states_once_and_keys_by_position(tiny_config):
     kernel, channels = policy.config.linear_conv_kernel_dim, 2 * 2 * 8 + 4 * 8
     assert states == 3 * 4 * (4 * 8 * 8 + channels * kernel)
     assert sizes[1] > sizes[0] > 2 * states * tiny_config.train.batch_size
+
+
+def test_a_recurrent_model_is_trained(tiny_config, tiny_model, tmp_path):
+    """From a folder: its head, two samples of a prompt, recomputed layers, evaluations."""
+    tokenizer, settings = AutoTokenizer.from_pretrained(tiny_model), FURTHER["qwen3.5"]()
+    settings.vocab_size = len(tokenizer)
+    settings.bos_token_id = settings.eos_token_id = tokenizer.eos_token_id
+    settings.pad_token_id = tokenizer.pad_token_id
+    folder = tmp_path / "model"
+    base_model(settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    lora = replace(tiny_config.model.lora, target_modules=TARGETS["qwen3.5"])
+    config = replace(
+        tiny_config, output_dir=str(tmp_path), model=replace(tiny_config.model, name=str(folder), lora=lora),
+        generation=replace(tiny_config.generation, samples_per_prompt=2),
+        method=replace(tiny_config.method, activation_checkpointing=True), train=replace(tiny_config.train, steps=2),
+    )
+    train(config)
+    rows = [json.loads(line) for line in open(f"{config.train.run_dir}/metrics.jsonl", encoding="utf-8")]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    evaluation = json.loads(open(f"{config.train.run_dir}/evaluation.json", encoding="utf-8").read())
+    assert evaluation["validation"][0]["kl"] < 1e-6 < evaluation["test"]["best"]["kl"]
 
 
 # -- other paths ---------------------------------------------------------------------------------------------------
