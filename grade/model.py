@@ -181,11 +181,11 @@ class Policy:
 
         Args:
             mask: [B, T_past + T] int64, or a mask of its attention's own shape.
-            positions: [B, T] int64; None for a model that finds them itself.
+            positions: [B, T] int64, ignored by a model that finds them itself.
         """
         given = {"inputs_embeds": embeddings, "attention_mask": mask, "use_cache": cache is not None}
         given[self._cache_name] = cache
-        if positions is not None:
+        if self.takes("position_ids"):
             given["position_ids"] = positions
         return self.backbone(**given).last_hidden_state
 

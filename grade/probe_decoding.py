@@ -21,7 +21,7 @@ _COPIES = 2
 _STEPS = 7
 _DROP_AFTER = 3
 # Of the adapter that probes merging, the norm of what it adds to a weight as a share of the weight's.
-_ADAPTER_SHARE = 0.3
+_ADAPTER_SHARE = 0.05
 
 
 @torch.inference_mode()
