@@ -1,6 +1,6 @@
 """The numbers of a page, written into it by the commands that print them.
 
-    python -m benchmarks.pages                     # README.md and benchmarks/results/README.md, written anew
+    python -m benchmarks.pages                     # README.md and those of benchmarks/results, written anew
     python -m benchmarks.pages --check             # exit status 1 if a page does not say what its commands print
 
 A block begins with the comment `<!-- python -m benchmarks.NAME ARGUMENTS -->` and ends with `<!-- end -->`; what is
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import List
 
-PAGES = ("README.md", "benchmarks/results/README.md")
+PAGES = ("README.md", "benchmarks/results/README.md", "benchmarks/results/architectures.md")
 _BLOCK = re.compile(r"^(<!-- python -m (benchmarks\.\w+)([^\n|]*?)(?: \| rows (\d+)-(\d+))? -->\n)(.*?)^<!-- end -->$",
                     re.MULTILINE | re.DOTALL)
 

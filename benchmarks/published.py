@@ -14,6 +14,7 @@ parallel pass shared with the reward.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Callable, ContextManager, List
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from grade.model import Policy
 from grade.reward import SharedReward
 from grade_kernels.random import gumbel
+from grade_kernels.reference import head_logits
 
 # Positions of KL at a time: the head is read once for all of them, and four arrays [B, 16, V] are alive.
 _KL_POSITIONS = 16
@@ -52,7 +54,7 @@ def published_step(
         last_hidden = _cached(policy) if cached else _whole_prefix(policy)
         for step in range(length):
             hidden = last_hidden(prompt, fed)
-            step_logits = (hidden @ policy.head.T).float()  # [B, V]
+            step_logits = _logits(policy, hidden)  # [B, V]
             token, x = _soft_token(policy, step_logits, rows[:, step], k, tau, seed)
             logits.append(step_logits)
             tokens.append(token)
@@ -65,7 +67,7 @@ def published_step(
         score = reward.head.probability(base.float().mean(1))
         before = base[:, prompt_ids.shape[1] - 1: -1]  # [B, S, d]
         kl = [
-            _checkpoint(_kl, before[:, here], policy.head, *logits[here])
+            _checkpoint(partial(_kl, policy), before[:, here], *logits[here])
             for here in (slice(start, start + _KL_POSITIONS) for start in range(0, length, _KL_POSITIONS))
         ]
         loss = kl_coef * torch.cat(kl, dim=1).mean() - score.mean()
@@ -107,11 +109,18 @@ def _soft_token(policy: Policy, logits: Tensor, rows: Tensor, k: int, tau: float
     return token, policy.embed(token) + mixture - mixture.detach()
 
 
-def _kl(reference_hidden: Tensor, head: Tensor, *logits: Tensor) -> Tensor:
+def _logits(policy: Policy, hidden: Tensor) -> Tensor:
+    """[..., d] -> [..., V] float32, without a pass more than the head has parts."""
+    if (policy.logit_scale, policy.softcap, policy.head_bias) == (1.0, None, None):
+        return (hidden @ policy.head.T).float()
+    return head_logits(hidden, policy.head, **policy.head_transform).float()
+
+
+def _kl(policy: Policy, reference_hidden: Tensor, *logits: Tensor) -> Tensor:
     """[B, s], kl(policy‖ref) at s positions, whose logits [B, V] are given one by one."""
-    reference = (reference_hidden @ head.T).float().log_softmax(-1)
-    policy = torch.stack(logits, dim=1).log_softmax(-1)
-    return kl_div(reference, policy, log_target=True, reduction="none").sum(-1)
+    reference = _logits(policy, reference_hidden).log_softmax(-1)
+    ours = torch.stack(logits, dim=1).log_softmax(-1)
+    return kl_div(reference, ours, log_target=True, reduction="none").sum(-1)
 
 
 def _checkpoint(function: Callable, *arguments: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from grade.decode_cache import attention_tensors, state_tensors
 from grade.model import Policy
 from grade.reward import Reward
 from grade.rollout import Rollout
@@ -147,7 +148,7 @@ def policy_forward(
 
     def forward(length: int) -> Tensor:
         x = torch.zeros(
-            1, length, policy.head.shape[1], dtype=policy.dtype, device=policy.device, requires_grad=True
+            1, length, policy.embedding.shape[1], dtype=policy.dtype, device=policy.device, requires_grad=True
         )
         mask = torch.ones(1, length, dtype=torch.bool, device=policy.device)
         mask[:, 0] = not padded
@@ -177,11 +178,11 @@ def reward_forward(policy: Policy, reward: Reward) -> Callable[[int], Tensor]:
 
 
 @torch.no_grad()
-def cache_bytes(policy: Policy) -> Tuple[float, float]:
-    """Bytes of one position's keys and values: (all layers, the largest)."""
+def cache_bytes(policy: Policy) -> Tuple[float, float, float]:
+    """Bytes of one position's keys and values, (all layers, the largest), and of a response's recurrent states."""
     cache, length = policy.new_cache(), 4
-    x = policy.head.new_zeros(1, length, policy.head.shape[1])
+    x = policy.head.new_zeros(1, length, policy.embedding.shape[1])
     with policy.state(adapters=False):
         policy.hidden(x, torch.ones(1, length, dtype=torch.bool, device=policy.device), cache)
-    sizes = [(layer.keys.nbytes + layer.values.nbytes) / length for layer in cache.layers]
-    return sum(sizes), max(sizes)
+    sizes = [sum(t.nbytes for t in attention_tensors(layer)) / length for layer in cache.layers]
+    return sum(sizes), max(sizes), sum(t.nbytes for layer in cache.layers for t in state_tensors(layer))

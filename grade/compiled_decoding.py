@@ -10,18 +10,21 @@ so it is compiled too.
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import ContextManager, Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor
 from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from grade.decoding import Decoder, Decoding
 from grade.drawing import draw_from_product
 from grade.errors import GradeError, reason_of
 from grade.model import Policy
+from grade.probe import tolerance_of
+from grade.probe_decoding import decoding_error
 from grade_kernels import SparseTokens
 
 # Prompts differ in length, and every other capacity is compiled anew.
@@ -45,6 +48,14 @@ class CompiledDecoding(Decoding):
     def __init__(self, policy: Policy):
         super().__init__(policy)
         config = policy.config.get_text_config()
+        kinds = {type(layer).__name__ for layer in policy.new_cache().layers if type(layer) is not DynamicLayer}
+        if kinds:
+            kinds = set(getattr(config, "layer_types", None) or kinds) - {"full_attention"}
+            raise GradeError(
+                f"rollout.compile: {type(policy.causal_lm).__name__} has layers that keep something else than all "
+                f"earlier positions ({', '.join(sorted(kinds))}), for which the compiled step has no cache. Set "
+                "rollout.compile=false."
+            )
         attention = getattr(config, "_attn_implementation", None)
         if attention != "sdpa":
             raise GradeError(
@@ -61,25 +72,39 @@ class CompiledDecoding(Decoding):
                 "rollout.compile: this version of transformers counts a static cache's positions in a way that cannot "
                 "be compiled. Install a newer one (5.23 was tested), or set rollout.compile=false."
             )
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-        if kinds or getattr(config, "sliding_window", None):
-            raise GradeError(
-                f"rollout.compile: {type(policy.causal_lm).__name__} has layers that see a window "
-                f"({', '.join(sorted(kinds)) or 'sliding_window'}), which the compiled step has no cache for. Set "
-                "rollout.compile=false."
-            )
         if policy.device.type == "cpu":
             try:
                 _find_compiler()
             except (RuntimeError, OSError) as error:
                 raise _failed(error) from error
         self._config = config
+        self._shape: Optional[Tuple[int, int]] = None
+        self._cache: Optional[StaticCache] = None
+        self._step = self._forward
+        self._probe()
         how = {"cpu": {"options": {"cpp_wrapper": True}}, "cuda": {"mode": "reduce-overhead"}}
         self._step = torch.compile(self._forward, dynamic=False, **how.get(policy.device.type, {}))
         if policy.device.type == "cpu":
             self._draw = torch.compile(draw_from_product)  # not dynamic=False: the temperature changes
-        self._shape: Optional[Tuple[int, int]] = None
-        self._cache: Optional[StaticCache] = None
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Before anything is compiled, the step decodes what a parallel pass computes.
+
+        Raises:
+            GradeError: it does not.
+        """
+        name = type(self.policy.causal_lm).__name__
+        reason = "it gives other hidden states than a parallel pass"
+        try:
+            error = decoding_error(self.policy, self.start, drops_rows=False)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as failure:
+            error, reason = math.inf, reason_of(failure)
+        self._shape = self._cache = None
+        if error > tolerance_of(self.policy.dtype):
+            raise GradeError(
+                f"rollout.compile: {name} cannot be decoded with a static cache ({reason}). Set rollout.compile=false."
+            )
 
     def state(self, adapters: bool) -> ContextManager:
         """As for the plain one, but CUDA graphs have recorded where the weights are, so none are merged there."""
@@ -110,9 +135,7 @@ class CompiledDecoding(Decoding):
             return self._step(embeddings, mask, positions, cache).clone()  # the graph's own output is overwritten
 
     def _forward(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
-        return self.policy.backbone(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        return self.policy.forward(embeddings, mask, positions, cache)
 
 
 @contextmanager

@@ -1,11 +1,16 @@
-"""A KV cache that is written in place: for decoding a known number of tokens without a graph."""
+"""The cache of what a model keeps of earlier positions: keys and values, recurrent states, or both.
+
+For decoding a known number of tokens without a graph, keys and values are written in place. Rows of any cache are
+repeated and selected here, by the one interface that transformers has for every kind of layer (beam search's).
+"""
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import List, Optional
 
+import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
@@ -19,7 +24,7 @@ class ReservedLayer(DynamicLayer):
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity = capacity
-        self._room: Optional[Tensor] = None  # [2, B, heads, capacity, head size]
+        self._rooms: Optional[List[Tensor]] = None  # keys' and values', each [B, heads, capacity, size]
         self._view: Optional[Tensor] = None  # the keys in it, as long as nobody has put others in their place
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
@@ -29,27 +34,66 @@ class ReservedLayer(DynamicLayer):
         total = past + key_states.shape[-2]
         if total > self.capacity:
             raise ValueError(f"a cache for {self.capacity} positions was given {total}")
-        if self._room is None or self.keys is not self._view:  # new, or repeated for several samples
-            room = key_states.new_empty(2, *key_states.shape[:2], self.capacity, key_states.shape[-1])
+        given = (key_states, value_states)
+        if self._rooms is None or self.keys is not self._view:  # new, or of other rows than before
+            self._rooms = [x.new_empty(*x.shape[:-2], self.capacity, x.shape[-1]) for x in given]
             if past:
-                room[0, :, :, :past], room[1, :, :, :past] = self.keys, self.values
-            self._room = room
-        self._room[0, :, :, past:total] = key_states
-        self._room[1, :, :, past:total] = value_states
-        self.keys, self.values = self._room[0, :, :, :total], self._room[1, :, :, :total]
+                for room, before in zip(self._rooms, (self.keys, self.values), strict=True):
+                    room[..., :past, :] = before
+        for room, new in zip(self._rooms, given, strict=True):
+            room[..., past:total, :] = new
+        self.keys, self.values = (room[..., :total, :] for room in self._rooms)
         self._view = self.keys
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._room = self._view = None  # layer by layer, or all would stand twice until the next token
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._rooms = self._view = None  # layer by layer, or all would stand twice until the next token
 
 
 def decoding_cache(config, capacity: int) -> DynamicCache:
     """A cache for up to `capacity` positions of a model with this config.
 
-    Layers with a window keep transformers' own, which is short.
+    Layers with a window or with recurrent states keep transformers' own, which are short.
     """
     cache = DynamicCache(config=config)
     cache.layers = [ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def is_recurrent(cache: Cache) -> bool:
+    """Whether it holds recurrent states alone, and so cannot say how many positions it has seen."""
+    return bool(cache.layers) and not any(hasattr(layer, "keys") for layer in cache.layers)
+
+
+def select_rows(cache: Cache, rows: Tensor) -> None:
+    """Put the batch's rows [b] int64 in the place of all, in this order, as often as they are named."""
+    cache.reorder_cache(rows)
+
+
+def repeat_rows(cache: Cache, copies: int) -> None:
+    """Every row `copies` times, its copies next to each other."""
+    sizes = {len(x) for layer in cache.layers for x in kept_tensors(layer)}
+    if len(sizes) != 1:
+        raise ValueError(f"the layers of the cache hold batches of different sizes ({sorted(sizes)})")
+    device = next(x.device for layer in cache.layers for x in kept_tensors(layer))
+    select_rows(cache, torch.arange(sizes.pop(), device=device).repeat_interleave(copies))
+
+
+def kept_tensors(layer) -> List[Tensor]:
+    """Keys and values that a layer of a cache holds, [B, heads, T, size] each, and its recurrent states [B, ...]."""
+    return attention_tensors(layer) + state_tensors(layer)
+
+
+def attention_tensors(layer) -> List[Tensor]:
+    """Its keys and values."""
+    return [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None and x.numel()]
+
+
+def state_tensors(layer) -> List[Tensor]:
+    """Its recurrent and convolution states, whose size does not depend on the length."""
+    found = []
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name, None)  # one, or in newer versions a dictionary of several
+        found += list(states.values()) if isinstance(states, dict) else [states]
+    return [x for x in found if x is not None]

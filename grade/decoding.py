@@ -7,6 +7,7 @@ from typing import ContextManager, Iterator, Optional
 
 from torch import Tensor
 
+from grade.decoder import Decoder
 from grade.drawing import Sampling, draw_from_product, draw_tokens
 from grade.model import Policy
 from grade.packed_head import pack, packed_product, worth_packing
@@ -55,46 +56,3 @@ class Decoding:
             packed_product(hidden, self._packed), sampling.top_k, sampling.tau, seed, rows, suppress,
             not sampling.soft, **self.policy.head_transform,
         )
-
-
-class Decoder:
-    """The responses to a batch of prompts, under the state that the policy is in.
-
-    What does not change from token to token is done once: the prompt, for all its samples, and whether anything is
-    padded at all, without which no mask is made.
-
-    Args:
-        prompt_ids, prompt_mask: [U, P], left-padded.
-        copies: responses to each prompt.
-        steps: tokens that will be fed, at most.
-
-    Attributes:
-        hidden: [U * copies, d], states that predict the first tokens.
-        cache: keys and values of all positions so far.
-    """
-
-    def __init__(self, policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int):
-        self._policy, self._length = policy, prompt_ids.shape[1]
-        self.cache = policy.new_cache(self._length + steps)
-        padded = not bool(prompt_mask.all())
-        hidden = policy.hidden(policy.embed(prompt_ids), prompt_mask if padded else None, self.cache)[:, -1]
-        if copies > 1:
-            self.cache.batch_repeat_interleave(copies)
-            hidden, prompt_mask = (x.repeat_interleave(copies, dim=0) for x in (hidden, prompt_mask))
-        self.hidden = hidden
-        self._mask = None  # [B, P + steps]
-        if padded:
-            self._mask = prompt_mask.new_ones(len(prompt_mask), self._length + steps)
-            self._mask[:, : self._length] = prompt_mask
-
-    def feed(self, embeddings: Tensor) -> Tensor:
-        """[B, d] embeddings of the newest tokens -> [B, d] states that predict the next."""
-        self._length += 1
-        mask = None if self._mask is None else self._mask[:, : self._length]
-        return self._policy.hidden(embeddings[:, None], mask, self.cache)[:, 0]
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these responses only; [b] int64, positions in the batch."""
-        self.cache.batch_select_indices(rows)
-        if self._mask is not None:
-            self._mask = self._mask[rows]

@@ -15,6 +15,7 @@ from grade.config import Config, GradeError
 from grade.machine import free_bytes
 from grade.model import Policy
 from grade.pretrained import Pretrained, context_of
+from grade.probe_classifier import probe_classifier
 from grade.reward import SharedReward, check_classifier, load_classifier
 from grade.reward_training import judged_length
 from grade.task_config import JUDGED_BY_PROGRAM
@@ -95,7 +96,7 @@ def load_policy(config: Config, tokenizer, device: torch.device) -> Policy:
             f"model.name={config.model.name}: its tokenizer knows id {largest}, its embedding has only "
             f"{base.get_input_embeddings().weight.shape[0]} rows. Resize it with model.resize_token_embeddings."
         )
-    return Policy(add_adapter(base.to(device), config), tokenizer)
+    return Policy(add_adapter(base.to(device), config), tokenizer, length=_longest(config))
 
 
 def add_adapter(base, config: Config):
@@ -157,11 +158,23 @@ def load_reward(config: Config, policy: Policy, task):
     if hasattr(task, "make_reward"):
         return task.make_reward(policy)
     if config.reward.model is not None:
-        return load_classifier(
+        reward = load_classifier(
             config.reward.model, policy, positive_label=config.reward.positive_label, reads=config.reward.input,
             judged=judged_length(config),
         )
+        probe_classifier(reward, config.reward.model, judged_length(config))
+        return reward
     return SharedReward(policy, load_or_train_head(config, policy, task), config.reward.input)
+
+
+def _trains_head(config: Config) -> bool:
+    return config.reward.model is None and config.task.name not in JUDGED_BY_PROGRAM
+
+
+def _longest(config: Config) -> int:
+    """Positions of the longest sequence that the policy or its base will see."""
+    whole = config.task.prompt_max_tokens + config.generation.max_new_tokens
+    return max(whole, config.reward.max_tokens) if _trains_head(config) else whole
 
 
 def _check_fits(config: Config, settings) -> None:
@@ -173,8 +186,7 @@ def _check_fits(config: Config, settings) -> None:
             f"task.prompt_max_tokens ({prompt}) + generation.max_new_tokens ({response}) is {prompt + response}, but "
             f"the context of {config.model.name} is {context} tokens. Lower one of them."
         )
-    trains_head = config.reward.model is None and config.task.name not in JUDGED_BY_PROGRAM
-    if trains_head and context is not None and config.reward.max_tokens > context:
+    if _trains_head(config) and context is not None and config.reward.max_tokens > context:
         raise GradeError(
             f"reward.max_tokens ({config.reward.max_tokens}) exceeds the context of {config.model.name}, {context} "
             "tokens. Lower it."

@@ -102,6 +102,7 @@ class _Shapes:
         item: bytes of one of the model's numbers.
         cache: bytes of one position's keys and values, in all layers.
         layer_cache: the same in one layer.
+        states: bytes of a response's recurrent states, twice: one set is copied when rows leave the batch.
         chunk, piece: rows of the vocabulary sweep's chunks, and of what its elementwise passes make at a time (0 for
             kernels that keep that in registers).
     """
@@ -114,6 +115,7 @@ class _Shapes:
     item: int
     cache: float
     layer_cache: float
+    states: float
     chunk: int
     piece: int
 
@@ -127,7 +129,7 @@ class _Shapes:
 
     def rollout(self, responses: int, prompts: int, ours: PassBytes) -> float:
         """Sampling together: the cache, one layer's copy of it, and the prompts' pass or a token's logits."""
-        cache = (self.cache + self.layer_cache) * responses * self.whole
+        cache = (self.cache + self.layer_cache) * responses * self.whole + self.states * responses
         return cache + max(ours.layer(self.prompt) * prompts, self.logits(responses))
 
     def scoring(self, responses: int, ours: PassBytes) -> float:
@@ -164,12 +166,13 @@ def estimate(
     responses, copies = train.batch_size * train.accumulation_steps, generation.samples_per_prompt
     decoded = min(generation.batch_size or responses, responses)
     batch = micro_batch_size(method, train.batch_size, responses)
-    cache, layer_cache = cache_bytes(policy)
+    cache, layer_cache, states = cache_bytes(policy)
+    prompt_cache = method.prompt_cache and policy.reads_prompt_cache
     vocabulary, k = policy.vocab_size, generation.top_k
     in_pieces = backend_for("vocab_head", policy.head, k=k) == "torch"
     shapes = _Shapes(
         prompt_length, generation.max_new_tokens, policy.head.shape[1], vocabulary, k, policy.dtype.itemsize, cache,
-        layer_cache, chunk_rows(vocabulary, method.head_chunk_bytes(policy.device.type)),
+        layer_cache, 2 * states, chunk_rows(vocabulary, method.head_chunk_bytes(policy.device.type)),
         piece_rows(vocabulary, torch.float32, policy.device) if in_pieces else 0,
     )
     padded = batch > 1  # one response alone is cut to its own length
@@ -202,7 +205,7 @@ def estimate(
     after = {"evaluation": candidates + max(shapes.rollout(asked, asked, ours) + copied, shapes.scoring(asked, ours))}
     if method.name in DIFFERENTIATING:
         base = measure_pass(policy.model, policy_forward(policy, adapters=False), shapes.whole)
-        activations = _replay_activations(policy, reward, shapes, ours, base, prompt_cache=method.prompt_cache)
+        activations = _replay_activations(policy, reward, shapes, ours, base, prompt_cache=prompt_cache)
         held, working = shapes.replay_head(batch * shapes.response)
         terms = {"rao": method.rao_samples, "reinmax": 2}.get(method.estimator, 1)
         further = 4 * (terms - 1) * batch * shapes.response * k  # weights that hops keep, up to a bound

@@ -13,19 +13,22 @@ back for the recomputation (`_checkpoint_contexts`).
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
 from contextlib import contextmanager
 from typing import Iterator, List, NamedTuple, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grade.decode_cache import decoding_cache
+from grade.decode_cache import decoding_cache, is_recurrent
 from grade.end_of_sequence import end_ids
 from grade.errors import GradeError, reason_of
-from grade.probe import probe_embedding, probe_head, probe_passes
+from grade.probe import check_finite, probe_embedding, probe_head, probe_passes
+from grade.probe_decoding import probe_checkpointing, probe_decoding, probe_length, probe_merged, probe_prompt_cache
 
 
 class State(NamedTuple):
@@ -43,10 +46,14 @@ class Policy:
     Args:
         model: `PeftModel` around a transformers causal language model; only adapter parameters are trainable.
         tokenizer: its tokenizer.
-        probe: measure on a few tokens that the model fits the contract above. Costs a handful of tiny forwards.
+        probe: measure on a few tokens that the model fits the contract above, and that every way in which a run calls
+            it agrees with a parallel pass. Costs a few dozen tiny forwards.
+        length: positions of the longest sequence of the run, which the probe tries once too; 0: no such try.
 
     Attributes:
         backbone: the transformer without its head.
+        adapter_layers: the layers that have one.
+        reads_prompt_cache: whether a pass with a graph may read a prompt's cache (see `grade.passes`).
         embedding: [V, d] input table; `embedding_scale` multiplies its rows.
         head, head_bias: [V, d] and [V] or None; `logit_scale` and `softcap` complete the head.
         suppressed: [n] int64, ids the tokenizer does not know (padding of the vocabulary); never sampled.
@@ -56,12 +63,15 @@ class Policy:
         GradeError: the model does something between embedding and logits that replay would get wrong.
     """
 
-    def __init__(self, model, tokenizer, *, probe: bool = True):
+    def __init__(self, model, tokenizer, *, probe: bool = True, length: int = 0):
         self.model, self.tokenizer = model, tokenizer
         self.causal_lm = model.get_base_model()
         self.config = self.causal_lm.config
-        self.backbone = self.causal_lm.base_model
-        self._adapter_layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self.backbone = _backbone(self.causal_lm)
+        self._names = frozenset(inspect.signature(self.backbone.forward).parameters)
+        # transformers 5.24 calls `cache` what was `past_key_values` before, and warns at the old name.
+        self._cache_name = "cache" if self.takes("cache") else "past_key_values"
+        self.adapter_layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         self._checkpoint_layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self._state = State(adapters=True, dropout=False)
         model.eval()
@@ -76,8 +86,9 @@ class Policy:
         self.head = head.weight.detach()
         self.head_bias = head.bias.detach() if getattr(head, "bias", None) is not None else None
         self.logit_scale, self.softcap = 1.0, None
+        self.reads_prompt_cache = self._merges = True
         if probe:
-            self._probe()
+            self._probe(length)
 
         known = torch.tensor(sorted(set(tokenizer.get_vocab().values())))
         unknown = torch.ones(self.vocab_size, dtype=torch.bool)
@@ -89,12 +100,18 @@ class Policy:
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None and 0 <= pad < len(self.embedding) else int(self.eos_ids[0])
 
-    def _probe(self) -> None:
+    def _probe(self, length: int) -> None:
+        check_finite(self)
         try:
             self.embedding_scale = probe_embedding(self)
             self.logit_scale, self.softcap = probe_head(self)
             probe_passes(self)
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            probe_decoding(self)
+            if length:
+                probe_length(self, length)
+            self.reads_prompt_cache = probe_prompt_cache(self)
+            self._merges = probe_merged(self)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
             raise GradeError(
                 f"model.name: {type(self.causal_lm).__name__} cannot run the passes that replay needs "
                 f"({reason_of(error)}). Choose another model."
@@ -121,6 +138,10 @@ class Policy:
         """The trainable parameters, in a fixed order."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def takes(self, name: str) -> bool:
+        """Whether the backbone's signature names this argument; what it takes beside them it may ignore."""
+        return name in self._names
+
     def embed(self, ids: Tensor) -> Tensor:
         """[...] ids -> [..., d], what the model itself feeds for them."""
         return torch.nn.functional.embedding(ids, self.embedding) * self.embedding_scale
@@ -142,17 +163,33 @@ class Policy:
             [B, T, d].
         """
         batch, length = embeddings.shape[:2]
-        if mask is None:
+        positions = None
+        if cache is not None and is_recurrent(cache):
+            mask = None if mask is None else mask[:, -length:]  # there are no earlier positions to be seen
+        if not self.takes("position_ids"):
+            pass
+        elif mask is None:
             past = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(past, past + length, device=embeddings.device).expand(batch, -1)
         else:
             positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -length:]
-            mask = mask.long()
-        out = self.backbone(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        return out.last_hidden_state
+        mask = None if mask is None else mask.long()
+        return self.forward(embeddings, mask, positions, cache)
+
+    def forward(
+        self, embeddings: Tensor, mask: Optional[Tensor], positions: Optional[Tensor], cache: Optional[Cache] = None
+    ) -> Tensor:
+        """The backbone's final hidden states [B, T, d], by the names that its signature has for what it is given.
+
+        Args:
+            mask: [B, T_past + T] int64, or a mask of its attention's own shape.
+            positions: [B, T] int64, ignored by a model that finds them itself.
+        """
+        given = {"inputs_embeds": embeddings, "attention_mask": mask, "use_cache": cache is not None}
+        given[self._cache_name] = cache
+        if self.takes("position_ids"):
+            given["position_ids"] = positions
+        return self.backbone(**given).last_hidden_state
 
     # -- state -----------------------------------------------------------------------------------------------
 
@@ -174,7 +211,7 @@ class Policy:
     def _apply(self, state: State) -> None:
         previous, self._state = self._state, state
         if (state.adapters, state.dropout) != (previous.adapters, previous.dropout):
-            for layer in self._adapter_layers:
+            for layer in self.adapter_layers:
                 # Not enable_adapters(): it also flips requires_grad, and autograd drops the gradients of a leaf whose
                 # flag is down while a recomputation of the base runs inside its backward.
                 layer._disable_adapters = not state.adapters
@@ -187,10 +224,17 @@ class Policy:
                 layer.training = state.checkpoint
 
     def merged_weights(self) -> List[torch.nn.Parameter]:
-        """The weights of which `merged` makes copies; none if they are 16-bit, since rounding to them would lose what a
-        small adapter changes."""
-        weights = [layer.get_base_layer().weight for layer in self._adapter_layers]
-        return [] if any(weight.dtype.itemsize < 4 for weight in weights) else weights
+        """The weights of which `merged` makes copies.
+
+        None if they are 16-bit, since rounding to them would lose what a small adapter changes; if modules share one
+        of them, which would add the adapters of all to it; or if the probe found that the model does not read them
+        through their layers.
+        """
+        weights = [layer.get_base_layer().weight for layer in self.adapter_layers]
+        if not self._merges or any(weight.dtype.itemsize < 4 for weight in weights):
+            return []
+        readers = Counter(w.data_ptr() for m in self.model.modules() for w in m.parameters(recurse=False))
+        return [] if any(readers[weight.data_ptr()] > 1 for weight in weights) else weights
 
     @contextmanager
     def merged(self) -> Iterator[None]:
@@ -204,7 +248,7 @@ class Policy:
         with self.state(adapters=not kept):
             try:
                 with torch.no_grad():
-                    for layer, weight in zip(self._adapter_layers if kept else [], kept, strict=True):
+                    for layer, weight in zip(self.adapter_layers if kept else [], kept, strict=True):
                         weight.data = sum((layer.get_delta_weight(name) for name in layer.active_adapters), weight.data)
                 yield
             finally:
@@ -220,7 +264,7 @@ class Policy:
         """Let `state(checkpoint=True)` recompute activations in backward.
 
         Raises:
-            GradeError: the architecture has no checkpointed layers.
+            GradeError: the architecture has no checkpointed layers, or they give other gradients.
         """
         enable = getattr(self.causal_lm, "activation_checkpointing_enable", None)  # transformers >= 5.20
         enable = enable or self.causal_lm.gradient_checkpointing_enable
@@ -230,6 +274,7 @@ class Policy:
                 "can checkpoint. Set it to false."
             )
         enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
+        probe_checkpointing(self)
 
     def _checkpoint_contexts(self):
         """Contexts of a layer's forward and of its recomputation, which sees the state of that forward."""
@@ -250,3 +295,20 @@ class _LayerState:
 
     def __exit__(self, *_) -> None:
         self._policy._apply(self._previous.pop())
+
+
+@torch.no_grad()
+def _backbone(causal_lm) -> torch.nn.Module:
+    """The outermost model that a forward of `causal_lm` calls: what its head reads. It need not be its `base_model`, in
+    OPT that is never called, in Llama-4 it is `causal_lm` itself."""
+    called = []
+    inner = [m for m in causal_lm.modules() if isinstance(m, PreTrainedModel) and m is not causal_lm]
+    hooks = [m.register_forward_pre_hook(lambda module, args: called.append(module)) for m in inner]
+    try:
+        causal_lm(input_ids=torch.ones(1, 2, dtype=torch.int64, device=causal_lm.device), use_cache=False)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        pass  # the probe meets the same, and says it
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called[0] if called else causal_lm.base_model

@@ -13,6 +13,7 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
+from grade.decode_cache import repeat_rows
 from grade.model import Policy
 from grade.rollout import Rollout
 from grade_kernels import SparseTokens, soft_embedding
@@ -78,10 +79,10 @@ def base_pass(
         x: [B, S, d], the response's embeddings; gradients flow to them.
         prompt_cache: compute each distinct prompt once, without a graph, and let its samples read its KV cache.
             Exact up to rounding: nothing before the response depends on `x`. Not with `checkpoint`, whose
-            recomputation would write the cache twice.
+            recomputation would write the cache twice, nor where the model cannot (`Policy.reads_prompt_cache`).
     """
     prompt = rollout.prompt_ids.shape[1]
-    if not prompt_cache or checkpoint:
+    if checkpoint or not (prompt_cache and policy.reads_prompt_cache):
         with policy.state(adapters=False, checkpoint=checkpoint):
             hidden = policy.hidden(*_whole_sequence(policy, rollout, x))
         before, response, last = hidden[:, :prompt], hidden[:, prompt:], hidden[:, prompt - 1]
@@ -94,7 +95,7 @@ def base_pass(
                 before = policy.hidden(embeddings, rollout.prompt_mask[::copies], cache)
                 before = before.repeat_interleave(copies, dim=0)
             if copies > 1:
-                cache.batch_repeat_interleave(copies)
+                repeat_rows(cache, copies)
             response = policy.hidden(x, torch.cat([rollout.prompt_mask, rollout.mask], dim=1), cache)
         last = before[:, -1]
     reference = torch.cat([last[:, None], response[:, :-1]], dim=1)

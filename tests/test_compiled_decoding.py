@@ -84,7 +84,8 @@ def test_the_compiled_draw_is_the_draw(packed_heads):
 
 
 @pytest.mark.parametrize("name, attention, message", [
-    ("gemma2", "sdpa", "layers that see a window"), ("llama", "eager", "set model.attn_implementation=sdpa"),
+    ("gemma2", "sdpa", "layers that keep something else than all earlier positions .sliding_attention."),
+    ("llama", "eager", "set model.attn_implementation=sdpa"),
 ])
 def test_what_cannot_be_compiled_is_refused(name, attention, message):
     policy = tiny_policy(name)

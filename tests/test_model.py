@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import warnings
 
 import pytest
 import torch
@@ -14,13 +16,13 @@ from transformers import (
     CohereConfig,
     FalconConfig,
     GraniteConfig,
-    MambaConfig,
     PhiConfig,
 )
 from transformers.pytorch_utils import Conv1D
 
 from grade.config import GradeError
 from grade.drawing import Sampling
+from grade.loading import load_policy, load_tokenizer
 from grade.model import Policy
 from grade.replay import ReplaySettings, replay
 from grade.rollout import pad_prompts, sample
@@ -149,7 +151,7 @@ def treat_ids_specially(base):
 
 def misuse_cache(base):
     def hook(module, args, kwargs, out):
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name from transformers 5.24 on, and before
         if cache is not None and cache.get_seq_length() > 6:
             out.last_hidden_state = out.last_hidden_state * 2
 
@@ -169,7 +171,12 @@ def lose_padded_rows(base):
 
 def ignore_positions(base):
     original = base.transformer.forward
-    base.transformer.forward = lambda *args, position_ids=None, **kwargs: original(*args, **kwargs)
+
+    @functools.wraps(original)
+    def forward(*args, position_ids=None, **kwargs):
+        return original(*args, **kwargs)
+
+    base.transformer.forward = forward
 
 
 REFUSALS = [
@@ -272,7 +279,7 @@ def test_cached_segments_equal_one_pass(name):
 
 def switches(policy):
     """Everything `state` may touch: adapter switches, and the training flag of every module."""
-    adapters = [layer._disable_adapters for layer in policy._adapter_layers]
+    adapters = [layer._disable_adapters for layer in policy.adapter_layers]
     return adapters, [module.training for module in policy.model.modules()]
 
 
@@ -474,9 +481,41 @@ def test_layers_that_call_dropout_themselves_do_not_drop_when_checkpointed():
 
 
 def test_a_model_that_fails_a_probe_is_refused_by_name():
-    """Mamba has no KV cache to grow and no mask: its own error becomes one sentence."""
-    config = MambaConfig(**SIZES, hidden_size=32, num_hidden_layers=2, state_size=4)
-    base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
-    lora = LoraConfig(r=2, target_modules=["in_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(GradeError, match="MambaForCausalLM"):
-        Policy(get_peft_model(base, lora), TinyTokenizer())
+    """Its own error becomes one sentence."""
+    base = base_model(CONFIGS["llama"]())
+
+    def hook(module, args, kwargs):
+        if kwargs.get("use_cache"):
+            raise RuntimeError("no cache in this one\nand more")
+
+    base.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+    with pytest.raises(GradeError, match=r"LlamaForCausalLM cannot run the passes .*\(no cache in this one\)\."):
+        policy_around(base)
+
+
+def test_a_model_that_needs_ids_is_refused_by_name():
+    base = base_model(CONFIGS["llama"]())
+
+    def hook(module, args, kwargs):
+        if kwargs.get("input_ids") is None:
+            raise AttributeError("'NoneType' object has no attribute 'reshape'")
+
+    base.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+    with pytest.raises(GradeError, match="LlamaForCausalLM reads the ids beside their embeddings"):
+        policy_around(base)
+
+
+def test_nothing_that_a_run_calls_is_deprecated(tiny_config):
+    """By transformers and peft, which tell their callers by FutureWarning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        policy = load_policy(tiny_config, load_tokenizer(tiny_config), torch.device("cpu"))
+        policy.enable_checkpointing()
+        reward = tiny_reward(policy)
+        ids, mask = pad_prompts([[5, 9, 2], [7]], policy.pad_id)
+        rollout = sample(policy, ids, mask, Sampling(6, top_k=7), seed=0, first_rows=torch.tensor([0, 50]))
+        for checkpoint in (False, True):
+            replay(
+                policy, reward, rollout, ReplaySettings(tau=1.0, checkpoint=checkpoint),
+                reward_weight=torch.full((2,), 0.5), kl_weight=torch.full(rollout.mask.shape, 0.1),
+            )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from published import gradients, published_loss, relative_error
-from tiny import CONFIGS, EOS, VOCAB, KeepDouble, tiny_policy, tiny_reward
+from tiny import CONFIGS, EOS, FURTHER, VOCAB, KeepDouble, tiny_policy, tiny_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grade.drawing import Sampling
@@ -84,6 +84,22 @@ def test_equals_published_algorithm(name, case):
         )
         expected = gradients(policy, loss)
     assert relative_error(ours, expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_equals_published_algorithm_whatever_is_kept_of_the_past(name):
+    """Recurrent states, keys and values of different widths: sampled in copies, with padding, from a cache."""
+    with KeepDouble():
+        policy = tiny_policy(name, dtype=torch.float64)
+        reward = tiny_reward(policy)
+        rollout = rollout_of(policy, max_new=5, prompts=PROMPTS[:2], copies=2)
+        settings = ReplaySettings(tau=1.0, max_hops=5, hop_tol=0.0)
+        ours = replayed_gradient(policy, reward, rollout, settings, kl_coef=0.3, kl_reduction="token_mean")
+        loss = published_loss(
+            policy, reward.head, rollout, tau=1.0, k=7, soft=False, kl_coef=0.3, kl_reduction="token_mean",
+            min_new_tokens=MIN_NEW,
+        )
+        assert relative_error(ours, gradients(policy, loss)) < 1e-9
 
 
 # Not Gemma-2: its float64 attention mask overflows in transformers' float32 softmax, and padding becomes NaN.

@@ -7,11 +7,17 @@ from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    MambaConfig,
+    OPTConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    ZambaConfig,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -38,7 +44,36 @@ CONFIGS = {
         final_logit_softcapping=3.0, attn_logit_softcapping=5.0,
     ),
 }
-TARGETS = {"gpt2": ["c_attn", "c_proj"], "gpt-neox": ["query_key_value", "dense"]}
+# What keeps something else of earlier positions than keys and values of one width, or calls its layers otherwise.
+FURTHER = {
+    "deepseek-v3": lambda: DeepseekV3Config(
+        **SIZES, **LLAMA_SIZES, first_k_dense_replace=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
+        qk_nope_head_dim=8, v_head_dim=6,
+    ),
+    "qwen3.5": lambda: Qwen3_5TextConfig(
+        **{**SIZES, "initializer_range": 0.1}, **{**LLAMA_SIZES, "num_hidden_layers": 4}, num_key_value_heads=2,
+        head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+        linear_num_value_heads=4,
+    ),
+    "zamba": lambda: ZambaConfig(  # its two attention layers share their weights
+        **{**SIZES, "initializer_range": 0.1}, **{**LLAMA_SIZES, "num_hidden_layers": 5}, num_key_value_heads=4,
+        attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=2,
+    ),
+    "mamba": lambda: MambaConfig(**SIZES, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "opt": lambda: OPTConfig(
+        **SIZES, init_std=0.3, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=16,
+    ),
+    "llama4": lambda: Llama4TextConfig(
+        **SIZES, **LLAMA_SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=2, intermediate_size_mlp=48,
+        attention_chunk_size=8,
+    ),
+}
+TARGETS = {
+    "deepseek-v3": ["q_b_proj", "kv_b_proj", "o_proj"], "qwen3.5": ["q_proj", "in_proj_qkv", "out_proj"],
+    "zamba": ["q_proj", "v_proj", "in_proj"], "mamba": ["in_proj", "x_proj"], "opt": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn", "c_proj"], "gpt-neox": ["query_key_value", "dense"],
+}
 
 
 class TinyTokenizer:
@@ -60,7 +95,7 @@ class TinyTokenizer:
 def tiny_policy(name: str = "llama", *, dtype=torch.float32, seed=0, adapter_scale=0.2, unknown=0, dropout=0.0):
     """A policy on random weights, whose adapter is not zero unless `adapter_scale` is."""
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_config(CONFIGS[name]())
+    base = AutoModelForCausalLM.from_config({**CONFIGS, **FURTHER}[name]())
     targets = TARGETS.get(name, ["q_proj", "k_proj", "v_proj", "o_proj"])
     lora = LoraConfig(
         r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM",
