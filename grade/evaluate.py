@@ -174,10 +174,9 @@ def write_evaluations(path: Path, evaluations: Dict[str, object]) -> None:
     """A file of evaluations as JSON, replaced as a whole.
 
     Raises:
-        GradeError: it cannot be written.
+        OSError: it cannot be written.
     """
-    with writing(path, "train.run_dir", "Make room on its disk and start the same command again."):
-        replace_text(path, json.dumps(evaluations, indent=2, ensure_ascii=False) + "\n")
+    replace_text(path, json.dumps(evaluations, indent=2, ensure_ascii=False) + "\n")
 
 
 def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> List[Evaluation]:
@@ -217,8 +216,8 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     ]
     if accelerator.is_main_process:
         name = checkpoint if checkpoint in ("best", "last") else folder.name
-        write_evaluations(
-            run_dir / f"evaluation-{split}-{name}.json", {"checkpoint": str(folder), "rows": [asdict(r) for r in rows]}
-        )
+        path = run_dir / f"evaluation-{split}-{name}.json"
+        with writing(path, "RUN_DIR", "Make room on its disk, and evaluate again."):
+            write_evaluations(path, {"checkpoint": str(folder), "rows": [asdict(r) for r in rows]})
         Console().print(evaluation_table(rows, title=f"{split}, {rows[0].prompts} prompts, checkpoint {name}"))
     return rows

@@ -19,7 +19,8 @@ Extent = Tuple[int, str]
 """Bytes of a file's beginning, and their SHA-256."""
 
 _FILES = ("metrics.jsonl", "samples.jsonl")
-_GO_ON = "Make room, and go on from the last checkpoint with --train.resume auto."
+GO_ON = "Make room, and go on from the last checkpoint with --train.resume auto."
+"""What to do where a file of a run cannot be written."""
 
 
 class RunLog:
@@ -78,7 +79,7 @@ class RunLog:
         """Length and hash of each file so far, once they are on the disk: a checkpoint must not be ahead of them."""
         for path in (self.run_dir / name for name in _FILES):
             if path.exists():
-                with writing(path, "train.run_dir", _GO_ON):
+                with writing(path, "train.run_dir", GO_ON):
                     sync(path)
         return {name: (self._sizes[name], self._digests[name].hexdigest()) for name in _FILES}
 
@@ -90,14 +91,14 @@ class RunLog:
             self._wandb.finish()
 
     def _append(self, name: str, rows: List[dict]) -> None:
-        with writing(self.run_dir / name, "train.run_dir", _GO_ON):
+        with writing(self.run_dir / name, "train.run_dir", GO_ON):
             append_rows(self.run_dir / name, rows)
         content = encode_rows(rows)
         self._sizes[name] += len(content)
         self._digests[name].update(content)
 
     def _scalars(self, step: int, values: Dict[str, float]) -> None:
-        with writing(self.run_dir / "tensorboard", "train.run_dir", _GO_ON):
+        with writing(self.run_dir / "tensorboard", "train.run_dir", GO_ON):
             for name, value in values.items():
                 if name != "step":
                     self._tensorboard.add_scalar(name, value, step)

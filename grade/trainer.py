@@ -46,7 +46,7 @@ from grade.reward_training import head_report, keep_head, with_kept_head
 from grade.rollout import Rollout, pad_prompts, sample
 from grade.rollout_source import RolloutSource
 from grade.run_dir import adapter_folder, clear, mark, run_folder
-from grade.run_log import Extent, RunLog
+from grade.run_log import GO_ON, Extent, RunLog
 from grade.services import Services
 from grade.soundness import broken_measure, broken_policy
 from grade.tasks import load_task
@@ -352,10 +352,9 @@ class Trainer:
 
     def _write_evaluations(self, test: Optional[dict] = None) -> None:
         if self.accelerator.is_main_process:
-            write_evaluations(
-                self.run_dir / "evaluation.json",
-                {"validation": self.evaluations, "best": self.best, **({"test": test} if test else {})},
-            )
+            path, tested = self.run_dir / "evaluation.json", {"test": test} if test else {}
+            with writing(path, "train.run_dir", GO_ON):
+                write_evaluations(path, {"validation": self.evaluations, "best": self.best, **tested})
 
     def _write_record(self) -> None:
         """What the run was made of: splits, fingerprints and the reward head's accuracy; and the head itself."""
