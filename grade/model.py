@@ -52,6 +52,7 @@ class Policy:
 
     Attributes:
         backbone: the transformer without its head.
+        cache_name: what the backbone calls its cache; None where it takes none, which the probe refuses.
         adapter_layers: the layers that have one.
         reads_prompt_cache: whether a pass with a graph may read a prompt's cache (see `grade.passes`).
         embedding: [V, d] input table; `embedding_scale` multiplies its rows.
@@ -69,8 +70,8 @@ class Policy:
         self.config = self.causal_lm.config
         self.backbone = _backbone(self.causal_lm)
         self._names = frozenset(inspect.signature(self.backbone.forward).parameters)
-        # transformers 5.24 calls `cache` what was `past_key_values` before, and warns at the old name.
-        self._cache_name = "cache" if self.takes("cache") else "past_key_values"
+        # transformers 5.24 renamed `past_key_values`, in Mamba `cache_params`, and warns at the old names.
+        self.cache_name = next(filter(self.takes, ("cache", "past_key_values", "cache_params")), None)
         self.adapter_layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         self._checkpoint_layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self._state = State(adapters=True, dropout=False)
@@ -186,7 +187,8 @@ class Policy:
             positions: [B, T] int64, ignored by a model that finds them itself.
         """
         given = {"inputs_embeds": embeddings, "attention_mask": mask, "use_cache": cache is not None}
-        given[self._cache_name] = cache
+        if self.cache_name is not None:
+            given[self.cache_name] = cache
         if self.takes("position_ids"):
             given["position_ids"] = positions
         return self.backbone(**given).last_hidden_state

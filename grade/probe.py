@@ -159,7 +159,7 @@ def probe_passes(policy) -> None:
         GradeError: naming the claim that fails.
     """
     missing = [name for name in ("inputs_embeds", "attention_mask") if not policy.takes(name)]
-    if not (policy.takes("cache") or policy.takes("past_key_values")):
+    if policy.cache_name is None:
         missing.append("cache of earlier positions")
     if missing:
         raise refusal(policy, f"takes no {' and no '.join(missing)}")

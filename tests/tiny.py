@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -15,7 +18,6 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     OPTConfig,
-    Qwen3_5TextConfig,
     Qwen3Config,
     ZambaConfig,
 )
@@ -50,14 +52,14 @@ FURTHER = {
         **SIZES, **LLAMA_SIZES, first_k_dense_replace=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
         qk_nope_head_dim=8, v_head_dim=6,
     ),
-    "qwen3.5": lambda: Qwen3_5TextConfig(
+    "qwen3.5": lambda: transformers.Qwen3_5TextConfig(  # not in every version
         **{**SIZES, "initializer_range": 0.1}, **{**LLAMA_SIZES, "num_hidden_layers": 4}, num_key_value_heads=2,
         head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
         linear_num_value_heads=4,
     ),
     "zamba": lambda: ZambaConfig(  # its two attention layers share their weights
         **{**SIZES, "initializer_range": 0.1}, **{**LLAMA_SIZES, "num_hidden_layers": 5}, num_key_value_heads=4,
-        attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=2,
+        attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=2, use_mamba_kernels=False,
     ),
     "mamba": lambda: MambaConfig(**SIZES, hidden_size=32, num_hidden_layers=2, state_size=4),
     "opt": lambda: OPTConfig(
@@ -69,6 +71,10 @@ FURTHER = {
         attention_chunk_size=8,
     ),
 }
+if Version(transformers.__version__) < Version("5.23"):
+    # Left padding changed Qwen3.5's states (seen in 5.14), which the probe refuses.
+    del FURTHER["qwen3.5"]
+needs_qwen = pytest.mark.skipif("qwen3.5" not in FURTHER, reason="this transformers pads Qwen3.5 wrongly")
 TARGETS = {
     "deepseek-v3": ["q_b_proj", "kv_b_proj", "o_proj"], "qwen3.5": ["q_proj", "in_proj_qkv", "out_proj"],
     "zamba": ["q_proj", "v_proj", "in_proj"], "mamba": ["in_proj", "x_proj"], "opt": ["q_proj", "v_proj"],
