@@ -21,17 +21,17 @@ from accelerate import Accelerator
 from rich.console import Console
 from transformers import get_scheduler
 
-from grade.checkpoint import load_adapter, load_state, save_checkpoint, verified_step
+from grade.checkpoint import load_adapter, save_checkpoint, verified_step
 from grade.compiled_decoding import CompiledDecoding
 from grade.config import Config, GradeError
 from grade.config_io import config_to_yaml
 from grade.decoding import Decoding
 from grade.end_of_sequence import warning_without_ends
-from grade.errors import reason_of, writing
+from grade.errors import writing
 from grade.evaluate import Evaluation, evaluate, text_of, write_evaluations
 from grade.evaluation_tables import evaluation_table
 from grade.files import latest, replace_text
-from grade.fingerprint import differing, inputs_of
+from grade.fingerprint import inputs_of
 from grade.interrupt import stop_between_steps
 from grade.line_source import StopAsked
 from grade.loading import load_policy, load_prompts, load_reward, load_tokenizer
@@ -42,14 +42,16 @@ from grade.metrics import Phases, peak_memory_gib, reset_peak_memory
 from grade.opening_lines import opening_lines
 from grade.processes import main_process_first, make_accelerator, shared
 from grade.progress import training_progress
+from grade.resuming import other_schedule, restored
 from grade.reward_training import head_report, keep_head, with_kept_head
 from grade.rollout import Rollout, pad_prompts, sample
 from grade.rollout_source import RolloutSource
 from grade.run_dir import adapter_folder, clear, mark, run_folder
-from grade.run_log import GO_ON, Extent, RunLog
+from grade.run_log import GO_ON, RunLog
 from grade.services import Services
 from grade.soundness import broken_measure, broken_policy
 from grade.tasks import load_task
+from grade.validations import Validations, line_of
 
 
 def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> List[int]:
@@ -108,8 +110,7 @@ class Trainer:
             self.source = RolloutSource(config, self.policy, needed=needed, processes=accelerator.num_processes)
         self.step = 0
         self.norms: List[float] = []  # of the policy's gradient, per update of the current step
-        self.best: Optional[dict] = None
-        self.evaluations: List[dict] = []
+        self.validations = Validations()
         self.saved: Optional[int] = None  # steps of the checkpoint in checkpoints/last
 
     # -- one step --------------------------------------------------------------------------------------------
@@ -215,7 +216,14 @@ class Trainer:
         train, every = self.config.train, self.config.evaluation.every
         self.memory.check(self.services.any_process)
         notes = [*opening_lines(self.config, self.task, self.policy, self.reward), self.memory.line]
-        written = self._restore(notes) if train.resume else None
+        written = None
+        if train.resume:
+            state = restored(self.run_dir, self.inputs, self.policy, self.optimizer, self.method)
+            self.step = self.saved = state["step"]
+            self.validations, written = Validations(state["evaluations"], state["best"]), state["logs"]
+            notes += other_schedule(state["steps"], train, self.step)
+            if self.source is not None and not self.source.is_pipe:
+                self.source.skip(self.step * self.responses_per_step)
         main = self.accelerator.is_main_process
         with main_process_first(self.accelerator):
             if main:
@@ -235,7 +243,7 @@ class Trainer:
             stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
             for note in notes:
                 progress.say(note)
-            if self.step == 0 and not self.evaluations:
+            if self.step == 0 and not self.validations.rows:
                 self._validate(progress, adapters=False)
             if self.source is not None:
                 self.source.should_stop = lambda: stop.asked
@@ -257,41 +265,23 @@ class Trainer:
                     self._save()
                 if stopping and self.step < train.steps:
                     raise KeyboardInterrupt
-            if not self.best["beats_base"]:
-                progress.say(self.verdict())
             return self._test(progress)
-
-    def verdict(self) -> str:
-        """What to say of a run of which no checkpoint's validation was better than the base model's."""
-        base, best = Evaluation(**self.evaluations[0]), self.best
-        return (
-            f"No checkpoint is better than the base model: its validation is {base.metric:.3f}, the best of the "
-            f"run's {best['metric']:.3f} (step {best['step']}). {_LOWER}"
-        )
 
     def _validate(self, progress, *, adapters: bool = True) -> None:
         if adapters:
             self._check_policy()
         row = self._evaluate("validation", progress, adapters=adapters)
         self._refuse_broken(f"validation after {self.step} steps", broken_measure(row.summary()))
-        self.evaluations.append(asdict(row))
+        better = self.validations.add(row)
         self.log.metrics(self.step, {f"validation/{k}": v for k, v in row.summary().items()})
-        better = adapters and (self.best is None or row.metric > self.best["metric"])
-        if better:
-            beats = row.metric > Evaluation(**self.evaluations[0]).metric
-            self.best = {"step": self.step, "metric": row.metric, "reward": row.reward, "beats_base": beats}
         if self.accelerator.is_main_process:
             if better:
                 save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy, self.step)
             if adapters and self.config.train.keep_adapters:
                 save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy, self.step)
         self._write_evaluations()
-        progress.say(
-            f"step {row.step:>4}  validation of the {row.model}: reward {row.reward:.3f} ± {row.reward_stderr:.3f}  "
-            + "".join(f"{name} {value:.3f}  " for name, value in row.details.items()) +
-            f"KL {row.kl:.3f} nats/token  distinct tokens {row.unique_token_ratio:.2f}"
-        )
-        warning = warning_without_ends(self.config, row.eos_rate) if len(self.evaluations) == 1 else None
+        progress.say(line_of(row))
+        warning = warning_without_ends(self.config, row.eos_rate) if len(self.validations.rows) == 1 else None
         if warning is not None:
             progress.say(warning)
 
@@ -312,10 +302,11 @@ class Trainer:
 
     def _kept(self) -> str:
         """Which checkpoints there are to go back to, as a sentence."""
-        if self.saved is None and self.best is None:
-            return "No checkpoint had been written before."
+        best = self.validations.best
         kept = [] if self.saved is None else [f"checkpoints/last (step {self.saved})"]
-        kept += [] if self.best is None else [f"checkpoints/best (step {self.best['step']})"]
+        kept += [] if best is None else [f"checkpoints/best (step {best['step']})"]
+        if not kept:
+            return "No checkpoint had been written before."
         return f"Kept {'is' if len(kept) == 1 else 'are'} {' and '.join(kept)}."
 
     def _evaluate(self, split: str, progress, *, adapters: bool) -> Evaluation:
@@ -335,14 +326,14 @@ class Trainer:
         if not self.evaluation_prompts["test"]:
             return {}
         self.accelerator.wait_for_everyone()
-        best = latest(self.run_dir / "checkpoints" / "best")
-        if (found := verified_step(best)) != self.best["step"]:
+        folder, best = latest(self.run_dir / "checkpoints" / "best"), self.validations.best["step"]
+        if (found := verified_step(folder)) != best:
             raise GradeError(
-                f"{best} holds step {found}, but the best of this run is step {self.best['step']}: the run went "
-                "further once. Raise train.steps again, or start anew with --train.overwrite true."
+                f"{folder} holds step {found}, but the best of this run is step {best}: the run went further once. "
+                "Raise train.steps again, or start anew with --train.overwrite true."
             )
-        load_adapter(best, self.policy)
-        self.step = self.best["step"]
+        load_adapter(folder, self.policy)
+        self.step = best
         rows = {
             "base": self._evaluate("test", progress, adapters=False),
             "best": self._evaluate("test", progress, adapters=True),
@@ -354,7 +345,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             path, tested = self.run_dir / "evaluation.json", {"test": test} if test else {}
             with writing(path, "train.run_dir", GO_ON):
-                write_evaluations(path, {"validation": self.evaluations, "best": self.best, **tested})
+                validations = {"validation": self.validations.rows, "best": self.validations.best}
+                write_evaluations(path, {**validations, **tested})
 
     def _write_record(self) -> None:
         """What the run was made of: splits, fingerprints and the reward head's accuracy; and the head itself."""
@@ -370,50 +362,12 @@ class Trainer:
         self._check_policy()
         if self.accelerator.is_main_process:
             state = {
-                "optimizer": self.optimizer.state_dict(), "steps": self.config.train.steps, "best": self.best,
-                "evaluations": self.evaluations, "method": self.method.state_dict(), "inputs": self.inputs,
-                "logs": self.log.extents(),
+                "optimizer": self.optimizer.state_dict(), "method": self.method.state_dict(), "inputs": self.inputs,
+                "best": self.validations.best, "evaluations": self.validations.rows,
+                "steps": self.config.train.steps, "logs": self.log.extents(),
             }
             save_checkpoint(self.run_dir / "checkpoints" / "last", self.policy, self.step, state)
         self.saved = self.step
-
-    def _restore(self, notes: List[str]) -> Dict[str, Extent]:
-        """Continue from the last checkpoint; what its run had logged by then.
-
-        Args:
-            notes: gets what the user should know of the difference to an uninterrupted run.
-
-        Raises:
-            GradeError: the checkpoint is damaged, or something that the run depends on has been replaced.
-        """
-        folder = latest(self.run_dir / "checkpoints" / "last")
-        state = load_state(folder)
-        try:
-            changed = differing(state["inputs"], self.inputs)
-            if changed:
-                raise GradeError(
-                    f"train.resume: {self.run_dir} was started with something else: {changed}. Put it back, or start "
-                    "another run with --train.run_dir."
-                )
-            load_adapter(folder, self.policy)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.method.load_state_dict(state["method"])
-            self.best, self.evaluations, logs = state["best"], state["evaluations"], state["logs"]
-            before, now = state["steps"], self.config.train.steps
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise GradeError(
-                f"train.resume: the trainer's state in {folder} does not fit this run ({reason_of(error)}). Start "
-                "again with --train.overwrite true."
-            ) from error
-        self.step = self.saved = state["step"]
-        if before != now and self.config.train.schedule != "constant":
-            notes.append(
-                f"train.steps was {before} and is {now}: from here on the learning rate follows the "
-                f"{self.config.train.schedule} schedule of {now} steps, which the first {self.step} did not"
-            )
-        if self.source is not None and not self.source.is_pipe:
-            self.source.skip(self.step * self.responses_per_step)
-        return logs
 
     # -- processes -------------------------------------------------------------------------------------------
 
@@ -451,7 +405,7 @@ def train(config: Config) -> Dict[str, Evaluation]:
         if rows:
             title = f"test, {rows['best'].prompts} prompts, best checkpoint by validation"
             console.print(evaluation_table(list(rows.values()), title))
-        if not trainer.best["beats_base"]:
-            console.print(trainer.verdict(), soft_wrap=True)
+        if (verdict := trainer.validations.verdict()) is not None:
+            console.print(verdict, soft_wrap=True)
         console.print(f"Run directory: {run_dir}", soft_wrap=True)
     return rows

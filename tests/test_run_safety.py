@@ -20,6 +20,7 @@ from grade.config_io import config_from_yaml, config_to_yaml
 from grade.errors import GradeError
 from grade.evaluate import evaluate_run
 from grade.processes import make_accelerator
+from grade.resuming import other_schedule, restored
 from grade.run_dir import MARKER, clear, decided, mark, prepare_run_dir, run_folder
 from grade.trainer import Trainer, train
 
@@ -224,15 +225,15 @@ def test_a_schedule_is_a_function_of_the_step_and_the_settings(copied):
     """Four steps, two of them done, become eight: the third has the rate of step 2 of 8, and the change is said."""
     state = load_state(Path(copied.run_dir) / "checkpoints" / "last")
     assert state["steps"] == 4
-    trainer = trainer_of(with_train(copied, schedule="linear", steps=8))
-    notes = []
-    trainer._restore(notes)
+    config = with_train(copied, schedule="linear", steps=8)
+    trainer = trainer_of(config)
+    restored(Path(config.run_dir), trainer.inputs, trainer.policy, trainer.optimizer, trainer.method)
+    trainer.step = 2
     assert trainer.train_step()["learning_rate"] == pytest.approx(1e-3 * (8 - 2) / 8)
-    assert len(notes) == 1 and "was 4 and is 8" in notes[0] and "linear" in notes[0]
-    trainer = trainer_of(with_train(copied, schedule="constant", steps=8))
-    notes = []
-    trainer._restore(notes)
-    assert not notes
+    (note,) = other_schedule(state["steps"], config.train, 2)
+    assert "was 4 and is 8" in note and "linear" in note
+    assert not other_schedule(4, with_train(config, schedule="constant").train, 2)
+    assert not other_schedule(8, config.train, 2)
 
 
 def test_tensorboard_keeps_the_validation_of_the_resumed_step(copied):
