@@ -187,7 +187,9 @@ def _kill(config: Config, chance: random.Random, operations: int, seconds: float
         time.sleep(moment)
         os.kill(child, signal.SIGKILL)
         code, where = ended(child), f"after {moment:.2f} s"
-    return where if code == -signal.SIGKILL else None
+    if code not in (0, -signal.SIGKILL):
+        raise SystemExit(f"{where}: a run that was to be killed ended by itself with {code}\n{log.read_text()[-4000:]}")
+    return where if code else None
 
 
 if __name__ == "__main__":

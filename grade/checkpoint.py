@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Optional
 
@@ -38,8 +37,6 @@ def save_checkpoint(directory: Path, policy: Policy, step: int, state: Optional[
     Raises:
         GradeError: it could not be written.
     """
-    for leftover in directory.parent.glob(f"{directory.name}.new-*"):  # of processes that were killed: the run is ours
-        shutil.rmtree(leftover, ignore_errors=True)
     with writing(directory, "train.run_dir"), replaced_folder(directory) as fresh:
         # The embeddings are the base's. `auto` would look for its config, at the hub where no folder has it.
         policy.model.save_pretrained(str(fresh), save_embedding_layers=False)

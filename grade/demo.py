@@ -18,6 +18,7 @@ from grade.demo_model import demo_model
 from grade.evaluate import Evaluation
 from grade.evaluation_tables import evaluation_table, samples_table
 from grade.processes import make_accelerator
+from grade.run_dir import prepare_run_dir
 from grade.trainer import Trainer, started
 
 PRINTED_SAMPLES = 3
@@ -38,10 +39,12 @@ def run_demo(
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         run_dir = f"{config.output_dir}/{config.name}-seed{config.seed}-{stamp}"
         config = replace(config, train=replace(config.train, run_dir=run_dir))
+    if not config.train.resume:
+        prepare_run_dir(config)  # before the model is trained
+    console.print("[bold]1/3[/bold] A language model that writes reviews (cached after the first time)")
+    config = replace(config, model=replace(config.model, name=str(demo_model(cache_dir, steps=pretrain_steps))))
     accelerator = make_accelerator(config)
     with started(config, accelerator) as (config, run_dir):
-        console.print("[bold]1/3[/bold] A language model that writes reviews (cached after the first time)")
-        config = replace(config, model=replace(config.model, name=str(demo_model(cache_dir, steps=pretrain_steps))))
         console.print("[bold]2/3[/bold] A reward: the probability that a review is positive")
         trainer = Trainer(config, accelerator, run_dir)
         console.print(f"[bold]3/3[/bold] {config.method.name.upper()}: backpropagate the reward through sampled tokens")

@@ -57,12 +57,12 @@ def read_json(path: Path, fix: str, *keys: str) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or reason_of(error)
-        raise GradeError(f"{path} cannot be read ({reason}). {fix}") from error
+        raise GradeError(f"{path} cannot be read ({reason}). {fix}".strip()) from error
     if not isinstance(found, dict):
-        raise GradeError(f"{path} holds no JSON object. {fix}")
+        raise GradeError(f"{path} holds no JSON object. {fix}".strip())
     missing = [key for key in keys if key not in found]
     if missing:
-        raise GradeError(f"{path} has no entry {missing[0]!r}. {fix}")
+        raise GradeError(f"{path} has no entry {missing[0]!r}. {fix}".strip())
     return found
 
 

@@ -190,7 +190,9 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     from rich.console import Console
 
     from grade.checkpoint import load_adapter
+    from grade.config_io import config_from_yaml
     from grade.evaluation_tables import evaluation_table
+    from grade.fingerprint import check_made_from, inputs_of
     from grade.loading import load_policy, load_reward, load_tokenizer
     from grade.processes import main_process_first, make_accelerator
     from grade.reward_training import with_kept_head
@@ -205,6 +207,12 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     policy = load_policy(config, tokenizer, accelerator.device)
     with main_process_first(accelerator):
         reward = load_reward(with_kept_head(config, run_dir), policy, task)
+    before, inputs = config_from_yaml(run_dir / "config.yaml"), inputs_of(config, policy, task, reward)
+    if config.task != before.task:  # other data, by the user's own word
+        del inputs["data"]
+    if config.reward != before.reward:
+        del inputs["reward"]
+    check_made_from(run_dir, inputs)
     load_adapter(folder, policy)
     limit = config.evaluation.test_prompts if split == "test" else config.evaluation.validation_prompts
     prompts = task.prompts(split, tokenizer, limit=limit)

@@ -10,10 +10,11 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 from grade.errors import GradeError, writing
 
@@ -57,13 +58,14 @@ def replace_text(path: Path, text: str) -> None:
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Write a folder anew as a whole: yields an empty folder to fill, which takes the place of `folder` at the end.
 
-    At every moment `folder` or its old copy is complete, if there ever was one (see `latest`). What a killed process
-    leaves is named `folder`.new-<process>.
+    At every moment `folder` or its old copy is complete, if there ever was one (see `latest`). One process at a time
+    may do so: its callers hold a lock.
 
     Raises:
-        OSError: it cannot be written; what was there before is untouched.
+        OSError: it cannot be written; what was there before is untouched, or, if only the disk's word that it is done
+            is missing, replaced.
     """
-    fresh, old = folder.with_name(f"{folder.name}.new-{os.getpid()}"), _old(folder)
+    fresh, old = folder.with_name(folder.name + ".new"), _old(folder)
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)
@@ -107,22 +109,28 @@ def latest(folder: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's content, in hexadecimal; read again only where its size or time of change is another.
+    """Hash of a file's content, in hexadecimal.
 
     Raises:
         OSError: it cannot be read.
     """
-    status = path.stat()
-    return _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _sha256(path: Path, size: int, changed: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def remembered_sha256(path: Path) -> str:
+    """The same for a large file that nobody is expected to write: read again only where its size or time of change is
+    another."""
+    status = path.stat()
+    return _remembered(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _remembered(path: Path, size: int, changed: int) -> str:
+    return sha256(path)
 
 
 def check_writable(setting: str, folder: Path) -> None:
@@ -131,14 +139,12 @@ def check_writable(setting: str, folder: Path) -> None:
     Raises:
         GradeError: naming the setting.
     """
+    place = folder.absolute()
+    while not os.path.lexists(place):  # nothing is made: another process may be about to
+        place = place.parent
     try:
-        missing = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-        if missing:
-            folder.rmdir()
+        with tempfile.TemporaryFile(dir=place):
+            pass
     except OSError as error:
         raise GradeError(
             f"{setting}: {folder} cannot be written ({error.strerror or error}). Name another folder."
@@ -146,13 +152,14 @@ def check_writable(setting: str, folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, setting: str, in_use: str) -> Iterator[int]:
+def locked(path: Path, setting: str, in_use: str, *, wait: Callable[[], None] | None = None) -> Iterator[int]:
     """Hold a lock while the block runs; the system releases it when the process ends, however that happens.
 
     Args:
         path: the file that is locked; made if it is missing, and left.
         setting: what decides the place, for the message.
         in_use: the message where another process holds the lock.
+        wait: wait for the other process instead, after calling this.
 
     Yields:
         The lock's file descriptor, which a child process may inherit to hold it too.
@@ -166,8 +173,13 @@ def locked(path: Path, setting: str, in_use: str) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise GradeError(in_use) from None
+            if wait is None:
+                raise GradeError(in_use) from None
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             reason = f"cannot be locked ({error.strerror})"
             raise GradeError(f"{setting}: {path.parent} {reason}. Name a folder on another disk.") from error
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise GradeError(in_use)  # its holder has deleted it meanwhile: what is locked is no longer that file
         yield file.fileno()

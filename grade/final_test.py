@@ -27,7 +27,7 @@ from grade.processes import make_accelerator
 from grade.reward_training import judged_length
 from grade.rollout import Rollout
 from grade.run_dir import make_again
-from grade.tasks import load_task, sha256_of
+from grade.tasks import load_task
 from grade_kernels import linear_token_logprob
 
 _ROOM = "Make room on its disk: what was tested before is kept, and the same command goes on."
@@ -152,7 +152,7 @@ def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenize
         report.unlink(missing_ok=True)
         return None
     lengths = sorted({judged_length(config), config.reward.max_tokens, 2 * config.reward.max_tokens})
-    identity = _judge_identity(config, inputs, task, lengths)
+    identity = _judge_identity(config, inputs, lengths)
     if path.is_file() and (_judge_report(folder) or {}).get("identity") == identity:
         return Judge.load(path)
     report.unlink(missing_ok=True)  # written last: it says whose weights these are
@@ -164,13 +164,10 @@ def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenize
     return judge
 
 
-def _judge_identity(config: Config, inputs: Mapping[str, str], task, lengths: Sequence[int]) -> dict:
+def _judge_identity(config: Config, inputs: Mapping[str, str], lengths: Sequence[int]) -> dict:
     """What a judge and its report depend on, by content."""
-    texts = {
-        name: sha256_of(f"{example.label} {example.text}" for example in examples)
-        for name, examples in (("trained_on", task.judge), ("held_out", task.test))
-    }
-    return {"tokenizer": inputs["tokenizer"], **texts, "lengths": list(lengths), "seed": config.reward.seed}
+    read = {name: inputs[name] for name in ("tokenizer", "judge", "data")}
+    return {**read, "lengths": list(lengths), "seed": config.reward.seed}
 
 
 def _judge_report(folder: Path) -> Optional[dict]:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from grade.config import Config
-from grade.errors import GradeError, reason_of
-from grade.files import sha256
+from grade.errors import GradeError, read_json, reason_of
+from grade.files import remembered_sha256
 from grade.model import Policy
 
-_MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json")
+_MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "*.py")
 _WORDS = {
     "model": "the base model's weights or settings", "tokenizer": "the tokenizer", "data": "the data of task.dataset",
     "reward": "the reward model", "responses_per_step": "the responses of a step, over all processes",
@@ -39,7 +39,7 @@ def model_digest(name: str, loaded) -> str:
     if folder.is_dir():
         files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
         try:
-            return _digest({path.name: sha256(path) for path in files})
+            return _digest({path.name: remembered_sha256(path) for path in files})
         except OSError as error:
             raise GradeError(f"{error.filename} cannot be read ({error.strerror or reason_of(error)}).") from error
     return commit or tensors_digest(loaded.state_dict())
@@ -104,6 +104,26 @@ def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         f"{_WORDS.get(name, name)} ({then.get(name)} then, {now[name]} now)" if isinstance(now[name], int)
         else _WORDS.get(name, name) for name in names
     )
+
+
+def check_made_from(run_dir: Path, inputs: Mapping[str, Any]) -> None:
+    """Refuse to judge a run's checkpoints with other inputs than it was made from.
+
+    Args:
+        run_dir: the run's folder; nothing is known of one without run.json.
+        inputs: the part of the fingerprint that must be the same.
+
+    Raises:
+        GradeError: with what differs.
+    """
+    record = run_dir / "run.json"
+    if not record.is_file():
+        return
+    changed = differing(read_json(record, f"Delete {record} to go without this check.", "inputs")["inputs"], inputs)
+    if changed:
+        raise GradeError(
+            f"{run_dir} was made with something else: {changed}. Put it back: its checkpoints belong to that."
+        )
 
 
 def _digest(content: Any) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Mapping, Optional
 
 import torch
 
-from grade.checkpoint import load_adapter, load_state
+from grade.checkpoint import load_adapter, load_state, verified_step
 from grade.config import TrainConfig
 from grade.errors import GradeError, reason_of
 from grade.files import latest
@@ -61,3 +61,27 @@ def other_schedule(steps_before: int, train: TrainConfig, step: int) -> list[str
         f"train.steps was {steps_before} and is {train.steps}: from here on the learning rate follows the "
         f"{train.schedule} schedule of {train.steps} steps, which the first {step} did not"
     ]
+
+
+def best_is_missing(run_dir: Path, best: Optional[Mapping[str, Any]], step: int) -> bool:
+    """Whether a run was stopped after it had noted that the policy it goes on with is its best, and before that was
+    saved as such.
+
+    Args:
+        best: what the state says of the best validation.
+        step: of the policy that the run goes on with.
+
+    Raises:
+        GradeError: the best checkpoint is damaged, missing or another one, and is no longer at hand.
+    """
+    if best is None:
+        return False
+    folder, at_hand = latest(run_dir / "checkpoints" / "best"), best["step"] == step
+    try:
+        found = verified_step(folder)
+        wrong = None if found == best["step"] else f"{folder} holds step {found}, but the best is step {best['step']}."
+    except GradeError as error:
+        wrong = str(error)
+    if wrong is not None and not at_hand:
+        raise GradeError(f"train.resume: {wrong} Put it back, or start again with --train.overwrite true.")
+    return wrong is not None

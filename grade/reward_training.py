@@ -25,7 +25,7 @@ from torch import Tensor
 from grade.config import Config, GradeError
 from grade.encoding import encode
 from grade.errors import read_json, writing
-from grade.files import check_writable, replaced_folder, sha256
+from grade.files import check_writable, locked, replaced_folder, sha256
 from grade.fingerprint import differing, model_inputs
 from grade.model import Policy
 from grade.passes import accumulation_dtype
@@ -74,6 +74,20 @@ def load_or_train_head(config: Config, policy: Policy, task) -> RewardHead:
         return _load(folder, config, policy)
     setting = "output_dir" if config.reward.path is None else "reward.path"
     check_writable(setting, folder)
+    with writing(folder.parent, setting):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f".{folder.name}.lock"), setting, f"{folder} is in use.", wait=_say_waiting):
+        if (folder / _HEAD_FILE).is_file():  # another process has trained it meanwhile
+            return _load(folder, config, policy)
+        return _train_into(folder, setting, config, policy, task)
+
+
+def _say_waiting() -> None:
+    Console(stderr=True).print("Another process trains this reward head: waiting for it.")
+
+
+def _train_into(folder: Path, setting: str, config: Config, policy: Policy, task) -> RewardHead:
+    """Train the head and keep it in its folder, complete or not at all."""
     if config.reward.path is not None and folder.exists() and any(folder.iterdir()):
         raise GradeError(f"reward.path={folder} holds no reward head ({_HEAD_FILE} is missing). Name another folder.")
     head, report = train_head(config, policy, task)

@@ -6,6 +6,7 @@ deleted, only where the marker stands, and never through a symbolic link.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from contextlib import contextmanager
@@ -26,8 +27,8 @@ _MARKER_TEXT = (
     "else.\n"
 )
 _WRITTEN = {  # by folder, names of what a run writes
-    "": r"(config\.yaml|metrics\.jsonl|samples\.jsonl|run\.json|evaluation(-[\w.-]+)?\.json)(\.new)?",
-    "checkpoints": r"(best|last|step-\d+)(\.new-\d+|\.old|\.deleted)?",
+    "": r"(config\.yaml|metrics\.jsonl|samples\.jsonl|run\.json|evaluation(-[\w.-]+)?\.json)(\.new)?|reward\.(new|old)",
+    "checkpoints": r"(best|last|step-\d+)(\.new|\.old|\.deleted)?",
     "reward": r"(head\.safetensors|reward\.json)",
     "tensorboard": r"events\.out\.tfevents\..*",
 }
@@ -85,17 +86,17 @@ def run_folder(config: Config) -> Iterator[Config]:
     with writing(run_dir, "train.run_dir"):
         run_dir.mkdir(parents=True, exist_ok=True)
     in_use = f"train.run_dir: another process uses {run_dir}. Wait for it, or name another folder with --train.run_dir."
-    try:
-        with locked(run_dir / MARKER, "train.run_dir", in_use):
+    with locked(run_dir / MARKER, "train.run_dir", in_use):
+        try:
             config = decided(config)  # what another process did here in between counts
             prepare_run_dir(config)
             mark(run_dir)
             yield config
-    finally:
-        if is_ours(run_dir) and not _content(run_dir):
-            (run_dir / MARKER).unlink()
-            if missing:
-                run_dir.rmdir()
+        finally:
+            if not _content(run_dir):  # the lock is ours, so nobody else is about to write here
+                (run_dir / MARKER).unlink(missing_ok=True)
+                if missing:
+                    run_dir.rmdir()
 
 
 def decided(config: Config) -> Config:
@@ -173,12 +174,18 @@ def _content(run_dir: Path) -> list[Path]:
 
 
 def _written(run_dir: Path) -> list[Path]:
-    """Files and folders that a run has written, checkpoints first, and the folders that hold them last."""
-    found = []
+    """Files and folders that a run has written, in the order in which they may go.
+
+    First the record, by which a comparison counts a run; then what could be resumed from, the older before the newer;
+    last the folders that held it.
+    """
+    found = [run_dir / "run.json", run_dir / "checkpoints" / "last.old", run_dir / "checkpoints" / "last"]
+    found = [path for path in found if os.path.lexists(path)]
     for folder in ("checkpoints", "reward", "tensorboard", ""):
         place = run_dir / folder
         if place.is_dir() and not place.is_symlink():
-            found += [path for path in sorted(place.iterdir()) if re.fullmatch(_WRITTEN[folder], path.name)]
+            written = [path for path in sorted(place.iterdir()) if re.fullmatch(_WRITTEN[folder], path.name)]
+            found += [path for path in written if path not in found]
     return found + [run_dir / folder for folder in _WRITTEN if folder and (run_dir / folder).exists()]
 
 
@@ -191,18 +198,19 @@ def clear(run_dir: Path) -> None:
         GradeError: something cannot be deleted.
     """
     with writing(run_dir, "train.overwrite", f"Delete {run_dir} yourself, or name another folder."):
+        holding = [run_dir / folder for folder in _WRITTEN if folder]
         for path in _written(run_dir):
             if path.is_symlink() or not path.exists():
                 continue  # a link is refused by `prepare_run_dir`, unless it was made since then
-            if path.parent.name == "checkpoints":
-                if path.suffix in ("", ".old"):  # a checkpoint, which must be whole while it has its name
-                    gone = path.with_name(path.stem + ".deleted")
-                    shutil.rmtree(gone, ignore_errors=True)
-                    path = path.rename(gone)
-                shutil.rmtree(path)
-            elif path.is_file():
+            if path.parent == run_dir / "checkpoints" and path.suffix in ("", ".old"):
+                gone = path.with_name(path.stem + ".deleted")  # a checkpoint is whole while it has its name
+                shutil.rmtree(gone, ignore_errors=True)
+                path = path.rename(gone)
+            if path.is_file():
                 path.unlink()
-            elif not any(path.iterdir()):
+            elif path not in holding:
+                shutil.rmtree(path)
+            elif not any(path.iterdir()):  # unless somebody else put something there
                 path.rmdir()
 
 

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from transformers import get_scheduler
 
-from grade.checkpoint import load_adapter, save_checkpoint, verified_step
+from grade.checkpoint import load_adapter, save_checkpoint
 from grade.compiled_decoding import CompiledDecoding
 from grade.config import Config, GradeError
 from grade.config_io import config_to_yaml
@@ -42,7 +42,7 @@ from grade.metrics import Phases, peak_memory_gib, reset_peak_memory
 from grade.opening_lines import opening_lines
 from grade.processes import main_process_first, make_accelerator, shared
 from grade.progress import training_progress
-from grade.resuming import other_schedule, restored
+from grade.resuming import best_is_missing, other_schedule, restored
 from grade.reward_training import head_report, keep_head, with_kept_head
 from grade.rollout import Rollout, pad_prompts, sample
 from grade.rollout_source import RolloutSource
@@ -112,6 +112,7 @@ class Trainer:
         self.norms: List[float] = []  # of the policy's gradient, per update of the current step
         self.validations = Validations()
         self.saved: Optional[int] = None  # steps of the checkpoint in checkpoints/last
+        self._sound_at: Optional[int] = None  # the step after which the policy was last found to be sound
 
     # -- one step --------------------------------------------------------------------------------------------
 
@@ -216,12 +217,13 @@ class Trainer:
         train, every = self.config.train, self.config.evaluation.every
         self.memory.check(self.services.any_process)
         notes = [*opening_lines(self.config, self.task, self.policy, self.reward), self.memory.line]
-        written = None
+        written, resaves_best = None, False
         if train.resume:
             state = restored(self.run_dir, self.inputs, self.policy, self.optimizer, self.method)
             self.step = self.saved = state["step"]
             self.validations, written = Validations(state["evaluations"], state["best"]), state["logs"]
             notes += other_schedule(state["steps"], train, self.step)
+            resaves_best = best_is_missing(self.run_dir, self.validations.best, self.step)
             if self.source is not None and not self.source.is_pipe:
                 self.source.skip(self.step * self.responses_per_step)
         main = self.accelerator.is_main_process
@@ -235,6 +237,8 @@ class Trainer:
                 with writing(self.run_dir / "config.yaml", "train.run_dir"):
                     replace_text(self.run_dir / "config.yaml", config_to_yaml(self.config))
                 self._write_record()
+        if resaves_best:
+            self._save_best()
         if isinstance(self.decoding, CompiledDecoding):
             notes.append("rollout.compile: the first step compiles for half a minute or more")
         with ExitStack() as stack:
@@ -258,36 +262,46 @@ class Trainer:
                 self.log.metrics(self.step, metrics)
                 progress.advance(metrics)
                 self.step += 1
+                better = False
                 if self.step % every == 0 or self.step == train.steps:
-                    self._validate(progress)
+                    better = self._validate(progress)
                 stopping = self.services.any_process(stop.asked)
-                if self.step % train.save_every == 0 or self.step == train.steps or stopping:
+                if better or stopping or self.step % train.save_every == 0 or self.step == train.steps:
                     self._save()
+                if better:
+                    self._save_best()
                 if stopping and self.step < train.steps:
                     raise KeyboardInterrupt
+            if self.validations.rows[-1]["step"] != self.step:  # resumed with no more steps than it had had
+                better = self._validate(progress)
+                self._save()
+                if better:
+                    self._save_best()
             return self._test(progress)
 
-    def _validate(self, progress, *, adapters: bool = True) -> None:
+    def _validate(self, progress, *, adapters: bool = True) -> bool:
+        """Whether the policy is the best so far."""
         if adapters:
             self._check_policy()
         row = self._evaluate("validation", progress, adapters=adapters)
         self._refuse_broken(f"validation after {self.step} steps", broken_measure(row.summary()))
         better = self.validations.add(row)
         self.log.metrics(self.step, {f"validation/{k}": v for k, v in row.summary().items()})
-        if self.accelerator.is_main_process:
-            if better:
-                save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy, self.step)
-            if adapters and self.config.train.keep_adapters:
-                save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy, self.step)
+        if self.accelerator.is_main_process and adapters and self.config.train.keep_adapters:
+            save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy, self.step)
         self._write_evaluations()
         progress.say(line_of(row))
         warning = warning_without_ends(self.config, row.eos_rate) if len(self.validations.rows) == 1 else None
         if warning is not None:
             progress.say(warning)
+        return better
 
     def _check_policy(self) -> None:
+        if self._sound_at == self.step:
+            return
         trained = (p for group in self.optimizer.param_groups for p in group["params"])
         self._refuse_broken(f"after {self.step} steps", broken_policy(self.policy, trained, self.prompts[0]))
+        self._sound_at = self.step
 
     def _refuse_broken(self, when: str, broken: Optional[str]) -> None:
         """End the run before a broken policy is saved or chosen.
@@ -326,14 +340,8 @@ class Trainer:
         if not self.evaluation_prompts["test"]:
             return {}
         self.accelerator.wait_for_everyone()
-        folder, best = latest(self.run_dir / "checkpoints" / "best"), self.validations.best["step"]
-        if (found := verified_step(folder)) != best:
-            raise GradeError(
-                f"{folder} holds step {found}, but the best of this run is step {best}: the run went further once. "
-                "Raise train.steps again, or start anew with --train.overwrite true."
-            )
-        load_adapter(folder, self.policy)
-        self.step = best
+        load_adapter(latest(self.run_dir / "checkpoints" / "best"), self.policy)
+        self.step = self.validations.best["step"]
         rows = {
             "base": self._evaluate("test", progress, adapters=False),
             "best": self._evaluate("test", progress, adapters=True),
@@ -368,6 +376,12 @@ class Trainer:
             }
             save_checkpoint(self.run_dir / "checkpoints" / "last", self.policy, self.step, state)
         self.saved = self.step
+
+    def _save_best(self) -> None:
+        """After `_save` has noted that it is the best: one that no state names would be lost by the next kill, and so
+        would the one whose place it took."""
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy, self.step)
 
     # -- processes -------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from grade.config import Config, EvaluationConfig, GradeError, default_methods, 
 from grade.errors import printing, read_json, writing
 from grade.evaluate import write_evaluations
 from grade.files import check_writable, latest
-from grade.fingerprint import inputs_of
+from grade.fingerprint import check_made_from, inputs_of, model_inputs
 from grade.gradient_statistics import Draws, agreement, norm_error
 from grade.interrupt import StopRequest, stop_between_steps
 from grade.laboratory import Estimate, Laboratory
@@ -82,6 +82,7 @@ def run_variance(config: Config, checkpoint: Optional[Path] = None) -> dict:
     policy = load_policy(largest, tokenizer, accelerator.device)
     reward = load_reward(config, policy, task)
     if checkpoint is not None:
+        check_made_from(checkpoint.parents[1], model_inputs(policy))
         load_adapter(latest(checkpoint), policy)
     payload = _kept(path, {**identity, "inputs": inputs_of(config, policy, task, reward)})
     prompts = task.prompts("policy", tokenizer)

@@ -75,7 +75,7 @@ def test_the_judges_report(config, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(final_test, "train_judge", lambda *_, **__: (Judge(), {"accuracy": {}}))
     monkeypatch.setattr(final_test, "write_evaluations", no_space)
     with pytest.raises(GradeError, match=f"^output_dir: .*judge.json {NO_SPACE}.* the same command goes on"):
-        final_test.load_judge(tmp_path, config, {"tokenizer": "t"}, None, TASK)
+        final_test.load_judge(tmp_path, config, dict.fromkeys(["tokenizer", "judge", "data"], "x"), None, TASK)
 
 
 def test_the_judges_weights(config, tmp_path, monkeypatch):  # noqa: F811
@@ -87,7 +87,7 @@ def test_the_judges_weights(config, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(final_test, "train_judge", lambda *_, **__: (Judge(), {"accuracy": {}}))
     monkeypatch.setattr(Judge, "save", save)
     with pytest.raises(GradeError, match="^output_dir: .*judge.safetensors could not be written .*No space left"):
-        final_test.load_judge(tmp_path, config, {"tokenizer": "t"}, None, TASK)
+        final_test.load_judge(tmp_path, config, dict.fromkeys(["tokenizer", "judge", "data"], "x"), None, TASK)
     assert not (tmp_path / "judge.json").exists()  # nothing says that those weights are whole
 
 

@@ -121,6 +121,9 @@ def test_the_judge_reads_tokens_as_the_tokenizer_spells_them():
     assert judge_rows(SimpleNamespace(tokenizer=Letters()), rollout) == [[3, 3], [2, 1, 1]]
 
 
+INPUTS = {"tokenizer": "t", "judge": "j", "data": "d"}
+
+
 def test_a_judge_of_other_settings_is_trained_anew(reviews, tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr("grade.final_test.train_judge", lambda *args, **settings: (
@@ -128,20 +131,20 @@ def test_a_judge_of_other_settings_is_trained_anew(reviews, tmp_path, monkeypatc
     ))
     task, config = SimpleNamespace(judge=reviews[0], test=reviews[1]), Config()
     for _ in range(2):
-        assert load_judge(tmp_path, config, {"tokenizer": "t"}, None, task) is not None
+        assert load_judge(tmp_path, config, INPUTS, None, task) is not None
     assert len(trained) == 1
     others = [
-        (replace(config, reward=replace(config.reward, seed=7)), {"tokenizer": "t"}, task),
-        (config, {"tokenizer": "t"}, SimpleNamespace(judge=reviews[0][1:], test=reviews[1])),
-        (config, {"tokenizer": "another of that name"}, task),
-        (replace(config, generation=replace(config.generation, max_new_tokens=7)), {"tokenizer": "t"}, task),
+        (replace(config, reward=replace(config.reward, seed=7)), INPUTS, task),
+        (config, {**INPUTS, "judge": "other reviews"}, task),
+        (config, {**INPUTS, "tokenizer": "another of that name"}, task),
+        (replace(config, generation=replace(config.generation, max_new_tokens=7)), INPUTS, task),
     ]
     for number, (other, inputs, found) in enumerate(others, start=2):
         load_judge(tmp_path, other, inputs, None, found)
         assert len(trained) == number
     report = json.loads((tmp_path / "judge.json").read_text(encoding="utf-8"))
     assert report["accuracy"] == {} and report["identity"]["lengths"] == trained[-1]["lengths"]
-    assert load_judge(tmp_path, config, {"tokenizer": "t"}, None, SimpleNamespace(judge=[], test=[])) is None
+    assert load_judge(tmp_path, config, INPUTS, None, SimpleNamespace(judge=[], test=[])) is None
     assert not (tmp_path / "judge.json").exists()
 
 

@@ -173,11 +173,11 @@ def test_smaller_decoding_batches_draw_the_same_responses(tiny_config):
 @pytest.mark.slow
 def test_reward_rises_on_real_reviews(tiny_config, imdb_lm, shared_imdb):
     """Ten steps on a pretrained model: the mean of the last three rewards is above the first three by 0.05."""
-    config = with_train(tiny_config, learning_rate=2e-3, batch_size=16)
+    config = with_train(tiny_config, learning_rate=4e-3, batch_size=16)
     config = replace(
         config, model=replace(config.model, name=str(imdb_lm)),
         task=replace(
-            config.task, dataset=str(shared_imdb), reward_examples=1000, policy_examples=500, validation_examples=100
+            config.task, dataset=str(shared_imdb), reward_examples=300, policy_examples=100, validation_examples=50
         ),
         generation=replace(config.generation, max_new_tokens=16, top_k=128),
         reward=replace(config.reward, hidden_size=64, max_tokens=64),

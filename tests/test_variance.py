@@ -201,18 +201,21 @@ def test_stopping_keeps_the_draws_so_far(lab_config, monkeypatch):
     """Stopped after six draws, the rows say six; a stop that comes earlier does not take their place."""
     from grade import interrupt, variance
 
+    few = dict(methods=["grade-ste", "grpo"], estimators=["gumbel"], taus=[2.0], hops=[0])
+    config = replace(lab_config, name="stopped", variance=replace(lab_config.variance, **few))
+
     def stopped_after(draws):
         request = interrupt.StopRequest()
         made = []
 
         def tick():
             made.append(1)
-            request.asked = len(made) >= draws + lab_config.variance.warmup_draws
+            request.asked = len(made) >= draws + config.variance.warmup_draws
 
         monkeypatch.setattr(variance, "stop_between_steps", lambda first: nullcontext(request))
         monkeypatch.setattr(variance, "counting", lambda title, total: nullcontext(tick))
         with pytest.raises(KeyboardInterrupt):
-            run_variance(replace(lab_config, name="stopped"))
+            run_variance(config)
         return json.load(open(lab_config.output_dir + "/variance-stopped/variance.json"))["rows"]
 
     rows = stopped_after(6)

@@ -9,6 +9,7 @@ from typing import List, Set
 
 from grade import __version__
 from grade.errors import writing
+from grade.files import replace_bytes
 from grade.report.parts import Drawing, Section, Text
 from grade.report.style import save
 from grade.report.tables import Table
@@ -81,14 +82,8 @@ def write_page(title: str, sections: List[Section], output: Path) -> Path:
 
 def _write(path: Path, text: str) -> None:
     """Replace a file as a whole; half of a surrogate pair, which UTF-8 does not have, becomes a question mark."""
-    fresh = path.with_name(path.name + ".new")
     with writing(path, "--output"):
-        try:
-            fresh.write_bytes(text.encode("utf-8", "replace"))
-            fresh.replace(path)
-        except OSError:
-            fresh.unlink(missing_ok=True)
-            raise
+        replace_bytes(path, text.encode("utf-8", "replace"))
 
 
 def _page(title: str, sections: List[Section], body: str) -> str:
