@@ -11,6 +11,8 @@ from grade.errors import GradeError, reason_of
 from grade.probe import PROBE_TOKENS, relative_error, tolerance_of
 from grade.rollout import Rollout
 
+_PADDING = 2  # positions before a prompt that nothing may read
+
 
 @torch.no_grad()
 def probe_classifier(reward, name: str, length: int) -> None:
@@ -33,9 +35,10 @@ def probe_classifier(reward, name: str, length: int) -> None:
         def run() -> Tensor:
             tokens = ids[:, 1: 1 + max(lengths)].expand(len(lengths), -1)
             mask = torch.arange(max(lengths), device=table.device) < torch.tensor(lengths, device=table.device)[:, None]
-            prompt = ids[:, :1].expand(len(lengths), -1)
+            prompt = ids[:, [0] * (1 + _PADDING)].expand(len(lengths), -1)  # its last token is real, as in a batch
+            real = torch.arange(1 + _PADDING, device=table.device) >= _PADDING
             rollout = Rollout(
-                prompt, torch.ones_like(prompt, dtype=torch.bool), tokens, mask, tokens[..., None], mask.float(), tokens
+                prompt, real.expand_as(prompt), tokens, mask, tokens[..., None], mask.float(), tokens
             )
             embeddings = torch.nn.functional.embedding(tokens, table) * reward.embedding_scale
             return reward.from_embeddings(rollout, embeddings * mask[..., None])
@@ -44,11 +47,15 @@ def probe_classifier(reward, name: str, length: int) -> None:
 
     tolerance = tolerance_of(table.dtype)
     try:
-        own = _read_by_score(model, lambda: model(input_ids=ids[:, start: PROBE_TOKENS + 1], use_cache=False))[-1]
+        said = []
+        read = ids[:, start: PROBE_TOKENS + 1]
+        own = _read_by_score(model, lambda: said.append(model(input_ids=read, use_cache=False).logits))[-1]
         alone = _read_by_score(model, ours((PROBE_TOKENS,)))[0]
         beside = _read_by_score(model, ours((PROBE_TOKENS, response)))[0]
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise _refusal(name, model, f"cannot be run on embeddings ({reason_of(error)})") from error
+    if relative_error(model.score(own), said[0][0]) > tolerance:
+        raise _refusal(name, model, "does more than read its last hidden state at the last token")
     if relative_error(alone, own) > tolerance:
         raise _refusal(name, model, "reads other features from embeddings than from the same ids")
     if relative_error(beside, own) > tolerance:

@@ -43,6 +43,17 @@ def test_a_classifier_that_reads_ids_otherwise_is_refused():
         probe_classifier(ClassifierReward(model, 1), "folder", 20)
 
 
+def test_a_classifier_that_does_more_with_its_scores_is_refused():
+    model = classifier()
+
+    def hook(module, args, kwargs, out):
+        out.logits = 2 * out.logits
+
+    model.register_forward_hook(hook, with_kwargs=True)
+    with pytest.raises(GradeError, match="does more than read its last hidden state"):
+        probe_classifier(ClassifierReward(model, 1), "folder", 20)
+
+
 def test_a_context_that_is_too_short_is_told_in_words():
     reward = ClassifierReward(classifier(GPT2Config), 1)
     context = reward.model.config.n_positions
