@@ -489,7 +489,7 @@ def test_a_model_that_fails_a_probe_is_refused_by_name():
             raise RuntimeError("no cache in this one\nand more")
 
     base.base_model.register_forward_pre_hook(hook, with_kwargs=True)
-    with pytest.raises(GradeError, match=r"LlamaForCausalLM cannot run the passes .*\(no cache in this one and more\)\."):
+    with pytest.raises(GradeError, match=r"LlamaForCausalLM cannot run .*\(no cache in this one and more\)\."):
         policy_around(base)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_files import killed
-from test_trainer import stop_after_two_steps, timeless, trainer_of, with_train
+from test_trainer import stopped_after, timeless, trainer_of, with_train
 from tiny_run import make_tiny_config
 
 from grade import cli
@@ -32,7 +32,7 @@ def stopped(tiny_model, tiny_data, shared_output, tmp_path_factory):
     config = make_tiny_config(tiny_model, tiny_data, shared_output, tmp_path_factory.mktemp("stopped") / "run")
     config = with_train(config, save_every=1, samples_every=1)
     config = replace(config, evaluation=replace(config.evaluation, validation_prompts=4, test_prompts=4))
-    stop_after_two_steps(config)
+    stopped_after(config)
     return config
 
 
@@ -232,7 +232,7 @@ def test_replaced_inputs_are_another_run(tiny_config, tmp_path):
     """Under the same paths: first other reviews, then other base weights. A head trained on the old weights is not
     taken for one of the new."""
     config = with_own_inputs(with_train(tiny_config, save_every=1), tmp_path)
-    stop_after_two_steps(config)
+    stopped_after(config)
     resumed = with_train(config, resume=True)
     rows = (tmp_path / "data" / "train.jsonl").read_text()
     (tmp_path / "data" / "train.jsonl").write_text(rows.replace("the", "THE"))
@@ -312,24 +312,8 @@ def test_a_best_checkpoint_that_was_noted_and_not_saved_is_saved_on_resuming(cop
     assert verified_step(best) == tested["step"]
 
 
-def stopped_after_three_steps(copied):
-    """The run of `copied`, whose second step was validated, after a third that was not."""
-    trainer = Trainer(copied, make_accelerator(copied), Path(copied.run_dir))
-    step = trainer.train_step
-
-    def one_step_only():
-        if trainer.step == 3:
-            raise KeyboardInterrupt
-        return step()
-
-    trainer.train_step = one_step_only
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-    assert verified_step(Path(copied.run_dir) / "checkpoints" / "last") == 3
-
-
 def test_a_best_checkpoint_that_is_lost_is_told_before_work(copied):
-    stopped_after_three_steps(copied)
+    stopped_after(copied, steps=3)  # the second was validated, the third was not
     best = Path(copied.run_dir) / "checkpoints" / "best"
     shutil.copytree(best.with_name("last"), best, dirs_exist_ok=True)
     refused(copied, "holds step 3, but the best is step 2")
@@ -338,7 +322,7 @@ def test_a_best_checkpoint_that_is_lost_is_told_before_work(copied):
 
 
 def test_resuming_to_the_step_that_was_reached_validates_and_tests(copied):
-    stopped_after_three_steps(copied)
+    stopped_after(copied, steps=3)
     reached = with_train(copied, steps=3)
     train(reached)
     evaluation = json.loads((Path(copied.run_dir) / "evaluation.json").read_text())

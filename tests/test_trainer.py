@@ -45,17 +45,17 @@ def with_train(config, **changes):
     return replace(config, train=replace(config.train, **changes))
 
 
-def stop_after_two_steps(config):
-    """Run a config until it is interrupted in its third step."""
+def stopped_after(config, steps=2):
+    """Run a config until it is interrupted in the step after `steps` of them."""
     trainer = Trainer(config, make_accelerator(config), prepare_run_dir(config))
     step = trainer.train_step
 
-    def two_steps_only():
-        if trainer.step == 2:
+    def no_more_steps():
+        if trainer.step == steps:
             raise KeyboardInterrupt
         return step()
 
-    trainer.train_step = two_steps_only
+    trainer.train_step = no_more_steps
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
 
@@ -196,7 +196,7 @@ def test_run_writes_what_it_promises_and_resumes_exactly(tiny_config, tmp_path):
     train(config)
 
     stopped = with_train(config, run_dir=str(tmp_path / "stopped"))
-    stop_after_two_steps(stopped)
+    stopped_after(stopped)
     train(with_train(stopped, resume=True))
 
     whole, resumed = tmp_path / "whole", tmp_path / "stopped"

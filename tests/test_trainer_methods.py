@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_trainer import adapter_of, stop_after_two_steps, timeless, trainer_of, with_train
+from test_trainer import adapter_of, stopped_after, timeless, trainer_of, with_train
 
 from grade.checkpoint import load_state
 from grade.config import GradeError, validate
@@ -71,7 +71,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tiny_config, tmp_path, name
     config = with_train(config, steps=4, save_every=2, tensorboard=False)
     whole, stopped = (with_train(config, run_dir=str(tmp_path / folder)) for folder in ("whole", "stopped"))
     assert train(whole) == {} and is_finished(whole)
-    stop_after_two_steps(stopped)
+    stopped_after(stopped)
     assert not is_finished(stopped)
     train(with_train(stopped, resume=True))
 
