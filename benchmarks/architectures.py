@@ -5,10 +5,11 @@
     python -m benchmarks.architectures --only Llama,Qwen3                       # names that begin so
     python -m benchmarks.architectures --table benchmarks/results/architectures.json
 
-A model works where `grade.model.Policy` accepts it, whose probe holds against a parallel pass: decoding from a cache
-(with padding, samples of one prompt, rows that leave the batch), at the length of a run too, and the gradient under
-padding. Then one step's gradient by replay is compared with that of the published algorithm (`benchmarks.published`):
-token by token with autograd, without a cache. What a run can do without is a column of its own.
+A model works where `grade.model.policy.Policy` accepts it, whose probe holds against a parallel pass: decoding from a
+cache (with padding, samples of one prompt, rows that leave the batch), at the length of a run too, and the gradient
+under padding. Then one step's gradient by replay is compared with that of the published algorithm
+(`benchmarks.published`): token by token with autograd, without a cache. What a run can do without is a column of its
+own.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.published import published_step
 from benchmarks.saved import SAVED, read_saved
 from benchmarks.small_models import EOS, architectures, small_model
-from grade.compiled_decoding import CompiledDecoding
-from grade.drawing import Sampling
 from grade.errors import GradeError, reason_of
 from grade.machine import machine, machine_line
-from grade.model import Policy
-from grade.replay import ReplaySettings, replay
-from grade.reward import RewardHead, SharedReward
-from grade.rollout import sample
+from grade.model.policy import Policy
+from grade.replay.replay import ReplaySettings, replay
+from grade.rewards.reward import RewardHead, SharedReward
+from grade.sampling.compiled import CompiledDecoding
+from grade.sampling.draw import Sampling
+from grade.sampling.sample import sample
 
 # Positions of the longest sequence that the probe tries, beyond the windows of the tiny models.
 _LENGTH = 40

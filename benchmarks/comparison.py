@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import List
 
 from benchmarks.saved import read_saved
-from grade.comparison import Budgets
-from grade.comparison_text import TITLES, document, markdown
+from grade.studies.compare.comparison import Budgets
+from grade.studies.compare.text import TITLES, document, markdown
 
 _KIND = "a comparison.json that `grade compare` has written"
 

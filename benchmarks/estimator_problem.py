@@ -19,11 +19,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grade.drawing import Sampling
-from grade.model import Policy
-from grade.passes import BasePass
-from grade.replay import ReplaySettings, replay
-from grade.rollout import Rollout, sample
+from grade.model.passes import BasePass
+from grade.model.policy import Policy
+from grade.replay.replay import ReplaySettings, replay
+from grade.rollout import Rollout
+from grade.sampling.draw import Sampling
+from grade.sampling.sample import sample
 
 PROMPT = [0, 1]
 

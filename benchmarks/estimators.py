@@ -5,10 +5,10 @@
     python -m benchmarks.estimators --table benchmarks/results/estimators.json    # the tables of kept figures
 
 Four symbols, four response tokens, random policies and rewards (`benchmarks.estimator_problem`), gradients from
-`grade.replay`. Expectations over the 256 responses are exact sums with their probabilities at temperature 1. Given
-the response, `straight_through` and `reinmax` have no noise. `rao` averages conditional Gumbel draws and is sampled
-COPIES times per response. `gumbel` runs on responses drawn by the real sampler, whose noise it takes up again; it and
-`rao` have one expectation, so both show the bias that `rao` with 16 draws measures.
+`grade.replay.replay`. Expectations over the 256 responses are exact sums with their probabilities at temperature 1.
+Given the response, `straight_through` and `reinmax` have no noise. `rao` averages conditional Gumbel draws and is
+sampled COPIES times per response. `gumbel` runs on responses drawn by the real sampler, whose noise it takes up again;
+it and `rao` have one expectation, so both show the bias that `rao` with 16 draws measures.
 
     relative bias      |E g - grad J| / |grad J|
     cosine             between E g and grad J: what is left of the bias when the optimizer sets the scale
@@ -34,7 +34,7 @@ from torch import Tensor
 from benchmarks.estimator_problem import Problem, network_reward, symbol_policy
 from benchmarks.saved import SAVED, read_saved
 from grade.machine import machine, machine_line
-from grade.replay import ReplaySettings
+from grade.replay.replay import ReplaySettings
 
 SYMBOLS, LENGTH, KL_COEF = 4, 4, 0.2
 HOPS, TAUS, SPREADS = (0, 1, LENGTH - 1), (2.0, 1.0, 0.5), (0.5, 4.0)

@@ -33,14 +33,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.saved import SAVED, read_saved
-from grade.config_io import load_config
-from grade.drawing import Sampling
-from grade.loading import load_policy, load_tokenizer
+from grade.config.reading import load_config
 from grade.machine import machine, machine_line
-from grade.methods import kl_weight
-from grade.replay import ReplaySettings, prepare
-from grade.reward import RewardHead, SharedReward
-from grade.rollout import pad_prompts, sample
+from grade.methods.base import kl_weight
+from grade.model.loading import load_policy, load_tokenizer
+from grade.replay.replay import ReplaySettings, prepare
+from grade.rewards.reward import RewardHead, SharedReward
+from grade.rollout import pad_prompts
+from grade.sampling.draw import Sampling
+from grade.sampling.sample import sample
 
 TOLERANCE = 1e-2
 BLOCKS = (2, 4, 8)
@@ -106,7 +107,7 @@ def plain_vjps(terms: List[Tensor], exact: Tensor) -> int:
 
 
 def replay_vjps(terms: List[Tensor]) -> int:
-    """VJPs at which `grade.replay` stops: it does not know the converged gradient."""
+    """VJPs at which `grade.replay.replay` stops: it does not know the converged gradient."""
     total = terms[0]
     for vjps, term in enumerate(terms[1:], start=1):
         total = total + term

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 
-from grade.model import Policy
-from grade.reward import SharedReward
+from grade.model.policy import Policy
+from grade.rewards.reward import SharedReward
 from grade_kernels.random import gumbel
 from grade_kernels.reference import head_logits
 

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from benchmarks.measure import Machine
 from benchmarks.published import published_step
-from grade.compiled_decoding import CompiledDecoding
 from grade.config import Config, GenerationConfig, LoraSettings, ModelConfig, TrainConfig
-from grade.decoding import Decoding
-from grade.loading import add_adapter
-from grade.method_config import MethodConfig
+from grade.config.methods import MethodConfig
 from grade.methods import make_method
-from grade.metrics import Phases, now, peak_memory_gib, reset_peak_memory
-from grade.model import Policy
-from grade.reward import RewardHead, SharedReward
-from grade.rollout import sample
-from grade.services import Services
+from grade.methods.metrics import Phases, now, peak_memory_gib, reset_peak_memory
+from grade.methods.services import Services
+from grade.model.loading import add_adapter
+from grade.model.policy import Policy
+from grade.rewards.reward import RewardHead, SharedReward
+from grade.sampling.compiled import CompiledDecoding
+from grade.sampling.decode import Decoding
+from grade.sampling.sample import sample
 
 ALGORITHMS = {
     "published": "published", "cached": "published, KV cache", "replay": "replay",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import List
 
 from benchmarks.saved import read_saved
-from grade.variance_text import document
+from grade.studies.variance.text import document
 
 
 def main(arguments: List[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """GRADE: align a language model by backpropagating a reward through its own generated tokens.
 
-The command line is `grade` or `python -m grade`; `grade.config_io.load_config` gives programs its settings.
+The command line is `grade` or `python -m grade`; `grade.config.reading.load_config` gives programs its settings.
 Importing this package loads nothing else, so that `grade --help` is quick.
 """
 

@@ -19,8 +19,10 @@ import sys
 import time
 from typing import List, Optional
 
-from grade import __version__, commands, config_io
-from grade.commands import COMMANDS, HELP, emit
+from grade import __version__
+from grade.commands import verbs as commands
+from grade.commands.verbs import COMMANDS, HELP, emit
+from grade.config import reading as config_io
 from grade.errors import GradeError
 
 _PATIENCE = 10.0

@@ -1,8 +1,8 @@
-"""Sampling without a graph: KV cache, top-k Gumbel at temperature 1, end of sequence, masks by position.
+"""A rollout: what was sampled, and what replay needs to see the same draw again.
 
-A rollout keeps what replay needs to see the same draw again: the prompt, the token ids, the candidate ids they were
-drawn from (the support of everything after) and the noise rows. Masks come from positions, never from token ids: a
-response ends with the first end-of-sequence token, which is part of it, and pad may equal that token.
+The prompt, the token ids, the candidate ids they were drawn from (the support of everything after) and the noise rows.
+Masks come from positions, never from token ids: a response ends with the first end-of-sequence token, which is part of
+it, and pad may equal that token.
 """
 
 from __future__ import annotations
@@ -12,16 +12,6 @@ from typing import Iterator, Optional, Sequence
 
 import torch
 from torch import Tensor
-
-from grade.decoding import Decoding
-from grade.drawing import Sampling, suppressed_ids
-from grade.model import Policy
-from grade_kernels import SparseTokens, soft_embedding
-
-# Decoding asks which rows have ended only this often: the question waits for the device.
-_END_CHECK_INTERVAL = 8
-# Rows that have ended are dropped once no more than this share goes on: the cache is copied each time.
-_DROP_AT = 0.75
 
 
 @dataclass
@@ -107,102 +97,3 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int, device=None) -> t
         ids[row, width - len(prompt):] = torch.tensor(prompt, dtype=torch.int64)
         mask[row, width - len(prompt):] = True
     return ids.to(device), mask.to(device)
-
-
-def support_is_allowed(policy: Policy, rollout: Rollout) -> Tensor:
-    """[B, S, k] bool: candidates that could be sampled. False only where k exceeds what was left to choose from."""
-    banned = torch.zeros(policy.vocab_size, dtype=torch.bool, device=policy.device)
-    banned[policy.suppressed] = True
-    allowed = ~banned[rollout.indices]
-    if rollout.min_new_tokens > 1 and not rollout.ignore_eos:
-        early = slice(0, rollout.min_new_tokens - 1)
-        allowed[:, early] &= ~torch.isin(rollout.indices[:, early], policy.eos_ids)
-    return allowed
-
-
-@torch.no_grad()
-def sample(
-    policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, sampling: Sampling, *,
-    seed: int, first_rows: Tensor, samples_per_prompt: int = 1, adapters: bool = True,
-    decoding: Optional[Decoding] = None,
-) -> Rollout:
-    """Draw responses.
-
-    Args:
-        prompt_ids, prompt_mask: [U, P], left-padded, one row per distinct prompt.
-        seed: keys the noise together with the row, so the same seed and rows give the same noise in any batch.
-        first_rows: [B] int64, noise row of each response's first token; its s-th token uses first_rows + s.
-        samples_per_prompt: responses per prompt, B = U * samples_per_prompt; the prompt is computed once.
-        adapters: sample from the policy, or from the frozen base.
-        decoding: how hidden states and draws are computed; None is `Decoding(policy)`.
-
-    Returns:
-        A rollout of B responses, at most `sampling.max_new_tokens` long.
-    """
-    steps = sampling.max_new_tokens
-    decoding = decoding or Decoding(policy)
-    rows = first_rows[:, None] + torch.arange(steps, device=first_rows.device)  # [B, S]
-    suppress = [
-        suppressed_ids(policy, step, sampling.min_new_tokens, sampling.ignore_eos) for step in range(steps)
-    ]
-    out = _Drawn(policy, len(prompt_ids) * samples_per_prompt, sampling)
-    # Inference mode takes a tenth off a token of a small model. Its tensors may never enter a graph, so what a rollout
-    # keeps is made outside.
-    with decoding.prepared(adapters, sampling, len(out.alive)), torch.inference_mode():
-        decoder = decoding.start(prompt_ids, prompt_mask, copies=samples_per_prompt, steps=steps)
-        hidden = decoder.hidden  # [b, d] of the b <= B responses that are still written
-        for step in range(steps):
-            draw = decoding.draw(hidden, sampling, seed=seed, rows=rows[out.where, step], suppress=suppress[step])
-            draw = out.put(step, draw)
-            if not sampling.ignore_eos and (step + 1) % _END_CHECK_INTERVAL == 0:
-                going = out.alive.nonzero().squeeze(1)
-                if not len(going):
-                    break
-                if decoding.drops_rows and len(going) <= _DROP_AT * len(out.alive):
-                    decoder.keep(going)
-                    draw = out.keep(going, draw)
-            if step + 1 < steps:
-                hidden = decoder.feed(soft_embedding(draw, policy.embedding) * policy.embedding_scale)
-    if samples_per_prompt > 1:
-        prompt_ids, prompt_mask = (x.repeat_interleave(samples_per_prompt, dim=0) for x in (prompt_ids, prompt_mask))
-    rollout = Rollout(
-        prompt_ids, prompt_mask, out.tokens, out.mask, out.indices, out.token_weight, rows, weights=out.weights,
-        min_new_tokens=sampling.min_new_tokens, ignore_eos=sampling.ignore_eos, seed=seed,
-        samples_per_prompt=samples_per_prompt,
-    )
-    return rollout.cut(0, len(rollout))
-
-
-class _Drawn:
-    """The draws of B responses so far, as `Rollout` has them; those that have ended may be dropped from the batch."""
-
-    def __init__(self, policy: Policy, batch: int, sampling: Sampling):
-        self.policy, self.sampling = policy, sampling
-        size, device = (batch, sampling.max_new_tokens), policy.device
-        exact = dict(dtype=torch.promote_types(policy.dtype, torch.float32), device=device)
-        self.tokens = torch.full(size, policy.pad_id, device=device)
-        self.mask = torch.zeros(size, dtype=torch.bool, device=device)
-        self.indices = torch.zeros(*size, sampling.top_k, dtype=torch.int64, device=device)
-        self.token_weight = torch.zeros(size, **exact)
-        self.weights = torch.zeros(*size, sampling.top_k, **exact) if sampling.soft else None
-        self.where = torch.arange(batch, device=device)  # [b], the responses that the rows of a draw belong to
-        self.alive = torch.ones(batch, dtype=torch.bool, device=device)  # [b]
-
-    def put(self, step: int, draw: SparseTokens) -> SparseTokens:
-        """Note a step's draw [b]; what is to be fed, pad for those that had ended."""
-        draw = replace(draw, tokens=torch.where(self.alive, draw.tokens, self.policy.pad_id))
-        at = (self.where, step)
-        self.tokens[at], self.mask[at], self.indices[at] = draw.tokens, self.alive, draw.indices
-        self.token_weight[at] = (draw.weights * (draw.indices == draw.tokens[:, None])).sum(-1)
-        if self.weights is not None:
-            self.weights[at] = draw.weights
-        if not self.sampling.ignore_eos:
-            self.alive = self.alive & ~torch.isin(draw.tokens, self.policy.eos_ids)
-        return draw
-
-    def keep(self, rows: Tensor, draw: SparseTokens) -> SparseTokens:
-        """Go on with these rows of the batch only; the draw's share of them."""
-        self.where, self.alive = self.where[rows], self.alive[rows]
-        return replace(
-            draw, indices=draw.indices[rows], weights=draw.weights[rows], tokens=draw.tokens[rows], mass=draw.mass[rows]
-        )

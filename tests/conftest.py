@@ -41,18 +41,18 @@ def packed_heads(monkeypatch):
     """Heads of any size are packed; the numbers of rows that were multiplied with one."""
     import torch
 
-    import grade.decoding
-    import grade.packed_head
+    import grade.sampling.decode
+    import grade.sampling.packed_head
 
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     rows = []
-    product = grade.packed_head.packed_product
+    product = grade.sampling.packed_head.packed_product
 
     def counted(hidden, packed):
         rows.append(len(hidden))
         return product(hidden, packed)
 
-    monkeypatch.setattr(grade.packed_head, "_LEAST_NUMEL", 0)
-    monkeypatch.setattr(grade.decoding, "packed_product", counted)
+    monkeypatch.setattr(grade.sampling.packed_head, "_LEAST_NUMEL", 0)
+    monkeypatch.setattr(grade.sampling.decode, "packed_product", counted)
     return rows

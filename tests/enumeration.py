@@ -13,10 +13,11 @@ from tiny import VOCAB, tiny_policy
 from torch import Tensor
 
 from grade.config import Config, GenerationConfig, MethodConfig, TrainConfig
-from grade.drawing import Sampling
 from grade.methods import make_method
-from grade.rollout import Rollout, pad_prompts, sample
-from grade.services import Services
+from grade.methods.services import Services
+from grade.rollout import Rollout, pad_prompts
+from grade.sampling.draw import Sampling
+from grade.sampling.sample import sample
 
 SYMBOLS, LENGTH = 3, 2
 CANDIDATES = 5  # two of them can never be drawn

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from grade import cli, config_io
+from grade import cli
 from grade.config import Config
+from grade.config import reading as config_io
 
 
 def run_error(capsys, *argv: str) -> str:
@@ -23,7 +24,8 @@ def run_error(capsys, *argv: str) -> str:
 @pytest.fixture(autouse=True)
 def no_real_command(monkeypatch):
     """A mistake that slips through must not start training, or ask a hub for a model: the imports fail."""
-    for module in ("grade.trainer", "grade.reward_training", "grade.evaluate", "grade.demo"):
+    modules = ("training.trainer", "commands.reward", "commands.evaluate", "commands.demo")
+    for module in (f"grade.{name}" for name in modules):
         monkeypatch.setitem(sys.modules, module, None)
 
 
@@ -192,7 +194,7 @@ def test_binary_file(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "command, module, function",
-    [("train", "grade.trainer", "train"), ("reward", "grade.reward_training", "train_reward")],
+    [("train", "grade.training.trainer", "train"), ("reward", "grade.commands.reward", "train_reward")],
 )
 def test_command_gets_the_settings(fake_module, command, module, function):
     calls = fake_module(module, function)
@@ -203,7 +205,7 @@ def test_command_gets_the_settings(fake_module, command, module, function):
 
 
 def test_demo_gets_its_options(fake_module):
-    calls = fake_module("grade.demo", "run_demo")
+    calls = fake_module("grade.commands.demo", "run_demo")
     assert cli.main(["demo"]) == 0
     assert cli.main(["demo", "--cache_dir", "somewhere", "--pretrain_steps", "5", "--train.steps", "2"]) == 0
     assert calls[0][0] == (config_io.load_config("demo"), None, None)
@@ -211,7 +213,7 @@ def test_demo_gets_its_options(fake_module):
 
 
 def test_evaluate_reads_the_run(fake_module, tmp_path, capsys):
-    calls = fake_module("grade.evaluate", "evaluate_run")
+    calls = fake_module("grade.training.evaluation", "evaluate_run")
     config = Config(name="mine")
     (tmp_path / "config.yaml").write_text(config_io.config_to_yaml(config))
     assert cli.main(["evaluate", str(tmp_path)]) == 0
@@ -233,9 +235,9 @@ def test_interrupted_training_says_how_to_resume(monkeypatch, capsys):
     def interrupt(config):
         raise KeyboardInterrupt
 
-    stand_in = types.ModuleType("grade.trainer")
+    stand_in = types.ModuleType("grade.training.trainer")
     stand_in.train = interrupt
-    monkeypatch.setitem(sys.modules, "grade.trainer", stand_in)
+    monkeypatch.setitem(sys.modules, "grade.training.trainer", stand_in)
     assert cli.main(["train", "imdb_small", "--train.overwrite", "true", "--seed=3"]) == 130
     assert "grade train imdb_small --seed=3 --train.resume auto\n" in capsys.readouterr().err
 
@@ -244,9 +246,9 @@ def test_unexpected_exceptions_keep_their_traceback(monkeypatch):
     def fail(config):
         raise ZeroDivisionError
 
-    stand_in = types.ModuleType("grade.trainer")
+    stand_in = types.ModuleType("grade.training.trainer")
     stand_in.train = fail
-    monkeypatch.setitem(sys.modules, "grade.trainer", stand_in)
+    monkeypatch.setitem(sys.modules, "grade.training.trainer", stand_in)
     with pytest.raises(ZeroDivisionError):
         cli.main(["train", "imdb_small"])
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from grade import cli
-from grade.config_io import config_to_yaml
-from grade.run_dir import mark
+from grade.config.reading import config_to_yaml
+from grade.training.run_folder import mark
 
 SHRUNK_DEMO = [
     "--pretrain_steps", "20", "--task.reward_examples", "60", "--task.policy_examples", "40",

@@ -17,17 +17,17 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-import grade.compare
+import grade.studies.compare.study
 from grade import cli
-from grade import jobs as jobs_module
-from grade.compare import Comparison, _sweep, missing_results, run_comparison
-from grade.comparison import read_run
-from grade.comparison_text import document
-from grade.config import GradeError
-from grade.config_io import config_from_yaml, config_to_yaml
-from grade.jobs import Job, locked, run_jobs
-from grade.run_dir import adapter_folder, decided, is_finished, mark
-from grade.trainer import train
+from grade.config.reading import config_from_yaml, config_to_yaml
+from grade.errors import GradeError
+from grade.studies.compare import jobs as jobs_module
+from grade.studies.compare.comparison import read_run
+from grade.studies.compare.jobs import Job, locked, run_jobs
+from grade.studies.compare.study import Comparison, _sweep, missing_results, run_comparison
+from grade.studies.compare.text import document
+from grade.training.run_folder import adapter_folder, decided, is_finished, mark
+from grade.training.trainer import train
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def in_process(monkeypatch):
                     failures[job.name] = str(error)
         return failures
 
-    monkeypatch.setattr(grade.compare, "run_jobs", run)
+    monkeypatch.setattr(grade.studies.compare.study, "run_jobs", run)
     return ran
 
 
@@ -122,8 +122,8 @@ def test_jobs_alternate_between_methods_and_validate_as_often_as_asked(comparabl
         order.extend(job.name for job in jobs)
         return {job.name: "not run" for job in jobs}
 
-    monkeypatch.setattr(grade.compare, "run_jobs", no_run)
-    monkeypatch.setattr(grade.compare, "_prepare", lambda config: ({}, {}))
+    monkeypatch.setattr(grade.studies.compare.study, "run_jobs", no_run)
+    monkeypatch.setattr(grade.studies.compare.study, "_prepare", lambda config: ({}, {}))
     with pytest.raises(GradeError, match="every run of the comparison failed"):
         run_comparison(comparable, ["ppo", "grpo"], [4, 5])
     assert order == ["ppo-seed4", "grpo-seed4", "ppo-seed5", "grpo-seed5"]
@@ -189,7 +189,7 @@ def sweep(comparable, monkeypatch, peak, factors):
         compare=replace(comparable.compare, sweep_steps=1, learning_rate_factors=factors),
     )
     run, ran = trial(peak)
-    monkeypatch.setattr(grade.compare, "run_jobs", run)
+    monkeypatch.setattr(grade.studies.compare.study, "run_jobs", run)
     rates, tried, failures = _sweep(Comparison(config, ["ppo", "grpo"], [0]), {}, Console(quiet=True), 0)
     assert failures == {} and rates["ppo"] == rates["grpo"]
     assert [t["learning_rate"] for t in tried if t["method"] == "grpo"] == sorted(
@@ -317,7 +317,7 @@ def test_a_comparison_without_results_of_a_run_ends_with_1(monkeypatch, capsys, 
         print("the tables")
         return payload
 
-    monkeypatch.setattr(grade.compare, "run_comparison", run)
+    monkeypatch.setattr(grade.studies.compare.study, "run_comparison", run)
     assert cli.main(["compare", "demo"]) == (1 if missing else 0)
     said = capsys.readouterr()
     assert said.out == "the tables\n"

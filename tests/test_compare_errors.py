@@ -12,18 +12,19 @@ import pytest
 import torch
 from rich.console import Console
 
-import grade.compare
+import grade.studies.compare.study
 from benchmarks import comparison as benchmark
-from grade import cli, final_test
-from grade import jobs as jobs_module
-from grade.compare import Comparison, run_comparison
-from grade.config import Config, GradeError
-from grade.config_io import config_to_yaml
-from grade.errors import read_json
-from grade.evaluate import Evaluation
-from grade.jobs import Job, locked, run_jobs
-from grade.loading import load_prompts
-from grade.reward_training import head_report
+from grade import cli
+from grade.config import Config
+from grade.config.reading import config_to_yaml
+from grade.errors import GradeError, read_json
+from grade.model.loading import load_prompts
+from grade.rewards.head_training import head_report
+from grade.studies.compare import final_test
+from grade.studies.compare import jobs as jobs_module
+from grade.studies.compare.jobs import Job, locked, run_jobs
+from grade.studies.compare.study import Comparison, run_comparison
+from grade.training.evaluation import Evaluation
 
 METHODS = ["reinforce", "ppo"]
 INPUTS = {"model": "m", "tokenizer": "t", "data": "d", "reward": "r"}
@@ -32,8 +33,8 @@ INPUTS = {"model": "m", "tokenizer": "t", "data": "d", "reward": "r"}
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """A comparison of two steps whose data, reward and test are never needed."""
-    monkeypatch.setattr(grade.compare, "_prepare", lambda config: (INPUTS, {}))
-    monkeypatch.setattr(grade.compare, "test_checkpoints", lambda *_: ({}, {}, None))
+    monkeypatch.setattr(grade.studies.compare.study, "_prepare", lambda config: (INPUTS, {}))
+    monkeypatch.setattr(grade.studies.compare.study, "test_checkpoints", lambda *_: ({}, {}, None))
     made = Config(name="few", output_dir=str(tmp_path), device="cpu")
     return replace(
         made, train=replace(made.train, steps=2), evaluation=replace(made.evaluation, test_prompts=6),
@@ -126,7 +127,7 @@ def test_fewer_steps_than_a_run_has_had_are_refused_and_more_are_made(config, mo
             finish(job.config, None, job=job)
         return {}
 
-    monkeypatch.setattr(grade.compare, "run_jobs", run)
+    monkeypatch.setattr(grade.studies.compare.study, "run_jobs", run)
     payload = run_comparison(replace(config, train=replace(config.train, steps=3)), METHODS, [0])
     assert payload["failures"] == {} and [len(curve["tokens"]) for curve in payload["curves"]] == [3, 3]
     swept = replace(config, compare=replace(config.compare, sweep_steps=2, learning_rate_factors=[1.0, 2.0]))
@@ -148,9 +149,9 @@ def test_prompts_are_looked_at_before_models(config, monkeypatch):
     assert load_prompts(untested, NoPrompts(), None) == {"policy": [[1]], "validation": [[1]], "test": []}
 
     monkeypatch.undo()  # the real `_prepare`
-    monkeypatch.setattr(grade.compare, "load_tokenizer", lambda config: None)
-    monkeypatch.setattr(grade.compare, "load_task", lambda config: NoPrompts())
-    monkeypatch.setattr(grade.compare, "load_policy", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(grade.studies.compare.study, "load_tokenizer", lambda config: None)
+    monkeypatch.setattr(grade.studies.compare.study, "load_task", lambda config: NoPrompts())
+    monkeypatch.setattr(grade.studies.compare.study, "load_policy", lambda *_: pytest.fail("too late"))
     with pytest.raises(GradeError, match="nothing in the test split"):
         run_comparison(config, METHODS, [0])
 
@@ -278,6 +279,6 @@ def test_runs_made_from_something_else_are_not_counted(config, monkeypatch):
     """Finished runs under the same settings, whose base model was another one then."""
     for method in METHODS:
         finish(config, method)
-    monkeypatch.setattr(grade.compare, "_prepare", lambda config: ({**INPUTS, "model": "another"}, {}))
+    monkeypatch.setattr(grade.studies.compare.study, "_prepare", lambda config: ({**INPUTS, "model": "another"}, {}))
     with pytest.raises(GradeError, match="reinforce-seed0 was started with other .*the base model's weights"):
-        grade.compare.run_comparison(config, METHODS, [0])
+        grade.studies.compare.study.run_comparison(config, METHODS, [0])

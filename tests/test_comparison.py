@@ -8,7 +8,9 @@ import json
 import pytest
 from rich.console import Console
 
-from grade.comparison import (
+from grade.errors import GradeError
+from grade.machine import machine
+from grade.studies.compare.comparison import (
     Budgets,
     best_within,
     common_budgets,
@@ -16,9 +18,7 @@ from grade.comparison import (
     table,
     write_comparison,
 )
-from grade.comparison_text import markdown, notes, rich_table
-from grade.config import GradeError
-from grade.machine import machine
+from grade.studies.compare.text import markdown, notes, rich_table
 
 BASE = 0.5
 

@@ -11,12 +11,13 @@ from test_rollout import PROMPTS
 from tiny import KeepDouble, tiny_policy
 from torch._dynamo.utils import counters
 
-import grade.compiled_decoding
-from grade.compiled_decoding import CompiledDecoding
-from grade.drawing import Sampling, draw_from_product
+import grade.sampling.compiled
 from grade.errors import GradeError
-from grade.packed_head import packed_product
-from grade.rollout import pad_prompts, sample
+from grade.rollout import pad_prompts
+from grade.sampling.compiled import CompiledDecoding
+from grade.sampling.draw import Sampling, draw_from_product
+from grade.sampling.packed_head import packed_product
+from grade.sampling.sample import sample
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "c++", "clang++")), reason="needs a C++ compiler"
@@ -98,7 +99,7 @@ def test_a_missing_compiler_is_told_at_once(monkeypatch):
     def missing():
         raise RuntimeError("no working C++ compiler")
 
-    monkeypatch.setattr(grade.compiled_decoding, "_find_compiler", missing)
+    monkeypatch.setattr(grade.sampling.compiled, "_find_compiler", missing)
     with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed \(no working C\+\+ compiler\)"):
         CompiledDecoding(tiny_policy("llama"))
 

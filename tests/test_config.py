@@ -6,8 +6,9 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from grade import config_io
-from grade.config import Config, GradeError, LoraSettings, ModelConfig, TrainConfig, get_setting, validate
+from grade.config import Config, LoraSettings, ModelConfig, TrainConfig, get_setting, validate
+from grade.config import reading as config_io
+from grade.errors import GradeError
 
 SHIPPED = ["countdown_qwen2.5_1.5b", "countdown_small", "demo", "imdb_gpt2_medium", "imdb_qwen3_4b", "imdb_small"]
 SETTINGS = list(config_io.setting_types())
@@ -193,12 +194,12 @@ def docstrings() -> dict:
     import inspect
 
     import grade.config
-    import grade.method_config
-    import grade.study_config
-    import grade.task_config
+    import grade.config.methods
+    import grade.config.studies
+    import grade.config.tasks
 
     classes = {}
-    modules = (grade.config, grade.method_config, grade.study_config, grade.task_config)
+    modules = (grade.config, grade.config.methods, grade.config.studies, grade.config.tasks)
     nodes = [node for m in modules for node in ast.parse(inspect.getsource(m)).body]
     for node in nodes:
         if isinstance(node, ast.ClassDef):

@@ -15,13 +15,13 @@ from puzzles import answers, difficulty
 from tokenizers.decoders import ByteFallback
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grade import countdown_model as model_module
-from grade.config_io import load_config
-from grade.countdown_model import countdown_model
+from grade.built_in import countdown_model as model_module
+from grade.built_in.countdown_model import countdown_model
+from grade.built_in.small_model import _pad, train_tokenizer
+from grade.config.reading import load_config
+from grade.config.tasks import CountdownConfig, TaskConfig
 from grade.errors import GradeError
 from grade.rollout import Rollout, pad_prompts
-from grade.small_model import _pad, train_tokenizer
-from grade.task_config import CountdownConfig, TaskConfig
 from grade.tasks import countdown
 from grade.tasks.arithmetic import is_solution
 from grade.tasks.countdown import PARTS, SPLITS, CountdownTask, Puzzle, write_puzzles

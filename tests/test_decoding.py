@@ -8,12 +8,12 @@ import torch
 from test_rollout import PROMPTS, draw
 from tiny import CONFIGS, VOCAB, KeepDouble, tiny_policy
 
-import grade.rollout
-from grade.decoding import Decoder, Decoding
-from grade.drawing import draw_tokens
-from grade.model import Policy
-from grade.packed_head import pack, packed_product, worth_packing
+import grade.sampling.sample
+from grade.model.policy import Policy
 from grade.rollout import pad_prompts
+from grade.sampling.decode import Decoder, Decoding
+from grade.sampling.draw import draw_tokens
+from grade.sampling.packed_head import pack, packed_product, worth_packing
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -41,14 +41,14 @@ def test_rows_that_ended_are_dropped(name, soft, monkeypatch):
     batches = []
     feed = Decoder.feed
     monkeypatch.setattr(Decoder, "feed", lambda self, x: batches.append(len(x)) or feed(self, x))
-    monkeypatch.setattr(grade.rollout, "_END_CHECK_INTERVAL", 2)
+    monkeypatch.setattr(grade.sampling.sample, "_END_CHECK_INTERVAL", 2)
     with KeepDouble():
         policy = tiny_policy(name, dtype=torch.float64)
         policy.eos_ids = torch.arange(0, VOCAB, 6)
         batches.clear()  # the probe decodes too
         dropped = draw(policy, copies=4, soft=soft)
         assert batches == sorted(batches, reverse=True) and batches[-1] < batches[0] == 4 * len(PROMPTS)
-        monkeypatch.setattr(grade.rollout, "_DROP_AT", 0)
+        monkeypatch.setattr(grade.sampling.sample, "_DROP_AT", 0)
         kept = draw(policy, copies=4, soft=soft)
     mask = kept.mask
     assert torch.equal(dropped.tokens, kept.tokens) and torch.equal(dropped.mask, mask)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grade import demo_model as module
-from grade import small_model
-from grade.config import GradeError
-from grade.demo_model import demo_model
-from grade.tasks import clean, demo, encode, opening
+from grade.built_in import demo_model as module
+from grade.built_in import small_model
+from grade.built_in.demo_model import demo_model
+from grade.errors import GradeError
+from grade.tasks import demo
+from grade.tasks.encoding import encode
+from grade.tasks.texts import clean, opening
 
 STEPS = 12
 

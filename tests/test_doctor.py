@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from grade import cli, doctor
+from grade import cli
+from grade.commands import doctor
 
 
 @pytest.fixture

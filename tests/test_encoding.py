@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_python import PythonBackend
 
-from grade.config import GradeError
-from grade.encoding import encode
+from grade.errors import GradeError
+from grade.tasks.encoding import encode
 
 MARKS = {"$A": ([], []), "<s> $A": ([0], []), "$A </s>": ([], [1]), "<s> $A </s>": ([0], [1])}
 PATTERNS = {"$A": "none", "<s> $A": "bos", "$A </s>": "eos", "<s> $A </s>": "bos_eos"}

@@ -6,8 +6,9 @@ import pytest
 from test_model import base_model, policy_around
 from tiny import CONFIGS, EOS, VOCAB, TinyTokenizer
 
-from grade.config import Config, GradeError
-from grade.end_of_sequence import how_responses_end, warning_without_ends
+from grade.config import Config
+from grade.errors import GradeError
+from grade.model.end_of_sequence import how_responses_end, warning_without_ends
 
 
 def with_eos(generation, model=EOS):

@@ -14,12 +14,12 @@ from rich.console import Console
 from test_compare_errors import METHODS, config, finish, no_models  # noqa: F401
 from test_variance import lab_config  # noqa: F401
 
-import grade.compare
-import grade.variance
-from grade import final_test
-from grade.compare import run_comparison
+import grade.studies.compare.study
+import grade.studies.variance.study
 from grade.errors import GradeError
-from grade.judge import Judge
+from grade.studies.compare import final_test
+from grade.studies.compare.judge import Judge
+from grade.studies.compare.study import run_comparison
 
 FULL = Path("/dev/full")
 
@@ -56,7 +56,7 @@ def test_a_comparison(config, full, monkeypatch, name):  # noqa: F811
     finish(config, "reinforce"), finish(config, "ppo")
     full(name)
     if name == "comparison.json":
-        monkeypatch.setattr(grade.compare, "write_comparison", no_space)
+        monkeypatch.setattr(grade.studies.compare.study, "write_comparison", no_space)
     words = f"^output_dir: .*{name} {NO_SPACE}Make room on its disk: runs and tests are kept, and the same command"
     with pytest.raises(GradeError, match=words):
         run_comparison(config, METHODS, [0])
@@ -93,12 +93,12 @@ def test_the_judges_weights(config, tmp_path, monkeypatch):  # noqa: F811
 
 @pytest.mark.parametrize("name", ["variance.json", "variance.md"])
 def test_measurements(lab_config, full, monkeypatch, name):  # noqa: F811
-    monkeypatch.setattr(grade.variance, "_measured", lambda *_: [])
+    monkeypatch.setattr(grade.studies.variance.study, "_measured", lambda *_: [])
     full(name)
     if name == "variance.json":
-        monkeypatch.setattr(grade.variance, "write_evaluations", no_space)
+        monkeypatch.setattr(grade.studies.variance.study, "write_evaluations", no_space)
     with pytest.raises(GradeError, match=f"^output_dir: .*variance.json {NO_SPACE}.* is kept there"):
-        grade.variance.run_variance(lab_config)
+        grade.studies.variance.study.run_variance(lab_config)
 
 
 @pytest.mark.parametrize("written", ["index.html.new", "summary.csv.new", "runs.tex.new"])
@@ -118,7 +118,8 @@ def test_a_report(full, tmp_path, monkeypatch, written):
 
 def test_a_figure(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    from grade.report import page, run_report
+    from grade.commands.report import run_report
+    from grade.report import page
 
     monkeypatch.setattr(page, "save", no_space)
     with pytest.raises(GradeError, match=r"^--output: .*figures/\w+ could not be written \(No space left on device\)"):

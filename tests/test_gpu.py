@@ -9,11 +9,12 @@ from test_replay import gradient, rollout_of
 from test_rollout import PROMPTS
 from tiny import tiny_policy, tiny_reward
 
-from grade.compiled_decoding import CompiledDecoding
-from grade.drawing import Sampling
-from grade.model import Policy
-from grade.replay import ReplaySettings
-from grade.rollout import Rollout, pad_prompts, sample
+from grade.model.policy import Policy
+from grade.replay.replay import ReplaySettings
+from grade.rollout import Rollout, pad_prompts
+from grade.sampling.compiled import CompiledDecoding
+from grade.sampling.draw import Sampling
+from grade.sampling.sample import sample
 from grade_kernels import gumbel_topk, soft_embedding, vocab_head
 
 pytestmark = [

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
-from grade.interrupt import stop_between_steps
+from grade.training.interrupt import stop_between_steps
 
 SCRIPT = """
 import sys, time
-from grade.interrupt import stop_between_steps
+from grade.training.interrupt import stop_between_steps
 with stop_between_steps("the step is saved") as stop:
     print("ready", flush=True)
     while not stop.asked:

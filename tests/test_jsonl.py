@@ -7,12 +7,12 @@ import pytest
 from report_runs import write_run
 
 from benchmarks import seeds
-from grade import comparison
 from grade.config import Config
 from grade.errors import GradeError
-from grade.jobs import Job, _why_it_failed
 from grade.jsonl import Rows, append_rows, encode_rows, read_rows
 from grade.report.data import load_study
+from grade.studies.compare import comparison
+from grade.studies.compare.jobs import Job, _why_it_failed
 
 SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r", "\n", "\r\n"]
 

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grade import judge as judging
-from grade.config import Config, GradeError
-from grade.final_test import judge_rows, load_judge
-from grade.judge import BUCKETS, Judge, _ngrams, train_judge
-from grade.tasks import Example
+from grade.config import Config
+from grade.errors import GradeError
+from grade.studies.compare import judge as judging
+from grade.studies.compare.final_test import judge_rows, load_judge
+from grade.studies.compare.judge import BUCKETS, Judge, _ngrams, train_judge
 from grade.tasks.demo import write_reviews
+from grade.tasks.texts import Example
 
 
 class Words:
@@ -126,7 +127,7 @@ INPUTS = {"tokenizer": "t", "judge": "j", "data": "d"}
 
 def test_a_judge_of_other_settings_is_trained_anew(reviews, tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr("grade.final_test.train_judge", lambda *args, **settings: (
+    monkeypatch.setattr("grade.studies.compare.final_test.train_judge", lambda *args, **settings: (
         trained.append(settings) or Judge(), {"accuracy": {}}
     ))
     task, config = SimpleNamespace(judge=reviews[0], test=reviews[1]), Config()

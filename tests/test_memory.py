@@ -13,10 +13,8 @@ from test_trainer import trainer_of, with_train
 from tiny import tiny_policy, tiny_reward
 from torch.autograd.graph import saved_tensors_hooks
 
-import grade.memory
+import grade.memory.estimate
 from benchmarks.measure import LiveBytes
-from grade.activations import measure_pass, policy_forward, saved_bytes
-from grade.checkpoint import load_state
 from grade.config import (
     Config,
     EvaluationConfig,
@@ -26,16 +24,18 @@ from grade.config import (
     RolloutConfig,
     TrainConfig,
 )
-from grade.config_io import config_from_yaml, load_config
+from grade.config.reading import config_from_yaml, load_config
 from grade.machine import free_bytes
-from grade.memory import Estimate, estimate
-from grade.memory_plan import MemoryPlan, is_out_of_memory, plan
+from grade.memory.activations import measure_pass, policy_forward, saved_bytes
+from grade.memory.estimate import Estimate, estimate
+from grade.memory.plan import MemoryPlan, is_out_of_memory, plan
 from grade.methods import make_method
+from grade.methods.services import Services
+from grade.model.checkpoint import load_state
 from grade.processes import make_accelerator
-from grade.rollout import sample
-from grade.run_dir import prepare_run_dir
-from grade.services import Services
-from grade.trainer import Trainer
+from grade.sampling.sample import sample
+from grade.training.run_folder import prepare_run_dir
+from grade.training.trainer import Trainer
 
 PROMPT = 16
 GIB = 2**30
@@ -101,7 +101,7 @@ def test_a_packed_head_is_part_of_sampling(packed_heads, monkeypatch):
     config.evaluation.batch_size = 4
     asked = estimate(policy, reward, config, PROMPT).parts["evaluation"]
     assert asked - parts["evaluation"] > size
-    monkeypatch.setattr(grade.memory._Shapes, "scoring", lambda *_: 0)  # which takes more, with so wide a head
+    monkeypatch.setattr(grade.memory.estimate._Shapes, "scoring", lambda *_: 0)  # which takes more, with so wide a head
     asked = estimate(policy, reward, config, PROMPT).parts["evaluation"]
     config.evaluation.sampler = "top_p"
     assert asked - estimate(policy, reward, config, PROMPT).parts["evaluation"] == size
@@ -249,7 +249,7 @@ def test_auto_leaves_off_what_would_not_help(monkeypatch, rollout, expected):
     policy, config = tiny_policy(), config_of(batch=4)
     parts = dict(weights=0, optimizer=0, rollout=rollout * GIB, activations=4 * GIB, head=GIB, evaluation=0)
     less = {**parts, "activations": GIB}
-    monkeypatch.setattr("grade.memory_plan.estimate", lambda *_: Estimate({}, BATCHES, 0, parts, less))
+    monkeypatch.setattr("grade.memory.plan.estimate", lambda *_: Estimate({}, BATCHES, 0, parts, less))
     found = plan(policy, tiny_reward(policy), config, 8, free=1)
     assert found.checkpoint is expected
     assert ("Set generation.batch_size below 4" in found.line) is (rollout == 9)
@@ -352,13 +352,13 @@ def test_a_validation_that_is_out_of_memory_says_so(tiny_config, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     trainer = trainer_of(tiny_config)
-    monkeypatch.setattr("grade.trainer.evaluate", fails)
+    monkeypatch.setattr("grade.training.trainer.evaluate", fails)
     with pytest.raises(GradeError, match="the validation evaluation, .*evaluation.batch_size below 8"):
         trainer.fit()
 
 
 def test_a_trainer_with_little_memory_checkpoints(tiny_config, monkeypatch):
-    monkeypatch.setattr("grade.trainer.free_bytes", lambda *_: 1)
+    monkeypatch.setattr("grade.training.trainer.free_bytes", lambda *_: 1)
     trainer = trainer_of(tiny_config)
     assert trainer.method.settings(0).checkpoint and trainer.config.method.activation_checkpointing == "auto"
     assert trainer.train_step()["grad_norm"] > 0

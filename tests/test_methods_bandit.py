@@ -13,10 +13,11 @@ import torch
 from tiny import VOCAB, tiny_policy
 
 from grade.config import Config, GenerationConfig, MethodConfig, TrainConfig
-from grade.method_config import COMPARED, PPOConfig, method_named
+from grade.config.methods import COMPARED, PPOConfig, method_named
 from grade.methods import make_method
-from grade.rollout import pad_prompts, sample
-from grade.services import Services
+from grade.methods.services import Services
+from grade.rollout import pad_prompts
+from grade.sampling.sample import sample
 
 GOOD = torch.arange(20, 40)  # a third of the vocabulary
 STEPS, PROMPT_COUNT, COPIES = 48, 4, 8

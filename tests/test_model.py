@@ -20,12 +20,13 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from grade.config import GradeError
-from grade.drawing import Sampling
-from grade.loading import load_policy, load_tokenizer
-from grade.model import Policy
-from grade.replay import ReplaySettings, replay
-from grade.rollout import pad_prompts, sample
+from grade.errors import GradeError
+from grade.model.loading import load_policy, load_tokenizer
+from grade.model.policy import Policy
+from grade.replay.replay import ReplaySettings, replay
+from grade.rollout import pad_prompts
+from grade.sampling.draw import Sampling
+from grade.sampling.sample import sample
 from grade_kernels import vocab_head
 from grade_kernels.reference import head_logits
 

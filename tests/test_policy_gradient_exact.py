@@ -22,8 +22,8 @@ from published import gradients, relative_error
 from tiny import KeepDouble, tiny_policy, tiny_reward
 
 from grade.methods.grpo import sequence_advantages, token_advantages
+from grade.methods.policy_gradient import clipped_surrogate
 from grade.methods.ppo import gae, token_rewards, value_loss
-from grade.policy_gradient import clipped_surrogate
 
 TABLE = torch.tensor([[0.9, 0.1, 0.4], [0.2, 0.9, 0.7], [0.0, 0.5, 0.3]], dtype=torch.float64)
 KL_COEF = 3.0  # the effect of a token on later KL is then half of the gradient

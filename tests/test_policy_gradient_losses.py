@@ -9,11 +9,11 @@ import torch
 from torch import tensor
 
 from grade.methods.grpo import sequence_advantages, token_advantages, token_weights
+from grade.methods.policy_gradient import Scored, TokenMeans, clipped_surrogate, mean_of_others
 from grade.methods.ppo import PPO, Experience, gae, token_rewards, value_loss
 from grade.methods.reinforce import MovingAverage, leave_one_out, penalised_return, reinforce_loss
-from grade.policy_gradient import Scored, TokenMeans, clipped_surrogate, mean_of_others
+from grade.methods.services import Services
 from grade.rollout import Rollout
-from grade.services import Services
 
 
 def close(value, expected, tolerance=1e-6):

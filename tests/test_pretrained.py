@@ -15,13 +15,13 @@ from test_reward import SAME, classifier, save_tokenizer
 from tiny import CONFIGS
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MambaConfig, MptConfig
 
-from grade.checkpoint import load_adapter, save_checkpoint
-from grade.config import Config, GradeError
-from grade.errors import reason_of
+from grade.config import Config
+from grade.errors import GradeError, reason_of
 from grade.hub_names import looks_local
-from grade.loading import load_policy, load_tokenizer
-from grade.pretrained import Pretrained, context_of
-from grade.reward import check_classifier
+from grade.model.checkpoint import load_adapter, save_checkpoint
+from grade.model.loading import load_policy, load_tokenizer
+from grade.model.pretrained import Pretrained, context_of
+from grade.rewards.reward import check_classifier
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ from test_reward import classifier
 from transformers import GemmaConfig, GPT2Config, LlamaConfig
 
 from grade.errors import GradeError
-from grade.probe_classifier import probe_classifier
-from grade.reward import ClassifierReward
+from grade.rewards.probe import probe_classifier
+from grade.rewards.reward import ClassifierReward
 
 READS = ["prompt+response", "response"]
 

@@ -13,16 +13,16 @@ from test_model import base_model, embeddings_of, policy_around
 from tiny import CONFIGS, FURTHER, LLAMA_SIZES, SIZES, TARGETS, KeepDouble, TinyTokenizer, needs_qwen, tiny_policy
 from transformers import AutoTokenizer, BartConfig, LlamaConfig, RecurrentGemmaConfig
 
-from grade.activations import cache_bytes
-from grade.compiled_decoding import CompiledDecoding
 from grade.errors import GradeError
-from grade.loading import load_policy, load_tokenizer
-from grade.memory import estimate
-from grade.model import Policy
-from grade.probe import probe_head
-from grade.reward import SharedReward
+from grade.memory.activations import cache_bytes
+from grade.memory.estimate import estimate
+from grade.model.loading import load_policy, load_tokenizer
+from grade.model.policy import Policy
+from grade.model.probe import probe_head
+from grade.rewards.reward import SharedReward
 from grade.rollout import pad_prompts
-from grade.trainer import train
+from grade.sampling.compiled import CompiledDecoding
+from grade.training.trainer import train
 
 # -- positions -----------------------------------------------------------------------------------------------------
 
@@ -147,13 +147,13 @@ def test_prompts_caches_are_read_in_a_graph_only_where_that_gives_the_gradient()
 
 def reorder_nothing(monkeypatch):
     """What a cache does that keeps states its rows are not counted in."""
-    monkeypatch.setattr("grade.decoder.select_rows", lambda cache, rows: [
+    monkeypatch.setattr("grade.model.decoder.select_rows", lambda cache, rows: [
         layer.reorder_cache(torch.arange(len(rows))) for layer in cache.layers
     ])
 
 
 def repeat_in_another_order(monkeypatch):
-    monkeypatch.setattr("grade.decoder.repeat_rows", lambda cache, copies: cache.reorder_cache(
+    monkeypatch.setattr("grade.model.decoder.repeat_rows", lambda cache, copies: cache.reorder_cache(
         torch.arange(len(cache.layers[0].keys)).repeat(copies)
     ))
 

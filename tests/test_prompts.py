@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from grade.config import Config, GradeError
-from grade.encoding import encode
-from grade.tasks import Example, Task, clean, opening
+from grade.config import Config
+from grade.errors import GradeError
+from grade.tasks.encoding import encode
+from grade.tasks.texts import Example, Task, clean, opening
 
 
 def word_tokenizer(template="$A"):

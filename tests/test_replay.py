@@ -11,11 +11,12 @@ from published import gradients, published_loss, relative_error
 from tiny import CONFIGS, EOS, FURTHER, VOCAB, KeepDouble, tiny_policy, tiny_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grade.drawing import Sampling
-from grade.methods import kl_weight
-from grade.model import Policy
-from grade.replay import ReplaySettings, replay, score
-from grade.rollout import pad_prompts, sample
+from grade.methods.base import kl_weight
+from grade.model.policy import Policy
+from grade.replay.replay import ReplaySettings, replay, score
+from grade.rollout import pad_prompts
+from grade.sampling.draw import Sampling
+from grade.sampling.sample import sample
 
 PROMPTS = [[5, 9, 2], [7, 11, 13, 17, 19], [23], [8, 6, 4, 31]]
 MIN_NEW = 3

@@ -10,8 +10,8 @@ import sys
 import pytest
 from report_runs import VARIANCE, evaluation, write_comparison, write_run
 
+from grade.commands.report import run_report
 from grade.errors import GradeError
-from grade.report import run_report
 
 pytest.importorskip("matplotlib")
 

@@ -13,7 +13,7 @@ from report_runs import write_comparison
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
 
-from grade.report import run_report  # noqa: E402  matplotlib is an extra
+from grade.commands.report import run_report  # noqa: E402  matplotlib is an extra
 from grade.report.style import _SETTINGS  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

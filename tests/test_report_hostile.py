@@ -16,7 +16,7 @@ from hostile import METHODS, TEXTS, write_hostile
 
 pytest.importorskip("matplotlib")
 
-from grade.report import run_report  # noqa: E402  matplotlib is an extra
+from grade.commands.report import run_report  # noqa: E402  matplotlib is an extra
 from grade.report.figures_bars import bars  # noqa: E402
 from grade.report.latex import LONGEST, latex  # noqa: E402
 from grade.report.statistics import Estimate  # noqa: E402

@@ -21,12 +21,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from grade.config import GradeError
-from grade.drawing import Sampling
-from grade.methods import kl_weight
-from grade.passes import BasePass, base_pass, fed_embeddings
-from grade.replay import ReplaySettings, replay, score
-from grade.reward import (
+from grade.errors import GradeError
+from grade.methods.base import kl_weight
+from grade.model.passes import BasePass, base_pass, fed_embeddings
+from grade.replay.replay import ReplaySettings, replay, score
+from grade.rewards.reward import (
     ClassifierReward,
     RewardHead,
     SharedReward,
@@ -35,7 +34,9 @@ from grade.reward import (
     mean_pool,
     positive_class,
 )
-from grade.rollout import Rollout, pad_prompts, sample
+from grade.rollout import Rollout, pad_prompts
+from grade.sampling.draw import Sampling
+from grade.sampling.sample import sample
 
 READS = ["prompt+response", "response"]
 PROMPTS = [[5, 9, 2], [7, 11, 13, 17, 19], [23]]

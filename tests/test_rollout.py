@@ -6,12 +6,13 @@ import pytest
 import torch
 from tiny import CONFIGS, EOS, VOCAB, KeepDouble, tiny_policy, tiny_reward
 
-import grade.drawing
-import grade.rollout
-from grade.drawing import Sampling, nucleus
-from grade.passes import fed_embeddings, policy_pass
-from grade.replay import ReplaySettings, score
-from grade.rollout import pad_prompts, sample, support_is_allowed
+import grade.sampling.draw
+import grade.sampling.sample
+from grade.model.passes import fed_embeddings, policy_pass
+from grade.replay.replay import ReplaySettings, score
+from grade.rollout import pad_prompts
+from grade.sampling.draw import Sampling, nucleus
+from grade.sampling.sample import sample, support_is_allowed
 from grade_kernels import vocab_head
 from grade_kernels.random import gumbel
 
@@ -303,7 +304,7 @@ def test_state_is_restored_after_an_exception(monkeypatch):
     with policy.state(adapters=True, dropout=True):
         dropped = hidden_now()
         with monkeypatch.context() as patch:
-            patch.setattr(grade.drawing, "linear_gumbel_topk", fail)
+            patch.setattr(grade.sampling.draw, "linear_gumbel_topk", fail)
             with pytest.raises(RuntimeError, match="out of memory"):
                 draw(policy, adapters=False)
         assert torch.equal(hidden_now(), dropped)
@@ -348,7 +349,7 @@ def test_what_a_model_notes_while_sampling_can_enter_a_graph(rope, monkeypatch):
 def test_importance_ratio_is_one_on_the_first_pass(name, soft, monkeypatch):
     """log-probabilities of the truncated distribution: of the cached pass that sampled, and of the parallel pass."""
     logits_at_sampling = []
-    original = grade.drawing.linear_gumbel_topk
+    original = grade.sampling.draw.linear_gumbel_topk
 
     def record(hidden, weight, *args, **kwargs):
         out = original(hidden, weight, *args, **kwargs)
@@ -356,8 +357,8 @@ def test_importance_ratio_is_one_on_the_first_pass(name, soft, monkeypatch):
         logits_at_sampling.append(seen.logits)
         return out
 
-    monkeypatch.setattr(grade.drawing, "linear_gumbel_topk", record)
-    monkeypatch.setattr(grade.rollout, "_DROP_AT", 0)  # whole batches can be stacked
+    monkeypatch.setattr(grade.sampling.draw, "linear_gumbel_topk", record)
+    monkeypatch.setattr(grade.sampling.sample, "_DROP_AT", 0)  # whole batches can be stacked
     with KeepDouble():
         policy = tiny_policy(name, dtype=torch.float64, unknown=2, dropout=0.3)
         policy.eos_ids = torch.arange(0, VOCAB, 6)

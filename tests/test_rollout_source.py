@@ -18,18 +18,20 @@ from test_trainer import trainer_of
 from tiny import tiny_policy, tiny_reward
 from tiny_run import shared_output, tiny_config, tiny_data, tiny_model  # noqa: F401
 
-from grade import line_source
-from grade.checkpoint import load_state
-from grade.config import GradeError, RolloutConfig, validate
-from grade.drawing import Sampling
+from grade.config import RolloutConfig, validate
+from grade.errors import GradeError
 from grade.files import latest
-from grade.methods import kl_weight
+from grade.methods.base import kl_weight
+from grade.model.checkpoint import load_state
 from grade.processes import make_accelerator
-from grade.replay import ReplaySettings, replay
-from grade.rollout import pad_prompts, sample
-from grade.rollout_source import Response, recreate
-from grade.run_dir import prepare_run_dir
-from grade.trainer import Trainer
+from grade.replay.replay import ReplaySettings, replay
+from grade.rollout import pad_prompts
+from grade.sampling import lines as line_source
+from grade.sampling.draw import Sampling
+from grade.sampling.external import Response, recreate
+from grade.sampling.sample import sample
+from grade.training.run_folder import prepare_run_dir
+from grade.training.trainer import Trainer
 
 PROMPTS = [[5, 9, 11], [7, 3]]
 

@@ -16,14 +16,14 @@ from test_trainer import stopped_after, timeless, trainer_of, with_train
 from tiny_run import make_tiny_config
 
 from grade import cli
-from grade.checkpoint import load_state, verified_step
-from grade.config_io import config_from_yaml, config_to_yaml
+from grade.commands.evaluate import evaluate_run
+from grade.config.reading import config_from_yaml, config_to_yaml
 from grade.errors import GradeError
-from grade.evaluate import evaluate_run
+from grade.model.checkpoint import load_state, verified_step
 from grade.processes import make_accelerator
-from grade.resuming import other_schedule, restored
-from grade.run_dir import MARKER, clear, decided, mark, prepare_run_dir, run_folder
-from grade.trainer import Trainer, train
+from grade.training.resuming import other_schedule, restored
+from grade.training.run_folder import MARKER, clear, decided, mark, prepare_run_dir, run_folder
+from grade.training.trainer import Trainer, train
 
 
 @pytest.fixture(scope="module")
@@ -356,13 +356,13 @@ def test_a_run_that_beats_nothing_says_so(stopped, tmp_path, capsys):
 
 
 def test_a_full_disk_is_told_in_words_and_the_run_goes_on_later(copied, monkeypatch):
-    import grade.run_log
+    import grade.training.log
 
     def full(path, rows):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(grade.run_log, "append_rows", full)
+        patch.setattr(grade.training.log, "append_rows", full)
         with pytest.raises(GradeError, match=r"train.run_dir.*jsonl.*No space left.*--train.resume auto"):
             train(copied)
     train(copied)
@@ -371,18 +371,20 @@ def test_a_full_disk_is_told_in_words_and_the_run_goes_on_later(copied, monkeypa
 
 @pytest.mark.parametrize("what", ["a checkpoint", "evaluation.json", "the reward head", "config.yaml"])
 def test_a_full_disk_elsewhere(tiny_config, tmp_path, monkeypatch, what):
-    import grade.checkpoint
-    import grade.evaluate
-    import grade.reward_training
-    import grade.trainer
+    import grade.model.checkpoint
+    import grade.rewards.head_training
+    import grade.training.evaluation
+    import grade.training.trainer
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     config = with_train(replace(tiny_config, output_dir=str(tmp_path / "output")), steps=1)
     places = {
-        "a checkpoint": (grade.checkpoint.tree, "save"), "evaluation.json": (grade.evaluate, "replace_text"),
-        "the reward head": (grade.reward_training, "save_file"), "config.yaml": (grade.trainer, "replace_text"),
+        "a checkpoint": (grade.model.checkpoint.tree, "save"),
+        "evaluation.json": (grade.training.evaluation, "replace_text"),
+        "the reward head": (grade.rewards.head_training, "save_file"),
+        "config.yaml": (grade.training.trainer, "replace_text"),
     }
     monkeypatch.setattr(*places[what], full)
     with pytest.raises(GradeError, match="could not be written.*No space left"):
@@ -391,7 +393,7 @@ def test_a_full_disk_elsewhere(tiny_config, tmp_path, monkeypatch, what):
 
 def test_the_hint_after_a_stop_is_one_command_that_works(stopped, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.yaml").write_text(config_to_yaml(stopped))
-    monkeypatch.setattr("grade.trainer.train", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("grade.training.trainer.train", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["train", str(tmp_path / "config.yaml"), "--train.overwrite", "true"]) == 130
     hint = capsys.readouterr().err.strip().split("grade ")[-1].split()
     assert hint == ["train", str(tmp_path / "config.yaml"), "--train.resume", "auto"]

@@ -11,12 +11,14 @@ import pytest
 import yaml
 from test_config import set_setting
 
-from grade import cli, config_io
-from grade.config import NOISE_ROWS, Config, GradeError, get_setting, validate
-from grade.run_dir import prepare_run_dir
-from grade.setting_texts import check_options
-from grade.settings import Facts, check_text, facts_of, numeric, setting, shown
-from grade.trainer import Trainer, make_accelerator
+from grade import cli
+from grade.config import NOISE_ROWS, Config, get_setting, validate
+from grade.config import reading as config_io
+from grade.config.bounds import Facts, check_text, facts_of, numeric, setting, shown
+from grade.config.number_texts import check_options
+from grade.errors import GradeError
+from grade.training.run_folder import prepare_run_dir
+from grade.training.trainer import Trainer, make_accelerator
 
 FACTS = {name: (kind, facts) for name, kind, facts in facts_of(Config)}
 NUMBERS = {name: found for name, found in FACTS.items() if numeric(found[0])}

@@ -10,8 +10,10 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from grade.config import Config, GradeError
-from grade.tasks import SPLITS, Example, Task, cut_splits, demo, load_task, shuffled
+from grade.config import Config
+from grade.errors import GradeError
+from grade.tasks import demo, load_task
+from grade.tasks.texts import SPLITS, Example, Task, cut_splits, shuffled
 
 ROWS = 60
 

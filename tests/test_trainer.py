@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from grade.checkpoint import load_adapter, load_state, save_checkpoint
-from grade.config import GradeError
-from grade.evaluate import evaluate, evaluate_run
-from grade.methods import kl_weight
+from grade.commands.evaluate import evaluate_run
+from grade.errors import GradeError
+from grade.methods.base import kl_weight
 from grade.methods.grade import tau_at
-from grade.metrics import add_sums, step_metrics, step_sums, unique_token_ratio
+from grade.methods.metrics import add_sums, step_metrics, step_sums, unique_token_ratio
+from grade.model.checkpoint import load_adapter, load_state, save_checkpoint
 from grade.processes import make_accelerator
-from grade.replay import Scores
+from grade.replay.replay import Scores
 from grade.rollout import Rollout
-from grade.run_dir import prepare_run_dir
-from grade.trainer import Trainer, prompt_numbers, train
+from grade.training.evaluation import evaluate
+from grade.training.run_folder import prepare_run_dir
+from grade.training.trainer import Trainer, prompt_numbers, train
 
 
 class NullLog:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from test_trainer import adapter_of, stopped_after, timeless, trainer_of, with_train
 
-from grade.checkpoint import load_state
-from grade.config import GradeError, validate
-from grade.evaluate import Evaluation
+from grade.config import validate
+from grade.errors import GradeError
+from grade.model.checkpoint import load_state
 from grade.processes import make_accelerator
-from grade.run_dir import adapter_folder, is_finished, prepare_run_dir
-from grade.trainer import Trainer, train
+from grade.training.evaluation import Evaluation
+from grade.training.run_folder import adapter_folder, is_finished, prepare_run_dir
+from grade.training.trainer import Trainer, train
 
 
 def config_of(tiny_config, name, section=None, **changes):

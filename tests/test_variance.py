@@ -11,12 +11,12 @@ import pytest
 import torch
 from tiny_run import shared_output, tiny_config, tiny_data, tiny_model  # noqa: F401
 
-from grade.config import GradeError
-from grade.gradient_statistics import Draws, agreement
-from grade.laboratory import CONVERGED
-from grade.study_config import VarianceConfig
-from grade.variance import run_variance
-from grade.variance_text import document, name_of
+from grade.config.studies import VarianceConfig
+from grade.errors import GradeError
+from grade.studies.variance.laboratory import CONVERGED
+from grade.studies.variance.statistics import Draws, agreement
+from grade.studies.variance.study import run_variance
+from grade.studies.variance.text import document, name_of
 
 
 def drawn(mean: torch.Tensor, deviation: float, count: int, *, seed: int, batch: int = 1) -> Draws:
@@ -199,7 +199,8 @@ def test_a_folder_without_an_adapter_is_refused(lab_config, tmp_path):
 
 def test_stopping_keeps_the_draws_so_far(lab_config, monkeypatch):
     """Stopped after six draws, the rows say six; a stop that comes earlier does not take their place."""
-    from grade import interrupt, variance
+    from grade.studies.variance import study as variance
+    from grade.training import interrupt
 
     few = dict(methods=["grade-ste", "grpo"], estimators=["gumbel"], taus=[2.0], hops=[0])
     config = replace(lab_config, name="stopped", variance=replace(lab_config.variance, **few))

@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from grade.model import Policy
-from grade.reward import RewardHead, SharedReward
+from grade.model.policy import Policy
+from grade.rewards.reward import RewardHead, SharedReward
 
 VOCAB = 61
 EOS = 3

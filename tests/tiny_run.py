@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from grade.built_in.demo_model import demo_model
 from grade.config import (
     Config,
     EvaluationConfig,
@@ -17,7 +18,6 @@ from grade.config import (
     TaskConfig,
     TrainConfig,
 )
-from grade.demo_model import demo_model
 from grade.tasks.demo import write_reviews
 
 

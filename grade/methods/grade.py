@@ -9,7 +9,7 @@ adds its share of dL/dtheta to the adapter's gradients. Where this departs from 
   through earlier tokens of both models;
 - accumulation equals the large batch: every weight below divides by a total of the whole step;
 - nothing after the end of a response is fed, rewarded or counted;
-- replay and hops (`grade.replay`) give the gradient of the token-by-token graph without building it.
+- replay and hops (`grade.replay.replay`) give the gradient of the token-by-token graph without building it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Dict, Iterator, List
 
 import torch
 
-from grade.drawing import Sampling, sampling_of
-from grade.methods import Method, Update, kl_weight, objective
-from grade.metrics import add_sums, step_metrics, step_sums
-from grade.replay import ReplayResult, ReplaySettings, replay
+from grade.methods.base import Method, Update, kl_weight, objective
+from grade.methods.metrics import add_sums, step_metrics, step_sums
+from grade.replay.replay import ReplayResult, ReplaySettings, replay
 from grade.rollout import Rollout
+from grade.sampling.draw import Sampling, sampling_of
 from grade.seeds import derived_seed
 
 
@@ -78,7 +78,7 @@ class Grade(Method):
             return replay(self.policy, self.reward, micro_batch, self.settings(step), **weights)
 
     def loss_weights(self, micro_batch: Rollout, total_tokens: int, total_responses: int) -> Dict[str, torch.Tensor]:
-        """What each reward and each token's KL counts in the loss, as `grade.replay` takes them."""
+        """What each reward and each token's KL counts in the loss, as `grade.replay.replay` takes them."""
         method = self.config.method
         weight = kl_weight(micro_batch.mask, method.kl_reduction, method.kl_coef, total_tokens, total_responses)
         shares = weight.new_full((len(micro_batch),), 1.0 / total_responses)

@@ -30,11 +30,11 @@ from typing import Dict, List
 import torch
 from torch import Tensor
 
-from grade.methods import Update, kl_weight
-from grade.metrics import add_sums
-from grade.policy_gradient import PolicyGradient, Scored, Terms, TokenMeans, clipped_surrogate
+from grade.methods.base import Update, kl_weight
+from grade.methods.metrics import add_sums
+from grade.methods.policy_gradient import PolicyGradient, Scored, Terms, TokenMeans, clipped_surrogate
+from grade.methods.services import Totals
 from grade.rollout import Rollout
-from grade.services import Totals
 
 _STD_OFFSET = 1e-4  # of TRL: a group that hardly differs is not blown up
 

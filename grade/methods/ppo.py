@@ -23,11 +23,11 @@ from typing import Dict, List
 import torch
 from torch import Tensor, nn
 
-from grade.methods import Update, kl_weight
-from grade.metrics import add_sums
-from grade.policy_gradient import PolicyGradient, Scored, TokenMeans, clipped_surrogate
+from grade.methods.base import Update, kl_weight
+from grade.methods.metrics import add_sums
+from grade.methods.policy_gradient import PolicyGradient, Scored, TokenMeans, clipped_surrogate
+from grade.methods.services import Totals
 from grade.rollout import Rollout
-from grade.services import Totals
 
 
 def token_rewards(reward: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ from typing import Dict, List, Optional, Union
 import torch
 from torch import Tensor
 
-from grade.methods import Update, kl_weight
-from grade.metrics import add_sums
-from grade.policy_gradient import PolicyGradient, Scored
+from grade.methods.base import Update, kl_weight
+from grade.methods.metrics import add_sums
+from grade.methods.policy_gradient import PolicyGradient, Scored
+from grade.methods.services import Totals
 from grade.rollout import Rollout
-from grade.services import Totals
 
 
 def reinforce_loss(logprob: Tensor, advantage: Tensor) -> Tensor:

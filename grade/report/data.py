@@ -14,9 +14,9 @@ from typing import Dict, List, Optional, Tuple
 import yaml
 
 from grade.config import flatten
+from grade.config.methods import COMPARED, VARIANTS
 from grade.errors import GradeError
 from grade.jsonl import read_rows
-from grade.method_config import COMPARED, VARIANTS
 
 BASE = "base/None/0"
 """The base model's key in tests.json."""

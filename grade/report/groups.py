@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Dict, List, Sequence
 
-from grade.method_config import COMPARED, METHODS
+from grade.config.methods import COMPARED, METHODS
 from grade.report.data import Run
 
 # Settings that leave a step of training what it is, beside the seed and how long a run lasts.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import List, Optional
 
-from grade.method_config import DIFFERENTIATING
+from grade.config.methods import DIFFERENTIATING
 from grade.report.data import Run
 from grade.report.figures_bars import dots, scatter
 from grade.report.figures_curves import over_steps

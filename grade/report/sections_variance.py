@@ -9,7 +9,7 @@ from grade.report.figures_variance import against_tau
 from grade.report.measures import number
 from grade.report.parts import Drawing, Section
 from grade.report.tables import Column, Table
-from grade.variance_text import NOTES, measured, name_of
+from grade.studies.variance.text import NOTES, measured, name_of
 
 _COLUMNS = (
     ("length", "tokens", 0), ("top_k", "top_k", 0), ("draws", "draws", 0), ("mean_norm", "norm of the mean", 4),

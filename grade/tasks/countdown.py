@@ -11,19 +11,17 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Dict, List, Optional, Set, Tuple
 
-from grade.encoding import encode
 from grade.errors import GradeError, reason_of
-from grade.tasks import sha256_of
+from grade.tasks.encoding import encode
+from grade.tasks.texts import sha256_of
 
 if TYPE_CHECKING:
     from grade.config import TaskConfig
-    from grade.model import Policy
-    from grade.tasks.countdown_reward import CountdownReward
 
 SPLITS = ("policy", "validation", "test")
 PARTS = (*SPLITS, "pretraining")
 """A puzzle's hash says which part it belongs to, so that no puzzle is in two, whatever the sizes and seeds; the last
-one trains the model of `grade.countdown_model`."""
+one trains the model of `grade.built_in.countdown_model`."""
 TEST_PUZZLES = 2000
 
 # A part takes about one puzzle in four, and most random ones are new until a difficulty has few left.
@@ -255,12 +253,6 @@ class CountdownTask:
                 f"model.name: its chat template cannot write a prompt ({type(error).__name__}: {reason_of(error)}). "
                 "Mend the template in the model's folder, or choose another model."
             ) from error
-
-    def make_reward(self, policy: Policy) -> CountdownReward:
-        """The reward of responses to this task's prompts."""
-        from grade.tasks.countdown_reward import CountdownReward
-
-        return CountdownReward(policy, self)
 
     def describe(self) -> dict:
         """What a run records about its data, ready for JSON: seed, difficulty and, per split, size and hash."""

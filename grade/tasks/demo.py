@@ -13,8 +13,9 @@ import hashlib
 import random
 import re
 
-from grade.config import GradeError, TaskConfig
-from grade.tasks import Example, Task, cut_splits
+from grade.config import TaskConfig
+from grade.errors import GradeError
+from grade.tasks.texts import Example, Task, cut_splits
 
 SEED = 0
 """Seed of the reviews themselves. `task.split_seed` shuffles them, as it does a file's rows."""
@@ -291,7 +292,7 @@ def write_reviews(n: int, seed: int = SEED, part: str = "train") -> list[Example
 
 
 def pretraining_reviews() -> list[Example]:
-    """The reviews that `grade.demo_model` trains the language model on; none of them is in the task."""
+    """The reviews that `grade.built_in.demo_model` trains the language model on; none of them is in the task."""
     return write_reviews(PRETRAINING_REVIEWS, part="pretraining")
 
 

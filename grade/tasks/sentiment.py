@@ -17,10 +17,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from grade.config import GradeError, TaskConfig
-from grade.errors import reason_of
+from grade.config import TaskConfig
+from grade.errors import GradeError, reason_of
 from grade.hub_names import looks_local
-from grade.tasks import Example, Labels, Task, clean, cut_splits
+from grade.tasks.texts import Example, Labels, Task, clean, cut_splits
 
 _PARTS = ("train", "test")
 _READERS = {"parquet": "parquet", "csv": "csv", "json": "json", "jsonl": "json"}

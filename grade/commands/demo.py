@@ -1,0 +1,58 @@
+"""`grade demo`: the whole road on built-in data. No network, no files, no GPU, a few minutes on two cores.
+
+A grammar writes labelled reviews and a small Llama learns to write them (`grade.built_in.demo_model`); from there on it
+is exactly the code of a real run: reward head, GRADE-STE, validation, best checkpoint, test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Dict, Optional
+
+from rich.console import Console
+
+from grade.built_in.demo_model import demo_model
+from grade.config import Config
+from grade.processes import make_accelerator
+from grade.training.evaluation import Evaluation
+from grade.training.evaluation_tables import evaluation_table, samples_table
+from grade.training.run_folder import prepare_run_dir
+from grade.training.trainer import Trainer, started
+
+PRINTED_SAMPLES = 3
+
+
+def run_demo(
+    config: Config, cache_dir: Optional[Path] = None, pretrain_steps: Optional[int] = None
+) -> Dict[str, Evaluation]:
+    """Train the demo's model if it is not cached, align it, print what changed.
+
+    Args:
+        config: the shipped `demo` config, with overrides; model.name is replaced by the demo's model.
+        cache_dir: where the demo's model is kept; None: the user's cache directory.
+        pretrain_steps: optimizer steps of the model's own training; None: its default.
+    """
+    console = Console(stderr=True)
+    if config.train.run_dir is None:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        run_dir = f"{config.output_dir}/{config.name}-seed{config.seed}-{stamp}"
+        config = replace(config, train=replace(config.train, run_dir=run_dir))
+    if not config.train.resume:
+        prepare_run_dir(config)  # before the model is trained
+    console.print("[bold]1/3[/bold] A language model that writes reviews (cached after the first time)")
+    config = replace(config, model=replace(config.model, name=str(demo_model(cache_dir, steps=pretrain_steps))))
+    accelerator = make_accelerator(config)
+    with started(config, accelerator) as (config, run_dir):
+        console.print("[bold]2/3[/bold] A reward: the probability that a review is positive")
+        trainer = Trainer(config, accelerator, run_dir)
+        console.print(f"[bold]3/3[/bold] {config.method.name.upper()}: backpropagate the reward through sampled tokens")
+        rows = trainer.fit()
+
+    out = Console()
+    if rows:
+        out.print(evaluation_table(list(rows.values()), f"test, {rows['best'].prompts} prompts"))
+        out.print(samples_table(rows["base"].samples, rows["best"].samples, PRINTED_SAMPLES))
+    out.print(f"Run directory: {run_dir}", soft_wrap=True)
+    return rows

@@ -1,0 +1,57 @@
+"""`grade evaluate`: a checkpoint of a run and its base model on the same prompts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import List
+
+from rich.console import Console
+
+from grade.config import Config
+from grade.config.reading import config_from_yaml
+from grade.errors import GradeError, writing
+from grade.files import latest
+from grade.model.checkpoint import load_adapter
+from grade.model.fingerprint import check_made_from, inputs_of
+from grade.processes import make_accelerator
+from grade.training.evaluation import Evaluation, evaluate, write_evaluations
+from grade.training.evaluation_tables import evaluation_table
+from grade.training.setup import set_up
+
+
+def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> List[Evaluation]:
+    """`grade evaluate`: base model and a checkpoint of a run on one split; prints a table, keeps the result.
+
+    Args:
+        config: the run's, with overrides.
+        checkpoint: "best", "last", or a folder with an adapter.
+        split: "validation" or "test".
+    """
+    folder = latest(run_dir / "checkpoints" / checkpoint) if checkpoint in ("best", "last") else Path(checkpoint)
+    if not (folder / "adapter_config.json").is_file():
+        raise GradeError(f"--checkpoint {checkpoint}: {folder} holds no adapter (adapter_config.json is missing).")
+    accelerator = make_accelerator(config)
+    tokenizer, task, policy, reward = set_up(config, accelerator, run_dir=run_dir)
+    before, inputs = config_from_yaml(run_dir / "config.yaml"), inputs_of(config, policy, task, reward)
+    if config.task != before.task:  # other data, by the user's own word
+        del inputs["data"]
+    if config.reward != before.reward:
+        del inputs["reward"]
+    check_made_from(run_dir, inputs)
+    load_adapter(folder, policy)
+    limit = config.evaluation.test_prompts if split == "test" else config.evaluation.validation_prompts
+    prompts = task.prompts(split, tokenizer, limit=limit)
+    rows = [
+        evaluate(
+            policy, reward, prompts, config, split=split, step=None, adapters=adapters, accelerator=accelerator,
+        )
+        for adapters in (False, True)
+    ]
+    if accelerator.is_main_process:
+        name = checkpoint if checkpoint in ("best", "last") else folder.name
+        path = run_dir / f"evaluation-{split}-{name}.json"
+        with writing(path, "RUN_DIR", "Make room on its disk, and evaluate again."):
+            write_evaluations(path, {"checkpoint": str(folder), "rows": [asdict(r) for r in rows]})
+        Console().print(evaluation_table(rows, title=f"{split}, {rows[0].prompts} prompts, checkpoint {name}"))
+    return rows

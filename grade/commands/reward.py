@@ -1,0 +1,35 @@
+"""`grade reward`: train the reward head of a config by itself."""
+
+from __future__ import annotations
+
+from typing import Dict
+
+from rich.console import Console
+
+from grade.config import Config
+from grade.config.tasks import JUDGED_BY_PROGRAM
+from grade.errors import GradeError
+from grade.model.loading import load_policy, load_tokenizer
+from grade.processes import make_accelerator
+from grade.rewards.head_training import head_folder, head_report, load_or_train_head
+from grade.tasks import load_task
+
+
+def train_reward(config: Config) -> Dict[str, float]:
+    """`grade reward`: train the head of a config (or find it trained) and print its accuracy."""
+
+    if config.reward.model is not None:
+        raise GradeError("reward.model names a trained classifier: there is no head to train. Set it to null.")
+    if config.task.name in JUDGED_BY_PROGRAM:
+        raise GradeError(f"task.name={config.task.name} is judged by a program: there is no head to train.")
+    tokenizer = load_tokenizer(config)
+    task = load_task(config)
+    policy = load_policy(config, tokenizer, make_accelerator(config).device)
+    load_or_train_head(config, policy, task)
+    report = head_report(config, policy, task)
+    console = Console()
+    console.print(f"Reward head: {head_folder(config, policy, task)}")
+    for text, value in report["accuracy"].items():
+        judged = " (the length it will judge)" if text == f"{report['judged_length']} tokens" else ""
+        console.print(f"  held-out accuracy on the first {text}{judged}: {value:.3f} of {report['held_out']} reviews")
+    return report["accuracy"]

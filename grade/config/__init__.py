@@ -1,0 +1,26 @@
+"""Settings: their declaration with bounds and meaning, and how they are read from YAML and the command line."""
+
+from grade.config.methods import MethodConfig
+from grade.config.schema import (
+    NOISE_ROWS,
+    Config,
+    EvaluationConfig,
+    GenerationConfig,
+    LoraSettings,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrainConfig,
+    default_methods,
+    flatten,
+    get_setting,
+    judged_length,
+    validate,
+)
+from grade.config.tasks import TaskConfig
+
+__all__ = [
+    "NOISE_ROWS", "Config", "EvaluationConfig", "GenerationConfig", "LoraSettings", "MethodConfig", "ModelConfig",
+    "RewardConfig", "RolloutConfig", "TaskConfig", "TrainConfig", "default_methods", "flatten", "get_setting",
+    "judged_length", "validate",
+]

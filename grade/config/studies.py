@@ -1,0 +1,98 @@
+"""The settings of the studies: `grade compare` and `grade variance`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import List, Literal, Optional, Sequence
+
+from grade.config.bounds import BATCH, COUNT, SEED, TOKENS, WEIGHT, setting, shown
+from grade.config.methods import COMPARED
+from grade.errors import GradeError
+
+Estimator = Literal["gumbel", "rao", "straight_through", "reinmax"]
+
+
+@dataclass
+class CompareConfig:
+    """What `grade compare` adds to the settings of its runs."""
+
+    learning_rate_factors: List[float] = setting(default_factory=lambda: [0.3, 1.0, 3.0], gt=0, le=WEIGHT)
+    """Every method is tried with train.learning_rate times each of these, and keeps the best by validation; where
+    that is the lowest or the highest, with at most two more beyond it."""
+    sweep_steps: int = setting(50, ge=0, le=COUNT)
+    """Optimizer steps of each of these trials; 0: none, every method takes train.learning_rate."""
+    sweep_seed: int = setting(1000, ge=0, le=SEED)
+    """Seed of these trials; none of the comparison's own."""
+    validations: int = setting(15, ge=1, le=COUNT)
+    """Validations of a run, evenly spaced; the cuts at equal cost are as fine as they are."""
+    samples_per_prompt: Optional[int] = setting(None, ge=1, le=BATCH)
+    """generation.samples_per_prompt of every run, so that all methods see the same prompts; null: the config's, or 4
+    where that is 1 (GRPO and leave-one-out need groups)."""
+    jobs: int = setting(1, ge=1, le=1024)
+    """Runs at the same time, each with an equal share of the CPU's threads."""
+
+
+@dataclass
+class VarianceConfig:
+    """What `grade variance` measures: gradients of repeated draws at fixed parameters."""
+
+    methods: Optional[List[str]] = None
+    """Of the names that `grade compare` takes; null: those that can use the task's reward."""
+    estimators: List[Estimator] = field(default_factory=lambda: ["gumbel", "rao", "straight_through", "reinmax"])
+    """Local rules of grade-ste; `grade` always has `gumbel`."""
+    taus: List[float] = setting(default_factory=lambda: [2.0, 1.0, 0.5], ge=1e-4, le=WEIGHT)
+    """Temperatures of the relaxation, for grade and grade-ste."""
+    hops: List[int] = setting(default_factory=lambda: [0, 1, 4], ge=0, le=TOKENS)
+    """Caps on the hops, for grade and grade-ste; the converged gradient (method.hop_tol, no cap) is measured too."""
+    lengths: Optional[List[int]] = setting(None, ge=1, le=TOKENS)
+    """Tokens of a response; null: 8, where the bias can be judged, and generation.max_new_tokens."""
+    top_ks: Optional[List[int]] = setting(None, ge=1, le=TOKENS)
+    """Candidates per token; null: generation.top_k."""
+    draws: int = setting(32, ge=10, le=COUNT)
+    """Independent draws of every gradient. Sums over ten blocks of them are kept: 40 bytes a trained parameter."""
+    responses: int = setting(8, ge=2, le=BATCH)
+    """Responses of a draw."""
+    samples_per_prompt: int = setting(4, ge=2, le=BATCH)
+    """Responses of a draw that answer one prompt."""
+    warmup_draws: int = setting(16, ge=0, le=COUNT)
+    """Draws before those that count, which fill REINFORCE's moving average and train PPO's value head."""
+    reference_responses: int = setting(16384, ge=0, le=COUNT)
+    """Responses behind the unbiased reference (leave-one-out REINFORCE), for lengths up to 8; at least 80 times
+    variance.responses, or 0 for none."""
+    seed: int = setting(2000, ge=0, le=SEED - 1)
+    """Seed of the draws, apart from the training's."""
+
+
+def check_studies(compare: CompareConfig, variance: VarianceConfig) -> None:
+    """Refuse lists that cannot work.
+
+    Raises:
+        GradeError: naming the setting, the reason and the fix.
+    """
+    _check_list("compare.learning_rate_factors", compare.learning_rate_factors, "numbers")
+    _check_list("variance.taus", variance.taus, "numbers")
+    _check_list("variance.hops", variance.hops, "whole numbers")
+    _check_list("variance.estimators", variance.estimators, "rules")
+    if variance.lengths is not None:
+        _check_list("variance.lengths", variance.lengths, "whole numbers")
+    if variance.top_ks is not None:
+        _check_list("variance.top_ks", variance.top_ks, "whole numbers")
+    if variance.responses % variance.samples_per_prompt:
+        raise GradeError(
+            f"variance.responses ({variance.responses}) is not a multiple of variance.samples_per_prompt "
+            f"({variance.samples_per_prompt}). Change one of them."
+        )
+    if 0 < variance.reference_responses < 80 * variance.responses:
+        raise GradeError(
+            f"variance.reference_responses is {variance.reference_responses}: too few to judge by. Raise it to "
+            f"{80 * variance.responses} (80 * variance.responses) or more, or set it to 0 for no reference."
+        )
+    if variance.methods is not None:
+        names = f"names of {', '.join(COMPARED)}"
+        _check_list("variance.methods", variance.methods, names, known=COMPARED)
+
+
+def _check_list(setting: str, values: list, wanted: str, known: Optional[Sequence[str]] = None) -> None:
+    """Refuse a list that is empty, repeats itself or holds what is not known."""
+    if not values or len(set(values)) < len(values) or (known is not None and not set(values) <= set(known)):
+        raise GradeError(f"{setting} is {shown(values)}: name one or more {wanted}, none of them twice.")

@@ -1,0 +1,1 @@
+"""What a run will need, before it starts: activations measured on the model, the rest from shapes."""

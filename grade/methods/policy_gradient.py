@@ -1,0 +1,239 @@
+"""What PPO, REINFORCE and GRPO share: the fixed part of a step's responses, and the differentiable part.
+
+Fixed while the policy moves: the reward, the reference's hidden states (not its logits) and, where a method needs
+them, the terms of the policy that sampled. Differentiable: one parallel pass of the policy and one sweep over its head
+(`grade_kernels.vocab_objective`), which gives the log-probabilities of the tokens, entropy and both KLs, and keeps
+nothing of the vocabulary's size.
+
+Log-probabilities are those of the distribution the tokens were drawn from: the policy's, restricted to the rollout's
+candidates. So with the same micro-batches the importance ratio is exactly 1 until the first update. Entropy and KL are
+those of the full distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, TypeVar
+
+import torch
+from torch import Tensor
+
+from grade.config import Config
+from grade.config.methods import micro_batch_size
+from grade.methods.base import Method, objective
+from grade.methods.metrics import add_sums, step_metrics, step_sums, to_numbers
+from grade.methods.services import Services
+from grade.model.passes import base_pass, fed_embeddings, per_token, policy_pass
+from grade.replay.replay import Scores
+from grade.rewards.reward import reward_inputs, reward_of
+from grade.rollout import Rollout
+from grade.sampling.draw import Sampling, sampling_of
+from grade.sampling.sample import support_is_allowed
+from grade.seeds import derived_seed
+from grade_kernels import vocab_objective
+
+T = TypeVar("T")
+
+
+@dataclass
+class Terms:
+    """The policy along sampled responses; per-token tensors are [B, S] float32 with 0 at padding, in nats.
+
+    Args:
+        logprob: of the tokens, under the distribution they were drawn from. Differentiable.
+        penalty: scalar, sum of the entropies and KLs with the weights that were asked for. Differentiable.
+        hidden: [B, S, d], the states that predict the tokens. Differentiable.
+        full_logprob, ref_logprob: of the tokens, under the full distributions of policy and reference.
+        entropy, kl, ref_kl: exact; kl(policy‖ref) and kl(ref‖policy), the latter None where nothing asks for it.
+        mass: share of probability on the candidates.
+
+    Without the reference `ref_logprob`, `kl` and `ref_kl` are None.
+    """
+
+    logprob: Tensor
+    penalty: Tensor
+    hidden: Tensor
+    full_logprob: Tensor
+    entropy: Tensor
+    mass: Tensor
+    ref_logprob: Optional[Tensor]
+    kl: Optional[Tensor]
+    ref_kl: Optional[Tensor]
+
+
+@dataclass
+class Scored:
+    """A micro-batch and what is fixed about it while the policy moves.
+
+    Args:
+        reward: [B].
+        reference: [B, S, d], the base's hidden states that predict the tokens.
+        changes: [B, S], what each token added to the reward; None unless asked for.
+        old: the terms of the policy that sampled, without a graph; None unless asked for.
+    """
+
+    rollout: Rollout
+    reward: Tensor
+    reference: Tensor
+    changes: Optional[Tensor] = None
+    old: Optional[Terms] = None
+
+
+def clipped_surrogate(
+    logprob: Tensor, old_logprob: Tensor, advantage: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """[B, S]: max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high)), PPO's pessimistic loss (Schulman 2017)."""
+    ratio = torch.exp(logprob - old_logprob)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return torch.maximum(-advantage * ratio, -advantage * clipped)
+
+
+def mean_of_others(sums: Tensor, tokens: Tensor, total: float, total_tokens: float) -> Tensor:
+    """[n] float64: a mean over the tokens of a step's other responses, so that it does not depend on the response.
+
+    Args:
+        sums: [n], of each response's tokens; tokens: [n], their number.
+        total, total_tokens: of the whole step, over micro-batches and processes.
+
+    0 where a step has no other response.
+    """
+    others = total_tokens - tokens.double()
+    return torch.where(others > 0, (total - sums.double()) / others.clamp_min(1), 0.0)
+
+
+class PolicyGradient(Method):
+    """Base of the three: sampling, scoring and the policy's terms. What they do with them is in their own files."""
+
+    minibatches = 1
+
+    def __init__(self, policy, reward, config: Config, services: Services):
+        super().__init__(policy, reward, config, services)
+        train = config.train
+        responses = train.batch_size * train.accumulation_steps
+        self.micro_batch = micro_batch_size(config.method, train.batch_size, responses)
+
+    def sampling(self, step: int) -> Sampling:
+        return sampling_of(self.config.generation)
+
+    @torch.no_grad()
+    def score(self, rollouts: List[Rollout], *, old: bool = False, changes: bool = False) -> List[Scored]:
+        """Reward and reference of a step's responses, in micro-batches.
+
+        Args:
+            old: also the terms of the policy as it is now.
+            changes: also what each token added to the reward.
+        """
+        out = []
+        with self.services.phase("score"):
+            for rollout in (m for r in rollouts for m in r.micro_batches(self.micro_batch)):
+                x = fed_embeddings(rollout, self.policy.embedding, self.policy.embedding_scale)
+                base = base_pass(self.policy, rollout, x, prompt_cache=self.config.method.prompt_cache)
+                reward = reward_of(self.reward, rollout, base, reward_inputs(self.reward, rollout))
+                scored = Scored(rollout, reward, base.reference)
+                if changes:
+                    scored.changes = self.reward.prefix_scores(rollout, base).diff(dim=1) * rollout.mask
+                out.append(replace(scored, old=self.terms(scored)) if old else scored)
+        return out
+
+    def terms(
+        self, scored: Scored, *, entropy_weight: Optional[Tensor] = None, kl_weight: Optional[Tensor] = None,
+        ref_kl_weight: Optional[Tensor] = None, reference: bool = True,
+    ) -> Terms:
+        """The policy as it is now, along a micro-batch; with a graph unless gradients are off.
+
+        Args:
+            entropy_weight, kl_weight, ref_kl_weight: [B, S], weights of `Terms.penalty`; None leaves a term out.
+            reference: also what compares the policy with the reference, for a second product with the head.
+        """
+        policy, rollout, method = self.policy, scored.rollout, self.config.method
+        mask = rollout.mask
+        x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
+        checkpoint = method.checkpoint and torch.is_grad_enabled()
+        hidden = policy_pass(policy, rollout, x, checkpoint=checkpoint)
+        weights = {"entropy_weight": entropy_weight, "kl_weight": kl_weight, "ref_kl_weight": ref_kl_weight}
+        head = vocab_objective(
+            hidden[mask], policy.head, indices=rollout.indices[mask], tokens=rollout.tokens[mask],
+            ref_hidden=scored.reference[mask] if reference else None, ref_kl=method.kl_direction == "ref_policy",
+            **{name: None if weight is None else weight[mask] for name, weight in weights.items()},
+            chunk_bytes=method.head_chunk_bytes(self.policy.device.type), **policy.head_transform,
+        )
+        allowed = support_is_allowed(policy, rollout)[mask]
+        logits = torch.where(allowed, head.logits, -torch.inf)  # [n, k]
+        chosen = (head.indices == rollout.tokens[mask][:, None]).long().argmax(1, keepdim=True)
+        logprob = logits.log_softmax(-1).gather(1, chosen).squeeze(1)
+        values = (head.logprob, head.entropy, head.mass, head.ref_logprob, head.kl, head.ref_kl)
+        return Terms(
+            per_token(logprob, mask), logprob.new_zeros(()) if head.objective is None else head.objective.sum(), hidden,
+            *(None if v is None else per_token(v, mask) for v in values),
+        )
+
+    def kl_weights(self, weight: Tensor) -> Dict[str, Tensor]:
+        """The keyword of `terms` that penalises KL in the direction of the settings."""
+        return {"kl_weight" if self.config.method.kl_direction == "policy_ref" else "ref_kl_weight": weight}
+
+    def kl_of(self, terms: Terms) -> Tensor:
+        """[B, S], KL in the direction of the settings."""
+        return terms.kl if self.config.method.kl_direction == "policy_ref" else terms.ref_kl
+
+    def others_kl(self, scored: List[Scored]) -> List[Tensor]:
+        """[B, 1] float64 per micro-batch: what a token's KL is compared with, nats; needs `Scored.old`.
+
+        With `kl_reduction: token_mean` the step's KL is a ratio of sums, KL / tokens. Minus the same ratio without the
+        response, which its tokens do not change, a response with the KL k in n tokens is charged for
+        (k - n * mean of the others) / tokens: without bias for responses of any lengths, and length as such costs
+        nothing. 0 for a sum over responses, to which every token adds.
+        """
+        sizes = [len(s.reward) for s in scored]
+        if self.config.method.kl_reduction == "sequence_sum":
+            mean = torch.zeros(sum(sizes), dtype=torch.float64, device=scored[0].reward.device)
+        else:
+            sums = torch.cat([self.kl_of(s.old).double().sum(1) for s in scored])
+            tokens = torch.cat([s.rollout.mask.sum(1) for s in scored])
+            total = self.services.sum({"kl": sums.sum().item(), "tokens": tokens.sum().item()})
+            mean = mean_of_others(sums, tokens, total["kl"], total["tokens"])
+        return list(mean[:, None].split(sizes))
+
+    def shuffled_minibatches(self, batch: Sequence[T], step: int, epoch: int) -> Iterator[List[T]]:
+        """`minibatches` lists of micro-batches in an order that follows from (seed, step, epoch)."""
+        generator = torch.Generator().manual_seed(derived_seed(self.config.seed, step, epoch))
+        order = torch.randperm(len(batch), generator=generator).tolist()
+        for i in range(self.minibatches):
+            start, stop = (n * len(order) // self.minibatches for n in (i, i + 1))
+            yield [batch[j] for j in order[start:stop]]
+
+    def sums(self, scored: Scored, terms: Terms, **per_response: Tensor) -> Dict[str, float]:
+        """A micro-batch's contribution to the metrics that every method logs, and its own."""
+        kl = self.kl_of(terms)
+        values = Scores(scored.reward, kl, terms.entropy, terms.full_logprob, terms.mass)
+        return step_sums(scored.rollout, values, self.policy.eos_ids, per_response=per_response)
+
+    def metrics(self, sums: Dict[str, float], own: Dict[str, float]) -> Dict[str, float]:
+        """A step's metrics from the sums above, and `own`, by the names of TRL where it has one.
+
+        `objective/kl` is the KL of a response, exact where TRL's is sampled.
+        """
+        metrics = step_metrics(self.services.sum(sums))
+        return {
+            "loss": objective(self.config.method, metrics), **metrics, "objective/kl": metrics["kl_sequence"], **own,
+        }
+
+
+class TokenMeans:
+    """Means over the real tokens of every pass of a step, over processes: importance ratios, clipping."""
+
+    def __init__(self, sum_over_processes: Callable[[Dict[str, float]], Dict[str, float]]):
+        self._sum, self.sums = sum_over_processes, {}
+
+    def add(self, mask: Tensor, **values: Tensor) -> None:
+        """Add a pass; `values` are [B, S], entries at padding are ignored."""
+        part = {"tokens": mask.sum(), **{name: (v.detach() * mask).sum() for name, v in values.items()}}
+        self.sums = add_sums(self.sums, to_numbers(part))
+
+    def take(self) -> Dict[str, float]:
+        """The means so far by name, none if no token was added; starts again.
+
+        Every process must have added the same names, be it under an empty mask.
+        """
+        total, self.sums = self._sum(self.sums), {}
+        count = total.pop("tokens")
+        return {name: value / count for name, value in total.items()} if count else {}

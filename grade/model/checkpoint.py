@@ -1,0 +1,149 @@
+"""Checkpoints: a saved adapter, with the trainer's state where a run can be continued from it, and their checksums.
+
+    adapter_config.json, adapter_model.safetensors    as peft writes them
+    trainer_state.json, trainer_state.safetensors     numbers and tensors of the state, if there is one (`grade.tree`)
+    manifest.json                                     step, and the SHA-256 of every other file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors import SafetensorError
+
+from grade import tree
+from grade.errors import GradeError, read_json, reason_of, writing
+from grade.files import latest, replaced_folder, sha256
+from grade.model.policy import Policy
+
+MANIFEST_FILE = "manifest.json"
+_STATE_STEM = "trainer_state"
+_FORMAT = 1
+
+
+def save_checkpoint(directory: Path, policy: Policy, step: int, state: Optional[dict] = None) -> None:
+    """Write the adapter as peft does (`PeftModel.from_pretrained` loads it) and, for resuming, the trainer's state.
+
+    An interruption leaves the earlier checkpoint or the new one, never half of either and never neither.
+
+    Args:
+        step: optimizer steps that the policy has had.
+        state: dictionaries and lists of numbers, texts and tensors.
+
+    Raises:
+        GradeError: it could not be written.
+    """
+    with writing(directory, "train.run_dir"), replaced_folder(directory) as fresh:
+        # The embeddings are the base's. `auto` would look for its config, at the hub where no folder has it.
+        policy.model.save_pretrained(str(fresh), save_embedding_layers=False)
+        if state is not None:
+            tree.save(fresh / _STATE_STEM, state)
+        files = {path.name: sha256(path) for path in sorted(fresh.iterdir()) if path.is_file()}
+        manifest = {"format": _FORMAT, "step": step, "files": files}
+        text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2)
+        (fresh / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def verified_step(directory: Path) -> int:
+    """Optimizer steps of a checkpoint whose files are, to the bit, those that were written.
+
+    Raises:
+        GradeError: one of them is missing or differs; with its name.
+    """
+    path = directory / MANIFEST_FILE
+    manifest = read_json(path, "", "format", "step", "files", "sha256")
+    claimed = manifest.pop("sha256")
+    if _digest(manifest) != claimed or manifest["format"] != _FORMAT:
+        raise GradeError(f"{path} is damaged, or of another version of this program.")
+    for name, digest in manifest["files"].items():
+        file = directory / name
+        try:
+            found = sha256(file)
+        except OSError as error:
+            raise GradeError(f"{file} cannot be read ({error.strerror or reason_of(error)}).") from error
+        if found != digest:
+            raise GradeError(f"{file} is damaged: it is not what was written there (its SHA-256 differs).")
+    return manifest["step"]
+
+
+def load_adapter(directory: Path, policy: Policy) -> None:
+    """Put a saved adapter's weights into the policy.
+
+    Raises:
+        GradeError: the folder holds no adapter, a damaged one, or one of another shape.
+    """
+    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+
+    if not (directory / "adapter_config.json").is_file():
+        raise GradeError(f"checkpoint {directory}: no adapter is saved there (adapter_config.json is missing).")
+    if not any((directory / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        raise GradeError(  # peft would look for the folder's name at the hub
+            f"checkpoint {directory}: no adapter is saved there (adapter_model.safetensors is missing)."
+        )
+    if (directory / MANIFEST_FILE).is_file():  # an adapter from elsewhere has none
+        verified_step(directory)
+    try:
+        saved, ours = LoraConfig.from_pretrained(str(directory)), policy.model.peft_config["default"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise GradeError(f"checkpoint {directory}: adapter_config.json is damaged ({reason_of(error)}).") from error
+    for name in ("r", "lora_alpha", "use_rslora"):
+        if getattr(saved, name) != getattr(ours, name):
+            raise GradeError(
+                f"checkpoint {directory} was trained with {name}={getattr(saved, name)}, model.lora gives "
+                f"{getattr(ours, name)}: its weights would mean something else. Use the config the run was made with."
+            )
+    try:
+        weights = load_peft_weights(str(directory), device=str(policy.device))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise GradeError(f"checkpoint {directory}: its adapter cannot be read ({reason_of(error)}).") from error
+    wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if wrong is not None:
+        raise GradeError(f"checkpoint {directory}: its adapter is broken, {wrong} is not finite. Use another one.")
+    try:
+        outcome = set_peft_model_state_dict(policy.model, weights)
+    except RuntimeError as error:
+        reason = reason_of(error)
+        raise GradeError(f"checkpoint {directory} does not fit model.name and model.lora: {reason}") from error
+    expected = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    missing = [name for name in outcome.missing_keys if name in expected]
+    if missing or outcome.unexpected_keys:
+        raise GradeError(
+            f"checkpoint {directory} does not fit model.lora: {len(missing)} adapter tensors are missing from it and "
+            f"{len(outcome.unexpected_keys)} have no place here. Use the config the run was made with."
+        )
+
+
+def adapter_digest(directory: Path) -> Optional[str]:
+    """SHA-256 of a saved adapter's weights, which a folder's name does not tell. None if there are none."""
+    weights = directory / "adapter_model.safetensors"
+    return sha256(weights) if weights.is_file() else None
+
+
+def load_state(directory: Path) -> dict[str, Any]:
+    """The trainer's state saved with a checkpoint, and the number of steps of its manifest as `step`.
+
+    Raises:
+        GradeError: there is none, or it is damaged.
+    """
+    folder = latest(directory)
+    if not folder.is_dir():
+        raise GradeError(
+            f"train.resume: {directory} is no checkpoint: there is nothing to continue. --train.resume auto starts "
+            "where that is so."
+        )
+    try:
+        step = verified_step(folder)
+        state = tree.load(folder / _STATE_STEM)
+        if any(isinstance(leaf, torch.Tensor) and not leaf.isfinite().all() for leaf in tree.leaves(state)):
+            raise GradeError(f"{folder} holds values that are not finite.")
+    except GradeError as error:
+        raise GradeError(f"train.resume: {error} Start again with --train.overwrite true.") from error
+    return {**state, "step": step}

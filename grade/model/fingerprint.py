@@ -1,0 +1,130 @@
+"""What a run, a trained head or a measurement depends on, told by content: a path or a name may hold something else
+tomorrow. Two fingerprints are dictionaries of SHA-256 sums and numbers; `differing` says in words where they differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Mapping
+
+import torch
+from torch import Tensor
+
+from grade.config import Config
+from grade.errors import GradeError, read_json, reason_of
+from grade.files import remembered_sha256
+from grade.model.policy import Policy
+
+_MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "*.py")
+_WORDS = {
+    "model": "the base model's weights or settings", "tokenizer": "the tokenizer", "data": "the data of task.dataset",
+    "reward": "the reward model", "responses_per_step": "the responses of a step, over all processes",
+}
+
+
+def model_digest(name: str, loaded) -> str:
+    """SHA-256 over the files of a model folder, or the commit of a hub model.
+
+    Args:
+        name: folder or hub name it was loaded from.
+        loaded: the transformers model or its config.
+
+    Raises:
+        GradeError: a file cannot be read any more.
+    """
+    folder = Path(name)
+    commit = getattr(getattr(loaded, "config", loaded), "_commit_hash", None)
+    if folder.is_dir():
+        files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+        try:
+            return _digest({path.name: remembered_sha256(path) for path in files})
+        except OSError as error:
+            raise GradeError(f"{error.filename} cannot be read ({error.strerror or reason_of(error)}).") from error
+    return commit or tensors_digest(loaded.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """SHA-256 over everything that decides which ids a text gets: vocabulary, rules, special tokens, template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:  # how the last call padded and cut, which says nothing of the next
+        del rules["padding"], rules["truncation"]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return _digest({"rules": rules, "special": special, "template": str(getattr(tokenizer, "chat_template", None))})
+
+
+def data_digest(task) -> str:
+    """SHA-256 over the rows of every split that a run uses."""
+    described = task.describe()
+    splits = {name: split for name, split in described["splits"].items() if name != "judge"}
+    return _digest({"task": described["task"], "splits": splits})
+
+
+def judge_digest(task) -> str:
+    """SHA-256 over the rows that train the judge of a comparison, which no run reads."""
+    return _digest(task.describe()["splits"].get("judge"))
+
+
+def inputs_of(config: Config, policy: Policy, task, reward) -> dict[str, str]:
+    """The fingerprint of what a run reads: model, tokenizer, data and reward."""
+    return {**model_inputs(policy), "data": data_digest(task), "reward": reward_digest(config, reward)}
+
+
+def model_inputs(policy: Policy) -> dict[str, str]:
+    """The fingerprint of the base model and its tokenizer."""
+    base = policy.model.get_base_model()
+    return {"model": model_digest(base.name_or_path, base), "tokenizer": tokenizer_digest(policy.tokenizer)}
+
+
+def reward_digest(config: Config, reward) -> str:
+    """Of the trained head, the classifier, or the name of a program."""
+    if not reward.differentiable:
+        return type(reward).__name__
+    if config.reward.model is not None:
+        return model_digest(config.reward.model, reward.model)
+    return tensors_digest(reward.head.state_dict())
+
+
+def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two fingerprints, as words; empty if nothing does."""
+    names = [name for name in now if then.get(name) != now[name]]
+    return ", ".join(
+        f"{_WORDS.get(name, name)} ({then.get(name)} then, {now[name]} now)" if isinstance(now[name], int)
+        else _WORDS.get(name, name) for name in names
+    )
+
+
+def check_made_from(run_dir: Path, inputs: Mapping[str, Any]) -> None:
+    """Refuse to judge a run's checkpoints with other inputs than it was made from.
+
+    Args:
+        run_dir: the run's folder; nothing is known of one without run.json.
+        inputs: the part of the fingerprint that must be the same.
+
+    Raises:
+        GradeError: with what differs.
+    """
+    record = run_dir / "run.json"
+    if not record.is_file():
+        return
+    changed = differing(read_json(record, f"Delete {record} to go without this check.", "inputs")["inputs"], inputs)
+    if changed:
+        raise GradeError(
+            f"{run_dir} was made with something else: {changed}. Put it back: its checkpoints belong to that."
+        )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()

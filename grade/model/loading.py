@@ -1,0 +1,174 @@
+"""Load what a config names: tokenizer, prompts, base model with its adapter. Mistakes end in words, early."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Dict, List
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from grade.built_in.countdown_model import countdown_model
+from grade.built_in.demo_model import demo_model
+from grade.config import Config
+from grade.config.tasks import JUDGED_BY_PROGRAM
+from grade.errors import GradeError
+from grade.machine import free_bytes
+from grade.model.policy import Policy
+from grade.model.pretrained import Pretrained, context_of
+
+
+def model_path(config: Config) -> str:
+    """model.name, or for `built-in:NAME` the folder of that model, trained now if it is not in the cache.
+
+    Raises:
+        GradeError: there is no such built-in model.
+    """
+    kind, _, name = config.model.name.partition(":")
+    if kind != "built-in":
+        return config.model.name
+    models = {"countdown": countdown_model, "demo": demo_model}
+    if name not in models:
+        raise GradeError(f"model.name={config.model.name}: the built-in models are {', '.join(sorted(models))}.")
+    return str(models[name]())
+
+
+def policy_source(config: Config) -> Pretrained:
+    """Where model.name's files are.
+
+    Raises:
+        GradeError: model.name is a path without a model.
+    """
+    model = config.model
+    return Pretrained(
+        "model.name", model.name, path=model_path(config), revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def load_tokenizer(config: Config):
+    """The policy's tokenizer, padding on the left.
+
+    Raises:
+        GradeError: model.name cannot be found.
+    """
+    source = policy_source(config)
+    source.check_weights()  # a mistake that shows at once is told at once
+    tokenizer = source.tokenizer()
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(config: Config, tokenizer, device: torch.device) -> Policy:
+    """The base model, frozen, with a fresh adapter initialised from config.seed.
+
+    Raises:
+        GradeError: the model cannot be found or used, its context is too short, it has no such target modules, or
+            generation.top_k exceeds its vocabulary.
+    """
+    source = policy_source(config)
+    _check_fits(config, source.config())
+    transformers_logging.disable_progress_bar()  # one line per file of weights says less than it costs to read
+    base, found = source.model(
+        AutoModelForCausalLM, dtype=getattr(torch, config.model.dtype),
+        attn_implementation=config.model.attn_implementation, output_loading_info=True,
+    )
+    if found["missing_keys"]:
+        raise GradeError(
+            f"model.name={config.model.name}: its files lack {len(found['missing_keys'])} of the model's tensors (such "
+            f"as {min(found['missing_keys'])}), which transformers fills with random numbers. Name a complete model."
+        )
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= base.get_input_embeddings().weight.shape[0]:
+        raise GradeError(
+            f"model.name={config.model.name}: its tokenizer knows id {largest}, its embedding has only "
+            f"{base.get_input_embeddings().weight.shape[0]} rows. Resize it with model.resize_token_embeddings."
+        )
+    return Policy(add_adapter(base.to(device), config), tokenizer, length=_longest(config))
+
+
+def add_adapter(base, config: Config):
+    """The frozen base with a LoRA adapter; the same seed gives the same adapter whatever ran before."""
+    lora = config.model.lora
+    linear = {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    missing = [name for name in lora.target_modules if not any(m == name for m in linear)]
+    if missing:
+        raise GradeError(
+            f"model.lora.target_modules: {config.model.name} has no linear layer called {', '.join(missing)}. "
+            f"It has {', '.join(sorted(linear))}."
+        )
+    layers = [
+        m for name, m in base.named_modules()
+        if name.rsplit(".", 1)[-1] in lora.target_modules and isinstance(m, (torch.nn.Linear, Conv1D))
+    ]
+    needed = 16 * lora.r * sum(sum(m.weight.shape) for m in layers)  # float32: weights, gradients and two moments
+    free = free_bytes(base.device)
+    if free is not None and needed > free:
+        raise GradeError(
+            f"model.lora.r is {lora.r}: its adapter would take {needed / 2**30:.1f} GiB to train, and "
+            f"{free / 2**30:.1f} GiB are free. Lower it, or name fewer model.lora.target_modules."
+        )
+    settings = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
+        task_type="CAUSAL_LM", fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()),
+    )
+    base.requires_grad_(False)
+    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        with warnings.catch_warnings():
+            # peft asks a property that transformers has renamed; users can do nothing about it.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return get_peft_model(base, settings)
+
+
+def load_prompts(config: Config, task, tokenizer) -> Dict[str, List[List[int]]]:
+    """Token ids of the prompts of training ("policy"), "validation" and "test", the last two as many as are evaluated.
+
+    Raises:
+        GradeError: the task cannot make prompts with these settings, or a split has none.
+    """
+    evaluation = config.evaluation
+    limits = {"policy": None, "validation": evaluation.validation_prompts, "test": evaluation.test_prompts}
+    prompts = {split: task.prompts(split, tokenizer, limit=limit) for split, limit in limits.items()}
+    empty = [split for split in limits if not prompts[split] and limits[split] != 0]
+    if empty:
+        raise GradeError(
+            f"nothing in the {empty[0]} split gives a prompt: check the data of task.dataset and task.prompt_max_chars."
+        )
+    return prompts
+
+
+def _trains_head(config: Config) -> bool:
+    return config.reward.model is None and config.task.name not in JUDGED_BY_PROGRAM
+
+
+def _longest(config: Config) -> int:
+    """Positions of the longest sequence that the policy or its base will see."""
+    whole = config.task.prompt_max_tokens + config.generation.max_new_tokens
+    return max(whole, config.reward.max_tokens) if _trains_head(config) else whole
+
+
+def _check_fits(config: Config, settings) -> None:
+    text = settings.get_text_config()
+    context = context_of(settings)
+    prompt, response = config.task.prompt_max_tokens, config.generation.max_new_tokens
+    if context is not None and prompt + response > context:
+        raise GradeError(
+            f"task.prompt_max_tokens ({prompt}) + generation.max_new_tokens ({response}) is {prompt + response}, but "
+            f"the context of {config.model.name} is {context} tokens. Lower one of them."
+        )
+    if _trains_head(config) and context is not None and config.reward.max_tokens > context:
+        raise GradeError(
+            f"reward.max_tokens ({config.reward.max_tokens}) exceeds the context of {config.model.name}, {context} "
+            "tokens. Lower it."
+        )
+    if config.generation.top_k > text.vocab_size:
+        raise GradeError(
+            f"generation.top_k ({config.generation.top_k}) exceeds the vocabulary of {config.model.name}, "
+            f"{text.vocab_size} tokens. Lower it."
+        )

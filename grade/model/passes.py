@@ -1,0 +1,109 @@
+"""The two parallel passes over prompt + response: the policy's, and the frozen base's.
+
+The base pass serves two readers at once. Its hidden states one position early give the reference logits; those of
+the response, with the prompt's, are the features of a reward that shares the base. So one forward gives both values,
+and one backward both gradients with respect to the response's embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+from grade.model.cache import repeat_rows
+from grade.model.policy import Policy
+from grade.rollout import Rollout
+from grade_kernels import SparseTokens, soft_embedding
+
+
+@dataclass
+class BasePass:
+    """Hidden states of the frozen base.
+
+    Args:
+        reference: [B, S, d], the states whose logits predict the response's tokens.
+        response: [B, S, d], the states at the response's tokens.
+        prompt_sum, prompt_count: [B, d] float32 (float64 for float64 models) and [B], the prompt's states summed over
+            real tokens.
+    """
+
+    reference: Tensor
+    response: Tensor
+    prompt_sum: Tensor
+    prompt_count: Tensor
+
+
+def fed_embeddings(rollout: Rollout, table: Tensor, scale: float) -> Tensor:
+    """[B, S, d], what sampling fed back, as rows of `table` [V, d]: tokens, or for soft GRADE the mixtures.
+
+    Padding is zero.
+    """
+    if rollout.weights is None:
+        rows = torch.nn.functional.embedding(rollout.tokens, table)
+    else:
+        fed = SparseTokens(rollout.indices, rollout.weights, rollout.tokens, rollout.token_weight, hard=False)
+        rows = soft_embedding(fed, table)
+    return rows * scale * rollout.mask[..., None]
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """float32 for sums over half-precision and float32 values, float64 for float64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def per_token(rows: Tensor, mask: Tensor) -> Tensor:
+    """[n, ...] rows of the real tokens, in the order of mask.nonzero() -> [B, S, ...] with zeros at padding."""
+    return rows.new_zeros(*mask.shape, *rows.shape[1:]).index_put((mask,), rows)
+
+
+def policy_pass(
+    policy: Policy, rollout: Rollout, x: Tensor, *, dropout: bool = False, checkpoint: bool = False,
+    adapters: bool = True,
+) -> Tensor:
+    """[B, S, d] hidden states that predict the response's tokens; `x` [B, S, d] are its embeddings."""
+    with policy.state(adapters=adapters, dropout=dropout, checkpoint=checkpoint):
+        hidden = policy.hidden(*_whole_sequence(policy, rollout, x))
+    prompt = rollout.prompt_ids.shape[1]
+    return hidden[:, prompt - 1: -1]
+
+
+def base_pass(
+    policy: Policy, rollout: Rollout, x: Tensor, *, prompt_cache: bool = True, checkpoint: bool = False,
+) -> BasePass:
+    """The frozen base over prompt + response.
+
+    Args:
+        x: [B, S, d], the response's embeddings; gradients flow to them.
+        prompt_cache: compute each distinct prompt once, without a graph, and let its samples read its KV cache.
+            Exact up to rounding: nothing before the response depends on `x`. Not with `checkpoint`, whose
+            recomputation would write the cache twice, nor where the model cannot (`Policy.reads_prompt_cache`).
+    """
+    prompt = rollout.prompt_ids.shape[1]
+    if checkpoint or not (prompt_cache and policy.reads_prompt_cache):
+        with policy.state(adapters=False, checkpoint=checkpoint):
+            hidden = policy.hidden(*_whole_sequence(policy, rollout, x))
+        before, response, last = hidden[:, :prompt], hidden[:, prompt:], hidden[:, prompt - 1]
+    else:
+        copies = rollout.samples_per_prompt
+        with policy.state(adapters=False):
+            cache = policy.new_cache()
+            with torch.no_grad():
+                embeddings = policy.embed(rollout.prompt_ids[::copies])
+                before = policy.hidden(embeddings, rollout.prompt_mask[::copies], cache)
+                before = before.repeat_interleave(copies, dim=0)
+            if copies > 1:
+                repeat_rows(cache, copies)
+            response = policy.hidden(x, torch.cat([rollout.prompt_mask, rollout.mask], dim=1), cache)
+        last = before[:, -1]
+    reference = torch.cat([last[:, None], response[:, :-1]], dim=1)
+    prompt_sum = (before.to(accumulation_dtype(before)) * rollout.prompt_mask[..., None]).sum(1)
+    return BasePass(reference, response, prompt_sum, rollout.prompt_mask.sum(1))
+
+
+def _whole_sequence(policy: Policy, rollout: Rollout, x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Embeddings [B, P + S, d] and mask [B, P + S] of prompt and response."""
+    embeddings = torch.cat([policy.embed(rollout.prompt_ids).to(x.dtype), x], dim=1)
+    return embeddings, torch.cat([rollout.prompt_mask, rollout.mask], dim=1)

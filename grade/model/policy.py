@@ -1,0 +1,322 @@
+"""The policy: one causal language model seen twice, with its adapter on (policy) and off (frozen base).
+
+This is the whole contract between `grade` and transformers. A model fits when
+    hidden = backbone(inputs_embeds=X, attention_mask, position_ids)       # after the final norm
+    logits = cap * tanh((scale * hidden @ W^T + bias) / cap)               # cap, bias optional
+    X      = embedding_scale * E[ids]
+holds; `grade.model.probe` measures that it does, and finds `scale`, `cap` and `embedding_scale`, before any run.
+
+Adapter and dropout switches are module state, but activation checkpointing runs a forward again during backward,
+when the switches may stand elsewhere. So every checkpointed layer records the state of its own forward and puts it
+back for the recomputation (`_checkpoint_contexts`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from contextlib import contextmanager
+from typing import Iterator, List, NamedTuple, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from grade.errors import GradeError, reason_of
+from grade.model.cache import decoding_cache, is_recurrent
+from grade.model.end_of_sequence import end_ids
+from grade.model.probe import check_finite, probe_embedding, probe_head, probe_passes
+from grade.model.probe_decoding import (
+    probe_checkpointing,
+    probe_decoding,
+    probe_length,
+    probe_merged,
+    probe_prompt_cache,
+)
+
+
+class State(NamedTuple):
+    """What the next forward of the shared weights is: the policy or the base, with or without adapter dropout, its
+    layers checkpointed or not."""
+
+    adapters: bool
+    dropout: bool
+    checkpoint: bool = False
+
+
+class Policy:
+    """A peft model with the pieces replay needs.
+
+    Args:
+        model: `PeftModel` around a transformers causal language model; only adapter parameters are trainable.
+        tokenizer: its tokenizer.
+        probe: measure on a few tokens that the model fits the contract above, and that every way in which a run calls
+            it agrees with a parallel pass. Costs a few dozen tiny forwards.
+        length: positions of the longest sequence of the run, which the probe tries once too; 0: no such try.
+
+    Attributes:
+        backbone: the transformer without its head.
+        cache_name: what the backbone calls its cache; None where it takes none, which the probe refuses.
+        adapter_layers: the layers that have one.
+        reads_prompt_cache: whether a pass with a graph may read a prompt's cache (see `grade.model.passes`).
+        embedding: [V, d] input table; `embedding_scale` multiplies its rows.
+        head, head_bias: [V, d] and [V] or None; `logit_scale` and `softcap` complete the head.
+        suppressed: [n] int64, ids the tokenizer does not know (padding of the vocabulary); never sampled.
+        eos_ids: [m] int64, ids that end a response.
+
+    Raises:
+        GradeError: the model does something between embedding and logits that replay would get wrong.
+    """
+
+    def __init__(self, model, tokenizer, *, probe: bool = True, length: int = 0):
+        self.model, self.tokenizer = model, tokenizer
+        self.causal_lm = model.get_base_model()
+        self.config = self.causal_lm.config
+        self.backbone = _backbone(self.causal_lm)
+        self._names = frozenset(inspect.signature(self.backbone.forward).parameters)
+        # transformers 5.24 renamed `past_key_values`, in Mamba `cache_params`, and warns at the old names.
+        self.cache_name = next(filter(self.takes, ("cache", "past_key_values", "cache_params")), None)
+        self.adapter_layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self._checkpoint_layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self._state = State(adapters=True, dropout=False)
+        model.eval()
+
+        head, table = self.causal_lm.get_output_embeddings(), self.causal_lm.get_input_embeddings()
+        if head is None or isinstance(head, BaseTunerLayer) or isinstance(table, BaseTunerLayer):
+            raise GradeError(
+                "model.lora.target_modules reaches the head or the embedding (or the model has no head): replay "
+                "shares both with the frozen base. Adapt inner layers only."
+            )
+        self.embedding, self.embedding_scale = table.weight.detach(), 1.0
+        self.head = head.weight.detach()
+        self.head_bias = head.bias.detach() if getattr(head, "bias", None) is not None else None
+        self.logit_scale, self.softcap = 1.0, None
+        self.reads_prompt_cache = self._merges = True
+        if probe:
+            self._probe(length)
+
+        known = torch.tensor(sorted(set(tokenizer.get_vocab().values())))
+        unknown = torch.ones(self.vocab_size, dtype=torch.bool)
+        unknown[known[known < self.vocab_size]] = False
+        self.suppressed = unknown.nonzero().squeeze(1).to(self.device)
+        ends = end_ids(self.causal_lm, tokenizer, self.vocab_size)
+        self.eos_ids = torch.tensor(list(ends), dtype=torch.int64, device=self.device)
+        # Pad only fills positions that masks exclude, so any id will do; eos may double as pad.
+        pad = tokenizer.pad_token_id
+        self.pad_id = pad if pad is not None and 0 <= pad < len(self.embedding) else int(self.eos_ids[0])
+
+    def _probe(self, length: int) -> None:
+        check_finite(self)
+        try:
+            self.embedding_scale = probe_embedding(self)
+            self.logit_scale, self.softcap = probe_head(self)
+            probe_passes(self)
+            probe_decoding(self)
+            if length:
+                probe_length(self, length)
+            self.reads_prompt_cache = probe_prompt_cache(self)
+            self._merges = probe_merged(self)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            raise GradeError(
+                f"model.name: {type(self.causal_lm).__name__} cannot run the passes that replay needs "
+                f"({reason_of(error)}). Choose another model."
+            ) from error
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.shape[0]
+
+    @property
+    def head_transform(self) -> dict:
+        """The head's keyword arguments for `grade_kernels`."""
+        return {"bias": self.head_bias, "scale": self.logit_scale, "softcap": self.softcap}
+
+    def parameters(self) -> List[torch.nn.Parameter]:
+        """The trainable parameters, in a fixed order."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def takes(self, name: str) -> bool:
+        """Whether the backbone's signature names this argument; what it takes beside them it may ignore."""
+        return name in self._names
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[...] ids -> [..., d], what the model itself feeds for them."""
+        return torch.nn.functional.embedding(ids, self.embedding) * self.embedding_scale
+
+    def new_cache(self, capacity: Optional[int] = None) -> DynamicCache:
+        """An empty KV cache. With `capacity` it is written in place: room for as many positions, and no graph."""
+        config = self.config.get_text_config()
+        return DynamicCache(config=config) if capacity is None else decoding_cache(config, capacity)
+
+    def hidden(self, embeddings: Tensor, mask: Optional[Tensor], cache: Optional[DynamicCache] = None) -> Tensor:
+        """Final hidden states of `embeddings`, under the current state.
+
+        Args:
+            embeddings: [B, T, d], the last T positions of the sequence; earlier ones are in `cache`.
+            mask: [B, T_past + T] bool, real positions of the whole sequence; left padding is fine. None: all are.
+            cache: grows in place by T positions.
+
+        Returns:
+            [B, T, d].
+        """
+        batch, length = embeddings.shape[:2]
+        positions = None
+        if cache is not None and is_recurrent(cache):
+            mask = None if mask is None else mask[:, -length:]  # there are no earlier positions to be seen
+        if not self.takes("position_ids"):
+            pass
+        elif mask is None:
+            past = 0 if cache is None else cache.get_seq_length()
+            positions = torch.arange(past, past + length, device=embeddings.device).expand(batch, -1)
+        else:
+            positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -length:]
+        mask = None if mask is None else mask.long()
+        return self.forward(embeddings, mask, positions, cache)
+
+    def forward(
+        self, embeddings: Tensor, mask: Optional[Tensor], positions: Optional[Tensor], cache: Optional[Cache] = None
+    ) -> Tensor:
+        """The backbone's final hidden states [B, T, d], by the names that its signature has for what it is given.
+
+        Args:
+            mask: [B, T_past + T] int64, or a mask of its attention's own shape.
+            positions: [B, T] int64, ignored by a model that finds them itself.
+        """
+        given = {"inputs_embeds": embeddings, "attention_mask": mask, "use_cache": cache is not None}
+        if self.cache_name is not None:
+            given[self.cache_name] = cache
+        if self.takes("position_ids"):
+            given["position_ids"] = positions
+        return self.backbone(**given).last_hidden_state
+
+    # -- state -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def state(self, *, adapters: bool, dropout: bool = False, checkpoint: bool = False) -> Iterator[None]:
+        """Run forwards as the policy (`adapters=True`) or as the frozen base.
+
+        Args:
+            dropout: adapter dropout on. Every other dropout is always off.
+            checkpoint: recompute these forwards' layers in backward (after `enable_checkpointing`).
+        """
+        previous = self._state
+        self._apply(State(adapters, dropout, checkpoint))
+        try:
+            yield
+        finally:
+            self._apply(previous)
+
+    def _apply(self, state: State) -> None:
+        previous, self._state = self._state, state
+        if (state.adapters, state.dropout) != (previous.adapters, previous.dropout):
+            for layer in self.adapter_layers:
+                # Not enable_adapters(): it also flips requires_grad, and autograd drops the gradients of a leaf whose
+                # flag is down while a recomputation of the base runs inside its backward.
+                layer._disable_adapters = not state.adapters
+                for dropout in layer.lora_dropout.values():
+                    dropout.train(state.dropout)
+        if state.checkpoint != previous.checkpoint:
+            # transformers checkpoints a layer only while its training flag is up. Raising it on the layer alone
+            # leaves every module below it in eval mode; the layer's own code sees it down again (`_LayerState`).
+            for layer in self._checkpoint_layers:
+                layer.training = state.checkpoint
+
+    def merged_weights(self) -> List[torch.nn.Parameter]:
+        """The weights of which `merged` makes copies.
+
+        None if they are 16-bit, since rounding to them would lose what a small adapter changes; if modules share one
+        of them, which would add the adapters of all to it; or if the probe found that the model does not read them
+        through their layers.
+        """
+        weights = [layer.get_base_layer().weight for layer in self.adapter_layers]
+        if not self._merges or any(weight.dtype.itemsize < 4 for weight in weights):
+            return []
+        readers = Counter(w.data_ptr() for m in self.model.modules() for w in m.parameters(recurse=False))
+        return [] if any(readers[weight.data_ptr()] > 1 for weight in weights) else weights
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Run forwards as the policy with its adapter added to the weights, which saves two products a layer and token.
+
+        Without a graph, and exact up to rounding. The base weights come back to the bit: they are set aside, not
+        subtracted from. Where there are no `merged_weights` the adapter stays beside them.
+        """
+        kept = self.merged_weights()
+        before = [weight.data for weight in kept]
+        with self.state(adapters=not kept):
+            try:
+                with torch.no_grad():
+                    for layer, weight in zip(self.adapter_layers if kept else [], kept, strict=True):
+                        weight.data = sum((layer.get_delta_weight(name) for name in layer.active_adapters), weight.data)
+                yield
+            finally:
+                for weight, data in zip(kept, before, strict=True):
+                    weight.data = data
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the architecture has layers that transformers can checkpoint."""
+        return bool(self._checkpoint_layers) and self.causal_lm.supports_gradient_checkpointing
+
+    def enable_checkpointing(self) -> None:
+        """Let `state(checkpoint=True)` recompute activations in backward.
+
+        Raises:
+            GradeError: the architecture has no checkpointed layers, or they give other gradients.
+        """
+        enable = getattr(self.causal_lm, "activation_checkpointing_enable", None)  # transformers >= 5.20
+        enable = enable or self.causal_lm.gradient_checkpointing_enable
+        if not self.can_checkpoint:
+            raise GradeError(
+                f"method.activation_checkpointing: {type(self.causal_lm).__name__} has no layers that transformers "
+                "can checkpoint. Set it to false."
+            )
+        enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
+        probe_checkpointing(self)
+
+    def _checkpoint_contexts(self):
+        """Contexts of a layer's forward and of its recomputation, which sees the state of that forward."""
+        return _LayerState(self), _LayerState(self)
+
+
+class _LayerState:
+    """Inside a checkpointed layer: the state in which it was called, training flags down (Falcon calls dropout with
+    the layer's own flag). Entered for the forward, and again by every backward through a kept graph."""
+
+    def __init__(self, policy: Policy):
+        self._policy, self._own = policy, policy._state._replace(checkpoint=False)
+        self._previous: List[State] = []
+
+    def __enter__(self) -> None:
+        self._previous.append(self._policy._state)
+        self._policy._apply(self._own)
+
+    def __exit__(self, *_) -> None:
+        self._policy._apply(self._previous.pop())
+
+
+@torch.no_grad()
+def _backbone(causal_lm) -> torch.nn.Module:
+    """The outermost model that a forward of `causal_lm` calls: what its head reads. It need not be its `base_model`, in
+    OPT that is never called, in Llama-4 it is `causal_lm` itself."""
+    called = []
+    inner = [m for m in causal_lm.modules() if isinstance(m, PreTrainedModel) and m is not causal_lm]
+    hooks = [m.register_forward_pre_hook(lambda module, args: called.append(module)) for m in inner]
+    try:
+        causal_lm(input_ids=torch.ones(1, 2, dtype=torch.int64, device=causal_lm.device), use_cache=False)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        pass  # the probe meets the same, and says it
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called[0] if called else causal_lm.base_model

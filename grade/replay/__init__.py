@@ -1,0 +1,1 @@
+"""The gradient through generated tokens, by one parallel pass and a few hops."""

@@ -1,0 +1,1 @@
+"""Sampling without a graph, token by token; or from another engine."""

@@ -1,0 +1,191 @@
+"""`rollout.compile`: decoding by one compiled step over a static KV cache, in CUDA graphs on a GPU.
+
+A token of a small batch is hundreds of small operations that cost more to launch than to run. Shapes must not change
+for them to be recorded, so the cache has its final length from the start, a mask says how far it is filled, and
+rows that have ended stay in the batch.
+
+On a GPU the draw is a few kernels of ours already; from a packed head, on a CPU, it is a hundred operations on [B, k],
+so it is compiled too.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import ContextManager, Iterator, Optional, Tuple
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from grade.errors import GradeError, reason_of
+from grade.model.policy import Policy
+from grade.model.probe import tolerance_of
+from grade.model.probe_decoding import decoding_error
+from grade.sampling.decode import Decoder, Decoding
+from grade.sampling.draw import draw_from_product
+from grade_kernels import SparseTokens
+
+# Prompts differ in length, and every other capacity is compiled anew.
+_CAPACITY_STEP = 64
+
+
+def capacity_of(length: int) -> int:
+    """Positions of a cache for `length` of them."""
+    return -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
+
+
+class CompiledDecoding(Decoding):
+    """What one rollout leaves to the next: the compiled step, and the cache whose addresses it has recorded.
+
+    Raises:
+        GradeError: the policy's attention needs another kind of mask or cache, or there is no compiler.
+    """
+
+    drops_rows = False
+
+    def __init__(self, policy: Policy):
+        super().__init__(policy)
+        config = policy.config.get_text_config()
+        kinds = {type(layer).__name__ for layer in policy.new_cache().layers if type(layer) is not DynamicLayer}
+        if kinds:
+            kinds = set(getattr(config, "layer_types", None) or kinds) - {"full_attention"}
+            raise GradeError(
+                f"rollout.compile: {type(policy.causal_lm).__name__} has layers that keep something else than all "
+                f"earlier positions ({', '.join(sorted(kinds))}), for which the compiled step has no cache. Set "
+                "rollout.compile=false."
+            )
+        attention = getattr(config, "_attn_implementation", None)
+        if attention != "sdpa":
+            raise GradeError(
+                f"rollout.compile: model.attn_implementation is {attention}, and the compiled step masks its cache as "
+                "sdpa does. Set model.attn_implementation=sdpa, or rollout.compile=false."
+            )
+        if getattr(config, "alibi", False):
+            raise GradeError(
+                f"rollout.compile: {type(policy.causal_lm).__name__} makes its positions (alibi) from another kind of "
+                "mask. Set rollout.compile=false."
+            )
+        if not hasattr(StaticLayer(1), "cumulative_length"):
+            raise GradeError(
+                "rollout.compile: this version of transformers counts a static cache's positions in a way that cannot "
+                "be compiled. Install a newer one (5.23 was tested), or set rollout.compile=false."
+            )
+        if policy.device.type == "cpu":
+            try:
+                _find_compiler()
+            except (RuntimeError, OSError) as error:
+                raise _failed(error) from error
+        self._config = config
+        self._shape: Optional[Tuple[int, int]] = None
+        self._cache: Optional[StaticCache] = None
+        self._step = self._forward
+        self._probe()
+        how = {"cpu": {"options": {"cpp_wrapper": True}}, "cuda": {"mode": "reduce-overhead"}}
+        self._step = torch.compile(self._forward, dynamic=False, **how.get(policy.device.type, {}))
+        if policy.device.type == "cpu":
+            self._draw = torch.compile(draw_from_product)  # not dynamic=False: the temperature changes
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Before anything is compiled, the step decodes what a parallel pass computes.
+
+        Raises:
+            GradeError: it does not.
+        """
+        name = type(self.policy.causal_lm).__name__
+        reason = "it gives other hidden states than a parallel pass"
+        try:
+            error = decoding_error(self.policy, self.start, drops_rows=False)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as failure:
+            error, reason = math.inf, reason_of(failure)
+        self._shape = self._cache = None
+        if error > tolerance_of(self.policy.dtype):
+            raise GradeError(
+                f"rollout.compile: {name} cannot be decoded with a static cache ({reason}). Set rollout.compile=false."
+            )
+
+    def state(self, adapters: bool) -> ContextManager:
+        """As for the plain one, but CUDA graphs have recorded where the weights are, so none are merged there."""
+        return self.policy.state(adapters=adapters) if self.policy.device.type == "cuda" else super().state(adapters)
+
+    def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> CompiledDecoder:
+        return CompiledDecoder(self, prompt_ids, prompt_mask, copies=copies, steps=steps)
+
+    def draw(self, *args, **kwargs) -> SparseTokens:
+        with _explained():
+            return super().draw(*args, **kwargs)
+
+    def cache(self, batch: int, length: int) -> StaticCache:
+        """An empty cache for `length` positions or more; the last rollout's where it fits, as any other address or size
+        is compiled or recorded anew."""
+        capacity = capacity_of(length)
+        if self._shape is not None and self._shape[0] == batch and self._shape[1] >= capacity:
+            self._cache.reset()
+        else:
+            self._shape, self._cache = (batch, capacity), StaticCache(config=self._config, max_cache_len=capacity)
+        return self._cache
+
+    def step(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
+        """[B, 1, d], mask [B, 1, 1, capacity] and positions [B, 1] -> [B, 1, d]."""
+        if self.policy.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        with _explained():
+            return self._step(embeddings, mask, positions, cache).clone()  # the graph's own output is overwritten
+
+    def _forward(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
+        return self.policy.forward(embeddings, mask, positions, cache)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn a failure of torch.compile into what to do.
+
+    Raises:
+        GradeError: it failed.
+    """
+    try:
+        yield
+    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        raise _failed(error) from error
+
+
+def _find_compiler() -> None:
+    """Raises what torch.compile would raise at its first call."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds, and is torch's own affair
+
+    get_cpp_compiler()
+
+
+def _failed(error: Exception) -> GradeError:
+    return GradeError(
+        f"rollout.compile: torch.compile failed ({reason_of(error)}). Mend what it names (it needs a C++ compiler on "
+        "a CPU, Triton on a GPU), or set rollout.compile=false."
+    )
+
+
+class CompiledDecoder:
+    """`Decoder` for a batch that keeps its shape; the prompt runs as it does there."""
+
+    def __init__(
+        self, decoding: CompiledDecoding, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int
+    ):
+        prompts = Decoder(decoding.policy, prompt_ids, prompt_mask, copies=copies, steps=0)
+        prompt_mask = prompt_mask.repeat_interleave(copies, dim=0)
+        self.hidden = prompts.hidden
+        self._decoding, (batch, self._length) = decoding, prompt_mask.shape
+        self._cache = decoding.cache(batch, self._length + steps)
+        for layer, prompt in zip(self._cache.layers, prompts.cache.layers, strict=True):
+            layer.update(prompt.keys, prompt.values)
+        self._mask = prompt_mask.new_zeros(batch, 1, 1, self._cache.layers[0].max_cache_len)
+        self._mask[:, 0, 0, : self._length] = prompt_mask
+        self._positions = prompt_mask.sum(1, keepdim=True)
+
+    def feed(self, embeddings: Tensor) -> Tensor:
+        """[B, d] embeddings of the newest tokens -> [B, d] states that predict the next."""
+        self._mask[..., self._length] = True
+        hidden = self._decoding.step(embeddings[:, None], self._mask, self._positions, self._cache)[:, 0]
+        self._length += 1
+        self._positions += 1
+        return hidden

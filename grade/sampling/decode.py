@@ -1,0 +1,58 @@
+"""Decoding without a graph: hidden states of the newest token, one forward of one position a token, and its draw."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import ContextManager, Iterator, Optional
+
+from torch import Tensor
+
+from grade.model.decoder import Decoder
+from grade.model.policy import Policy
+from grade.sampling.draw import Sampling, draw_from_product, draw_tokens
+from grade.sampling.packed_head import pack, packed_product, worth_packing
+from grade_kernels import SparseTokens
+
+
+class Decoding:
+    """How a policy's responses are decoded: plainly, or with `rollout.compile` as `CompiledDecoding` does it.
+
+    Attributes:
+        drops_rows: whether responses that have ended may leave the batch.
+    """
+
+    drops_rows = True
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+        self._packed: Optional[Tensor] = None  # the head, during a rollout
+        self._draw = draw_from_product
+
+    @contextmanager
+    def prepared(self, adapters: bool, sampling: Sampling, responses: int) -> Iterator[None]:
+        """For one rollout of at most `responses` at a time: the policy's state, and copies of weights that are quicker
+        to read."""
+        if sampling.top_p is None and worth_packing(self.policy.head, responses, sampling.max_new_tokens):
+            self._packed = pack(self.policy.head)
+        try:
+            with self.state(adapters):
+                yield
+        finally:
+            self._packed = None
+
+    def state(self, adapters: bool) -> ContextManager:
+        """The policy's state for a rollout."""
+        return self.policy.merged() if adapters else self.policy.state(adapters=False)
+
+    def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> Decoder:
+        """Run the prompts [U, P]; `Decoder` has the arguments."""
+        return Decoder(self.policy, prompt_ids, prompt_mask, copies=copies, steps=steps)
+
+    def draw(self, hidden: Tensor, sampling: Sampling, *, seed: int, rows: Tensor, suppress: Tensor) -> SparseTokens:
+        """`draw_tokens` of [b, d] hidden states, inside `prepared` for the same `sampling`."""
+        if self._packed is None:
+            return draw_tokens(self.policy, hidden, sampling, seed=seed, rows=rows, suppress=suppress)
+        return self._draw(
+            packed_product(hidden, self._packed), sampling.top_k, sampling.tau, seed, rows, suppress,
+            not sampling.soft, **self.policy.head_transform,
+        )

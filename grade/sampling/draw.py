@@ -1,0 +1,111 @@
+"""One token per row: the top-k of its logits, Gumbel noise at temperature 1, optionally within a nucleus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from grade.config import GenerationConfig
+from grade.model.policy import Policy
+from grade_kernels import SparseTokens, gumbel_topk, linear_gumbel_topk, vocab_head
+from grade_kernels.random import gumbel
+from grade_kernels.torch_ops.head import finish_logits
+
+
+@dataclass
+class Sampling:
+    """How tokens are drawn.
+
+    Args:
+        max_new_tokens, min_new_tokens: length of a response, its end-of-sequence token included.
+        top_k: candidates per token.
+        tau: temperature of the relaxed weights; tokens do not depend on it.
+        soft: feed the relaxed mixture (GRADE) instead of the token (GRADE-STE).
+        ignore_eos: end-of-sequence does not end a response.
+        top_p: draw from the smallest set of candidates that holds this mass; None draws from all of them.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    top_k: int = 256
+    tau: float = 1.0
+    soft: bool = False
+    ignore_eos: bool = False
+    top_p: Optional[float] = None
+
+
+def sampling_of(generation: GenerationConfig, *, tau: float = 1.0, soft: bool = False) -> Sampling:
+    """Training's sampler as the settings describe it."""
+    return Sampling(
+        max_new_tokens=generation.max_new_tokens, min_new_tokens=generation.min_new_tokens, top_k=generation.top_k,
+        tau=tau, soft=soft, ignore_eos=generation.ignore_eos,
+    )
+
+
+def suppressed_ids(policy: Policy, step: int, min_new_tokens: int, ignore_eos: bool) -> Tensor:
+    """Ids that may not be sampled as token number `step` (from 0)."""
+    if step + 1 < min_new_tokens and not ignore_eos:
+        return torch.cat([policy.suppressed, policy.eos_ids])
+    return policy.suppressed
+
+
+def draw_tokens(
+    policy: Policy, hidden: Tensor, sampling: Sampling, *, seed: int, rows: Tensor, suppress: Tensor
+) -> SparseTokens:
+    """One token per row: [B, d] hidden states -> SparseTokens of [B].
+
+    Args:
+        seed, rows: key the noise; [B] int64.
+        suppress: [m] int64, ids that may not be drawn.
+    """
+    if sampling.top_p is None:
+        return linear_gumbel_topk(
+            hidden, policy.head, sampling.top_k, sampling.tau, seed=seed, rows=rows, suppress=suppress,
+            hard=not sampling.soft, **policy.head_transform,
+        )
+    out = vocab_head(hidden, policy.head, k=sampling.top_k, suppress=suppress, **policy.head_transform)
+    lse = out.lse
+    if len(suppress):  # the nucleus is one of what may be sampled, as if the others had no mass
+        banned = vocab_head(
+            hidden, policy.head, indices=suppress.expand(len(hidden), -1), **policy.head_transform
+        ).mass
+        lse = lse + torch.log1p(-banned.clamp_max(1 - 1e-6))
+    inside = nucleus(out.logits, lse, sampling.top_p)
+    noise = gumbel(seed, 0, rows, out.indices, dtype=torch.float32)
+    noisy = torch.where(inside, out.logits + noise, -torch.inf)
+    tokens = out.indices.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
+    return SparseTokens(out.indices, torch.softmax(noisy / sampling.tau, -1), tokens, out.mass, hard=not sampling.soft)
+
+
+def draw_from_product(
+    product: Tensor, k: int, tau: float, seed: int, rows: Tensor, suppress: Tensor, hard: bool, *,
+    bias: Optional[Tensor], scale: float, softcap: Optional[float],
+) -> SparseTokens:
+    """The same without a nucleus, from hidden @ W^T [B, V], which is overwritten, and the rest of the head.
+
+    Args:
+        rows, suppress: as there; [B] and [m] int64.
+        hard: feed the token instead of the mixture.
+        bias, scale, softcap: `Policy.head_transform`.
+    """
+    logits = finish_logits(product, bias, scale, softcap)
+    return gumbel_topk(logits, k, tau, seed=seed, rows=rows, suppress=suppress, hard=hard)
+
+
+def nucleus(logits: Tensor, lse: Tensor, top_p: float) -> Tensor:
+    """[..., k] bool: the fewest leading candidates that hold `top_p` of the distribution's mass.
+
+    Args:
+        logits: [..., k], descending.
+        lse: [...], log-sum-exp over everything that may be sampled.
+        top_p: mass in (0, 1]. Where all k candidates hold less, all are kept; so are they at 1, whatever rounding
+            does to a sum of 1.
+    """
+    if top_p >= 1:
+        return torch.ones_like(logits, dtype=torch.bool)
+    mass = torch.exp(logits - lse[..., None])
+    before = mass.cumsum(-1) - mass  # mass of the candidates ahead of this one
+    return before < top_p

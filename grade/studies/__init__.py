@@ -1,0 +1,1 @@
+"""Many runs or many gradients, measured against each other."""

@@ -1,0 +1,1 @@
+"""`grade compare`: several methods, several seeds, equal cost."""

@@ -1,0 +1,320 @@
+"""`grade compare`: several methods, several seeds, the same prompts, one run each; tables at equal cost.
+
+    1. sweep     every method with every learning rate, the same few; the best by validation is the method's own
+    2. runs      method x seed with it, seed by seed: a machine that is slower at one time of day is so for all methods
+                 alike; the adapter of every validation is kept
+    3. test      for each run the best checkpoint by validation within the common budget of tokens, and within that of
+                 seconds, on the test prompts (`grade.studies.compare.final_test`)
+    4. tables    `grade.studies.compare.comparison`, shown by `grade.studies.compare.text`
+
+Everything is kept as it is made and found again: a comparison that was stopped goes on where it was, and a run that
+failed is reported and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+from rich.console import Console
+
+from grade.config import Config, validate
+from grade.config.methods import method_named
+from grade.errors import GradeError, printing, writing
+from grade.files import check_writable
+from grade.machine import machine
+from grade.model.fingerprint import inputs_of, judge_digest
+from grade.model.loading import load_prompts, load_tokenizer
+from grade.processes import make_accelerator
+from grade.studies.compare.comparison import (
+    Checkpoint,
+    RunCurve,
+    Tests,
+    best_within,
+    common_budgets,
+    read_run,
+    table,
+    write_comparison,
+)
+from grade.studies.compare.final_test import test_checkpoints, test_key
+from grade.studies.compare.jobs import Job, check_jobs, locked, run_jobs
+from grade.studies.compare.text import TITLES, document, notes, rich_table
+from grade.tasks import load_task
+from grade.training.run_folder import adapter_folder, make_again
+from grade.training.setup import set_up
+
+_GROUP = 4
+_SWEEP_VALIDATIONS = 2
+_TESTED = "Make room on its disk: runs and tests are kept, and the same command writes it."
+_EXTENSIONS = 2  # of the sweep, beyond the factors
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and where it is kept."""
+
+    config: Config
+    methods: Sequence[str]
+    seeds: Sequence[int]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir) / f"compare-{self.config.name}"
+
+    @property
+    def samples_per_prompt(self) -> int:
+        own = self.config.generation.samples_per_prompt
+        return self.config.compare.samples_per_prompt or (own if own > 1 else _GROUP)
+
+    def job(
+        self, method: str, seed: int, learning_rate: float, steps: int, validations: int, run_dir: Path
+    ) -> Job:
+        """A run of a method as it would be by itself, without its own test."""
+        config = self.config
+        train = replace(
+            config.train, learning_rate=learning_rate, steps=steps, run_dir=str(run_dir), keep_adapters=True,
+            resume=False, overwrite=False, tensorboard=False, wandb=False,
+        )
+        return Job(run_dir.name, replace(
+            config, seed=seed, method=method_named(config.method, method), train=train,
+            generation=replace(config.generation, samples_per_prompt=self.samples_per_prompt),
+            evaluation=replace(config.evaluation, test_prompts=0, every=-(-steps // validations)),
+        ))
+
+    def sweep_job(self, method: str, factor: float) -> Job:
+        compare, rate = self.config.compare, self.config.train.learning_rate * factor
+        run_dir = self.folder / "sweep" / f"{method}-lr{rate:g}"
+        return self.job(method, compare.sweep_seed, rate, compare.sweep_steps, _SWEEP_VALIDATIONS, run_dir)
+
+    def run_job(self, method: str, seed: int, learning_rate: float) -> Job:
+        steps, validations = self.config.train.steps, self.config.compare.validations
+        return self.job(method, seed, learning_rate, steps, validations, self.folder / f"{method}-seed{seed}")
+
+
+def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int]) -> dict:
+    """Do what is not done yet and print the tables.
+
+    Args:
+        methods: names in `grade.config.methods.COMPARED`.
+        seeds: of the runs.
+
+    Returns:
+        The payload of comparison.json.
+
+    Raises:
+        GradeError: a method cannot run with this config; two methods are the same; earlier runs had other settings or
+            more steps, or are damaged; another comparison uses the folder; or every run failed.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM while runs go on; the same call goes on where it was.
+    """
+    comparison, console = Comparison(config, methods, seeds), Console(stderr=True, soft_wrap=True)
+    if config.compare.sweep_seed in seeds:
+        raise GradeError(f"compare.sweep_seed ({config.compare.sweep_seed}) is one of --seeds: choose another.")
+    if config.rollout.source is not None:
+        raise GradeError("rollout.source is set, but the runs of a comparison sample for themselves: set it to null.")
+    if config.evaluation.test_prompts == 0:
+        raise GradeError("evaluation.test_prompts is 0, and a comparison ends with a test: set it to 1 or more.")
+    planned = [comparison.run_job(method, seed, config.train.learning_rate) for method in methods for seed in seeds]
+    _check_methods(comparison, planned[::len(seeds)])
+    _check_steps(planned, "train.steps")
+    check_writable("output_dir", comparison.folder)
+    comparison.folder.mkdir(parents=True, exist_ok=True)
+    with locked(comparison.folder) as lock:
+        console.print("Preparing data and reward", highlight=False)
+        inputs, judged = _prepare(config)
+        rates, sweep, failures = _sweep(comparison, inputs, console, lock)
+        jobs = {(m, s): comparison.run_job(m, s, rates[m]) for s in seeds for m in methods if m in rates}
+        check_jobs(list(jobs.values()), inputs)
+        failures |= run_jobs(list(jobs.values()), config.compare.jobs, console, lock=lock)
+        curves = []
+        for key in ((m, s) for m in methods for s in seeds if (m, s) in jobs and jobs[m, s].name not in failures):
+            try:
+                curves.append(_curve(jobs[key], *key))
+            except GradeError as error:
+                failures[jobs[key].name] = str(error)
+        if not curves:
+            raise GradeError(f"every run of the comparison failed: {failures}")
+        chosen = _chosen(comparison, curves)
+        tests, untested, judge = test_checkpoints(config, comparison.folder, {**inputs, **judged}, chosen, console)
+        failures |= untested
+        payload = _payload(comparison, rates, sweep, failures, judge, curves, tests)
+        with writing(comparison.folder / "comparison.json", "output_dir", _TESTED):
+            write_comparison(comparison.folder / "comparison.json", payload)
+        show(payload, comparison.folder)
+    return payload
+
+
+def missing_results(payload: dict) -> Dict[str, str]:
+    """Why there are no results, by name: of runs that failed or could not be tested, and of the trials of methods that
+    have no learning rate. A trial that failed where another one gave the method its rate is no missing result: a step
+    size too large is what a sweep is to find.
+
+    Args:
+        payload: of comparison.json.
+    """
+    without = [method for method in payload["methods"] if method not in payload["learning_rates"]]
+    trials = tuple(f"sweep/{method}-lr" for method in without)
+    return {
+        name: reason for name, reason in payload["failures"].items()
+        if not name.startswith("sweep/") or name.startswith(trials)
+    }
+
+
+def _check_methods(comparison: Comparison, jobs: Sequence[Job]) -> None:
+    """Refuse methods that cannot run, and two that are the same.
+
+    Args:
+        jobs: one of each method, in their order.
+    """
+    config = comparison.config
+    for i, (method, job) in enumerate(zip(comparison.methods, jobs, strict=True)):
+        try:
+            validate(job.config)
+        except GradeError as error:
+            if comparison.samples_per_prompt == config.generation.samples_per_prompt:
+                raise
+            # What is wrong is the comparison's own number, in a setting that the user has not touched.
+            text = str(error).replace("generation.samples_per_prompt", "compare.samples_per_prompt")
+            raise GradeError(text) from error
+        for other, earlier in zip(comparison.methods[:i], jobs[:i], strict=True):
+            if earlier.config.method == job.config.method:
+                raise GradeError(
+                    f"--methods: {other} and {method} are the same method with these settings: leave one out."
+                )
+
+
+def _check_steps(jobs: Iterable[Job], setting: str) -> None:
+    """Refuse fewer steps than a run has had: it would be judged by steps beyond the others' last."""
+    for job in jobs:
+        try:
+            had = len(read_run(job.run_dir, job.name, job.config.seed).tokens)
+        except GradeError:
+            continue  # not begun, or damaged, which is told where its curve is needed
+        if had > job.config.train.steps:
+            raise GradeError(
+                f"{setting} is {job.config.train.steps}, but {job.run_dir} has had {had} steps: set it to {had} or "
+                "more, or compare under another --name."
+            )
+
+
+def _curve(job: Job, method: str, seed: int) -> RunCurve:
+    """The curve of a run that has ended well.
+
+    Raises:
+        GradeError: its files are damaged.
+    """
+    curve = read_run(job.run_dir, method, seed)
+    if not len(curve.tokens) == curve.validations[-1].step == job.config.train.steps:
+        raise GradeError(f"{job.run_dir}/metrics.jsonl lacks steps or validations. {make_again(job.run_dir)}")
+    return curve
+
+
+def _prepare(config: Config) -> Tuple[Dict[str, str], Dict[str, str]]:
+    """Find mistakes in data and prompts, and train the reward head, before several runs would each do so; in this
+    process, and given back. The fingerprints of what the runs read, and of what only their test reads."""
+    accelerator = make_accelerator(config)
+    load_prompts(config, load_task(config), load_tokenizer(config))  # what is quickly found out
+    tokenizer, task, policy, reward = set_up(config, accelerator)
+    inputs = inputs_of(config, policy, task, reward)
+    del policy, reward
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return inputs, {"judge": judge_digest(task)}
+
+
+def _sweep(
+    comparison: Comparison, inputs: Mapping[str, str], console: Console, lock: int
+) -> Tuple[Dict[str, float], List[dict], Dict[str, str]]:
+    """(learning rate by method, what was tried, failures). A rate that fails is not chosen.
+
+    Factors are tried one after another, each with every method. Where a method's best is the lowest or the highest
+    it has tried, a better one may lie beyond: that is tried too, `_EXTENSIONS` times at most.
+    """
+    config, compare = comparison.config, comparison.config.compare
+    factors = sorted(set(compare.learning_rate_factors))
+    if compare.sweep_steps == 0 or len(factors) == 1:
+        rate = config.train.learning_rate * (factors[0] if compare.sweep_steps else 1.0)
+        return {method: rate for method in comparison.methods}, [], {}
+    objectives: Dict[str, Dict[float, Optional[float]]] = {method: {} for method in comparison.methods}
+    failures: Dict[str, str] = {}
+    wanted = [(method, factor) for factor in factors for method in comparison.methods]
+    for _ in range(1 + _EXTENSIONS):
+        jobs = {key: comparison.sweep_job(*key) for key in wanted}
+        check_jobs(list(jobs.values()), inputs)
+        _check_steps(jobs.values(), "compare.sweep_steps")
+        steps = f"{compare.sweep_steps} step{'s' * (compare.sweep_steps > 1)}"
+        console.print(f"Learning rates: {len(jobs)} run{'s' * (len(jobs) > 1)} of {steps}", highlight=False)
+        failures |= run_jobs(list(jobs.values()), compare.jobs, console, lock=lock)
+        for (method, factor), job in jobs.items():
+            found = math.nan
+            if job.name not in failures:
+                found = best_within(_curve(job, method, compare.sweep_seed)).objective
+            objectives[method][factor] = found if math.isfinite(found) else None
+        further = {method: _beyond(tried) for method, tried in objectives.items()}
+        wanted = [(method, factor) for method, factor in further.items() if factor is not None]
+        if not wanted:
+            break
+    rates = {
+        method: config.train.learning_rate * best
+        for method, tried in objectives.items() if (best := _best(tried)) is not None
+    }
+    sweep = [
+        {"method": method, "learning_rate": config.train.learning_rate * factor, "objective": tried[factor]}
+        for method, tried in objectives.items() for factor in sorted(tried)
+    ]
+    return rates, sweep, {f"sweep/{name}": reason for name, reason in failures.items()}
+
+
+def _best(objectives: Mapping[float, Optional[float]]) -> Optional[float]:
+    """The factor with the highest objective, the lowest of equals; None if all failed."""
+    return max((f for f in sorted(objectives) if objectives[f] is not None), key=objectives.get, default=None)
+
+
+def _beyond(objectives: Mapping[float, Optional[float]]) -> Optional[float]:
+    """The factor to try next, where the best is the first or the last: at the ratio to it that it has to its
+    neighbour. None where the best lies inside, or all failed."""
+    factors, best = sorted(objectives), _best(objectives)
+    if best not in (factors[0], factors[-1]):
+        return None
+    return best * best / factors[1 if best == factors[0] else -2]
+
+
+def _chosen(comparison: Comparison, curves: Sequence[RunCurve]) -> Dict[Checkpoint, Path]:
+    """The adapters that the tables need: the best of each run within either budget."""
+    budgets = common_budgets(curves)
+    chosen = {}
+    for curve in curves:
+        for budget in ({"tokens": budgets.tokens}, {"seconds": budgets.seconds}):
+            best = best_within(curve, **budget)
+            if best is not None and best.step > 0:
+                run_dir = comparison.folder / f"{curve.method}-seed{curve.seed}"
+                chosen[curve.method, curve.seed, best.step] = adapter_folder(run_dir, best.step)
+    return chosen
+
+
+def _payload(
+    comparison: Comparison, rates: Dict[str, float], sweep: List[dict], failures: Dict[str, str],
+    judge: Optional[dict], curves: List[RunCurve], tests: Tests,
+) -> dict:
+    return {
+        "config": asdict(comparison.config), "methods": list(comparison.methods), "seeds": list(comparison.seeds),
+        "learning_rates": rates, "sweep": sweep, "failures": failures, "judge": judge,
+        "machine": machine(), "budgets": asdict(common_budgets(curves)),
+        "tables": {budget: table(curves, tests, budget=budget) for budget in ("tokens", "seconds")},
+        "tests": {test_key(key): value for key, value in tests.items()},
+        "curves": [asdict(curve) for curve in curves],
+    }
+
+
+def show(payload: dict, folder: Path) -> None:
+    """Print the two tables with their notes; write them as comparison.md."""
+    with writing(folder / "comparison.md", "output_dir", _TESTED):
+        (folder / "comparison.md").write_text(document(payload), encoding="utf-8")
+    out = Console()
+    with printing():
+        for budget, title in TITLES.items():
+            out.print(rich_table(payload["tables"][budget], title))
+        out.print(notes(payload), highlight=False, markup=False)
+        out.print(f"Comparison: {folder}", soft_wrap=True, highlight=False)

@@ -1,0 +1,150 @@
+"""A comparison as text: the rows of `comparison.py` as Markdown and for the terminal, with the notes below them."""
+
+from __future__ import annotations
+
+from typing import List, Sequence, Tuple
+
+from rich import box
+from rich.table import Table
+
+from grade.machine import machine_line
+from grade.studies.compare.comparison import THRESHOLD, BudgetKind, Budgets
+
+TITLES = {"tokens": "Equal generated tokens", "seconds": "Equal training time"}
+# Key of a row's number, title, digits after the point.
+_QUALITY = (
+    ("test/reward", "test reward", 3), ("test/objective", "test objective", 3),
+    ("test/solve_rate", "test solve rate", 3), ("best", "best validation", 3), ("gap", "validation − test", 3),
+    ("test/judge", "judge", 3), ("test/kl", "KL, nats / token", 3), ("test/entropy", "entropy, nats / token", 2),
+    ("test/perplexity", "perplexity", 1),
+)
+_COST = (
+    ("used_tokens", "tokens used", 0), ("used_seconds", "seconds used", 0),
+    ("steps_to", f"steps to {THRESHOLD:.0%}", 0), ("tokens_to", f"tokens to {THRESHOLD:.0%}", 0),
+    ("seconds_to", f"seconds to {THRESHOLD:.0%}", 0),
+    ("step_seconds", "s/step", 2), ("peak_gib", "peak GiB", 2), ("grad_norm/median", "gradient norm, median", 3),
+    ("grad_norm/p90", "90%", 3), ("grad_norm/max", "max", 3),
+)
+# What fits a terminal of 80 columns; every word of a title is as short as a cell's.
+_NARROW = (
+    ("test/reward", "test reward", 3), ("test/objective", "test obj.", 3), ("test/solve_rate", "solve rate", 3),
+    ("best", "best valid.", 3), ("test/judge", "judge", 3), ("test/kl", "KL / token", 3),
+    ("steps_to", f"steps to {THRESHOLD:.0%}", 0),
+)
+Columns = Sequence[Tuple[str, str, int]]
+
+
+def document(payload: dict) -> str:
+    """comparison.json as Markdown: both tables, learning rates, judge, failures, machine."""
+    budgets = Budgets(**payload["budgets"])
+    seeds = ", ".join(map(str, payload["seeds"]))
+    parts = [f"# {payload['config']['name']}: {', '.join(payload['methods'])}; seeds {seeds}"]
+    for budget, title in TITLES.items():
+        parts.append(f"## {title}\n\n{markdown(payload['tables'][budget], budget, budgets).rstrip()}")
+    return "\n\n".join([*parts, notes(payload)]) + "\n"
+
+
+def notes(payload: dict) -> str:
+    """What stands below the tables: the objective, learning rates, judge, missing checkpoints, failures, machine."""
+    method, metric = payload["config"]["method"], payload["tables"]["tokens"][0]["metric"].replace("_", " ")
+    unit = "response" if method["kl_reduction"] == "sequence_sum" else "token"
+    lines = [f"Objective, which learning rates and checkpoints are chosen by: {metric} − {method['kl_coef']:g} · KL "
+             f"(nats per {unit})."]
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in payload["learning_rates"].items())
+    lines.append(f"Learning rates, by the sweep: {rates}." if payload["sweep"] else f"Learning rates: {rates}.")
+    lines += [f"The sweep's best rate of {method} is the {edge} it tried." for method, edge in _at_edge(payload)]
+    if payload["judge"] is not None:
+        accuracy = ", ".join(f"{value:.3f} on the first {text}" for text, value in payload["judge"]["accuracy"].items())
+        lines.append(f"The judge's held-out accuracy: {accuracy}.")
+    lines += _untrained(payload)
+    lines += [f"Failed: {name}: {reason}" for name, reason in payload["failures"].items()]
+    if payload["failures"]:
+        lines.append("The same command tries failed runs again; one whose folder is deleted starts anew.")
+    jobs = payload["config"]["compare"]["jobs"]
+    lines.append(f"{jobs} run{'s' * (jobs > 1)} at a time. {machine_line(payload['machine'])}")
+    return "\n".join(lines)
+
+
+def _at_edge(payload: dict) -> List[Tuple[str, str]]:
+    """(method, "lowest" or "highest") where a better learning rate may lie beyond those tried."""
+    found = []
+    for method, rate in payload["learning_rates"].items():
+        tried = [trial["learning_rate"] for trial in payload["sweep"] if trial["method"] == method]
+        if tried and rate in (min(tried), max(tried)):
+            found.append((method, "lowest" if rate == min(tried) else "highest"))
+    return found
+
+
+def _untrained(payload: dict) -> List[str]:
+    """A line for each method whose row has the base model's numbers in it, by budget."""
+    lines = []
+    for budget, rows in payload["tables"].items():
+        for row in (row for row in rows if row.get("untrained")):
+            amount, seeds = _amount(budget, Budgets(**payload["budgets"])), row["untrained"]
+            lines.append(
+                f"Within {amount}, {row['method']} had no validated checkpoint for seed{'s' * (len(seeds) > 1)} "
+                f"{', '.join(map(str, seeds))}: the base model's numbers stand in."
+            )
+    return lines
+
+
+def _amount(budget: BudgetKind, budgets: Budgets) -> str:
+    if budget == "tokens":
+        return f"{budgets.tokens:,} generated tokens"
+    return f"{budgets.seconds:{',.0f' if budgets.seconds >= 100 else '.3g'}} s of training"
+
+
+def markdown(rows: Sequence[dict], budget: BudgetKind, budgets: Budgets) -> str:
+    """GitHub tables of `table`'s rows: quality, then cost, with a line that says what they mean."""
+    note = (
+        f"Best checkpoint by the objective on validation within {_amount(budget, budgets)} per run; mean ± standard "
+        f"error over seeds (– for one seed).{_threshold_note(rows)}"
+    )
+    return "\n\n".join([note, _markdown_table(rows, _QUALITY), _markdown_table(rows[1:], _COST)]) + "\n"
+
+
+def _markdown_table(rows: Sequence[dict], columns: Columns) -> str:
+    columns = _with_values(rows, columns)
+    titles = ["method", "seeds", *(title for _, title, _ in columns)]
+    lines = [titles, ["---", *("---:" for _ in titles[1:])], *(_cells(row, columns) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def rich_table(rows: Sequence[dict], title: str) -> Table:
+    """The main columns of `table`'s rows, for the terminal."""
+    columns = _with_values(rows, _NARROW)
+    shown = Table(title=title, caption="± standard error over seeds." + _threshold_note(rows), box=box.SIMPLE_HEAD)
+    for i, name in enumerate(("method", "seeds", *(title for _, title, _ in columns))):
+        shown.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+    for row in rows:
+        # Where a line has to be broken, the standard error stands below the mean as a whole.
+        shown.add_row(*(cell.replace("± ", "±") for cell in _cells(row, columns)))
+    return shown
+
+
+def _threshold_note(rows: Sequence[dict]) -> str:
+    threshold = rows[0]["threshold"]
+    if threshold is None:
+        return " No run improved on the base model."
+    return f" {THRESHOLD:.0%}: of the way from the base model to the best run, a validation of {threshold:.3f}."
+
+
+def _with_values(rows: Sequence[dict], columns: Columns) -> Columns:
+    """Without what no row has; a threshold that nobody reached is something to say."""
+    return [c for c in columns if c[0].endswith("_to") or any(row.get(c[0]) is not None for row in rows)]
+
+
+def _cells(row: dict, columns: Columns) -> List[str]:
+    count = len(row["seeds"])
+    seeds = str(count or "–") + (f" ({row['unfinished']} not done)" if row["unfinished"] else "")
+    return [row["method"], seeds, *(_cell(row, key, digits) for key, _, digits in columns)]
+
+
+def _cell(row: dict, key: str, digits: int) -> str:
+    number = row.get(key)
+    if number is None:
+        return f"not reached ({row['reached']} of {len(row['seeds'])})" if key.endswith("_to") and row["seeds"] else "–"
+    if not row["seeds"]:  # the base model does not depend on the seed
+        return f"{number['mean']:,.{digits}f}"
+    stderr = "–" if number["stderr"] is None else f"{number['stderr']:,.{digits}f}"
+    return f"{number['mean']:,.{digits}f} ± {stderr}"

@@ -1,0 +1,1 @@
+"""`grade variance`: bias and variance of the gradient estimators at fixed parameters."""

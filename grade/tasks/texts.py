@@ -1,0 +1,261 @@
+"""Tasks: labelled texts, the splits that are cut from them, and the openings that serve as prompts.
+
+A task is five disjoint lists of examples. The reward head learns from `reward`, the policy continues openings
+of `policy`, `validation` picks the checkpoint, `test` is looked at once, and `judge` trains the judge of
+comparisons. Everything that decides what a model reads (cleaning, cutting) is in this file, and special tokens are
+in `grade.tasks.encoding`, so that every task, the policy and the reward read the same. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Iterable, Iterator, Sequence
+
+from grade.config import TaskConfig
+from grade.errors import GradeError
+from grade.tasks.encoding import encode
+
+SPLITS = ("reward", "policy", "validation", "test", "judge")
+
+_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+
+# Where a sentence ends. It errs towards missing an end: that only lengthens a prompt, which the limits in
+# characters and tokens then cut, while a false end ("I met Mr.") would spoil it.
+_SENTENCE_END = re.compile(
+    r"(?<![.!?…])"  # start of a run of marks, so that a long row of dots is read once
+    r"(?<!\b[A-HJ-Z])"  # an initial (J. Smith, U.S.), but 'I' may end a sentence
+    r"(?<!\b[MD]r)(?<!\bMrs)(?<!\bMs)(?<!\bSt)(?<!\bvs)"  # titles
+    r"(?<!\b[a-z]\.[a-z])"  # e.g., i.e., p.m.
+    r"[.!?…]+[\"'”’)\]]*"  # the marks, with closing quotes and brackets
+    r"(?=\s(?![a-z]))"  # then a space and no lower-case letter ('Well... maybe' goes on; 3.5 has no space)
+    r"|[。！？]+[”’」』）]*"  # scripts that put no space between sentences
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text.
+
+    Attributes:
+        id: names the row it came from, for example `train/17`.
+        text: the cleaned text.
+        label: 1 positive, 0 negative.
+    """
+
+    id: str
+    text: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of a data set mean.
+
+    Attributes:
+        column: that holds them.
+        positive, negative: the two values, as text.
+        left_out: how many rows have another value, by value; they are in no split.
+    """
+
+    column: str
+    positive: str
+    negative: str
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        others = ", ".join(f"{count} with {label!r}" for label, count in sorted(self.left_out.items()))
+        return (
+            f"{self.positive!r} of column {self.column!r} (negative: {self.negative!r}"
+            + (f"; rows left out: {others})" if others else ")")
+        )
+
+
+def clean(text: str) -> str:
+    """`text` with HTML line breaks as spaces and every run of whitespace as one space."""
+    return " ".join(_BREAK.sub(" ", text).split())
+
+
+def opening(text: str, sentences: int, max_chars: int) -> str:
+    """The first sentences of a cleaned text.
+
+    Args:
+        text: cleaned text (see `clean`).
+        sentences: at most this many sentences.
+        max_chars: at most this many characters, cut at a word's end. A single longer word is cut where it
+            stands: scripts without spaces would come out empty otherwise.
+
+    Returns:
+        A prefix of `text` without trailing whitespace; empty only if `text` is.
+    """
+    end = len(text)
+    for count, match in enumerate(_SENTENCE_END.finditer(text), start=1):
+        if count == sentences:
+            end = match.end()
+            break
+        if match.end() >= max_chars:
+            break
+    if end > max_chars:
+        end = max_chars
+        if not text[end].isspace():
+            last_space = text.rfind(" ", 0, end)
+            end = last_space if last_space > 0 else end
+    return text[:end].rstrip()
+
+
+def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
+    """`examples` in an order that depends on `seed` and their number only.
+
+    Sorted by `random()` keys: of Python's generators, that sequence alone is promised to stay the same in
+    later versions, and `Random.shuffle` is not.
+    """
+    generator = random.Random(seed)
+    keys = [generator.random() for _ in examples]
+    return [examples[i] for i in sorted(range(len(examples)), key=keys.__getitem__)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Five disjoint splits of labelled texts, and the prompts made from them.
+
+    Attributes:
+        source: where the texts come from, for the record.
+        settings: the `task` section of the configuration.
+        reward: trains the reward head.
+        policy: training prompts.
+        validation: prompts and texts for choosing a checkpoint and judging the head.
+        test: prompts and texts for the final evaluation.
+        judge: trains the judge of `grade compare`, which no method sees; may be empty.
+        labels: what the labels of the data mean; None where they were not read from data.
+    """
+
+    source: str
+    settings: TaskConfig
+    reward: list[Example]
+    policy: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    judge: list[Example] = field(default_factory=list)
+    labels: Labels | None = None
+
+    def __post_init__(self) -> None:
+        ids = [example.id for split in SPLITS for example in self.examples(split)]
+        if len(set(ids)) != len(ids):
+            raise AssertionError(f"{len(ids) - len(set(ids))} ids occur twice in the splits of {self.source}")
+
+    def examples(self, split: str) -> list[Example]:
+        """The examples of a split named in `SPLITS`; any other name raises ValueError."""
+        if split not in SPLITS:
+            raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
+        return getattr(self, split)
+
+    def openings(self, split: str) -> Iterator[str]:
+        """Openings of a split's texts, in order, cut to `prompt_sentences` and `prompt_max_chars`; may be
+        empty."""
+        for example in self.examples(split):
+            yield opening(example.text, self.settings.prompt_sentences, self.settings.prompt_max_chars)
+
+    def prompts(self, split: str, tokenizer, limit: int | None = None) -> list[list[int]]:
+        """Token ids of a split's openings, in the split's order.
+
+        Args:
+            split: one of `SPLITS`.
+            tokenizer: the policy's tokenizer.
+            limit: at most this many prompts (the first ones); null for all.
+
+        Returns:
+            Lists of 1 to `prompt_max_tokens` ids, not padded. Openings that come out empty are skipped.
+
+        Raises:
+            GradeError: `prompt_max_tokens` leaves no room for text.
+        """
+        texts = [text for text in self.openings(split) if text]
+        wanted = len(texts) if limit is None else limit
+        prompts: list[list[int]] = []
+        start = 0
+        while len(prompts) < wanted and start < len(texts):
+            # As many as are still missing: more than one round only where a tokenizer knows no token of a
+            # text.
+            batch = texts[start : start + wanted - len(prompts)]
+            start += len(batch)
+            prompts += [row for row in encode(tokenizer, batch, self.settings.prompt_max_tokens) if row]
+        return prompts
+
+    def describe(self) -> dict:
+        """What a run records about its data, ready for JSON: source, seed and, per split, size and two
+        hashes.
+
+        `ids_sha256` tells whether two runs used the same rows in the same order, `texts_sha256` whether the
+        rows said the same (it covers texts and labels, not ids).
+        """
+        splits = {}
+        for name in SPLITS:
+            examples = self.examples(name)
+            splits[name] = {
+                "examples": len(examples),
+                "positive": sum(example.label for example in examples),
+                "ids_sha256": sha256_of(example.id for example in examples),
+                "texts_sha256": sha256_of(f"{example.label} {example.text}" for example in examples),
+            }
+        return {
+            "task": self.settings.name,
+            "dataset": self.source,
+            "split_seed": self.settings.split_seed,
+            **({} if self.labels is None else {"labels": asdict(self.labels)}),
+            "splits": splits,
+            "texts_in_two_splits": self.repeated_texts(),
+        }
+
+    def repeated_texts(self) -> dict[str, int]:
+        """How many distinct texts stand in two splits, by pair. Rows are never shared, but data may repeat itself."""
+        texts = {name: {example.text for example in self.examples(name)} for name in SPLITS}
+        pairs = [(a, b) for i, a in enumerate(SPLITS) for b in SPLITS[i + 1:]]
+        return {f"{a} and {b}": len(texts[a] & texts[b]) for a, b in pairs}
+
+
+def cut_splits(
+    train: Sequence[Example], test: Sequence[Example], settings: TaskConfig, source: str, labels: Labels | None = None
+) -> Task:
+    """Cut a task from the rows of a training and a test file.
+
+    One shuffle of the training rows (files are often sorted by label), then consecutive stretches, so
+    no row can be in two. The test rows are shuffled by the same seed: their first n are a random subset.
+
+    Raises:
+        GradeError: too few training rows, or reward examples of a single class.
+    """
+    sizes = (settings.reward_examples, settings.policy_examples, settings.validation_examples)
+    if sum(sizes) > len(train):
+        raise GradeError(
+            "task.reward_examples + task.policy_examples + task.validation_examples = "
+            f"{sizes[0]} + {sizes[1]} + {sizes[2]} = {sum(sizes)}, but the training data of {source} has "
+            f"{len(train)} rows. Lower one of the three or use more data."
+        )
+    rows = shuffled(train, settings.split_seed)
+    first, second, third = sizes[0], sizes[0] + sizes[1], sum(sizes)
+    reward = rows[:first]
+    if len({example.label for example in reward}) < 2:
+        raise GradeError(
+            f"All {len(reward)} reward examples have the same label: raise task.reward_examples "
+            "or change task.split_seed."
+        )
+    return Task(
+        source=source,
+        settings=settings,
+        reward=reward,
+        policy=rows[first:second],
+        validation=rows[second:third],
+        test=shuffled(test, settings.split_seed),
+        judge=rows[third : third + settings.judge_examples],
+        labels=labels,
+    )
+
+
+def sha256_of(parts: Iterable[str]) -> str:
+    """Hash of a list of strings; a separator that cleaned text cannot hold keeps their borders apart."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogatepass") + b"\x00")
+    return digest.hexdigest()

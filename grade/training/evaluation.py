@@ -1,0 +1,179 @@
+"""Evaluation on fixed prompts with fixed noise, the same for the base model and for every checkpoint.
+
+The noise rows depend on the prompt's number alone, so batch size and number of processes change nothing, and
+differences between two models are paired: same prompts, same noise.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence
+
+import torch
+from accelerate.utils import gather_object
+
+from grade.config import Config
+from grade.files import replace_text
+from grade.methods.metrics import unique_token_ratio
+from grade.model.policy import Policy
+from grade.replay.replay import ReplaySettings, score
+from grade.rewards.reward import Reward
+from grade.rollout import Rollout, pad_prompts
+from grade.sampling.draw import Sampling, sampling_of
+from grade.sampling.sample import sample
+
+Measures = Dict[str, torch.Tensor]
+
+SPLIT_ROWS = {"validation": 0, "test": 2**40}  # far apart: no noise row is shared between splits
+
+
+@dataclass
+class Evaluation:
+    """One model on one split.
+
+    Args:
+        reward, reward_stderr: mean over prompts and its standard error.
+        kl: nats per token, of the config's direction, along the model's own responses.
+        kl_sequence: nats per response.
+        entropy: nats per token.
+        unique_token_ratio: distinct over all tokens of a response, mean over responses.
+        mean_length: tokens per response.
+        eos_rate: share of responses that ended by themselves.
+        prompts: how many.
+        details: further measures of the reward or the caller, means over prompts; `solve_rate` where there is one.
+        samples: the first few, as text.
+    """
+
+    split: str
+    step: Optional[int]
+    model: str
+    reward: float
+    reward_stderr: float
+    kl: float
+    kl_sequence: float
+    entropy: float
+    unique_token_ratio: float
+    mean_length: float
+    eos_rate: float
+    prompts: int
+    details: Dict[str, float] = field(default_factory=dict)
+    samples: List[dict] = field(default_factory=list)
+
+    def summary(self) -> Dict[str, float]:
+        """The numbers, for the log."""
+        numbers = {
+            k: v for k, v in asdict(self).items() if isinstance(v, (int, float)) and k not in ("step", "prompts")
+        }
+        return {**numbers, **self.details}
+
+    @property
+    def metric(self) -> float:
+        """What the best checkpoint is chosen by: the solve rate where the task has one, else the reward."""
+        return self.details.get("solve_rate", self.reward)
+
+
+def evaluation_sampling(config: Config) -> Sampling:
+    """Training's sampler, or the nucleus sampler of the paper's evaluation. Tokens are fed back, not mixtures: what
+    a user of the trained model would do, and the same for every method."""
+    top_p = config.evaluation.top_p if config.evaluation.sampler == "top_p" else None
+    return replace(sampling_of(config.generation), top_p=top_p)
+
+
+def score_settings(config: Config, device: torch.device) -> ReplaySettings:
+    """How a response is scored; nothing here depends on the method."""
+    method = config.method
+    return ReplaySettings(
+        tau=1.0, kl_direction=method.kl_direction, prompt_cache=method.prompt_cache,
+        chunk_bytes=method.head_chunk_bytes(device.type),
+    )
+
+
+def evaluate(
+    policy: Policy, reward: Reward, prompts: Sequence[List[int]], config: Config, *, split: str, step: Optional[int],
+    adapters: bool = True, accelerator=None, tick=None, measure: Optional[Callable[[Rollout], Measures]] = None,
+) -> Evaluation:
+    """Sample a response to every prompt and score it.
+
+    Args:
+        prompts: token ids, without padding; prompt i always gets the same noise.
+        split: "validation" or "test".
+        step: optimizer steps the policy has had, for the record.
+        adapters: False evaluates the base model.
+        accelerator: shares the prompts among its processes; every process returns the whole result.
+        tick: called with the number of prompts done after each batch.
+        measure: given a rollout, further [B] measures of it by name; their means are the `details`.
+    """
+    processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    sampling, settings = evaluation_sampling(config), score_settings(config, policy.device)
+    details_of = getattr(reward, "details", lambda rollout, scores: {})
+    size, numbers = config.evaluation.batch_size, list(range(process, len(prompts), processes))
+    records: List[dict] = []
+    for start in range(0, len(numbers), size):
+        chosen = numbers[start: start + size]
+        ids, mask = pad_prompts([prompts[i] for i in chosen], policy.pad_id, policy.device)
+        rows = SPLIT_ROWS[split] + torch.tensor(chosen, device=policy.device) * sampling.max_new_tokens
+        rollout = sample(
+            policy, ids, mask, sampling, seed=config.evaluation.seed, first_rows=rows, adapters=adapters
+        )
+        scores = score(policy, reward, rollout, settings, adapters=adapters)
+        details = {**details_of(rollout, scores.reward), **(measure(rollout) if measure is not None else {})}
+        records += _records(policy, rollout, scores, details, chosen)
+        if tick is not None:
+            tick(len(chosen) * processes)
+    if processes > 1:
+        records = gather_object(records)
+    records.sort(key=lambda r: r["number"])
+    return _summary(records, config, split=split, step=step, model="policy" if adapters else "base")
+
+
+def _records(policy: Policy, rollout: Rollout, result, details: Measures, numbers: Sequence[int]) -> List[dict]:
+    """Per-response values, small enough to send between processes."""
+    mask, unique = rollout.mask, unique_token_ratio(rollout.tokens, rollout.mask)
+    columns = {
+        "reward": result.reward, "kl": result.kl.sum(1), "entropy": result.entropy.sum(1), "unique": unique,
+        "length": mask.sum(1), "ended": rollout.ended_by(policy.eos_ids),
+    }
+    columns = {name: values.tolist() for name, values in columns.items()}
+    details = {name: values.double().tolist() for name, values in details.items()}
+    return [
+        {
+            "number": number, **{name: values[i] for name, values in columns.items()},
+            "details": {name: values[i] for name, values in details.items()},
+            "prompt": text_of(policy, rollout.prompt_ids[i], rollout.prompt_mask[i]),
+            "response": text_of(policy, rollout.tokens[i], mask[i]),
+        }
+        for i, number in enumerate(numbers)
+    ]
+
+
+def text_of(policy: Policy, ids: torch.Tensor, mask: torch.Tensor) -> str:
+    """The text of the real tokens, special tokens left out."""
+    return policy.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
+
+
+def _summary(records: List[dict], config: Config, *, split: str, step: Optional[int], model: str) -> Evaluation:
+    rewards = torch.tensor([r["reward"] for r in records], dtype=torch.float64)
+    count, tokens = len(records), sum(r["length"] for r in records)
+    kl = sum(r["kl"] for r in records)
+    return Evaluation(
+        split=split, step=step, model=model, reward=rewards.mean().item(),
+        reward_stderr=(rewards.std().item() / count**0.5) if count > 1 else 0.0, kl=kl / tokens,
+        kl_sequence=kl / count, entropy=sum(r["entropy"] for r in records) / tokens,
+        unique_token_ratio=sum(r["unique"] for r in records) / count, mean_length=tokens / count,
+        eos_rate=sum(r["ended"] for r in records) / count, prompts=count,
+        details={name: sum(r["details"][name] for r in records) / count for name in records[0]["details"]},
+        samples=[
+            {k: r[k] for k in ("prompt", "response", "reward")} for r in records[: config.evaluation.samples]
+        ],
+    )
+
+
+def write_evaluations(path: Path, evaluations: Dict[str, object]) -> None:
+    """A file of evaluations as JSON, replaced as a whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    replace_text(path, json.dumps(evaluations, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,133 @@
+"""What a run writes while it runs: metrics.jsonl, samples.jsonl, tensorboard, optionally Weights & Biases.
+
+A checkpoint holds the length and the SHA-256 of both files as they were when it was written. A resumed run goes back to
+just that, or is refused where they are something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Dict, List, Mapping, Optional, Tuple
+
+from grade.config import Config
+from grade.errors import GradeError, reason_of, writing
+from grade.files import replace_bytes, sync
+from grade.jsonl import append_rows, encode_rows, read_rows
+
+Extent = Tuple[int, str]
+"""Bytes of a file's beginning, and their SHA-256."""
+
+_FILES = ("metrics.jsonl", "samples.jsonl")
+GO_ON = "Make room, and go on from the last checkpoint with --train.resume auto."
+"""What to do where a file of a run cannot be written."""
+
+
+class RunLog:
+    """Appends to the run's files; on processes other than the main one it writes nothing.
+
+    Args:
+        written: what `extents` said when the checkpoint was written that the run is continued from; None: a new run.
+        resume_step: optimizer steps of that checkpoint.
+
+    Raises:
+        GradeError: the files do not begin with what is `written`, or cannot be written.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: Config, *, enabled: bool, written: Optional[Mapping[str, Extent]] = None,
+        resume_step: int = 0,
+    ):
+        self.run_dir, self.enabled = run_dir, enabled
+        self._tensorboard = self._wandb = None
+        if not enabled:
+            return
+        kept = {name: b"" if written is None else beginning(run_dir / name, written[name]) for name in _FILES}
+        for name, content in kept.items():
+            path = run_dir / name
+            if path.exists() and path.stat().st_size != len(content):
+                with writing(path, "train.run_dir"):
+                    replace_bytes(path, content)
+        self._sizes = {name: len(content) for name, content in kept.items()}
+        self._digests = {name: hashlib.sha256(content) for name, content in kept.items()}
+        if config.train.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with writing(run_dir / "tensorboard", "train.run_dir"):
+                self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step or None)
+            # Purged are the scalars of all later rows and, with them, of a validation after just as many steps.
+            for row in read_rows(run_dir / "metrics.jsonl").rows:
+                if row["step"] == resume_step > 0:
+                    self._scalars(resume_step, row)
+        if config.train.wandb:
+            self._wandb = _start_wandb(config, run_dir)
+
+    def metrics(self, step: int, values: Dict[str, float]) -> None:
+        if not self.enabled:
+            return
+        self._append("metrics.jsonl", [{"step": step, **values}])
+        if self._tensorboard is not None:
+            self._scalars(step, values)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def samples(self, step: int, samples: List[dict]) -> None:
+        if self.enabled:
+            self._append("samples.jsonl", [{"step": step, **s} for s in samples])
+
+    def extents(self) -> Dict[str, Extent]:
+        """Length and hash of each file so far, once they are on the disk: a checkpoint must not be ahead of them."""
+        for path in (self.run_dir / name for name in _FILES):
+            if path.exists():
+                with writing(path, "train.run_dir", GO_ON):
+                    sync(path)
+        return {name: (self._sizes[name], self._digests[name].hexdigest()) for name in _FILES}
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            with writing(self.run_dir / "tensorboard", "train.run_dir"):
+                self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _append(self, name: str, rows: List[dict]) -> None:
+        with writing(self.run_dir / name, "train.run_dir", GO_ON):
+            append_rows(self.run_dir / name, rows)
+        content = encode_rows(rows)
+        self._sizes[name] += len(content)
+        self._digests[name].update(content)
+
+    def _scalars(self, step: int, values: Dict[str, float]) -> None:
+        with writing(self.run_dir / "tensorboard", "train.run_dir", GO_ON):
+            for name, value in values.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, step)
+
+
+def beginning(path: Path, extent: Extent) -> bytes:
+    """The part of a file that a checkpoint knows.
+
+    Raises:
+        GradeError: the file does not begin with it.
+    """
+    size, digest = extent
+    try:
+        content = path.read_bytes()[:size] if size else b""
+    except OSError as error:
+        raise GradeError(f"train.resume: {path} cannot be read ({error.strerror or reason_of(error)}).") from error
+    if len(content) < size or hashlib.sha256(content).hexdigest() != digest:
+        raise GradeError(
+            f"train.resume: {path} is damaged: it does not begin with what the checkpoint's run had written there. Put "
+            "it back, or start again with --train.overwrite true."
+        )
+    return content
+
+
+def _start_wandb(config: Config, run_dir: Path):
+    try:
+        import wandb
+    except ImportError as error:
+        raise GradeError("train.wandb is true but wandb is not installed: pip install 'grade[wandb]'.") from error
+    from dataclasses import asdict
+
+    return wandb.init(project=config.train.wandb_project, name=run_dir.name, dir=str(run_dir), config=asdict(config))

@@ -1,0 +1,87 @@
+"""Continue a run from its last checkpoint: what must still be the same, and what is put back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Mapping, Optional
+
+import torch
+
+from grade.config import TrainConfig
+from grade.errors import GradeError, reason_of
+from grade.files import latest
+from grade.methods.base import Method
+from grade.model.checkpoint import load_adapter, load_state, verified_step
+from grade.model.fingerprint import differing
+from grade.model.policy import Policy
+
+_FIELDS = ("optimizer", "method", "best", "evaluations", "steps", "inputs", "logs")
+
+
+def restored(
+    run_dir: Path, inputs: Mapping[str, Any], policy: Policy, optimizer: torch.optim.Optimizer, method: Method
+) -> dict[str, Any]:
+    """Put the last checkpoint's adapter, optimizer and method back; the rest of the trainer's state is returned.
+
+    Args:
+        inputs: fingerprint of what the run reads now (`grade.model.fingerprint`).
+
+    Raises:
+        GradeError: the checkpoint is damaged, or something that the run depends on has been replaced.
+    """
+    folder = latest(run_dir / "checkpoints" / "last")
+    state = load_state(folder)
+    missing = [name for name in _FIELDS if name not in state]
+    try:
+        if missing:
+            raise KeyError(missing[0])
+        changed = differing(state["inputs"], inputs)
+        if changed:
+            raise GradeError(
+                f"train.resume: {run_dir} was started with something else: {changed}. Put it back, or start another "
+                "run with --train.run_dir."
+            )
+        load_adapter(folder, policy)
+        optimizer.load_state_dict(state["optimizer"])
+        method.load_state_dict(state["method"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise GradeError(
+            f"train.resume: the trainer's state in {folder} does not fit this run ({reason_of(error)}). Start again "
+            "with --train.overwrite true."
+        ) from error
+    return state
+
+
+def other_schedule(steps_before: int, train: TrainConfig, step: int) -> list[str]:
+    """What to say where a run goes on to another last step than it was made for, and its learning rate depends on it.
+    """
+    if steps_before == train.steps or train.schedule == "constant":
+        return []
+    return [
+        f"train.steps was {steps_before} and is {train.steps}: from here on the learning rate follows the "
+        f"{train.schedule} schedule of {train.steps} steps, which the first {step} did not"
+    ]
+
+
+def best_is_missing(run_dir: Path, best: Optional[Mapping[str, Any]], step: int) -> bool:
+    """Whether a run was stopped after it had noted that the policy it goes on with is its best, and before that was
+    saved as such.
+
+    Args:
+        best: what the state says of the best validation.
+        step: of the policy that the run goes on with.
+
+    Raises:
+        GradeError: the best checkpoint is damaged, missing or another one, and is no longer at hand.
+    """
+    if best is None:
+        return False
+    folder, at_hand = latest(run_dir / "checkpoints" / "best"), best["step"] == step
+    try:
+        found = verified_step(folder)
+        wrong = None if found == best["step"] else f"{folder} holds step {found}, but the best is step {best['step']}."
+    except GradeError as error:
+        wrong = str(error)
+    if wrong is not None and not at_hand:
+        raise GradeError(f"train.resume: {wrong} Put it back, or start again with --train.overwrite true.")
+    return wrong is not None

@@ -1,0 +1,49 @@
+"""What every command that runs a model loads first: tokenizer, data, policy and reward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+from accelerate import Accelerator
+
+from grade.config import Config
+from grade.model.loading import load_policy, load_tokenizer
+from grade.model.policy import Policy
+from grade.processes import main_process_first
+from grade.rewards.head_training import with_kept_head
+from grade.rewards.loading import check_reward, load_reward
+from grade.tasks import load_task
+
+
+class SetUp(NamedTuple):
+    """What `set_up` has loaded."""
+
+    tokenizer: Any
+    task: Any
+    policy: Policy
+    reward: Any
+
+
+def set_up(
+    config: Config, accelerator: Accelerator, *, policy_config: Config | None = None, run_dir: Path | None = None,
+    before_reward: Callable[[Policy], None] = lambda policy: None,
+) -> SetUp:
+    """Load what a config names, quick mistakes first; a reward head that is missing is trained, by the main process.
+
+    Args:
+        policy_config: loads the policy instead, for longer responses than the config has.
+        run_dir: of a run, whose own reward head is used if it kept one.
+        before_reward: refuses the policy before a head is trained.
+
+    Raises:
+        GradeError: something cannot be found or used, with the setting that names it.
+    """
+    tokenizer = load_tokenizer(config)
+    check_reward(config, tokenizer)
+    task = load_task(config)
+    policy = load_policy(policy_config or config, tokenizer, accelerator.device)
+    before_reward(policy)
+    with main_process_first(accelerator):
+        reward = load_reward(config if run_dir is None else with_kept_head(config, run_dir), policy, task)
+    return SetUp(tokenizer, task, policy, reward)

@@ -1,0 +1,427 @@
+"""The training run: sample, replay, update, validate, keep the best, test once.
+
+    prepare -> [ rollout -> accumulate over micro-batches -> clip -> AdamW ] x steps -> test the best checkpoint
+
+Randomness has no state that a resumed run would have to restore: prompts follow from (seed, step), noise rows from
+(step, response, position). So a resumed run repeats the uninterrupted one, and splitting a batch over micro-batches
+or processes changes nothing - except which responses share a mini-batch of PPO or GRPO.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Dict, Iterator, List, Optional, Tuple
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from transformers import get_scheduler
+
+from grade.config import Config
+from grade.config.reading import config_to_yaml
+from grade.errors import GradeError, writing
+from grade.files import latest, replace_text
+from grade.machine import free_bytes
+from grade.memory.plan import plan as plan_memory
+from grade.methods import make_method
+from grade.methods.metrics import Phases, peak_memory_gib, reset_peak_memory
+from grade.methods.services import Services
+from grade.model.checkpoint import load_adapter, save_checkpoint
+from grade.model.end_of_sequence import warning_without_ends
+from grade.model.fingerprint import inputs_of
+from grade.model.loading import load_prompts
+from grade.model.policy import Policy
+from grade.processes import main_process_first, make_accelerator, shared
+from grade.rewards.head_training import head_report, keep_head, with_kept_head
+from grade.rollout import Rollout, pad_prompts
+from grade.sampling.compiled import CompiledDecoding
+from grade.sampling.decode import Decoding
+from grade.sampling.external import RolloutSource
+from grade.sampling.lines import StopAsked
+from grade.sampling.sample import sample
+from grade.training.evaluation import Evaluation, evaluate, text_of, write_evaluations
+from grade.training.evaluation_tables import evaluation_table
+from grade.training.interrupt import stop_between_steps
+from grade.training.log import GO_ON, RunLog
+from grade.training.opening_lines import opening_lines
+from grade.training.progress import training_progress
+from grade.training.resuming import best_is_missing, other_schedule, restored
+from grade.training.run_folder import adapter_folder, clear, mark, run_folder
+from grade.training.setup import set_up
+from grade.training.soundness import broken_measure, broken_policy
+from grade.training.validations import Validations, line_of
+
+
+def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> List[int]:
+    """Numbers of the prompts of a step: a fresh permutation of all `count` in every epoch, from (seed, epoch)."""
+    numbers: List[int] = []
+    position = step * per_step
+    while len(numbers) < per_step:
+        epoch, offset = divmod(position + len(numbers), count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        numbers += order[offset: offset + per_step - len(numbers)].tolist()
+    return numbers
+
+
+_LOWER = "Start another run with a lower train.learning_rate."
+
+
+class Trainer:
+    """One run. `fit` trains it; everything it writes is under `run_dir`."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, run_dir: Path):
+        self.config, self.accelerator, self.run_dir = config, accelerator, run_dir
+        self.phases = Phases(accelerator.device)
+        self.services = Services(self._sum, self.phases)
+        tokenizer, self.task, self.policy, self.reward = set_up(
+            config, accelerator, run_dir=run_dir if config.train.resume else None, before_reward=self._decode_with
+        )
+        self.evaluation_prompts = load_prompts(config, self.task, tokenizer)
+        longest = max(len(prompt) for prompts in self.evaluation_prompts.values() for prompt in prompts)
+        self.prompts = self.evaluation_prompts.pop("policy")
+        self.memory = plan_memory(
+            self.policy, self.reward, config, longest, free_bytes(accelerator.device, accelerator.num_processes),
+            self.services.any_process, evaluated=max(map(len, self.evaluation_prompts.values()), default=0),
+        )
+        decided = replace(config.method, activation_checkpointing=self.memory.checkpoint)
+        self.method = make_method(self.policy, self.reward, replace(config, method=decided), self.services)
+        train = config.train
+        self.optimizer = torch.optim.AdamW(
+            [{"params": self.policy.parameters()}, *self.method.parameter_groups()],
+            lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon,
+            weight_decay=train.weight_decay,
+        )
+        name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+        # The learning rate is a function of the step and of the settings in force: nothing of it is saved or restored.
+        self.schedule = get_scheduler(name, self.optimizer, train.warmup_steps, train.steps).lr_lambdas[0]
+        self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
+        inputs = inputs_of(config, self.policy, self.task, self.reward)
+        self.inputs = {**inputs, "responses_per_step": self.responses_per_step}
+        self.source = None
+        if config.rollout.source is not None:
+            needed = train.steps * self.responses_per_step
+            self.source = RolloutSource(config, self.policy, needed=needed, processes=accelerator.num_processes)
+        self.step = 0
+        self.norms: List[float] = []  # of the policy's gradient, per update of the current step
+        self.validations = Validations()
+        self.saved: Optional[int] = None  # steps of the checkpoint in checkpoints/last
+        self._sound_at: Optional[int] = None  # the step after which the policy was last found to be sound
+
+    def _decode_with(self, policy: Policy) -> None:
+        """How responses are decoded; a policy that cannot be decoded so is refused before a reward head is trained."""
+        compiled = self.config.rollout.compile and self.config.rollout.source is None
+        self.decoding = (CompiledDecoding if compiled else Decoding)(policy)
+
+    # -- one step --------------------------------------------------------------------------------------------
+
+    def rollouts(self, step: int) -> Iterator[Rollout]:
+        """This process' share of a step's responses, at most generation.batch_size at a time."""
+        generation, accelerator = self.config.generation, self.accelerator
+        copies = generation.samples_per_prompt
+        numbers = prompt_numbers(step, self.responses_per_step // copies, len(self.prompts), self.config.seed)
+        share = len(numbers) // accelerator.num_processes
+        first = accelerator.process_index * share
+        together = max((generation.batch_size or share * copies) // copies, 1)
+        if self.source is not None:
+            self.source.skip(first * copies)
+        for start in range(first, first + share, together):
+            stop = min(start + together, first + share)
+            responses = step * self.responses_per_step + torch.arange(
+                start * copies, stop * copies, device=self.policy.device
+            )
+            draw = dict(seed=self.config.seed, first_rows=responses * generation.max_new_tokens)
+            if self.source is not None:
+                yield self.source.rollout(len(responses), self.method.sampling(step), copies=copies, **draw)
+                continue
+            ids, mask = pad_prompts(
+                [self.prompts[n] for n in numbers[start:stop]], self.policy.pad_id, self.policy.device
+            )
+            yield sample(
+                self.policy, ids, mask, self.method.sampling(step), samples_per_prompt=copies, decoding=self.decoding,
+                **draw,
+            )
+        if self.source is not None:
+            self.source.skip((len(numbers) - first - share) * copies)
+
+    def train_step(self) -> Dict[str, float]:
+        """One optimizer step; its metrics."""
+        config, step = self.config, self.step
+        reset_peak_memory(self.policy.device)
+        with self.phases("rollout"):
+            rollouts = list(self.rollouts(step))
+        self.norms = []
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.schedule(step)
+        metrics = self.method.step(rollouts, step, self._update)
+        seconds = self.phases.take()
+        if self.accelerator.is_main_process and step % config.train.samples_every == 0:
+            self.log.samples(step, self._samples(rollouts[0]))
+        norms = self.norms or [0.0]
+        return {
+            **metrics, "grad_norm": sum(norms) / len(norms), "updates": len(self.norms),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": metrics["tokens"] / sum(seconds.values()),
+            "memory/peak_gib": peak_memory_gib(self.policy.device),
+            **{f"seconds/{name}": value for name, value in seconds.items()},
+        }
+
+    def _update(self) -> None:
+        """Sum gradients over processes, clip, step, clear.
+
+        The policy's gradient is clipped by its own norm, and that of a value head by its: an error of the values,
+        large at first, would otherwise shrink the policy's steps.
+
+        Raises:
+            GradeError: the gradient is not finite; the last checkpoint is untouched.
+        """
+        with self.phases("update"):
+            limit = self.config.train.max_grad_norm or math.inf
+            groups = [group["params"] for group in self.optimizer.param_groups]
+            for parameter in (p for group in groups for p in group):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                if self.accelerator.num_processes > 1:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
+            norms = [torch.nn.utils.clip_grad_norm_(group, limit).item() for group in groups]
+            wrong = [norm for norm in norms if not math.isfinite(norm)]
+            if wrong:
+                raise GradeError(
+                    f"the gradient's norm at step {self.step} is {wrong[0]}: the update was not made. {self._kept()} "
+                    f"{_LOWER} For grade and grade-ste a higher method.tau_end helps too."
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.norms.append(norms[0])  # the policy's
+
+    def _samples(self, rollout: Rollout) -> List[dict]:
+        return [
+            {
+                "prompt": text_of(self.policy, rollout.prompt_ids[i], rollout.prompt_mask[i]),
+                "response": text_of(self.policy, rollout.tokens[i], rollout.mask[i]),
+            }
+            for i in range(min(self.config.train.samples_logged, len(rollout)))
+        ]
+
+    # -- the run ---------------------------------------------------------------------------------------------
+
+    def fit(self) -> Dict[str, Evaluation]:
+        """Train to config.train.steps; the test evaluations {"base": ..., "best": ...}, or {} without test prompts.
+
+        Raises:
+            GradeError: the run cannot be continued, its files cannot be written, or the policy is broken; the earlier
+                checkpoints are untouched.
+            KeyboardInterrupt: a stop was asked for; the last step is saved.
+        """
+        train, every = self.config.train, self.config.evaluation.every
+        self.memory.check(self.services.any_process)
+        notes = [*opening_lines(self.config, self.task, self.policy, self.reward), self.memory.line]
+        written, resaves_best = None, False
+        if train.resume:
+            state = restored(self.run_dir, self.inputs, self.policy, self.optimizer, self.method)
+            self.step = self.saved = state["step"]
+            self.validations, written = Validations(state["evaluations"], state["best"]), state["logs"]
+            notes += other_schedule(state["steps"], train, self.step)
+            resaves_best = best_is_missing(self.run_dir, self.validations.best, self.step)
+            if self.source is not None and not self.source.is_pipe:
+                self.source.skip(self.step * self.responses_per_step)
+        main = self.accelerator.is_main_process
+        with main_process_first(self.accelerator):
+            if main:
+                if train.overwrite:
+                    clear(self.run_dir)
+                mark(self.run_dir)
+            self.log = RunLog(self.run_dir, self.config, enabled=main, written=written, resume_step=self.step)
+            if main:
+                with writing(self.run_dir / "config.yaml", "train.run_dir"):
+                    replace_text(self.run_dir / "config.yaml", config_to_yaml(self.config))
+                self._write_record()
+        if resaves_best:
+            self._save_best()
+        if isinstance(self.decoding, CompiledDecoding):
+            notes.append("rollout.compile: the first step compiles for half a minute or more")
+        with ExitStack() as stack:
+            stack.callback(self.log.close)
+            progress = stack.enter_context(training_progress(train.steps, self.step, enabled=main))
+            stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
+            for note in notes:
+                progress.say(note)
+            if self.step == 0 and not self.validations.rows:
+                self._validate(progress, adapters=False)
+            if self.source is not None:
+                self.source.should_stop = lambda: stop.asked
+            while self.step < train.steps:
+                try:
+                    with self.memory.explained(f"step {self.step}", "train"):
+                        metrics = self.train_step()
+                except StopAsked:  # while it waited for responses: nothing of this step has been done
+                    self._save()
+                    raise KeyboardInterrupt from None
+                self._refuse_broken(f"step {self.step}", broken_measure(metrics))
+                self.log.metrics(self.step, metrics)
+                progress.advance(metrics)
+                self.step += 1
+                better = False
+                if self.step % every == 0 or self.step == train.steps:
+                    better = self._validate(progress)
+                stopping = self.services.any_process(stop.asked)
+                if better or stopping or self.step % train.save_every == 0 or self.step == train.steps:
+                    self._save()
+                if better:
+                    self._save_best()
+                if stopping and self.step < train.steps:
+                    raise KeyboardInterrupt
+            if self.validations.rows[-1]["step"] != self.step:  # resumed with no more steps than it had had
+                better = self._validate(progress)
+                self._save()
+                if better:
+                    self._save_best()
+            return self._test(progress)
+
+    def _validate(self, progress, *, adapters: bool = True) -> bool:
+        """Whether the policy is the best so far."""
+        if adapters:
+            self._check_policy()
+        row = self._evaluate("validation", progress, adapters=adapters)
+        self._refuse_broken(f"validation after {self.step} steps", broken_measure(row.summary()))
+        better = self.validations.add(row)
+        self.log.metrics(self.step, {f"validation/{k}": v for k, v in row.summary().items()})
+        if self.accelerator.is_main_process and adapters and self.config.train.keep_adapters:
+            save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy, self.step)
+        self._write_evaluations()
+        progress.say(line_of(row))
+        warning = warning_without_ends(self.config, row.eos_rate) if len(self.validations.rows) == 1 else None
+        if warning is not None:
+            progress.say(warning)
+        return better
+
+    def _check_policy(self) -> None:
+        if self._sound_at == self.step:
+            return
+        trained = (p for group in self.optimizer.param_groups for p in group["params"])
+        self._refuse_broken(f"after {self.step} steps", broken_policy(self.policy, trained, self.prompts[0]))
+        self._sound_at = self.step
+
+    def _refuse_broken(self, when: str, broken: Optional[str]) -> None:
+        """End the run before a broken policy is saved or chosen.
+
+        Args:
+            broken: what is wrong with it, from `grade.training.soundness`; None: nothing is.
+        """
+        if broken is not None:
+            raise GradeError(
+                f"{when}: the policy is broken ({broken}), and nothing of it is saved. {self._kept()} {_LOWER}"
+            )
+
+    def _kept(self) -> str:
+        """Which checkpoints there are to go back to, as a sentence."""
+        best = self.validations.best
+        kept = [] if self.saved is None else [f"checkpoints/last (step {self.saved})"]
+        kept += [] if best is None else [f"checkpoints/best (step {best['step']})"]
+        if not kept:
+            return "No checkpoint had been written before."
+        return f"Kept {'is' if len(kept) == 1 else 'are'} {' and '.join(kept)}."
+
+    def _evaluate(self, split: str, progress, *, adapters: bool) -> Evaluation:
+        prompts = self.evaluation_prompts[split]
+        with progress.evaluation(split, len(prompts)) as tick, self.memory.explained(
+            f"the {split} evaluation", "evaluation"
+        ):
+            row = evaluate(
+                self.policy, self.reward, prompts, self.config, split=split, step=self.step if adapters else 0,
+                adapters=adapters, accelerator=self.accelerator, tick=tick,
+            )
+        self.phases.take()
+        return row
+
+    def _test(self, progress) -> Dict[str, Evaluation]:
+        """The held-out test, once: base model and best checkpoint."""
+        if not self.evaluation_prompts["test"]:
+            return {}
+        self.accelerator.wait_for_everyone()
+        load_adapter(latest(self.run_dir / "checkpoints" / "best"), self.policy)
+        self.step = self.validations.best["step"]
+        rows = {
+            "base": self._evaluate("test", progress, adapters=False),
+            "best": self._evaluate("test", progress, adapters=True),
+        }
+        self._write_evaluations({name: asdict(row) for name, row in rows.items()})
+        return rows
+
+    def _write_evaluations(self, test: Optional[dict] = None) -> None:
+        if self.accelerator.is_main_process:
+            path, tested = self.run_dir / "evaluation.json", {"test": test} if test else {}
+            with writing(path, "train.run_dir", GO_ON):
+                validations = {"validation": self.validations.rows, "best": self.validations.best}
+                write_evaluations(path, {**validations, **tested})
+
+    def _write_record(self) -> None:
+        """What the run was made of: splits, fingerprints and the reward head's accuracy; and the head itself."""
+        record = {"task": self.task.describe(), "inputs": self.inputs}
+        if self.reward.differentiable and self.config.reward.model is None:
+            keep_head(self.config, self.policy, self.task, self.run_dir)
+            kept = with_kept_head(self.config, self.run_dir)
+            record["reward_head"] = head_report(kept, self.policy, self.task)
+        with writing(self.run_dir / "run.json", "train.run_dir"):
+            replace_text(self.run_dir / "run.json", json.dumps(record, indent=2) + "\n")
+
+    def _save(self) -> None:
+        self._check_policy()
+        if self.accelerator.is_main_process:
+            state = {
+                "optimizer": self.optimizer.state_dict(), "method": self.method.state_dict(), "inputs": self.inputs,
+                "best": self.validations.best, "evaluations": self.validations.rows,
+                "steps": self.config.train.steps, "logs": self.log.extents(),
+            }
+            save_checkpoint(self.run_dir / "checkpoints" / "last", self.policy, self.step, state)
+        self.saved = self.step
+
+    def _save_best(self) -> None:
+        """After `_save` has noted that it is the best: one that no state names would be lost by the next kill, and so
+        would the one whose place it took."""
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy, self.step)
+
+    # -- processes -------------------------------------------------------------------------------------------
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over processes, on CPU."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").cpu()
+
+
+@contextmanager
+def started(config: Config, accelerator: Accelerator) -> Iterator[Tuple[Config, Path]]:
+    """Hold the run's folder, in the main process for all; yields the config as it is decided and the folder.
+
+    Raises:
+        GradeError: in every process, if the folder cannot be used.
+    """
+    with ExitStack() as stack:
+        with main_process_first(accelerator):
+            if accelerator.is_main_process:
+                config = stack.enter_context(run_folder(config))
+        decided = shared(accelerator, (config.train.resume, config.train.overwrite))
+        train = replace(config.train, resume=decided[0], overwrite=decided[1])
+        yield replace(config, train=train), Path(config.run_dir)
+
+
+def train(config: Config) -> Dict[str, Evaluation]:
+    """`grade train`: run a config and print what came out."""
+    accelerator = make_accelerator(config)
+    with started(config, accelerator) as (config, run_dir):
+        trainer = Trainer(config, accelerator, run_dir)
+        rows = trainer.fit()
+    if accelerator.is_main_process:
+        console = Console()
+        if rows:
+            title = f"test, {rows['best'].prompts} prompts, best checkpoint by validation"
+            console.print(evaluation_table(list(rows.values()), title))
+        if (verdict := trainer.validations.verdict()) is not None:
+            console.print(verdict, soft_wrap=True)
+        console.print(f"Run directory: {run_dir}", soft_wrap=True)
+    return rows

@@ -1,0 +1,48 @@
+"""The validations of a run, and which checkpoint they say is the best."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import List, Optional
+
+from grade.training.evaluation import Evaluation
+
+
+class Validations:
+    """Of the base model first, then of the policy, in the order of steps.
+
+    Attributes:
+        rows: of each what `grade.training.evaluation.Evaluation` holds.
+        best: step, metric and reward of the policy's best, and whether it beats the base model; None before the first.
+    """
+
+    def __init__(self, rows: Optional[List[dict]] = None, best: Optional[dict] = None):
+        self.rows, self.best = rows or [], best
+
+    def add(self, row: Evaluation) -> bool:
+        """Whether a further validation is one of the policy, and its best so far."""
+        self.rows.append(asdict(row))
+        if row.model == "base" or (self.best is not None and row.metric <= self.best["metric"]):
+            return False
+        beats = row.metric > Evaluation(**self.rows[0]).metric
+        self.best = {"step": row.step, "metric": row.metric, "reward": row.reward, "beats_base": beats}
+        return True
+
+    def verdict(self) -> Optional[str]:
+        """What to say of a run of which no checkpoint was better than the base model; None of any other."""
+        if self.best["beats_base"]:
+            return None
+        return (
+            f"No checkpoint is better than the base model: its validation is {Evaluation(**self.rows[0]).metric:.3f}, "
+            f"the best of the run's {self.best['metric']:.3f} (step {self.best['step']}). A lower train.learning_rate "
+            "or more train.steps may help."
+        )
+
+
+def line_of(row: Evaluation) -> str:
+    """A validation in a line."""
+    return (
+        f"step {row.step:>4}  validation of the {row.model}: reward {row.reward:.3f} ± {row.reward_stderr:.3f}  "
+        + "".join(f"{name} {value:.3f}  " for name, value in row.details.items()) +
+        f"KL {row.kl:.3f} nats/token  distinct tokens {row.unique_token_ratio:.2f}"
+    )

@@ -1,0 +1,88 @@
+"""Imports point one way, down the floors of the house, and no two files need each other."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = (  # from the roof down; rooms of one floor do not know each other
+    ("__main__",), ("cli",), ("commands",), ("report",), ("studies",), ("training",), ("methods",),
+    ("replay", "memory"), ("rewards", "sampling"), ("model",), ("built_in",), ("tasks", "processes"), ("config",),
+    ("rollout",), ("files", "jsonl", "tree"), ("errors", "hub_names", "machine", "seeds"),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Files of a package by dotted name."""
+    paths = (ROOT / package).rglob("*.py")
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules in `known` that a file imports, anywhere in it, but for those of type checkers alone."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name in known}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+GRADE = modules("grade")
+
+
+def test_every_room_has_a_floor():
+    assert {room(name) for name in GRADE if name != "grade"} == set(FLOOR)
+
+
+@pytest.mark.parametrize("module", sorted(set(GRADE) - {"grade"}))
+def test_imports_point_down(module):
+    others = {name for name in imports(GRADE[module], GRADE) - {"grade"} if room(name) != room(module)}
+    wrong = sorted(name for name in others if FLOOR[room(name)] <= FLOOR[room(module)])
+    assert not wrong, f"{module} imports {wrong}, which does not lie below it"
+
+
+@pytest.mark.parametrize("package", ["grade"])
+def test_no_two_files_need_each_other(package):
+    known = modules(package)
+    needs = {name: imports(path, known) - {name, package} for name, path in known.items()}
+    # A package's own list of what it offers is no file that another needs for itself.
+    needs = {name: {other for other in others if not other.startswith(f"{name}.")} for name, others in needs.items()}
+    while needs:
+        free = [name for name, others in needs.items() if not others & set(needs)]
+        assert free, f"a circle among {sorted(needs)}"
+        for name in free:
+            del needs[name]
+
+
+def test_the_kernels_need_torch_and_triton_only():
+    known = modules("grade_kernels")
+    allowed = {"torch", "triton", "grade_kernels", "numpy", *sys.stdlib_module_names}
+    for path in known.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert {name.split(".")[0] for name in names if name} <= allowed, path
+
+
+@pytest.mark.parametrize("module", sorted(set(GRADE) - {"grade"}))
+def test_no_import_inside_a_function_but_of_heavy_libraries(module):
+    """Commands load what they run once the settings are known to be good."""
+    if room(module) in ("cli", "commands"):
+        return
+    tree = ast.parse(GRADE[module].read_text(encoding="utf-8"))
+    inner = [
+        node for function in ast.walk(tree) if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function) if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("grade.")
+    ]
+    assert not inner, f"{module}, line {inner[0].lineno}: imports {inner[0].module} inside a function"
