@@ -19,12 +19,12 @@ from grade.config import (
     Config,
     EvaluationConfig,
     GenerationConfig,
-    GradeError,
     MethodConfig,
     RolloutConfig,
     TrainConfig,
 )
 from grade.config.reading import config_from_yaml, load_config
+from grade.errors import GradeError
 from grade.machine import free_bytes
 from grade.memory.activations import measure_pass, policy_forward, saved_bytes
 from grade.memory.estimate import Estimate, estimate
