@@ -25,7 +25,6 @@ import warnings
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
-from typing import List
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -177,7 +176,7 @@ def table(saved: dict) -> str:
     return "\n".join([*lines, "", f"Measured on {saved['date']}. {machine_line(saved['machine'])}"])
 
 
-def _name(row: dict, rows: List[dict]) -> str:
+def _name(row: dict, rows: list[dict]) -> str:
     """The model's class, with its config's where several have that model."""
     several = sum(other["architecture"] == row["architecture"] for other in rows) > 1
     return f"{row['architecture']} ({row['config']})" if several else row["architecture"]
@@ -188,7 +187,7 @@ def _reason(row: dict) -> str:
     return words if len(words) <= _LONGEST_REASON else words[:_LONGEST_REASON] + " …"
 
 
-def _measured(only: List[str]) -> dict:
+def _measured(only: list[str]) -> dict:
     found = [(kind, model) for kind, model in architectures() if not only or model.__name__.startswith(tuple(only))]
     rows = []
     transformers_logging.set_verbosity_error()
@@ -201,7 +200,7 @@ def _measured(only: List[str]) -> dict:
     return {"date": datetime.date.today().isoformat(), "machine": machine(), "rows": rows}
 
 
-def main(arguments: List[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="beginnings of names, separated by commas; empty: all")
     parser.add_argument("--save", type=Path, help="keep what was found")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import List
 
 from benchmarks.saved import read_saved
 from grade.studies.compare.comparison import Budgets
@@ -18,7 +17,7 @@ from grade.studies.compare.text import TITLES, document, markdown
 _KIND = "a comparison.json that `grade compare` has written"
 
 
-def main(arguments: List[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a comparison.json")
     parser.add_argument("--budget", choices=TITLES, help="only the tables at equal cost in these")

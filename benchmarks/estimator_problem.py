@@ -11,8 +11,8 @@ the probabilities here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Tuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -128,7 +128,7 @@ class Problem:
         with self.policy.state(adapters=adapters):
             return self.policy.causal_lm(input_ids=ids, use_cache=False).logits[:, len(PROMPT) - 1: -1]
 
-    def terms(self, tokens: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    def terms(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(log-probability, reward, sum of KL) of responses `tokens`, [B] each; differentiable but for the reward."""
         logp = self.logits(tokens).log_softmax(-1)
         with torch.no_grad():
@@ -156,7 +156,7 @@ class Problem:
             self.policy, lambda: replay(self.policy, self.reward, rollout, settings, **weights)
         )
 
-    def score_function(self) -> Tuple[Tensor, Tensor]:
+    def score_function(self) -> tuple[Tensor, Tensor]:
         """Per response, (kl_coef * KL - r) * grad log pi + kl_coef * grad KL, and grad log pi; [Y, P] each.
 
         The first minus b times the second is REINFORCE's gradient with the baseline -b.
@@ -179,7 +179,7 @@ def response_gradients(policy: Policy, run: Callable[[], object]) -> Tensor:
     layers = {m.weight: m for m in policy.model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
     inputs, outputs = {}, {}
 
-    def record(layer: nn.Linear, args: Tuple[Tensor], output: Tensor) -> None:
+    def record(layer: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
         inputs[layer] = args[0].detach()
         output.register_hook(lambda gradient: outputs.update({layer: gradient}))
 

@@ -23,10 +23,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Callable, Dict, Iterator, List, Tuple
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def enumerated(gradients: Tensor, probability: Tensor, exact: Tensor) -> Estimat
     )
 
 
-def sampled(gradients: Tensor) -> Tuple[float, float]:
+def sampled(gradients: Tensor) -> tuple[float, float]:
     """Trace of the covariance of independent samples [N, P], and its standard error."""
     squares = (gradients - gradients.mean(0)).square().sum(1) * len(gradients) / (len(gradients) - 1)
     return squares.mean().item(), squares.std().item() / len(gradients) ** 0.5
@@ -140,14 +140,14 @@ def measure(problem: Problem, seed: int) -> Iterator[dict]:
     yield figures("score function", None, HOPS[-1], of, of.trace, of.trace_error)
 
 
-def table(rows: List[dict]) -> str:
+def table(rows: list[dict]) -> str:
     """The Markdown table of one spread: medians over its problems, a cell from no hop to all."""
     hops = " / ".join(map(str, HOPS))
     lines = [
         "| estimator | tau | " + " | ".join(f"{title}, {hops} hops" for title in QUANTITIES.values()) + " |",
         "|---|---|" + "---|" * len(QUANTITIES),
     ]
-    groups: Dict[Tuple[str, float | None], List[dict]] = {}
+    groups: dict[tuple[str, float | None], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["estimator"], row["tau"]), []).append(row)
     for (name, tau), group in groups.items():
@@ -159,10 +159,10 @@ def table(rows: List[dict]) -> str:
     return "\n".join(lines)
 
 
-def summary(rows: List[dict]) -> str:
+def summary(rows: list[dict]) -> str:
     """Who is best after all hops, problem by problem, and how far the noise of the measurement reaches."""
-    def winners(quantity: str, best: Callable, contenders: List[dict]) -> str:
-        names: List[str] = []
+    def winners(quantity: str, best: Callable, contenders: list[dict]) -> str:
+        names: list[str] = []
         for problem in problems:
             row = best((r for r in contenders if r["problem"] == problem), key=lambda r: r[quantity])
             names.append(row["estimator"] + (f" at tau {row['tau']:g}" if row["tau"] else ""))
@@ -192,7 +192,7 @@ def document(saved: dict) -> str:
     return "\n\n".join([*parts, machine_line(saved["machine"])]) + "\n"
 
 
-def main(arguments: List[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=5, help="random policies and rewards per spread")
     parser.add_argument("--save", type=Path, help="keep every problem's rows, with the machine's description")

@@ -25,9 +25,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, List, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,9 +64,9 @@ class Row:
     model: str
     length: int
     tau: float
-    plain: List[int]
-    replay: List[int]
-    gmres: List[int]
+    plain: list[int]
+    replay: list[int]
+    gmres: list[int]
     blocks: dict  # J -> list of VJP equivalents
 
 
@@ -88,7 +89,7 @@ def system(model: str, length: int, tau: float, seed: int) -> System:
     return System(*prepared.equation(settings))
 
 
-def series(problem: System, most: int) -> List[Tensor]:
+def series(problem: System, most: int) -> list[Tensor]:
     """[direct, A direct, A² direct, ...], `most` + 1 terms."""
     terms = [problem.direct]
     for _ in range(most):
@@ -96,7 +97,7 @@ def series(problem: System, most: int) -> List[Tensor]:
     return terms
 
 
-def plain_vjps(terms: List[Tensor], exact: Tensor) -> int:
+def plain_vjps(terms: list[Tensor], exact: Tensor) -> int:
     """VJPs until the partial sum is within the tolerance."""
     total = torch.zeros_like(exact)
     for vjps, term in enumerate(terms):
@@ -106,7 +107,7 @@ def plain_vjps(terms: List[Tensor], exact: Tensor) -> int:
     raise AssertionError("the series was not summed to its end")
 
 
-def replay_vjps(terms: List[Tensor]) -> int:
+def replay_vjps(terms: list[Tensor]) -> int:
     """VJPs at which `grade.replay.replay` stops: it does not know the converged gradient."""
     total = terms[0]
     for vjps, term in enumerate(terms[1:], start=1):
@@ -116,7 +117,7 @@ def replay_vjps(terms: List[Tensor]) -> int:
     raise AssertionError("the series was not summed to its end")
 
 
-def gmres_vjps(terms: List[Tensor], exact: Tensor) -> int:
+def gmres_vjps(terms: list[Tensor], exact: Tensor) -> int:
     """The same with the combination of terms that has the smallest residual."""
     flat = torch.stack([term.flatten().double() for term in terms])
     for vjps in range(1, len(terms)):
@@ -187,7 +188,7 @@ def document(saved: dict) -> str:
     return "\n\n".join([title, "\n".join(lines), machine_line(saved["machine"])]) + "\n"
 
 
-def main(arguments: List[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["../shared/models/stories260K", "../shared/models/imdb-lm"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256])

@@ -20,9 +20,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable
 
 from grade.built_in.demo_model import demo_model
 from grade.config import Config

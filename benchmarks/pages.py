@@ -17,14 +17,13 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import List
 
 PAGES = ("README.md", "benchmarks/results/README.md", "benchmarks/results/architectures.md")
 _BLOCK = re.compile(r"^(<!-- python -m (benchmarks\.\w+)([^\n|]*?)(?: \| rows (\d+)-(\d+))? -->\n)(.*?)^<!-- end -->$",
                     re.MULTILINE | re.DOTALL)
 
 
-def main(arguments: List[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", type=Path, default=[Path(page) for page in PAGES])
     parser.add_argument("--check", action="store_true", help="write nothing")

@@ -14,8 +14,9 @@ parallel pass shared with the reward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Callable, ContextManager, List
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ _KL_POSITIONS = 16
 
 def published_step(
     policy: Policy, reward: SharedReward, prompt_ids: Tensor, *, length: int, k: int, tau: float, seed: int,
-    rows: Tensor, kl_coef: float, cached: bool, phase: Callable[[str], ContextManager],
+    rows: Tensor, kl_coef: float, cached: bool, phase: Callable[[str], AbstractContextManager],
 ) -> Tensor:
     """Sample `length` tokens and add the gradient of  -mean reward + kl_coef * mean KL  to the policy's parameters.
 
@@ -47,9 +48,9 @@ def published_step(
         [B, S] int64, the tokens.
     """
     prompt = policy.embed(prompt_ids)
-    fed: List[Tensor] = []
-    tokens: List[Tensor] = []
-    logits: List[Tensor] = []
+    fed: list[Tensor] = []
+    tokens: list[Tensor] = []
+    logits: list[Tensor] = []
     with phase("rollout"):
         last_hidden = _cached(policy) if cached else _whole_prefix(policy)
         for step in range(length):
@@ -83,7 +84,7 @@ def _whole_prefix(policy: Policy) -> Callable:
         whole = torch.cat([prompt, *(x[:, None] for x in fed)], dim=1)
         return policy.hidden(whole, None)[:, -1]
 
-    def last_hidden(prompt: Tensor, fed: List[Tensor]) -> Tensor:
+    def last_hidden(prompt: Tensor, fed: list[Tensor]) -> Tensor:
         return _checkpoint(run, prompt, *fed)
 
     return last_hidden
@@ -93,7 +94,7 @@ def _cached(policy: Policy) -> Callable:
     """The same from the newest embedding alone; keys and values of the others keep their graph."""
     cache = policy.new_cache()
 
-    def last_hidden(prompt: Tensor, fed: List[Tensor]) -> Tensor:
+    def last_hidden(prompt: Tensor, fed: list[Tensor]) -> Tensor:
         return policy.hidden(fed[-1][:, None] if fed else prompt, None, cache)[:, -1]
 
     return last_hidden

@@ -17,7 +17,6 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import List
 
 from benchmarks.saved import SAVED, read_saved
 from grade.jsonl import read_rows
@@ -55,7 +54,7 @@ def read_run(run_dir: Path) -> dict:
     }
 
 
-def table(runs: List[dict]) -> str:
+def table(runs: list[dict]) -> str:
     """The Markdown table."""
     lines = ["| split | model | " + " | ".join(TITLES) + " |", "|---|---|" + "---|" * len(TITLES)]
     for split in ("validation", "test"):
@@ -72,7 +71,7 @@ def table(runs: List[dict]) -> str:
     return "\n".join(lines)
 
 
-def summary(runs: List[dict]) -> str:
+def summary(runs: list[dict]) -> str:
     """Best steps, reward per seed, time and memory."""
     seconds = sorted(s for run in runs for s in run["step_seconds"])
     low, high = seconds[len(seconds) // 5], seconds[len(seconds) * 4 // 5]
@@ -86,7 +85,7 @@ def summary(runs: List[dict]) -> str:
     )
 
 
-def main(arguments: List[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories, or one file written by --save")
     parser.add_argument("--save", type=Path, help="keep what the table needs, with the machine's description")

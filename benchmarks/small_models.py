@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Tuple
-
 import torch
 
 VOCABULARY = 61
@@ -13,7 +11,7 @@ CONTEXT = 64
 MOST_WEIGHTS = 4_000_000
 
 # What sizes are called in the configs; names that a config does not have are not given to it.
-_SIZES: Dict[int, str] = {
+_SIZES: dict[int, str] = {
     VOCABULARY: (
         "unpadded_vocab_size vocab_size vocab_size_per_layer_input"
     ),
@@ -63,7 +61,7 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_la
 # A deviation of the weights at which layers do something and rounding is not amplified.
 _SPREAD = {"initializer_range": 0.08, "init_std": 0.08}
 # What an architecture needs beside, or in the place of, those.
-_OWN: Dict[str, dict] = {
+_OWN: dict[str, dict] = {
     "BambaConfig": dict(mamba_n_heads=8, attn_layer_indices=[1]),
     "Dots3NoteTextConfig": dict(num_key_value_heads=4),
     "GPTNeoConfig": dict(attention_types=[[["global", "local"], 1]]),
@@ -131,7 +129,7 @@ def small_model(kind: type, model: type):
     return made
 
 
-def architectures() -> List[Tuple[type, type]]:
+def architectures() -> list[tuple[type, type]]:
     """(config class, model class) of every causal language model that the installed transformers has, by name."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 

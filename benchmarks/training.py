@@ -31,7 +31,6 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
 
 import torch
 
@@ -50,7 +49,7 @@ _OF_MEMORY = 0.9  # share of what is free that a step may take
 _COUNTED = 0.25  # share of the time limit that a step may take to be run once more, slower, counting living tensors
 
 
-def main(arguments: Optional[List[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if options.child:
         _child(options.child)
@@ -114,7 +113,7 @@ def _check_options(options) -> None:
         sys.exit(f"--hop-tol is {options.hop_tol}: it must be a number from 0 on.")
 
 
-def check(setting: Setting, length: int, algorithms: List[str], folder: Path) -> Dict[str, float]:
+def check(setting: Setting, length: int, algorithms: list[str], folder: Path) -> dict[str, float]:
     """Relative difference of each algorithm's gradient from replay's with all hops, in float32; {} of replay alone.
 
     Raises:
@@ -136,7 +135,7 @@ def check(setting: Setting, length: int, algorithms: List[str], folder: Path) ->
     return errors
 
 
-def _rows(setting: Setting, options, before: List[dict], folder: Path) -> List[dict]:
+def _rows(setting: Setting, options, before: list[dict], folder: Path) -> list[dict]:
     """The algorithms at one length, taking turns; the gradient of each is compared with the published one."""
     rows, found, names = [], {}, [name for name in ALGORITHMS if name in options.algorithms]
     ahead, refused = {}, {}
@@ -168,7 +167,7 @@ def _rows(setting: Setting, options, before: List[dict], folder: Path) -> List[d
     return rows
 
 
-def _expected(earlier: List[dict], setting: Setting, options) -> Tuple[Dict[str, Optional[float]], str]:
+def _expected(earlier: list[dict], setting: Setting, options) -> tuple[dict[str, float | None], str]:
     """(What an algorithm's rows of the lengths before say of this one, why it is therefore not run or "")."""
     done = [row for row in earlier if row["status"] == "ok"]
     seconds, gib, tensors = (_ahead(done, key, setting.length) for key in ("seconds", "step_gib", "tensors_gib"))
@@ -208,7 +207,7 @@ def _summary(result: dict, setting: Setting) -> dict:
     }
 
 
-def _ahead(rows: List[dict], key: str, length: int) -> Optional[float]:
+def _ahead(rows: list[dict], key: str, length: int) -> float | None:
     """What the power law through the last two lengths says of this one; None of fewer."""
     rows = [row for row in rows if row[key] is not None]
     if len(rows) < 2:

@@ -7,7 +7,7 @@ far a phase is from what this machine can do, not from what another would.
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ _READ_BYTES = 2**30  # more than caches hold
 _SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices
 
 
-def rates(device: str, dtype: str) -> Dict[str, float]:
+def rates(device: str, dtype: str) -> dict[str, float]:
     """{"read_gb_s", "gflop_s"}: reading memory, and multiplying square matrices of this dtype."""
     machine, side = Machine(device), _SIDE[device]
 
@@ -32,7 +32,7 @@ def rates(device: str, dtype: str) -> Dict[str, float]:
     return {"read_gb_s": _READ_BYTES / read / 1e6, "gflop_s": 2 * side**3 / multiply / 1e6}
 
 
-def floors(setting: Setting, length: int, hops: float, measured: Dict[str, float]) -> Dict[str, float]:
+def floors(setting: Setting, length: int, hops: float, measured: dict[str, float]) -> dict[str, float]:
     """Seconds by phase.
 
     Args:
@@ -75,7 +75,7 @@ def table(payload: dict) -> str:
     if not measured or not rows:
         return ""
     setting = Setting(**payload["setting"])
-    found: List[tuple] = [(row, floors(setting, row["length"], row["hops"], measured)) for row in rows]
+    found: list[tuple] = [(row, floors(setting, row["length"], row["hops"], measured)) for row in rows]
     names = list(found[0][1])
     lines = ["| S | algorithm | " + " | ".join([*names, "all"]) + " |", "|---:|---|" + "---:|" * (len(names) + 1)]
     for row, least in found:

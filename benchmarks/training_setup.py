@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, replace
-from typing import Dict, List
 
 import torch
 from torch import Tensor
@@ -83,7 +82,7 @@ class _Tokenizer:
     def __init__(self, size: int):
         self._size = size
 
-    def get_vocab(self) -> Dict[str, int]:
+    def get_vocab(self) -> dict[str, int]:
         return {str(number): number for number in range(self._size)}
 
 
@@ -134,7 +133,7 @@ class Bench:
                     parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
         return Policy(model.to(self.device), _Tokenizer(sizes["vocab_size"]))
 
-    def restore(self, weights: List[Tensor]) -> None:
+    def restore(self, weights: list[Tensor]) -> None:
         """Put the adapter back; the optimizer's moments stay."""
         with torch.no_grad():
             for parameter, kept in zip(self.policy.parameters(), weights, strict=True):
@@ -204,7 +203,7 @@ def measure(setting: Setting, algorithm: str, *, repeats: int, seconds: float, c
         bench.restore(weights)
     reset_peak_memory(bench.device)
     before = peak_memory_gib(bench.device)  # nothing has happened since: what is held now
-    taken: List[dict] = []
+    taken: list[dict] = []
     while True:
         found = bench.step()
         taken.append({"seconds": found["seconds"], "phases": found["phases"]})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
 
 from benchmarks.training_floors import table as floors
 from benchmarks.training_setup import ALGORITHMS
@@ -30,7 +29,7 @@ def document(payload: dict) -> str:
     return "\n\n".join([*filter(None, parts), f"Machine: {machine}."]) + "\n"
 
 
-def checked(check: Dict[str, float]) -> str:
+def checked(check: dict[str, float]) -> str:
     """What was compared before anything was timed."""
     if not check:
         return ""
@@ -38,7 +37,7 @@ def checked(check: Dict[str, float]) -> str:
     return f"Gradients of one short step in float32 with all hops, relative difference from replay's: {errors}."
 
 
-def comparison(rows: List[dict]) -> str:
+def comparison(rows: list[dict]) -> str:
     """Time and memory, and both against the first algorithm's, which is the published one unless it was left out."""
     lines = [
         "| S | algorithm | s / step | tokens/s | peak, GiB | tensors, GiB | hops | gradient, error | "
@@ -51,7 +50,7 @@ def comparison(rows: List[dict]) -> str:
     return "\n".join(lines)
 
 
-def _cells(row: dict, base: dict) -> List[str]:
+def _cells(row: dict, base: dict) -> list[str]:
     memory = [_number(row, key, ".2f") for key in ("peak_gib", "tensors_gib")]
     if row["status"] != "ok":
         return [_number(row, "seconds", ".3g"), row["status"], *memory, *["–"] * 5]
@@ -64,7 +63,7 @@ def _cells(row: dict, base: dict) -> List[str]:
     ]
 
 
-def _value(row: dict, key: str) -> Tuple[Optional[float], str]:
+def _value(row: dict, key: str) -> tuple[float | None, str]:
     """(measured or extrapolated, "~" of the latter)."""
     if row.get(key) is not None:
         return row[key], ""
@@ -81,7 +80,7 @@ def _ratio(base: dict, row: dict, key: str, before: str) -> str:
     return "–" if not theirs or not ours else f"{mark or our_mark}{before}{theirs / ours:.3g}"
 
 
-def compiling(rows: List[dict]) -> str:
+def compiling(rows: list[dict]) -> str:
     """What the rows of `rollout.compile` leave out."""
     first = [f"{row['first_seconds']:.0f} s at S = {row['length']}" for row in rows if row.get("first_seconds")]
     if not first:
@@ -89,7 +88,7 @@ def compiling(rows: List[dict]) -> str:
     return f"The first step of {ALGORITHMS['compiled']}, which compiles, is not in its rows: {', '.join(first)}."
 
 
-def phases(rows: List[dict]) -> str:
+def phases(rows: list[dict]) -> str:
     """Seconds of every phase and its share of the step."""
     measured = [row for row in rows if row["status"] == "ok"]
     names = list(dict.fromkeys(name for row in measured for name in row["phases"]))
@@ -104,7 +103,7 @@ def phases(rows: List[dict]) -> str:
     return "\n".join(lines)
 
 
-def exponents(rows: List[dict]) -> str:
+def exponents(rows: list[dict]) -> str:
     """How time grows with S, from each length to the next: the e of time ~ S^e."""
     lines = []
     for name, title in ALGORITHMS.items():
@@ -114,7 +113,7 @@ def exponents(rows: List[dict]) -> str:
     return "Growth of the seconds per step, the exponent of S:\n\n" + "\n".join(lines) if lines else ""
 
 
-def growth(rows: List[dict]) -> Dict[tuple, float]:
+def growth(rows: list[dict]) -> dict[tuple, float]:
     """{(shorter, longer): exponent} of consecutive lengths."""
     return {
         (a["length"], b["length"]): math.log(b["seconds"] / a["seconds"]) / math.log(b["length"] / a["length"])
@@ -129,5 +128,5 @@ def write_csv(path: Path, payload: dict) -> None:
         writer = csv.writer(file)
         writer.writerow([*_CSV, *(f"seconds/{name}" for name in names)])
         for row in payload["rows"]:
-            phase: Dict[str, Optional[float]] = row.get("phases", {})
+            phase: dict[str, float | None] = row.get("phases", {})
             writer.writerow([row.get(key) for key in _CSV] + [phase.get(name) for name in names])

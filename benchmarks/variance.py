@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import List
 
 from benchmarks.saved import read_saved
 from grade.studies.variance.text import document
 
 
-def main(arguments: List[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a variance.json")
     file = parser.parse_args(arguments).file

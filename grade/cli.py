@@ -17,7 +17,6 @@ import os
 import shlex
 import sys
 import time
-from typing import List, Optional
 
 from grade import __version__
 from grade.commands import verbs as commands
@@ -40,7 +39,7 @@ commands:
 """
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code. `argv` defaults to the process's arguments."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -60,7 +59,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 130
 
 
-def run(argv: List[str]) -> int:
+def run(argv: list[str]) -> int:
     """Choose the command."""
     if not argv or argv[0] in (*HELP, "help"):
         emit(USAGE.format(configs=", ".join(config_io.shipped_configs())))
@@ -76,7 +75,7 @@ def run(argv: List[str]) -> int:
     return getattr(commands, command)(rest)
 
 
-def _without_resume(argv: List[str]) -> List[str]:
+def _without_resume(argv: list[str]) -> list[str]:
     """`argv` without the options that would contradict `--train.resume true`."""
     kept, waiting = [], list(argv)
     while waiting:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable, List, NamedTuple
+from typing import NamedTuple
 
 from grade.errors import GradeError, reason_of
 
@@ -12,9 +13,9 @@ from grade.errors import GradeError, reason_of
 class Rows(NamedTuple):
     """What a file of JSON lines holds."""
 
-    rows: List[dict]
+    rows: list[dict]
     """The objects, in the file's order."""
-    broken: List[int]
+    broken: list[int]
     """Numbers, from 1, of the lines that are no object; the last line is not among them."""
     cut: bool
     """Whether the last line is no object: it is still being written, or was cut short when its writer was stopped."""

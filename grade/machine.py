@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Optional
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
-def machine() -> Dict[str, object]:
+def machine() -> dict[str, object]:
     """Names and versions, ready for JSON."""
     import torch
     import transformers
@@ -28,12 +28,12 @@ def machine() -> Dict[str, object]:
     }
 
 
-def machine_line(description: Dict[str, object]) -> str:
+def machine_line(description: dict[str, object]) -> str:
     """A recorded `machine` in one line."""
     return "Machine: " + ", ".join(f"{name} {value}" for name, value in description.items()) + "."
 
 
-def free_bytes(device: torch.device, processes: int = 1) -> Optional[int]:
+def free_bytes(device: torch.device, processes: int = 1) -> int | None:
     """Free memory of a device; what the caching allocator holds unused counts as free. None where it is not known.
 
     Args:
@@ -52,7 +52,7 @@ def free_bytes(device: torch.device, processes: int = 1) -> Optional[int]:
     return None if left is None else left // processes
 
 
-def _left_to_container() -> List[int]:
+def _left_to_container() -> list[int]:
     """Bytes until this control group's limit, where it has one (cgroup v2); file caches give way."""
     try:
         limit, used = ((CONTROL_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))

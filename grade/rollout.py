@@ -7,8 +7,8 @@ it, and pad may equal that token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Iterator, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ class Rollout:
     indices: Tensor
     token_weight: Tensor
     rows: Tensor
-    weights: Optional[Tensor] = None
-    missed: Optional[Tensor] = None
+    weights: Tensor | None = None
+    missed: Tensor | None = None
     min_new_tokens: int = 0
     ignore_eos: bool = False
     seed: int = 0

@@ -7,8 +7,9 @@ and a dictionary whose keys are no texts, such as an optimizer's state, as its i
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file

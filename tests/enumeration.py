@@ -6,7 +6,7 @@ Two tokens of three symbols make nine responses, so every expectation over respo
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from tiny import VOCAB, tiny_policy
@@ -58,7 +58,7 @@ class ConstantReward:
         return torch.full((len(rollout),), self.value)
 
 
-def given_rollout(policy, tokens: Tensor, copies: int = 1, mask: Optional[Tensor] = None) -> Rollout:
+def given_rollout(policy, tokens: Tensor, copies: int = 1, mask: Tensor | None = None) -> Rollout:
     """The responses `tokens` [B, S] as if they had been sampled; `mask` [B, S] bool says what of them is real."""
     shape = tokens.shape
     mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask

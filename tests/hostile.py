@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import List
 
 from report_runs import write_run
 
@@ -44,7 +43,7 @@ def write_hostile(folder: Path) -> Path:
     return folder
 
 
-def samples(step: int, first: int) -> List[dict]:
+def samples(step: int, first: int) -> list[dict]:
     """Each text as prompt and as response, from the one numbered `first` on; the page shows eight of them."""
     texts = list(TEXTS.values())
     first %= len(texts)

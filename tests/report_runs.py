@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
 
 import yaml
 
@@ -25,7 +25,7 @@ def evaluation(step: int, reward: float, **further) -> dict:
     }
 
 
-def training_row(step: int, tau: Optional[float] = None) -> dict:
+def training_row(step: int, tau: float | None = None) -> dict:
     """A line of metrics.jsonl: 100 tokens and 2 seconds a step; reward 0.5 and 0.6 in turn."""
     reward = 0.5 + 0.1 * (step % 2)
     return {
@@ -37,8 +37,8 @@ def training_row(step: int, tau: Optional[float] = None) -> dict:
 
 def write_run(
     folder: Path, *, method: str = "grpo", seed: int = 0, validations: Sequence[float] = (0.5, 0.65, 0.75),
-    every: int = 2, test: Optional[float] = 0.7, planned: Optional[int] = None, taus: Optional[List[float]] = None,
-    settings: Optional[Dict[str, object]] = None,
+    every: int = 2, test: float | None = 0.7, planned: int | None = None, taus: list[float] | None = None,
+    settings: dict[str, object] | None = None,
 ) -> Path:
     """A run validated every `every` steps with rewards `validations`, the base model's first.
 
@@ -71,7 +71,7 @@ def write_run(
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     evaluations = [evaluation(i * every, reward) for i, reward in enumerate(validations)]
-    rows: List[dict] = []
+    rows: list[dict] = []
     for row in evaluations:
         rows.append({
             "step": row["step"],
@@ -95,7 +95,7 @@ def write_run(
     return folder
 
 
-def write_comparison(folder: Path, rewards: Dict[str, Sequence[float]], *, finished: bool = True) -> Path:
+def write_comparison(folder: Path, rewards: dict[str, Sequence[float]], *, finished: bool = True) -> Path:
     """A comparison: test rewards by method and seed; the checkpoint of step 2 was chosen, though step 4 validated
     better. Its runs have no test of their own."""
     results = {"base/None/0": evaluation(0, 0.5, split="test", judge=0.5)}

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import Optional
 
 import pytest
 import yaml
@@ -22,7 +21,7 @@ from grade.training.trainer import Trainer, make_accelerator
 
 FACTS = {name: (kind, facts) for name, kind, facts in facts_of(Config)}
 NUMBERS = {name: found for name, found in FACTS.items() if numeric(found[0])}
-TEXTS = [name for name, kind in config_io.setting_types().items() if kind in (str, Optional[str])]
+TEXTS = [name for name, kind in config_io.setting_types().items() if kind in (str, str | None)]
 EXTREMES = ["0", "-1", "1e30", "1e9", "1e308", "nan", ".nan", "inf", "-.inf", str(10**40), "1e400", "9" * 5000]
 
 

@@ -13,8 +13,8 @@ import math
 import os
 import random
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
 
 from grade.errors import GradeError
 
@@ -23,7 +23,7 @@ _MAX_THREADS = 4  # more of them wait for each other on matrices this small
 _BATCHES_SORTED = 8  # rows of this many batches are sorted by length, so that a batch needs little padding
 
 
-def cached_model(name: str, train: Callable[[Path], None], cache_dir: Optional[Path] = None) -> Path:
+def cached_model(name: str, train: Callable[[Path], None], cache_dir: Path | None = None) -> Path:
     """The folder `name` of the cache, made now by `train` unless it is there.
 
     The folder lands in its place by a rename, so an interrupted run leaves nothing half-done. Global random state
@@ -61,7 +61,7 @@ def cached_model(name: str, train: Callable[[Path], None], cache_dir: Optional[P
     return folder
 
 
-def identity(settings: Dict, *files: str) -> str:
+def identity(settings: dict, *files: str) -> str:
     """12 hexadecimal digits that change with the settings, with this file, and with any of `files`."""
     sources = [Path(path).read_bytes() for path in (*files, __file__)]
     return hashlib.sha256(b"\x00".join([*sources, json.dumps(settings).encode()])).hexdigest()[:12]
@@ -85,7 +85,7 @@ def _few_threads():
         torch.set_num_threads(before)
 
 
-def train_tokenizer(texts: List[str], settings: Dict):
+def train_tokenizer(texts: list[str], settings: dict):
     """A byte-level BPE that any text survives, and that starts every text with BOS by itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -113,8 +113,8 @@ def train_tokenizer(texts: List[str], settings: Dict):
 
 
 def train_model(
-    folder: Path, tokenizer, rows: List[List[int]], settings: Dict, *, title: str, progress: bool,
-    prompt_end: Optional[int] = None,
+    folder: Path, tokenizer, rows: list[list[int]], settings: dict, *, title: str, progress: bool,
+    prompt_end: int | None = None,
 ) -> None:
     """Train a model and save it in `folder` with its tokenizer and `training.json` (settings, parameters, final loss
     in nats per token, seconds).
@@ -142,7 +142,7 @@ def train_model(
         optimizer, lambda step: _learning_rate_factor(step, settings)
     )
     batches = _batches(rows, settings)
-    losses: List[float] = []
+    losses: list[float] = []
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),
@@ -174,7 +174,7 @@ def train_model(
     (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _new_model(tokenizer, settings: Dict):
+def _new_model(tokenizer, settings: dict):
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     special = {
@@ -198,7 +198,7 @@ def _new_model(tokenizer, settings: Dict):
     return model.train()
 
 
-def _learning_rate_factor(step: int, settings: Dict) -> float:
+def _learning_rate_factor(step: int, settings: dict) -> float:
     """Linear warm-up, then half a cosine down to 0."""
     warmup = min(settings["warmup_steps"], settings["steps"] // 2)
     if step < warmup:
@@ -206,7 +206,7 @@ def _learning_rate_factor(step: int, settings: Dict) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings["steps"] - warmup)))
 
 
-def _batches(rows: List[List[int]], settings: Dict):
+def _batches(rows: list[list[int]], settings: dict):
     """Batches without end, each epoch in a new order, rows of similar length together."""
     generator, size = random.Random(settings["seed"]), settings["batch_size"]
     while True:
@@ -219,7 +219,7 @@ def _batches(rows: List[List[int]], settings: Dict):
             yield [rows[i] for i in batch]
 
 
-def _pad(rows: List[List[int]], pad_id: int, prompt_end: Optional[int] = None):
+def _pad(rows: list[list[int]], pad_id: int, prompt_end: int | None = None):
     """Ids [B, T] int64, padded on the right, and labels [B, T] with -100 (no loss) on prompts and padding."""
     import torch
 

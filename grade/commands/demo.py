@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Dict, Optional
 
 from rich.console import Console
 
@@ -25,8 +24,8 @@ PRINTED_SAMPLES = 3
 
 
 def run_demo(
-    config: Config, cache_dir: Optional[Path] = None, pretrain_steps: Optional[int] = None
-) -> Dict[str, Evaluation]:
+    config: Config, cache_dir: Path | None = None, pretrain_steps: int | None = None
+) -> dict[str, Evaluation]:
     """Train the demo's model if it is not cached, align it, print what changed.
 
     Args:

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from grade import __version__
 
@@ -51,7 +51,7 @@ def run_doctor(as_json: bool = False) -> None:
         show(report)
 
 
-def examine() -> Dict[str, Any]:
+def examine() -> dict[str, Any]:
     """Everything the doctor knows, in types that JSON has.
 
     Returns:
@@ -60,8 +60,8 @@ def examine() -> Dict[str, Any]:
         "kernels": {kernel: {device kind: backend or the reason for none}},
         "hub": {"reachable": bool or None, "detail"}, "caches": {name: folder}, "problems": [text]}
     """
-    problems: List[str] = []
-    report: Dict[str, Any] = {
+    problems: list[str] = []
+    report: dict[str, Any] = {
         "versions": {"grade": __version__, "python": platform.python_version(), **_versions(PACKAGES)},
         "optional": _versions(OPTIONAL_PACKAGES),
     }
@@ -88,7 +88,7 @@ def examine() -> Dict[str, Any]:
     return report
 
 
-def check_hub(timeout: float = HUB_TIMEOUT) -> Dict[str, Any]:
+def check_hub(timeout: float = HUB_TIMEOUT) -> dict[str, Any]:
     """Whether the hub answers: {"reachable": bool, or None in offline mode, "detail": text}.
 
     Never takes longer than `timeout` seconds: looking a name up has no timeout of its own, so the request
@@ -99,7 +99,7 @@ def check_hub(timeout: float = HUB_TIMEOUT) -> Dict[str, Any]:
     endpoint = _hub_endpoint()
     if endpoint is None:
         return {"reachable": False, "detail": "huggingface_hub is missing: pip install huggingface_hub"}
-    answer: List[Dict[str, Any]] = []
+    answer: list[dict[str, Any]] = []
 
     def ask() -> None:
         try:
@@ -117,14 +117,14 @@ def check_hub(timeout: float = HUB_TIMEOUT) -> Dict[str, Any]:
     return answer[0] if answer else {"reachable": False, "detail": f"{endpoint}: no answer in {timeout:g} s"}
 
 
-def show(report: Dict[str, Any]) -> None:
+def show(report: dict[str, Any]) -> None:
     """Print the report as tables."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
 
-    def table(title: str, rows: List[List[Any]], headers: Optional[List[str]] = None) -> None:
+    def table(title: str, rows: list[list[Any]], headers: list[str] | None = None) -> None:
         grid = Table(title=title, title_justify="left", show_header=headers is not None)
         for index in range(len(rows[0]) if rows else 1):
             grid.add_column(headers[index] if headers else None, overflow="fold")
@@ -156,8 +156,8 @@ def show(report: Dict[str, Any]) -> None:
 # --- parts -------------------------------------------------------------------------------------------------
 
 
-def _versions(packages: Dict[str, str]) -> Dict[str, Optional[str]]:
-    versions: Dict[str, Optional[str]] = {}
+def _versions(packages: dict[str, str]) -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
     for name in packages:
         try:
             versions[name] = metadata.version(name)
@@ -166,7 +166,7 @@ def _versions(packages: Dict[str, str]) -> Dict[str, Optional[str]]:
     return versions
 
 
-def _import(name: str, problems: List[str]) -> Any:
+def _import(name: str, problems: list[str]) -> Any:
     """A module, or None with a problem: a broken installation is what a doctor is asked about."""
     try:
         return importlib.import_module(name)
@@ -175,7 +175,7 @@ def _import(name: str, problems: List[str]) -> Any:
         return None
 
 
-def _devices(torch: Any, problems: List[str]) -> List[Dict[str, Any]]:
+def _devices(torch: Any, problems: list[str]) -> list[dict[str, Any]]:
     """The accelerators that torch sees, CUDA and ROCm alike."""
     if not torch.cuda.is_available():
         return []
@@ -191,13 +191,13 @@ def _devices(torch: Any, problems: List[str]) -> List[Dict[str, Any]]:
     return devices
 
 
-def _kernels(torch: Any, kinds: List[str], problems: List[str]) -> Dict[str, Dict[str, str]]:
+def _kernels(torch: Any, kinds: list[str], problems: list[str]) -> dict[str, dict[str, str]]:
     """The backend of every public operation of `grade_kernels`, on each kind of device."""
     kernels = _import("grade_kernels", problems)
     backend = _import("grade_kernels.backend", problems)
     if kernels is None or backend is None:
         return {}
-    table: Dict[str, Dict[str, str]] = {}
+    table: dict[str, dict[str, str]] = {}
     for name in sorted(getattr(kernels, "__all__", [])):
         function = inspect.unwrap(getattr(kernels, name))
         # Classes and helpers have one implementation; what has several asks `backend_for`.
@@ -215,7 +215,7 @@ def _kernels(torch: Any, kinds: List[str], problems: List[str]) -> Dict[str, Dic
     return table
 
 
-def _hub_endpoint() -> Optional[str]:
+def _hub_endpoint() -> str | None:
     """Address of the hub: HF_ENDPOINT, or what huggingface_hub was built with."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return None
@@ -224,7 +224,7 @@ def _hub_endpoint() -> Optional[str]:
     return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
 
 
-def _caches() -> Dict[str, str]:
+def _caches() -> dict[str, str]:
     """Where downloads and compiled kernels are kept, whether or not the folders exist yet."""
     home = Path.home()
     hub_home = Path(os.environ.get("HF_HOME") or home / ".cache" / "huggingface")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import List
 
 from rich.console import Console
 
@@ -20,7 +19,7 @@ from grade.training.evaluation_tables import evaluation_table
 from grade.training.setup import set_up
 
 
-def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> List[Evaluation]:
+def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> list[Evaluation]:
     """`grade evaluate`: base model and a checkpoint of a run on one split; prints a table, keeps the result.
 
     Args:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
 
 from grade.errors import GradeError
 
 
-def run_report(folder: Path, output: Optional[Path] = None) -> Path:
+def run_report(folder: Path, output: Path | None = None) -> Path:
     """Write the report of `folder`.
 
     Args:

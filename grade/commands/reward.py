@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict
-
 from rich.console import Console
 
 from grade.config import Config
@@ -15,7 +13,7 @@ from grade.rewards.head_training import head_folder, head_report, load_or_train_
 from grade.tasks import load_task
 
 
-def train_reward(config: Config) -> Dict[str, float]:
+def train_reward(config: Config) -> dict[str, float]:
     """`grade reward`: train the head of a config (or find it trained) and print its accuracy."""
 
     if config.reward.model is not None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Callable, List, Literal, Mapping, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentParser
 
@@ -32,7 +33,7 @@ HELP = ("-h", "--help")
 _FLAGS = ["help", "h", "print_config"]
 
 
-def train(argv: List[str]) -> int:
+def train(argv: list[str]) -> int:
     """`grade train CONFIG [--section.field VALUE ...]`."""
     parser = _config_parser("train", "Train a policy; the run directory holds everything it makes.")
     resolved = _resolve(parser, argv, {}, "CONFIG", config_io.find_config)
@@ -43,7 +44,7 @@ def train(argv: List[str]) -> int:
     return 0
 
 
-def reward(argv: List[str]) -> int:
+def reward(argv: list[str]) -> int:
     """`grade reward CONFIG [--section.field VALUE ...]`."""
     parser = _config_parser("reward", "Train the reward head; `grade train` does so when it is missing.")
     resolved = _resolve(parser, argv, {}, "CONFIG", config_io.find_config)
@@ -54,7 +55,7 @@ def reward(argv: List[str]) -> int:
     return 0
 
 
-def demo(argv: List[str]) -> int:
+def demo(argv: list[str]) -> int:
     """`grade demo [--cache_dir DIR] [--pretrain_steps N] [--section.field VALUE ...]`."""
     parser = config_io.new_parser(
         prog="grade demo",
@@ -64,17 +65,17 @@ def demo(argv: List[str]) -> int:
     group = parser.add_argument_group("the demo's own")
     group.add_argument(
         "--cache_dir",
-        type=Optional[str],
+        type=str | None,
         metavar="DIR",
         help="Folder that keeps the tiny model; null: one under the user's cache directory.",
     )
     group.add_argument(
         "--pretrain_steps",
-        type=Optional[int],
+        type=int | None,
         metavar="N",
         help="Optimizer steps of the tiny model's own training; null: as many as it needs.",
     )
-    resolved = _resolve(parser, argv, {"cache_dir": str, "pretrain_steps": Optional[int]}, None, config_io.find_config)
+    resolved = _resolve(parser, argv, {"cache_dir": str, "pretrain_steps": int | None}, None, config_io.find_config)
     if resolved is None:
         return 0
     cache_dir, steps = resolved.options.cache_dir, resolved.options.pretrain_steps
@@ -88,7 +89,7 @@ def demo(argv: List[str]) -> int:
     return 0
 
 
-def evaluate(argv: List[str]) -> int:
+def evaluate(argv: list[str]) -> int:
     """`grade evaluate RUN_DIR [--checkpoint best|last|PATH] [--split test|validation] [overrides]`."""
     parser = config_io.new_parser(
         prog="grade evaluate",
@@ -111,7 +112,7 @@ def evaluate(argv: List[str]) -> int:
     return 0
 
 
-def compare(argv: List[str]) -> int:
+def compare(argv: list[str]) -> int:
     """`grade compare CONFIG [--methods A,B] [--seeds 0,1] [--section.field VALUE ...]`; 1 where a run failed."""
     parser = _config_parser(
         "compare", "Train methods over seeds on the same prompts; tables at equal tokens and at equal training time. "
@@ -122,7 +123,7 @@ def compare(argv: List[str]) -> int:
     parser.usage = "grade compare CONFIG [--methods A,B,...] [--seeds 0,1,...] [--section.field VALUE ...]"
     group = parser.add_argument_group("the comparison's own")
     group.add_argument(
-        "--methods", type=Optional[str], metavar="A,B",
+        "--methods", type=str | None, metavar="A,B",
         help=f"Of {', '.join(COMPARED)}; null: those that can use the task's reward.",
     )
     group.add_argument("--seeds", type=str, default="0,1,2", metavar="0,1", help="Seeds of the runs.")
@@ -158,12 +159,12 @@ def compare(argv: List[str]) -> int:
     return 1 if missing else 0
 
 
-def _listed(text: str) -> List[str]:
+def _listed(text: str) -> list[str]:
     """The entries of `a,b`."""
     return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
-def variance(argv: List[str]) -> int:
+def variance(argv: list[str]) -> int:
     """`grade variance CONFIG [--checkpoint DIR] [--section.field VALUE ...]`."""
     parser = _config_parser(
         "variance", "Measure bias and variance of the gradient estimators at fixed parameters; what is measured: "
@@ -172,7 +173,7 @@ def variance(argv: List[str]) -> int:
     parser.usage = "grade variance CONFIG [--checkpoint DIR] [--section.field VALUE ...]"
     group = parser.add_argument_group("the laboratory's own")
     group.add_argument(
-        "--checkpoint", type=Optional[str], metavar="DIR",
+        "--checkpoint", type=str | None, metavar="DIR",
         help="Folder of an adapter, such as runs/NAME/checkpoints/best; null: the adapter's initial state.",
     )
     resolved = _resolve(parser, argv, {"checkpoint": str}, "CONFIG", config_io.find_config)
@@ -186,7 +187,7 @@ def variance(argv: List[str]) -> int:
     return 0
 
 
-def report(argv: List[str]) -> int:
+def report(argv: list[str]) -> int:
     """`grade report FOLDER [--output DIR]`."""
     parser = config_io.new_parser(
         prog="grade report",
@@ -194,7 +195,7 @@ def report(argv: List[str]) -> int:
         description="Write one self-contained page, with every figure as PNG and PDF and every table as CSV and LaTeX. "
         "FOLDER: a run, a comparison, measurements of `grade variance`, or a folder of runs.",
     )
-    parser.add_argument("--output", type=Optional[str], metavar="DIR", help="Where to; null: FOLDER/report.")
+    parser.add_argument("--output", type=str | None, metavar="DIR", help="Where to; null: FOLDER/report.")
     positionals, options = config_io.split_arguments(argv, ["output"], ["help", "h"], parser.prog)
     if any(option in HELP for option in options):
         emit(parser.format_help())
@@ -212,7 +213,7 @@ def report(argv: List[str]) -> int:
     return 0
 
 
-def doctor(argv: List[str]) -> int:
+def doctor(argv: list[str]) -> int:
     """`grade doctor [--json]`."""
     parser = config_io.new_parser(prog="grade doctor", description=f"Show {COMMANDS['doctor']}.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
@@ -264,11 +265,11 @@ def _config_of_run(run_dir: str) -> Path:
 
 def _resolve(
     parser: ArgumentParser,
-    argv: List[str],
+    argv: list[str],
     own: Mapping[str, Any],
-    metavar: Optional[str],
+    metavar: str | None,
     find: Callable[[str], Path],
-) -> Optional[Resolved]:
+) -> Resolved | None:
     """What a command line says; None when it asked for help or for the settings, which are then printed.
 
     Args:

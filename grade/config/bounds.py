@@ -10,7 +10,8 @@ import dataclasses
 import math
 import os
 import unicodedata
-from typing import Any, Iterator, List, Literal, NamedTuple, Optional, Tuple, Union, get_type_hints
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from grade.errors import GradeError
 
@@ -38,13 +39,13 @@ _PATH = 3800  # bytes of a path, below which a run has names of its own: 4096 is
 class Facts(NamedTuple):
     """What is declared of a setting; of a list, it holds for each entry."""
 
-    ge: Optional[float] = None
+    ge: float | None = None
     """The least that it may be."""
-    gt: Optional[float] = None
+    gt: float | None = None
     """It is above this."""
-    le: Optional[float] = None
+    le: float | None = None
     """The most that it may be."""
-    lt: Optional[float] = None
+    lt: float | None = None
     """It is below this."""
     text: Literal["any", "name", "path"] = "any"
     """Of a text: `name` is a part of a file's name, `path` that of something to be written."""
@@ -68,8 +69,8 @@ class Facts(NamedTuple):
 
 
 def setting(
-    default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING, ge: Optional[float] = None,
-    gt: Optional[float] = None, le: Optional[float] = None, lt: Optional[float] = None,
+    default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING, ge: float | None = None,
+    gt: float | None = None, le: float | None = None, lt: float | None = None,
     text: Literal["any", "name", "path"] = "any",
 ) -> Any:
     """A dataclass field with the facts that `Facts` lists in its metadata; None is allowed where the type says so."""
@@ -79,7 +80,7 @@ def setting(
     return dataclasses.field(default=default, metadata={"facts": facts})
 
 
-def facts_of(section: type, prefix: str = "") -> Iterator[Tuple[str, Any, Facts]]:
+def facts_of(section: type, prefix: str = "") -> Iterator[tuple[str, Any, Facts]]:
     """(dotted name, type, facts) of every setting of a dataclass and of those inside it."""
     kinds = get_type_hints(section)
     for field in dataclasses.fields(section):
@@ -125,7 +126,7 @@ def check_text(name: str, value: str, kind: Literal["any", "name", "path"]) -> N
         raise GradeError(f"{name} is {shown(value)}: {reason}.")
 
 
-def _not_a_text(value: str) -> Optional[str]:
+def _not_a_text(value: str) -> str | None:
     if len(value) > _TEXT:
         return f"it has {len(value)} characters, and must have at most {_TEXT}"
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
@@ -133,7 +134,7 @@ def _not_a_text(value: str) -> Optional[str]:
     return None
 
 
-def _not_a_name(value: str) -> Optional[str]:
+def _not_a_name(value: str) -> str | None:
     if not value.strip() or "/" in value or "\\" in value or _control(value):
         return "it becomes a part of folder names, so it must not be empty nor hold /, \\ or control characters"
     if len(value.encode()) > _NAME:
@@ -142,7 +143,7 @@ def _not_a_name(value: str) -> Optional[str]:
     return None
 
 
-def _not_a_path(value: str) -> Optional[str]:
+def _not_a_path(value: str) -> str | None:
     if not value.strip() or _control(value):
         return "it names a file or folder, so it must not be empty nor hold control characters"
     if any(len(part.encode()) > _PART for part in value.split("/")):
@@ -165,14 +166,14 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
 
 
-def _number(bound: Union[int, float]) -> str:
+def _number(bound: int | float) -> str:
     """1000000.0 as it would be typed: 1e6; whole numbers in full."""
     return str(bound) if isinstance(bound, int) else f"{bound:g}".replace("e+0", "e")
 
 
-def numeric(kind: Any) -> List[type]:
+def numeric(kind: Any) -> list[type]:
     """The number types in a setting's type: [int] of Optional[int] and of List[int], [] of a text."""
-    found: List[type] = [kind] if kind in (int, float) else []
+    found: list[type] = [kind] if kind in (int, float) else []
     for part in getattr(kind, "__args__", ()):
         found += numeric(part) if not isinstance(part, (str, bool)) else []
     return found

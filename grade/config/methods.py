@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, Optional, Union
+from typing import Literal
 
 from grade.config.bounds import BATCH, COUNT, RATE, TOKENS, WEIGHT, setting
 from grade.errors import GradeError
@@ -31,7 +31,7 @@ class PPOConfig:
     """Largest change of a value, in units of reward, that lowers the value loss; 0 turns it off."""
     value_coef: float = setting(0.5, ge=0, le=WEIGHT)
     """Weight of the value loss."""
-    value_learning_rate: Optional[float] = setting(None, ge=0, le=RATE)
+    value_learning_rate: float | None = setting(None, ge=0, le=RATE)
     """AdamW step size of the value head; null: train.learning_rate."""
     entropy_coef: float = setting(0.01, ge=0, le=WEIGHT)
     """Weight of the entropy bonus, exact over the vocabulary, per nat."""
@@ -44,7 +44,7 @@ class PPOConfig:
     kl: Literal["reward", "loss"] = "reward"
     """`reward`: every token pays kl_coef times its log-ratio to the reference; `loss`: the exact KL is a loss term.
     TRL's `kl_coef` is `reward` with kl_reduction `sequence_sum`."""
-    target_kl: Optional[float] = setting(0.1, gt=0, le=WEIGHT)
+    target_kl: float | None = setting(0.1, gt=0, le=WEIGHT)
     """Stop a step's passes once the approximate KL to the sampling policy, nats per token, exceeds this."""
 
 
@@ -122,13 +122,13 @@ class MethodConfig:
     """A sequence stops hopping when its last change relative to its gradient (hidden space) is below this."""
     replay_dropout: bool = False
     """Adapter dropout during replay. Breaks the fixed point of `grade`, which refuses it."""
-    activation_checkpointing: Union[Literal["auto"], bool] = "auto"
+    activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward passes: less memory, more time. `auto`: only if the run's estimate would
     otherwise exceed 80 % of the free memory."""
     prompt_cache: bool = True
     """The frozen pass reads prompts from a KV cache, one per distinct prompt; off with checkpointing, and for models
     that keep recurrent states."""
-    head_chunk_mib: Optional[int] = setting(None, ge=1, le=2**20)
+    head_chunk_mib: int | None = setting(None, ge=1, le=2**20)
     """Memory for the head's logits chunks, MiB; null: 64 on a CPU, about what its caches hold, and 256 elsewhere."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)

@@ -8,7 +8,9 @@ number is worse than one that is refused.
 from __future__ import annotations
 
 import re
-from typing import Any, List, Literal, Mapping, Optional, Union, get_args, get_origin
+from collections.abc import Mapping
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -28,7 +30,7 @@ def describe_type(kind: Any) -> str:
     """A setting's type in words."""
     if get_origin(kind) is Literal:
         return ("one of " if len(get_args(kind)) > 1 else "") + ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) is Union:
+    if get_origin(kind) in (Union, UnionType):
         return " or ".join(describe_type(part) for part in get_args(kind))
     if get_origin(kind) is list:
         kind = get_args(kind)[0]
@@ -39,7 +41,7 @@ def describe_type(kind: Any) -> str:
     return words[kind]
 
 
-def check_options(options: List[str], kinds: Mapping[str, Any]) -> None:
+def check_options(options: list[str], kinds: Mapping[str, Any]) -> None:
     """Refuse numbers of a command line that are not written in decimal digits.
 
     Args:
@@ -55,7 +57,7 @@ def check_options(options: List[str], kinds: Mapping[str, Any]) -> None:
         if not equals and waiting and not waiting[0].startswith("--"):
             text = waiting.pop(0)
         kind = kinds.get(name.removesuffix("+"))
-        node: Optional[yaml.Node] = yaml.ScalarNode("", text)
+        node: yaml.Node | None = yaml.ScalarNode("", text)
         if not name.endswith("+") and list in (get_origin(kind), *map(get_origin, get_args(kind))):
             try:
                 node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -64,7 +66,7 @@ def check_options(options: List[str], kinds: Mapping[str, Any]) -> None:
         check_node(name.removesuffix("+"), node, kind)
 
 
-def check_node(name: str, node: Optional[yaml.Node], kind: Any) -> None:
+def check_node(name: str, node: yaml.Node | None, kind: Any) -> None:
     """The same of a node of YAML; what is neither a scalar nor a list of scalars is left to the parser.
 
     Args:

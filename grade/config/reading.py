@@ -11,16 +11,10 @@ import dataclasses
 import difflib
 import functools
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import (
     Any,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Tuple,
-    Union,
     get_args,
     get_type_hints,
 )
@@ -39,7 +33,7 @@ CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def load_config(name_or_path: Union[str, Path], overrides: Optional[List[str]] = None) -> Config:
+def load_config(name_or_path: str | Path, overrides: list[str] | None = None) -> Config:
     """The settings of a shipped config or a YAML file, with command-line options over them, validated.
 
     Args:
@@ -59,7 +53,7 @@ def load_config(name_or_path: Union[str, Path], overrides: Optional[List[str]] =
     return build_config(parse_settings(parser, path, options))
 
 
-def config_from_yaml(path: Union[str, Path]) -> Config:
+def config_from_yaml(path: str | Path) -> Config:
     """The settings in a YAML file, such as a run's `config.yaml`; what it leaves out has its default."""
     path = Path(path)
     if not path.is_file():
@@ -77,7 +71,7 @@ def config_to_yaml(config: Config) -> str:
 # --- names -------------------------------------------------------------------------------------------------
 
 
-def shipped_configs() -> List[str]:
+def shipped_configs() -> list[str]:
     """Names of the configs inside the package."""
     return sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 
@@ -101,9 +95,9 @@ def find_config(name_or_path: str) -> Path:
 
 
 @functools.cache
-def setting_types(section: type = Config, prefix: str = "") -> Dict[str, Any]:
+def setting_types(section: type = Config, prefix: str = "") -> dict[str, Any]:
     """Dotted name of every setting, with its type; sections themselves are not in it. Read only."""
-    types: Dict[str, Any] = {}
+    types: dict[str, Any] = {}
     for name, kind in get_type_hints(section).items():
         if dataclasses.is_dataclass(kind):
             types.update(setting_types(kind, f"{prefix}{name}."))
@@ -112,7 +106,7 @@ def setting_types(section: type = Config, prefix: str = "") -> Dict[str, Any]:
     return types
 
 
-def suggest(name: str, known: List[str]) -> List[str]:
+def suggest(name: str, known: list[str]) -> list[str]:
     """The names in `known` that a mistyped `name` probably meant; empty when none is near.
 
     A name without its section (`steps`, `lora.r`) means every setting that ends so, if any does. Otherwise
@@ -131,7 +125,7 @@ def suggest(name: str, known: List[str]) -> List[str]:
     return [best] if likeness(best) > 1.2 else []
 
 
-def did_you_mean(name: str, known: List[str], dashes: str = "", command: str = "grade train") -> str:
+def did_you_mean(name: str, known: list[str], dashes: str = "", command: str = "grade train") -> str:
     """`; did you mean --train.steps?` to end a message with, or where to find all names."""
     near = suggest(name, known)
     if near:
@@ -142,7 +136,7 @@ def did_you_mean(name: str, known: List[str], dashes: str = "", command: str = "
 # --- YAML --------------------------------------------------------------------------------------------------
 
 
-def read_yaml(path: Path) -> Dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a file as {dotted name: value}, in its order.
 
     Raises:
@@ -152,7 +146,7 @@ def read_yaml(path: Path) -> Dict[str, Any]:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise GradeError(f"cannot read {path}: {_one_line(error)}") from None
-    values: Dict[str, Any] = {}
+    values: dict[str, Any] = {}
     try:
         root = loader.get_single_node()
         if root is None:
@@ -180,8 +174,8 @@ def read_yaml(path: Path) -> Dict[str, Any]:
 
 
 def _flatten(
-    node: yaml.MappingNode, loader: yaml.SafeLoader, known: Dict[str, Any], prefix: str = ""
-) -> Iterator[Tuple[str, int, Any]]:
+    node: yaml.MappingNode, loader: yaml.SafeLoader, known: dict[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, int, Any]]:
     """(dotted name, line, value) of every setting below `node`; a GradeError at the first unknown key."""
     for key_node, value_node in node.value:
         name = f"{prefix}{key_node.value}"
@@ -239,8 +233,8 @@ def _add_section(parser: ArgumentParser, section: type, prefix: str) -> None:
 
 
 def split_arguments(
-    argv: List[str], known: List[str], flags: List[str], command: str = "grade train"
-) -> Tuple[List[str], List[str]]:
+    argv: list[str], known: list[str], flags: list[str], command: str = "grade train"
+) -> tuple[list[str], list[str]]:
     """Positional arguments and options of a command line, options checked by name.
 
     Every option but the flags takes exactly one value, so the two can be told apart without parsing.
@@ -280,7 +274,7 @@ def split_arguments(
 
 
 def parse_settings(
-    parser: ArgumentParser, path: Path, options: List[str], own: Optional[Mapping[str, Any]] = None
+    parser: ArgumentParser, path: Path, options: list[str], own: Mapping[str, Any] | None = None
 ) -> Any:
     """Namespace of `parser`'s values: defaults, then the file at `path`, then `options`.
 
@@ -331,12 +325,12 @@ def explain(error: ArgumentError) -> str:
         return _one_line(error)
     found = "null" if value.group(1) == "None" else shown(value.group(1))
     message = f"{key.group(1)} is {found}: it must be {describe_type(kind)}."
-    return message + (" In YAML, put it in quotes." if kind in (str, Optional[str]) else "")
+    return message + (" In YAML, put it in quotes." if kind in (str, str | None) else "")
 
 
-def _nest(values: Dict[str, Any]) -> Dict[str, Any]:
+def _nest(values: dict[str, Any]) -> dict[str, Any]:
     """{"a.b": 1} as {"a": {"b": 1}}."""
-    nested: Dict[str, Any] = {}
+    nested: dict[str, Any] = {}
     for name, value in values.items():
         *sections, last = name.split(".")
         inner = nested

@@ -7,7 +7,7 @@ docstring here is what `grade train --help` prints. Nothing heavy is imported: `
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Dict, List, Literal, Optional, Union
+from typing import Literal
 
 from grade.config.bounds import BATCH, COUNT, RATE, ROWS, SEED, TOKENS, WEIGHT, check_values, setting
 from grade.config.methods import DIFFERENTIATING, METHODS, MethodConfig, check_method
@@ -26,7 +26,7 @@ class LoraSettings:
     """Scale numerator: updates are multiplied by alpha / r."""
     dropout: float = setting(0.05, ge=0, lt=1)
     """Adapter dropout, a probability. Only active with method.replay_dropout."""
-    target_modules: List[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     """Names of the linear layers that get an adapter. Not the head, not the embedding."""
 
 
@@ -36,11 +36,11 @@ class ModelConfig:
 
     name: str = "Qwen/Qwen3-4B"
     """Hub name or folder of a transformers causal language model."""
-    revision: Optional[str] = None
+    revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of the frozen weights. Adapters are float32. Not float16: small gradients would vanish in it."""
-    attn_implementation: Optional[str] = None
+    attn_implementation: str | None = None
     """Attention as transformers names it (sdpa, eager, flash_attention_2); null: transformers' choice."""
     trust_remote_code: bool = False
     """Let code that comes with the model's files (auto_map) run here. Look at it first: it may do anything."""
@@ -51,13 +51,13 @@ class ModelConfig:
 class RewardConfig:
     """The differentiable reward, in [0, 1]: the probability that the text is positive."""
 
-    model: Optional[str] = None
+    model: str | None = None
     """Classifier with the policy's vocabulary (hub name or folder); null: a head on the frozen base."""
-    positive_label: Optional[str] = None
+    positive_label: str | None = None
     """The classifier's label to raise, by name; null: the one called positive."""
     input: Literal["prompt+response", "response"] = "prompt+response"
     """What the reward reads, the same in training and evaluation."""
-    path: Optional[str] = setting(None, text="path")
+    path: str | None = setting(None, text="path")
     """Folder of a trained head; null: one under output_dir named by its training, made when missing."""
     hidden_size: int = setting(256, ge=1, le=2**14)
     """Width of the head's hidden layer."""
@@ -89,7 +89,7 @@ class GenerationConfig:
     """End-of-sequence is an ordinary token and every response has max_new_tokens."""
     samples_per_prompt: int = setting(1, ge=1, le=BATCH)
     """Responses per prompt in training; the prompt's KV cache is computed once for all of them."""
-    batch_size: Optional[int] = setting(None, ge=1, le=BATCH)
+    batch_size: int | None = setting(None, ge=1, le=BATCH)
     """Sequences decoded together in training; null: all of a step's."""
 
 
@@ -97,7 +97,7 @@ class GenerationConfig:
 class RolloutConfig:
     """Where training's responses come from."""
 
-    source: Optional[str] = None
+    source: str | None = None
     """File of token ids that another engine sampled from the policy, lines of {"prompt": [ids], "response": [ids]}, or
     a named pipe of them; null: sample here."""
     timeout: float = setting(600.0, gt=0, le=10**7)
@@ -135,9 +135,9 @@ class TrainConfig:
     """AdamW denominator offset."""
     max_grad_norm: float = setting(1.0, ge=0, le=1e12)
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
-    run_dir: Optional[str] = setting(None, text="path")
+    run_dir: str | None = setting(None, text="path")
     """Folder of the run; null: output_dir/name-seed<seed>."""
-    resume: Union[bool, Literal["auto"]] = False
+    resume: bool | Literal["auto"] = False
     """Continue the run in run_dir from its last checkpoint; the result equals an uninterrupted run. `auto`: where there
     is one, and start where there is none."""
     overwrite: bool = False
@@ -180,7 +180,7 @@ class EvaluationConfig:
     """Responses kept in evaluation.json for reading."""
 
 
-def default_methods(config: Config) -> List[str]:
+def default_methods(config: Config) -> list[str]:
     """What `grade compare` compares unless told: the methods that can use the task's reward."""
     if config.task.name in JUDGED_BY_PROGRAM:
         return [name for name in METHODS if name not in DIFFERENTIATING] + ["grpo-token"]
@@ -227,9 +227,9 @@ def get_setting(config: Config, dotted: str):
     return value
 
 
-def flatten(settings: dict, prefix: str = "") -> Dict[str, object]:
+def flatten(settings: dict, prefix: str = "") -> dict[str, object]:
     """{"train": {"steps": 1}} -> {"train.steps": 1}."""
-    flat: Dict[str, object] = {}
+    flat: dict[str, object] = {}
     for name, value in settings.items():
         flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
     return flat

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import List, Literal, Optional, Sequence
+from typing import Literal
 
 from grade.config.bounds import BATCH, COUNT, SEED, TOKENS, WEIGHT, setting, shown
 from grade.config.methods import COMPARED
@@ -16,7 +17,7 @@ Estimator = Literal["gumbel", "rao", "straight_through", "reinmax"]
 class CompareConfig:
     """What `grade compare` adds to the settings of its runs."""
 
-    learning_rate_factors: List[float] = setting(default_factory=lambda: [0.3, 1.0, 3.0], gt=0, le=WEIGHT)
+    learning_rate_factors: list[float] = setting(default_factory=lambda: [0.3, 1.0, 3.0], gt=0, le=WEIGHT)
     """Every method is tried with train.learning_rate times each of these, and keeps the best by validation; where
     that is the lowest or the highest, with at most two more beyond it."""
     sweep_steps: int = setting(50, ge=0, le=COUNT)
@@ -25,7 +26,7 @@ class CompareConfig:
     """Seed of these trials; none of the comparison's own."""
     validations: int = setting(15, ge=1, le=COUNT)
     """Validations of a run, evenly spaced; the cuts at equal cost are as fine as they are."""
-    samples_per_prompt: Optional[int] = setting(None, ge=1, le=BATCH)
+    samples_per_prompt: int | None = setting(None, ge=1, le=BATCH)
     """generation.samples_per_prompt of every run, so that all methods see the same prompts; null: the config's, or 4
     where that is 1 (GRPO and leave-one-out need groups)."""
     jobs: int = setting(1, ge=1, le=1024)
@@ -36,17 +37,17 @@ class CompareConfig:
 class VarianceConfig:
     """What `grade variance` measures: gradients of repeated draws at fixed parameters."""
 
-    methods: Optional[List[str]] = None
+    methods: list[str] | None = None
     """Of the names that `grade compare` takes; null: those that can use the task's reward."""
-    estimators: List[Estimator] = field(default_factory=lambda: ["gumbel", "rao", "straight_through", "reinmax"])
+    estimators: list[Estimator] = field(default_factory=lambda: ["gumbel", "rao", "straight_through", "reinmax"])
     """Local rules of grade-ste; `grade` always has `gumbel`."""
-    taus: List[float] = setting(default_factory=lambda: [2.0, 1.0, 0.5], ge=1e-4, le=WEIGHT)
+    taus: list[float] = setting(default_factory=lambda: [2.0, 1.0, 0.5], ge=1e-4, le=WEIGHT)
     """Temperatures of the relaxation, for grade and grade-ste."""
-    hops: List[int] = setting(default_factory=lambda: [0, 1, 4], ge=0, le=TOKENS)
+    hops: list[int] = setting(default_factory=lambda: [0, 1, 4], ge=0, le=TOKENS)
     """Caps on the hops, for grade and grade-ste; the converged gradient (method.hop_tol, no cap) is measured too."""
-    lengths: Optional[List[int]] = setting(None, ge=1, le=TOKENS)
+    lengths: list[int] | None = setting(None, ge=1, le=TOKENS)
     """Tokens of a response; null: 8, where the bias can be judged, and generation.max_new_tokens."""
-    top_ks: Optional[List[int]] = setting(None, ge=1, le=TOKENS)
+    top_ks: list[int] | None = setting(None, ge=1, le=TOKENS)
     """Candidates per token; null: generation.top_k."""
     draws: int = setting(32, ge=10, le=COUNT)
     """Independent draws of every gradient. Sums over ten blocks of them are kept: 40 bytes a trained parameter."""
@@ -92,7 +93,7 @@ def check_studies(compare: CompareConfig, variance: VarianceConfig) -> None:
         _check_list("variance.methods", variance.methods, names, known=COMPARED)
 
 
-def _check_list(setting: str, values: list, wanted: str, known: Optional[Sequence[str]] = None) -> None:
+def _check_list(setting: str, values: list, wanted: str, known: Sequence[str] | None = None) -> None:
     """Refuse a list that is empty, repeats itself or holds what is not known."""
     if not values or len(set(values)) < len(values) or (known is not None and not set(values) <= set(known)):
         raise GradeError(f"{setting} is {shown(values)}: name one or more {wanted}, none of them twice.")

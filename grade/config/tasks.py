@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Literal
 
 from grade.config.bounds import ROWS, SEED, TOKENS, setting
 
@@ -46,7 +46,7 @@ class TaskConfig:
     """Column with the label: integers or strings."""
     positive_label: str = "1"
     """Value of the label column that means 'positive' (compared as text)."""
-    negative_label: Optional[str] = None
+    negative_label: str | None = None
     """Value that means 'negative'; null: the only other one besides -1 (unlabelled). Rows with neither are left out."""
     split_seed: int = setting(0, ge=0, le=SEED)
     """Seed of the one shuffle before the training file is cut into splits."""

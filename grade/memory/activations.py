@@ -7,8 +7,8 @@ layers, and one layer's activations while that layer is recomputed; the same for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Polynomial:
         return self.constant + self.linear * queries + self.quadratic * queries * keys
 
     @classmethod
-    def through(cls, points: Dict[int, float]) -> Polynomial:
+    def through(cls, points: dict[int, float]) -> Polynomial:
         """The one through three points (T, bytes)."""
         (t1, y1), (t2, y2), (t3, y3) = sorted(points.items())
         slope = (y2 - y1) / (t2 - t1)
@@ -69,7 +69,7 @@ class PassBytes:
         return self.layer(length) * (1.5 if checkpoint else 0.5)
 
 
-def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> Dict[str, int]:
+def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> dict[str, int]:
     """Bytes that `forward` saves for its backward, parameters and buffers of `module` left out.
 
     Returns:
@@ -77,9 +77,9 @@ def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> Dict[str, i
     """
     frozen = {_storage(t) for t in (*module.parameters(), *module.buffers())}
     layers = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
-    outside: Dict[int, int] = {}
-    inside: List[Dict[int, int]] = [{} for _ in layers]
-    alive: List[Tensor] = []  # an address that was freed could be given to another tensor
+    outside: dict[int, int] = {}
+    inside: list[dict[int, int]] = [{} for _ in layers]
+    alive: list[Tensor] = []  # an address that was freed could be given to another tensor
     place = outside
 
     def save(tensor: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def reward_forward(policy: Policy, reward: Reward) -> Callable[[int], Tensor]:
 
 
 @torch.no_grad()
-def cache_bytes(policy: Policy) -> Tuple[float, float, float]:
+def cache_bytes(policy: Policy) -> tuple[float, float, float]:
     """Bytes of one position's keys and values, (all layers, the largest), and of a response's recurrent states."""
     cache, length = policy.new_cache(), 4
     x = policy.head.new_zeros(1, length, policy.embedding.shape[1])

@@ -9,8 +9,8 @@ candidates, the arrays of the vocabulary sweep and of the hops) follows from sha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterable, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,11 @@ class Estimate:
         checkpointed: the same with activation checkpointing; None where the architecture has none.
     """
 
-    sizes: Dict[str, int]
-    batches: Dict[str, int]
+    sizes: dict[str, int]
+    batches: dict[str, int]
     loaded: int
-    parts: Dict[str, int]
-    checkpointed: Optional[Dict[str, int]]
+    parts: dict[str, int]
+    checkpointed: dict[str, int] | None
 
     def total(self, checkpoint: bool) -> int:
         parts = self._parts(checkpoint)
@@ -83,11 +83,11 @@ class Estimate:
             f"{size['rollout']}, {size['activations']} + {size['head']}, {size['evaluation']})"
         )
 
-    def _parts(self, checkpoint: bool) -> Dict[str, int]:
+    def _parts(self, checkpoint: bool) -> dict[str, int]:
         return self.checkpointed if checkpoint and self.checkpointed else self.parts
 
 
-def _phases(parts: Dict[str, int]) -> Dict[str, int]:
+def _phases(parts: dict[str, int]) -> dict[str, int]:
     """Of which one is in memory at a time; the first of equals counts as the largest."""
     return {
         "passes": parts["activations"] + parts["head"], "rollout": parts["rollout"], "evaluation": parts["evaluation"],
@@ -147,13 +147,13 @@ class _Shapes:
         working = max(self.cache * tokens + ours.layer(self.whole) * responses, self.logits(rows))
         return hidden + working + 24 * rows * self.candidates
 
-    def replay_head(self, rows: int) -> Tuple[float, float]:
+    def replay_head(self, rows: int) -> tuple[float, float]:
         """(held, worked with) by the vocabulary sweep with its gradients and by the hops: three float32 hidden states,
         and per candidate the id, logits twice, whether allowed; a chunk, or seven hidden states and four [n, k]."""
         states, candidates = 4 * rows * self.width, rows * self.candidates
         return 3 * states + 17 * candidates, max(self.logits(rows), 7 * states + 16 * candidates)
 
-    def objective_head(self, rows: int) -> Tuple[float, float]:
+    def objective_head(self, rows: int) -> tuple[float, float]:
         """The same of `grade_kernels.vocab_objective` and its backward: hidden states of both models and a gradient,
         and per candidate the id, logits four times, whether allowed; a chunk, or two hidden states and three [n, k]."""
         states, candidates = 4 * rows * self.width, rows * self.candidates
@@ -161,7 +161,7 @@ class _Shapes:
 
 
 def estimate(
-    policy: Policy, reward: Reward, config: Config, prompt_length: int, evaluated: Optional[int] = None
+    policy: Policy, reward: Reward, config: Config, prompt_length: int, evaluated: int | None = None
 ) -> Estimate:
     """The peak memory of a run of `config`, for up to ten forwards of at most 96 tokens; the models stay as they were.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable, Iterator, List, Optional
 
 import torch
 
@@ -29,7 +29,7 @@ class MemoryPlan:
 
     config: Config
     estimate: Estimate
-    free: Optional[int]
+    free: int | None
     checkpoint: bool
     chunk_bytes: int
 
@@ -91,7 +91,7 @@ class MemoryPlan:
         """The settings that lower the peak of training or evaluation, those first that leave the result what it is."""
         config, train, generation = self.config, self.config.train, self.config.generation
         responses, chunk = train.batch_size * train.accumulation_steps, self.chunk_bytes // 2**20
-        changes: List[str] = []
+        changes: list[str] = []
         if section == "train":
             if not self.checkpoint and self.estimate.checkpointed:
                 changes.append("method.activation_checkpointing to true")
@@ -114,8 +114,8 @@ class MemoryPlan:
 
 
 def plan(
-    policy: Policy, reward: Reward, config: Config, prompt_length: int, free: Optional[int],
-    any_process: Callable[[bool], bool] = bool, evaluated: Optional[int] = None,
+    policy: Policy, reward: Reward, config: Config, prompt_length: int, free: int | None,
+    any_process: Callable[[bool], bool] = bool, evaluated: int | None = None,
 ) -> MemoryPlan:
     """`estimate`, and decide where method.activation_checkpointing is `auto`: on if the run would take more than 80 %
     of what is free on any process, and less with it."""

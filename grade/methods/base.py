@@ -9,7 +9,7 @@ on the same rollouts, with the same reference and reward; they differ in how the
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -35,11 +35,11 @@ class Method:
         """How responses of a step are drawn."""
         raise NotImplementedError
 
-    def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
+    def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
         """Learn from a step's responses on this process, calling `update` for each optimizer step; its metrics."""
         raise NotImplementedError
 
-    def parameter_groups(self) -> List[dict]:
+    def parameter_groups(self) -> list[dict]:
         """Trainable parameters besides the policy's, as torch.optim takes them."""
         return []
 
@@ -63,7 +63,7 @@ def kl_weight(mask: Tensor, reduction: str, kl_coef: float, total_tokens: int, t
     return mask.double() * (kl_coef / total)
 
 
-def objective(method: MethodConfig, metrics: Dict[str, float]) -> float:
+def objective(method: MethodConfig, metrics: dict[str, float]) -> float:
     """The loss above from a step's means."""
     kl = metrics["kl"] if method.kl_reduction == "token_mean" else metrics["kl_sequence"]
     return -metrics["reward"] + method.kl_coef * kl

@@ -14,8 +14,8 @@ adds its share of dL/dtheta to the adapter's gradients. Where this departs from 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Dict, Iterator, List
 
 import torch
 
@@ -52,10 +52,10 @@ class Grade(Method):
             any_process=self.services.any_process, phase=self.services.phase,
         )
 
-    def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
+    def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
         # The KL's token mean divides by all real tokens of the step, so they are counted before the first pull-back.
         totals = self.services.totals(r.mask for r in rollouts)
-        sums: Dict[str, float] = {}
+        sums: dict[str, float] = {}
         for rollout in rollouts:
             for micro_batch in rollout.micro_batches(self.config.train.batch_size, by_length=True):
                 result = self.accumulate(
@@ -77,7 +77,7 @@ class Grade(Method):
         with self._dropout_of(micro_batch, step):
             return replay(self.policy, self.reward, micro_batch, self.settings(step), **weights)
 
-    def loss_weights(self, micro_batch: Rollout, total_tokens: int, total_responses: int) -> Dict[str, torch.Tensor]:
+    def loss_weights(self, micro_batch: Rollout, total_tokens: int, total_responses: int) -> dict[str, torch.Tensor]:
         """What each reward and each token's KL counts in the loss, as `grade.replay.replay` takes them."""
         method = self.config.method
         weight = kl_weight(micro_batch.mask, method.kl_reduction, method.kl_coef, total_tokens, total_responses)
@@ -95,7 +95,7 @@ class Grade(Method):
             torch.manual_seed(derived_seed(self.config.seed, int(micro_batch.rows[0, 0])))
             yield
 
-    def _sums(self, micro_batch: Rollout, result: ReplayResult) -> Dict[str, float]:
+    def _sums(self, micro_batch: Rollout, result: ReplayResult) -> dict[str, float]:
         """With GRADE's own measures: hops and their last change, and the relaxed weight that is not on the sampled
         token (0: the straight-through step is exact)."""
         return step_sums(

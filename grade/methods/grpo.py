@@ -25,7 +25,6 @@ would move by its momentum alone. As in TRL, the divisor is the deviation (with 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, List
 
 import torch
 from torch import Tensor
@@ -115,7 +114,7 @@ class GRPO(PolicyGradient):
         # On the only update the policy is still the one that sampled, and its ratio to itself is 1.
         self.needs_old = self.settings.epochs * self.minibatches > 1 or self.settings.entropy_reward_coef > 0
 
-    def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
+    def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
         settings = self.settings
         batch = self._experiences(self.score(rollouts, old=self.needs_old, changes=settings.level == "token"))
         means, sums = TokenMeans(self.services.sum), {}
@@ -133,7 +132,7 @@ class GRPO(PolicyGradient):
         average = means.take()  # empty in a step of which nothing moves
         return self.metrics(sums, {name: average[ours] for name, ours in _TRL_NAMES.items() if ours in average})
 
-    def _experiences(self, scored: List[Scored]) -> List[Experience]:
+    def _experiences(self, scored: list[Scored]) -> list[Experience]:
         """Advantages within each prompt's group, whose responses may lie in several micro-batches."""
         settings, copies = self.settings, self.config.generation.samples_per_prompt
         sizes, masks = [len(s.reward) for s in scored], [s.rollout.mask for s in scored]
@@ -198,7 +197,7 @@ class GRPO(PolicyGradient):
         means.add(mask, low=low, high=high, either=low | high, ratio=ratio, policy_loss=loss)
         return terms
 
-    def _kl_terms(self, experience: Experience, counted: Tensor, totals: Totals) -> Dict[str, Tensor]:
+    def _kl_terms(self, experience: Experience, counted: Tensor, totals: Totals) -> dict[str, Tensor]:
         """[B, S] weights of either KL; `counted` [B, S] are those of the policy loss."""
         method, settings = self.config.method, self.settings
         shared = kl_weight(experience.mask, method.kl_reduction, method.kl_coef, totals.tokens, totals.responses)
@@ -210,7 +209,7 @@ class GRPO(PolicyGradient):
                 weights[name] = weights.get(name, 0.0) + coefficient * counted
         return weights
 
-    def _sums(self, experience: Experience, terms: Terms) -> Dict[str, float]:
+    def _sums(self, experience: Experience, terms: Terms) -> dict[str, float]:
         scored = experience.scored
         return self.sums(scored, scored.old or terms, frac_reward_zero_std=~experience.differs)
 
@@ -221,7 +220,7 @@ _TRL_NAMES = {
 }
 
 
-def _stack(parts: List[Tensor]) -> Tensor:
+def _stack(parts: list[Tensor]) -> Tensor:
     """[B_i, S_i] tensors -> [sum B_i, max S_i] with zeros on the right."""
     width = max(p.shape[1] for p in parts)
     return torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts])

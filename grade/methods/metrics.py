@@ -6,9 +6,9 @@ Names follow TRL where it has one (`reward`, `reward_std`, `kl`, `entropy`, `gra
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Dict, Iterator, Optional
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Phases:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds: Dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -39,7 +39,7 @@ class Phases:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + now(self.device) - start
 
-    def take(self) -> Dict[str, float]:
+    def take(self) -> dict[str, float]:
         """The seconds so far, by phase; starts again from none."""
         seconds, self.seconds = self.seconds, {}
         return seconds
@@ -54,9 +54,9 @@ def unique_token_ratio(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def step_sums(
-    rollout: Rollout, scores: Scores, eos_ids: Tensor, *, per_response: Optional[Dict[str, Tensor]] = None,
-    per_token: Optional[Dict[str, Tensor]] = None,
-) -> Dict[str, float]:
+    rollout: Rollout, scores: Scores, eos_ids: Tensor, *, per_response: dict[str, Tensor] | None = None,
+    per_token: dict[str, Tensor] | None = None,
+) -> dict[str, float]:
     """One micro-batch's contribution to `step_metrics`: sums, which micro-batches and processes can add.
 
     Args:
@@ -79,12 +79,12 @@ def step_sums(
     return {"responses": float(len(rollout)), **to_numbers(sums)}
 
 
-def to_numbers(sums: Dict[str, Tensor]) -> Dict[str, float]:
+def to_numbers(sums: dict[str, Tensor]) -> dict[str, float]:
     """Scalar tensors of one device as numbers; waits for the device once."""
     return dict(zip(sums, torch.stack([value.double() for value in sums.values()]).tolist(), strict=True))
 
 
-def step_metrics(sums: Dict[str, float]) -> Dict[str, float]:
+def step_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Means of a step from summed `step_sums`.
 
     `kl`, `entropy` and `logprob` are nats per token; `kl_sequence` is nats per response, with `kl_sequence_std` over
@@ -107,7 +107,7 @@ def step_metrics(sums: Dict[str, float]) -> Dict[str, float]:
     }
 
 
-def add_sums(total: Dict[str, float], part: Dict[str, float]) -> Dict[str, float]:
+def add_sums(total: dict[str, float], part: dict[str, float]) -> dict[str, float]:
     """`total` with `part` added, name by name."""
     return {name: total.get(name, 0.0) + value for name, value in part.items()}
 

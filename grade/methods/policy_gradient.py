@@ -12,8 +12,9 @@ those of the full distribution.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -56,9 +57,9 @@ class Terms:
     full_logprob: Tensor
     entropy: Tensor
     mass: Tensor
-    ref_logprob: Optional[Tensor]
-    kl: Optional[Tensor]
-    ref_kl: Optional[Tensor]
+    ref_logprob: Tensor | None
+    kl: Tensor | None
+    ref_kl: Tensor | None
 
 
 @dataclass
@@ -75,8 +76,8 @@ class Scored:
     rollout: Rollout
     reward: Tensor
     reference: Tensor
-    changes: Optional[Tensor] = None
-    old: Optional[Terms] = None
+    changes: Tensor | None = None
+    old: Terms | None = None
 
 
 def clipped_surrogate(
@@ -116,7 +117,7 @@ class PolicyGradient(Method):
         return sampling_of(self.config.generation)
 
     @torch.no_grad()
-    def score(self, rollouts: List[Rollout], *, old: bool = False, changes: bool = False) -> List[Scored]:
+    def score(self, rollouts: list[Rollout], *, old: bool = False, changes: bool = False) -> list[Scored]:
         """Reward and reference of a step's responses, in micro-batches.
 
         Args:
@@ -136,8 +137,8 @@ class PolicyGradient(Method):
         return out
 
     def terms(
-        self, scored: Scored, *, entropy_weight: Optional[Tensor] = None, kl_weight: Optional[Tensor] = None,
-        ref_kl_weight: Optional[Tensor] = None, reference: bool = True,
+        self, scored: Scored, *, entropy_weight: Tensor | None = None, kl_weight: Tensor | None = None,
+        ref_kl_weight: Tensor | None = None, reference: bool = True,
     ) -> Terms:
         """The policy as it is now, along a micro-batch; with a graph unless gradients are off.
 
@@ -167,7 +168,7 @@ class PolicyGradient(Method):
             *(None if v is None else per_token(v, mask) for v in values),
         )
 
-    def kl_weights(self, weight: Tensor) -> Dict[str, Tensor]:
+    def kl_weights(self, weight: Tensor) -> dict[str, Tensor]:
         """The keyword of `terms` that penalises KL in the direction of the settings."""
         return {"kl_weight" if self.config.method.kl_direction == "policy_ref" else "ref_kl_weight": weight}
 
@@ -175,7 +176,7 @@ class PolicyGradient(Method):
         """[B, S], KL in the direction of the settings."""
         return terms.kl if self.config.method.kl_direction == "policy_ref" else terms.ref_kl
 
-    def others_kl(self, scored: List[Scored]) -> List[Tensor]:
+    def others_kl(self, scored: list[Scored]) -> list[Tensor]:
         """[B, 1] float64 per micro-batch: what a token's KL is compared with, nats; needs `Scored.old`.
 
         With `kl_reduction: token_mean` the step's KL is a ratio of sums, KL / tokens. Minus the same ratio without the
@@ -193,7 +194,7 @@ class PolicyGradient(Method):
             mean = mean_of_others(sums, tokens, total["kl"], total["tokens"])
         return list(mean[:, None].split(sizes))
 
-    def shuffled_minibatches(self, batch: Sequence[T], step: int, epoch: int) -> Iterator[List[T]]:
+    def shuffled_minibatches(self, batch: Sequence[T], step: int, epoch: int) -> Iterator[list[T]]:
         """`minibatches` lists of micro-batches in an order that follows from (seed, step, epoch)."""
         generator = torch.Generator().manual_seed(derived_seed(self.config.seed, step, epoch))
         order = torch.randperm(len(batch), generator=generator).tolist()
@@ -201,13 +202,13 @@ class PolicyGradient(Method):
             start, stop = (n * len(order) // self.minibatches for n in (i, i + 1))
             yield [batch[j] for j in order[start:stop]]
 
-    def sums(self, scored: Scored, terms: Terms, **per_response: Tensor) -> Dict[str, float]:
+    def sums(self, scored: Scored, terms: Terms, **per_response: Tensor) -> dict[str, float]:
         """A micro-batch's contribution to the metrics that every method logs, and its own."""
         kl = self.kl_of(terms)
         values = Scores(scored.reward, kl, terms.entropy, terms.full_logprob, terms.mass)
         return step_sums(scored.rollout, values, self.policy.eos_ids, per_response=per_response)
 
-    def metrics(self, sums: Dict[str, float], own: Dict[str, float]) -> Dict[str, float]:
+    def metrics(self, sums: dict[str, float], own: dict[str, float]) -> dict[str, float]:
         """A step's metrics from the sums above, and `own`, by the names of TRL where it has one.
 
         `objective/kl` is the KL of a response, exact where TRL's is sampled.
@@ -221,7 +222,7 @@ class PolicyGradient(Method):
 class TokenMeans:
     """Means over the real tokens of every pass of a step, over processes: importance ratios, clipping."""
 
-    def __init__(self, sum_over_processes: Callable[[Dict[str, float]], Dict[str, float]]):
+    def __init__(self, sum_over_processes: Callable[[dict[str, float]], dict[str, float]]):
         self._sum, self.sums = sum_over_processes, {}
 
     def add(self, mask: Tensor, **values: Tensor) -> None:
@@ -229,7 +230,7 @@ class TokenMeans:
         part = {"tokens": mask.sum(), **{name: (v.detach() * mask).sum() for name, v in values.items()}}
         self.sums = add_sums(self.sums, to_numbers(part))
 
-    def take(self) -> Dict[str, float]:
+    def take(self) -> dict[str, float]:
         """The means so far by name, none if no token was added; starts again.
 
         Every process must have added the same names, be it under an empty mask.

@@ -18,7 +18,6 @@ end, and pays the reward there. KL with `kl: reward` is the log-ratio of the dra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, List
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +102,7 @@ class PPO(PolicyGradient):
         super().__init__(policy, reward, config, services)
         self.value_head = ValueHead(policy.head.shape[1]).to(policy.device)
 
-    def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
+    def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
         settings, totals = self.settings, self.services.totals(r.mask for r in rollouts)
         scored = self.score(rollouts, old=True)
         others_kl = self.others_kl(scored)
@@ -122,7 +121,7 @@ class PPO(PolicyGradient):
             # The same number on every process, so all of them stop together.
             if settings.target_kl is not None and drift.take()["approxkl"] > settings.target_kl:
                 break
-        sums: Dict[str, float] = {}
+        sums: dict[str, float] = {}
         for experience in batch:
             sums = add_sums(sums, self.sums(experience.scored, experience.scored.old))
         means = means.take()
@@ -142,7 +141,7 @@ class PPO(PolicyGradient):
         old.hidden = None  # [B, S, d], read above for the last time
         return Experience(scored, values, advantage + values, advantage)
 
-    def _whiten(self, batch: List[Experience], tokens: int) -> float:
+    def _whiten(self, batch: list[Experience], tokens: int) -> float:
         """Mean 0, variance 1 over the step's `tokens` real tokens, on all processes; what advantages were divided by.
 
         The variance is the unbiased one, over n - 1; a single token keeps the divisor of variance 0.
@@ -188,7 +187,7 @@ class PPO(PolicyGradient):
         method = self.config.method
         return kl_weight(mask, method.kl_reduction, method.kl_coef, totals.tokens, totals.responses)
 
-    def parameter_groups(self) -> List[dict]:
+    def parameter_groups(self) -> list[dict]:
         rate = self.settings.value_learning_rate
         return [{"params": list(self.value_head.parameters()), **({} if rate is None else {"lr": rate})}]
 

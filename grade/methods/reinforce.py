@@ -15,8 +15,6 @@ textbook: the distribution is restricted to the sampler's candidates, and AdamW 
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Union
-
 import torch
 from torch import Tensor
 
@@ -38,7 +36,7 @@ def reinforce_loss(logprob: Tensor, advantage: Tensor) -> Tensor:
 
 
 def penalised_return(
-    reward: Tensor, kl: Tensor, weight: Tensor, responses: int, mean_kl: Union[float, Tensor] = 0.0
+    reward: Tensor, kl: Tensor, weight: Tensor, responses: int, mean_kl: float | Tensor = 0.0
 ) -> Tensor:
     """[B] float64: reward minus what the response adds to the KL term, on the scale of one reward.
 
@@ -63,7 +61,7 @@ class MovingAverage:
         self.decay, self.total, self.weight = decay, 0.0, 0.0
 
     @property
-    def value(self) -> Optional[float]:
+    def value(self) -> float | None:
         """None before the first update."""
         return self.total / self.weight if self.weight else None
 
@@ -71,10 +69,10 @@ class MovingAverage:
         self.total = self.decay * self.total + (1 - self.decay) * mean
         self.weight = self.decay * self.weight + (1 - self.decay)
 
-    def state_dict(self) -> Dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         return {"total": self.total, "weight": self.weight}
 
-    def load_state_dict(self, state: Dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         self.total, self.weight = state["total"], state["weight"]
 
 
@@ -87,7 +85,7 @@ class Reinforce(PolicyGradient):
         self.average = MovingAverage(self.settings.ema_decay)
         self.average_kl = MovingAverage(self.settings.ema_decay)  # nats per token
 
-    def step(self, rollouts: List[Rollout], step: int, update: Update) -> Dict[str, float]:
+    def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
         method, totals = self.config.method, self.services.totals(r.mask for r in rollouts)
         # The KL is known before the backward pass where other responses' is asked for: see the top of this file.
         first = self.average_kl.value is None and method.kl_coef > 0 and method.kl_reduction == "token_mean"
@@ -95,7 +93,7 @@ class Reinforce(PolicyGradient):
         scored = self.score(rollouts, old=known)
         mean_kl = self._mean_kl(scored)
         baselines = self._baselines(scored, mean_kl, totals)
-        sums: Dict[str, float] = {}
+        sums: dict[str, float] = {}
         with self.services.phase("backward"):
             for s, mean, baseline in zip(scored, mean_kl, baselines, strict=True):
                 weight = kl_weight(
@@ -113,14 +111,14 @@ class Reinforce(PolicyGradient):
         self.average_kl.update(metrics["kl"])
         return metrics
 
-    def _mean_kl(self, scored: List[Scored]) -> List[Tensor]:
+    def _mean_kl(self, scored: list[Scored]) -> list[Tensor]:
         """[B, 1] float64 per micro-batch: what a token's KL is compared with; never its own response's."""
         if scored[0].old is not None:
             return self.others_kl(scored)
         past = 0.0 if self.config.method.kl_reduction == "sequence_sum" else self.average_kl.value or 0.0
         return [s.reward.new_full((len(s.reward), 1), past, dtype=torch.float64) for s in scored]
 
-    def _baselines(self, scored: List[Scored], mean_kl: List[Tensor], totals: Totals) -> List[Tensor]:
+    def _baselines(self, scored: list[Scored], mean_kl: list[Tensor], totals: Totals) -> list[Tensor]:
         """[B] float64 per micro-batch: what each response's return is compared with; never its own."""
         sizes = [len(s.reward) for s in scored]
         first = self.settings.baseline == "ema" and self.average.value is None  # has no past, so others serve
@@ -131,7 +129,7 @@ class Reinforce(PolicyGradient):
             baseline = torch.full((sum(sizes),), past, dtype=torch.float64, device=scored[0].reward.device)
         return list(baseline.split(sizes))
 
-    def _return_of_others(self, scored: List[Scored], mean_kl: Tensor, totals: Totals) -> Tensor:
+    def _return_of_others(self, scored: list[Scored], mean_kl: Tensor, totals: Totals) -> Tensor:
         """[n] float64: mean return of the other responses as it would be without the response, nowhere in which it is:
         their rewards minus their part of the KL of a step that had only the others.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Callable, ContextManager, Dict, Iterable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,13 +28,13 @@ class Services:
     """
 
     reduce: Callable[[Tensor], Tensor] = lambda values: values
-    phase: Callable[[str], ContextManager] = lambda name: nullcontext()
+    phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
 
     def any_process(self, wanted: bool) -> bool:
         """Whether any process wants it."""
         return bool(self.reduce(torch.tensor(float(wanted), dtype=torch.float64)) > 0)
 
-    def sum(self, values: Dict[str, float]) -> Dict[str, float]:
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over processes; every process has the same names in the same order."""
         if not values:
             return {}

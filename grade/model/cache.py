@@ -6,8 +6,6 @@ repeated and selected here, by the one interface that transformers has for every
 
 from __future__ import annotations
 
-from typing import List, Optional
-
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
@@ -24,8 +22,8 @@ class ReservedLayer(DynamicLayer):
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity = capacity
-        self._rooms: Optional[List[Tensor]] = None  # keys' and values', each [B, heads, capacity, size]
-        self._view: Optional[Tensor] = None  # the keys in it, as long as nobody has put others in their place
+        self._rooms: list[Tensor] | None = None  # keys' and values', each [B, heads, capacity, size]
+        self._view: Tensor | None = None  # the keys in it, as long as nobody has put others in their place
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         if not self.is_initialized:
@@ -80,17 +78,17 @@ def repeat_rows(cache: Cache, copies: int) -> None:
     select_rows(cache, torch.arange(sizes.pop(), device=device).repeat_interleave(copies))
 
 
-def kept_tensors(layer) -> List[Tensor]:
+def kept_tensors(layer) -> list[Tensor]:
     """Keys and values that a layer of a cache holds, [B, heads, T, size] each, and its recurrent states [B, ...]."""
     return attention_tensors(layer) + state_tensors(layer)
 
 
-def attention_tensors(layer) -> List[Tensor]:
+def attention_tensors(layer) -> list[Tensor]:
     """Its keys and values."""
     return [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None and x.numel()]
 
 
-def state_tensors(layer) -> List[Tensor]:
+def state_tensors(layer) -> list[Tensor]:
     """Its recurrent and convolution states, whose size does not depend on the length."""
     found = []
     for name in ("conv_states", "recurrent_states"):

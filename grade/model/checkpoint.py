@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +25,7 @@ _STATE_STEM = "trainer_state"
 _FORMAT = 1
 
 
-def save_checkpoint(directory: Path, policy: Policy, step: int, state: Optional[dict] = None) -> None:
+def save_checkpoint(directory: Path, policy: Policy, step: int, state: dict | None = None) -> None:
     """Write the adapter as peft does (`PeftModel.from_pretrained` loads it) and, for resuming, the trainer's state.
 
     An interruption leaves the earlier checkpoint or the new one, never half of either and never neither.
@@ -121,7 +121,7 @@ def load_adapter(directory: Path, policy: Policy) -> None:
         )
 
 
-def adapter_digest(directory: Path) -> Optional[str]:
+def adapter_digest(directory: Path) -> str | None:
     """SHA-256 of a saved adapter's weights, which a folder's name does not tell. None if there are none."""
     weights = directory / "adapter_model.safetensors"
     return sha256(weights) if weights.is_file() else None

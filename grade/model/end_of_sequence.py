@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional
-
 from grade.config import Config
 from grade.errors import GradeError
 
 
-def end_ids(causal_lm, tokenizer, vocab_size: int) -> Dict[int, List[str]]:
+def end_ids(causal_lm, tokenizer, vocab_size: int) -> dict[int, list[str]]:
     """Every id that ends a response, in order, with who says so.
 
     The tokenizer and the generation config (the model's config where that names none) may disagree: a chat model's
@@ -26,7 +24,7 @@ def end_ids(causal_lm, tokenizer, vocab_size: int) -> Dict[int, List[str]]:
         **({"the model's config": getattr(causal_lm.config, "eos_token_id", None)} if generation is None else
            {"the generation config": generation}),
     }
-    found: Dict[int, List[str]] = {}
+    found: dict[int, list[str]] = {}
     for source, ids in named.items():
         for token in dict.fromkeys(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]):
             if type(token) is not int or not 0 <= token < vocab_size:
@@ -54,7 +52,7 @@ def how_responses_end(config: Config, policy) -> str:
     return f"a response ends with {' or '.join(ends)}"
 
 
-def warning_without_ends(config: Config, eos_rate: float) -> Optional[str]:
+def warning_without_ends(config: Config, eos_rate: float) -> str | None:
     """For the first evaluation: what it may mean that no response ended by itself; None where some did."""
     if eos_rate > 0 or config.generation.ignore_eos:
         return None

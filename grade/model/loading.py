@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Dict, List
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -126,7 +125,7 @@ def add_adapter(base, config: Config):
             return get_peft_model(base, settings)
 
 
-def load_prompts(config: Config, task, tokenizer) -> Dict[str, List[List[int]]]:
+def load_prompts(config: Config, task, tokenizer) -> dict[str, list[list[int]]]:
     """Token ids of the prompts of training ("policy"), "validation" and "test", the last two as many as are evaluated.
 
     Raises:

@@ -8,7 +8,6 @@ and one backward both gradients with respect to the response's embeddings.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Tuple
 
 import torch
 from torch import Tensor
@@ -103,7 +102,7 @@ def base_pass(
     return BasePass(reference, response, prompt_sum, rollout.prompt_mask.sum(1))
 
 
-def _whole_sequence(policy: Policy, rollout: Rollout, x: Tensor) -> Tuple[Tensor, Tensor]:
+def _whole_sequence(policy: Policy, rollout: Rollout, x: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings [B, P + S, d] and mask [B, P + S] of prompt and response."""
     embeddings = torch.cat([policy.embed(rollout.prompt_ids).to(x.dtype), x], dim=1)
     return embeddings, torch.cat([rollout.prompt_mask, rollout.mask], dim=1)

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator, List, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -141,7 +142,7 @@ class Policy:
         """The head's keyword arguments for `grade_kernels`."""
         return {"bias": self.head_bias, "scale": self.logit_scale, "softcap": self.softcap}
 
-    def parameters(self) -> List[torch.nn.Parameter]:
+    def parameters(self) -> list[torch.nn.Parameter]:
         """The trainable parameters, in a fixed order."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
@@ -153,12 +154,12 @@ class Policy:
         """[...] ids -> [..., d], what the model itself feeds for them."""
         return torch.nn.functional.embedding(ids, self.embedding) * self.embedding_scale
 
-    def new_cache(self, capacity: Optional[int] = None) -> DynamicCache:
+    def new_cache(self, capacity: int | None = None) -> DynamicCache:
         """An empty KV cache. With `capacity` it is written in place: room for as many positions, and no graph."""
         config = self.config.get_text_config()
         return DynamicCache(config=config) if capacity is None else decoding_cache(config, capacity)
 
-    def hidden(self, embeddings: Tensor, mask: Optional[Tensor], cache: Optional[DynamicCache] = None) -> Tensor:
+    def hidden(self, embeddings: Tensor, mask: Tensor | None, cache: DynamicCache | None = None) -> Tensor:
         """Final hidden states of `embeddings`, under the current state.
 
         Args:
@@ -184,7 +185,7 @@ class Policy:
         return self.forward(embeddings, mask, positions, cache)
 
     def forward(
-        self, embeddings: Tensor, mask: Optional[Tensor], positions: Optional[Tensor], cache: Optional[Cache] = None
+        self, embeddings: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None = None
     ) -> Tensor:
         """The backbone's final hidden states [B, T, d], by the names that its signature has for what it is given.
 
@@ -231,7 +232,7 @@ class Policy:
             for layer in self._checkpoint_layers:
                 layer.training = state.checkpoint
 
-    def merged_weights(self) -> List[torch.nn.Parameter]:
+    def merged_weights(self) -> list[torch.nn.Parameter]:
         """The weights of which `merged` makes copies.
 
         None if they are 16-bit, since rounding to them would lose what a small adapter changes; if modules share one
@@ -295,7 +296,7 @@ class _LayerState:
 
     def __init__(self, policy: Policy):
         self._policy, self._own = policy, policy._state._replace(checkpoint=False)
-        self._previous: List[State] = []
+        self._previous: list[State] = []
 
     def __enter__(self) -> None:
         self._previous.append(self._policy._state)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Optional
 
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -27,7 +27,7 @@ _NOT_TRUSTED = {
 }
 
 
-def context_of(config) -> Optional[int]:
+def context_of(config) -> int | None:
     """Most positions of a model with this configuration; None where they have no limit."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # the latter is MPT's
@@ -49,7 +49,7 @@ class Pretrained:
     """
 
     def __init__(
-        self, setting: str, name: str, *, path: Optional[str] = None, revision: Optional[str] = None,
+        self, setting: str, name: str, *, path: str | None = None, revision: str | None = None,
         trust_remote_code: bool = False,
     ):
         self.setting, self.name, self.path = setting, name, path or name

@@ -9,7 +9,6 @@ name instead of being trained on a wrong gradient.
 from __future__ import annotations
 
 import math
-from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -84,7 +83,7 @@ def probe_embedding(policy) -> float:
 
 
 @torch.no_grad()
-def probe_head(policy) -> Tuple[float, Optional[float]]:
+def probe_head(policy) -> tuple[float, float | None]:
     """Logit scale and soft-cap, found by handing the model's own head hidden states of our choice.
 
     Returns:
@@ -101,7 +100,7 @@ def probe_head(policy) -> Tuple[float, Optional[float]]:
     typical = (unit[0, :1] @ weight.T).std().item()
     tolerance = tolerance_of(policy.dtype)
 
-    def compare(magnitude: float) -> Tuple[Tensor, Tensor]:
+    def compare(magnitude: float) -> tuple[Tensor, Tensor]:
         """The model's logits and the bare product, for hidden states that give logits of this magnitude."""
         hidden = (unit * (magnitude / typical)).to(policy.dtype)
         own = _logits_of_hidden(policy, hidden)[..., :_PROBE_ROWS]
@@ -126,7 +125,7 @@ def probe_head(policy) -> Tuple[float, Optional[float]]:
     raise refusal(policy, "does more in its head than a matrix product, a scale and a soft-cap")
 
 
-def _inverse(config, name: str) -> Optional[float]:
+def _inverse(config, name: str) -> float | None:
     value = getattr(config, name, None)
     return 1.0 / value if value else None
 

@@ -7,7 +7,7 @@ before anything is trained on it: refused by name, or left out where a run can d
 
 from __future__ import annotations
 
-from typing import Callable, List, Tuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def decoding_error(policy, start: Callable[..., Decoder], *, drops_rows: bool) -
     return relative_error(torch.cat(found), torch.stack(expected))
 
 
-def _sequences(policy, lengths: Tuple[int, ...]) -> Tuple[Tensor, Tensor, List[Tensor]]:
+def _sequences(policy, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Prompts of these lengths, [U, P] ids and mask, and for each two samples, [P_u + 7] ids without padding."""
     ids = probe_ids(policy)[0]
     width = max(lengths)

@@ -18,9 +18,9 @@ Everything here is per sequence: micro-batches of any size give the same gradien
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Callable, ContextManager, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class ReplaySettings:
     prompt_cache: bool = True
     chunk_bytes: int = 2**28
     any_process: Callable[[bool], bool] = bool
-    phase: Callable[[str], ContextManager] = lambda name: nullcontext()
+    phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Forward:
     reward: Tensor          # [B]
     head: VocabHead         # rows are the n real tokens, in the order of mask.nonzero()
 
-    def values(self, mask: Tensor) -> Tuple[Tensor, ...]:
+    def values(self, mask: Tensor) -> tuple[Tensor, ...]:
         """The fields of `Scores`."""
         head = self.head
         return self.reward.detach(), *(per_token(v, mask) for v in (head.kl, head.entropy, head.logprob, head.mass))
@@ -161,10 +161,10 @@ class Prepared:
     rollout: Rollout
     done: Forward
     x: Tensor
-    incoming: List[Tuple[Tensor, Tensor]]
+    incoming: list[tuple[Tensor, Tensor]]
     kl_gradient: Tensor
 
-    def equation(self, settings: ReplaySettings) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def equation(self, settings: ReplaySettings) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """(g_direct [n, d], A) of  g = g_direct + A g; one call of A is one backward pass, which keeps the graph."""
         policy, mask = self.policy, self.rollout.mask
         local_rule = _local_rule(policy, self.rollout, settings, self.done.head)
@@ -178,7 +178,7 @@ class Prepared:
 
         return direct, hop
 
-    def hidden_gradient(self, settings: ReplaySettings) -> Tuple[Tensor, Tensor, Tensor]:
+    def hidden_gradient(self, settings: ReplaySettings) -> tuple[Tensor, Tensor, Tensor]:
         """(gradient at the policy's hidden states [n, d], hops [B], residual [B])."""
         gradient, hops, residual = solve_hops(*self.equation(settings), self.rollout.mask, settings)
         if settings.kl_prefix_grad == "none":
@@ -234,7 +234,7 @@ def replay(
 
 def solve_hops(
     direct: Tensor, hop: Callable[[Tensor], Tensor], mask: Tensor, settings: ReplaySettings
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the series of hops, sequence by sequence until each has converged.
 
     benchmarks/hop_solvers.py counts the backward passes that GMRES and block Gauss-Seidel would need instead.
@@ -274,7 +274,7 @@ def _norms(rows: Tensor, sequence: Tensor, count: int) -> Tensor:
 def _outside_gradients(
     policy: Policy, reward: Reward, done: Forward, mask: Tensor, x_base: Tensor, x_reward: Tensor | None,
     reward_weight: Tensor, reference_gradient: Tensor | None,
-) -> List[Tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, Tensor]]:
     """Gradients at the tokens' embeddings from the reward and, through the reference, from KL.
 
     Returns:
@@ -309,7 +309,7 @@ def _local_rule(policy: Policy, rollout: Rollout, settings: ReplaySettings, head
         keep_bytes=settings.chunk_bytes,  # the sweep is over: what its chunks took is free
     )
 
-    def hidden_rule(incoming: Sequence[Tuple[Tensor, Tensor]]) -> Tensor:
+    def hidden_rule(incoming: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         return rule([g for g, _ in incoming], [table for _, table in incoming]).dhidden
 
     return hidden_rule

@@ -9,7 +9,6 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
 
 import yaml
 
@@ -40,16 +39,16 @@ class Run:
     name: str
     method: str
     seed: int
-    config: Dict[str, object]
+    config: dict[str, object]
     record: dict
-    steps: List[dict]
-    validation: List[dict]
-    best: Optional[int]
-    base_test: Optional[dict]
-    test: Optional[dict]
+    steps: list[dict]
+    validation: list[dict]
+    best: int | None
+    base_test: dict | None
+    test: dict | None
 
     @property
-    def planned(self) -> Optional[int]:
+    def planned(self) -> int | None:
         """Steps that its config asks for."""
         return self.config.get("train.steps")
 
@@ -59,7 +58,7 @@ class Run:
         return bool(self.validation) and len(self.steps) == self.planned == self.validation[-1]["step"]
 
     @property
-    def best_validation(self) -> Optional[dict]:
+    def best_validation(self) -> dict | None:
         return next((row for row in self.validation if row["step"] == self.best), None)
 
 
@@ -76,13 +75,13 @@ class Study:
 
     title: str
     kind: str
-    runs: List[Run]
+    runs: list[Run]
     comparison: dict
     variance: dict
-    problems: List[str]
+    problems: list[str]
 
     @property
-    def machine(self) -> Optional[dict]:
+    def machine(self) -> dict | None:
         """The comparison's, or that of measurements by themselves; a run does not record its own."""
         return self.comparison.get("machine") or (self.variance.get("machine") if self.kind == "variance" else None)
 
@@ -93,7 +92,7 @@ def load_study(folder: Path) -> Study:
     Raises:
         GradeError: there is none of them.
     """
-    problems: List[str] = []
+    problems: list[str] = []
     if not folder.is_dir():
         raise GradeError(f"{folder} is not a folder. Name that of a run, of a comparison, or one that holds runs.")
     if (folder / "config.yaml").is_file():
@@ -122,7 +121,7 @@ def load_study(folder: Path) -> Study:
     )
 
 
-def _variance(folder: Path, runs: List[Run], problems: List[str]) -> dict:
+def _variance(folder: Path, runs: list[Run], problems: list[str]) -> dict:
     """variance.json of the folder, or of the one beside it that `grade variance` makes for the same config."""
     places = [folder, *(folder.parent / f"variance-{run.config.get('name')}" for run in runs[:1])]
     found = next((found for place in places if (found := _json(place / "variance.json", problems))), {})
@@ -134,14 +133,14 @@ def _variance(folder: Path, runs: List[Run], problems: List[str]) -> dict:
     return {} if other else found
 
 
-def _run_folders(folder: Path) -> List[Path]:
+def _run_folders(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("*/config.yaml"))
 
 
 # -- one run -------------------------------------------------------------------------------------------------
 
 
-def _load_run(folder: Path, problems: List[str]) -> Optional[Run]:
+def _load_run(folder: Path, problems: list[str]) -> Run | None:
     try:
         config = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         seed, method = int(config["seed"]), _method(folder.name, config)
@@ -162,7 +161,7 @@ def _load_run(folder: Path, problems: List[str]) -> Optional[Run]:
     )
 
 
-def _method(name: str, config: Dict[str, object]) -> str:
+def _method(name: str, config: dict[str, object]) -> str:
     """The method's name in comparisons: as a comparison has named the folder, else by its settings."""
     base = str(config["method.name"])
     named = re.fullmatch(r"(.+?)-(seed|lr)[\d.e-]+", name)
@@ -184,7 +183,7 @@ def _logged_evaluation(row: dict) -> dict:
     return {"step": row["step"], **{key[len("validation/"):]: value for key, value in row.items() if "/" in key}}
 
 
-def _rows(path: Path, problems: List[str]) -> List[dict]:
+def _rows(path: Path, problems: list[str]) -> list[dict]:
     """Rows of a log. The last line may be cut short: it is being written."""
     found = read_rows(path)
     rows, without = [], 0
@@ -200,7 +199,7 @@ def _rows(path: Path, problems: List[str]) -> List[dict]:
     return sorted(rows, key=lambda row: row["step"])
 
 
-def _json(path: Path, problems: List[str]) -> dict:
+def _json(path: Path, problems: list[str]) -> dict:
     if not path.is_file():
         return {}
     try:
@@ -216,7 +215,7 @@ def _json(path: Path, problems: List[str]) -> dict:
 # -- what a comparison knows ---------------------------------------------------------------------------------
 
 
-def _chosen(comparison: dict) -> Dict[Tuple[str, int], int]:
+def _chosen(comparison: dict) -> dict[tuple[str, int], int]:
     """Step of the checkpoint that stands for a run at equal tokens, by (method, seed)."""
     rows = comparison.get("tables", {}).get("tokens", [])
     return {
@@ -224,7 +223,7 @@ def _chosen(comparison: dict) -> Dict[Tuple[str, int], int]:
     }
 
 
-def _with_test(run: Run, tests: Dict[str, dict], chosen: Dict[Tuple[str, int], int]) -> Run:
+def _with_test(run: Run, tests: dict[str, dict], chosen: dict[tuple[str, int], int]) -> Run:
     """The run with its checkpoint's result in tests.json, which the comparison chose; before it says which, the
     latest that is tested."""
     best = chosen.get((run.method, run.seed), run.best)

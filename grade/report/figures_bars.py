@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Sequence
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -34,7 +34,7 @@ def _on_lines(label: str) -> str:
 
 
 def bars(
-    labels: Sequence[str], colours: Sequence[str], series: Dict[str, Sequence[Optional[Estimate]]], title: str,
+    labels: Sequence[str], colours: Sequence[str], series: dict[str, Sequence[Estimate | None]], title: str,
     xlabel: str,
 ) -> Figure:
     """A bar per label and entry of `series`, from 0, with its standard error; entries differ in tint and hatch."""
@@ -60,7 +60,7 @@ def bars(
     return figure
 
 
-def stacked(labels: Sequence[str], parts: Sequence[Dict[str, float]], title: str, xlabel: str) -> Figure:
+def stacked(labels: Sequence[str], parts: Sequence[dict[str, float]], title: str, xlabel: str) -> Figure:
     """A bar per label, made of its named parts; a part has the same shade and hatch in every bar."""
     figure, axes = _rows(title, xlabel, labels, 0.42)
     names = list(dict.fromkeys(name for part in parts for name in part))
@@ -76,9 +76,9 @@ def stacked(labels: Sequence[str], parts: Sequence[Dict[str, float]], title: str
 
 
 def dots(
-    labels: Sequence[str], colours: Sequence[str], values: Sequence[List[float]],
-    intervals: Sequence[Optional[Interval]], title: str, xlabel: str, *, log: bool = False,
-    level: Optional[float] = None, level_name: str = "",
+    labels: Sequence[str], colours: Sequence[str], values: Sequence[list[float]],
+    intervals: Sequence[Interval | None], title: str, xlabel: str, *, log: bool = False,
+    level: float | None = None, level_name: str = "",
 ) -> Figure:
     """Every value as a small dot, and where there is an interval, it with the mean of the values.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
@@ -12,8 +12,8 @@ from grade.report.style import INK, Style, add_legend, legend_order, new_axes, s
 
 
 def over_steps(
-    curves: Dict[str, Curve], styles: Dict[str, Style], title: str, ylabel: str, *, log: bool = False,
-    level: Optional[Tuple[float, str]] = None,
+    curves: dict[str, Curve], styles: dict[str, Style], title: str, ylabel: str, *, log: bool = False,
+    level: tuple[float, str] | None = None,
 ) -> Figure:
     """Mean over seeds with a band from the lowest to the highest seed; dotted where not all seeds are there.
 
@@ -42,7 +42,7 @@ def over_steps(
     return figure
 
 
-def validation(groups: Sequence[Group], curves: Dict[str, Curve]) -> Figure:
+def validation(groups: Sequence[Group], curves: dict[str, Curve]) -> Figure:
     """Each seed's validations thin, their mean thick, a star on each seed's best checkpoint."""
     figure, axes = new_axes("Validation reward", "optimizer step", "reward")
     for group in groups:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence, Tuple
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
@@ -48,14 +48,14 @@ def against_tau(rows: Sequence[dict], key: str, title: str, ylabel: str, *, log:
     return figure
 
 
-def _by_hops(label: str, hops) -> Dict[str, str]:
+def _by_hops(label: str, hops) -> dict[str, str]:
     """Label and line style: dotted without hops."""
     return {"label": f"{label}, no hops", "linestyle": ":"} if hops == 0 else {"label": label, "linestyle": "-"}
 
 
-def _lines(rows: Sequence[dict], key: str) -> Dict[tuple, List[tuple]]:
+def _lines(rows: Sequence[dict], key: str) -> dict[tuple, list[tuple]]:
     """(rule or "grade", hops) -> (τ, value, interval), for no hops and all of them."""
-    lines: Dict[tuple, List[tuple]] = {}
+    lines: dict[tuple, list[tuple]] = {}
     for row in rows:
         if row.get("tau") is not None and row.get("hops") in (0, "converged"):
             label = row["estimator"] if row["method"] == "grade-ste" else row["method"]
@@ -63,7 +63,7 @@ def _lines(rows: Sequence[dict], key: str) -> Dict[tuple, List[tuple]]:
     return lines
 
 
-def _ends(row: dict, key: str) -> Tuple[float, float]:
+def _ends(row: dict, key: str) -> tuple[float, float]:
     """The interval, or the value twice where an end is missing."""
     low, high = row.get(f"{key}_interval") or (None, None)
     return (row[key],) * 2 if low is None or high is None else (low, high)

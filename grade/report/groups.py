@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Dict, List, Sequence
 
 from grade.config.methods import COMPARED, METHODS
 from grade.report.data import Run
@@ -31,14 +31,14 @@ class Group:
     label: str
     method: str
     rank: int
-    runs: List[Run]
+    runs: list[Run]
 
     def setting(self, name: str):
         """Of its first run; None where its config has no such setting."""
         return self.runs[0].config.get(name)
 
 
-def grouped(runs: Sequence[Run]) -> List[Group]:
+def grouped(runs: Sequence[Run]) -> list[Group]:
     """Groups in the order of `COMPARED`; runs by seed."""
     methods = sorted({run.method for run in runs}, key=lambda m: (COMPARED.index(m) if m in COMPARED else 99, m))
     groups = []
@@ -52,7 +52,7 @@ def grouped(runs: Sequence[Run]) -> List[Group]:
     return groups
 
 
-def differing(runs: Sequence[Run]) -> List[str]:
+def differing(runs: Sequence[Run]) -> list[str]:
     """Settings in which runs differ that are not `_FREE`, nor those of another method than their own, nor those that an
     earlier version did not have."""
     names = [name for name in runs[0].config if all(name in run.config for run in runs)]
@@ -66,8 +66,8 @@ def _counts(name: str, runs: Sequence[Run]) -> bool:
     return name not in _FREE and not name.startswith(("compare.", "variance."))
 
 
-def _distinct(runs: Sequence[Run], names: Sequence[str]) -> List[list]:
-    found: List[list] = []
+def _distinct(runs: Sequence[Run], names: Sequence[str]) -> list[list]:
+    found: list[list] = []
     for run in runs:
         values = _values(run, names)
         if values not in found:
@@ -89,7 +89,7 @@ def plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def settings_of(groups: Sequence[Group]) -> Dict[str, List[str]]:
+def settings_of(groups: Sequence[Group]) -> dict[str, list[str]]:
     """Settings in which groups differ, the method's own sections left out: name -> value by group."""
     runs = [group.runs[0] for group in groups]
     names = [name for name in differing(runs) if name.count(".") < 2 or not name.startswith("method.")]

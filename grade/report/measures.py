@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Curve:
         return float(self.mean[-1])
 
 
-def number(row: Optional[dict], key: str) -> Optional[float]:
+def number(row: dict | None, key: str) -> float | None:
     """A finite number of a row; None if it is not there."""
     value = (row or {}).get(key)
     known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -50,24 +50,24 @@ def smoothing_window(groups: Sequence[Group]) -> int:
     return max(longest // 20, 1) // 2 * 2 + 1 if longest >= 20 else 1
 
 
-def training_curve(group: Group, key: str, window: int = 1) -> Optional[Curve]:
+def training_curve(group: Group, key: str, window: int = 1) -> Curve | None:
     """Of the training rows, each seed smoothed by itself; None where no row has `key`. A step without an
     update has no gradient norm."""
     rows = [[row for row in run.steps if key != "grad_norm" or row.get("updates", 1)] for run in group.runs]
     return _curve([[(row["step"], number(row, key)) for row in own] for own in rows], window)
 
 
-def validation_curve(group: Group, key: str = "reward") -> Optional[Curve]:
+def validation_curve(group: Group, key: str = "reward") -> Curve | None:
     """Of the validations."""
     return _curve([[(row["step"], number(row, key)) for row in run.validation] for run in group.runs])
 
 
-def gap_curve(group: Group) -> Optional[Curve]:
+def gap_curve(group: Group) -> Curve | None:
     """Reward in training since the validation before, less the reward of the validation."""
     return _curve([_gaps(run) for run in group.runs])
 
 
-def _gaps(run: Run) -> List[Tuple[int, Optional[float]]]:
+def _gaps(run: Run) -> list[tuple[int, float | None]]:
     steps = [row["step"] for row in run.validation]
     gaps = []
     for before, row in zip(steps, run.validation[1:]):  # noqa: B905  one fewer
@@ -77,17 +77,17 @@ def _gaps(run: Run) -> List[Tuple[int, Optional[float]]]:
     return gaps
 
 
-def variance_curve(group: Group) -> Optional[Curve]:
+def variance_curve(group: Group) -> Curve | None:
     """Variance of the training reward in windows of `WINDOW` steps, at their first steps."""
     return _curve([[(i * WINDOW, v) for i, v in enumerate(reward_variances(run))] for run in group.runs])
 
 
-def reward_variances(run: Run) -> List[float]:
+def reward_variances(run: Run) -> list[float]:
     """`window_variances` of the reward in training."""
     return window_variances([reward for row in run.steps if (reward := number(row, "reward")) is not None])
 
 
-def _curve(seeds: Sequence[Sequence[Tuple[int, Optional[float]]]], window: int = 1) -> Optional[Curve]:
+def _curve(seeds: Sequence[Sequence[tuple[int, float | None]]], window: int = 1) -> Curve | None:
     seeds = [[(x, value) for x, value in points if value is not None] for points in seeds]
     seeds = [points for points in seeds if points]
     if not seeds:
@@ -114,7 +114,7 @@ def step_seconds(row: dict) -> float:
     return sum(number(row, key) or 0.0 for key in row if key.startswith("seconds/"))
 
 
-def cost_before(run: Run, step: int) -> Dict[str, float]:
+def cost_before(run: Run, step: int) -> dict[str, float]:
     """What training had cost when `step` optimizer steps were made."""
     rows = [row for row in run.steps if row["step"] < step]
     return {
@@ -123,7 +123,7 @@ def cost_before(run: Run, step: int) -> Dict[str, float]:
     }
 
 
-def first_reaching(run: Run, threshold: float) -> Optional[Dict[str, float]]:
+def first_reaching(run: Run, threshold: float) -> dict[str, float] | None:
     """Cost of the first validation whose reward is at least `threshold`; None if none is."""
     for row in run.validation:
         reward = number(row, "reward")
@@ -147,9 +147,9 @@ class HeldOut:
     """
 
     split: str
-    values: Dict[str, List[float]]
-    base: Optional[float]
-    missing: List[str]
+    values: dict[str, list[float]]
+    base: float | None
+    missing: list[str]
 
 
 def held_out(groups: Sequence[Group]) -> HeldOut:
@@ -157,7 +157,7 @@ def held_out(groups: Sequence[Group]) -> HeldOut:
     runs = [run for group in groups for run in group.runs]
     split = "test" if any(run.test for run in runs) else "validation"
 
-    def reward(run: Run) -> Optional[float]:
+    def reward(run: Run) -> float | None:
         return number(run.test if split == "test" else run.best_validation, "reward")
 
     values = {g.label: [r for run in g.runs if (r := reward(run)) is not None] for g in groups}
@@ -167,30 +167,30 @@ def held_out(groups: Sequence[Group]) -> HeldOut:
     )
 
 
-def base_reward(runs: Sequence[Run], split: str) -> Optional[float]:
+def base_reward(runs: Sequence[Run], split: str) -> float | None:
     """The base model's reward: the same in every run, so that of the first that has it."""
     return next((r for run in runs if (r := number(base_row(run, split), "reward")) is not None), None)
 
 
-def base_row(run: Run, split: str) -> Optional[dict]:
+def base_row(run: Run, split: str) -> dict | None:
     """The base model's evaluation of a run."""
     if split == "test":
         return run.base_test
     return next((row for row in run.validation if row["step"] == 0), None)
 
 
-def over_seeds(group: Group, value) -> Optional[Estimate]:
+def over_seeds(group: Group, value) -> Estimate | None:
     """Mean and standard error over the group's runs of `value(run)`, a number or None."""
     return estimate([value(run) for run in group.runs])
 
 
-def median_of(run: Run, key: str) -> Optional[float]:
+def median_of(run: Run, key: str) -> float | None:
     """Median over the run's steps; None where no step has it."""
     known = [value for row in run.steps if (value := number(row, key)) is not None]
     return float(np.median(known)) if known else None
 
 
-def phase_seconds(group: Group) -> Dict[str, float]:
+def phase_seconds(group: Group) -> dict[str, float]:
     """Mean seconds per step of each phase, over the steps of all seeds; {} where no step has any."""
     rows = [row for run in group.runs for row in run.steps]
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith("seconds/"))

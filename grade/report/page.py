@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from html import escape
 from pathlib import Path
-from typing import List, Set
 
 from grade import __version__
 from grade.errors import writing
@@ -59,7 +58,7 @@ summary { font-weight: 600; cursor: pointer; }
 """
 
 
-def write_page(title: str, sections: List[Section], output: Path) -> Path:
+def write_page(title: str, sections: list[Section], output: Path) -> Path:
     """Write index.html, figures/NAME.{png,pdf} and tables/NAME.{csv,tex} under `output`; return the page's path.
 
     Figures and tables that an earlier page there links to, and this one has no more, are deleted.
@@ -86,7 +85,7 @@ def _write(path: Path, text: str) -> None:
         replace_bytes(path, text.encode("utf-8", "replace"))
 
 
-def _page(title: str, sections: List[Section], body: str) -> str:
+def _page(title: str, sections: list[Section], body: str) -> str:
     title = escape(title)
     contents = "".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in sections)
     return (
@@ -117,7 +116,7 @@ def _section(section: Section, output: Path) -> str:
     return "".join([*html, *_grid(figures), "</section>\n"])
 
 
-def _grid(figures: List[str]) -> List[str]:
+def _grid(figures: list[str]) -> list[str]:
     return [f'<div class="figures">{"".join(figures)}</div>'] if figures else []
 
 
@@ -136,7 +135,7 @@ def _files(table: Table, output: Path) -> str:
     return f'<p class="files">{_links("tables", table.name, ("csv", "tex"))}</p>'
 
 
-def _linked(html: str) -> Set[str]:
+def _linked(html: str) -> set[str]:
     """Files that a page of ours links to, relative to its folder."""
     return set(re.findall(r'href="((?:figures|tables)/[\w.-]+\.(?:png|pdf|csv|tex))"', html))
 

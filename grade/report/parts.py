@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import List, Union
 
 from matplotlib.figure import Figure
 
@@ -43,7 +42,7 @@ class Section:
 
     anchor: str
     title: str
-    parts: List[Union[Text, Drawing, Table, Html]] = field(default_factory=list)
+    parts: list[Text | Drawing | Table | Html] = field(default_factory=list)
 
     def text(self, text: str) -> None:
         self.parts.append(Text(text))
@@ -54,5 +53,5 @@ class Section:
     def warn(self, text: str) -> None:
         self.parts.append(Text(text, "warning"))
 
-    def add(self, part: Union[Drawing, Table, Html]) -> None:
+    def add(self, part: Drawing | Table | Html) -> None:
         self.parts.append(part)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import List, Optional, Sequence, Tuple
 
 from grade.report.data import Run
 from grade.report.measures import base_row, number
@@ -59,7 +59,7 @@ def samples(view: View) -> Section:
     return section
 
 
-def pairs_of(run: Run, label: str) -> Tuple[str, List[Pair]]:
+def pairs_of(run: Run, label: str) -> tuple[str, list[Pair]]:
     """(split, pairs) of a run: on test prompts where both sides kept samples, else on validation prompts; the base
     model standing for itself, where nothing trained was chosen, is no pair."""
     for split, after in (("test", run.test), ("validation", run.best_validation)):
@@ -69,7 +69,7 @@ def pairs_of(run: Run, label: str) -> Tuple[str, List[Pair]]:
     return "", []
 
 
-def _paired(before: Optional[dict], after: Optional[dict], run: Run, label: str) -> List[Pair]:
+def _paired(before: dict | None, after: dict | None, run: Run, label: str) -> list[Pair]:
     olds, news = (row.get("samples") or [] if row else [] for row in (before, after))
     pairs = []
     for old, new in zip(olds, news):  # noqa: B905  a checkpoint may have kept fewer
@@ -80,7 +80,7 @@ def _paired(before: Optional[dict], after: Optional[dict], run: Run, label: str)
     return pairs
 
 
-def extremes(pairs: Sequence[Pair]) -> Tuple[List[Pair], List[Pair]]:
+def extremes(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     """(largest gains, largest losses), largest first; what did not change is neither."""
     ordered = sorted(pairs, key=lambda pair: -pair.gain)
     gains = [pair for pair in ordered if pair.gain > 0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import List
-
 from grade.machine import machine_line
 from grade.report.data import Run, Study
 from grade.report.groups import plain, settings_of
@@ -27,7 +25,7 @@ _FACTS = (
 _PARTS = (learning, validated, gradients, efficiency, final, temperature, speed, significance, samples)
 
 
-def all_sections(study: Study) -> List[Section]:
+def all_sections(study: Study) -> list[Section]:
     """Everything the page has to say about a study."""
     if study.kind == "variance":
         return [_measurements(study)]
@@ -72,10 +70,10 @@ def summary(view: View) -> Section:
     return section
 
 
-def _facts(view: View) -> List[List[Cell]]:
+def _facts(view: View) -> list[list[Cell]]:
     study, runs = view.study, [run for group in view.groups for run in group.runs]
     seeds = sorted({run.seed for run in runs})
-    facts: List[List[Cell]] = [
+    facts: list[list[Cell]] = [
         ["kind", {"run": "one run", "comparison": "a comparison", "runs": "a folder of runs"}[study.kind]],
         ["task", _distinct(_task(run) for run in runs)],
         ["methods", ", ".join(view.labels)],
@@ -115,7 +113,7 @@ def _progress(run: Run) -> str:
     return f"{run.name} ({len(run.steps)}{planned} steps)"
 
 
-def _run_row(run: Run, label: str) -> List[Cell]:
+def _run_row(run: Run, label: str) -> list[Cell]:
     cost = cost_before(run, len(run.steps))
     steps = str(len(run.steps)) + ("" if run.planned is None else f" of {run.planned}")
     return [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional
-
 from grade.report.data import Run
 from grade.report.figures_bars import bars, stacked
 from grade.report.figures_curves import against_cost
@@ -105,14 +103,14 @@ def speed(view: View) -> Section:
     return section
 
 
-def _phase_cells(parts: Dict[str, float], names: List[str]) -> List[Optional[float]]:
+def _phase_cells(parts: dict[str, float], names: list[str]) -> list[float | None]:
     return [parts.get(name) for name in names]
 
 
-def _seconds_per_step(run: Run) -> Optional[float]:
+def _seconds_per_step(run: Run) -> float | None:
     timed = [seconds for row in run.steps if (seconds := step_seconds(row))]
     return sum(timed) / len(timed) if timed else None
 
 
-def _peak_gib(run: Run) -> Optional[float]:
+def _peak_gib(run: Run) -> float | None:
     return max((gib for row in run.steps if (gib := number(row, "memory/peak_gib")) is not None), default=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import List, Optional
 
 from grade.report.data import Run
 from grade.report.figures_bars import BASE_COLOUR, bars, dots
@@ -79,11 +78,11 @@ def final(view: View) -> Section:
     return section
 
 
-def _row(run: Run, split: str) -> Optional[dict]:
+def _row(run: Run, split: str) -> dict | None:
     return run.test if split == "test" else run.best_validation
 
 
-def _gap(run: Run) -> Optional[float]:
+def _gap(run: Run) -> float | None:
     validated, tested = number(run.best_validation, "reward"), number(run.test, "reward")
     return None if validated is None or tested is None else validated - tested
 
@@ -97,7 +96,7 @@ def _measures(view: View, split: str) -> Table:
     names = [*(key for key in _MEASURES if key in present), *(key for key in present if key not in _MEASURES)]
     prompts = sorted({str(row["prompts"]) for row in rows if "prompts" in row})
 
-    def cells(group: Group) -> List[Cell]:
+    def cells(group: Group) -> list[Cell]:
         return [over_seeds(group, lambda run: number(_row(run, split), name)) for name in names]  # noqa: B023
 
     return Table(
@@ -167,7 +166,7 @@ def _warnings(view: View, section: Section) -> None:
         section.note(f"Without a {found.split} result, so not in here: {', '.join(found.missing)}.")
 
 
-def _pairs(view: View, section: Section, labels: List[str]) -> None:
+def _pairs(view: View, section: Section, labels: list[str]) -> None:
     values = view.held_out.values
     tests = {pair: test for pair in combinations(labels, 2) if (test := welch(*(values[label] for label in pair)))}
     if not tests:
@@ -194,7 +193,7 @@ def _pairs(view: View, section: Section, labels: List[str]) -> None:
     section.text(_leader(labels, values, adjusted))
 
 
-def _leader(labels: List[str], values, adjusted) -> str:
+def _leader(labels: list[str], values, adjusted) -> str:
     """What may be said of the highest mean."""
     best = max(labels, key=lambda label: estimate(values[label]).mean)
     others = [label for label in labels if label != best]
@@ -231,6 +230,6 @@ def _stability(view: View, section: Section) -> None:
     ))
 
 
-def _mean_variance(run: Run) -> Optional[float]:
+def _mean_variance(run: Run) -> float | None:
     found = estimate(reward_variances(run))
     return found.mean if found else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import List, Optional
 
 from grade.config.methods import DIFFERENTIATING
 from grade.report.data import Run
@@ -39,7 +38,7 @@ def temperature(view: View) -> Section:
     return section
 
 
-def _reward_against_tau(section: Section, group: Group) -> Optional[str]:
+def _reward_against_tau(section: Section, group: Group) -> str | None:
     """Add the figure, or say why there is none."""
     rows = [row for run in group.runs for row in run.steps]
     points = [(tau, reward, row["step"]) for row in rows
@@ -59,7 +58,7 @@ def _reward_against_tau(section: Section, group: Group) -> Optional[str]:
     return None
 
 
-def _ablation(view: View, section: Section, relaxed: List[Group]) -> None:
+def _ablation(view: View, section: Section, relaxed: list[Group]) -> None:
     """Groups of a method that differ in the schedule, side by side."""
     methods = dict.fromkeys(group.method for group in relaxed)
     several = [m for m in methods if len({_schedule(group) for group in relaxed if group.method == m}) > 1]
@@ -72,7 +71,7 @@ def _ablation(view: View, section: Section, relaxed: List[Group]) -> None:
         )
 
 
-def _schedules(view: View, section: Section, method: str, groups: List[Group]) -> None:
+def _schedules(view: View, section: Section, method: str, groups: list[Group]) -> None:
     others = [short(name) for name in differing([group.runs[0] for group in groups]) if name not in SCHEDULE]
     if others:
         section.warn(f"The schedules of {method} also differ in {', '.join(others)}: not the temperature alone.")
@@ -113,5 +112,5 @@ def _schedule(group: Group) -> str:
     return f"τ {plain(start)}" if start == end else f"τ {plain(start)} → {plain(end)} in {steps} steps"
 
 
-def _last(run: Run, key: str) -> Optional[float]:
+def _last(run: Run, key: str) -> float | None:
     return number(run.steps[-1], key) if run.steps else None

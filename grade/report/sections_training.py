@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict
-
 from grade.report.figures_curves import over_steps, validation
 from grade.report.measures import Curve, gap_curve, validation_curve
 from grade.report.parts import Drawing, Section
@@ -31,7 +29,7 @@ def learning(view: View) -> Section:
     return section
 
 
-def last_values(curves: Dict[str, Curve]) -> str:
+def last_values(curves: dict[str, Curve]) -> str:
     """Where curves end, in words."""
     return ", ".join(f"{label} {curve.last:.3g}" for label, curve in curves.items())
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import List
-
 from grade.report.data import Study
 from grade.report.figures_variance import against_tau
 from grade.report.measures import number
@@ -52,7 +50,7 @@ def variance(study: Study, section: Section) -> None:
     ))
 
 
-def _figures(section: Section, rows: List[dict], where: str, suffix: str, note: str) -> None:
+def _figures(section: Section, rows: list[dict], where: str, suffix: str, note: str) -> None:
     for key, title, axis, log in _FIGURES:
         known = [row for row in rows if (value := number(row, key)) is not None and (value > 0 or not log)]
         if not known:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import scipy.stats
@@ -14,7 +14,7 @@ LEVEL = 0.95
 DRAWS = 10_000
 WINDOW = 50
 """Steps of a window of `window_variances`."""
-Interval = Tuple[float, float]
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Estimate:
     """A mean with its standard error over seeds (None for one seed) and their number."""
 
     mean: float
-    stderr: Optional[float]
+    stderr: float | None
     n: int
 
 
@@ -38,7 +38,7 @@ class Welch:
     interval: Interval
 
 
-def estimate(values: Sequence[Optional[float]]) -> Optional[Estimate]:
+def estimate(values: Sequence[float | None]) -> Estimate | None:
     """Mean and standard error of the values that are there and finite; None of none."""
     known = [v for v in values if v is not None and math.isfinite(v)]
     if not known:
@@ -47,7 +47,7 @@ def estimate(values: Sequence[Optional[float]]) -> Optional[Estimate]:
     return Estimate(statistics.fmean(known), stderr, len(known))
 
 
-def welch(first: Sequence[float], second: Sequence[float]) -> Optional[Welch]:
+def welch(first: Sequence[float], second: Sequence[float]) -> Welch | None:
     """Welch's t-test (unequal variances); None where a side has one value, or neither side has any spread."""
     if min(len(first), len(second)) < 2 or np.var(first) + np.var(second) == 0:
         return None
@@ -57,7 +57,7 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Optional[Welch]:
     return Welch(difference, *map(float, (found.statistic, found.df, found.pvalue)), (float(low), float(high)))
 
 
-def holm(p_values: Sequence[float]) -> List[float]:
+def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction: adjusted p-values, in the order given."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -66,14 +66,14 @@ def holm(p_values: Sequence[float]) -> List[float]:
     return adjusted
 
 
-def bootstrap_mean(values: Sequence[float], level: float = LEVEL) -> Optional[Interval]:
+def bootstrap_mean(values: Sequence[float], level: float = LEVEL) -> Interval | None:
     """Percentile bootstrap interval of the mean; None of fewer than two values."""
     return _percentiles(_resampled_means(values, seed=0), level) if len(values) > 1 else None
 
 
 def bootstrap_difference(
     first: Sequence[float], second: Sequence[float], level: float = LEVEL
-) -> Optional[Interval]:
+) -> Interval | None:
     """Percentile bootstrap interval of mean(first) - mean(second), both resampled; None where a side has one value."""
     if min(len(first), len(second)) < 2:
         return None
@@ -91,7 +91,7 @@ def _percentiles(draws: np.ndarray, level: float) -> Interval:
     return float(low), float(high)
 
 
-def window_variances(values: Sequence[float], size: int = WINDOW) -> List[float]:
+def window_variances(values: Sequence[float], size: int = WINDOW) -> list[float]:
     """Sample variance of each window of `size` consecutive values. The last one may be shorter; a single value, which
     has no variance, is left out."""
     windows = [values[start: start + size] for start in range(0, len(values), size)]

@@ -6,10 +6,10 @@ import io
 import re
 import unicodedata
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Tuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def tinted(colour: str, amount: float) -> str:
     return to_hex([part + (end - part) * abs(amount) for part in to_rgb(colour)])
 
 
-def new_axes(title: str, xlabel: str, ylabel: str, height: float = 3.2) -> Tuple[Figure, Axes]:
+def new_axes(title: str, xlabel: str, ylabel: str, height: float = 3.2) -> tuple[Figure, Axes]:
     """A figure of one panel, `WIDTH` wide."""
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -108,7 +108,7 @@ def _letters(character: str) -> float:
     return 2.0 if wide else 1.6 if character in "WMm%@" else 1.0
 
 
-def add_legend(figure: Figure, axes: Axes, handles: Optional[Sequence] = None) -> None:
+def add_legend(figure: Figure, axes: Axes, handles: Sequence | None = None) -> None:
     """Below the panel, in as many columns as its labels leave room for; the figure grows by its rows."""
     handles = list(handles if handles is not None else axes.get_legend_handles_labels()[0])
     if not handles:
@@ -145,6 +145,6 @@ def _inline(svg: str, name: str) -> str:
     return svg.replace(INK, "currentColor")
 
 
-def legend_order(groups: Sequence[Group]) -> Dict[str, Style]:
+def legend_order(groups: Sequence[Group]) -> dict[str, Style]:
     """Label -> style, in the order of the groups."""
     return {group.label: style_of(group) for group in groups}

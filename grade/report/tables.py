@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import List, Sequence, Tuple, Union
 
 from grade.report.latex import OTHER, latex
 from grade.report.statistics import Estimate
 
-Cell = Union[None, str, int, float, Estimate, Tuple[float, float]]
+Cell = str | int | float | Estimate | tuple[float, float] | None
 """Nothing, text, a count, a number, a mean over seeds, or an interval."""
 NOTHING = "–"
 _PAGE = 50  # lines of text
@@ -55,7 +55,7 @@ class Table:
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
 
-    def _html_cells(self, row: Sequence[Cell]) -> List[str]:
+    def _html_cells(self, row: Sequence[Cell]) -> list[str]:
         texts = [escape(text) for text in self.texts(row)]
         kinds = ["number" if not isinstance(cell, str) else "text" if len(cell) < 32 else "text long" for cell in row]
         return [f'<th scope="row">{texts[0]}</th>'] + [
@@ -66,7 +66,7 @@ class Table:
         """All digits; a mean's standard error and an interval's upper end in columns of their own. A text that a
         spreadsheet would run as a formula has an apostrophe before it."""
         kinds = [self._kind(i) for i in range(len(self.columns))]
-        titles: List[str] = []
+        titles: list[str] = []
         for column, kind in zip(self.columns, kinds, strict=True):
             further = {Estimate: [f"{column.title}, standard error"], tuple: [f"{column.title}, upper"]}
             titles += [column.title, *further.get(kind, [])]
@@ -78,7 +78,7 @@ class Table:
             writer.writerow(map(_no_formula, values))
         return text.getvalue()
 
-    def _are_texts(self) -> List[bool]:
+    def _are_texts(self) -> list[bool]:
         """By column, whether it holds text alone."""
         return [all(isinstance(row[i], (str, type(None))) for row in self.rows) for i in range(len(self.columns))]
 
@@ -109,7 +109,7 @@ class Table:
         longest = [max((len(cell) for cell in row if isinstance(cell, str)), default=0) for row in self.rows]
         return sum(1 + length // 20 if length > 40 else 1 for length in longest)
 
-    def texts(self, row: Sequence[Cell]) -> List[str]:
+    def texts(self, row: Sequence[Cell]) -> list[str]:
         """The cells of a row as people read them."""
         return [_text(cell, column.digits) for cell, column in zip(row, self.columns, strict=True)]
 
@@ -134,7 +134,7 @@ def rounded(value: float, digits: int) -> str:
     return f"{value:,.{digits}f}".replace("-", "−")
 
 
-def _values(cell: Cell, kind: type) -> List[object]:
+def _values(cell: Cell, kind: type) -> list[object]:
     if isinstance(cell, Estimate):
         return [cell.mean, cell.stderr]
     if isinstance(cell, tuple):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
-from typing import Callable, Dict, List, Optional
 
 from grade.report.data import Run, Study
 from grade.report.groups import Group, grouped
@@ -17,16 +17,16 @@ class View:
 
     def __init__(self, study: Study):
         self.study = study
-        self.groups: List[Group] = grouped(study.runs)
-        self.styles: Dict[str, Style] = legend_order(self.groups)
+        self.groups: list[Group] = grouped(study.runs)
+        self.styles: dict[str, Style] = legend_order(self.groups)
         self.window = smoothing_window(self.groups)
 
     @property
-    def labels(self) -> List[str]:
+    def labels(self) -> list[str]:
         return [group.label for group in self.groups]
 
     @property
-    def colours(self) -> List[str]:
+    def colours(self) -> list[str]:
         return [self.styles[label].colour for label in self.labels]
 
     @cached_property
@@ -57,7 +57,7 @@ class View:
     def smoothing(self) -> str:
         return "Not smoothed." if self.window == 1 else f"Smoothed: centred mean over {self.window} steps of each seed."
 
-    def curves(self, section: Section, of: Callable[[Group], Optional[Curve]], missing: str) -> Dict[str, Curve]:
+    def curves(self, section: Section, of: Callable[[Group], Curve | None], missing: str) -> dict[str, Curve]:
         """Label -> curve, with a note in `section` on the groups that have none.
 
         Args:
@@ -69,18 +69,18 @@ class View:
             section.note(f"{', '.join(without)}: {missing}.")
         return {label: curve for label, curve in found.items() if curve is not None}
 
-    def training(self, section: Section, key: str, smoothed: bool = True) -> Dict[str, Curve]:
+    def training(self, section: Section, key: str, smoothed: bool = True) -> dict[str, Curve]:
         """Label -> curve of a measure of training steps."""
         window = self.window if smoothed else 1
         return self.curves(
             section, lambda group: training_curve(group, key, window), f"no {key} in metrics.jsonl"
         )
 
-    def unfinished(self) -> List[Run]:
+    def unfinished(self) -> list[Run]:
         return [run for group in self.groups for run in group.runs if not run.complete]
 
 
-def seeds_in_words(counts: Dict[str, int]) -> str:
+def seeds_in_words(counts: dict[str, int]) -> str:
     """As in "n = 3 seeds per method", or the number of each where they differ."""
     if len(set(counts.values())) == 1:
         count = next(iter(counts.values()))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Tuple
-
 import torch
 from torch import Tensor
 
@@ -30,7 +28,7 @@ class CountdownReward:
         """[B] float32 final scores, in [0, 1]."""
         return self._tensor([final for _, _, final in self._read(rollout)], rollout)
 
-    def details(self, rollout: Rollout, scores: Tensor) -> Dict[str, Tensor]:
+    def details(self, rollout: Rollout, scores: Tensor) -> dict[str, Tensor]:
         """Whether responses with these final scores [B] are solutions, as float32: only they have a score of 1."""
         return {"solve_rate": (scores == 1.0).float()}
 
@@ -53,7 +51,7 @@ class CountdownReward:
             rows.append(row + [final] * (1 + rollout.tokens.shape[1] - len(row)))
         return self._tensor(rows, rollout)
 
-    def _read(self, rollout: Rollout) -> List[Tuple[List[int], List[float], float]]:
+    def _read(self, rollout: Rollout) -> list[tuple[list[int], list[float], float]]:
         """Per response its real ids, what its text's beginnings have contributed, and its final score."""
         settings = self.task.settings.countdown
         ended = rollout.ended_by(self.policy.eos_ids).tolist()
@@ -68,13 +66,13 @@ class CountdownReward:
             read.append((ids, earned, final))
         return read
 
-    def _puzzle(self, prompt: List[int]) -> Puzzle:
+    def _puzzle(self, prompt: list[int]) -> Puzzle:
         puzzle = self.task.by_prompt.get(tuple(prompt))
         if puzzle is None:
             raise ValueError(f"no puzzle has the prompt {self._text(prompt)!r}: CountdownTask.prompts did not give it")
         return puzzle
 
-    def _text(self, ids: List[int]) -> str:
+    def _text(self, ids: list[int]) -> str:
         return self.policy.tokenizer.decode(ids, skip_special_tokens=False)
 
     @staticmethod

@@ -11,9 +11,9 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import List, Sequence, Tuple
 
 import torch
 from rich.console import Console
@@ -153,7 +153,7 @@ def _load(folder: Path, config: Config, policy: Policy) -> RewardHead:
     return head
 
 
-def train_head(config: Config, policy: Policy, task) -> Tuple[RewardHead, dict]:
+def train_head(config: Config, policy: Policy, task) -> tuple[RewardHead, dict]:
     """Train on task.reward, report on task.validation.
 
     Returns:
@@ -200,8 +200,8 @@ def _fit(head: RewardHead, features: Tensor, labels: Tensor, config: Config) -> 
 
 @torch.no_grad()
 def features_of(
-    policy: Policy, examples: Sequence, lengths: List[int], title: str, *, special_tokens: bool = True
-) -> Tuple[Tensor, Tensor]:
+    policy: Policy, examples: Sequence, lengths: list[int], title: str, *, special_tokens: bool = True
+) -> tuple[Tensor, Tensor]:
     """Mean-pooled base states of the first n tokens of each text, for each n in `lengths`.
 
     Args:

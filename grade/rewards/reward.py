@@ -8,7 +8,7 @@ counts, and both give one number per response, in [0, 1] where it is a probabili
 
 from __future__ import annotations
 
-from typing import Dict, Optional, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Reward(Protocol):
         """[B] float32 rewards from response embeddings `x` [B, S, d_r] in this reward's own table."""
 
 
-def reward_inputs(reward: Reward, rollout: Rollout) -> Optional[Tensor]:
+def reward_inputs(reward: Reward, rollout: Rollout) -> Tensor | None:
     """[B, S, d_r] response embeddings for a reward that has a pass of its own, else None."""
     if not reward.differentiable or reward.shares_base_pass:
         return None
@@ -53,7 +53,7 @@ def reward_inputs(reward: Reward, rollout: Rollout) -> Optional[Tensor]:
 
 
 def reward_of(
-    reward: Reward, rollout: Rollout, base: BasePass, x: Optional[Tensor], *, checkpoint: bool = False
+    reward: Reward, rollout: Rollout, base: BasePass, x: Tensor | None, *, checkpoint: bool = False
 ) -> Tensor:
     """[B] float32 rewards of any kind; `x` as `reward_inputs` gives it, gradients flow to it or to the base's input."""
     if not reward.differentiable:
@@ -147,7 +147,7 @@ class ClassifierReward:
 
     differentiable, shares_base_pass = True, False
 
-    def __init__(self, model, label: Optional[int], reads: str = "prompt+response"):
+    def __init__(self, model, label: int | None, reads: str = "prompt+response"):
         self.model, self.label, self.reads = model.requires_grad_(False).eval(), label, reads
         self.table = model.get_input_embeddings().weight.detach()
         self.embedding_scale = _module_scale(model)
@@ -195,7 +195,7 @@ def _module_scale(model) -> float:
     return 1.0 if abs(scale - 1) < 1e-3 else scale
 
 
-def check_same_vocabulary(name: str, theirs: Dict[str, int], policy_vocabulary: Dict[str, int]) -> None:
+def check_same_vocabulary(name: str, theirs: dict[str, int], policy_vocabulary: dict[str, int]) -> None:
     """Refuse a reward model whose token ids mean other tokens than the policy's.
 
     Raises:
@@ -213,7 +213,7 @@ def check_same_vocabulary(name: str, theirs: Dict[str, int], policy_vocabulary: 
     )
 
 
-def check_classifier(name: str, policy_tokenizer, *, judged: int, positive_label: Optional[str]):
+def check_classifier(name: str, policy_tokenizer, *, judged: int, positive_label: str | None):
     """The classifier's source and config, if it exists, has the policy's vocabulary, can read `judged` tokens and says
     which class to raise. Reads no weights.
 
@@ -236,7 +236,7 @@ def check_classifier(name: str, policy_tokenizer, *, judged: int, positive_label
 
 
 def load_classifier(
-    name: str, policy: Policy, *, positive_label: Optional[str], reads: str, judged: int
+    name: str, policy: Policy, *, positive_label: str | None, reads: str, judged: int
 ) -> ClassifierReward:
     """A hub or local classifier as a reward; its vocabulary is checked before its weights are read.
 
@@ -278,7 +278,7 @@ def load_classifier(
     return reward
 
 
-def positive_class(name: str, id2label: Dict[int, str], wanted: Optional[str]) -> Optional[int]:
+def positive_class(name: str, id2label: dict[int, str], wanted: str | None) -> int | None:
     """Index of the class to raise: the named one, or else the one called positive. None: there is one output only.
 
     Raises:

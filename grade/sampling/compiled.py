@@ -11,8 +11,8 @@ so it is compiled too.
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
-from typing import ContextManager, Iterator, Optional, Tuple
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -78,8 +78,8 @@ class CompiledDecoding(Decoding):
             except (RuntimeError, OSError) as error:
                 raise _failed(error) from error
         self._config = config
-        self._shape: Optional[Tuple[int, int]] = None
-        self._cache: Optional[StaticCache] = None
+        self._shape: tuple[int, int] | None = None
+        self._cache: StaticCache | None = None
         self._step = self._forward
         self._probe()
         how = {"cpu": {"options": {"cpp_wrapper": True}}, "cuda": {"mode": "reduce-overhead"}}
@@ -106,7 +106,7 @@ class CompiledDecoding(Decoding):
                 f"rollout.compile: {name} cannot be decoded with a static cache ({reason}). Set rollout.compile=false."
             )
 
-    def state(self, adapters: bool) -> ContextManager:
+    def state(self, adapters: bool) -> AbstractContextManager:
         """As for the plain one, but CUDA graphs have recorded where the weights are, so none are merged there."""
         return self.policy.state(adapters=adapters) if self.policy.device.type == "cuda" else super().state(adapters)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import ContextManager, Iterator, Optional
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ class Decoding:
 
     def __init__(self, policy: Policy):
         self.policy = policy
-        self._packed: Optional[Tensor] = None  # the head, during a rollout
+        self._packed: Tensor | None = None  # the head, during a rollout
         self._draw = draw_from_product
 
     @contextmanager
@@ -40,7 +40,7 @@ class Decoding:
         finally:
             self._packed = None
 
-    def state(self, adapters: bool) -> ContextManager:
+    def state(self, adapters: bool) -> AbstractContextManager:
         """The policy's state for a rollout."""
         return self.policy.merged() if adapters else self.policy.state(adapters=False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ class Sampling:
     tau: float = 1.0
     soft: bool = False
     ignore_eos: bool = False
-    top_p: Optional[float] = None
+    top_p: float | None = None
 
 
 def sampling_of(generation: GenerationConfig, *, tau: float = 1.0, soft: bool = False) -> Sampling:
@@ -82,7 +81,7 @@ def draw_tokens(
 
 def draw_from_product(
     product: Tensor, k: int, tau: float, seed: int, rows: Tensor, suppress: Tensor, hard: bool, *,
-    bias: Optional[Tensor], scale: float, softcap: Optional[float],
+    bias: Tensor | None, scale: float, softcap: float | None,
 ) -> SparseTokens:
     """The same without a nucleus, from hidden @ W^T [B, V], which is overwritten, and the rest of the head.
 

@@ -16,9 +16,10 @@ counted (`off_support`): a few come from rounding, many from another model, temp
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Callable, Iterator, List, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +39,8 @@ _CONDITIONAL_DRAW = 1  # draw 0 is the sampler's own
 class Response(NamedTuple):
     """A line of the file."""
 
-    prompt: List[int]
-    tokens: List[int]
+    prompt: list[int]
+    tokens: list[int]
 
 
 class RolloutSource:
@@ -148,7 +149,7 @@ class RolloutSource:
         self._check_length(where, prompt, tokens)
         return Response(prompt, tokens)
 
-    def _check_length(self, where: str, prompt: List[int], tokens: List[int]) -> None:
+    def _check_length(self, where: str, prompt: list[int], tokens: list[int]) -> None:
         generation, most = self.config.generation, self.config.task.prompt_max_tokens
         if len(prompt) > most:
             raise GradeError(
@@ -177,7 +178,7 @@ class RolloutSource:
 
 @torch.no_grad()
 def recreate(
-    policy: Policy, responses: List[Response], sampling: Sampling, *, seed: int, first_rows: Tensor, copies: int = 1
+    policy: Policy, responses: list[Response], sampling: Sampling, *, seed: int, first_rows: Tensor, copies: int = 1
 ) -> Rollout:
     """The rollout that `grade.sampling.sample.sample` would have made, had it drawn these tokens.
 

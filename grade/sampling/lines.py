@@ -6,8 +6,8 @@ import os
 import select
 import stat
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 MOST_BYTES = 2**24
 """Of a line: far more than any response takes, far less than memory."""

@@ -8,7 +8,6 @@ response ends with the first end-of-sequence token, which is part of it, and pad
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ def support_is_allowed(policy: Policy, rollout: Rollout) -> Tensor:
 def sample(
     policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, sampling: Sampling, *,
     seed: int, first_rows: Tensor, samples_per_prompt: int = 1, adapters: bool = True,
-    decoding: Optional[Decoding] = None,
+    decoding: Decoding | None = None,
 ) -> Rollout:
     """Draw responses.
 

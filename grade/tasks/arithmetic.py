@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import List, Sequence, Tuple
 
 STEP_CREDIT = 0.2
 """For all the steps together that do not reach the target."""
@@ -63,7 +63,7 @@ def score(
 
 def hindsight_scores(
     text: str, numbers: Sequence[int], target: int, *, max_steps: int, ended: bool, partial_credit: bool
-) -> Tuple[List[float], float]:
+) -> tuple[list[float], float]:
     """What every beginning of `text` has contributed to its `score`, in one reading.
 
     That a number is complete shows only in what follows: a character that is no digit, `</answer>`, or the end of a
@@ -122,8 +122,8 @@ class _Reader:
     def _start_statement(self) -> None:
         self.expects = "operand"  # then "operator", "result", and "statement" after the result
         self.digits = ""  # of a number that may still grow, with its sign
-        self.values: List[int | Fraction] = []
-        self.operators: List[str] = []
+        self.values: list[int | Fraction] = []
+        self.operators: list[str] = []
         self.steps = 0  # operations in this statement
 
     def read(self, char: str) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Dict, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING
 
 from grade.errors import GradeError, reason_of
 from grade.tasks.encoding import encode
@@ -35,7 +35,7 @@ _RULES = (
     "50 + 25 + 7\nand with nothing else. If you think first, put the answer between <answer> and </answer>."
 )
 
-Step = Tuple[int, str, int, int]
+Step = tuple[int, str, int, int]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Puzzle:
         solution: steps (a, operation, b, result) that use all numbers and end with the target.
     """
 
-    numbers: Tuple[int, ...]
+    numbers: tuple[int, ...]
     target: int
-    solution: Tuple[Step, ...]
+    solution: tuple[Step, ...]
 
     @property
     def key(self) -> str:
@@ -70,7 +70,7 @@ class Puzzle:
 
 def write_puzzles(
     n: int, *, seed: int, operands: int, max_number: int, max_target: int, part: str
-) -> List[Puzzle]:
+) -> list[Puzzle]:
     """`n` puzzles, distinct up to the order of their numbers; the first m of them are those of `n` = m.
 
     Every puzzle starts from random numbers, which random operations merge two by two into the target. All results on
@@ -92,8 +92,8 @@ def write_puzzles(
     if part not in PARTS:
         raise ValueError(f"no part {part!r}: there are {', '.join(PARTS)}")
     generator = random.Random(f"{seed} {part}")
-    seen: Set[str] = set()
-    puzzles: List[Puzzle] = []
+    seen: set[str] = set()
+    puzzles: list[Puzzle] = []
     while len(puzzles) < n:
         for _ in range(_ATTEMPTS_PER_PUZZLE):
             puzzle = _write(generator, operands, max_number, max_target)
@@ -186,18 +186,18 @@ class CountdownTask:
 
     source: str
     settings: TaskConfig
-    policy: List[Puzzle]
-    validation: List[Puzzle]
-    test: List[Puzzle]
-    by_prompt: Dict[Tuple[int, ...], Puzzle] = field(default_factory=dict, repr=False, compare=False)
+    policy: list[Puzzle]
+    validation: list[Puzzle]
+    test: list[Puzzle]
+    by_prompt: dict[tuple[int, ...], Puzzle] = field(default_factory=dict, repr=False, compare=False)
 
-    def puzzles(self, split: str) -> List[Puzzle]:
+    def puzzles(self, split: str) -> list[Puzzle]:
         """The puzzles of a split named in `SPLITS`; any other name raises ValueError."""
         if split not in SPLITS:
             raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
         return getattr(self, split)
 
-    def prompts(self, split: str, tokenizer, limit: Optional[int] = None) -> List[List[int]]:
+    def prompts(self, split: str, tokenizer, limit: int | None = None) -> list[list[int]]:
         """Token ids of a split's puzzles, in order: a chat message where the tokenizer has a chat template, which
         states the rules, and otherwise a line that a model must have been trained on.
 
@@ -240,7 +240,7 @@ class CountdownTask:
                 )
         return rows
 
-    def _chat(self, puzzle: Puzzle, tokenizer) -> List[int]:
+    def _chat(self, puzzle: Puzzle, tokenizer) -> list[int]:
         content = _RULES.format(
             max_steps=self.settings.countdown.max_steps, numbers=" ".join(map(str, puzzle.numbers)),
             target=puzzle.target,

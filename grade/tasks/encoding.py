@@ -8,7 +8,7 @@ piece, a word tokenizer as a word) the spelling is cut in two before it is read 
 from __future__ import annotations
 
 import re
-from typing import Dict, List, Optional, Sequence
+from collections.abc import Sequence
 
 from grade.errors import GradeError, reason_of
 
@@ -17,8 +17,8 @@ _TEXT = -1  # stands for a text where a tokenizer puts its own ids around it
 
 
 def encode(
-    tokenizer, texts: Sequence[str], max_tokens: Optional[int], *, special_tokens: bool = True
-) -> List[List[int]]:
+    tokenizer, texts: Sequence[str], max_tokens: int | None, *, special_tokens: bool = True
+) -> list[list[int]]:
     """Token ids of texts that a model is to continue or to read.
 
     As `tokenizer(text)` gives them, so with BOS exactly where the tokenizer adds it by itself, but without
@@ -37,7 +37,7 @@ def encode(
     Raises:
         GradeError: `max_tokens` leaves no room for text, or the tokenizer cannot read one.
     """
-    rows: List[List[int]] = []
+    rows: list[list[int]] = []
     for start in range(0, len(texts), _ROWS_PER_BATCH):
         rows += _text_ids(tokenizer, list(texts[start: start + _ROWS_PER_BATCH]))
     sample = next((text for text, row in zip(texts, rows, strict=True) if row), None)
@@ -51,7 +51,7 @@ def encode(
     return [(before + row)[:max_tokens] if row else [] for row in rows]
 
 
-def _text_ids(tokenizer, texts: List[str]) -> List[List[int]]:
+def _text_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of the texts alone, none of them special unless the tokenizer does not know a part of a text."""
     rows = _call(tokenizer, texts)
     special = _special_tokens(tokenizer)
@@ -65,7 +65,7 @@ def _text_ids(tokenizer, texts: List[str]) -> List[List[int]]:
     return rows
 
 
-def _call(tokenizer, texts: List[str]) -> List[List[int]]:
+def _call(tokenizer, texts: list[str]) -> list[list[int]]:
     try:
         return tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, padding=False, truncation=False, verbose=False,
@@ -78,7 +78,7 @@ def _call(tokenizer, texts: List[str]) -> List[List[int]]:
         ) from error
 
 
-def _special_tokens(tokenizer) -> Dict[int, str]:
+def _special_tokens(tokenizer) -> dict[int, str]:
     """Special tokens by id, but for the one of what the tokenizer does not know."""
     special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     special |= {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -86,7 +86,7 @@ def _special_tokens(tokenizer) -> Dict[int, str]:
     return special
 
 
-def _opening_ids(tokenizer, text: str) -> List[int]:
+def _opening_ids(tokenizer, text: str) -> list[int]:
     """What the tokenizer puts before every text, told by a text that has tokens."""
     if not tokenizer.is_fast and hasattr(tokenizer, "build_inputs_with_special_tokens"):
         built = tokenizer.build_inputs_with_special_tokens([_TEXT])

@@ -7,9 +7,9 @@ differences between two models are paired: same prompts, same noise.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 from accelerate.utils import gather_object
@@ -24,7 +24,7 @@ from grade.rollout import Rollout, pad_prompts
 from grade.sampling.draw import Sampling, sampling_of
 from grade.sampling.sample import sample
 
-Measures = Dict[str, torch.Tensor]
+Measures = dict[str, torch.Tensor]
 
 SPLIT_ROWS = {"validation": 0, "test": 2**40}  # far apart: no noise row is shared between splits
 
@@ -47,7 +47,7 @@ class Evaluation:
     """
 
     split: str
-    step: Optional[int]
+    step: int | None
     model: str
     reward: float
     reward_stderr: float
@@ -58,10 +58,10 @@ class Evaluation:
     mean_length: float
     eos_rate: float
     prompts: int
-    details: Dict[str, float] = field(default_factory=dict)
-    samples: List[dict] = field(default_factory=list)
+    details: dict[str, float] = field(default_factory=dict)
+    samples: list[dict] = field(default_factory=list)
 
-    def summary(self) -> Dict[str, float]:
+    def summary(self) -> dict[str, float]:
         """The numbers, for the log."""
         numbers = {
             k: v for k, v in asdict(self).items() if isinstance(v, (int, float)) and k not in ("step", "prompts")
@@ -91,8 +91,8 @@ def score_settings(config: Config, device: torch.device) -> ReplaySettings:
 
 
 def evaluate(
-    policy: Policy, reward: Reward, prompts: Sequence[List[int]], config: Config, *, split: str, step: Optional[int],
-    adapters: bool = True, accelerator=None, tick=None, measure: Optional[Callable[[Rollout], Measures]] = None,
+    policy: Policy, reward: Reward, prompts: Sequence[list[int]], config: Config, *, split: str, step: int | None,
+    adapters: bool = True, accelerator=None, tick=None, measure: Callable[[Rollout], Measures] | None = None,
 ) -> Evaluation:
     """Sample a response to every prompt and score it.
 
@@ -109,7 +109,7 @@ def evaluate(
     sampling, settings = evaluation_sampling(config), score_settings(config, policy.device)
     details_of = getattr(reward, "details", lambda rollout, scores: {})
     size, numbers = config.evaluation.batch_size, list(range(process, len(prompts), processes))
-    records: List[dict] = []
+    records: list[dict] = []
     for start in range(0, len(numbers), size):
         chosen = numbers[start: start + size]
         ids, mask = pad_prompts([prompts[i] for i in chosen], policy.pad_id, policy.device)
@@ -128,7 +128,7 @@ def evaluate(
     return _summary(records, config, split=split, step=step, model="policy" if adapters else "base")
 
 
-def _records(policy: Policy, rollout: Rollout, result, details: Measures, numbers: Sequence[int]) -> List[dict]:
+def _records(policy: Policy, rollout: Rollout, result, details: Measures, numbers: Sequence[int]) -> list[dict]:
     """Per-response values, small enough to send between processes."""
     mask, unique = rollout.mask, unique_token_ratio(rollout.tokens, rollout.mask)
     columns = {
@@ -153,7 +153,7 @@ def text_of(policy: Policy, ids: torch.Tensor, mask: torch.Tensor) -> str:
     return policy.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
 
 
-def _summary(records: List[dict], config: Config, *, split: str, step: Optional[int], model: str) -> Evaluation:
+def _summary(records: list[dict], config: Config, *, split: str, step: int | None, model: str) -> Evaluation:
     rewards = torch.tensor([r["reward"] for r in records], dtype=torch.float64)
     count, tokens = len(records), sum(r["length"] for r in records)
     kl = sum(r["kl"] for r in records)
@@ -170,7 +170,7 @@ def _summary(records: List[dict], config: Config, *, split: str, step: Optional[
     )
 
 
-def write_evaluations(path: Path, evaluations: Dict[str, object]) -> None:
+def write_evaluations(path: Path, evaluations: dict[str, object]) -> None:
     """A file of evaluations as JSON, replaced as a whole.
 
     Raises:

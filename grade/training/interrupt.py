@@ -7,8 +7,8 @@ import os
 import signal
 import stat
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Iterator
 
 _ASKING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 

@@ -7,15 +7,15 @@ just that, or is refused where they are something else.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Tuple
 
 from grade.config import Config
 from grade.errors import GradeError, reason_of, writing
 from grade.files import replace_bytes, sync
 from grade.jsonl import append_rows, encode_rows, read_rows
 
-Extent = Tuple[int, str]
+Extent = tuple[int, str]
 """Bytes of a file's beginning, and their SHA-256."""
 
 _FILES = ("metrics.jsonl", "samples.jsonl")
@@ -35,7 +35,7 @@ class RunLog:
     """
 
     def __init__(
-        self, run_dir: Path, config: Config, *, enabled: bool, written: Optional[Mapping[str, Extent]] = None,
+        self, run_dir: Path, config: Config, *, enabled: bool, written: Mapping[str, Extent] | None = None,
         resume_step: int = 0,
     ):
         self.run_dir, self.enabled = run_dir, enabled
@@ -62,7 +62,7 @@ class RunLog:
         if config.train.wandb:
             self._wandb = _start_wandb(config, run_dir)
 
-    def metrics(self, step: int, values: Dict[str, float]) -> None:
+    def metrics(self, step: int, values: dict[str, float]) -> None:
         if not self.enabled:
             return
         self._append("metrics.jsonl", [{"step": step, **values}])
@@ -71,11 +71,11 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
-    def samples(self, step: int, samples: List[dict]) -> None:
+    def samples(self, step: int, samples: list[dict]) -> None:
         if self.enabled:
             self._append("samples.jsonl", [{"step": step, **s} for s in samples])
 
-    def extents(self) -> Dict[str, Extent]:
+    def extents(self) -> dict[str, Extent]:
         """Length and hash of each file so far, once they are on the disk: a checkpoint must not be ahead of them."""
         for path in (self.run_dir / name for name in _FILES):
             if path.exists():
@@ -90,14 +90,14 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _append(self, name: str, rows: List[dict]) -> None:
+    def _append(self, name: str, rows: list[dict]) -> None:
         with writing(self.run_dir / name, "train.run_dir", GO_ON):
             append_rows(self.run_dir / name, rows)
         content = encode_rows(rows)
         self._sizes[name] += len(content)
         self._digests[name].update(content)
 
-    def _scalars(self, step: int, values: Dict[str, float]) -> None:
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
         with writing(self.run_dir / "tensorboard", "train.run_dir", GO_ON):
             for name, value in values.items():
                 if name != "step":

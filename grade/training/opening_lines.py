@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import List
-
 from grade.config import Config
 from grade.model.end_of_sequence import how_responses_end
 
 
-def opening_lines(config: Config, task, policy, reward) -> List[str]:
+def opening_lines(config: Config, task, policy, reward) -> list[str]:
     """Lines for the terminal: what a higher reward means, how responses end, whether a model's own code runs."""
     labels = getattr(task, "labels", None)
     if not reward.differentiable:

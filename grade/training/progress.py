@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,7 +16,7 @@ class TrainingProgress:
         self.bar = bar
         self.task = bar.add_task("training", total=steps, completed=done, note="")
 
-    def advance(self, metrics: Dict[str, float]) -> None:
+    def advance(self, metrics: dict[str, float]) -> None:
         note = (
             f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.3f}  "
             + (f"hops {metrics['hops']:.1f}  " if "hops" in metrics else "")

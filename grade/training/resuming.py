@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ def other_schedule(steps_before: int, train: TrainConfig, step: int) -> list[str
     ]
 
 
-def best_is_missing(run_dir: Path, best: Optional[Mapping[str, Any]], step: int) -> bool:
+def best_is_missing(run_dir: Path, best: Mapping[str, Any] | None, step: int) -> bool:
     """Whether a run was stopped after it had noted that the policy it goes on with is its best, and before that was
     saved as such.
 

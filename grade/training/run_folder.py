@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Iterator
 
 from grade.config import Config, flatten
 from grade.config.methods import DIFFERENTIATING

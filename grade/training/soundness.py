@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Iterable, List, Mapping, Optional
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ from grade.model.policy import Policy
 _MEASURES = ("loss", "reward", "kl", "entropy", "grad_norm")
 
 
-def broken_measure(values: Mapping[str, float]) -> Optional[str]:
+def broken_measure(values: Mapping[str, float]) -> str | None:
     """The first measure of a step or a validation that no sound policy has, as words; None if there is none."""
     wrong = next((name for name in _MEASURES if name in values and not math.isfinite(values[name])), None)
     return None if wrong is None else f"{wrong} is {values[wrong]}"
 
 
 @torch.no_grad()
-def broken_policy(policy: Policy, trained: Iterable[Tensor], prompt: List[int]) -> Optional[str]:
+def broken_policy(policy: Policy, trained: Iterable[Tensor], prompt: list[int]) -> str | None:
     """What is not finite of a policy, as words; None of a sound one.
 
     Args:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
@@ -56,9 +56,9 @@ from grade.training.soundness import broken_measure, broken_policy
 from grade.training.validations import Validations, line_of
 
 
-def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> List[int]:
+def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> list[int]:
     """Numbers of the prompts of a step: a fresh permutation of all `count` in every epoch, from (seed, epoch)."""
-    numbers: List[int] = []
+    numbers: list[int] = []
     position = step * per_step
     while len(numbers) < per_step:
         epoch, offset = divmod(position + len(numbers), count)
@@ -106,10 +106,10 @@ class Trainer:
             needed = train.steps * self.responses_per_step
             self.source = RolloutSource(config, self.policy, needed=needed, processes=accelerator.num_processes)
         self.step = 0
-        self.norms: List[float] = []  # of the policy's gradient, per update of the current step
+        self.norms: list[float] = []  # of the policy's gradient, per update of the current step
         self.validations = Validations()
-        self.saved: Optional[int] = None  # steps of the checkpoint in checkpoints/last
-        self._sound_at: Optional[int] = None  # the step after which the policy was last found to be sound
+        self.saved: int | None = None  # steps of the checkpoint in checkpoints/last
+        self._sound_at: int | None = None  # the step after which the policy was last found to be sound
 
     def _decode_with(self, policy: Policy) -> None:
         """How responses are decoded; a policy that cannot be decoded so is refused before a reward head is trained."""
@@ -147,7 +147,7 @@ class Trainer:
         if self.source is not None:
             self.source.skip((len(numbers) - first - share) * copies)
 
-    def train_step(self) -> Dict[str, float]:
+    def train_step(self) -> dict[str, float]:
         """One optimizer step; its metrics."""
         config, step = self.config, self.step
         reset_peak_memory(self.policy.device)
@@ -197,7 +197,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.norms.append(norms[0])  # the policy's
 
-    def _samples(self, rollout: Rollout) -> List[dict]:
+    def _samples(self, rollout: Rollout) -> list[dict]:
         return [
             {
                 "prompt": text_of(self.policy, rollout.prompt_ids[i], rollout.prompt_mask[i]),
@@ -208,7 +208,7 @@ class Trainer:
 
     # -- the run ---------------------------------------------------------------------------------------------
 
-    def fit(self) -> Dict[str, Evaluation]:
+    def fit(self) -> dict[str, Evaluation]:
         """Train to config.train.steps; the test evaluations {"base": ..., "best": ...}, or {} without test prompts.
 
         Raises:
@@ -305,7 +305,7 @@ class Trainer:
         self._refuse_broken(f"after {self.step} steps", broken_policy(self.policy, trained, self.prompts[0]))
         self._sound_at = self.step
 
-    def _refuse_broken(self, when: str, broken: Optional[str]) -> None:
+    def _refuse_broken(self, when: str, broken: str | None) -> None:
         """End the run before a broken policy is saved or chosen.
 
         Args:
@@ -337,7 +337,7 @@ class Trainer:
         self.phases.take()
         return row
 
-    def _test(self, progress) -> Dict[str, Evaluation]:
+    def _test(self, progress) -> dict[str, Evaluation]:
         """The held-out test, once: base model and best checkpoint."""
         if not self.evaluation_prompts["test"]:
             return {}
@@ -351,7 +351,7 @@ class Trainer:
         self._write_evaluations({name: asdict(row) for name, row in rows.items()})
         return rows
 
-    def _write_evaluations(self, test: Optional[dict] = None) -> None:
+    def _write_evaluations(self, test: dict | None = None) -> None:
         if self.accelerator.is_main_process:
             path, tested = self.run_dir / "evaluation.json", {"test": test} if test else {}
             with writing(path, "train.run_dir", GO_ON):
@@ -395,7 +395,7 @@ class Trainer:
 
 
 @contextmanager
-def started(config: Config, accelerator: Accelerator) -> Iterator[Tuple[Config, Path]]:
+def started(config: Config, accelerator: Accelerator) -> Iterator[tuple[Config, Path]]:
     """Hold the run's folder, in the main process for all; yields the config as it is decided and the folder.
 
     Raises:
@@ -410,7 +410,7 @@ def started(config: Config, accelerator: Accelerator) -> Iterator[Tuple[Config, 
         yield replace(config, train=train), Path(config.run_dir)
 
 
-def train(config: Config) -> Dict[str, Evaluation]:
+def train(config: Config) -> dict[str, Evaluation]:
     """`grade train`: run a config and print what came out."""
     accelerator = make_accelerator(config)
     with started(config, accelerator) as (config, run_dir):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import List, Optional
 
 from grade.training.evaluation import Evaluation
 
@@ -16,7 +15,7 @@ class Validations:
         best: step, metric and reward of the policy's best, and whether it beats the base model; None before the first.
     """
 
-    def __init__(self, rows: Optional[List[dict]] = None, best: Optional[dict] = None):
+    def __init__(self, rows: list[dict] | None = None, best: dict | None = None):
         self.rows, self.best = rows or [], best
 
     def add(self, row: Evaluation) -> bool:
@@ -28,7 +27,7 @@ class Validations:
         self.best = {"step": row.step, "metric": row.metric, "reward": row.reward, "beats_base": beats}
         return True
 
-    def verdict(self) -> Optional[str]:
+    def verdict(self) -> str | None:
         """What to say of a run of which no checkpoint was better than the base model; None of any other."""
         if self.best["beats_base"]:
             return None

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Dict, Iterable, List, Literal, Mapping, Optional, Sequence, Tuple
+from typing import Literal
 
 import yaml
 
@@ -26,10 +27,10 @@ from grade.training.evaluation import write_evaluations
 from grade.training.run_folder import make_again
 
 BudgetKind = Literal["tokens", "seconds"]
-Checkpoint = Tuple[str, Optional[int], int]
+Checkpoint = tuple[str, int | None, int]
 """(method, seed, step)."""
 BASE: Checkpoint = ("base", None, 0)
-Tests = Mapping[Checkpoint, Mapping[str, Optional[float]]]
+Tests = Mapping[Checkpoint, Mapping[str, float | None]]
 SLACK = 0.02
 """Relative excess over a budget that still counts as within it."""
 THRESHOLD = 0.8
@@ -76,14 +77,14 @@ class RunCurve:
     metric: str
     kl_coef: float
     kl_reduction: str
-    tokens: List[int]
-    seconds: List[float]
-    reward: List[float]
-    kl: List[float]
-    entropy: List[float]
-    grad_norm: List[Optional[float]]
-    validations: List[Validation]
-    peak_gib: Optional[float]
+    tokens: list[int]
+    seconds: list[float]
+    reward: list[float]
+    kl: list[float]
+    entropy: list[float]
+    grad_norm: list[float | None]
+    validations: list[Validation]
+    peak_gib: float | None
     complete: bool
 
 
@@ -155,7 +156,7 @@ def objective(metric: float, kl: float, kl_sequence: float, kl_coef: float, kl_r
     return metric - kl_coef * (kl_sequence if kl_reduction == "sequence_sum" else kl)
 
 
-def _rows(run_dir: Path) -> List[dict]:
+def _rows(run_dir: Path) -> list[dict]:
     """The rows of a run's log; a last line that is still being written, or was cut short, is left out."""
     path = run_dir / "metrics.jsonl"
     found = read_rows(path)
@@ -180,8 +181,8 @@ def common_budgets(curves: Sequence[RunCurve]) -> Budgets:
 
 
 def best_within(
-    curve: RunCurve, *, tokens: Optional[float] = None, seconds: Optional[float] = None
-) -> Optional[Validation]:
+    curve: RunCurve, *, tokens: float | None = None, seconds: float | None = None
+) -> Validation | None:
     """The validation with the highest objective (the earliest of equals) within the budget; None if there is none.
 
     A cost may exceed the budget by `SLACK`: responses differ in length, so runs of equally many steps differ a little
@@ -193,7 +194,7 @@ def best_within(
     return max(trained or within, key=lambda v: v.objective, default=None)
 
 
-def _within(curve: RunCurve, *, tokens: Optional[float] = None, seconds: Optional[float] = None) -> List[Validation]:
+def _within(curve: RunCurve, *, tokens: float | None = None, seconds: float | None = None) -> list[Validation]:
     limits = [math.inf if limit is None else limit * (1 + SLACK) for limit in (tokens, seconds)]
     return [v for v in curve.validations if v.tokens <= limits[0] and v.seconds <= limits[1]]
 
@@ -201,7 +202,7 @@ def _within(curve: RunCurve, *, tokens: Optional[float] = None, seconds: Optiona
 # -- the table -----------------------------------------------------------------------------------------------
 
 
-def table(curves: Sequence[RunCurve], tests: Tests, *, budget: BudgetKind) -> List[dict]:
+def table(curves: Sequence[RunCurve], tests: Tests, *, budget: BudgetKind) -> list[dict]:
     """One row for the base model, then one per method, in the order of `curves`.
 
     Args:
@@ -239,7 +240,7 @@ def table(curves: Sequence[RunCurve], tests: Tests, *, budget: BudgetKind) -> Li
     return rows
 
 
-def _method_row(runs: List[RunCurve], tests: Tests, limit: Dict[str, float], threshold: Optional[float]) -> dict:
+def _method_row(runs: list[RunCurve], tests: Tests, limit: dict[str, float], threshold: float | None) -> dict:
     best = [best_within(run, **limit) for run in runs]
     reached = [v for v in (_first_reaching(run, threshold, limit) for run in runs) if v is not None]
     keys = [(run.method, run.seed, v.step) if v.step > 0 else BASE for run, v in zip(runs, best, strict=True)]
@@ -264,15 +265,15 @@ def _method_row(runs: List[RunCurve], tests: Tests, limit: Dict[str, float], thr
     }
 
 
-def _first_reaching(run: RunCurve, threshold: Optional[float], limit: Dict[str, float]) -> Optional[Validation]:
+def _first_reaching(run: RunCurve, threshold: float | None, limit: dict[str, float]) -> Validation | None:
     if threshold is None:
         return None
     return next((v for v in _within(run, **limit) if v.metric >= threshold), None)
 
 
 def _test_numbers(
-    runs: Sequence[RunCurve], best: Sequence[float], found: Sequence[Mapping[str, Optional[float]]]
-) -> Dict[str, object]:
+    runs: Sequence[RunCurve], best: Sequence[float], found: Sequence[Mapping[str, float | None]]
+) -> dict[str, object]:
     """Means of test results, and of validation minus test, from a validation metric and a test result per run."""
     names = ("reward", "objective", "solve_rate", "kl", "entropy", "judge", "perplexity")
     found = [{**test, "objective": _test_objective(run, test)} for run, test in zip(runs, found, strict=True)]
@@ -283,16 +284,16 @@ def _test_numbers(
     }
 
 
-def _test_objective(run: RunCurve, test: Mapping[str, Optional[float]]) -> Optional[float]:
+def _test_objective(run: RunCurve, test: Mapping[str, float | None]) -> float | None:
     values = [test.get(name) for name in (run.metric, "kl", "kl_sequence")]
     return None if None in values else objective(*values, run.kl_coef, run.kl_reduction)
 
 
-def _differences(sums: Sequence[float]) -> List[float]:
+def _differences(sums: Sequence[float]) -> list[float]:
     return [after - before for before, after in zip([0.0, *sums], sums)]  # noqa: B905  one sum fewer
 
 
-def _stat(values: Iterable[Optional[float]]) -> Optional[dict]:
+def _stat(values: Iterable[float | None]) -> dict | None:
     """Mean, standard error and number of the values that are there; None of none."""
     known = [v for v in values if v is not None]
     if not known:

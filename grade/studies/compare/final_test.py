@@ -7,9 +7,9 @@ the samples under the base model. Where the reward rises and they fall, the rewa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from rich.console import Console
@@ -33,7 +33,7 @@ _ROOM = "Make room on its disk: what was tested before is kept, and the same com
 
 def test_checkpoints(
     config: Config, folder: Path, inputs: Mapping[str, str], adapters: Mapping[Checkpoint, Path], console: Console
-) -> Tuple[Dict[Checkpoint, dict], Dict[str, str], Optional[dict]]:
+) -> tuple[dict[Checkpoint, dict], dict[str, str], dict | None]:
     """Test the base model and each adapter, but for what `folder`/tests.json already holds of the same weights.
 
     Args:
@@ -60,7 +60,7 @@ def test_checkpoints(
         key for key, digest in digests.items()
         if kept["results"].get(test_key(key), {}).get("adapter_sha256", "none") != digest
     ]
-    failures: Dict[str, str] = {}
+    failures: dict[str, str] = {}
     if missing:
         tokenizer, task, policy, reward = set_up(config, make_accelerator(config))
         prompts = task.prompts("test", tokenizer, limit=config.evaluation.test_prompts)
@@ -109,12 +109,12 @@ def _numbers(row: dict) -> dict:
     return {**row, **details, "perplexity": math.exp(details["base_nll"] / row["mean_length"])}
 
 
-def sample_measures(policy, judge: Optional[Judge]) -> Callable[[Rollout], Dict[str, torch.Tensor]]:
+def sample_measures(policy, judge: Judge | None) -> Callable[[Rollout], dict[str, torch.Tensor]]:
     """Measures of samples that are not the reward: the judge's probability, if there is one, and the base model's
     negative log-probability, nats per response."""
 
     @torch.no_grad()
-    def measure(rollout: Rollout) -> Dict[str, torch.Tensor]:
+    def measure(rollout: Rollout) -> dict[str, torch.Tensor]:
         mask = rollout.mask
         base = base_pass(policy, rollout, fed_embeddings(rollout, policy.embedding, policy.embedding_scale))
         logprob, _ = linear_token_logprob(
@@ -128,7 +128,7 @@ def sample_measures(policy, judge: Optional[Judge]) -> Callable[[Rollout], Dict[
     return measure
 
 
-def judge_rows(policy, rollout: Rollout) -> List[List[int]]:
+def judge_rows(policy, rollout: Rollout) -> list[list[int]]:
     """Ids of the text of prompt and response, special tokens left out: what the judge reads.
 
     The text is encoded anew, as the judge's training texts were: a policy may spell a word in tokens that the
@@ -140,7 +140,7 @@ def judge_rows(policy, rollout: Rollout) -> List[List[int]]:
     return encode(policy.tokenizer, texts, None, special_tokens=False)
 
 
-def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenizer, task) -> Optional[Judge]:
+def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenizer, task) -> Judge | None:
     """The comparison's judge, trained now unless the one kept there was trained on the same; None for a task without
     texts to learn from."""
     examples, report, path = getattr(task, "judge", []), folder / "judge.json", folder / "judge.safetensors"
@@ -166,7 +166,7 @@ def _judge_identity(config: Config, inputs: Mapping[str, str], lengths: Sequence
     return {**read, "lengths": list(lengths), "seed": config.reward.seed}
 
 
-def _judge_report(folder: Path) -> Optional[dict]:
+def _judge_report(folder: Path) -> dict | None:
     path = folder / "judge.json"
     fix = "Delete it and tests.json: the same command makes both again."  # the judge is trained only for a test
     return read_json(path, fix) if path.is_file() else None

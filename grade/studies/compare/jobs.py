@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ContextManager, Dict, List, Mapping, Sequence
 
 from rich.console import Console
 
@@ -46,7 +47,7 @@ class Job:
         return self.run_dir.with_name(self.run_dir.name + ".log")
 
 
-def locked(folder: Path) -> ContextManager[int]:
+def locked(folder: Path) -> AbstractContextManager[int]:
     """Keep a second comparison out of `folder` while the block runs; gives the lock's descriptor, for `run_jobs`.
 
     Raises:
@@ -86,7 +87,7 @@ def check_jobs(jobs: Sequence[Job], inputs: Mapping[str, str]) -> None:
             )
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) -> Dict[str, str]:
+def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) -> dict[str, str]:
     """Run what is not finished yet, in the order of `jobs`; returns why the failed ones failed, by job name.
 
     Each child gets an equal share of the CPU's threads, so that peak memory and seconds are its own. An interruption
@@ -102,8 +103,8 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) 
         KeyboardInterrupt: interrupted; all children have ended, unless a second Ctrl-C did not wait for them.
     """
     waiting = [job for job in jobs if not is_finished(job.config)]
-    running: Dict[Job, subprocess.Popen] = {}
-    failures: Dict[str, str] = {}
+    running: dict[Job, subprocess.Popen] = {}
+    failures: dict[str, str] = {}
     done, total = len(jobs) - len(waiting), len(jobs)
     if done:
         console.print(f"Runs finished before: {done} of {total}.", highlight=False)
@@ -142,11 +143,11 @@ def _start(job: Job, at_once: int, lock: int) -> subprocess.Popen:
         )
 
 
-def _command(settings: Path) -> List[str]:
+def _command(settings: Path) -> list[str]:
     return [sys.executable, "-m", "grade", "train", str(settings)]
 
 
-def _stop(running: Dict[Job, subprocess.Popen]) -> None:
+def _stop(running: dict[Job, subprocess.Popen]) -> None:
     """Ask the children to stop after their step, and wait until they have saved."""
     for process in running.values():
         process.send_signal(signal.SIGTERM)

@@ -6,8 +6,8 @@ policy or the reward, and no method sees it. An n-gram counts once in a text: re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
 
 import torch
 from safetensors import SafetensorError
@@ -75,7 +75,7 @@ class Judge(torch.nn.Module):
 
 def train_judge(
     tokenizer, train: Sequence[Example], held_out: Sequence[Example], *, lengths: Sequence[int], seed: int = 0
-) -> Tuple[Judge, Dict[str, object]]:
+) -> tuple[Judge, dict[str, object]]:
     """Train on texts cut to several lengths, so that short texts are judged as well as can be.
 
     Args:
@@ -108,7 +108,7 @@ def train_judge(
     return judge, {"accuracy": accuracy, "trained_on": len(train), "held_out": len(held_out)}
 
 
-def _encode(tokenizer, examples: Sequence[Example]) -> Tuple[List[List[int]], Tensor]:
+def _encode(tokenizer, examples: Sequence[Example]) -> tuple[list[list[int]], Tensor]:
     """Token ids of whole texts and labels float32 [N]."""
     rows = encode(tokenizer, [e.text for e in examples], None, special_tokens=False)
     return rows, torch.tensor([float(e.label) for e in examples])
@@ -130,7 +130,7 @@ def _fit(judge: Judge, rows: Sequence[Sequence[int]], labels: Tensor, seed: int)
             optimizer.step()
 
 
-def _ngrams(rows: Sequence[Sequence[int]]) -> Tuple[Tensor, Tensor]:
+def _ngrams(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """The distinct buckets of each row's unigrams and bigrams: int64 [total], and how many a row has: int64 [B]."""
     ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
     row = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(r) for r in rows], dtype=torch.int64))

@@ -14,9 +14,9 @@ failed is reported and does not stop the others.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from rich.console import Console
@@ -146,7 +146,7 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
     return payload
 
 
-def missing_results(payload: dict) -> Dict[str, str]:
+def missing_results(payload: dict) -> dict[str, str]:
     """Why there are no results, by name: of runs that failed or could not be tested, and of the trials of methods that
     have no learning rate. A trial that failed where another one gave the method its rate is no missing result: a step
     size too large is what a sweep is to find.
@@ -211,7 +211,7 @@ def _curve(job: Job, method: str, seed: int) -> RunCurve:
     return curve
 
 
-def _prepare(config: Config) -> Tuple[Dict[str, str], Dict[str, str]]:
+def _prepare(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     """Find mistakes in data and prompts, and train the reward head, before several runs would each do so; in this
     process, and given back. The fingerprints of what the runs read, and of what only their test reads."""
     accelerator = make_accelerator(config)
@@ -226,7 +226,7 @@ def _prepare(config: Config) -> Tuple[Dict[str, str], Dict[str, str]]:
 
 def _sweep(
     comparison: Comparison, inputs: Mapping[str, str], console: Console, lock: int
-) -> Tuple[Dict[str, float], List[dict], Dict[str, str]]:
+) -> tuple[dict[str, float], list[dict], dict[str, str]]:
     """(learning rate by method, what was tried, failures). A rate that fails is not chosen.
 
     Factors are tried one after another, each with every method. Where a method's best is the lowest or the highest
@@ -237,8 +237,8 @@ def _sweep(
     if compare.sweep_steps == 0 or len(factors) == 1:
         rate = config.train.learning_rate * (factors[0] if compare.sweep_steps else 1.0)
         return {method: rate for method in comparison.methods}, [], {}
-    objectives: Dict[str, Dict[float, Optional[float]]] = {method: {} for method in comparison.methods}
-    failures: Dict[str, str] = {}
+    objectives: dict[str, dict[float, float | None]] = {method: {} for method in comparison.methods}
+    failures: dict[str, str] = {}
     wanted = [(method, factor) for factor in factors for method in comparison.methods]
     for _ in range(1 + _EXTENSIONS):
         jobs = {key: comparison.sweep_job(*key) for key in wanted}
@@ -267,12 +267,12 @@ def _sweep(
     return rates, sweep, {f"sweep/{name}": reason for name, reason in failures.items()}
 
 
-def _best(objectives: Mapping[float, Optional[float]]) -> Optional[float]:
+def _best(objectives: Mapping[float, float | None]) -> float | None:
     """The factor with the highest objective, the lowest of equals; None if all failed."""
     return max((f for f in sorted(objectives) if objectives[f] is not None), key=objectives.get, default=None)
 
 
-def _beyond(objectives: Mapping[float, Optional[float]]) -> Optional[float]:
+def _beyond(objectives: Mapping[float, float | None]) -> float | None:
     """The factor to try next, where the best is the first or the last: at the ratio to it that it has to its
     neighbour. None where the best lies inside, or all failed."""
     factors, best = sorted(objectives), _best(objectives)
@@ -281,7 +281,7 @@ def _beyond(objectives: Mapping[float, Optional[float]]) -> Optional[float]:
     return best * best / factors[1 if best == factors[0] else -2]
 
 
-def _chosen(comparison: Comparison, curves: Sequence[RunCurve]) -> Dict[Checkpoint, Path]:
+def _chosen(comparison: Comparison, curves: Sequence[RunCurve]) -> dict[Checkpoint, Path]:
     """The adapters that the tables need: the best of each run within either budget."""
     budgets = common_budgets(curves)
     chosen = {}
@@ -295,8 +295,8 @@ def _chosen(comparison: Comparison, curves: Sequence[RunCurve]) -> Dict[Checkpoi
 
 
 def _payload(
-    comparison: Comparison, rates: Dict[str, float], sweep: List[dict], failures: Dict[str, str],
-    judge: Optional[dict], curves: List[RunCurve], tests: Tests,
+    comparison: Comparison, rates: dict[str, float], sweep: list[dict], failures: dict[str, str],
+    judge: dict | None, curves: list[RunCurve], tests: Tests,
 ) -> dict:
     return {
         "config": asdict(comparison.config), "methods": list(comparison.methods), "seeds": list(comparison.seeds),

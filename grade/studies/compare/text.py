@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence, Tuple
+from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
@@ -31,7 +31,7 @@ _NARROW = (
     ("best", "best valid.", 3), ("test/judge", "judge", 3), ("test/kl", "KL / token", 3),
     ("steps_to", f"steps to {THRESHOLD:.0%}", 0),
 )
-Columns = Sequence[Tuple[str, str, int]]
+Columns = Sequence[tuple[str, str, int]]
 
 
 def document(payload: dict) -> str:
@@ -65,7 +65,7 @@ def notes(payload: dict) -> str:
     return "\n".join(lines)
 
 
-def _at_edge(payload: dict) -> List[Tuple[str, str]]:
+def _at_edge(payload: dict) -> list[tuple[str, str]]:
     """(method, "lowest" or "highest") where a better learning rate may lie beyond those tried."""
     found = []
     for method, rate in payload["learning_rates"].items():
@@ -75,7 +75,7 @@ def _at_edge(payload: dict) -> List[Tuple[str, str]]:
     return found
 
 
-def _untrained(payload: dict) -> List[str]:
+def _untrained(payload: dict) -> list[str]:
     """A line for each method whose row has the base model's numbers in it, by budget."""
     lines = []
     for budget, rows in payload["tables"].items():
@@ -134,7 +134,7 @@ def _with_values(rows: Sequence[dict], columns: Columns) -> Columns:
     return [c for c in columns if c[0].endswith("_to") or any(row.get(c[0]) is not None for row in rows)]
 
 
-def _cells(row: dict, columns: Columns) -> List[str]:
+def _cells(row: dict, columns: Columns) -> list[str]:
     count = len(row["seeds"])
     seeds = str(count or "–") + (f" ({row['unfinished']} not done)" if row["unfinished"] else "")
     return [row["method"], seeds, *(_cell(row, key, digits) for key, _, digits in columns)]

@@ -13,8 +13,9 @@ as its settings say, which then stays. The policy never moves.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,9 +43,9 @@ class Estimate(NamedTuple):
     """What is measured: a method and, for those that backpropagate the reward, how."""
 
     method: str
-    estimator: Optional[str] = None
-    tau: Optional[float] = None
-    hops: Union[int, str, None] = None
+    estimator: str | None = None
+    tau: float | None = None
+    hops: int | str | None = None
 
 
 @dataclass
@@ -60,14 +61,14 @@ class Laboratory:
     config: Config
     policy: Policy
     reward: Reward
-    prompts: List[List[int]]
+    prompts: list[list[int]]
     length: int
     top_k: int
-    value_heads: Dict[Method, Optional[torch.optim.Optimizer]] = field(default_factory=dict)
+    value_heads: dict[Method, torch.optim.Optimizer | None] = field(default_factory=dict)
 
     def measure(
-        self, names: List[str], stopping: Callable[[], bool], tick: Callable[[], None]
-    ) -> Dict[Estimate, Draws]:
+        self, names: list[str], stopping: Callable[[], bool], tick: Callable[[], None]
+    ) -> dict[Estimate, Draws]:
         """Every estimator of the named methods over the draws of the settings, or those until `stopping`."""
         settings, found = self.config.variance, {}
         others = {name: self._method(name) for name in names if name not in DIFFERENTIATING}
@@ -85,8 +86,8 @@ class Laboratory:
         return found
 
     def _all(
-        self, names: List[str], others: Dict[str, Method], number: int, counts: bool
-    ) -> Iterator[Tuple[Estimate, List[Tensor], float]]:
+        self, names: list[str], others: dict[str, Method], number: int, counts: bool
+    ) -> Iterator[tuple[Estimate, list[Tensor], float]]:
         """What every estimator makes of a draw. Those that backpropagate the reward need one to warm up."""
         for name, method in others.items():
             yield Estimate(name), *self._step(method, number, self.config.variance.seed)
@@ -111,7 +112,7 @@ class Laboratory:
         settings = self.config.variance
         return -(-settings.reference_responses // (settings.responses * _REFERENCE_DRAWS))
 
-    def of(self, name: str, *, draws: int = 1, tau: Optional[float] = None) -> Config:
+    def of(self, name: str, *, draws: int = 1, tau: float | None = None) -> Config:
         """The config under which a method meets as many responses as `draws` draws have."""
         config, settings = self.config, self.config.variance
         method = method_named(config.method, name)
@@ -147,7 +148,7 @@ class Laboratory:
             samples_per_prompt=copies,
         )
 
-    def _step(self, method: Method, number: int, seed: int) -> Tuple[List[Tensor], float]:
+    def _step(self, method: Method, number: int, seed: int) -> tuple[list[Tensor], float]:
         """(the gradient of a policy-gradient method's step, seconds); the policy stays, a value head learns."""
         start, taken = now(self.policy.device), []
         if method not in self.value_heads:
@@ -164,7 +165,7 @@ class Laboratory:
         gradient = taken[0] if taken else self._take_gradient()  # GRPO makes no update of groups without differences
         return gradient, now(self.policy.device) - start
 
-    def _differentiate(self, name: str, number: int) -> Iterator[Tuple[Estimate, List[Tensor], float]]:
+    def _differentiate(self, name: str, number: int) -> Iterator[tuple[Estimate, list[Tensor], float]]:
         """(what, gradient, seconds it would take alone) for every setting of `grade` or `grade-ste` on one draw."""
         settings = self.config.variance
         if name == "grade":  # another temperature is another response
@@ -174,8 +175,8 @@ class Laboratory:
             yield from self._replayed(name, number, settings.taus, settings.estimators)
 
     def _replayed(
-        self, name: str, number: int, taus: List[float], estimators: List[str]
-    ) -> Iterator[Tuple[Estimate, List[Tensor], float]]:
+        self, name: str, number: int, taus: list[float], estimators: list[str]
+    ) -> Iterator[tuple[Estimate, list[Tensor], float]]:
         """`_differentiate` for settings that share their responses."""
         method = self._method(name, tau=taus[0])
         start = now(self.policy.device)
@@ -200,7 +201,7 @@ class Laboratory:
             method.settings = replace(method.settings, value_coef=0.0)
             self.value_heads[method] = None
 
-    def _take_gradient(self) -> List[Tensor]:
+    def _take_gradient(self) -> list[Tensor]:
         """The policy's gradient, cleared."""
         gradients = []
         for parameter in self.policy.parameters():
@@ -209,7 +210,7 @@ class Laboratory:
         return gradients
 
 
-def _rules(taus: List[float], estimators: List[str]) -> Iterator[Tuple[Optional[float], str]]:
+def _rules(taus: list[float], estimators: list[str]) -> Iterator[tuple[float | None, str]]:
     """(temperature, local rule) to be measured; `straight_through` knows no temperature."""
     for tau in taus:
         yield from ((tau, estimator) for estimator in estimators if estimator != "straight_through")

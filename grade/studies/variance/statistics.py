@@ -10,14 +10,14 @@ at 95 % each, so of many estimators a few will miss.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 from scipy import stats
 from torch import Tensor
 
-Interval = Tuple[float, float]
+Interval = tuple[float, float]
 BLOCKS = 10
 JUDGED = 0.25
 """A reference whose norm is known less well than this judges nothing."""
@@ -34,7 +34,7 @@ class Draws:
 
     def __init__(self, count: int, batch: int):
         self.count, self.batch, self.taken, self.seconds = count, batch, 0, 0.0
-        self._sums: List[Optional[Tensor]] = [None] * BLOCKS
+        self._sums: list[Tensor | None] = [None] * BLOCKS
         self._squares, self._sizes = [0.0] * BLOCKS, [0] * BLOCKS
         self._tensor_norm_std = 0.0
 
@@ -53,7 +53,7 @@ class Draws:
         """[blocks with a draw, p] float32."""
         return torch.stack([s / n for s, n in zip(self._sums, self._sizes, strict=True) if s is not None])
 
-    def spread(self) -> Optional[Spread]:
+    def spread(self) -> Spread | None:
         """Of the draws so far; None while they fill fewer than three blocks."""
         sizes = torch.tensor([n for n in self._sizes if n], dtype=torch.float64)
         squares = torch.tensor([s for s, n in zip(self._squares, self._sizes, strict=True) if n], dtype=torch.float64)
@@ -110,18 +110,18 @@ class Spread:
     tensor_norm_std: float
 
     @property
-    def relative_variance(self) -> Optional[float]:
+    def relative_variance(self) -> float | None:
         """trace / squared norm of the expected gradient; None where no signal stands out of the noise."""
         return 1 / self.snr_per_sample if self.snr_per_sample_interval[0] > 0 else None
 
     @property
-    def relative_variance_interval(self) -> Tuple[Optional[float], Optional[float]]:
+    def relative_variance_interval(self) -> tuple[float | None, float | None]:
         """Its ends; the upper one is None where there may be no signal, both where there is no variance either."""
         low, high = self.snr_per_sample_interval
         return (1 / high if high > 0 else None, 1 / low if low > 0 else None)
 
     @property
-    def snr_per_second(self) -> Optional[float]:
+    def snr_per_second(self) -> float | None:
         """The signal-to-noise ratio of as many responses as a second gives; None where no signal stands out."""
         return self.snr_per_sample / self.seconds_per_sample if self.relative_variance is not None else None
 
@@ -138,11 +138,11 @@ class Agreement:
         verdict: what the intervals allow to say.
     """
 
-    bias: Optional[float]
-    bias_interval: Optional[Interval]
-    scale: Optional[float]
-    cosine: Optional[float]
-    cosine_interval: Optional[Interval]
+    bias: float | None
+    bias_interval: Interval | None
+    scale: float | None
+    cosine: float | None
+    cosine_interval: Interval | None
     verdict: str
 
 
@@ -173,12 +173,12 @@ def agreement(estimator: Tensor, reference: Tensor, *, same_scale: bool = True) 
         return Agreement(None, None, None, None, None, "reference too noisy to judge")
     gram, critical = both @ both.T, _critical(min(n, len(theirs)))
 
-    def products(keep: Tensor) -> Tuple[float, float, float]:
+    def products(keep: Tensor) -> tuple[float, float, float]:
         """(ours·ours, ours·theirs, theirs·theirs), each over pairs of different blocks among `keep` [blocks] bool."""
         a, b = torch.where(keep[:n])[0], n + torch.where(keep[n:])[0]
         return _off_diagonal(gram[a][:, a]), float(gram[a][:, b].mean()), _off_diagonal(gram[b][:, b])
 
-    def interval(statistic: Callable[[float, float, float], float]) -> Tuple[float, float, float]:
+    def interval(statistic: Callable[[float, float, float], float]) -> tuple[float, float, float]:
         value, error = _jackknife(lambda keep: statistic(*products(keep)), n, len(theirs))
         return value, value - critical * error, value + critical * error
 
@@ -211,7 +211,7 @@ def _off_diagonal(gram: Tensor) -> float:
     return float((gram.sum() - gram.diagonal().sum()) / (blocks * (blocks - 1)))
 
 
-def _jackknife(statistic: Callable[[Tensor], float], *sets: int) -> Tuple[float, float]:
+def _jackknife(statistic: Callable[[Tensor], float], *sets: int) -> tuple[float, float]:
     """(value, standard error) of a statistic of independent sets of blocks, given which blocks to keep [sum] bool."""
     everything = torch.ones(sum(sets), dtype=torch.bool)
     variance, first = 0.0, 0

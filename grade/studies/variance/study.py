@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import List, Optional
 
 from rich.console import Console
 
@@ -36,7 +35,7 @@ JUDGED_LENGTH = 8
 """Longest response whose gradient's bias is judged: the noise of the reference grows with the length."""
 
 
-def run_variance(config: Config, checkpoint: Optional[Path] = None) -> dict:
+def run_variance(config: Config, checkpoint: Path | None = None) -> dict:
     """Measure, print the table, write it.
 
     Args:
@@ -108,7 +107,7 @@ def run_variance(config: Config, checkpoint: Optional[Path] = None) -> dict:
     return payload
 
 
-def _measured(laboratory: Laboratory, names: List[str], stop: StopRequest) -> List[dict]:
+def _measured(laboratory: Laboratory, names: list[str], stop: StopRequest) -> list[dict]:
     """The rows of one length and number of candidates; of the draws so far if it was stopped."""
     settings = laboratory.config.variance
     title = f"{laboratory.length} tokens, {laboratory.top_k} candidates"
@@ -123,7 +122,7 @@ def _measured(laboratory: Laboratory, names: List[str], stop: StopRequest) -> Li
     return [row for row in rows if row is not None]
 
 
-def _fewest(rows: List[dict]) -> int:
+def _fewest(rows: list[dict]) -> int:
     """Draws of the row that has the fewest."""
     return min((row["draws"] for row in rows), default=0)
 
@@ -133,7 +132,7 @@ def _judges(laboratory: Laboratory) -> bool:
     return laboratory.length <= JUDGED_LENGTH and laboratory.config.variance.reference_responses > 0
 
 
-def _complete(laboratory: Laboratory, rows: List[dict]) -> bool:
+def _complete(laboratory: Laboratory, rows: list[dict]) -> bool:
     """Whether these rows have all the draws they should."""
     draws = {row["method"]: row["draws"] for row in rows}
     reference = draws.pop("reference", 0)
@@ -143,7 +142,7 @@ def _complete(laboratory: Laboratory, rows: List[dict]) -> bool:
     )
 
 
-def _row(laboratory: Laboratory, key: Estimate, draws: Draws, reference: Optional[Draws]) -> Optional[dict]:
+def _row(laboratory: Laboratory, key: Estimate, draws: Draws, reference: Draws | None) -> dict | None:
     """None of too few draws to say anything."""
     spread = draws.spread()
     if spread is None:

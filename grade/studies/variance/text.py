@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 from rich import box
 from rich.table import Table
 
@@ -90,7 +88,7 @@ def _groups(payload: dict) -> dict:
 
 
 def _cell(row: dict, key: str, form: str) -> str:
-    value: Optional[float] = row.get(key)
+    value: float | None = row.get(key)
     low, high = row.get(f"{key}_interval") or (None, None)
     if value is None:
         return "–" if low is None else f"> {low:{form}}"
