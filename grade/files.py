@@ -6,10 +6,12 @@ or the later one, never half of either, and never nothing where there was someth
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +68,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             is missing, replaced.
     """
     fresh, old = folder.with_name(folder.name + ".new"), _old(folder)
-    shutil.rmtree(fresh, ignore_errors=True)
+    _remove(fresh)
     try:
         fresh.mkdir(parents=True)
         yield fresh
@@ -74,16 +76,24 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         for path in [*fresh.rglob("*"), fresh]:
             sync(path)
         if folder.exists():  # only then is the old copy one too many; else it is the only one there is
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
             folder.rename(old)
         fresh.rename(folder)
         sync(folder.parent)
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
+        _remove(fresh)
         if not folder.exists() and old.exists():
             old.rename(folder)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder with all that is in it; of a link, the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _share(folder: Path) -> None:
@@ -115,6 +125,8 @@ def sha256(path: Path) -> str:
         OSError: it cannot be read.
     """
     digest = hashlib.sha256()
+    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe might never end
+        raise OSError(errno.EINVAL, "no regular file", str(path))
     with path.open("rb") as file:
         while block := file.read(2**22):
             digest.update(block)

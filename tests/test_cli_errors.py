@@ -213,9 +213,9 @@ def test_demo_gets_its_options(fake_module):
 
 
 def test_evaluate_reads_the_run(fake_module, tmp_path, capsys):
-    calls = fake_module("grade.training.evaluation", "evaluate_run")
+    calls = fake_module("grade.commands.evaluate", "evaluate_run")
     config = Config(name="mine")
-    (tmp_path / "config.yaml").write_text(config_io.config_to_yaml(config))
+    (tmp_path / "config.yaml").write_text(config_io.sealed_yaml(config))
     assert cli.main(["evaluate", str(tmp_path)]) == 0
     options = ["--checkpoint", "last", "--split=validation", "--seed", "5"]
     assert cli.main(["evaluate", str(tmp_path), *options]) == 0

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from grade import cli
-from grade.config.reading import config_to_yaml
+from grade.config.reading import config_to_yaml, sealed_yaml
 from grade.training.run_folder import mark
 
 SHRUNK_DEMO = [
@@ -112,7 +112,7 @@ def test_several_processes_say_once_what_is_wrong(tiny_config, tmp_path):
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode != 0 and done.stderr.count("grade: error:") == 1, done.stderr
-    assert 'grade/trainer.py", line' not in done.stderr
+    assert 'grade/training/trainer.py", line' not in done.stderr
 
 
 def mistake(tiny_config, tmp_path, capsys, *options):
@@ -172,6 +172,6 @@ def test_empty_dataset(tiny_config, tmp_path, capsys):
 def test_checkpoint_that_is_not_there(tiny_config, tmp_path, capsys):
     run_dir = tmp_path / "finished"
     run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(config_to_yaml(tiny_config))
+    (run_dir / "config.yaml").write_text(sealed_yaml(tiny_config))
     assert cli.main(["evaluate", str(run_dir), "--checkpoint", "best"]) == 2
     assert "adapter_config.json" in capsys.readouterr().err

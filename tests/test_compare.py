@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import grade.studies.compare.study
 from grade import cli
-from grade.config.reading import config_from_yaml, config_to_yaml
+from grade.config.reading import config_from_yaml, sealed_yaml
 from grade.errors import GradeError
 from grade.studies.compare import jobs as jobs_module
 from grade.studies.compare.comparison import read_run
@@ -167,7 +167,7 @@ def trial(peak):
         for job in jobs:
             ran.append(job.name)
             job.run_dir.mkdir(parents=True)
-            (job.run_dir / "config.yaml").write_text(config_to_yaml(job.config), encoding="utf-8")
+            (job.run_dir / "config.yaml").write_text(sealed_yaml(job.config), encoding="utf-8")
             distance = abs(math.log(job.config.train.learning_rate / peak))
             validations = [(0, 0.5, 0.0), (1, 0.9, 0.1 + distance)]  # every rate has the same reward
             rows = [

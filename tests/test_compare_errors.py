@@ -16,7 +16,7 @@ import grade.studies.compare.study
 from benchmarks import comparison as benchmark
 from grade import cli
 from grade.config import Config
-from grade.config.reading import config_to_yaml
+from grade.config.reading import sealed_yaml
 from grade.errors import GradeError, read_json
 from grade.model.loading import load_prompts
 from grade.rewards.head_training import head_report
@@ -24,6 +24,7 @@ from grade.studies.compare import final_test
 from grade.studies.compare import jobs as jobs_module
 from grade.studies.compare.jobs import Job, locked, run_jobs
 from grade.studies.compare.study import Comparison, run_comparison
+from grade.training import setup
 from grade.training.evaluation import Evaluation
 
 METHODS = ["reinforce", "ppo"]
@@ -54,7 +55,7 @@ def finish(config, method, *, seconds=1.0, seed=0, job=None):
             "seconds/update": seconds, "memory/peak_gib": 1.0,
         })
     job.run_dir.mkdir(parents=True, exist_ok=True)
-    (job.run_dir / "config.yaml").write_text(config_to_yaml(job.config), encoding="utf-8")
+    (job.run_dir / "config.yaml").write_text(sealed_yaml(job.config), encoding="utf-8")
     (job.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]), encoding="utf-8")
     train = job.config.train
     inputs = {**INPUTS, "responses_per_step": train.batch_size * train.accumulation_steps}
@@ -151,7 +152,7 @@ def test_prompts_are_looked_at_before_models(config, monkeypatch):
     monkeypatch.undo()  # the real `_prepare`
     monkeypatch.setattr(grade.studies.compare.study, "load_tokenizer", lambda config: None)
     monkeypatch.setattr(grade.studies.compare.study, "load_task", lambda config: NoPrompts())
-    monkeypatch.setattr(grade.studies.compare.study, "load_policy", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(grade.studies.compare.study, "set_up", lambda *_: pytest.fail("too late"))
     with pytest.raises(GradeError, match="nothing in the test split"):
         run_comparison(config, METHODS, [0])
 
@@ -218,10 +219,12 @@ def no_models(monkeypatch):
         split="test", step=0, model="base", reward=0.5, reward_stderr=0.1, kl=0.0, kl_sequence=0.0, entropy=1.0,
         unique_token_ratio=1.0, mean_length=8.0, eos_rate=1.0, prompts=6, details={"base_nll": 8.0},
     )
-    for name in ("load_tokenizer", "load_policy", "load_reward", "load_judge"):
-        monkeypatch.setattr(final_test, name, lambda *_: None)
-    monkeypatch.setattr(final_test, "make_accelerator", lambda config: SimpleNamespace(device=torch.device("cpu")))
-    monkeypatch.setattr(final_test, "load_task", lambda config: SimpleNamespace(prompts=lambda *_, **__: [[1]]))
+    for name in ("load_tokenizer", "check_reward", "load_policy", "load_reward"):
+        monkeypatch.setattr(setup, name, lambda *_: None)
+    monkeypatch.setattr(final_test, "load_judge", lambda *_: None)
+    alone = SimpleNamespace(device=torch.device("cpu"), is_main_process=True, num_processes=1)
+    monkeypatch.setattr(final_test, "make_accelerator", lambda config: alone)
+    monkeypatch.setattr(setup, "load_task", lambda config: SimpleNamespace(prompts=lambda *_, **__: [[1]]))
     monkeypatch.setattr(final_test, "evaluate", lambda *_, **__: row)
 
 
@@ -232,7 +235,7 @@ def test_an_adapter_that_cannot_be_read_fails_alone(config, no_models, tmp_path,
     if settings is not None:
         (adapter / "adapter_config.json").write_text(settings)
     policy = SimpleNamespace(model=SimpleNamespace(peft_config={"default": SimpleNamespace(r=4)}))
-    monkeypatch.setattr(final_test, "load_policy", lambda *_: policy)
+    monkeypatch.setattr(setup, "load_policy", lambda *_: policy)
     adapters = {("ppo", 0, 2): adapter}
     results, failures, _ = final_test.test_checkpoints(config, tmp_path, INPUTS, adapters, Console(quiet=True))
     assert list(results) == [("base", None, 0)] and list(failures) == ["ppo-seed0"]

@@ -193,13 +193,13 @@ def docstrings() -> dict:
     import ast
     import inspect
 
-    import grade.config
     import grade.config.methods
+    import grade.config.schema
     import grade.config.studies
     import grade.config.tasks
 
     classes = {}
-    modules = (grade.config, grade.config.methods, grade.config.studies, grade.config.tasks)
+    modules = (grade.config.schema, grade.config.methods, grade.config.studies, grade.config.tasks)
     nodes = [node for m in modules for node in ast.parse(inspect.getsource(m)).body]
     for node in nodes:
         if isinstance(node, ast.ClassDef):

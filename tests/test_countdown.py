@@ -21,6 +21,7 @@ from grade.built_in.small_model import _pad, train_tokenizer
 from grade.config.reading import load_config
 from grade.config.tasks import CountdownConfig, TaskConfig
 from grade.errors import GradeError
+from grade.rewards.countdown import CountdownReward
 from grade.rollout import Rollout, pad_prompts
 from grade.tasks import countdown
 from grade.tasks.arithmetic import is_solution
@@ -209,7 +210,7 @@ def make_reward(puzzles, tokenizer, **kwargs):
     config = TaskConfig(name="countdown", prompt_max_tokens=64, countdown=CountdownConfig(**kwargs))
     task = CountdownTask("test", config, puzzles, [], [])
     prompts = task.prompts("policy", tokenizer)
-    return task.make_reward(SimpleNamespace(tokenizer=tokenizer, eos_ids=torch.tensor([1]))), prompts
+    return CountdownReward(SimpleNamespace(tokenizer=tokenizer, eos_ids=torch.tensor([1])), task), prompts
 
 
 @pytest.mark.parametrize("partial_credit", [True, False])

@@ -26,6 +26,12 @@ def test_eos_ids_are_those_of_the_tokenizer_and_of_the_generation_config_or_else
     assert policy_around(with_eos(generation, model)).eos_ids.tolist() == expected
 
 
+def test_an_eos_id_that_is_no_number_at_all_is_refused():
+    """A list in the list was a TypeError."""
+    with pytest.raises(GradeError, match=r"the generation config has the eos_token_id \[1\]"):
+        policy_around(with_eos([[1]]))
+
+
 @pytest.mark.parametrize("wrong", [VOCAB, -1, [EOS, VOCAB + 7], True, "3", 2.0])
 def test_eos_ids_beyond_the_vocabulary_are_refused(wrong):
     """V was an IndexError, and -1 kept the last id from being drawn."""

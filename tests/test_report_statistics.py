@@ -80,3 +80,10 @@ def test_window_variances_include_the_partial_window():
 )
 def test_smooth_by_hand(values, window, expected):
     np.testing.assert_allclose(smooth(np.array(values), window), expected)
+
+
+def test_huge_values_have_a_spread():
+    """Their squares leave the range of floats; 1e308 and 1e307 differ by 9e307, over 2 ** 0.5 twice."""
+    found = estimate([1e308, 1e307])
+    assert found.mean == pytest.approx(5.5e307) and found.stderr == pytest.approx(4.5e307)
+    assert estimate([2.0, 2.0, 2.0]).stderr == 0

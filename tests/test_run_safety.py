@@ -21,6 +21,8 @@ from grade.config.reading import config_from_yaml, config_to_yaml
 from grade.errors import GradeError
 from grade.model.checkpoint import load_state, verified_step
 from grade.processes import make_accelerator
+from grade.studies.compare.jobs import Job
+from grade.studies.compare.study import _curve, run_comparison
 from grade.training.resuming import other_schedule, restored
 from grade.training.run_folder import MARKER, clear, decided, mark, prepare_run_dir, run_folder
 from grade.training.trainer import Trainer, train
@@ -60,7 +62,10 @@ def refused(config, match: str) -> None:
 
 def test_overwriting_deletes_only_what_the_run_wrote(copied):
     run_dir = Path(copied.run_dir)
-    foreign = ["thesis.tex", ".git/HEAD", "checkpoints/mine/adapter.bin", "tensorboard/notes", "reward/notes"]
+    foreign = [
+        "thesis.tex", ".git/HEAD", "checkpoints/mine/adapter.bin", "tensorboard/notes", "reward/notes",
+        "checkpoints/best/notes.txt", "checkpoints/step-99/mine", "evaluation-mine.json",
+    ]
     for name in foreign:
         (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / name).write_text("mine")
@@ -157,8 +162,34 @@ def test_resume_auto_starts_goes_on_and_starts_again(tiny_config, stopped, tmp_p
     assert (decided(auto).train.resume, decided(auto).train.overwrite) == (False, True)
     with pytest.raises(GradeError, match="before its first checkpoint.*--train.resume auto"):
         prepare_run_dir(with_train(auto, resume=False))
-    with pytest.raises(GradeError, match="nothing to continue.*--train.resume auto"):
+    with pytest.raises(GradeError, match="nothing to continue.*Start without train.resume"):
         prepare_run_dir(with_train(auto, resume=True))
+
+
+def test_a_run_whose_last_checkpoint_is_gone_is_not_started_over(copied, tmp_path):
+    """Missing, or behind a link that leads nowhere: what is left of the run stays as it is."""
+    auto = with_train(copied, resume="auto")
+    shutil.rmtree(Path(copied.run_dir) / "checkpoints" / "last")
+    refused(auto, "checkpoints/last is missing.*Put it back")
+    (Path(copied.run_dir) / "checkpoints").rename(tmp_path / "unmounted")
+    (Path(copied.run_dir) / "checkpoints").symlink_to(tmp_path / "not mounted")
+    refused(auto, "checkpoints/last is missing.*Put it back")
+
+
+def test_a_marker_that_is_a_link_is_none(tiny_config, tmp_path):
+    Path(tiny_config.run_dir).mkdir()
+    (Path(tiny_config.run_dir) / MARKER).symlink_to(tmp_path / "elsewhere")
+    refused(tiny_config, "is no file of a run")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_checkpoint_behind_a_link_is_replaced_and_the_linked_folder_kept(copied, tmp_path):
+    last = Path(copied.run_dir) / "checkpoints" / "last"
+    last.rename(tmp_path / "linked")
+    last.symlink_to(tmp_path / "linked")
+    train(copied)
+    assert verified_step(last) == 4 and not last.is_symlink() and verified_step(tmp_path / "linked") == 2
+    assert not last.with_name("last.old").exists()
 
 
 # -- what is resumed -----------------------------------------------------------------------------------------
@@ -203,6 +234,23 @@ def test_a_log_that_is_not_the_runs_is_refused(copied, name):
     refused(copied, f"{name} is damaged")
     path.unlink()
     refused(copied, f"{name} cannot be read")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "edited"])
+def test_a_damaged_config_is_not_taken_for_defaults(copied, damage):
+    path = Path(copied.run_dir) / "config.yaml"
+    text = path.read_text()
+    path.write_text({
+        "cut": text[: text.index("evaluation:")], "empty": "", "edited": text.replace("seed: 0", "seed: 1", 1),
+    }[damage])
+    refused(copied, "config.yaml is damaged, or was changed by hand")
+
+
+def test_a_head_is_not_taken_for_one_of_other_settings(copied):
+    path = str(Path(copied.run_dir) / "reward")
+    other = replace(copied, reward=replace(copied.reward, path=path, epochs=3))
+    with pytest.raises(GradeError, match=r"was trained with something else: epochs \(10 then, 3 now\)"):
+        trainer_of(with_train(other, resume=False))
 
 
 def test_a_damaged_reward_head_is_refused(copied):
@@ -369,11 +417,12 @@ def test_a_full_disk_is_told_in_words_and_the_run_goes_on_later(copied, monkeypa
     assert load_state(Path(copied.run_dir) / "checkpoints" / "last")["step"] == 4
 
 
-@pytest.mark.parametrize("what", ["a checkpoint", "evaluation.json", "the reward head", "config.yaml"])
+@pytest.mark.parametrize("what", ["a checkpoint", "evaluation.json", "the reward head", "config.yaml", "run.json"])
 def test_a_full_disk_elsewhere(tiny_config, tmp_path, monkeypatch, what):
     import grade.model.checkpoint
     import grade.rewards.head_training
     import grade.training.evaluation
+    import grade.training.run_folder
     import grade.training.trainer
 
     def full(*arguments, **options):
@@ -384,7 +433,8 @@ def test_a_full_disk_elsewhere(tiny_config, tmp_path, monkeypatch, what):
         "a checkpoint": (grade.model.checkpoint.tree, "save"),
         "evaluation.json": (grade.training.evaluation, "replace_text"),
         "the reward head": (grade.rewards.head_training, "save_file"),
-        "config.yaml": (grade.training.trainer, "replace_text"),
+        "config.yaml": (grade.training.run_folder, "replace_text"),
+        "run.json": (grade.training.trainer, "replace_text"),
     }
     monkeypatch.setattr(*places[what], full)
     with pytest.raises(GradeError, match="could not be written.*No space left"):
@@ -407,3 +457,27 @@ def test_config_and_record_of_a_resumed_run(copied):
     assert config_from_yaml(Path(copied.run_dir) / "config.yaml").train.save_every == 3
     inputs = json.loads((Path(copied.run_dir) / "run.json").read_text())["inputs"]
     assert set(inputs) == {"model", "tokenizer", "data", "reward", "responses_per_step"}
+
+
+def test_nothing_to_evaluate_is_told_before_work(copied):
+    none = replace(copied, evaluation=replace(copied.evaluation, test_prompts=0))
+    with pytest.raises(GradeError, match="evaluation.test_prompts is 0: there is nothing to evaluate"):
+        evaluate_run(none, Path(copied.run_dir), "last", "test")
+
+
+def test_a_comparison_takes_no_folder_of_somebody_else(tiny_config, tmp_path):
+    config = replace(tiny_config, output_dir=str(tmp_path))
+    (tmp_path / "compare-tiny").mkdir()
+    (tmp_path / "compare-tiny" / "comparison.json").write_text("mine")
+    with pytest.raises(GradeError, match="was not made by `grade compare`"):
+        run_comparison(config, ["reinforce"], [0])
+    assert (tmp_path / "compare-tiny" / "comparison.json").read_text() == "mine"
+
+
+def test_an_edited_log_of_a_finished_run_is_not_compared(copied):
+    train(copied)
+    path = Path(copied.run_dir) / "metrics.jsonl"
+    assert _curve(Job("run", copied), "grade-ste", 0).validations[-1].step == 4
+    path.write_text(path.read_text().replace('"validation/reward": 0.', '"validation/reward": 0.9', 1))
+    with pytest.raises(GradeError, match="metrics.jsonl is damaged"):
+        _curve(Job("run", copied), "grade-ste", 0)

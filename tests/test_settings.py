@@ -27,7 +27,7 @@ EXTREMES = ["0", "-1", "1e30", "1e9", "1e308", "nan", ".nan", "inf", "-.inf", st
 
 def with_value(name: str, value) -> Config:
     config = Config()
-    is_list = "List" in str(config_io.setting_types()[name])
+    is_list = "list[" in str(config_io.setting_types()[name])
     set_setting(config, name, [value] if is_list else value)
     return config
 
@@ -137,7 +137,7 @@ ONE_OF_EACH_TYPE = {str(kind): name for name, (kind, _) in reversed(NUMBERS.item
 def test_extreme_texts_end_in_words(name, text, parser, tmp_path, monkeypatch):
     """On the command line and in a file; every setting of a type is parsed alike, so one stands for all."""
     kind, facts = NUMBERS[name]
-    written = f"[{text}]" if "List" in str(kind) else text
+    written = f"[{text}]" if "list[" in str(kind) else text
     (tmp_path / "empty.yaml").write_text("")
     path = tmp_path / "one.yaml"
     section, last = name.rpartition(".")[::2]
@@ -298,7 +298,7 @@ def test_what_is_legal_and_cannot_fit_is_told_before_work(tiny_config, monkeypat
         set_setting(config, name, value)
     validate(config)
     little = 2**26 if "model.lora.r" in settings else 2**30
-    for module in ("trainer", "loading"):
+    for module in ("training.trainer", "model.loading"):
         monkeypatch.setattr(f"grade.{module}.free_bytes", lambda *_: little)
     with pytest.raises(GradeError, match=message):
         Trainer(config, make_accelerator(config), prepare_run_dir(config)).fit()
@@ -319,7 +319,7 @@ def test_the_largest_counts_start_like_any_others(tiny_config):
 def test_settings_survive_yaml_at_their_bounds(tmp_path):
     config = Config()
     for name, (kind, facts) in NUMBERS.items():
-        if "List" not in str(kind) and facts.le is not None:
+        if "list[" not in str(kind) and facts.le is not None:
             set_setting(config, name, int(facts.le) if int in numeric(kind) else float(facts.le))
     path = tmp_path / "config.yaml"
     path.write_text(config_io.config_to_yaml(config))

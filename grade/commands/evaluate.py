@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from grade.config import Config
-from grade.config.reading import config_from_yaml
+from grade.config.reading import config_from_sealed
 from grade.errors import GradeError, writing
 from grade.files import latest
 from grade.model.checkpoint import load_adapter
@@ -27,19 +27,21 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
         checkpoint: "best", "last", or a folder with an adapter.
         split: "validation" or "test".
     """
+    limit = config.evaluation.test_prompts if split == "test" else config.evaluation.validation_prompts
+    if limit == 0:
+        raise GradeError(f"evaluation.{split}_prompts is 0: there is nothing to evaluate. Set it to 1 or more.")
     folder = latest(run_dir / "checkpoints" / checkpoint) if checkpoint in ("best", "last") else Path(checkpoint)
     if not (folder / "adapter_config.json").is_file():
         raise GradeError(f"--checkpoint {checkpoint}: {folder} holds no adapter (adapter_config.json is missing).")
     accelerator = make_accelerator(config)
     tokenizer, task, policy, reward = set_up(config, accelerator, run_dir=run_dir)
-    before, inputs = config_from_yaml(run_dir / "config.yaml"), inputs_of(config, policy, task, reward)
+    before, inputs = config_from_sealed(run_dir / "config.yaml"), inputs_of(config, policy, task, reward)
     if config.task != before.task:  # other data, by the user's own word
         del inputs["data"]
     if config.reward != before.reward:
         del inputs["reward"]
     check_made_from(run_dir, inputs)
     load_adapter(folder, policy)
-    limit = config.evaluation.test_prompts if split == "test" else config.evaluation.validation_prompts
     prompts = task.prompts(split, tokenizer, limit=limit)
     rows = [
         evaluate(
@@ -48,7 +50,8 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
         for adapters in (False, True)
     ]
     if accelerator.is_main_process:
-        name = checkpoint if checkpoint in ("best", "last") else folder.name
+        own = folder.resolve().is_relative_to(run_dir.resolve())
+        name = folder.resolve().name if own else "-".join(folder.resolve().parts[-3:])
         path = run_dir / f"evaluation-{split}-{name}.json"
         with writing(path, "RUN_DIR", "Make room on its disk, and evaluate again."):
             write_evaluations(path, {"checkpoint": str(folder), "rows": [asdict(r) for r in rows]})

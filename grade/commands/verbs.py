@@ -260,6 +260,7 @@ def _config_of_run(run_dir: str) -> Path:
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise GradeError(f"{run_dir} is not a run directory: it has no config.yaml.")
+    config_io.check_sealed(path)
     return path
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from grade.config import Config, get_setting, validate
 from grade.config.bounds import check_text, shown
 from grade.config.number_texts import check_node, check_options, describe_type
-from grade.errors import GradeError
+from grade.errors import GradeError, reason_of
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
 
@@ -66,6 +67,43 @@ def config_from_yaml(path: str | Path) -> Config:
 def config_to_yaml(config: Config) -> str:
     """Every setting as YAML text; `config_from_yaml` gives an equal `Config` back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+_SEAL = "# SHA-256 of the lines above: "
+
+
+def sealed_yaml(config: Config) -> str:
+    """`config_to_yaml` with a last line that tells whether a file still holds it: half of one would be a config too."""
+    text = config_to_yaml(config)
+    return f"{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def check_sealed(path: Path) -> None:
+    """Refuse a run's config.yaml that is not what was written.
+
+    Raises:
+        GradeError: it is missing, damaged or edited.
+    """
+    try:
+        text, seal, claimed = path.read_text(encoding="utf-8").rpartition(_SEAL)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise GradeError(f"{path} cannot be read ({reason}). Name the folder of a run.") from error
+    if not seal or hashlib.sha256(text.encode()).hexdigest() != claimed.strip():
+        raise GradeError(
+            f"{path} is damaged, or was changed by hand (its last line tells). Put it back; other settings are given "
+            "as options."
+        )
+
+
+def config_from_sealed(path: Path) -> Config:
+    """The settings that a run was made with.
+
+    Raises:
+        GradeError: as `check_sealed`.
+    """
+    check_sealed(path)
+    return config_from_yaml(path)
 
 
 # --- names -------------------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ def save_checkpoint(directory: Path, policy: Policy, step: int, state: dict | No
     Raises:
         GradeError: it could not be written.
     """
-    with writing(directory, "train.run_dir"), replaced_folder(directory) as fresh:
+    go_on = "Make room, and go on from the checkpoint before, if there is one, with --train.resume auto."
+    with writing(directory, "train.run_dir", go_on), replaced_folder(directory) as fresh:
         # The embeddings are the base's. `auto` would look for its config, at the hub where no folder has it.
         policy.model.save_pretrained(str(fresh), save_embedding_layers=False)
         if state is not None:
@@ -136,8 +137,8 @@ def load_state(directory: Path) -> dict[str, Any]:
     folder = latest(directory)
     if not folder.is_dir():
         raise GradeError(
-            f"train.resume: {directory} is no checkpoint: there is nothing to continue. --train.resume auto starts "
-            "where that is so."
+            f"train.resume: {directory} is no checkpoint: there is nothing to continue. Start without train.resume, or "
+            "name the folder of a run with --train.run_dir."
         )
     try:
         step = verified_step(folder)

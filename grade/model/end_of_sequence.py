@@ -26,14 +26,15 @@ def end_ids(causal_lm, tokenizer, vocab_size: int) -> dict[int, list[str]]:
     }
     found: dict[int, list[str]] = {}
     for source, ids in named.items():
-        for token in dict.fromkeys(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]):
+        for token in ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]:
             if type(token) is not int or not 0 <= token < vocab_size:
                 raise GradeError(
                     f"model.name: {source} has the eos_token_id {token!r}, but the model's ids are 0 to "
                     f"{vocab_size - 1}. Correct it in the model's files (config.json, generation_config.json, "
                     "tokenizer_config.json)."
                 )
-            found.setdefault(token, []).append(source)
+            if source not in found.setdefault(token, []):
+                found[token].append(source)
     if not found:
         raise GradeError("model.name: neither the generation config nor the tokenizer names an end-of-sequence token.")
     return dict(sorted(found.items()))

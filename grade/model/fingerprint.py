@@ -102,8 +102,8 @@ def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between two fingerprints, as words; empty if nothing does."""
     names = [name for name in now if then.get(name) != now[name]]
     return ", ".join(
-        f"{_WORDS.get(name, name)} ({then.get(name)} then, {now[name]} now)" if isinstance(now[name], int)
-        else _WORDS.get(name, name) for name in names
+        _WORDS[name] if name in _WORDS and isinstance(now[name], str)
+        else f"{_WORDS.get(name, name)} ({then.get(name)} then, {now[name]} now)" for name in names
     )
 
 

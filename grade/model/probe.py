@@ -98,6 +98,8 @@ def probe_head(policy) -> tuple[float, float | None]:
     weight = policy.head[:_PROBE_ROWS].to(torch.promote_types(policy.dtype, torch.float32))
     unit = unit.to(weight.dtype)
     typical = (unit[0, :1] @ weight.T).std().item()
+    if typical == 0:
+        raise refusal(policy, "has a head of zeros, or of one row only")
     tolerance = tolerance_of(policy.dtype)
 
     def compare(magnitude: float) -> tuple[Tensor, Tensor]:

@@ -149,7 +149,7 @@ def _load_run(folder: Path, problems: list[str]) -> Run | None:
         return None
     rows = _rows(folder / "metrics.jsonl", problems)
     evaluations = _json(folder / "evaluation.json", problems)
-    validation = [_flat_evaluation(row) for row in evaluations.get("validation", [])]
+    validation = [_flat_evaluation(row) for row in evaluations.get("validation") or [] if isinstance(row, dict)]
     test = evaluations.get("test", {})
     return Run(
         name=folder.name, method=method, seed=seed, config=config, record=_json(folder / "run.json", problems),

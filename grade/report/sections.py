@@ -98,7 +98,8 @@ def _distinct(values) -> str:
 
 
 def _task(run: Run) -> str:
-    task = run.record.get("task", {})
+    task = run.record.get("task")
+    task = task if isinstance(task, dict) else {}
     name, data = task.get("task", run.config.get("task.name")), task.get("dataset", run.config.get("task.dataset"))
     return f"{name} ({data})" if data else str(name)
 

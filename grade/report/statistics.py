@@ -43,8 +43,11 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
     known = [v for v in values if v is not None and math.isfinite(v)]
     if not known:
         return None
-    stderr = statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
-    return Estimate(statistics.fmean(known), stderr, len(known))
+    mean = statistics.fmean(known)
+    # About the mean, scaled: squares of huge values would leave the range of floats.
+    scale = max((abs(v - mean) for v in known), default=0.0) or 1.0
+    spread = (sum(((v - mean) / scale) ** 2 for v in known) / max(len(known) - 1, 1)) ** 0.5 * scale
+    return Estimate(mean, spread / len(known) ** 0.5 if len(known) > 1 else None, len(known))
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> Welch | None:

@@ -37,15 +37,20 @@ _FEATURE_BATCH = 32
 
 def head_identity(config: Config, policy: Policy, task) -> dict:
     """What a trained head depends on, by content: two equal identities may share one head."""
-    reward = asdict(config.reward)
-    del reward["path"], reward["model"], reward["positive_label"]
     described = task.describe()
     del described["splits"]["judge"], described["texts_in_two_splits"], described["dataset"]
     described.pop("labels", None)  # the splits' sums cover what became of them
     return {
-        "inputs": model_inputs(policy), "dtype": config.model.dtype, "reward": reward,
+        "inputs": model_inputs(policy), "dtype": config.model.dtype, "reward": _head_settings(config),
         "judged_length": judged_length(config), "task": described,
     }
+
+
+def _head_settings(config: Config) -> dict:
+    """The settings of section `reward` that decide a trained head."""
+    reward = asdict(config.reward)
+    del reward["path"], reward["model"], reward["positive_label"]
+    return reward
 
 
 def head_folder(config: Config, policy: Policy, task) -> Path:
@@ -132,16 +137,22 @@ def _load(folder: Path, config: Config, policy: Policy) -> RewardHead:
         raise GradeError(f"reward.path={folder}: {_HEAD_FILE} is no reward head ({error}).") from error
     report = _report(folder)
     if report.get("sha256") != sha256(folder / _HEAD_FILE):
-        raise GradeError(f"reward.path={folder}: {_HEAD_FILE} is not what was trained there ({_REPORT_FILE} tells).")
-    identity = report.get("identity", {})
-    changed = differing(identity.get("inputs", {}), model_inputs(policy))
-    reads = identity.get("reward", {}).get("input")
-    if reads != config.reward.input:
-        changed = f"reward.input ({reads} then, {config.reward.input} now)"
+        raise GradeError(
+            f"the reward head {folder}: {_HEAD_FILE} is not what was trained there ({_REPORT_FILE} tells). Put it "
+            "back, or delete the folder: the head is then trained again."
+        )
+    try:
+        inputs, settings = report["identity"]["inputs"], report["identity"]["reward"]
+        changed = differing(inputs, model_inputs(policy)) or differing(settings, _head_settings(config))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise GradeError(
+            f"the reward head {folder}: {_REPORT_FILE} does not say what it was trained on. Delete the folder: the "
+            "head is then trained again."
+        ) from error
     if changed:
         raise GradeError(
-            f"reward.path={folder}: its head was trained for something else: {changed}. Name the head of this config, "
-            "or leave reward.path null to train one."
+            f"the reward head {folder} was trained with something else: {changed}. Put that back, name another head "
+            "with reward.path, or leave reward.path null to train one."
         )
     if features != policy.head.shape[1]:
         raise GradeError(

@@ -95,8 +95,8 @@ class RolloutSource:
         responses = list(islice(self._lines, count))
         if len(responses) < count:
             raise GradeError(
-                f"rollout.source: {self.path} ended {count - len(responses)} responses early. The last checkpoint is "
-                "kept: go on with --train.resume true once there are more."
+                f"rollout.source: {self.path} ended {count - len(responses)} responses early. Go on with "
+                "--train.resume auto once there are more."
             )
         for first in range(0, count, copies):
             if any(r.prompt != responses[first].prompt for r in responses[first: first + copies]):
@@ -116,8 +116,8 @@ class RolloutSource:
         except Silent as silence:
             raise GradeError(
                 f"{where} {silence} in rollout.timeout={self.config.rollout.timeout:g} seconds. See whether the "
-                "engine that writes it still runs, or raise rollout.timeout. The last checkpoint is kept: go on with "
-                "--train.resume true."
+                "engine that writes it still runs, or raise rollout.timeout. Go on with "
+                "--train.resume auto."
             ) from None
         except TooLong:
             raise GradeError(

@@ -114,11 +114,12 @@ def beginning(path: Path, extent: Extent) -> bytes:
     try:
         content = path.read_bytes()[:size] if size else b""
     except OSError as error:
-        raise GradeError(f"train.resume: {path} cannot be read ({error.strerror or reason_of(error)}).") from error
+        reason = error.strerror or reason_of(error)
+        raise GradeError(f"{path} cannot be read ({reason}). Put it back, or make the run again.") from error
     if len(content) < size or hashlib.sha256(content).hexdigest() != digest:
         raise GradeError(
-            f"train.resume: {path} is damaged: it does not begin with what the checkpoint's run had written there. Put "
-            "it back, or start again with --train.overwrite true."
+            f"{path} is damaged: it does not begin with what the run had written there at its last checkpoint. Put it "
+            "back, or make the run again."
         )
     return content
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -16,9 +15,9 @@ from pathlib import Path
 
 from grade.config import Config, flatten
 from grade.config.methods import DIFFERENTIATING
-from grade.config.reading import config_from_yaml
+from grade.config.reading import config_from_sealed, sealed_yaml
 from grade.errors import GradeError, read_json, writing
-from grade.files import check_writable, latest, locked
+from grade.files import check_writable, latest, locked, replace_text
 from grade.model.checkpoint import load_state
 
 MARKER = ".grade-run"
@@ -26,12 +25,17 @@ _MARKER_TEXT = (
     "A run of `grade train` is kept in this folder. --train.overwrite true deletes what the run wrote, and nothing "
     "else.\n"
 )
-_WRITTEN = {  # by folder, names of what a run writes
-    "": r"(config\.yaml|metrics\.jsonl|samples\.jsonl|run\.json|evaluation(-[\w.-]+)?\.json)(\.new)?|reward\.(new|old)",
-    "checkpoints": r"(best|last|step-\d+)(\.new|\.old|\.deleted)?",
-    "reward": r"(head\.safetensors|reward\.json)",
+_CLEARING = ".grade-clearing"
+"""Stands in a run's folder while what the run wrote is deleted: what is left is no run."""
+_IN_CHECKPOINT = r"README\.md|(adapter_config|trainer_state|manifest)\.json|(adapter_model|trainer_state)\.safetensors"
+_WRITTEN = {  # names of what a run writes, by the folder it lies in
+    "checkpoints/*": _IN_CHECKPOINT,
+    "reward*": r"head\.safetensors|reward\.json",
     "tensorboard": r"events\.out\.tfevents\..*",
+    "": r"(config\.yaml|(metrics|samples)\.jsonl|run\.json|evaluation(-(test|validation)-[\w.-]+)?\.json)(\.new)?",
 }
+_HOLDING = r"(best|last|step-\d+)(\.new|\.old)?|reward(\.new|\.old)?|tensorboard|checkpoints"
+"""Names of the folders that it makes."""
 
 _MAY_CHANGE_ON_RESUME = {
     "train.resume", "train.overwrite", "train.run_dir", "output_dir", "name", "train.steps", "train.save_every",
@@ -52,9 +56,24 @@ def make_again(run_dir: Path) -> str:
     return f"Delete {run_dir}: the same command makes that run again."
 
 
+def write_run_config(run_dir: Path, config: Config) -> None:
+    """The run's config.yaml, replaced as a whole; its last line tells a damaged file.
+
+    Raises:
+        GradeError: it cannot be written.
+    """
+    with writing(run_dir / "config.yaml", "train.run_dir"):
+        replace_text(run_dir / "config.yaml", sealed_yaml(config))
+
+
 def is_ours(run_dir: Path) -> bool:
     """Whether the marker of a run stands in a folder."""
-    return (run_dir / MARKER).is_file()
+    return (run_dir / MARKER).is_file() and not (run_dir / MARKER).is_symlink()
+
+
+def is_begun(run_dir: Path) -> bool:
+    """Whether a run in a folder has come as far as its record, and is not being deleted."""
+    return (run_dir / "run.json").is_file() and not (run_dir / _CLEARING).exists()
 
 
 def mark(run_dir: Path) -> None:
@@ -105,9 +124,18 @@ def decided(config: Config) -> Config:
     if config.train.resume != "auto":
         return config
     run_dir = Path(config.run_dir)
-    resume = latest(run_dir / "checkpoints" / "last").is_dir()
-    over = not resume and is_ours(run_dir) and bool(_content(run_dir))
+    resume = latest(run_dir / "checkpoints" / "last").is_dir() and not (run_dir / _CLEARING).exists()
+    over = not resume and is_ours(run_dir) and bool(_content(run_dir)) and not _has_work(run_dir)
     return replace(config, train=replace(config.train, resume=resume, overwrite=over))
+
+
+def _has_work(run_dir: Path) -> bool:
+    """Whether there is something that a start from nothing would lose: a checkpoint of any kind, or one that may lie
+    behind a link that leads nowhere."""
+    if (run_dir / _CLEARING).exists():
+        return False
+    folder = run_dir / "checkpoints"
+    return folder.is_symlink() or folder.is_dir() and any(folder.glob("[!.]*"))
 
 
 def prepare_run_dir(config: Config) -> Path:
@@ -117,6 +145,9 @@ def prepare_run_dir(config: Config) -> Path:
         GradeError: it holds another run's files, or nothing to resume, or cannot be written.
     """
     run_dir = Path(config.run_dir)
+    marker = run_dir / MARKER
+    if marker.is_symlink() or os.path.lexists(marker) and not marker.is_file():
+        raise GradeError(f"train.run_dir: {marker} is no file of a run. Name another folder with --train.run_dir.")
     if config.train.resume:
         _check_resumable(config, run_dir)
     elif run_dir.exists() and (not run_dir.is_dir() or _content(run_dir)):
@@ -126,8 +157,13 @@ def prepare_run_dir(config: Config) -> Path:
 
 
 def _check_resumable(config: Config, run_dir: Path) -> None:
+    if (run_dir / _CLEARING).exists():
+        raise GradeError(
+            f"train.resume: the run in {run_dir} was being deleted when that was stopped. Start again with "
+            "--train.overwrite true."
+        )
     done = load_state(run_dir / "checkpoints" / "last")["step"]
-    differing = differing_settings(config_from_yaml(run_dir / "config.yaml"), config)
+    differing = differing_settings(config_from_sealed(run_dir / "config.yaml"), config)
     if differing:
         raise GradeError(
             f"train.resume: {run_dir} was started with other settings: {differing}. Put them back, or start "
@@ -162,6 +198,11 @@ def _check_replaceable(config: Config, run_dir: Path) -> None:
             f"train.run_dir: {run_dir} already holds a run. Continue it with --train.resume true, replace it with "
             f"--train.overwrite true, or {elsewhere}."
         )
+    if _has_work(run_dir):
+        raise GradeError(
+            f"train.run_dir: {run_dir} holds checkpoints of a run, but not the one to go on from (checkpoints/last is "
+            f"missing). Put it back, replace the run with --train.overwrite true, or {elsewhere}."
+        )
     raise GradeError(
         f"train.run_dir: {run_dir} holds a run that was stopped before its first checkpoint. Start it again with "
         f"--train.resume auto, or {elsewhere}."
@@ -174,44 +215,34 @@ def _content(run_dir: Path) -> list[Path]:
 
 
 def _written(run_dir: Path) -> list[Path]:
-    """Files and folders that a run has written, in the order in which they may go.
-
-    First the record, by which a comparison counts a run; then what could be resumed from, the older before the newer;
-    last the folders that held it.
-    """
-    found = [run_dir / "run.json", run_dir / "checkpoints" / "last.old", run_dir / "checkpoints" / "last"]
-    found = [path for path in found if os.path.lexists(path)]
-    for folder in ("checkpoints", "reward", "tensorboard", ""):
-        place = run_dir / folder
-        if place.is_dir() and not place.is_symlink():
-            written = [path for path in sorted(place.iterdir()) if re.fullmatch(_WRITTEN[folder], path.name)]
-            found += [path for path in written if path not in found]
-    return found + [run_dir / folder for folder in _WRITTEN if folder and (run_dir / folder).exists()]
+    """What a run has written, in the order in which it may go: files, then the folders that held them."""
+    folders = [run_dir / "checkpoints", *sorted(run_dir.glob("checkpoints/*")), *sorted(run_dir.glob("reward*"))]
+    folders = [path for path in [*folders, run_dir / "tensorboard"] if re.fullmatch(_HOLDING, path.name)]
+    folders = [path for path in folders if path.is_dir() or path.is_symlink()]
+    files = []
+    for pattern, names in _WRITTEN.items():
+        for folder in [run_dir] if not pattern else [path for path in run_dir.glob(pattern) if path in folders]:
+            if not folder.is_symlink():
+                files += [path for path in sorted(folder.iterdir()) if re.fullmatch(names, path.name)]
+    return files + folders[::-1]
 
 
 def clear(run_dir: Path) -> None:
     """Delete what a run has written, and leave what anybody else put there.
 
-    A checkpoint is renamed before it is deleted: half of one never stands under its name.
-
     Raises:
         GradeError: something cannot be deleted.
     """
     with writing(run_dir, "train.overwrite", f"Delete {run_dir} yourself, or name another folder."):
-        holding = [run_dir / folder for folder in _WRITTEN if folder]
+        (run_dir / _CLEARING).touch()
         for path in _written(run_dir):
-            if path.is_symlink() or not path.exists():
-                continue  # a link is refused by `prepare_run_dir`, unless it was made since then
-            if path.parent == run_dir / "checkpoints" and path.suffix in ("", ".old"):
-                gone = path.with_name(path.stem + ".deleted")  # a checkpoint is whole while it has its name
-                shutil.rmtree(gone, ignore_errors=True)
-                path = path.rename(gone)
+            if path.is_symlink():
+                continue  # refused by `prepare_run_dir`, unless it was made since then
             if path.is_file():
                 path.unlink()
-            elif path not in holding:
-                shutil.rmtree(path)
             elif not any(path.iterdir()):  # unless somebody else put something there
                 path.rmdir()
+        (run_dir / _CLEARING).unlink()
 
 
 def differing_settings(before: Config, now: Config) -> str:

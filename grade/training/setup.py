@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 
 from grade.config import Config
+from grade.model.fingerprint import check_made_from, model_inputs
 from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.processes import main_process_first
@@ -44,6 +45,8 @@ def set_up(
     check_reward(config, tokenizer)
     task = load_task(config)
     policy = load_policy(policy_config or config, tokenizer, accelerator.device)
+    if run_dir is not None:
+        check_made_from(run_dir, model_inputs(policy))
     before_reward(policy)
     with main_process_first(accelerator):
         reward = load_reward(config if run_dir is None else with_kept_head(config, run_dir), policy, task)

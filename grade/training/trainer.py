@@ -22,7 +22,6 @@ from rich.console import Console
 from transformers import get_scheduler
 
 from grade.config import Config
-from grade.config.reading import config_to_yaml
 from grade.errors import GradeError, writing
 from grade.files import latest, replace_text
 from grade.machine import free_bytes
@@ -50,7 +49,7 @@ from grade.training.log import GO_ON, RunLog
 from grade.training.opening_lines import opening_lines
 from grade.training.progress import training_progress
 from grade.training.resuming import best_is_missing, other_schedule, restored
-from grade.training.run_folder import adapter_folder, clear, mark, run_folder
+from grade.training.run_folder import adapter_folder, clear, mark, run_folder, write_run_config
 from grade.training.setup import set_up
 from grade.training.soundness import broken_measure, broken_policy
 from grade.training.validations import Validations, line_of
@@ -236,8 +235,7 @@ class Trainer:
                 mark(self.run_dir)
             self.log = RunLog(self.run_dir, self.config, enabled=main, written=written, resume_step=self.step)
             if main:
-                with writing(self.run_dir / "config.yaml", "train.run_dir"):
-                    replace_text(self.run_dir / "config.yaml", config_to_yaml(self.config))
+                write_run_config(self.run_dir, self.config)
                 self._write_record()
         if resaves_best:
             self._save_best()

@@ -16,11 +16,11 @@ from rich.console import Console
 
 from grade import files
 from grade.config import Config
-from grade.config.reading import config_from_yaml, config_to_yaml
+from grade.config.reading import config_from_sealed, config_to_yaml
 from grade.errors import GradeError, read_json
 from grade.model.fingerprint import differing
 from grade.training.interrupt import stop_between_steps
-from grade.training.run_folder import differing_settings, is_finished, make_again
+from grade.training.run_folder import differing_settings, is_begun, is_finished, make_again
 
 _POLL_SECONDS = 0.5
 
@@ -70,10 +70,10 @@ def check_jobs(jobs: Sequence[Job], inputs: Mapping[str, str]) -> None:
         GradeError: naming the run and what differs; or the run's settings are missing or damaged.
     """
     for job in jobs:
-        if not (job.run_dir / "run.json").is_file():
-            continue  # not begun, or stopped before it had done anything: it starts again
+        if not is_begun(job.run_dir):
+            continue  # it starts, or starts again
         try:
-            before = config_from_yaml(job.run_dir / "config.yaml")
+            before = config_from_sealed(job.run_dir / "config.yaml")
         except GradeError as error:
             raise GradeError(f"{error} {make_again(job.run_dir)}") from error
         record = read_json(job.run_dir / "run.json", make_again(job.run_dir), "inputs")

@@ -24,8 +24,9 @@ from rich.console import Console
 from grade.config import Config, validate
 from grade.config.methods import method_named
 from grade.errors import GradeError, printing, writing
-from grade.files import check_writable
+from grade.files import check_writable, latest
 from grade.machine import machine
+from grade.model.checkpoint import load_state
 from grade.model.fingerprint import inputs_of, judge_digest
 from grade.model.loading import load_prompts, load_tokenizer
 from grade.processes import make_accelerator
@@ -43,6 +44,7 @@ from grade.studies.compare.final_test import test_checkpoints, test_key
 from grade.studies.compare.jobs import Job, check_jobs, locked, run_jobs
 from grade.studies.compare.text import TITLES, document, notes, rich_table
 from grade.tasks import load_task
+from grade.training.log import beginning
 from grade.training.run_folder import adapter_folder, make_again
 from grade.training.setup import set_up
 
@@ -120,6 +122,11 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
     _check_methods(comparison, planned[::len(seeds)])
     _check_steps(planned, "train.steps")
     check_writable("output_dir", comparison.folder)
+    if comparison.folder.is_dir() and any(comparison.folder.iterdir()) and not (comparison.folder / "lock").is_file():
+        raise GradeError(
+            f"output_dir: {comparison.folder} is not empty and was not made by `grade compare` (it has no file "
+            "`lock`). Compare under another --name."
+        )
     comparison.folder.mkdir(parents=True, exist_ok=True)
     with locked(comparison.folder) as lock:
         console.print("Preparing data and reward", highlight=False)
@@ -205,6 +212,9 @@ def _curve(job: Job, method: str, seed: int) -> RunCurve:
     Raises:
         GradeError: its files are damaged.
     """
+    last = latest(job.run_dir / "checkpoints" / "last")
+    if last.is_dir():
+        beginning(job.run_dir / "metrics.jsonl", load_state(last)["logs"]["metrics.jsonl"])
     curve = read_run(job.run_dir, method, seed)
     if not len(curve.tokens) == curve.validations[-1].step == job.config.train.steps:
         raise GradeError(f"{job.run_dir}/metrics.jsonl lacks steps or validations. {make_again(job.run_dir)}")
