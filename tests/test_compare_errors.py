@@ -55,6 +55,7 @@ def finish(config, method, *, seconds=1.0, seed=0, job=None):
             "seconds/update": seconds, "memory/peak_gib": 1.0,
         })
     job.run_dir.mkdir(parents=True, exist_ok=True)
+    (job.run_dir.parent / "lock").touch()  # by which a comparison knows its folder
     (job.run_dir / "config.yaml").write_text(sealed_yaml(job.config), encoding="utf-8")
     (job.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]), encoding="utf-8")
     train = job.config.train
@@ -121,7 +122,7 @@ def test_fewer_steps_than_a_run_has_had_are_refused_and_more_are_made(config, mo
     fewer = replace(config, train=replace(config.train, steps=1))
     with pytest.raises(GradeError, match="train.steps is 1, but .*ppo-seed0 has had 2 steps: set it to 2 or more"):
         run_comparison(fewer, METHODS, [0])
-    assert not (folder.parent / "lock").exists()
+    assert not (folder.parent / "comparison.json").exists()
 
     def run(jobs, at_once, console, *, lock):
         for job in jobs:

@@ -9,9 +9,10 @@ from test_rollout import PROMPTS, draw
 from tiny import CONFIGS, VOCAB, KeepDouble, tiny_policy
 
 import grade.sampling.sample
+from grade.model.decoder import Decoder
 from grade.model.policy import Policy
 from grade.rollout import pad_prompts
-from grade.sampling.decode import Decoder, Decoding
+from grade.sampling.decode import Decoding
 from grade.sampling.draw import draw_tokens
 from grade.sampling.packed_head import pack, packed_product, worth_packing
 

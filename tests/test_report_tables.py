@@ -7,8 +7,9 @@ import io
 
 import pytest
 
+from grade.report.latex import latex
 from grade.report.statistics import Estimate
-from grade.report.tables import Column, Table, latex, rounded
+from grade.report.tables import Column, Table, rounded
 
 TABLE = Table(
     "example", "Reward & <KL>.", [Column("method"), Column("reward"), Column("interval", 1), Column("tokens", 0)],

@@ -16,8 +16,9 @@ from grade.config import reading as config_io
 from grade.config.bounds import Facts, check_text, facts_of, numeric, setting, shown
 from grade.config.number_texts import check_options
 from grade.errors import GradeError
+from grade.processes import make_accelerator
 from grade.training.run_folder import prepare_run_dir
-from grade.training.trainer import Trainer, make_accelerator
+from grade.training.trainer import Trainer
 
 FACTS = {name: (kind, facts) for name, kind, facts in facts_of(Config)}
 NUMBERS = {name: found for name, found in FACTS.items() if numeric(found[0])}

@@ -34,7 +34,8 @@ _WRITTEN = {  # names of what a run writes, by the folder it lies in
     "tensorboard": r"events\.out\.tfevents\..*",
     "": r"(config\.yaml|(metrics|samples)\.jsonl|run\.json|evaluation(-(test|validation)-[\w.-]+)?\.json)(\.new)?",
 }
-_HOLDING = r"(best|last|step-\d+)(\.new|\.old)?|reward(\.new|\.old)?|tensorboard|checkpoints"
+_CHECKPOINT = r"(best|last|step-\d+)(\.old)?"
+_HOLDING = rf"{_CHECKPOINT}|(best|last|step-\d+)\.new|reward(\.new|\.old)?|tensorboard|checkpoints"
 """Names of the folders that it makes."""
 
 _MAY_CHANGE_ON_RESUME = {
@@ -135,7 +136,8 @@ def _has_work(run_dir: Path) -> bool:
     if (run_dir / _CLEARING).exists():
         return False
     folder = run_dir / "checkpoints"
-    return folder.is_symlink() or folder.is_dir() and any(folder.glob("[!.]*"))
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return folder.is_symlink() or any(re.fullmatch(_CHECKPOINT, name) for name in names)
 
 
 def prepare_run_dir(config: Config) -> Path:
