@@ -124,8 +124,8 @@ def _content(path: Path) -> object:
     if path.name == "manifest.json":
         return json.loads(path.read_text())["step"]
     if path.name == "config.yaml":
-        return [line for line in path.read_text().split("\n") if "run_dir" not in line and "resume" not in line
-                and "overwrite" not in line]
+        own = ("run_dir", "resume", "overwrite", "# SHA-256")
+        return [line for line in path.read_text().split("\n") if not line.strip().startswith(own)]
     return path.read_bytes()
 
 
