@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             print("What is done is kept: the same command goes on.", file=sys.stderr)
         if argv[:1] == ["train"]:
             resume = shlex.join([*_without_resume(argv), "--train.resume", "auto"])
-            print(f"Go on from the last checkpoint, if there is one, with: grade {resume}", file=sys.stderr)
+            print(f"Go on with: grade {resume}", file=sys.stderr)
         return 130
 
 

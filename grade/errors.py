@@ -21,6 +21,10 @@ _LONGEST_LINE, _LONGEST_HEAD = 240, 400  # characters
 _CHOICE = re.compile(r"\(\d\) ")
 
 
+class NothingLeft(GradeError):
+    """A run that is to go on has had all its steps; to one that goes on where it can, that is no mistake."""
+
+
 def reason_of(error: BaseException) -> str:
     """What another library's error says, in one line that holds its reason.
 

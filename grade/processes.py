@@ -41,12 +41,12 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     if not accelerator.is_main_process:
         error = shared(accelerator, None)
         if error is not None:
-            raise GradeError(error)
+            raise error
         yield
         return
     try:
         yield
     except GradeError as error:
-        shared(accelerator, str(error))
+        shared(accelerator, type(error)(str(error)))
         raise
     shared(accelerator, None)

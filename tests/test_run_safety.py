@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -481,3 +482,38 @@ def test_an_edited_log_of_a_finished_run_is_not_compared(copied):
     path.write_text(path.read_text().replace('"validation/reward": 0.', '"validation/reward": 0.9', 1))
     with pytest.raises(GradeError, match="metrics.jsonl is damaged"):
         _curve(Job("run", copied), "grade-ste", 0)
+
+
+def test_a_finished_run_has_nothing_left_and_auto_says_so_without_an_error(copied, capsys):
+    train(copied)
+    before = everything(Path(copied.run_dir))
+    assert train(with_train(copied, resume="auto")) == {}
+    assert "nothing left to do" in " ".join(capsys.readouterr().out.split())
+    refused(copied, "nothing left to do")
+    refused(with_train(copied, resume="auto", learning_rate=0.5), "other settings")
+    refused(with_train(copied, resume="auto", steps=3), "has had 4 steps, train.steps is 3")
+    assert everything(Path(copied.run_dir)) == before
+
+
+@pytest.mark.parametrize("asked_in", ["the last step", "the test"])
+def test_a_stop_before_the_end_of_the_test_leaves_the_test_to_the_next_call(copied, keyboard, asked_in):
+    trainer = Trainer(copied, make_accelerator(copied), prepare_run_dir(copied))
+    step, evaluated = trainer.train_step, trainer._evaluate
+
+    def last_step():
+        if trainer.step == 3 and asked_in == "the last step":
+            signal.raise_signal(signal.SIGINT)
+        return step()
+
+    def evaluate_split(split, progress, *, adapters):
+        if split == "test":
+            assert asked_in == "the test"
+            signal.raise_signal(signal.SIGINT)
+        return evaluated(split, progress, adapters=adapters)
+
+    trainer.train_step, trainer._evaluate = last_step, evaluate_split
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    path = Path(copied.run_dir) / "evaluation.json"
+    assert "test" not in json.loads(path.read_text())
+    assert train(with_train(copied, resume="auto"))["best"].prompts == 4 and "test" in json.loads(path.read_text())

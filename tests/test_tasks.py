@@ -317,6 +317,13 @@ def test_unlabelled_rows_are_left_out_and_counted(tmp_path):
     assert str(task.labels) == "'1' of column 'label' (negative: '0'; rows left out: 40 with '-1')"
 
 
+def test_rows_without_text_are_left_out_and_counted(tmp_path):
+    folder = save(tmp_path / "some", "jsonl", text=["" if i % 4 == 0 else f"Film {i} is fine." for i in range(ROWS)])
+    task = load_task(config_for(folder, reward_examples=10, policy_examples=10))
+    assert task.labels.left_out == {"": 2 * sum(i % 4 == 0 for i in range(ROWS))}
+    assert f"{task.labels.left_out['']} without text" in str(task.labels)
+
+
 def test_labels_of_minus_one_and_one(tmp_path):
     task = load_task(config_for(labelled(tmp_path / "signs", 1, -1)))
     assert task.labels.negative == "-1" and not task.labels.left_out

@@ -325,14 +325,6 @@ def test_a_checkpoint_of_another_alpha_is_refused(tiny_config, tmp_path):
     load_adapter(tmp_path / "adapter", trainer.policy)
 
 
-@pytest.fixture
-def keyboard():
-    """Ctrl-C as in a terminal: a test run in the background starts with the signal ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_saves_the_finished_step(tiny_config, keyboard):
     """The signal lands inside a step; the step is finished, saved, and only then does the run stop."""
     config = with_train(tiny_config, save_every=1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
@@ -67,3 +68,11 @@ def make_tiny_config(model, data, output_dir, run_dir):
         ),
         evaluation=EvaluationConfig(every=2, validation_prompts=12, test_prompts=16, batch_size=8, samples=3),
     )
+
+
+@pytest.fixture
+def keyboard():
+    """Ctrl-C as in a terminal: a test run in the background starts with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

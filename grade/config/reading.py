@@ -262,7 +262,8 @@ def _add_section(parser: ArgumentParser, section: type, prefix: str) -> None:
     `--section FILE`, a second way to read files that skips the checks of `read_yaml`.
     """
     nested = {name: kind for name, kind in get_type_hints(section).items() if dataclasses.is_dataclass(kind)}
-    title = (section.__doc__ or section.__name__).strip().splitlines()[0].rstrip(".")
+    paragraph = (section.__doc__ or section.__name__).strip().partition("\n\n")[0]
+    title = re.split(r"\.(\s|$)", " ".join(paragraph.split()))[0]  # its first sentence
     group = parser.add_argument_group(f"{prefix.rstrip('.')}: {title}" if prefix else title)
     key = prefix.rstrip(".") or None
     group.add_class_arguments(section, key, as_group=False, skip=set(nested), instantiate=False)

@@ -163,6 +163,8 @@ def _examples(data: dict[str, list], settings: TaskConfig) -> Labelled:
     for part, (texts, labels) in columns.items():
         classes = {settings.positive_label: 1, negative: 0}
         left_out.update(label for label in labels if label not in classes)
+        empty = sum(not text and label in classes for text, label in zip(texts, labels, strict=True))
+        left_out.update({"": empty} if empty else {})
         examples[part] = [
             Example(f"{part}/{row}", text, classes[label])
             for row, (text, label) in enumerate(zip(texts, labels, strict=True))

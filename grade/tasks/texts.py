@@ -57,7 +57,7 @@ class Labels:
     Attributes:
         column: that holds them.
         positive, negative: the two values, as text.
-        left_out: how many rows have another value, by value; they are in no split.
+        left_out: how many rows have another value, by value, or, under "", a label and no text; they are in no split.
     """
 
     column: str
@@ -66,7 +66,10 @@ class Labels:
     left_out: dict[str, int]
 
     def __str__(self) -> str:
-        others = ", ".join(f"{count} with {label!r}" for label, count in sorted(self.left_out.items()))
+        others = ", ".join(
+            f"{count} with {label!r}" if label else f"{count} without text"
+            for label, count in sorted(self.left_out.items())
+        )
         return (
             f"{self.positive!r} of column {self.column!r} (negative: {self.negative!r}"
             + (f"; rows left out: {others})" if others else ")")

@@ -14,10 +14,15 @@ _ASKING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 class StopRequest:
-    """Whether somebody has asked the run to stop."""
+    """Whether somebody has asked the run to stop.
 
-    def __init__(self) -> None:
-        self.asked = False
+    Attributes:
+        asked: somebody has.
+        first: what is still done before it stops, in words; it may change as the run goes on.
+    """
+
+    def __init__(self, first: str = "") -> None:
+        self.asked, self.first = False, first
 
 
 @contextmanager
@@ -27,7 +32,7 @@ def stop_between_steps(first: str) -> Iterator[StopRequest]:
     Args:
         first: what is still done, said at once when a stop is asked for, such as "this step is finished and saved".
     """
-    request = StopRequest()
+    request = StopRequest(first)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -38,7 +43,7 @@ def stop_between_steps(first: str) -> Iterator[StopRequest]:
         if number == getattr(signal, "SIGHUP", None):
             _leave_terminal()
         elif not request.asked:
-            _say(f"grade: stopping: {first} first. Ctrl-C again stops at once.")
+            _say(f"grade: stopping: {request.first} first. Ctrl-C again stops at once.")
         request.asked = True
 
     # A signal that whoever started the process has it ignore (nohup, a shell's background job) stays ignored.

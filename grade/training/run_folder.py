@@ -16,7 +16,7 @@ from pathlib import Path
 from grade.config import Config, flatten
 from grade.config.methods import DIFFERENTIATING
 from grade.config.reading import config_from_sealed, sealed_yaml
-from grade.errors import GradeError, read_json, writing
+from grade.errors import GradeError, NothingLeft, read_json, writing
 from grade.files import check_writable, latest, locked, replace_text
 from grade.model.checkpoint import load_state
 
@@ -172,7 +172,8 @@ def _check_resumable(config: Config, run_dir: Path) -> None:
             "another run with --train.run_dir."
         )
     if done > config.train.steps or (done == config.train.steps and is_finished(config)):
-        raise GradeError(
+        kind = NothingLeft if done == config.train.steps else GradeError
+        raise kind(
             f"train.resume: {run_dir} has had {done} steps, train.steps is {config.train.steps}: there is nothing "
             "left to do. Raise train.steps to go on, or look at it with `grade evaluate`."
         )

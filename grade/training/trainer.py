@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers import get_scheduler
 
 from grade.config import Config
-from grade.errors import GradeError, writing
+from grade.errors import GradeError, NothingLeft, writing
 from grade.files import latest, replace_text
 from grade.machine import free_bytes
 from grade.memory.plan import plan as plan_memory
@@ -44,7 +44,7 @@ from grade.sampling.lines import StopAsked
 from grade.sampling.sample import sample
 from grade.training.evaluation import Evaluation, evaluate, text_of, write_evaluations
 from grade.training.evaluation_tables import evaluation_table
-from grade.training.interrupt import stop_between_steps
+from grade.training.interrupt import StopRequest, stop_between_steps
 from grade.training.log import GO_ON, RunLog
 from grade.training.opening_lines import opening_lines
 from grade.training.progress import training_progress
@@ -107,6 +107,7 @@ class Trainer:
         self.step = 0
         self.norms: list[float] = []  # of the policy's gradient, per update of the current step
         self.validations = Validations()
+        self.stop = StopRequest()
         self.saved: int | None = None  # steps of the checkpoint in checkpoints/last
         self._sound_at: int | None = None  # the step after which the policy was last found to be sound
 
@@ -223,6 +224,7 @@ class Trainer:
             state = restored(self.run_dir, self.inputs, self.policy, self.optimizer, self.method)
             self.step = self.saved = state["step"]
             self.validations, written = Validations(state["evaluations"], state["best"]), state["logs"]
+            notes.append(f"going on after step {self.step}, from {self.run_dir}/checkpoints/last")
             notes += other_schedule(state["steps"], train, self.step)
             resaves_best = best_is_missing(self.run_dir, self.validations.best, self.step)
             if self.source is not None and not self.source.is_pipe:
@@ -244,7 +246,7 @@ class Trainer:
         with ExitStack() as stack:
             stack.callback(self.log.close)
             progress = stack.enter_context(training_progress(train.steps, self.step, enabled=main))
-            stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
+            self.stop = stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
             for note in notes:
                 progress.say(note)
             if self.step == 0 and not self.validations.rows:
@@ -270,7 +272,7 @@ class Trainer:
                     self._save()
                 if better:
                     self._save_best()
-                if stopping and self.step < train.steps:
+                if stopping and (self.step < train.steps or self.evaluation_prompts["test"]):
                     raise KeyboardInterrupt
             if self.validations.rows[-1]["step"] != self.step:  # resumed with no more steps than it had had
                 better = self._validate(progress)
@@ -324,14 +326,26 @@ class Trainer:
         return f"Kept {'is' if len(kept) == 1 else 'are'} {' and '.join(kept)}."
 
     def _evaluate(self, split: str, progress, *, adapters: bool) -> Evaluation:
-        prompts = self.evaluation_prompts[split]
+        """An evaluation. One that a resumed run makes anew, the base model's or the test, is broken off where a stop is
+        asked for; not with several processes, which would wait for each other."""
+        prompts, first = self.evaluation_prompts[split], self.stop.first
+        breaks_off = self.accelerator.num_processes == 1 and (split == "test" or not adapters)
+        if breaks_off:
+            self.stop.first = "this batch of the evaluation is finished"
+
+        def done(count: int) -> None:
+            tick(count)
+            if breaks_off and self.stop.asked:
+                raise KeyboardInterrupt
+
         with progress.evaluation(split, len(prompts)) as tick, self.memory.explained(
             f"the {split} evaluation", "evaluation"
         ):
             row = evaluate(
                 self.policy, self.reward, prompts, self.config, split=split, step=self.step if adapters else 0,
-                adapters=adapters, accelerator=self.accelerator, tick=tick,
+                adapters=adapters, accelerator=self.accelerator, tick=done,
             )
+        self.stop.first = first
         self.phases.take()
         return row
 
@@ -410,10 +424,17 @@ def started(config: Config, accelerator: Accelerator) -> Iterator[tuple[Config, 
 
 def train(config: Config) -> dict[str, Evaluation]:
     """`grade train`: run a config and print what came out."""
-    accelerator = make_accelerator(config)
-    with started(config, accelerator) as (config, run_dir):
-        trainer = Trainer(config, accelerator, run_dir)
-        rows = trainer.fit()
+    accelerator, resume = make_accelerator(config), config.train.resume
+    try:
+        with started(config, accelerator) as (config, run_dir):
+            trainer = Trainer(config, accelerator, run_dir)
+            rows = trainer.fit()
+    except NothingLeft as error:
+        if resume != "auto":
+            raise
+        if accelerator.is_main_process:
+            Console().print(str(error), soft_wrap=True, highlight=False, markup=False)
+        return {}
     if accelerator.is_main_process:
         console = Console()
         if rows:
