@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 import grade.studies.compare.study
+import grade.training.setup
 from benchmarks import comparison as benchmark
 from grade import cli
 from grade.config import Config
@@ -151,9 +152,9 @@ def test_prompts_are_looked_at_before_models(config, monkeypatch):
     assert load_prompts(untested, NoPrompts(), None) == {"policy": [[1]], "validation": [[1]], "test": []}
 
     monkeypatch.undo()  # the real `_prepare`
-    monkeypatch.setattr(grade.studies.compare.study, "load_tokenizer", lambda config: None)
-    monkeypatch.setattr(grade.studies.compare.study, "load_task", lambda config: NoPrompts())
-    monkeypatch.setattr(grade.studies.compare.study, "set_up", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(grade.training.setup, "load_tokenizer", lambda config: None)
+    monkeypatch.setattr(grade.training.setup, "load_task", lambda config: NoPrompts())
+    monkeypatch.setattr(grade.training.setup, "load_policy", lambda *_: pytest.fail("too late"))
     with pytest.raises(GradeError, match="nothing in the test split"):
         run_comparison(config, METHODS, [0])
 

@@ -29,13 +29,15 @@ class SetUp(NamedTuple):
 
 def set_up(
     config: Config, accelerator: Accelerator, *, policy_config: Config | None = None, run_dir: Path | None = None,
-    before_reward: Callable[[Policy], None] = lambda policy: None,
+    before_policy: Callable[[Any, Any], object] = lambda tokenizer, task: None,
+    before_reward: Callable[[Policy], object] = lambda policy: None,
 ) -> SetUp:
     """Load what a config names, quick mistakes first; a reward head that is missing is trained, by the main process.
 
     Args:
         policy_config: loads the policy instead, for longer responses than the config has.
         run_dir: of a run, whose own reward head is used if it kept one.
+        before_policy: refuses tokenizer or task before a model is read.
         before_reward: refuses the policy before a head is trained.
 
     Raises:
@@ -44,6 +46,7 @@ def set_up(
     tokenizer = load_tokenizer(config)
     check_reward(config, tokenizer)
     task = load_task(config)
+    before_policy(tokenizer, task)
     policy = load_policy(policy_config or config, tokenizer, accelerator.device)
     if run_dir is not None:
         check_made_from(run_dir, model_inputs(policy))

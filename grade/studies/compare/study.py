@@ -28,7 +28,7 @@ from grade.files import check_writable, latest
 from grade.machine import machine
 from grade.model.checkpoint import load_state
 from grade.model.fingerprint import inputs_of, judge_digest
-from grade.model.loading import load_prompts, load_tokenizer
+from grade.model.loading import load_prompts
 from grade.processes import make_accelerator
 from grade.studies.compare.comparison import (
     Checkpoint,
@@ -43,7 +43,6 @@ from grade.studies.compare.comparison import (
 from grade.studies.compare.final_test import test_checkpoints, test_key
 from grade.studies.compare.jobs import Job, check_jobs, locked, run_jobs
 from grade.studies.compare.text import TITLES, document, notes, rich_table
-from grade.tasks import load_task
 from grade.training.log import beginning
 from grade.training.run_folder import adapter_folder, make_again
 from grade.training.setup import set_up
@@ -225,8 +224,9 @@ def _prepare(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     """Find mistakes in data and prompts, and train the reward head, before several runs would each do so; in this
     process, and given back. The fingerprints of what the runs read, and of what only their test reads."""
     accelerator = make_accelerator(config)
-    load_prompts(config, load_task(config), load_tokenizer(config))  # what is quickly found out
-    tokenizer, task, policy, reward = set_up(config, accelerator)
+    tokenizer, task, policy, reward = set_up(
+        config, accelerator, before_policy=lambda tokenizer, task: load_prompts(config, task, tokenizer)
+    )
     inputs = inputs_of(config, policy, task, reward)
     del policy, reward
     if accelerator.device.type == "cuda":
