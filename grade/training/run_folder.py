@@ -17,7 +17,7 @@ from grade.config import Config, flatten
 from grade.config.methods import DIFFERENTIATING
 from grade.config.reading import config_from_sealed, sealed_yaml
 from grade.errors import GradeError, NothingLeft, read_json, writing
-from grade.files import check_writable, latest, locked, replace_text
+from grade.files import check_writable, latest, locked, replace_text, sync
 from grade.model.checkpoint import load_state
 
 MARKER = ".grade-run"
@@ -113,7 +113,7 @@ def run_folder(config: Config) -> Iterator[Config]:
             mark(run_dir)
             yield config
         finally:
-            if not _content(run_dir):  # the lock is ours, so nobody else is about to write here
+            if run_dir.is_dir() and not _content(run_dir):  # the lock is ours, so nobody else is about to write here
                 (run_dir / MARKER).unlink(missing_ok=True)
                 if missing:
                     run_dir.rmdir()
@@ -238,6 +238,7 @@ def clear(run_dir: Path) -> None:
     """
     with writing(run_dir, "train.overwrite", f"Delete {run_dir} yourself, or name another folder."):
         (run_dir / _CLEARING).touch()
+        sync(run_dir)  # before anything is gone
         for path in _written(run_dir):
             if path.is_symlink():
                 continue  # refused by `prepare_run_dir`, unless it was made since then
