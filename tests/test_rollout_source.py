@@ -142,7 +142,7 @@ def test_reads_a_pipe_as_steps_need_it(sourced, tmp_path):
     trainer = trainer_of(with_source(sourced, pipe))
     assert trainer.train_step()["off_support"] == 0
     trainer.step += 1
-    with pytest.raises(GradeError, match="ended 4 responses early.*--train.resume true"):
+    with pytest.raises(GradeError, match="ended 4 responses early.*--train.resume auto"):
         trainer.train_step()
     engine.join()
 
