@@ -25,10 +25,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from grade.built_in.demo_model import demo_model
+from grade.commands.train import train
 from grade.config import Config
 from grade.config.reading import config_to_yaml, load_config
 from grade.tasks.demo import write_reviews
-from grade.training.trainer import train
 
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "shutil.rmtree")
 _RECOVERY_EVENTS = 40  # of a resumed run, within which the second kill falls

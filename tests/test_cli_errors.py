@@ -24,7 +24,7 @@ def run_error(capsys, *argv: str) -> str:
 @pytest.fixture(autouse=True)
 def no_real_command(monkeypatch):
     """A mistake that slips through must not start training, or ask a hub for a model: the imports fail."""
-    modules = ("training.trainer", "commands.reward", "commands.evaluate", "commands.demo")
+    modules = ("commands.train", "commands.reward", "commands.evaluate", "commands.demo")
     for module in (f"grade.{name}" for name in modules):
         monkeypatch.setitem(sys.modules, module, None)
 
@@ -194,7 +194,7 @@ def test_binary_file(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "command, module, function",
-    [("train", "grade.training.trainer", "train"), ("reward", "grade.commands.reward", "train_reward")],
+    [("train", "grade.commands.train", "train"), ("reward", "grade.commands.reward", "train_reward")],
 )
 def test_command_gets_the_settings(fake_module, command, module, function):
     calls = fake_module(module, function)
@@ -235,9 +235,9 @@ def test_interrupted_training_says_how_to_resume(monkeypatch, capsys):
     def interrupt(config):
         raise KeyboardInterrupt
 
-    stand_in = types.ModuleType("grade.training.trainer")
+    stand_in = types.ModuleType("grade.commands.train")
     stand_in.train = interrupt
-    monkeypatch.setitem(sys.modules, "grade.training.trainer", stand_in)
+    monkeypatch.setitem(sys.modules, "grade.commands.train", stand_in)
     assert cli.main(["train", "imdb_small", "--train.overwrite", "true", "--seed=3"]) == 130
     assert "grade train imdb_small --seed=3 --train.resume auto\n" in capsys.readouterr().err
 
@@ -246,9 +246,9 @@ def test_unexpected_exceptions_keep_their_traceback(monkeypatch):
     def fail(config):
         raise ZeroDivisionError
 
-    stand_in = types.ModuleType("grade.training.trainer")
+    stand_in = types.ModuleType("grade.commands.train")
     stand_in.train = fail
-    monkeypatch.setitem(sys.modules, "grade.training.trainer", stand_in)
+    monkeypatch.setitem(sys.modules, "grade.commands.train", stand_in)
     with pytest.raises(ZeroDivisionError):
         cli.main(["train", "imdb_small"])
 

@@ -112,7 +112,7 @@ def test_several_processes_say_once_what_is_wrong(tiny_config, tmp_path):
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode != 0 and done.stderr.count("grade: error:") == 1, done.stderr
-    assert 'grade/training/trainer.py", line' not in done.stderr
+    assert 'grade/commands/train.py", line' not in done.stderr
 
 
 def mistake(tiny_config, tmp_path, capsys, *options):

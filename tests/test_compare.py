@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import grade.studies.compare.study
 from grade import cli
+from grade.commands.train import train
 from grade.config.reading import config_from_yaml, sealed_yaml
 from grade.errors import GradeError
 from grade.studies.compare import jobs as jobs_module
@@ -27,7 +28,6 @@ from grade.studies.compare.jobs import Job, locked, run_jobs
 from grade.studies.compare.study import Comparison, _sweep, missing_results, run_comparison
 from grade.studies.compare.text import document
 from grade.training.run_folder import adapter_folder, decided, is_finished, mark
-from grade.training.trainer import train
 
 
 @pytest.fixture

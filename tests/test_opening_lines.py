@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from test_trainer import with_train
 from tiny import tiny_policy
 
+from grade.commands.train import train
 from grade.config import Config
 from grade.tasks.texts import Labels
 from grade.training.opening_lines import opening_lines
 from grade.training.progress import training_progress
-from grade.training.trainer import train
 
 
 def test_what_is_raised_is_said_for_every_kind_of_reward():

@@ -13,6 +13,7 @@ from test_model import base_model, embeddings_of, policy_around
 from tiny import CONFIGS, FURTHER, LLAMA_SIZES, SIZES, TARGETS, KeepDouble, TinyTokenizer, needs_qwen, tiny_policy
 from transformers import AutoTokenizer, BartConfig, LlamaConfig, RecurrentGemmaConfig
 
+from grade.commands.train import train
 from grade.errors import GradeError
 from grade.memory.activations import cache_bytes
 from grade.memory.estimate import estimate
@@ -22,7 +23,6 @@ from grade.model.probe import probe_head
 from grade.rewards.reward import SharedReward
 from grade.rollout import pad_prompts
 from grade.sampling.compiled import CompiledDecoding
-from grade.training.trainer import train
 
 # -- positions -----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from tiny_run import make_tiny_config
 
 from grade import cli
 from grade.commands.evaluate import evaluate_run
+from grade.commands.train import train
 from grade.config.reading import config_from_yaml, config_to_yaml
 from grade.errors import GradeError
 from grade.model.checkpoint import load_state, verified_step
@@ -26,7 +27,7 @@ from grade.studies.compare.jobs import Job
 from grade.studies.compare.study import _curve, run_comparison
 from grade.training.resuming import other_schedule, restored
 from grade.training.run_folder import MARKER, clear, decided, mark, prepare_run_dir, run_folder
-from grade.training.trainer import Trainer, train
+from grade.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -444,7 +445,7 @@ def test_a_full_disk_elsewhere(tiny_config, tmp_path, monkeypatch, what):
 
 def test_the_hint_after_a_stop_is_one_command_that_works(stopped, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.yaml").write_text(config_to_yaml(stopped))
-    monkeypatch.setattr("grade.training.trainer.train", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("grade.commands.train.train", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["train", str(tmp_path / "config.yaml"), "--train.overwrite", "true"]) == 130
     hint = capsys.readouterr().err.strip().split("grade ")[-1].split()
     assert hint == ["train", str(tmp_path / "config.yaml"), "--train.resume", "auto"]

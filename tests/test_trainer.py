@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from grade.commands.evaluate import evaluate_run
+from grade.commands.train import train
 from grade.errors import GradeError
 from grade.methods.base import kl_weight
 from grade.methods.grade import tau_at
@@ -22,7 +23,7 @@ from grade.replay.replay import Scores
 from grade.rollout import Rollout
 from grade.training.evaluation import evaluate
 from grade.training.run_folder import prepare_run_dir
-from grade.training.trainer import Trainer, prompt_numbers, train
+from grade.training.trainer import Trainer, prompt_numbers
 
 
 class NullLog:

@@ -8,13 +8,14 @@ import pytest
 import torch
 from test_trainer import adapter_of, stopped_after, timeless, trainer_of, with_train
 
+from grade.commands.train import train
 from grade.config import validate
 from grade.errors import GradeError
 from grade.model.checkpoint import load_state
 from grade.processes import make_accelerator
 from grade.training.evaluation import Evaluation
 from grade.training.run_folder import adapter_folder, is_finished, prepare_run_dir
-from grade.training.trainer import Trainer, train
+from grade.training.trainer import Trainer
 
 
 def config_of(tiny_config, name, section=None, **changes):

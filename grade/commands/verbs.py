@@ -38,7 +38,7 @@ def train(argv: list[str]) -> int:
     parser = _config_parser("train", "Train a policy; the run directory holds everything it makes.")
     resolved = _resolve(parser, argv, {}, "CONFIG", config_io.find_config)
     if resolved is not None:
-        from grade.training.trainer import train as train_policy
+        from grade.commands.train import train as train_policy
 
         train_policy(resolved.config)
     return 0

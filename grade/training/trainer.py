@@ -12,17 +12,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from transformers import get_scheduler
 
 from grade.config import Config
-from grade.errors import GradeError, NothingLeft, writing
+from grade.errors import GradeError, writing
 from grade.files import latest, replace_text
 from grade.machine import free_bytes
 from grade.memory.plan import plan as plan_memory
@@ -34,7 +33,7 @@ from grade.model.end_of_sequence import warning_without_ends
 from grade.model.fingerprint import inputs_of
 from grade.model.loading import load_prompts
 from grade.model.policy import Policy
-from grade.processes import main_process_first, make_accelerator, shared
+from grade.processes import main_process_first
 from grade.rewards.head_training import head_report, keep_head, with_kept_head
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.compiled import CompiledDecoding
@@ -43,13 +42,12 @@ from grade.sampling.external import RolloutSource
 from grade.sampling.lines import StopAsked
 from grade.sampling.sample import sample
 from grade.training.evaluation import Evaluation, evaluate, text_of, write_evaluations
-from grade.training.evaluation_tables import evaluation_table
 from grade.training.interrupt import StopRequest, stop_between_steps
 from grade.training.log import GO_ON, RunLog
 from grade.training.opening_lines import opening_lines
 from grade.training.progress import training_progress
 from grade.training.resuming import best_is_missing, other_schedule, restored
-from grade.training.run_folder import adapter_folder, clear, mark, run_folder, write_run_config
+from grade.training.run_folder import adapter_folder, clear, mark, write_run_config
 from grade.training.setup import set_up
 from grade.training.soundness import broken_measure, broken_policy
 from grade.training.validations import Validations, line_of
@@ -404,43 +402,3 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return values
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").cpu()
-
-
-@contextmanager
-def started(config: Config, accelerator: Accelerator) -> Iterator[tuple[Config, Path]]:
-    """Hold the run's folder, in the main process for all; yields the config as it is decided and the folder.
-
-    Raises:
-        GradeError: in every process, if the folder cannot be used.
-    """
-    with ExitStack() as stack:
-        with main_process_first(accelerator):
-            if accelerator.is_main_process:
-                config = stack.enter_context(run_folder(config))
-        decided = shared(accelerator, (config.train.resume, config.train.overwrite))
-        train = replace(config.train, resume=decided[0], overwrite=decided[1])
-        yield replace(config, train=train), Path(config.run_dir)
-
-
-def train(config: Config) -> dict[str, Evaluation]:
-    """`grade train`: run a config and print what came out."""
-    accelerator, resume = make_accelerator(config), config.train.resume
-    try:
-        with started(config, accelerator) as (config, run_dir):
-            trainer = Trainer(config, accelerator, run_dir)
-            rows = trainer.fit()
-    except NothingLeft as error:
-        if resume != "auto":
-            raise
-        if accelerator.is_main_process:
-            Console().print(str(error), soft_wrap=True, highlight=False, markup=False)
-        return {}
-    if accelerator.is_main_process:
-        console = Console()
-        if rows:
-            title = f"test, {rows['best'].prompts} prompts, best checkpoint by validation"
-            console.print(evaluation_table(list(rows.values()), title))
-        if (verdict := trainer.validations.verdict()) is not None:
-            console.print(verdict, soft_wrap=True)
-        console.print(f"Run directory: {run_dir}", soft_wrap=True)
-    return rows
