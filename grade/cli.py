@@ -76,7 +76,7 @@ def run(argv: list[str]) -> int:
 
 
 def _without_resume(argv: list[str]) -> list[str]:
-    """`argv` without the options that would contradict `--train.resume true`."""
+    """`argv` without the options that would contradict `--train.resume auto`."""
     kept, waiting = [], list(argv)
     while waiting:
         argument = waiting.pop(0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from grade.config import Config
 from grade.errors import GradeError
@@ -23,7 +24,9 @@ def make_accelerator(config: Config) -> Accelerator:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise GradeError("device=cuda, but torch sees no CUDA or ROCm device. Use device=auto or cpu.")
     # Not what accelerate would choose on Apple silicon: its GPU has no float64, which sums here use.
-    return Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
+    # The others wait for the main process while it trains a reward head, which may take longer than libraries allow.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
+    return Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=[patience])
 
 
 def shared(accelerator: Accelerator, value: Any) -> Any:

@@ -21,12 +21,13 @@ from grade.commands.evaluate import evaluate_run
 from grade.commands.train import train
 from grade.config.reading import config_from_yaml, config_to_yaml
 from grade.errors import GradeError
+from grade.files import sha256
 from grade.model.checkpoint import load_state, verified_step
 from grade.processes import make_accelerator
 from grade.studies.compare.jobs import Job
 from grade.studies.compare.study import _curve, run_comparison
 from grade.training.resuming import other_schedule, restored
-from grade.training.run_folder import MARKER, clear, decided, mark, prepare_run_dir, run_folder
+from grade.training.run_folder import MARKER, clear, decided, mark, prepare_run_dir, run_folder, write_run_config
 from grade.training.trainer import Trainer
 
 
@@ -518,3 +519,49 @@ def test_a_stop_before_the_end_of_the_test_leaves_the_test_to_the_next_call(copi
     path = Path(copied.run_dir) / "evaluation.json"
     assert "test" not in json.loads(path.read_text())
     assert train(with_train(copied, resume="auto"))["best"].prompts == 4 and "test" in json.loads(path.read_text())
+
+
+def test_an_overwrite_that_cannot_start_deletes_nothing(copied, monkeypatch):
+    """A logger that is not installed, and a head that lies in what would be deleted."""
+    over = with_train(copied, resume=False, overwrite=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(with_train(over, wandb=True), "wandb is not installed")
+    monkeypatch.undo()
+    inside = replace(over, reward=replace(over.reward, path=str(Path(copied.run_dir) / "reward")))
+    refused(inside, "whose head would be deleted")
+
+
+def test_the_config_of_a_run_neither_resumes_nor_overwrites(copied):
+    train(with_train(copied, resume=False, overwrite=True, steps=1))
+    written = config_from_yaml(Path(copied.run_dir) / "config.yaml").train
+    assert (written.resume, written.overwrite, written.steps) == (False, False, 1)
+    with pytest.raises(GradeError, match="already holds a run"):
+        train(config_from_yaml(Path(copied.run_dir) / "config.yaml"))
+
+
+def test_an_evaluation_uses_the_head_that_is_asked_for(copied, tmp_path):
+    """Not the run's own without a word."""
+    shutil.copytree(Path(copied.run_dir) / "reward", tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "head.safetensors")
+    save_file({name: -weight for name, weight in weights.items()}, tmp_path / "other" / "head.safetensors")
+    report = json.loads((tmp_path / "other" / "reward.json").read_text())
+    report["sha256"] = sha256(tmp_path / "other" / "head.safetensors")
+    (tmp_path / "other" / "reward.json").write_text(json.dumps(report))
+    other = replace(copied, reward=replace(copied.reward, path=str(tmp_path / "other")))
+    run_dir = Path(copied.run_dir)
+    own, asked = (evaluate_run(c, run_dir, "last", "validation")[0].reward for c in (copied, other))
+    assert own != asked
+
+
+def test_lost_evaluations_are_made_again_from_the_checkpoint(copied):
+    config = replace(copied, evaluation=replace(copied.evaluation, test_prompts=0))
+    run_dir = Path(copied.run_dir)
+    write_run_config(run_dir, config)
+    train(config)
+    path = run_dir / "evaluation.json"
+    before = path.read_text()
+    path.write_text("{")
+    refused(config, "evaluation.json cannot be read .*Delete that file: going on with the run makes it again")
+    path.unlink()
+    train(config)
+    assert path.read_text() == before

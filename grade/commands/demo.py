@@ -15,6 +15,7 @@ from rich.console import Console
 from grade.built_in.demo_model import demo_model
 from grade.commands.train import started
 from grade.config import Config
+from grade.errors import NothingLeft
 from grade.processes import make_accelerator
 from grade.training.evaluation import Evaluation
 from grade.training.evaluation_tables import evaluation_table, samples_table
@@ -44,13 +45,19 @@ def run_demo(
     console.print("[bold]1/3[/bold] A language model that writes reviews (cached after the first time)")
     config = replace(config, model=replace(config.model, name=str(demo_model(cache_dir, steps=pretrain_steps))))
     accelerator = make_accelerator(config)
-    with started(config, accelerator) as (config, run_dir):
-        console.print("[bold]2/3[/bold] A reward: the probability that a review is positive")
-        trainer = Trainer(config, accelerator, run_dir)
-        console.print(f"[bold]3/3[/bold] {config.method.name.upper()}: backpropagate the reward through sampled tokens")
-        rows = trainer.fit()
-
-    out = Console()
+    out, resume = Console(), config.train.resume
+    try:
+        with started(config, accelerator) as (config, run_dir):
+            console.print("[bold]2/3[/bold] A reward: the probability that a review is positive")
+            trainer = Trainer(config, accelerator, run_dir)
+            name = config.method.name.upper()
+            console.print(f"[bold]3/3[/bold] {name}: backpropagate the reward through sampled tokens")
+            rows = trainer.fit()
+    except NothingLeft as error:
+        if resume != "auto":
+            raise
+        out.print(str(error), soft_wrap=True, highlight=False, markup=False)
+        return {}
     if rows:
         out.print(evaluation_table(list(rows.values()), f"test, {rows['best'].prompts} prompts"))
         out.print(samples_table(rows["base"].samples, rows["best"].samples, PRINTED_SAMPLES))

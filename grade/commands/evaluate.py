@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,11 +35,13 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     if not (folder / "adapter_config.json").is_file():
         raise GradeError(f"--checkpoint {checkpoint}: {folder} holds no adapter (adapter_config.json is missing).")
     accelerator = make_accelerator(config)
-    tokenizer, task, policy, reward = set_up(config, accelerator, run_dir=run_dir)
-    before, inputs = config_from_sealed(run_dir / "config.yaml"), inputs_of(config, policy, task, reward)
+    before = config_from_sealed(run_dir / "config.yaml")
+    own_reward = config.reward == before.reward
+    tokenizer, task, policy, reward = set_up(config, accelerator, run_dir=run_dir if own_reward else None)
+    inputs = inputs_of(config, policy, task, reward)
     if config.task != before.task:  # other data, by the user's own word
         del inputs["data"]
-    if config.reward != before.reward:
+    if not own_reward:
         del inputs["reward"]
     check_made_from(run_dir, inputs)
     load_adapter(folder, policy)
@@ -52,6 +55,7 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     if accelerator.is_main_process:
         own = folder.resolve().is_relative_to(run_dir.resolve())
         name = folder.resolve().name if own else "-".join(folder.resolve().parts[-3:])
+        name = re.sub(r"[^\w.-]", "_", name)
         path = run_dir / f"evaluation-{split}-{name}.json"
         with writing(path, "RUN_DIR", "Make room on its disk, and evaluate again."):
             write_evaluations(path, {"checkpoint": str(folder), "rows": [asdict(r) for r in rows]})

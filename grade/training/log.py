@@ -7,7 +7,9 @@ just that, or is refused where they are something else.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from grade.config import Config
@@ -124,11 +126,17 @@ def beginning(path: Path, extent: Extent) -> bytes:
     return content
 
 
+def check_loggers(config: Config) -> None:
+    """Refuse, before anything of an earlier run is deleted, what cannot be logged to.
+
+    Raises:
+        GradeError: wandb is asked for and not installed.
+    """
+    if config.train.wandb and importlib.util.find_spec("wandb") is None:
+        raise GradeError("train.wandb is true but wandb is not installed: pip install 'grade[wandb]'.")
+
+
 def _start_wandb(config: Config, run_dir: Path):
-    try:
-        import wandb
-    except ImportError as error:
-        raise GradeError("train.wandb is true but wandb is not installed: pip install 'grade[wandb]'.") from error
-    from dataclasses import asdict
+    import wandb
 
     return wandb.init(project=config.train.wandb_project, name=run_dir.name, dir=str(run_dir), config=asdict(config))

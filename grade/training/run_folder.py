@@ -60,11 +60,14 @@ def make_again(run_dir: Path) -> str:
 def write_run_config(run_dir: Path, config: Config) -> None:
     """The run's config.yaml, replaced as a whole; its last line tells a damaged file.
 
+    Whether this call resumed or overwrote is no setting of the run: who starts it from its own config means neither.
+
     Raises:
         GradeError: it cannot be written.
     """
+    settings = replace(config, train=replace(config.train, resume=False, overwrite=False))
     with writing(run_dir / "config.yaml", "train.run_dir"):
-        replace_text(run_dir / "config.yaml", sealed_yaml(config))
+        replace_text(run_dir / "config.yaml", sealed_yaml(settings))
 
 
 def is_ours(run_dir: Path) -> bool:
@@ -195,6 +198,11 @@ def _check_replaceable(config: Config, run_dir: Path) -> None:
                 f"train.overwrite: {link} is a symbolic link, and nothing is deleted through one. Remove the link "
                 f"yourself, or {elsewhere}."
             )
+        if config.reward.path is not None and Path(config.reward.path).resolve().is_relative_to(run_dir.resolve()):
+            raise GradeError(
+                f"train.overwrite: reward.path={config.reward.path} lies in {run_dir}, whose head would be deleted. "
+                f"Copy it elsewhere, or {elsewhere}."
+            )
         return
     if latest(run_dir / "checkpoints" / "last").is_dir():
         raise GradeError(
@@ -270,6 +278,7 @@ def is_finished(config: Config) -> bool:
     path = Path(config.run_dir) / "evaluation.json"
     if not path.is_file():
         return False
-    done = read_json(path, make_again(path.parent), "validation")
+    fix = "Delete that file: going on with the run makes it again from its checkpoint."
+    done = read_json(path, fix, "validation")
     validated = done["validation"][-1]["step"] if done["validation"] else 0
     return validated >= config.train.steps and ("test" in done or config.evaluation.test_prompts == 0)

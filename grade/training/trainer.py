@@ -43,7 +43,7 @@ from grade.sampling.lines import StopAsked
 from grade.sampling.sample import sample
 from grade.training.evaluation import Evaluation, evaluate, text_of, write_evaluations
 from grade.training.interrupt import StopRequest, stop_between_steps
-from grade.training.log import GO_ON, RunLog
+from grade.training.log import GO_ON, RunLog, check_loggers
 from grade.training.opening_lines import opening_lines
 from grade.training.progress import training_progress
 from grade.training.resuming import best_is_missing, other_schedule, restored
@@ -216,6 +216,7 @@ class Trainer:
         """
         train, every = self.config.train, self.config.evaluation.every
         self.memory.check(self.services.any_process)
+        check_loggers(self.config)
         notes = [*opening_lines(self.config, self.task, self.policy, self.reward), self.memory.line]
         written, resaves_best = None, False
         if train.resume:
@@ -237,6 +238,8 @@ class Trainer:
             if main:
                 write_run_config(self.run_dir, self.config)
                 self._write_record()
+                if train.resume and not (self.run_dir / "evaluation.json").is_file():
+                    self._write_evaluations()
         if resaves_best:
             self._save_best()
         if isinstance(self.decoding, CompiledDecoding):
@@ -328,8 +331,8 @@ class Trainer:
         asked for; not with several processes, which would wait for each other."""
         prompts, first = self.evaluation_prompts[split], self.stop.first
         breaks_off = self.accelerator.num_processes == 1 and (split == "test" or not adapters)
-        if breaks_off:
-            self.stop.first = "this batch of the evaluation is finished"
+        if split == "test" or not adapters:
+            self.stop.first = f"this {'batch of the ' * breaks_off}evaluation is finished"
 
         def done(count: int) -> None:
             tick(count)

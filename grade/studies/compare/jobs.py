@@ -17,7 +17,7 @@ from rich.console import Console
 from grade import files
 from grade.config import Config
 from grade.config.reading import config_from_sealed, config_to_yaml
-from grade.errors import GradeError, read_json
+from grade.errors import GradeError, read_json, writing
 from grade.model.fingerprint import differing
 from grade.training.interrupt import stop_between_steps
 from grade.training.run_folder import differing_settings, is_begun, is_finished, make_again
@@ -131,12 +131,14 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) 
 
 
 def _start(job: Job, at_once: int, lock: int) -> subprocess.Popen:
-    job.run_dir.parent.mkdir(parents=True, exist_ok=True)
     train = replace(job.config.train, resume="auto")
     settings = job.run_dir.with_name(job.run_dir.name + ".yaml")
-    settings.write_text(config_to_yaml(replace(job.config, train=train)), encoding="utf-8")
+    with writing(settings, "output_dir"):
+        job.run_dir.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text(config_to_yaml(replace(job.config, train=train)), encoding="utf-8")
+        log = job.log.open("w", encoding="utf-8")  # this attempt's words alone
     threads = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // at_once, 1)))
-    with job.log.open("w", encoding="utf-8") as log:  # this attempt's words alone
+    with log:
         return subprocess.Popen(
             _command(settings), stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,),
             env={**os.environ, "OMP_NUM_THREADS": threads},

@@ -260,7 +260,10 @@ def _sweep(
         for (method, factor), job in jobs.items():
             found = math.nan
             if job.name not in failures:
-                found = best_within(_curve(job, method, compare.sweep_seed)).objective
+                try:
+                    found = best_within(_curve(job, method, compare.sweep_seed)).objective
+                except GradeError as error:
+                    failures[job.name] = str(error)
             objectives[method][factor] = found if math.isfinite(found) else None
         further = {method: _beyond(tried) for method, tried in objectives.items()}
         wanted = [(method, factor) for method, factor in further.items() if factor is not None]
