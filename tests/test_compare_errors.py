@@ -179,11 +179,16 @@ def test_read_json(tmp_path, text, expected):
     assert read_json(path, "", "a") == {"a": 1}
 
 
-def test_a_run_that_cannot_be_judged_finished_is_to_be_deleted(config):
+def test_a_run_that_cannot_be_judged_finished_says_what_to_delete(config):
     folders = [finish(config, method) for method in METHODS]
-    fix = f"Delete {folders[1]}: the same command makes that run again."
+    again = f"Delete {folders[1]}: the same command makes that run again."
+    fixes = {
+        "evaluation.json": "Delete that file: going on with the run makes it again from its checkpoint.",
+        "config.yaml": again,
+    }
     evaluations, settings = ['{"validation": [', "{}"], ["train: [", None]
     for name, text in [*(("evaluation.json", e) for e in evaluations), *(("config.yaml", s) for s in settings)]:
+        fix = fixes[name]
         (folders[1] / name).write_text(text) if text else (folders[1] / name).unlink()
         with pytest.raises(GradeError) as error:
             run_comparison(config, METHODS, [0])
