@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from grade.files import remembered_sha256
 from grade.model.policy import Policy
 
 _MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "*.py")
+_KNOWN: WeakKeyDictionary[Policy, dict[str, str]] = WeakKeyDictionary()
 _WORDS = {
     "model": "the base model's weights or settings", "tokenizer": "the tokenizer", "data": "the data of task.dataset",
     "reward": "the reward model", "responses_per_step": "the responses of a step, over all processes",
@@ -84,9 +86,12 @@ def inputs_of(config: Config, policy: Policy, task, reward) -> dict[str, str]:
 
 
 def model_inputs(policy: Policy) -> dict[str, str]:
-    """The fingerprint of the base model and its tokenizer."""
-    base = policy.model.get_base_model()
-    return {"model": model_digest(base.name_or_path, base), "tokenizer": tokenizer_digest(policy.tokenizer)}
+    """The fingerprint of the base model and its tokenizer, found once for a policy: a large tokenizer takes seconds."""
+    if policy not in _KNOWN:
+        base = policy.model.get_base_model()
+        tokenizer = tokenizer_digest(policy.tokenizer)
+        _KNOWN[policy] = {"model": model_digest(base.name_or_path, base), "tokenizer": tokenizer}
+    return _KNOWN[policy]
 
 
 def reward_digest(config: Config, reward) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -313,10 +313,10 @@ def _backbone(causal_lm) -> torch.nn.Module:
     called = []
     inner = [m for m in causal_lm.modules() if isinstance(m, PreTrainedModel) and m is not causal_lm]
     hooks = [m.register_forward_pre_hook(lambda module, args: called.append(module)) for m in inner]
+    expected = suppress(RuntimeError, TypeError, ValueError, AttributeError, IndexError)  # the probe says the same
     try:
-        causal_lm(input_ids=torch.ones(1, 2, dtype=torch.int64, device=causal_lm.device), use_cache=False)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-        pass  # the probe meets the same, and says it
+        with expected:
+            causal_lm(input_ids=torch.ones(1, 2, dtype=torch.int64, device=causal_lm.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -270,16 +270,11 @@ class Trainer:
                     better = self._validate(progress)
                 stopping = self.services.any_process(stop.asked)
                 if better or stopping or self.step % train.save_every == 0 or self.step == train.steps:
-                    self._save()
-                if better:
-                    self._save_best()
+                    self._save(best=better)
                 if stopping and (self.step < train.steps or self.evaluation_prompts["test"]):
                     raise KeyboardInterrupt
             if self.validations.rows[-1]["step"] != self.step:  # resumed with no more steps than it had had
-                better = self._validate(progress)
-                self._save()
-                if better:
-                    self._save_best()
+                self._save(best=self._validate(progress))
             return self._test(progress)
 
     def _validate(self, progress, *, adapters: bool = True) -> bool:
@@ -381,7 +376,9 @@ class Trainer:
         with writing(self.run_dir / "run.json", "train.run_dir"):
             replace_text(self.run_dir / "run.json", json.dumps(record, indent=2) + "\n")
 
-    def _save(self) -> None:
+    def _save(self, *, best: bool = False) -> None:
+        """The checkpoint to go on from, and then, if the policy is the best so far, the best one. One that no state
+        names would be lost by the next kill, and so would the one whose place it took."""
         self._check_policy()
         if self.accelerator.is_main_process:
             state = {
@@ -391,10 +388,11 @@ class Trainer:
             }
             save_checkpoint(self.run_dir / "checkpoints" / "last", self.policy, self.step, state)
         self.saved = self.step
+        if best:
+            self._save_best()
 
     def _save_best(self) -> None:
-        """After `_save` has noted that it is the best: one that no state names would be lost by the next kill, and so
-        would the one whose place it took."""
+        """The policy as the best so far, which the checkpoint to go on from says already."""
         if self.accelerator.is_main_process:
             save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy, self.step)
 
