@@ -53,11 +53,3 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
         shared(accelerator, type(error)(str(error)))
         raise
     shared(accelerator, None)
-
-
-def leave(accelerator: Accelerator) -> None:
-    """Leave the group of processes together, when all is done: one that ends while it is still in the group, with its
-    threads running, may abort."""
-    if accelerator.num_processes > 1:
-        accelerator.wait_for_everyone()
-        accelerator.end_training()

@@ -14,7 +14,7 @@ from grade.errors import GradeError, writing
 from grade.files import latest
 from grade.model.checkpoint import load_adapter
 from grade.model.fingerprint import check_made_from, inputs_of
-from grade.processes import leave, make_accelerator
+from grade.processes import make_accelerator
 from grade.training.evaluation import Evaluation, evaluate, write_evaluations
 from grade.training.evaluation_tables import evaluation_table
 from grade.training.setup import set_up
@@ -60,5 +60,4 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
         with writing(path, "RUN_DIR", "Make room on its disk, and evaluate again."):
             write_evaluations(path, {"checkpoint": str(folder), "rows": [asdict(r) for r in rows]})
         Console().print(evaluation_table(rows, title=f"{split}, {rows[0].prompts} prompts, checkpoint {name}"))
-    leave(accelerator)
     return rows

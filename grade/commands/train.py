@@ -12,7 +12,7 @@ from rich.console import Console
 
 from grade.config import Config
 from grade.errors import NothingLeft
-from grade.processes import leave, main_process_first, make_accelerator, shared
+from grade.processes import main_process_first, make_accelerator, shared
 from grade.training.evaluation import Evaluation
 from grade.training.evaluation_tables import evaluation_table
 from grade.training.run_folder import run_folder
@@ -56,5 +56,4 @@ def train(config: Config) -> dict[str, Evaluation]:
         if (verdict := trainer.validations.verdict()) is not None:
             console.print(verdict, soft_wrap=True)
         console.print(f"Run directory: {run_dir}", soft_wrap=True)
-    leave(accelerator)
     return rows
