@@ -38,7 +38,7 @@ demo: $(STAMP)
 # Two processes at once, because Triton decides when it is imported whether its kernels are compiled or interpreted; each
 # takes half of the cores. What interprets is the shorter, so files that need nothing of the rest go after it. Status 5
 # means that PYTEST_ARGS selected no test there.
-APART = tests/kernels/test_aot.py tests/test_training_benchmark.py tests/test_compiled_decoding.py tests/test_memory.py
+APART = tests/kernels/test_aot.py tests/benchmarks/test_training_benchmark.py tests/sampling/test_compiled_decoding.py tests/memory
 test: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // 2))')} \
 	    $(MAKE) --no-print-directory -k -j 2 test-main test-kernels
@@ -52,7 +52,7 @@ test-kernels: $(STAMP)
 	@$(MAKE) --no-print-directory test-portable
 
 # The libraries take other kernels, and so round otherwise, on a processor with AVX2 only. These make them do so anywhere.
-PORTABLE = $(addprefix tests/test_,decoding.py rollout.py replay.py policy_gradient_steps.py methods_bandit.py)
+PORTABLE = tests/sampling/test_decoding.py tests/sampling/test_rollout.py tests/replay $(addprefix tests/methods/test_,policy_gradient_steps.py methods_bandit.py)
 test-portable: $(STAMP)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE \
 	    $(BIN)/python -m pytest $(PORTABLE) $(PYTEST_ARGS) || [ $$? -eq 5 ]

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from test_rollout import PROMPTS
+from rollouts import PROMPTS
 from tiny import KeepDouble, tiny_policy
 from torch._dynamo.utils import counters
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_model import base_model, policy_around
-from tiny import CONFIGS, EOS, VOCAB, TinyTokenizer
+from tiny import CONFIGS, EOS, VOCAB, TinyTokenizer, base_model, policy_around
 
 from grade.config import Config
 from grade.errors import GradeError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_reward import SAME, classifier, save_tokenizer
+from classifiers import SAME, classifier, save_tokenizer
 from tiny import CONFIGS
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MambaConfig, MptConfig
 

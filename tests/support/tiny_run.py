@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from grade.built_in.demo_model import demo_model
 from grade.config import (
@@ -19,7 +22,10 @@ from grade.config import (
     TaskConfig,
     TrainConfig,
 )
+from grade.processes import make_accelerator
 from grade.tasks.demo import write_reviews
+from grade.training.run_folder import prepare_run_dir
+from grade.training.trainer import Trainer
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +82,45 @@ def keyboard():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+class NullLog:
+    """A trainer's step outside `fit`."""
+
+    def samples(self, *args):
+        pass
+
+
+def trainer_of(config):
+    trainer = Trainer(config, make_accelerator(config), Path(config.run_dir))
+    trainer.log = NullLog()
+    return trainer
+
+
+def adapter_of(policy):
+    return torch.cat([p.detach().flatten() for p in policy.parameters()]).clone()
+
+
+def with_train(config, **changes):
+    return replace(config, train=replace(config.train, **changes))
+
+
+def stopped_after(config, steps=2):
+    """Run a config until it is interrupted in the step after `steps` of them."""
+    trainer = Trainer(config, make_accelerator(config), prepare_run_dir(config))
+    step = trainer.train_step
+
+    def no_more_steps():
+        if trainer.step == steps:
+            raise KeyboardInterrupt
+        return step()
+
+    trainer.train_step = no_more_steps
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
+def timeless(path):
+    """The rows of a run's log without what no two runs share: times and memory."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for r in rows]

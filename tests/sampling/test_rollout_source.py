@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainer import trainer_of
 from tiny import tiny_policy, tiny_reward
-from tiny_run import shared_output, tiny_config, tiny_data, tiny_model  # noqa: F401
+from tiny_run import shared_output, tiny_config, tiny_data, tiny_model, trainer_of  # noqa: F401
 
 from grade.config import RolloutConfig, validate
 from grade.errors import GradeError

@@ -10,15 +10,28 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import CONFIGS, EOS, LLAMA_SIZES, SIZES, TARGETS, VOCAB, KeepDouble, TinyTokenizer, tiny_policy, tiny_reward
+from tiny import (
+    ATTENTION,
+    CONFIGS,
+    EOS,
+    LLAMA_SIZES,
+    SIZES,
+    TARGETS,
+    VOCAB,
+    KeepDouble,
+    TinyTokenizer,
+    base_model,
+    embeddings_of,
+    policy_around,
+    tiny_policy,
+    tiny_reward,
+)
 from transformers import (
-    AutoModelForCausalLM,
     CohereConfig,
     FalconConfig,
     GraniteConfig,
     PhiConfig,
 )
-from transformers.pytorch_utils import Conv1D
 
 from grade.errors import GradeError
 from grade.model.loading import load_policy, load_tokenizer
@@ -31,34 +44,6 @@ from grade_kernels import vocab_head
 from grade_kernels.reference import head_logits
 
 DTYPES = [torch.float32, torch.bfloat16]
-ATTENTION = ["q_proj", "v_proj"]
-
-
-def base_model(config, dtype=torch.float32):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).to(dtype)
-
-
-def policy_around(base, targets=None, tokenizer=None, dropout=0.0, **options):
-    """A policy on a base model of our own making, with an adapter that is not zero."""
-    lora = LoraConfig(
-        r=2, target_modules=targets or ATTENTION, task_type="CAUSAL_LM", lora_dropout=dropout,
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()), **options,
-    )
-    base.requires_grad_(False)
-    model = get_peft_model(base, lora)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2)
-    return Policy(model, tokenizer or TinyTokenizer())
-
-
-def embeddings_of(policy, length=9, batch=2, seed=0):
-    """[B, T, d] of random tokens, and a mask of ones."""
-    ids = torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-    return policy.embed(ids), torch.ones(batch, length, dtype=torch.bool)
 
 
 # -- probes --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rollouts import PROMPTS, draw
 from tiny import CONFIGS, EOS, VOCAB, KeepDouble, tiny_policy, tiny_reward
 
 import grade.sampling.draw
@@ -11,30 +12,17 @@ import grade.sampling.sample
 from grade.model.passes import fed_embeddings, policy_pass
 from grade.replay.replay import ReplaySettings, score
 from grade.rollout import pad_prompts
-from grade.sampling.draw import Sampling, nucleus
-from grade.sampling.sample import sample, support_is_allowed
+from grade.sampling.draw import nucleus
+from grade.sampling.sample import support_is_allowed
 from grade_kernels import vocab_head
 from grade_kernels.random import gumbel
 
-PROMPTS = [[5, 9, 2], [7, 11, 13, 17, 19], [23], [8, 6, 4, 31]]
 NO_EOS = torch.zeros(0, dtype=torch.int64)
 PAD = 60
 # Every architecture samples tokens; mixtures also where positions, windows and scaled embeddings are special.
 EVERY_MODEL = [(name, False) for name in CONFIGS] + [(name, True) for name in ("llama", "gpt2", "gemma2")]
 # 99.9 % quantiles of chi-squared by degrees of freedom; seeds are fixed, so a test that passes always does.
 CHI_SQUARED_999 = {3: 16.27, 11: 31.26}
-
-
-def draw(policy, prompts=PROMPTS, *, seed=0, rows=None, copies=1, adapters=True, decoding=None, **options):
-    """A rollout of 12 tokens from 7 candidates unless told otherwise, and noise rows that do not overlap."""
-    sampling = Sampling(**{"max_new_tokens": 12, "top_k": 7, **options})
-    ids, mask = pad_prompts(prompts, policy.pad_id)
-    if rows is None:
-        rows = torch.arange(len(prompts) * copies) * 100
-    return sample(
-        policy, ids, mask, sampling, seed=seed, first_rows=rows, samples_per_prompt=copies, adapters=adapters,
-        decoding=decoding,
-    )
 
 
 def responses(rollout):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_rollout import PROMPTS, draw
+from rollouts import PROMPTS, draw
 from tiny import CONFIGS, VOCAB, KeepDouble, tiny_policy
 
 import grade.sampling.sample

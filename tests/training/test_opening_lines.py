@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
-from test_trainer import with_train
 from tiny import tiny_policy
+from tiny_run import with_train
 
 from grade.commands.train import train
 from grade.config import Config

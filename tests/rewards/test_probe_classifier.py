@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_probe_decoding import LONGROPE
-from test_reward import classifier
+from classifiers import LONGROPE, classifier
 from transformers import GemmaConfig, GPT2Config, LlamaConfig
 
 from grade.errors import GradeError

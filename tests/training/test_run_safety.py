@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import killed
 from safetensors.torch import load_file, save_file
-from test_files import killed
-from test_trainer import stopped_after, timeless, trainer_of, with_train
-from tiny_run import make_tiny_config
+from tiny_run import make_tiny_config, stopped_after, timeless, trainer_of, with_train
 
 from grade import cli
 from grade.commands.evaluate import evaluate_run

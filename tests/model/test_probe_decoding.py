@@ -9,8 +9,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model import base_model, embeddings_of, policy_around
-from tiny import CONFIGS, FURTHER, LLAMA_SIZES, SIZES, TARGETS, KeepDouble, TinyTokenizer, needs_qwen, tiny_policy
+from classifiers import LONGROPE
+from tiny import (
+    CONFIGS,
+    FURTHER,
+    LLAMA_SIZES,
+    SIZES,
+    TARGETS,
+    KeepDouble,
+    TinyTokenizer,
+    base_model,
+    embeddings_of,
+    needs_qwen,
+    policy_around,
+    tiny_policy,
+)
 from transformers import AutoTokenizer, BartConfig, LlamaConfig, RecurrentGemmaConfig
 
 from grade.commands.train import train
@@ -32,9 +45,6 @@ def with_positions(switch, **rope):
     if switch is not None:
         rope["original_max_position_embeddings"] = switch
     return base_model(LlamaConfig(**SIZES, **sizes, rope_parameters={"rope_theta": 1e4, "factor": 4.0, **rope}))
-
-
-LONGROPE = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[8.0] * 4)
 
 
 @pytest.mark.parametrize("switch, rope, kind", [
@@ -287,5 +297,3 @@ def test_the_cap_of_recurrent_gemma_is_found():
     policy.head = base.lm_head.weight.detach()
     policy.embedding = base.get_input_embeddings().weight.detach()
     assert probe_head(policy) == (1.0, 3.0)
-
-

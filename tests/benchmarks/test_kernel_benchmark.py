@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # `benchmarks` is run from the repository and not installed
 
 from benchmarks import kernel_cases, kernel_setup, kernels, measure  # noqa: E402

@@ -8,34 +8,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from published import gradients, published_loss, relative_error
+from rollouts import MIN_NEW, PROMPTS, gradient, replayed_gradient, rollout_of
 from tiny import CONFIGS, EOS, FURTHER, VOCAB, KeepDouble, tiny_policy, tiny_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grade.methods.base import kl_weight
 from grade.model.policy import Policy
 from grade.replay.replay import ReplaySettings, replay, score
 from grade.rollout import pad_prompts
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
-
-PROMPTS = [[5, 9, 2], [7, 11, 13, 17, 19], [23], [8, 6, 4, 31]]
-MIN_NEW = 3
-
-
-def rollout_of(policy, *, k=7, tau=1.0, soft=False, max_new=8, seed=0, prompts=PROMPTS, copies=1, min_new=MIN_NEW):
-    ids, mask = pad_prompts(prompts, policy.pad_id)
-    sampling = Sampling(max_new_tokens=max_new, min_new_tokens=min_new, top_k=k, tau=tau, soft=soft)
-    first_rows = torch.arange(len(prompts) * copies) * max_new
-    return sample(policy, ids, mask, sampling, seed=seed, first_rows=first_rows, samples_per_prompt=copies)
-
-
-def replayed_gradient(policy, reward, rollout, settings, *, kl_coef, kl_reduction, micro=None):
-    tokens, responses = int(rollout.mask.sum()), len(rollout)
-    for part in rollout.micro_batches(micro or responses):
-        weight = kl_weight(part.mask, kl_reduction, kl_coef, tokens, responses)
-        share = weight.new_full((len(part),), 1 / responses)
-        replay(policy, reward, part, settings, reward_weight=share, kl_weight=weight)
-    return gradients(policy)
 
 
 def ragged_rollout(policy, **options):
@@ -126,12 +107,6 @@ def setting():
     reward = tiny_reward(policy)
     rollout = ragged_rollout(policy)
     return policy, reward, rollout, ReplaySettings(tau=1.0, max_hops=20, hop_tol=0.0)
-
-
-def gradient(policy, reward, rollout, settings, **options):
-    return replayed_gradient(
-        policy, reward, rollout, settings, **{"kl_coef": 0.3, "kl_reduction": "token_mean", **options}
-    )
 
 
 def test_hops_are_exact_after_s_minus_one(setting):

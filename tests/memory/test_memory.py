@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import trainer_of, with_train
 from tiny import tiny_policy, tiny_reward
+from tiny_run import trainer_of, with_train
 from torch.autograd.graph import saved_tensors_hooks
 
 import grade.memory.estimate

@@ -7,10 +7,9 @@ import re
 
 import pytest
 import torch
+from classifiers import PAD, SAME, classifier, save_tokenizer
 from published import gradients, published_loss, relative_error
 from tiny import CONFIGS, EOS, VOCAB, KeepDouble, tiny_policy, tiny_reward
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,7 +17,6 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
-    PreTrainedTokenizerFast,
 )
 
 from grade.errors import GradeError
@@ -42,7 +40,6 @@ READS = ["prompt+response", "response"]
 PROMPTS = [[5, 9, 2], [7, 11, 13, 17, 19], [23]]
 # Lengths 4, 2 and 1 of 4; the first has an end token in its middle, as ignore_eos allows.
 RESPONSES = [[12, EOS, 30, 41], [22, EOS], [33]]
-PAD = 60  # the unused last id, where pad must differ from EOS
 
 
 def rollout_of(responses=RESPONSES, prompts=PROMPTS, *, pad=EOS, wider_prompt=0, wider_response=0, copies=1):
@@ -194,23 +191,6 @@ def test_base_pass_is_the_base_whatever_the_adapter_says():
     assert torch.equal(value(policy, tiny_reward(policy), rollout), value(fresh, tiny_reward(fresh), rollout))
 
 
-def classifier(config_class=LlamaConfig, *, labels=3, dtype=torch.float32, seed=5, **options):
-    """A tiny classifier of its own width and weights over the policy's vocabulary."""
-    common = dict(vocab_size=VOCAB, num_labels=labels, bos_token_id=1, eos_token_id=EOS, initializer_range=0.3)
-    if config_class is GPT2Config:
-        sizes = dict(n_embd=24, n_layer=2, n_head=2, n_positions=64)
-    else:
-        sizes = dict(
-            hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=12, max_position_embeddings=64,
-        )
-    if config_class is Gemma2Config:
-        sizes.update(sliding_window=4)
-    torch.manual_seed(seed)
-    config = config_class(**{**common, **sizes, "pad_token_id": PAD, **options})
-    return AutoModelForSequenceClassification.from_config(config).to(dtype)
-
-
 @pytest.mark.parametrize("kind", ["shared", "classifier"])
 def test_input_response_ignores_the_prompt(kind):
     policy = tiny_policy()
@@ -360,17 +340,6 @@ class VocabularyTokenizer:
 
     def get_vocab(self):
         return dict(self.vocabulary)
-
-
-def save_tokenizer(folder, vocabulary):
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<0>")), unk_token="<0>"
-    )
-    tokenizer.save_pretrained(folder)
-    assert tokenizer.get_vocab() == vocabulary
-
-
-SAME = {f"<{i}>": i for i in range(VOCAB)}
 
 
 def test_classifier_from_a_folder(tmp_path):

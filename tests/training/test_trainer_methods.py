@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_trainer import adapter_of, stopped_after, timeless, trainer_of, with_train
+from tiny_run import adapter_of, stopped_after, timeless, trainer_of, with_train
 
 from grade.commands.train import train
 from grade.config import validate
