@@ -12,9 +12,9 @@ from kernel_checks import assert_no_worse
 
 import grade_kernels as gk
 from grade_kernels import SparseTokens, reference
-from grade_kernels.backend import VARIABLE, interpreting
+from grade_kernels.backend import VARIABLE
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(interpreting(), reason="too large for the interpreter")]
+pytestmark = [pytest.mark.triton, pytest.mark.gpu]
 
 N, V, D, K = 16_384, 151_936, 2_560, 256
 # The first rows and the last, whose offsets do not fit into 32 bits.
