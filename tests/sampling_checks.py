@@ -38,7 +38,7 @@ def check_sample(
         blocked &= ids != tokens[:, None]
     values = raw.masked_fill(blocked, -torch.inf)
 
-    support = ops.sample.select(logits, k, suppress, indices, tokens, dtype)
+    support = ops.sample.select(logits, ids.shape[1], suppress, indices, tokens, dtype)
     assert torch.equal(support.ids, ids) and torch.equal(support.values.double(), values)
     lse, eps = logits.double().logsumexp(-1), torch.finfo(dtype).eps
     torch.testing.assert_close(support.lse.double(), lse, rtol=8 * eps, atol=8 * eps)
