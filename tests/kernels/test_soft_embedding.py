@@ -140,10 +140,11 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_table_gradient_is_bitwise_repeatable(backend, device, hard):
-    tokens, table = sparse((40,), 6, hard, device), torch.randn(V, 16, device=device, requires_grad=True)
-    v = torch.randn(40, 16, device=device)
+    n, repeats = (500, 5) if backend == "torch" else (30, 2)
+    tokens, table = sparse((n,), 6, hard, device), torch.randn(V, 16, device=device, requires_grad=True)
+    v = torch.randn(n, 16, device=device)
     torch.set_num_threads(2)  # restored by the fixture
-    first, *others = (torch.autograd.grad(soft_embedding(tokens, table), table, v)[0] for _ in range(3))
+    first, *others = (torch.autograd.grad(soft_embedding(tokens, table), table, v)[0] for _ in range(repeats))
     assert all(torch.equal(first, other) for other in others)
 
 

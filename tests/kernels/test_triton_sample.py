@@ -7,7 +7,7 @@ import torch
 from kernel_checks import HALF
 from sampling_checks import check_sample
 
-from grade_kernels import gumbel_topk, linear_gumbel_topk, triton_ops
+from grade_kernels import triton_ops
 from grade_kernels.triton_ops import sample
 
 pytestmark = pytest.mark.triton
@@ -68,18 +68,3 @@ def test_random_candidates_are_few():
     bound = maxima.topk(256).values[:, -1:]
     passed = (logits >= bound).sum(-1).float()
     assert 256 <= passed.min() and 265 < passed.mean() < 280 and passed.max() < plan.buffers["SORT"]
-
-
-def test_linear_is_the_same_without_the_logits(device):
-    hidden, weight = torch.randn(3, 8), torch.randn(400, 8)
-    leaves = [x.to(device).requires_grad_() for x in (hidden, weight)]
-    sparse = linear_gumbel_topk(*leaves, 7, 0.5, seed=1, chunk_bytes=1, suppress=[3])
-    sparse.weights.square().sum().backward()
-    others = [x.to(device).requires_grad_() for x in (hidden, weight)]
-    dense = gumbel_topk(others[0] @ others[1].T, 7, 0.5, seed=1, suppress=[3])
-    dense.weights.square().sum().backward()
-    assert torch.equal(sparse.indices, dense.indices) and torch.equal(sparse.tokens, dense.tokens)
-    torch.testing.assert_close(sparse.weights, dense.weights)
-    torch.testing.assert_close(sparse.mass, dense.mass)
-    for ours, theirs in zip(leaves, others, strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
