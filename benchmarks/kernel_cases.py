@@ -17,7 +17,7 @@ from benchmarks.kernel_setup import Goal, Outputs, Run, Setup, Sizes, liger, rel
 from benchmarks.kernel_tools import backend_name, both_ends, generator, normal, with_compiled
 from grade_kernels import gumbel_topk, logits_kl, reference, token_logprob, vocab_head
 from grade_kernels.backend import interpreting
-from grade_kernels.random import gumbel
+from grade_kernels.common.random import gumbel
 
 SEED, TAU = 17, 0.5
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.kernel_setup import Outputs, Run, Setup, Sizes, worst
 from benchmarks.kernel_tools import backend_name, both_ends, generator, normal, with_compiled
 from grade_kernels import SparseTokens, reference, scatter_tokens, soft_embedding, soft_token_vjp
-from grade_kernels.random import exponential, gumbel
+from grade_kernels.common.random import exponential, gumbel
 
 SEED, TAU = 17, 0.5
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
+from grade_kernels.common import checks
 from grade_kernels.sparse import SparseTokens, check_sparse
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
-from grade_kernels.stats import KLStats
-from grade_kernels.torch_ops.chunks import rows_of
+from grade_kernels.common import checks
+from grade_kernels.common.chunks import rows_of
+from grade_kernels.common.stats import KLStats
 
 
 def logits_kl(logits: Tensor, ref_logits: Tensor, direction: str = "policy_ref") -> Tensor:

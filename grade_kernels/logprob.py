@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
-from grade_kernels.stats import TokenStats
-from grade_kernels.torch_ops.chunks import rows_of
+from grade_kernels.common import checks
+from grade_kernels.common.chunks import rows_of
+from grade_kernels.common.stats import TokenStats
 
 
 def token_logprob(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
+from grade_kernels.common import checks
 from grade_kernels.sparse import SparseTokens, check_sparse
 
 

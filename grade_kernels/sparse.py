@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from grade_kernels import checks
+from grade_kernels.common import checks
 
 
 @dataclass(frozen=True)

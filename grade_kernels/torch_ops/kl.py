@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grade_kernels.stats import KLStats
-from grade_kernels.torch_ops.chunks import Rows, pieces
-from grade_kernels.torch_ops.head import through_softcap
+from grade_kernels.common.chunks import Rows, pieces
+from grade_kernels.common.head import through_softcap
+from grade_kernels.common.stats import KLStats
 from grade_kernels.torch_ops.logprob import Exponentials, exponentials
 
 # phi is a power series up to this |x|: e^x - 1 - x by itself has lost a factor 2/x of precision there.

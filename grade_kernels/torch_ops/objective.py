@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grade_kernels.stats import KLStats, TokenStats
-from grade_kernels.torch_ops.chunks import gather, pieces
-from grade_kernels.torch_ops.head import through_softcap
+from grade_kernels.common.chunks import gather, pieces
+from grade_kernels.common.head import through_softcap
+from grade_kernels.common.stats import KLStats, TokenStats
 from grade_kernels.torch_ops.kl import kl_grads, kl_stats
 from grade_kernels.torch_ops.logprob import token_stats
 from grade_kernels.torch_ops.sample import block, place

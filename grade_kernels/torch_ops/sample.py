@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grade_kernels.common.chunks import Rows, gather
 from grade_kernels.torch_ops import support as ops
-from grade_kernels.torch_ops.chunks import Rows, gather
 from grade_kernels.torch_ops.logprob import log_sum_exp
 from grade_kernels.torch_ops.topk import topk_ids
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from grade_kernels.stats import KLStats, TokenStats
+from grade_kernels.common.chunks import pieces
+from grade_kernels.common.head import through_softcap
+from grade_kernels.common.stats import KLStats, TokenStats
 from grade_kernels.torch_ops import kl as kl_ops
-from grade_kernels.torch_ops.chunks import pieces
-from grade_kernels.torch_ops.head import through_softcap
 from grade_kernels.torch_ops.logprob import exponentials, piece_stats
 from grade_kernels.torch_ops.sample import candidates
 

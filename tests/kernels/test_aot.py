@@ -163,7 +163,7 @@ def test_large_logits_are_told_to_amd_only(toys):
 def shipped():
     if interpreting():
         pytest.skip("TRITON_INTERPRET=1 replaces the compiler")
-    from grade_kernels.triton_ops import cases
+    from grade_kernels.aot import cases
 
     return aot.configurations(cases.record(), TARGETS)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from grade_kernels.random import random_bits
+from grade_kernels.common.random import random_bits
 
 V, D = 64, 8
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kernel_checks import HALF, Allocations, assert_no_worse, rel_err
 
 from grade_kernels import logits_kl, logits_kl_with_grads, reference
-from grade_kernels.torch_ops import chunks
+from grade_kernels.common import chunks
 
 DIRECTIONS = ["policy_ref", "ref_policy"]
 INF = torch.inf

@@ -11,7 +11,7 @@ from grade_kernels import (
     linear_token_logprob,
     reference,
 )
-from grade_kernels.torch_ops import head as head_ops
+from grade_kernels.common import head as head_ops
 
 HEADS = [
     {},

@@ -5,7 +5,7 @@ import torch
 from kernel_checks import HALF, Allocations, assert_no_worse
 
 from grade_kernels import reference, token_logprob
-from grade_kernels.torch_ops import chunks
+from grade_kernels.common import chunks
 
 INF = torch.inf
 

@@ -5,8 +5,9 @@ import torch
 from kernel_checks import HALF, Allocations, rel_err
 
 from grade_kernels import chunk_rows, reference, vocab_head
-from grade_kernels.torch_ops import chunks, topk
-from grade_kernels.torch_ops import head as head_ops
+from grade_kernels.common import chunks
+from grade_kernels.common import head as head_ops
+from grade_kernels.torch_ops import topk
 
 HEADS = [{}, {"bias": True}, {"scale": 0.25}, {"softcap": 3.0}, {"bias": True, "scale": -1.5, "softcap": 2.0}]
 V, D = 37, 6

@@ -7,8 +7,8 @@ import torch
 from kernel_checks import HALF, Allocations, rel_err
 
 from grade_kernels import reference, vocab_head, vocab_objective
-from grade_kernels.torch_ops import chunks
-from grade_kernels.torch_ops import head as head_ops
+from grade_kernels.common import chunks
+from grade_kernels.common import head as head_ops
 from grade_kernels.torch_ops.objective import objective_chunk
 
 HEADS = [{}, {"bias": True}, {"scale": 0.25}, {"softcap": 3.0}, {"bias": True, "scale": -1.5, "softcap": 2.0}]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grade_kernels.backend import check_triton, interpreting
-from grade_kernels.stats import KLStats, TokenStats
+from grade_kernels.common.stats import KLStats, TokenStats
 
 try:
     check_triton()

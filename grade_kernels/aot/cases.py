@@ -15,9 +15,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from grade_kernels.checks import DIRECTIONS, ESTIMATORS
-from grade_kernels.stats import KLStats, TokenStats
-from grade_kernels.torch_ops.chunks import rows_of
+from grade_kernels.common.checks import DIRECTIONS, ESTIMATORS
+from grade_kernels.common.chunks import rows_of
+from grade_kernels.common.stats import KLStats, TokenStats
 from grade_kernels.triton_ops import embedding, kl, launch, logprob, objective, sample, sweep, vjp
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
