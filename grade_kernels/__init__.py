@@ -4,7 +4,7 @@ from grade_kernels.backend import backend_for
 from grade_kernels.common.chunks import chunk_rows
 from grade_kernels.common.head import Head
 from grade_kernels.embedding import soft_embedding
-from grade_kernels.kl import KLWithGrads, logits_kl, logits_kl_with_grads
+from grade_kernels.kl import logits_kl
 from grade_kernels.linear import linear_gumbel_topk, linear_kl, linear_token_logprob
 from grade_kernels.logprob import token_logprob
 from grade_kernels.objective import VocabObjective, vocab_objective
@@ -16,7 +16,6 @@ from grade_kernels.vjp import SoftTokenGrad, SoftTokenRule, candidate_grad, pull
 
 __all__ = [
     "Head",
-    "KLWithGrads",
     "SoftTokenGrad",
     "SoftTokenRule",
     "SparseTokens",
@@ -30,7 +29,6 @@ __all__ = [
     "linear_kl",
     "linear_token_logprob",
     "logits_kl",
-    "logits_kl_with_grads",
     "place_tokens",
     "pull_back",
     "scatter_tokens",

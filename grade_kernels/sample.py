@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 from grade_kernels.backend import backend_for, implementation
 from grade_kernels.common import checks
 from grade_kernels.common.chunks import rows_of
+from grade_kernels.common.sample import Support, place
 from grade_kernels.sparse import SparseTokens
-from grade_kernels.torch_ops.sample import place
 
 
 def gumbel_topk(
@@ -175,7 +175,7 @@ class _GumbelTopk(torch.autograd.Function):
     def backward(ctx: Any, _ids: Any, v: Tensor, _tokens: Any, _mass: Any) -> tuple[Tensor | None, ...]:
         ids, weights = ctx.saved_tensors
         shape, dtype = ctx.like
-        ops = implementation(ctx.backend).sample
+        ops = implementation(ctx.backend).scatter
         grad = ops.scatter(ids, ops.weights_vjp(weights, v, ctx.tau), shape[-1], dtype)
         return grad.view(shape), None, None, None
 
@@ -189,7 +189,7 @@ class SampleSupport(torch.autograd.Function):
         ctx: Any, values: Tensor, ids: Tensor, lse: Tensor, args: SampleArgs, backend: str
     ) -> tuple[Tensor, ...]:
         ops = implementation(backend).sample
-        sample = ops.sample(ops.Support(ids, values, lse), args.keys, args.seed, args.draw, args.chosen, args.tau)
+        sample = ops.sample(Support(ids, values, lse), args.keys, args.seed, args.draw, args.chosen, args.tau)
         ctx.save_for_backward(sample.weights)
         ctx.tau, ctx.backend = args.tau, backend
         ctx.mark_non_differentiable(sample.tokens, sample.mass)
@@ -199,5 +199,5 @@ class SampleSupport(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, v: Tensor, _tokens: Any, _mass: Any) -> tuple[Tensor | None, ...]:
         (weights,) = ctx.saved_tensors
-        grad = implementation(ctx.backend).sample.weights_vjp(weights, v, ctx.tau)
+        grad = implementation(ctx.backend).scatter.weights_vjp(weights, v, ctx.tau)
         return grad, None, None, None, None

@@ -59,4 +59,4 @@ def sweep(
             if name not in out:
                 out[name] = piece.new_empty(n, *piece.shape[1:])
             out[name][a:b] = piece
-    return {name: x.view(*leading, *x.shape[1:]) for name, x in out.items()}
+    return {name: x.view((*leading, *x.shape[1:])) for name, x in out.items()}

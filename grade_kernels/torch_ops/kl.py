@@ -87,14 +87,6 @@ def kl_grads(
             out[a:b] = through_softcap(grad, logits, softcap)
 
 
-def kl_with_grads(p_logits: Rows, q_logits: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(KL [N], its gradient to each side [N, V] in the side's dtype)."""
-    stats = kl_stats(p_logits, q_logits, dtype)
-    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p_logits, q_logits)]
-    kl_grads(p_logits, q_logits, stats, None, *outs)
-    return stats.kl.clone(), *outs
-
-
 def divergence(p: Tensor, q: Tensor, exp_p: Exponentials, exp_q: Exponentials, grad: bool = False) -> Divergence:
     """KL(p || q) of the logits [r, V] of one piece, with its gradient to both while all they share is in cache.
 

@@ -4,6 +4,6 @@ from grade_kernels.common.environment import check_triton
 
 check_triton()
 
-from grade_kernels.triton_ops import embedding, kl, logprob, objective, sample, sweep, vjp  # noqa: E402
+from grade_kernels.triton_ops import embedding, kl, logprob, objective, sample, scatter, sweep, vjp  # noqa: E402
 
-__all__ = ["embedding", "kl", "logprob", "objective", "sample", "sweep", "vjp"]
+__all__ = ["embedding", "kl", "logprob", "objective", "sample", "scatter", "sweep", "vjp"]
