@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grade_kernels import logits_kl
-from grade_kernels.stats import KLStats
+from grade_kernels.common.stats import KLStats
 
 INF = torch.inf
 TILE = 4096  # of the kernel: 256 lanes of 16 entries

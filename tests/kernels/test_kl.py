@@ -8,7 +8,7 @@ from kernel_checks import HALF, Allocations, assert_no_worse, rel_err
 from kl_checks import INF, TILE, assert_stats, judge, stats_and_grads, value_and_grads
 
 from grade_kernels import logits_kl, reference
-from grade_kernels.torch_ops import chunks
+from grade_kernels.common import chunks
 
 DIRECTIONS = ["policy_ref", "ref_policy"]
 # Fewer entries than lanes, both sides of a tile, one lane more than two tiles, one entry more than a gradient program.

@@ -7,7 +7,7 @@ import torch
 from kernel_checks import HALF, Allocations, assert_no_worse, rel_err
 
 from grade_kernels import reference, token_logprob
-from grade_kernels.torch_ops import chunks
+from grade_kernels.common import chunks
 
 INF = torch.inf
 # A tile of the kernel is 256 lanes of 32 entries, and a program of its gradient takes 16384: fewer entries than lanes,

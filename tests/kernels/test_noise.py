@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from grade_kernels import random
+from grade_kernels.common import random
 
 WORD = 0xFFFFFFFF
 

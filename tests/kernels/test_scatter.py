@@ -28,7 +28,7 @@ def test_scatter(ops, device, dtype, k, vocab):
     for given in (values, values.half()):
         expected = torch.zeros(3, vocab, dtype=dtype, device=device)
         expected[torch.arange(3, device=device)[:, None], ids] = given.to(dtype)
-        ours = ops.sample.scatter(ids, given, vocab, dtype)
+        ours = ops.scatter.scatter(ids, given, vocab, dtype)
         assert ours.dtype == dtype
         torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(ids, copies[0]) and torch.equal(values[1:], copies[1][1:])
@@ -39,12 +39,12 @@ def test_scatter(ops, device, dtype, k, vocab):
 def test_weights_vjp(ops, device, k, tau):
     weights, grad = torch.randn(3, k, device=device).softmax(-1), torch.randn(3, k, device=device)
     if k == 1:  # the weight is 1 and its derivative 0
-        assert (ops.sample.weights_vjp(weights, grad, tau) == 0).all()
+        assert (ops.scatter.weights_vjp(weights, grad, tau) == 0).all()
         return
     jacobian = reference.softmax_jacobian(weights.double())
     for v in (grad, grad.bfloat16(), torch.ones(1, 1, device=device).expand(3, k)):
         exact = (jacobian @ v.double()[..., None])[..., 0] / tau
-        error = (ops.sample.weights_vjp(weights, v, tau).double() - exact).abs().max()
+        error = (ops.scatter.weights_vjp(weights, v, tau).double() - exact).abs().max()
         assert error < 8 * torch.finfo(torch.float32).eps * (weights * v).abs().max() / tau
 
 

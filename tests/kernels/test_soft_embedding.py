@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import HALF, Allocations, assert_no_worse, rel_err
 
-from grade_kernels import SparseTokens, gumbel_topk, pull_back, reference, scatter_tokens, soft_embedding
+from grade_kernels import Head, SparseTokens, gumbel_topk, pull_back, reference, scatter_tokens, soft_embedding
 from grade_kernels.torch_ops import embedding as torch_ops
 
 V = 20
@@ -200,4 +200,4 @@ def test_no_rows(ops, device):
     assert ops.embedding.weighted_sum(weights, ids, table).shape == (0, 7)
     assert ops.embedding.candidate_dots(grad, ids, table).shape == (0, 5)
     assert torch.equal(ops.embedding.scatter_sum(weights, ids, grad, V), torch.zeros(V, 7, device=device))
-    assert pull_back(weights, ids, table).shape == (0, 7)
+    assert pull_back(weights, ids, Head(table)).shape == (0, 7)

@@ -20,7 +20,6 @@ def embedded(x: torch.Tensor, hard: bool) -> torch.Tensor:
 FUNCTIONS = {
     "gumbel_topk": lambda x: gk.gumbel_topk(x, 4, 0.5, seed=1).weights.square().sum(),
     "logits_kl": lambda x: gk.logits_kl(x, x.detach() + 0.1 * x.detach().square()).sum(),
-    "logits_kl_with_grads": lambda x: gk.logits_kl_with_grads(x, 2 * x).grad.sum(),
     "soft tokens": lambda x: embedded(x, False),
     "hard tokens": lambda x: embedded(x, True),
     "token_logprob": lambda x: gk.token_logprob(x, x.argmax(-1))[0].sum(),

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grade_kernels import random
+from grade_kernels.common import random
 from grade_kernels.torch_ops import support
 from grade_kernels.triton_ops import device as device_functions
 from grade_kernels.triton_ops import noise
