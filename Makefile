@@ -49,7 +49,7 @@ test-main: $(STAMP)
 	$(BIN)/python -m pytest $(addprefix --ignore ,$(APART)) $(PYTEST_ARGS)
 
 test-kernels: $(STAMP)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_path $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest $(APART) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	@$(MAKE) --no-print-directory test-portable
 

@@ -129,7 +129,7 @@ def _checks(policy: Policy) -> dict:
 def _gradient_error(policy: Policy) -> float:
     """Of one step's gradient by replay against the published algorithm's, relative."""
     torch.manual_seed(2)
-    reward = SharedReward(policy, RewardHead(policy.head.shape[1], 16), "prompt+response")
+    reward = SharedReward(policy, RewardHead(policy.head.weight.shape[1], 16), "prompt+response")
     prompts = torch.arange(10, 18).view(2, 4)
     rows = torch.arange(2)[:, None] * _TOKENS + torch.arange(_TOKENS)
     published_step(

@@ -84,7 +84,6 @@ elif "$python" -c "import hypothesis, scipy, transformers, peft, datasets, jsona
 else
     # tests/conftest.py needs the trainer's libraries; below --confcutdir it is not read.
     echo "gpu.sh: the trainer's libraries are missing: only the tests of the kernels are run"
-    run_tests --confcutdir=tests/triton_path tests/triton_path
     run_tests --confcutdir=tests/kernels tests/kernels
 fi
 keep

@@ -15,9 +15,9 @@ from torch import Tensor
 from benchmarks import kernel_cases_sparse as sparse
 from benchmarks.kernel_setup import Goal, Outputs, Run, Setup, Sizes, liger, relative_error, worst
 from benchmarks.kernel_tools import backend_name, both_ends, generator, normal, with_compiled
-from grade_kernels import gumbel_topk, logits_kl, reference, token_logprob, vocab_head
+from grade_kernels import Head, gumbel_topk, logits_kl, reference, scatter_tokens, token_logprob, vocab_head
 from grade_kernels.backend import interpreting
-from grade_kernels.random import gumbel
+from grade_kernels.common.random import gumbel
 
 SEED, TAU = 17, 0.5
 
@@ -53,7 +53,7 @@ def dense_gumbel_topk(logits: Tensor, k: int, tau: float) -> Outputs:
 def our_gumbel_topk(logits: Tensor, k: int, tau: float, dense: bool = False) -> Outputs:
     tokens = gumbel_topk(logits, k, tau, seed=SEED)
     names = {"weights": tokens.weights, "ids": tokens.indices, "tokens": tokens.tokens}
-    return names | ({"dense": tokens.scatter(logits.shape[-1])} if dense else {})
+    return names | ({"dense": scatter_tokens(tokens, logits.shape[-1])} if dense else {})
 
 
 def gumbel_topk_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, mode: str, decode: int = 0) -> Setup:
@@ -91,13 +91,13 @@ def gumbel_topk_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *,
     def textbook_price() -> Outputs:
         return {"dense": price.expand(n, v).contiguous()}
 
-    given = {"mode": mode, "wrt": ("logits",) if backward else ()}
-    ours = Run("ours", backend_name("gumbel_topk", logits), partial(our_gumbel_topk, k=k, tau=TAU), **given,
+    shared = {"mode": mode, "wrt": ("logits",) if backward else ()}
+    ours = Run("ours", backend_name("gumbel_topk", logits), partial(our_gumbel_topk, k=k, tau=TAU), **shared,
                cotangents=our_price if backward else dict)
-    dense = Run("ours, dense", ours.backend, partial(our_gumbel_topk, k=k, tau=TAU, dense=True), **given,
+    dense = Run("ours, dense", ours.backend, partial(our_gumbel_topk, k=k, tau=TAU, dense=True), **shared,
                 cotangents=textbook_price if backward else dict, needs=plane(sizes, 2),
                 note="with the dense one-hot made from the sparse result")
-    textbook = Run("textbook", "torch", partial(dense_gumbel_topk, k=k, tau=TAU), **given,
+    textbook = Run("textbook", "torch", partial(dense_gumbel_topk, k=k, tau=TAU), **shared,
                    cotangents=textbook_price if backward else dict, needs=plane(sizes, 6 if backward else 4),
                    note="top-k, noise, softmax, dense one-hot")
     if decode:
@@ -138,7 +138,7 @@ def logits_kl_setup(
         return worst(got, {"kl": kl, "d_logits": grads[0], "d_ref_logits": grads[1], "d_mean": mean_grad})
 
     backward = mode != "forward"
-    given = {"mode": mode, "wrt": sides if backward else (), "cotangents": lambda: {"kl": arrive} if backward else {}}
+    shared = {"mode": mode, "wrt": sides if backward else (), "cotangents": lambda: {"kl": arrive} if backward else {}}
 
     def our_kl(logits: Tensor, ref_logits: Tensor) -> Outputs:
         return {"kl": logits_kl(logits, ref_logits)}
@@ -146,9 +146,9 @@ def logits_kl_setup(
     def textbook_kl(logits: Tensor, ref_logits: Tensor) -> Outputs:
         return {"kl": reference.kl(logits.float(), ref_logits.float())}
 
-    ours = Run("ours", backend_name("logits_kl", logits), our_kl, **given)
+    ours = Run("ours", backend_name("logits_kl", logits), our_kl, **shared)
     widened = 0 if dtype == torch.float32 else 2
-    textbook = Run("textbook", "torch", textbook_kl, **given, needs=plane(sizes, (8 if backward else 6) + widened))
+    textbook = Run("textbook", "torch", textbook_kl, **shared, needs=plane(sizes, (8 if backward else 6) + widened))
     runs = [ours, *with_compiled(textbook)]
     if mode == "forward+backward":
         runs.append(liger_kl(n, device, plane(sizes, 7 + widened)))
@@ -202,8 +202,8 @@ def token_logprob_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, 
         return worst(got, {"logprob": logprob, "entropy": entropy, "d_logits": d_logits, "d_nll": d_nll})
 
     backward = mode != "forward"
-    given = {"mode": mode, "wrt": ("logits",) if backward else (),
-             "cotangents": lambda: {"logprob": arrive, "entropy": -arrive / 2} if backward else {}}
+    shared = {"mode": mode, "wrt": ("logits",) if backward else (),
+              "cotangents": lambda: {"logprob": arrive, "entropy": -arrive / 2} if backward else {}}
 
     def ours(logits: Tensor, tokens: Tensor) -> Outputs:
         logprob, entropy = token_logprob(logits, tokens)
@@ -213,8 +213,8 @@ def token_logprob_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, 
         logprob, entropy = reference.token_logprob(logits.float(), tokens)
         return {"logprob": logprob, "entropy": entropy}
 
-    textbook = Run("textbook", "torch", dense, **given, needs=plane(sizes, 7 if backward else 5))
-    runs = [Run("ours", backend_name("token_logprob", logits), ours, **given), *with_compiled(textbook)]
+    textbook = Run("textbook", "torch", dense, **shared, needs=plane(sizes, 7 if backward else 5))
+    runs = [Run("ours", backend_name("token_logprob", logits), ours, **shared), *with_compiled(textbook)]
     if mode != "backward":
         runs.append(liger_nll(mode, device, plane(sizes, 2)))
     size = logits.element_size()
@@ -257,7 +257,7 @@ def vocab_head_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, 
     def dense(hidden: Tensor, ref_hidden: Tensor, weight: Tensor, tokens: Tensor) -> Outputs:
         """Both [N, V] logits at once; autograd for the KL only."""
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logits, ref_logits = (reference.head_logits(x, weight).to(wide) for x in (hidden, ref_hidden))
+        logits, ref_logits = (reference.head_logits(x, Head(weight)).to(wide) for x in (hidden, ref_hidden))
         kl, fixed = reference.kl(logits, ref_logits), logits.detach()
         logprob, entropy = reference.token_logprob(fixed, tokens)
         return {"kl": kl, "entropy": entropy, "logprob": logprob, "values": fixed.topk(k).values}
@@ -272,7 +272,7 @@ def vocab_head_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, 
         return worst(got, exact)
 
     def ours(hidden: Tensor, ref_hidden: Tensor, weight: Tensor, tokens: Tensor) -> Outputs:
-        out = vocab_head(hidden, weight, ref_hidden=ref_hidden, k=k, tokens=tokens, grad=grad)
+        out = vocab_head(hidden, Head(weight), ref_hidden=ref_hidden, k=k, tokens=tokens, grad=grad)
         found = {name: getattr(out, name) for name in fields} | {"values": out.logits}
         return found | ({"d_hidden": out.grad_hidden, "d_ref_hidden": out.grad_ref_hidden} if grad else {})
 

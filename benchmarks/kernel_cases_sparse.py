@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.kernel_setup import Outputs, Run, Setup, Sizes, worst
 from benchmarks.kernel_tools import backend_name, both_ends, generator, normal, with_compiled
 from grade_kernels import SparseTokens, reference, scatter_tokens, soft_embedding, soft_token_vjp
-from grade_kernels.random import exponential, gumbel
+from grade_kernels.common.random import exponential, gumbel
 
 SEED, TAU = 17, 0.5
 
@@ -52,13 +52,13 @@ def soft_embedding_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device,
             exact["d_weight"] = torch.stack(shares) @ arrive.double()
         return worst(got, exact)
 
-    given = {"mode": "forward+backward", "wrt": ("weights", "weight") if table else ("weights",),
-             "cotangents": lambda: {"embedding": arrive}, "view": view}
+    shared = {"mode": "forward+backward", "wrt": ("weights", "weight") if table else ("weights",),
+              "cotangents": lambda: {"embedding": arrive}, "view": view}
     size = weight.element_size()
     # [N, k, d] gathered, and again as the gradient of the gathered rows where the table wants one
     needs = n * k * d * size * (3 if table else 2)
-    runs = [Run("ours", backend_name("soft_embedding", weight), ours, **given),
-            *with_compiled(Run("textbook", "torch", textbook, **given, needs=needs))]
+    runs = [Run("ours", backend_name("soft_embedding", weight), ours, **shared),
+            *with_compiled(Run("textbook", "torch", textbook, **shared, needs=needs))]
     forward = n * d * size * (2 if hard else 1 + k)  # the token's row, or every candidate's; the result
     backward = n * k * d * size + n * d * size + n * k * 16  # candidates' rows, gradient; ids, weights, their gradient
     formula = f"forward: {'one row' if hard else 'k rows'} a position; backward: k rows a position"

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grade.model.policy import Policy
 from grade.rewards.reward import SharedReward
-from grade_kernels.random import gumbel
+from grade_kernels.common.random import gumbel
 from grade_kernels.reference import head_logits
 
 # Positions of KL at a time: the head is read once for all of them, and four arrays [B, 16, V] are alive.
@@ -112,9 +112,10 @@ def _soft_token(policy: Policy, logits: Tensor, rows: Tensor, k: int, tau: float
 
 def _logits(policy: Policy, hidden: Tensor) -> Tensor:
     """[..., d] -> [..., V] float32, without a pass more than the head has parts."""
-    if (policy.logit_scale, policy.softcap, policy.head_bias) == (1.0, None, None):
-        return (hidden @ policy.head.T).float()
-    return head_logits(hidden, policy.head, **policy.head_transform).float()
+    head = policy.head
+    if (head.scale, head.softcap, head.bias) == (1.0, None, None):
+        return (hidden @ head.weight.T).float()
+    return head_logits(hidden, head).float()
 
 
 def _kl(policy: Policy, reference_hidden: Tensor, *logits: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Bench:
         self.device = torch.device(setting.device)
         self.policy = self._policy()
         self.decoding = (CompiledDecoding if algorithm == "compiled" else Decoding)(self.policy)
-        self.reward = SharedReward(self.policy, RewardHead(self.policy.head.shape[1], 64))
+        self.reward = SharedReward(self.policy, RewardHead(self.policy.head.weight.shape[1], 64))
         generator = torch.Generator().manual_seed(setting.seed)
         size = (setting.batch, setting.prompt)
         self.prompts = torch.randint(_EOS + 1, self.policy.vocab_size, size, generator=generator).to(self.device)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
+from grade_kernels.common import checks
 from grade_kernels.sparse import SparseTokens, check_sparse
 
 
@@ -30,7 +31,7 @@ def soft_embedding(tokens: SparseTokens, weight: Tensor) -> Tensor:
         In the dtype of `weight`, accumulated in float32 (float64 for float64).  Gradients:
 
         - to `tokens.weights`, hard or soft: <grad, E[i_j]> for each candidate;
-        - to `weight`, only if it requires grad: what the dense product `tokens.scatter(V) @ E` gives, that
+        - to `weight`, only if it requires grad: what the dense product `scatter_tokens(tokens, V) @ E` gives, that
           is w_j grad to row i_j where soft, and grad to the row of the token where hard (the straight-through
           rule replaces the derivative of the token, not the table's).  Summed in float32 in a fixed order.
 
@@ -58,7 +59,7 @@ def soft_embedding(tokens: SparseTokens, weight: Tensor) -> Tensor:
 class _SoftEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, weights: Tensor, indices: Tensor, chosen: Tensor, weight: Tensor, hard: bool, backend: str
+        ctx: Any, weights: Tensor, indices: Tensor, chosen: Tensor, weight: Tensor, hard: bool, backend: str
     ) -> Tensor:
         ctx.save_for_backward(weights, indices, chosen, weight)
         ctx.hard, ctx.backend = hard, backend
@@ -68,7 +69,7 @@ class _SoftEmbedding(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, indices, chosen, weight = ctx.saved_tensors
         ops = implementation(ctx.backend).embedding
         d_weights = d_weight = None

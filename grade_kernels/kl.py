@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
-from grade_kernels.stats import KLStats
-from grade_kernels.torch_ops.chunks import rows_of
+from grade_kernels.common import checks
+from grade_kernels.common.chunks import rows_of
+from grade_kernels.common.stats import KLStats
 
 
 def logits_kl(logits: Tensor, ref_logits: Tensor, direction: str = "policy_ref") -> Tensor:
@@ -46,49 +46,22 @@ def logits_kl(logits: Tensor, ref_logits: Tensor, direction: str = "policy_ref")
     TypeError, ValueError
         On wrong dtypes, unequal shapes or devices, or an unknown direction.
     """
-    _check_sides(logits, ref_logits, direction)
+    checks.check_float("logits", logits)
+    checks.check_float("ref_logits", ref_logits)
+    checks.check_shape("ref_logits", ref_logits, logits.shape)
+    checks.check_device("ref_logits", ref_logits, logits.device)
+    checks.check_choice("direction", direction, checks.DIRECTIONS)
     backend = backend_for("logits_kl", logits, ref_logits)
     if direction == "policy_ref":
         return _KL.apply(logits, ref_logits, backend)
     return _KL.apply(ref_logits, logits, backend)
 
 
-class KLWithGrads(NamedTuple):
-    kl: Tensor  # [...] nats, float32 or float64
-    grad: Tensor  # [..., V] d kl / d logits, in their dtype
-    ref_grad: Tensor  # [..., V] d kl / d ref_logits, in their dtype
-
-
-@torch.no_grad()
-def logits_kl_with_grads(logits: Tensor, ref_logits: Tensor, direction: str = "policy_ref") -> KLWithGrads:
-    """`logits_kl` and its gradients to both sides with unit weight, without a graph.
-
-    One launch on a GPU, which reads a row a second time at once.  It is what to
-    take where the upstream gradient is known to be a factor per row, and a graph that keeps the logits for a
-    backward pass is not wanted.  The arguments and errors are those of `logits_kl`.
-    """
-    _check_sides(logits, ref_logits, direction)
-    ops = implementation(backend_for("logits_kl_with_grads", logits, ref_logits)).kl
-    pair = [rows_of(logits), rows_of(ref_logits)]
-    swap = direction == "ref_policy"
-    kl, *grads = ops.kl_with_grads(*(pair[::-1] if swap else pair), checks.compute_dtype(logits, ref_logits))
-    grad, ref_grad = (x.view(logits.shape) for x in (grads[::-1] if swap else grads))
-    return KLWithGrads(kl.view(logits.shape[:-1]), grad, ref_grad)
-
-
-def _check_sides(logits: Tensor, ref_logits: Tensor, direction: str) -> None:
-    checks.check_float("logits", logits)
-    checks.check_float("ref_logits", ref_logits)
-    checks.check_shape("ref_logits", ref_logits, logits.shape)
-    checks.check_device("ref_logits", ref_logits, logits.device)
-    checks.check_choice("direction", direction, checks.DIRECTIONS)
-
-
 class _KL(torch.autograd.Function):
     """KL(p || q) of p_logits and q_logits [..., V]."""
 
     @staticmethod
-    def forward(ctx, p_logits: Tensor, q_logits: Tensor, backend: str) -> Tensor:
+    def forward(ctx: Any, p_logits: Tensor, q_logits: Tensor, backend: str) -> Tensor:
         dtype = checks.compute_dtype(p_logits, q_logits)
         stats = implementation(backend).kl.kl_stats(rows_of(p_logits), rows_of(q_logits), dtype)
         ctx.backend = backend
@@ -97,7 +70,7 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         p_logits, q_logits, *saved = ctx.saved_tensors
         p_rows, q_rows = rows_of(p_logits), rows_of(q_logits)
         out_p, out_q = (

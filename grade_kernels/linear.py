@@ -1,8 +1,7 @@
 """linear_*: the same operations from hidden states and the head weight, streamed over row chunks.
 
-The head is logits = softcap * tanh((scale * hidden @ weight.T + bias) / softcap), in float32 even from
-16-bit operands.  No [N, V] array exists in either direction: the backward pass recomputes each chunk of
-logits.  Gradients of hidden, weight and bias are computed only where they are required, accumulated in
+No [N, V] array exists in either direction: the backward pass recomputes each chunk of logits.  Gradients of
+hidden states, of the head's weight and of its bias are computed only where they are required, accumulated in
 float32 (float64 for float64) and returned in the dtype of their tensor.
 """
 
@@ -10,31 +9,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
-from grade_kernels.gumbel import SampleArgs, SampleSupport
+from grade_kernels.common import checks
+from grade_kernels.common.chunks import chunk_rows, rows_of, spans
+from grade_kernels.common.head import Head, check_hidden, through_softcap
+from grade_kernels.common.stats import KLStats, TokenStats
+from grade_kernels.sample import SampleArgs, SampleSupport
 from grade_kernels.sparse import SparseTokens
-from grade_kernels.stats import KLStats, TokenStats
-from grade_kernels.torch_ops.chunks import chunk_rows, rows_of, spans
-from grade_kernels.torch_ops.head import Head, through_softcap
 
 
 def linear_kl(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     ref_hidden: Tensor,
-    ref_weight: Tensor | None = None,
+    ref_head: Head | None = None,
     direction: str = "policy_ref",
     *,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
     chunk_bytes: int = 2**28,
 ) -> Tensor:
     """`logits_kl` of the logits of two hidden states: exact KL per row, in nats.
@@ -42,14 +38,11 @@ def linear_kl(
     Parameters
     ----------
     hidden, ref_hidden : float [..., d] and [..., d_ref]
-    weight : float [V, d]
-    ref_weight : float [V, d_ref], optional
-        The reference's own head, with `ref_bias`.  Default: the reference shares weight and bias, and both
+    head : Head
+    ref_head : Head, optional
+        The reference's own, of the same vocabulary and soft cap.  Default: the reference shares `head`, and both
         sides' gradients go there.
     direction : "policy_ref" or "ref_policy"
-    bias, ref_bias : float [V], optional
-    scale, softcap : float
-        Apply to both sides.
     chunk_bytes : int
         Bound on the logits and temporaries alive at once, as in `vocab_head`.
 
@@ -57,50 +50,46 @@ def linear_kl(
     -------
     Tensor [...], float32 or float64
     """
-    checks.check_head(hidden, weight, bias, scale, softcap)
+    check_hidden("hidden", hidden, head)
     checks.check_choice("direction", direction, checks.DIRECTIONS)
-    if ref_weight is None:
-        if ref_bias is not None:
-            raise ValueError("ref_bias goes with ref_weight; without ref_weight the reference shares bias")
-        checks.check_head(ref_hidden, weight, bias, scale, softcap, ("ref_hidden", "weight", "bias"))
+    if ref_head is None:
+        check_hidden("ref_hidden", ref_hidden, head)
+        ref_parts: tuple[Any, ...] = (None, None, head.scale)
     else:
-        names = ("ref_hidden", "ref_weight", "ref_bias")
-        checks.check_head(ref_hidden, ref_weight, ref_bias, scale, softcap, names)
-        checks.check_shape("ref_weight", ref_weight, (weight.shape[0], ref_hidden.shape[-1]))
-        if checks.compute_dtype(weight) != checks.compute_dtype(ref_weight):
+        check_hidden("ref_hidden", ref_hidden, ref_head, "ref_head")
+        checks.check_shape("ref_head.weight", ref_head.weight, (head.weight.shape[0], ref_hidden.shape[-1]))
+        if head.dtype != ref_head.dtype:
             raise TypeError(
-                f"weight is {weight.dtype} but ref_weight is {ref_weight.dtype}; make both float64 or neither"
+                f"head.weight is {head.weight.dtype} but ref_head.weight is {ref_head.weight.dtype}; "
+                "make both float64 or neither"
             )
+        if head.softcap != ref_head.softcap:
+            raise ValueError(
+                f"ref_head.softcap is {ref_head.softcap} but head.softcap is {head.softcap}; both sides have one cap"
+            )
+        ref_parts = (ref_head.weight, ref_head.bias, ref_head.scale)
     checks.check_shape("ref_hidden", ref_hidden, (*hidden.shape[:-1], ref_hidden.shape[-1]))
     checks.check_device("ref_hidden", ref_hidden, hidden.device)
-    backend = backend_for("linear_kl", hidden)
-    options = (scale, softcap, chunk_bytes, direction == "ref_policy", backend)
-    return _LinearKL.apply(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *options)
+    options = (head.softcap, chunk_bytes, direction == "ref_policy", backend_for("linear_kl", hidden))
+    return _LinearKL.apply(hidden, head.weight, head.bias, head.scale, ref_hidden, *ref_parts, *options)
 
 
 def linear_token_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    *,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    chunk_bytes: int = 2**28,
+    hidden: Tensor, head: Head, tokens: Tensor, *, chunk_bytes: int = 2**28
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprob` of the logits of hidden states: (logprob, entropy) [...] each, in nats.
+    """`token_logprob` of the logits of hidden states [..., d]: (logprob, entropy) [...] each, in nats.
 
-    `hidden` float [..., d], `weight` float [V, d], `tokens` int64 [...], `bias` float [V].
+    `tokens` is int64 [...].
     """
-    checks.check_head(hidden, weight, bias, scale, softcap)
+    check_hidden("hidden", hidden, head)
     checks.check_ids("tokens", tokens, hidden.shape[:-1], hidden.device)
-    backend = backend_for("linear_token_logprob", hidden)
-    return _LinearTokenLogprob.apply(hidden, weight, bias, tokens, scale, softcap, chunk_bytes, backend)
+    options = (head.scale, head.softcap, chunk_bytes, backend_for("linear_token_logprob", hidden))
+    return _LinearTokenLogprob.apply(hidden, head.weight, head.bias, tokens, *options)
 
 
 def linear_gumbel_topk(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     k: int = 256,
     tau: float = 1.0,
     *,
@@ -111,43 +100,43 @@ def linear_gumbel_topk(
     tokens: Tensor | None = None,
     suppress: Sequence[int] | Tensor | None = None,
     hard: bool = True,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
     chunk_bytes: int = 2**28,
 ) -> SparseTokens:
     """`gumbel_topk` of the logits of hidden states [..., d]; see there for everything else.
 
-    The gradient of `hidden` is the sparse pull-back scale * sum_j dl_j weight[i_j] (with the derivative of
-    the soft cap), so the backward pass touches k rows of `weight` a position and no logits.
+    The gradient of `hidden` is `pull_back`'s, so the backward pass touches k rows of the weight a position and no
+    logits.
     """
-    checks.check_head(hidden, weight, bias, scale, softcap)
-    leading, vocab = hidden.shape[:-1], weight.shape[0]
+    check_hidden("hidden", hidden, head)
+    leading, vocab = hidden.shape[:-1], head.weight.shape[0]
     args = SampleArgs(leading, vocab, hidden.device, k, tau, seed, rows, draw, indices, tokens)
     blocked = checks.suppress_ids(suppress, vocab, hidden.device)
     backend = backend_for("linear_gumbel_topk", hidden, k=args.k)
     ops, n, k = implementation(backend).sample, math.prod(leading), args.k
-    head = Head(weight, bias, scale, softcap)
     with torch.no_grad():
         ids = torch.empty(n, k, dtype=torch.int64, device=hidden.device)
         values = torch.empty(n, k, dtype=head.dtype, device=hidden.device)
         lse = values.new_empty(n)
         for a, b, _, logits in _chunks(hidden, head, chunk_bytes):
-            given, chosen = (None if x is None else x[a:b] for x in (args.indices, args.given))
+            given, chosen = (None if x is None else x[a:b] for x in (args.indices, args.chosen))
             ids[a:b], values[a:b], lse[a:b] = ops.select(logits, k, blocked, given, chosen, head.dtype)
-    values = _SupportLogits.apply(hidden, weight, bias, ids, values, scale, softcap, backend)
-    return args.tokens((ids, *SampleSupport.apply(values, ids, lse, args, backend)), leading, hard)
+    values = _SupportLogits.apply(hidden, head.weight, head.bias, ids, values, head.scale, head.softcap, backend)
+    return args.sparse((ids, *SampleSupport.apply(values, ids, lse, args, backend)), leading, hard)
 
 
-def _chunks(hidden: Tensor, head: Head, chunk_bytes: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """(start, stop, hidden rows, their logits) over hidden [..., d]."""
+_Chunk = tuple[int, int, Tensor, Tensor]  # start, stop, rows of the hidden states, their logits
+
+
+def _chunks(hidden: Tensor, head: Head, chunk_bytes: int) -> Iterator[_Chunk]:
     rows, size = rows_of(hidden), chunk_rows(head.weight.shape[0], chunk_bytes, head.dtype.itemsize)
     for a, b in spans(rows.shape[0], size):
         part = rows[a:b]
         yield a, b, part, head.logits(part)
 
 
-def _paired_chunks(p_hidden: Tensor, p_head: Head, q_hidden: Tensor, q_head: Head, chunk_bytes: int):
+def _paired_chunks(
+    p_hidden: Tensor, p_head: Head, q_hidden: Tensor, q_head: Head, chunk_bytes: int
+) -> Iterator[tuple[_Chunk, _Chunk]]:
     # The two heads have one vocabulary and one dtype to compute in, so their chunks have the same rows.
     return zip(_chunks(p_hidden, p_head, chunk_bytes), _chunks(q_hidden, q_head, chunk_bytes), strict=True)
 
@@ -175,7 +164,7 @@ class _HeadGrads:
         if self.bias is not None:
             self.bias += d_raw.sum(0)
 
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def result(self) -> tuple[Tensor | None, ...]:
         grads = (self.hidden, self.weight, self.bias)
         return tuple(g if g is None else g.to(x.dtype) for g, x in zip(grads, self.like, strict=True))
 
@@ -185,33 +174,47 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, scale, softcap, chunk_bytes, swap, backend
-    ):
-        head, ref_head = _two_heads(weight, bias, ref_weight, ref_bias, scale, softcap)
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        ref_hidden: Tensor,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+        ref_scale: float,
+        softcap: float | None,
+        chunk_bytes: int,
+        swap: bool,
+        backend: str,
+    ) -> Tensor:
+        head = Head(weight, bias, scale, softcap)
+        ref_head = head if ref_weight is None else Head(ref_weight, ref_bias, ref_scale, softcap)
         leading = hidden.shape[:-1]
         stats = KLStats.empty(math.prod(leading), head.dtype, hidden.device)
         kl_stats = implementation(backend).kl.kl_stats
-        chunks = _paired_chunks(hidden, head, ref_hidden, ref_head, chunk_bytes)
-        for (a, b, _, logits), (_, _, _, ref) in chunks:
+        for (a, b, _, logits), (_, _, _, ref) in _paired_chunks(hidden, head, ref_hidden, ref_head, chunk_bytes):
             pair = (ref, logits) if swap else (logits, ref)
             stats.put(a, b, kl_stats(*pair, head.dtype))
         ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *stats)
-        ctx.options = (scale, softcap, chunk_bytes, swap, backend)
+        ctx.options = (scale, ref_scale, softcap, chunk_bytes, swap, backend)
         return stats.kl.view(leading).clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *saved = ctx.saved_tensors
-        scale, softcap, chunk_bytes, swap, backend = ctx.options
+        scale, ref_scale, softcap, chunk_bytes, swap, backend = ctx.options
         kl_grads = implementation(backend).kl.kl_grads
         stats, row_weights, wanted = KLStats(*saved), grad.reshape(-1), ctx.needs_input_grad
-        head, ref_head = _two_heads(weight, bias, ref_weight, ref_bias, scale, softcap)
+        head = Head(weight, bias, scale, softcap)
         grads = _HeadGrads(hidden, head, wanted[:3])
         if ref_weight is None:  # both sides add to one weight gradient
-            ref_grads = _HeadGrads(ref_hidden, ref_head, (wanted[3], *wanted[1:3]), into=grads)
+            ref_head = head
+            ref_grads = _HeadGrads(ref_hidden, head, (wanted[4], *wanted[1:3]), into=grads)
         else:
-            ref_grads = _HeadGrads(ref_hidden, ref_head, wanted[3:6])
+            ref_head = Head(ref_weight, ref_bias, ref_scale, softcap)
+            ref_grads = _HeadGrads(ref_hidden, ref_head, wanted[4:7])
         chunks = _paired_chunks(hidden, head, ref_hidden, ref_head, chunk_bytes)
         for (a, b, rows, logits), (_, _, ref_rows, ref) in chunks:
             # The last use of the logits: their gradients overwrite them.
@@ -222,20 +225,25 @@ class _LinearKL(torch.autograd.Function):
                 grads.add(a, b, rows, logits)
             if ref_grads.any:
                 ref_grads.add(a, b, ref_rows, ref)
-        ref_result = ref_grads.result()
+        d_ref_hidden, *d_ref_head = ref_grads.result()
         if ref_weight is None:
-            ref_result = (ref_result[0], None, None)
-        return *grads.result(), *ref_result, *[None] * 5
-
-
-def _two_heads(weight, bias, ref_weight, ref_bias, scale, softcap) -> tuple[Head, Head]:
-    head = Head(weight, bias, scale, softcap)
-    return head, head if ref_weight is None else Head(ref_weight, ref_bias, scale, softcap)
+            d_ref_head = [None, None]
+        return *grads.result(), None, d_ref_hidden, *d_ref_head, *[None] * 5
 
 
 class _LinearTokenLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, tokens, scale, softcap, chunk_bytes, backend):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        scale: float,
+        softcap: float | None,
+        chunk_bytes: int,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
         head, flat = Head(weight, bias, scale, softcap), tokens.reshape(-1)
         stats = TokenStats.empty(flat.numel(), head.dtype, hidden.device)
         token_stats = implementation(backend).logprob.token_stats
@@ -247,7 +255,7 @@ class _LinearTokenLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_logprob: Tensor, d_entropy: Tensor):
+    def backward(ctx: Any, d_logprob: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, tokens, *saved = ctx.saved_tensors
         stats = TokenStats(*saved)
         scale, softcap, chunk_bytes, backend = ctx.options
@@ -266,14 +274,24 @@ class _SupportLogits(torch.autograd.Function):
     """The logits [N, k] at the support, already computed, as a function of hidden [..., d], weight and bias."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, values, scale, softcap, backend):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        values: Tensor,
+        scale: float,
+        softcap: float | None,
+        backend: str,
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, ids, values)
         ctx.options = (scale, softcap, backend)
         return values.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, values = ctx.saved_tensors
         scale, softcap, backend = ctx.options
         ops, (vocab, width) = implementation(backend).embedding, weight.shape

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
-from grade_kernels.stats import TokenStats
-from grade_kernels.torch_ops.chunks import rows_of
+from grade_kernels.common import checks
+from grade_kernels.common.chunks import rows_of
+from grade_kernels.common.stats import TokenStats
 
 
 def token_logprob(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +41,7 @@ def token_logprob(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 class _TokenLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, tokens: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         dtype = checks.compute_dtype(logits)
         stats = implementation(backend).logprob.token_stats(rows_of(logits), tokens.reshape(-1), dtype)
         ctx.save_for_backward(logits, tokens, *stats)
@@ -48,7 +50,7 @@ class _TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_logprob: Tensor, d_entropy: Tensor):
+    def backward(ctx: Any, d_logprob: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
         logits, tokens, *stats = ctx.saved_tensors
         rows = rows_of(logits)
         grad = torch.empty(rows.shape, dtype=logits.dtype, device=logits.device)

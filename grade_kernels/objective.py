@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
-from grade_kernels.head import OutputRows
-from grade_kernels.torch_ops.chunks import chunk_rows, rows_of, spans
-from grade_kernels.torch_ops.head import Head, through_softcap
+from grade_kernels.common import checks
+from grade_kernels.common.head import Head
+from grade_kernels.common.sweep import check_sweep, sweep
 from grade_kernels.vjp import pull_back
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VocabObjective:
     """Per position, what `vocab_objective` leaves of the logits; None where it was not asked for.
 
@@ -27,25 +27,22 @@ class VocabObjective:
     """
 
     entropy: Tensor  # [...] of the full distribution
-    kl: Tensor | None  # [...] exact KL(policy || ref)
-    ref_kl: Tensor | None  # [...] exact KL(ref || policy)
-    logprob: Tensor | None  # [...] of `tokens` under the full raw distribution
-    ref_logprob: Tensor | None  # [...] the same under the reference's
+    kl: Tensor | None = None  # [...] exact KL(policy || ref)
+    ref_kl: Tensor | None = None  # [...] exact KL(ref || policy)
+    logprob: Tensor | None = None  # [...] of `tokens` under the full raw distribution
+    ref_logprob: Tensor | None = None  # [...] the same under the reference's
     lse: Tensor  # [...] log-sum-exp of the logits
-    ref_lse: Tensor | None  # [...] log-sum-exp of the reference's logits
+    ref_lse: Tensor | None = None  # [...] log-sum-exp of the reference's logits
     indices: Tensor  # [..., k] support
     logits: Tensor  # [..., k] logits at the support
     mass: Tensor  # [...] probability of the support
-    objective: Tensor | None  # [...] weighted sum of entropy, kl and ref_kl; None without a weight
-    grad_hidden: Tensor | None  # [..., d] d objective / d hidden
-
-
-_FIELDS = tuple(field.name for field in fields(VocabObjective))
+    objective: Tensor | None = None  # [...] weighted sum of entropy, kl and ref_kl; None without a weight
+    grad_hidden: Tensor | None = None  # [..., d] d objective / d hidden
 
 
 def vocab_objective(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     *,
     indices: Tensor,
     tokens: Tensor | None = None,
@@ -55,9 +52,6 @@ def vocab_objective(
     kl_weight: float | Tensor | None = None,
     ref_kl_weight: float | Tensor | None = None,
     ref_kl: bool = True,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
     chunk_bytes: int = 2**28,
 ) -> VocabObjective:
     """Sweep the head over the rows once, keeping O(k + d) numbers a row, their gradients included.
@@ -66,20 +60,19 @@ def vocab_objective(
     sparse, plus fixed multiples of entropy and KL (`objective`), whose gradient is found in the same sweep.  So the
     backward pass needs no logits again.
 
-    logits = softcap * tanh((scale * hidden @ weight.T + bias) / softcap), in float32 even from 16-bit
-    operands; the reference shares weight and bias.  With p the policy, r the reference and w the weights,
+    With p the policy, r the reference and w the weights,
 
         d/dlogits = -w_entropy p (log p + entropy) + w_kl p (log p - log r - kl) + w_ref_kl (p - r)
 
-    and `grad_hidden` is that, pulled back through the soft cap and the head.  Weight and bias get no gradient: the
-    head is taken as frozen.
+    and `grad_hidden` is that, pulled back through the soft cap and the head.  The head gets
+    no gradient: it is taken as frozen.
 
     Parameters
     ----------
     hidden : float [..., d]
         Final hidden states of the policy.
-    weight : float [V, d]
-        The head; same dtype as `hidden`.
+    head : Head
+        Of the policy and of the reference; its weight has the dtype of `hidden`.
     indices : int64 [..., k]
         The support that the tokens were sampled from.
     tokens : int64 [...], optional
@@ -94,9 +87,6 @@ def vocab_objective(
         themselves.  None leaves the term out, and 0 makes it 0 even in a row where the divergence is infinite.
     ref_kl : bool
         False leaves KL(ref || policy) out where it has no weight either: a CPU then saves a pass over the logits.
-    bias : float [V], optional
-    scale, softcap : float
-        Logit scale (Cohere, Granite) and soft cap (Gemma 2).
     chunk_bytes : int
         Memory bound of the sweep.
 
@@ -122,68 +112,63 @@ def vocab_objective(
     512 KiB a thread on a CPU, of 64 MiB elsewhere, or of one row if that is larger), and 32 MiB for a block of the
     weight in float32 where it is a 16-bit one.
     """
-    checks.check_head(hidden, weight, bias, scale, softcap)
-    leading, vocab = hidden.shape[:-1], weight.shape[0]
-    if ref_hidden is not None:
-        checks.check_head(ref_hidden, weight, None, scale, softcap, ("ref_hidden", "weight", "bias"))
-        checks.check_shape("ref_hidden", ref_hidden, hidden.shape)
+    blocked = check_sweep(hidden, head, ref_hidden, tokens, suppress)
+    leading = hidden.shape[:-1]
     checks.check_support("indices", indices, leading, hidden.device)
-    if tokens is not None:
-        checks.check_ids("tokens", tokens, leading, hidden.device)
-    blocked = checks.suppress_ids(suppress, vocab, hidden.device)
-    given = {"entropy_weight": entropy_weight, "kl_weight": kl_weight, "ref_kl_weight": ref_kl_weight}
-    for name, value in given.items():
+    weights = []
+    for name, value in (("entropy", entropy_weight), ("kl", kl_weight), ("ref_kl", ref_kl_weight)):
+        name += "_weight"
         if value is not None and ref_hidden is None and name != "entropy_weight":
             raise ValueError(f"{name} weights a KL, which needs ref_hidden; pass ref_hidden or leave {name} out")
-        _check_weight(name, value, leading, hidden.device)
+        weights.append(_per_row(name, value, leading, head.dtype, hidden.device))
     ref_kl = ref_kl or ref_kl_weight is not None
-    k = indices.shape[-1]
-    ops = implementation(backend_for("vocab_objective", hidden, k=k)).objective
+    ops = implementation(backend_for("vocab_objective", hidden, k=indices.shape[-1])).objective
+
+    def take(
+        logits: Tensor, ref_logits: Tensor | None, ids: Tensor, chosen: Tensor | None, *parts: Tensor | None
+    ) -> dict[str, Tensor]:
+        found = ops.objective_chunk(logits, ref_logits, blocked, ids, chosen, parts, ref_kl, head.softcap)
+        if any(part is not None for part in parts):  # the logits are gradients by now
+            found["grad_hidden"] = head.grad_hidden(logits)
+            found["objective"] = _weighted_sum(parts, [found.get(name) for name in ("entropy", "kl", "ref_kl")])
+        if ref_logits is not None and chosen is not None:
+            found["ref_logprob"] = ref_logits.gather(1, chosen[:, None])[:, 0] - found["ref_lse"]
+        return found
 
     with torch.no_grad():
-        head, n = Head(weight, bias, scale, softcap), math.prod(leading)
-        out = OutputRows(n)
-        rows, ref_rows = rows_of(hidden), None if ref_hidden is None else rows_of(ref_hidden)
-        flat_ids, flat_tokens = indices.reshape(n, k), None if tokens is None else tokens.reshape(n)
-        weights = [_per_row(value, n, head.dtype, hidden.device) for value in given.values()]
-
-        def sweep(a: int, b: int) -> dict[str, Tensor]:
-            """The chunk of rows a..b; its logits are gone on return."""
-            logits = head.logits(rows[a:b])
-            ref_logits = None if ref_rows is None else head.logits(ref_rows[a:b])
-            chosen, *parts = (None if x is None else x[a:b] for x in (flat_tokens, *weights))
-            pieces = ops.objective_chunk(logits, ref_logits, blocked, flat_ids[a:b], chosen, parts, ref_kl, softcap)
-            if any(part is not None for part in parts):  # the logits are gradients by now
-                pieces["grad_hidden"] = head.grad_hidden(logits)
-                pieces["objective"] = _weighted_sum(parts, [pieces.get(name) for name in ("entropy", "kl", "ref_kl")])
-            if ref_logits is not None and chosen is not None:
-                pieces["ref_logprob"] = ref_logits.gather(1, chosen[:, None])[:, 0] - pieces["ref_lse"]
-            return pieces
-
-        for a, b in spans(n, chunk_rows(vocab, chunk_bytes, head.dtype.itemsize)):
-            out.put(a, b, sweep(a, b))
-    found = {**dict.fromkeys(_FIELDS), **out.result(leading)}
-    found["logits"], found["objective"] = _ToHidden.apply(
-        hidden, found["logits"], found["objective"], found["grad_hidden"], found["indices"], weight, scale, softcap
-    )
-    return VocabObjective(**found)
+        found = sweep(take, hidden, head, ref_hidden, (indices, tokens, *weights), chunk_bytes)
+    found["logits"], objective = _ToHidden.apply(
+        hidden, found["logits"], found.get("objective"), found.get("grad_hidden"), found["indices"],
+        head.weight, head.scale, head.softcap,
+    )  # fmt: skip
+    return VocabObjective(**{**found, "objective": objective})
 
 
 class _ToHidden(torch.autograd.Function):
     """(logits at the support, objective), already computed, as functions of the hidden states."""
 
     @staticmethod
-    def forward(ctx, hidden, logits, objective, grad_hidden, indices, weight, scale, softcap):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        logits: Tensor,
+        objective: Tensor | None,
+        grad_hidden: Tensor | None,
+        indices: Tensor,
+        weight: Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(logits, grad_hidden, indices, weight)
         ctx.options = (scale, softcap, hidden.dtype)
         return logits.clone(), None if objective is None else objective.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_logits: Tensor, d_objective: Tensor | None):
+    def backward(ctx: Any, d_logits: Tensor, d_objective: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, grad_hidden, indices, weight = ctx.saved_tensors
         scale, softcap, dtype = ctx.options
-        grad = pull_back(through_softcap(d_logits * scale, logits, softcap), indices, weight)
+        grad = pull_back(d_logits, indices, Head(weight, None, scale, softcap), logits)
         if grad_hidden is not None:
             grad += d_objective[..., None] * grad_hidden
         return grad.to(dtype), *[None] * 7
@@ -195,18 +180,18 @@ def _weighted_sum(weights: Sequence[Tensor | None], values: Sequence[Tensor | No
     return torch.stack(terms).sum(0)
 
 
-def _check_weight(name: str, value: float | Tensor | None, leading: torch.Size, device: torch.device) -> None:
+def _per_row(
+    name: str, value: float | Tensor | None, leading: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """A weight, checked, as a tensor [*leading] in `dtype`."""
     if isinstance(value, Tensor):
         if value.dtype not in checks.FLOAT_DTYPES:
             raise TypeError(f"{name} must be a number or a float tensor, got {value.dtype}; convert it with .float()")
         checks.check_shape(name, value, leading)
         checks.check_device(name, value, device)
-    elif value is not None and not math.isfinite(value):
+        return value.to(dtype)
+    if value is None:
+        return None
+    if not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number or a float tensor {tuple(leading)}, got {value}")
-
-
-def _per_row(value: float | Tensor | None, n: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """A weight as [n] in `dtype`."""
-    if value is None or isinstance(value, Tensor):
-        return value if value is None else value.reshape(n).to(dtype)
-    return torch.full((n,), value, dtype=dtype, device=device)
+    return torch.full(leading, value, dtype=dtype, device=device)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grade_kernels.common.head import Head
+
 
 def topk(logits: Tensor, k: int, suppress: Tensor | None = None) -> Tensor:
     """Ids [..., k] in the order (value descending, lower id); suppressed ids come last, by id."""
@@ -74,16 +76,10 @@ def objective(
     return total + kl_weight * kl(logits, ref_logits) + ref_kl_weight * kl(logits, ref_logits, "ref_policy")
 
 
-def head_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
+def head_logits(hidden: Tensor, head: Head) -> Tensor:
     """softcap * tanh((scale * hidden @ weight.T + bias) / softcap)."""
-    logits = scale * hidden @ weight.T + (0.0 if bias is None else bias)
-    return logits if softcap is None else softcap * (logits / softcap).tanh()
+    logits = head.scale * hidden @ head.weight.T + (0.0 if head.bias is None else head.bias)
+    return logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()
 
 
 def softmax_jacobian(q: Tensor) -> Tensor:
@@ -94,7 +90,7 @@ def softmax_jacobian(q: Tensor) -> Tensor:
 def soft_token_vjp(
     estimator: str, logits: Tensor, v: Tensor, tau: float, z: Tensor, one_hot: Tensor
 ) -> Tensor:
-    """The four rules of `vjp.soft_token_vjp`; z [M, ..., k] holds the noisy logits of M draws."""
+    """The four rules of `vjp.SoftTokenRule`; z [M, ..., k] holds the noisy logits of M draws."""
 
     def apply(q: Tensor) -> Tensor:
         return (softmax_jacobian(q) @ v.unsqueeze(-1)).squeeze(-1)

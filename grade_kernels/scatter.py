@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
+from grade_kernels.common import checks
 from grade_kernels.sparse import SparseTokens, check_sparse
 
 
@@ -49,14 +50,14 @@ def scatter_tokens(tokens: SparseTokens, vocab_size: int) -> Tensor:
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weights: Tensor, ids: Tensor, chosen: Tensor | None, vocab: int, backend: str) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, ids: Tensor, chosen: Tensor | None, vocab: int, backend: str) -> Tensor:
         ctx.save_for_backward(ids)
         if chosen is not None:
             ids, weights = chosen[:, None], weights.new_ones(chosen.shape[0], 1)
-        return implementation(backend).sample.scatter(ids, weights, vocab, weights.dtype)
+        return implementation(backend).scatter.scatter(ids, weights, vocab, weights.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         return grad.gather(-1, ids), None, None, None, None

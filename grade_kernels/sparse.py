@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from grade_kernels import checks
+from grade_kernels.common import checks
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,6 @@ class SparseTokens:
     tokens: Tensor
     mass: Tensor
     hard: bool
-
-    def scatter(self, vocab_size: int) -> Tensor:
-        """The dense [..., vocab_size] distribution, in the dtype of the weights.
-
-        Soft: the weights at their ids.  Hard: exactly the one-hot of the token, with the gradient of the
-        weights.  For small vocabularies and tests; it is what the sparse form exists to avoid.
-        """
-        from grade_kernels.scatter import scatter_tokens  # takes a SparseTokens itself
-
-        return scatter_tokens(self, vocab_size)
 
 
 def check_sparse(tokens: SparseTokens) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
-from grade_kernels.gumbel import row_keys
-from grade_kernels.torch_ops.head import through_softcap
+from grade_kernels.common import checks
+from grade_kernels.common.head import Head, check_is_head, through_softcap
+from grade_kernels.sample import row_keys
 
 
 @dataclass(frozen=True)
@@ -25,19 +24,53 @@ class SoftTokenGrad:
 
 
 class SoftTokenRule:
-    """`soft_token_vjp` of the same draws for gradients that come one after the other: rule(grad, table).
+    """dL / d(embedding of a fed token) to dL / d(logits) over its support, and on to the hidden state.
 
-    All but the first two arguments of `soft_token_vjp` are given here, once.  The weights of the rule do not
-    depend on the gradient: on the PyTorch path they are made by the first call and kept.  The kernels of the
-    Triton path regenerate them in registers every time.
+    rule(grad, table) takes gradients that come one after the other and is linear in them.  With
+    v_j = <dL/dX, E[i_j]>, summed over the models that were fed the token, l the logits at the support
+    and J(q) v = q * (v - <q, v>), every softmax being over the support, dL/dl is
+
+    gumbel
+        J(w) v / tau, w the Gumbel-Softmax weights of the draw: of the free draw 0 that sampled the token,
+        regenerated from (seed, rows), or with `conditional` of draw 1 conditional on the token, for tokens
+        that another engine sampled.  It is the rule of hard and of soft GRADE alike.
+    rao
+        The mean of J(w) v / tau over draws 1..samples conditional on the token (Paulus et al. 2021).
+    straight_through
+        J(softmax(l)) v, no noise and no tau (Bengio et al. 2013).
+    reinmax
+        2 J((onehot(token) + softmax(l / tau)) / 2) v - J(softmax(l)) v / 2 (Liu et al. 2023, algorithm 2:
+        tau shapes the first distribution only, and there is no factor 1/tau, because both Jacobians are
+        taken with respect to the logits of a softmax at temperature 1; second-order accurate at tau = 1.
+        The authors' own code refuses tau < 1; here it is computed as written, to be measured).
+
+    All four sum to 0 over the support.
 
     Parameters
     ----------
+    logits : float [..., k]
+        At the support, after scale and soft cap.  -inf entries get gradient 0.
+    indices : int64 [..., k]
+    tokens : int64 [...]
+        Needed by rao, reinmax and `conditional`; must be in the support (`place_tokens`).  Where one is
+        not, its conditional draw is a free one and its one-hot is 0.
+    tau : float
+        > 0.
+    estimator : "gumbel", "rao", "straight_through" or "reinmax"
+    seed, rows
+        As given to `gumbel_topk`; `seed` is needed by gumbel and rao.
+    samples : int
+        Conditional draws of rao, >= 1.
+    conditional : bool
+        See gumbel.
+    head : Head, optional
+        With it, dhidden is dlogits pulled back to the hidden state (`pull_back`).
     keep_bytes : int
-        Weights are kept if they take at most as many bytes, else every call makes them anew.  They take 4 bytes
-        (8 in float64) for each of N * k candidates, times `samples` for rao and times 2 for reinmax.
-    others
-        As for `soft_token_vjp`.  Tensors must not change while the rule is in use.
+        The rule's weights do not depend on the gradient.  On the PyTorch path the first call keeps them if they
+        take at most as many bytes: 4 (8 in float64) for each of N * k candidates, times `samples` for rao and times
+        2 for reinmax.  The kernels of the Triton path regenerate them in registers every time.
+
+    Tensors must not change while the rule is in use.
 
     Raises
     ------
@@ -57,9 +90,7 @@ class SoftTokenRule:
         rows: Tensor | None = None,
         samples: int = 16,
         conditional: bool = False,
-        weight: Tensor | None = None,
-        scale: float = 1.0,
-        softcap: float | None = None,
+        head: Head | None = None,
         keep_bytes: int = 2**28,
     ):
         checks.check_float("logits", logits)
@@ -81,51 +112,53 @@ class SoftTokenRule:
                 raise ValueError(f"estimator={estimator!r} needs the seed of the noise")
             seed = checks.check_int("seed", seed)
         keys = row_keys(rows, leading, logits.device)
-        if weight is not None:
-            checks.check_table("weight", weight, None, logits.device)
-            checks.check_scale_softcap(scale, softcap)
+        if head is not None:
+            check_is_head("head", head)
+            checks.check_device("head.weight", head.weight, logits.device)
         n = math.prod(leading)
         draws = range(1, samples + 1) if estimator == "rao" else range(1, 2) if conditional else range(1)
         self._indices, self._values = indices, logits.detach().reshape(n, k)
         self._draws = (None if tokens is None else tokens.reshape(n), keys, estimator, tau, seed or 0, draws)
-        self._weight, self._scale, self._softcap = weight, scale, softcap
+        self._head = head
         self._terms = {"rao": samples, "reinmax": 2}.get(estimator, 1)
         self._keep_bytes = keep_bytes
         self._kept: dict[torch.dtype, list[tuple[float, Tensor]]] = {}
 
+    @torch.no_grad()
     def __call__(
         self, grad_embedding: Tensor | Sequence[Tensor], embedding: Tensor | Sequence[Tensor]
     ) -> SoftTokenGrad:
-        """What `soft_token_vjp` gives, or raises, for these gradients [..., d_e]; it is linear in them."""
-        with torch.no_grad():
-            return self._apply(grad_embedding, embedding, partial(backend_for, "SoftTokenRule"))
+        """No graph is made; memory is a few arrays [N, k] and the chunks of `torch_ops.embedding`.
 
-    def _apply(
-        self,
-        grad_embedding: Tensor | Sequence[Tensor],
-        embedding: Tensor | Sequence[Tensor],
-        choose_backend: Callable[..., str],
-    ) -> SoftTokenGrad:
+        Parameters
+        ----------
+        grad_embedding : float [..., d_e], or a sequence of them
+            dL/dX, one for each model.
+        embedding : float [V, d_e], or an equally long sequence
+            Each model's own embedding table.
+
+        Raises
+        ------
+        TypeError, ValueError
+            On wrong dtypes, shapes or devices.
+        """
         grads, tables, ids = _pairs(grad_embedding, embedding, self._indices)
-        values, weight, shape = self._values, self._weight, self._indices.shape
-        sides = [*grads, *tables, *([] if weight is None else [weight])]
-        backend = choose_backend(values, *sides, k=shape[-1])
-        ops, dtype = implementation(backend), checks.compute_dtype(values, *grads, *tables)
+        values, head, shape = self._values, self._head, self._indices.shape
+        sides = [*grads, *tables, *([] if head is None else [head.weight])]
+        backend = backend_for("soft_token_vjp", values, *sides, k=shape[-1])
+        ops, dtype = implementation(backend).vjp, checks.compute_dtype(values, *grads, *tables)
         if backend == "torch" and self._terms * values.numel() * dtype.itemsize <= self._keep_bytes:
             if dtype not in self._kept:
-                self._kept[dtype] = list(ops.vjp.rule_terms(values.to(dtype), ids, *self._draws))
-            grad = ops.vjp.apply_terms(self._kept[dtype], ops.vjp.candidate_grad(grads, tables, ids).to(dtype))
+                self._kept[dtype] = list(ops.rule_terms(values.to(dtype), ids, *self._draws))
+            grad = ops.apply_terms(self._kept[dtype], ops.candidate_grad(grads, tables, ids).to(dtype))
         else:
-            grad = ops.vjp.token_vjp(grads, tables, values, ids, *self._draws, dtype)
-
-        dhidden = None
-        if weight is not None:
-            d_raw = through_softcap(grad * self._scale, values.to(dtype), self._softcap)
-            dhidden = ops.embedding.weighted_sum(d_raw, ids, weight).view(*shape[:-1], weight.shape[1])
-        return SoftTokenGrad(grad.view(shape), dhidden)
+            grad = ops.token_vjp(grads, tables, values, ids, *self._draws, dtype)
+        grad = grad.view(shape)
+        if head is None:
+            return SoftTokenGrad(grad, None)
+        return SoftTokenGrad(grad, pull_back(grad, self._indices, head, values.view(shape)))
 
 
-@torch.no_grad()
 def soft_token_vjp(
     grad_embedding: Tensor | Sequence[Tensor],
     embedding: Tensor | Sequence[Tensor],
@@ -139,67 +172,14 @@ def soft_token_vjp(
     rows: Tensor | None = None,
     samples: int = 16,
     conditional: bool = False,
-    weight: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
+    head: Head | None = None,
 ) -> SoftTokenGrad:
-    """Map dL / d(embedding of the fed token) to dL / d(logits) over the support, and on to the hidden state.
-
-    With v_j = <dL/dX, E[i_j]>, summed over the models that were fed the token, l the logits at the support
-    and J(q) v = q * (v - <q, v>), every softmax being over the support:
-
-    gumbel
-        J(w) v / tau, w the Gumbel-Softmax weights of the draw: of the free draw 0 that sampled the token,
-        regenerated from (seed, rows), or with `conditional` of draw 1 conditional on the token, for tokens
-        that another engine sampled.  It is the rule of hard and of soft GRADE alike.
-    rao
-        The mean of J(w) v / tau over draws 1..samples conditional on the token (Paulus et al. 2021).
-    straight_through
-        J(softmax(l)) v, no noise and no tau (Bengio et al. 2013).
-    reinmax
-        2 J((onehot(token) + softmax(l / tau)) / 2) v - J(softmax(l)) v / 2 (Liu et al. 2023, algorithm 2:
-        tau shapes the first distribution only, and there is no factor 1/tau, because both Jacobians are
-        taken with respect to the logits of a softmax at temperature 1; second-order accurate at tau = 1.
-        The authors' own code refuses tau < 1; here it is computed as written, to be measured).
-
-    All four are linear in v and sum to 0 over the support.
-
-    Parameters
-    ----------
-    grad_embedding : float [..., d_e], or a sequence of them
-        dL/dX, one for each model.
-    embedding : float [V, d_e], or an equally long sequence
-        Each model's own embedding table.
-    logits : float [..., k]
-        At the support, after scale and soft cap.  -inf entries get gradient 0.
-    indices : int64 [..., k]
-    tokens : int64 [...]
-        Needed by rao, reinmax and `conditional`; must be in the support (`place_tokens`).  Where one is
-        not, its conditional draw is a free one and its one-hot is 0.
-    tau : float
-        > 0.
-    seed, rows
-        As given to `gumbel_topk`; `seed` is needed by gumbel and rao.
-    samples : int
-        Conditional draws of rao, >= 1.
-    weight : float [V, d], optional
-        The head.  With it, dhidden = scale * sum_j dl_j (1 - (l_j / softcap)^2) weight[i_j].
-
-    Raises
-    ------
-    TypeError, ValueError
-        On wrong dtypes, shapes, devices or options.
-
-    Notes
-    -----
-    No graph is made.  Memory is a few arrays [N, k] and the chunks of `torch_ops.embedding`.
-    `SoftTokenRule` is the same for several gradients.
-    """
+    """`SoftTokenRule` for one gradient: every argument and error is that of the rule or of its call."""
     rule = SoftTokenRule(
         logits=logits, indices=indices, tokens=tokens, tau=tau, estimator=estimator, seed=seed, rows=rows,
-        samples=samples, conditional=conditional, weight=weight, scale=scale, softcap=softcap, keep_bytes=0,
+        samples=samples, conditional=conditional, head=head, keep_bytes=0,
     )
-    return rule._apply(grad_embedding, embedding, partial(backend_for, "soft_token_vjp"))
+    return rule(grad_embedding, embedding)
 
 
 @torch.no_grad()
@@ -224,7 +204,9 @@ def candidate_grad(
     return ops.candidate_grad(grads, tables, ids).view(indices.shape)
 
 
-def _pairs(grad_embedding, embedding, indices: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def _pairs(
+    grad_embedding: Tensor | Sequence[Tensor], embedding: Tensor | Sequence[Tensor], indices: Tensor
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """(gradients [N, d_e], tables [V, d_e], ids [N, k]), checked."""
     grads = [grad_embedding] if isinstance(grad_embedding, Tensor) else list(grad_embedding)
     tables = [embedding] if isinstance(embedding, Tensor) else list(embedding)
@@ -242,26 +224,43 @@ def _pairs(grad_embedding, embedding, indices: Tensor) -> tuple[list[Tensor], li
 
 
 @torch.no_grad()
-def pull_back(dlogits: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """sum_j dlogits_j weight[i_j]: a sparse gradient at the logits, pulled back to the hidden state.
+def pull_back(dlogits: Tensor, indices: Tensor, head: Head, logits: Tensor | None = None) -> Tensor:
+    """A sparse gradient at the logits, pulled back to the hidden state.
+
+    scale * sum_j dlogits_j (1 - (logits_j / softcap)^2) weight[i_j], without the square where there is no soft cap.
 
     Parameters
     ----------
     dlogits : float [..., k]
     indices : int64 [..., k]
-    weight : float [V, d]
-        The head.  Its scale and soft cap are the caller's.
+    head : Head
+    logits : float [..., k]
+        At the support; needed with a soft cap only.
 
     Returns
     -------
     Tensor [..., d]
         float32 (float64 if an input is float64).
+
+    Raises
+    ------
+    TypeError, ValueError
+        On wrong dtypes, shapes or devices, or a soft cap without `logits`.
     """
     checks.check_float("dlogits", dlogits)
     checks.check_ids("indices", indices, dlogits.shape, dlogits.device)
-    checks.check_table("weight", weight, None, dlogits.device)
+    check_is_head("head", head)
+    checks.check_device("head.weight", head.weight, dlogits.device)
+    weight, dtype = head.weight, checks.compute_dtype(dlogits, head.weight)
+    d_raw = dlogits.to(dtype) * head.scale
+    if head.softcap is not None:
+        if logits is None:
+            raise ValueError("head has a soft cap, whose derivative needs logits; pass those at the support")
+        checks.check_float("logits", logits)
+        checks.check_shape("logits", logits, dlogits.shape)
+        through_softcap(d_raw, logits.to(dtype), head.softcap)
     leading, k = dlogits.shape[:-1], dlogits.shape[-1]
     n = math.prod(leading)
     ops = implementation(backend_for("pull_back", dlogits, weight)).embedding
-    flat = ops.weighted_sum(dlogits.reshape(n, k), indices.reshape(n, k), weight)
+    flat = ops.weighted_sum(d_raw.reshape(n, k), indices.reshape(n, k), weight)
     return flat.view(*leading, weight.shape[1])

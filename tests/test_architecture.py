@@ -38,7 +38,8 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
-GRADE = modules("grade")
+GRADE, KERNELS = modules("grade"), modules("grade_kernels")
+KERNEL_FLOORS = {"aot": 0, "torch_ops": 2, "triton_ops": 2, "common": 3}  # the public operations are floor 1
 
 
 def test_every_room_has_a_floor():
@@ -52,8 +53,20 @@ def test_imports_point_down(module):
     assert not wrong, f"{module} imports {wrong}, which does not lie below it"
 
 
-def test_no_two_files_need_each_other():
-    needs = {name: imports(path, GRADE) - {name, "grade"} for name, path in GRADE.items()}
+@pytest.mark.parametrize("module", sorted(set(KERNELS) - {"grade_kernels"}))
+def test_imports_of_the_kernels_point_down(module):
+    """Public operations need the two backends, and these `common`; the ahead-of-time compiler is on top."""
+    def floor(name):
+        return KERNEL_FLOORS.get(room(name), 1)
+
+    others = {name for name in imports(KERNELS[module], KERNELS) - {"grade_kernels"} if room(name) != room(module)}
+    wrong = sorted(name for name in others if floor(name) < floor(module) or floor(name) == floor(module) != 1)
+    assert not wrong, f"{module} imports {wrong}, which does not lie below it"
+
+
+@pytest.mark.parametrize("known", [GRADE, KERNELS], ids=["grade", "grade_kernels"])
+def test_no_two_files_need_each_other(known):
+    needs = {name: imports(path, known) - {name, "grade", "grade_kernels"} for name, path in known.items()}
     # A package's own list of what it offers is no file that another needs for itself.
     needs = {name: {other for other in others if not other.startswith(f"{name}.")} for name, others in needs.items()}
     while needs:
@@ -64,9 +77,8 @@ def test_no_two_files_need_each_other():
 
 
 def test_the_kernels_need_torch_and_triton_only():
-    known = modules("grade_kernels")
     allowed = {"torch", "triton", "grade_kernels", "numpy", *sys.stdlib_module_names}
-    for path in known.values():
+    for path in KERNELS.values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

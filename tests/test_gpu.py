@@ -14,7 +14,7 @@ from grade.rollout import Rollout, pad_prompts
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
-from grade_kernels import gumbel_topk, soft_embedding, vocab_head
+from grade_kernels import Head, gumbel_topk, soft_embedding, vocab_head
 
 pytestmark = [
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
@@ -53,8 +53,8 @@ def test_vocab_head(dtype, bound):
     generator = torch.Generator().manual_seed(0)
     hidden, ref, weight = (torch.randn(n, 64, generator=generator).to(dtype) for n in (96, 96, 3000))
     tokens = torch.arange(96)
-    here = vocab_head(hidden, weight, ref_hidden=ref, k=32, tokens=tokens, grad=True)
-    there = vocab_head(hidden.cuda(), weight.cuda(), ref_hidden=ref.cuda(), k=32, tokens=tokens.cuda(), grad=True)
+    here = vocab_head(hidden, Head(weight), ref_hidden=ref, k=32, tokens=tokens, grad=True)
+    there = vocab_head(hidden.cuda(), Head(weight.cuda()), ref_hidden=ref.cuda(), k=32, tokens=tokens.cuda(), grad=True)
     for name in ("kl", "entropy", "logprob", "lse", "grad_hidden", "grad_ref_hidden"):
         assert relative_error(getattr(there, name).cpu().float(), getattr(here, name).float()) < bound, name
 

@@ -181,7 +181,7 @@ def reward_forward(policy: Policy, reward: Reward) -> Callable[[int], Tensor]:
 def cache_bytes(policy: Policy) -> tuple[float, float, float]:
     """Bytes of one position's keys and values, (all layers, the largest), and of a response's recurrent states."""
     cache, length = policy.new_cache(), 4
-    x = policy.head.new_zeros(1, length, policy.embedding.shape[1])
+    x = policy.embedding.new_zeros(1, length, policy.embedding.shape[1])
     with policy.state(adapters=False):
         policy.hidden(x, torch.ones(1, length, dtype=torch.bool, device=policy.device), cache)
     sizes = [sum(t.nbytes for t in attention_tensors(layer)) / length for layer in cache.layers]

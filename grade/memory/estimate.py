@@ -30,7 +30,7 @@ from grade.rewards.reward import Reward
 from grade.sampling.compiled import capacity_of
 from grade.sampling.packed_head import worth_packing
 from grade_kernels import backend_for, chunk_rows
-from grade_kernels.torch_ops.chunks import piece_rows
+from grade_kernels.common.chunks import piece_rows
 
 _GIB = 2**30
 # What the largest phase is called.
@@ -176,10 +176,10 @@ def estimate(
     cache, layer_cache, states = cache_bytes(policy)
     prompt_cache = method.prompt_cache and policy.reads_prompt_cache
     vocabulary, k = policy.vocab_size, generation.top_k
-    in_pieces = backend_for("vocab_head", policy.head, k=k) == "torch"
+    in_pieces = backend_for("vocab_head", policy.head.weight, k=k) == "torch"
     shapes = _Shapes(
-        prompt_length, generation.max_new_tokens, policy.head.shape[1], vocabulary, k, policy.dtype.itemsize, cache,
-        layer_cache, 2 * states, chunk_rows(vocabulary, method.head_chunk_bytes(policy.device.type)),
+        prompt_length, generation.max_new_tokens, policy.head.weight.shape[1], vocabulary, k, policy.dtype.itemsize,
+        cache, layer_cache, 2 * states, chunk_rows(vocabulary, method.head_chunk_bytes(policy.device.type)),
         piece_rows(vocabulary, torch.float32, policy.device) if in_pieces else 0,
     )
     padded = batch > 1  # one response alone is cut to its own length
@@ -196,7 +196,7 @@ def estimate(
     merged_here = 0 if compiled and policy.device.type == "cuda" else merged
 
     def packed(rows: int) -> int:
-        return _bytes([policy.head]) if worth_packing(policy.head, rows, shapes.response) else 0
+        return _bytes([policy.head.weight]) if worth_packing(policy.head.weight, rows, shapes.response) else 0
 
     before = {"weights": weights, "optimizer": 3 * _bytes(policy.parameters())}  # gradients and two moments
     before["rollout"] = waiting

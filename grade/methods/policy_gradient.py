@@ -156,7 +156,7 @@ class PolicyGradient(Method):
             hidden[mask], policy.head, indices=rollout.indices[mask], tokens=rollout.tokens[mask],
             ref_hidden=scored.reference[mask] if reference else None, ref_kl=method.kl_direction == "ref_policy",
             **{name: None if weight is None else weight[mask] for name, weight in weights.items()},
-            chunk_bytes=method.head_chunk_bytes(self.policy.device.type), **policy.head_transform,
+            chunk_bytes=method.head_chunk_bytes(self.policy.device.type),
         )
         allowed = support_is_allowed(policy, rollout)[mask]
         logits = torch.where(allowed, head.logits, -torch.inf)  # [n, k]

@@ -100,7 +100,7 @@ class PPO(PolicyGradient):
         self.settings = config.method.ppo
         self.minibatches = self.settings.minibatches
         super().__init__(policy, reward, config, services)
-        self.value_head = ValueHead(policy.head.shape[1]).to(policy.device)
+        self.value_head = ValueHead(policy.head.weight.shape[1]).to(policy.device)
 
     def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
         settings, totals = self.settings, self.services.totals(r.mask for r in rollouts)

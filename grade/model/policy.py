@@ -17,6 +17,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from grade.model.probe_decoding import (
     probe_merged,
     probe_prompt_cache,
 )
+from grade_kernels import Head
 
 
 class State(NamedTuple):
@@ -63,7 +65,7 @@ class Policy:
         adapter_layers: the layers that have one.
         reads_prompt_cache: whether a pass with a graph may read a prompt's cache (see `grade.model.passes`).
         embedding: [V, d] input table; `embedding_scale` multiplies its rows.
-        head, head_bias: [V, d] and [V] or None; `logit_scale` and `softcap` complete the head.
+        head: weight [V, d], bias, logit scale and soft cap.
         suppressed: [n] int64, ids the tokenizer does not know (padding of the vocabulary); never sampled.
         eos_ids: [m] int64, ids that end a response.
 
@@ -91,9 +93,8 @@ class Policy:
                 "shares both with the frozen base. Adapt inner layers only."
             )
         self.embedding, self.embedding_scale = table.weight.detach(), 1.0
-        self.head = head.weight.detach()
-        self.head_bias = head.bias.detach() if getattr(head, "bias", None) is not None else None
-        self.logit_scale, self.softcap = 1.0, None
+        bias = getattr(head, "bias", None)
+        self.head = Head(head.weight.detach(), None if bias is None else bias.detach())
         self.reads_prompt_cache = self._merges = True
         if probe:
             self._probe(length)
@@ -112,7 +113,8 @@ class Policy:
         check_finite(self)
         try:
             self.embedding_scale = probe_embedding(self)
-            self.logit_scale, self.softcap = probe_head(self)
+            scale, softcap = probe_head(self)
+            self.head = replace(self.head, scale=scale, softcap=softcap)
             probe_passes(self)
             probe_decoding(self)
             if length:
@@ -127,7 +129,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        return self.head.device
+        return self.head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,12 +137,7 @@ class Policy:
 
     @property
     def vocab_size(self) -> int:
-        return self.head.shape[0]
-
-    @property
-    def head_transform(self) -> dict:
-        """The head's keyword arguments for `grade_kernels`."""
-        return {"bias": self.head_bias, "scale": self.logit_scale, "softcap": self.softcap}
+        return self.head.weight.shape[0]
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trainable parameters, in a fixed order."""

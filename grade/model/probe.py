@@ -93,9 +93,9 @@ def probe_head(policy) -> tuple[float, float | None]:
         GradeError: the head does something else.
     """
     generator = torch.Generator().manual_seed(0)
-    width = policy.head.shape[1]
+    width = policy.head.weight.shape[1]
     unit = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(policy.device)
-    weight = policy.head[:_PROBE_ROWS].to(torch.promote_types(policy.dtype, torch.float32))
+    weight = policy.head.weight[:_PROBE_ROWS].to(torch.promote_types(policy.dtype, torch.float32))
     unit = unit.to(weight.dtype)
     typical = (unit[0, :1] @ weight.T).std().item()
     if typical == 0:
@@ -108,7 +108,7 @@ def probe_head(policy) -> tuple[float, float | None]:
         own = _logits_of_hidden(policy, hidden)[..., :_PROBE_ROWS]
         return own.to(weight.dtype), hidden.to(weight.dtype) @ weight.T
 
-    bias = 0.0 if policy.head_bias is None else policy.head_bias[:_PROBE_ROWS].to(weight.dtype)
+    bias = 0.0 if policy.head.bias is None else policy.head.bias[:_PROBE_ROWS].to(weight.dtype)
     logits, product = compare(0.05)  # small enough that a cap of 1 or more is still a straight line
     scale = (((logits - bias) * product).sum() / product.square().sum()).item()
     known = [1.0, getattr(policy.config, "logit_scale", None), _inverse(policy.config, "logits_scaling")]

@@ -96,12 +96,13 @@ class Forward:
     hidden: Tensor          # [B, S, d], policy states that predict the tokens
     base: BasePass
     reward: Tensor          # [B]
-    head: VocabHead         # rows are the n real tokens, in the order of mask.nonzero()
+    swept: VocabHead        # rows are the n real tokens, in the order of mask.nonzero()
 
     def values(self, mask: Tensor) -> tuple[Tensor, ...]:
         """The fields of `Scores`."""
-        head = self.head
-        return self.reward.detach(), *(per_token(v, mask) for v in (head.kl, head.entropy, head.logprob, head.mass))
+        swept = self.swept
+        values = (swept.kl, swept.entropy, swept.logprob, swept.mass)
+        return self.reward.detach(), *(per_token(v, mask) for v in values)
 
 
 def forward(
@@ -126,12 +127,12 @@ def forward(
         )
         score = reward_of(reward, rollout, base, x_reward, checkpoint=settings.checkpoint)
     with settings.phase("head"):
-        head = vocab_head(
+        swept = vocab_head(
             hidden.detach()[rollout.mask], policy.head, ref_hidden=base.reference.detach()[rollout.mask],
             indices=rollout.indices[rollout.mask], tokens=rollout.tokens[rollout.mask],
-            direction=settings.kl_direction, grad=grad, chunk_bytes=settings.chunk_bytes, **policy.head_transform,
+            direction=settings.kl_direction, grad=grad, chunk_bytes=settings.chunk_bytes,
         )
-    return Forward(hidden, base, score, head)
+    return Forward(hidden, base, score, swept)
 
 
 @torch.no_grad()
@@ -167,7 +168,7 @@ class Prepared:
     def equation(self, settings: ReplaySettings) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """(g_direct [n, d], A) of  g = g_direct + A g; one call of A is one backward pass, which keeps the graph."""
         policy, mask = self.policy, self.rollout.mask
-        local_rule = _local_rule(policy, self.rollout, settings, self.done.head)
+        local_rule = _local_rule(policy, self.rollout, settings, self.done.swept)
         direct = local_rule(self.incoming)
         if settings.kl_prefix_grad != "none":
             direct = direct + self.kl_gradient
@@ -206,12 +207,12 @@ def prepare(
         x_reward.requires_grad_()
     done = forward(policy, reward, rollout, settings, x, x_base, x_reward, grad=True)
     with settings.phase("base_backward"):
-        kl_weight = kl_weight[mask][:, None].to(done.head.grad_hidden.dtype)  # [n, 1]
+        kl_weight = kl_weight[mask][:, None].to(done.swept.grad_hidden.dtype)  # [n, 1]
         incoming = _outside_gradients(
             policy, reward, done, mask, x_base, x_reward, reward_weight,
-            kl_weight * done.head.grad_ref_hidden if settings.kl_prefix_grad == "both" else None,
+            kl_weight * done.swept.grad_ref_hidden if settings.kl_prefix_grad == "both" else None,
         )
-    return Prepared(policy, rollout, done, x, incoming, kl_weight * done.head.grad_hidden)
+    return Prepared(policy, rollout, done, x, incoming, kl_weight * done.swept.grad_hidden)
 
 
 def replay(
@@ -297,16 +298,15 @@ def _outside_gradients(
     return incoming
 
 
-def _local_rule(policy: Policy, rollout: Rollout, settings: ReplaySettings, head: VocabHead) -> Callable:
+def _local_rule(policy: Policy, rollout: Rollout, settings: ReplaySettings, swept: VocabHead) -> Callable:
     """D and the pull-back to the hidden state, for the draws of this rollout; linear in its argument."""
     mask = rollout.mask
     allowed = support_is_allowed(policy, rollout)[mask]
     rule = SoftTokenRule(
-        logits=torch.where(allowed, head.logits, -torch.inf), indices=head.indices,
+        logits=torch.where(allowed, swept.logits, -torch.inf), indices=swept.indices,
         tokens=rollout.tokens[mask], rows=rollout.rows[mask], seed=rollout.seed, tau=settings.tau,
-        estimator=settings.estimator, samples=settings.rao_samples, weight=policy.head,
-        scale=policy.logit_scale, softcap=policy.softcap,
-        keep_bytes=settings.chunk_bytes,  # the sweep is over: what its chunks took is free
+        estimator=settings.estimator, samples=settings.rao_samples, head=policy.head,
+        keep_bytes=settings.chunk_bytes,  # the memory of the sweep's chunks, which is free again
     )
 
     def hidden_rule(incoming: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -154,10 +154,10 @@ def _load(folder: Path, config: Config, policy: Policy) -> RewardHead:
             f"the reward head {folder} was trained with something else: {changed}. Put that back, name another head "
             "with reward.path, or leave reward.path null to train one."
         )
-    if features != policy.head.shape[1]:
+    if features != policy.head.weight.shape[1]:
         raise GradeError(
             f"reward.path={folder}: its head reads {features} features, {config.model.name} has "
-            f"{policy.head.shape[1]}. Name the head of this model, or leave reward.path null to train one."
+            f"{policy.head.weight.shape[1]}. Name the head of this model, or leave reward.path null to train one."
         )
     head = RewardHead(features, hidden)
     head.load_state_dict(weights)
@@ -176,7 +176,7 @@ def train_head(config: Config, policy: Policy, task) -> tuple[RewardHead, dict]:
     held_x, held_y = features_of(policy, task.validation, lengths, "Held-out features", special_tokens=marks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.reward.seed)
-        head = RewardHead(policy.head.shape[1], config.reward.hidden_size)
+        head = RewardHead(policy.head.weight.shape[1], config.reward.hidden_size)
     head.to(policy.device)
     loss = _fit(head, train_x.flatten(0, 1), train_y.repeat(len(lengths)), config)
     accuracy = {
@@ -227,7 +227,7 @@ def features_of(
     readable = [i for i, row in enumerate(encoded) if row]
     examples, encoded = [examples[i] for i in readable], [encoded[i] for i in readable]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # equal lengths together: little padding
-    out = torch.empty(len(lengths), len(encoded), policy.head.shape[1], device=policy.device)
+    out = torch.empty(len(lengths), len(encoded), policy.head.weight.shape[1], device=policy.device)
     starts = range(0, len(order), _FEATURE_BATCH)
     for start in track(starts, description=title, console=Console(stderr=True), transient=True):
         rows = order[start: start + _FEATURE_BATCH]

@@ -32,8 +32,8 @@ class Decoding:
     def prepared(self, adapters: bool, sampling: Sampling, responses: int) -> Iterator[None]:
         """For one rollout of at most `responses` at a time: the policy's state, and copies of weights that are quicker
         to read."""
-        if sampling.top_p is None and worth_packing(self.policy.head, responses, sampling.max_new_tokens):
-            self._packed = pack(self.policy.head)
+        if sampling.top_p is None and worth_packing(self.policy.head.weight, responses, sampling.max_new_tokens):
+            self._packed = pack(self.policy.head.weight)
         try:
             with self.state(adapters):
                 yield
@@ -53,6 +53,6 @@ class Decoding:
         if self._packed is None:
             return draw_tokens(self.policy, hidden, sampling, seed=seed, rows=rows, suppress=suppress)
         return self._draw(
-            packed_product(hidden, self._packed), sampling.top_k, sampling.tau, seed, rows, suppress,
-            not sampling.soft, **self.policy.head_transform,
+            packed_product(hidden, self._packed), self.policy.head, sampling.top_k, sampling.tau, seed, rows, suppress,
+            not sampling.soft,
         )

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from grade.config import GenerationConfig
 from grade.model.policy import Policy
-from grade_kernels import SparseTokens, gumbel_topk, linear_gumbel_topk, vocab_head
-from grade_kernels.random import gumbel
-from grade_kernels.torch_ops.head import finish_logits
+from grade_kernels import Head, SparseTokens, gumbel_topk, linear_gumbel_topk, vocab_head
+from grade_kernels.common.random import gumbel
 
 
 @dataclass
@@ -63,14 +62,12 @@ def draw_tokens(
     if sampling.top_p is None:
         return linear_gumbel_topk(
             hidden, policy.head, sampling.top_k, sampling.tau, seed=seed, rows=rows, suppress=suppress,
-            hard=not sampling.soft, **policy.head_transform,
+            hard=not sampling.soft,
         )
-    out = vocab_head(hidden, policy.head, k=sampling.top_k, suppress=suppress, **policy.head_transform)
+    out = vocab_head(hidden, policy.head, k=sampling.top_k, suppress=suppress)
     lse = out.lse
     if len(suppress):  # the nucleus is one of what may be sampled, as if the others had no mass
-        banned = vocab_head(
-            hidden, policy.head, indices=suppress.expand(len(hidden), -1), **policy.head_transform
-        ).mass
+        banned = vocab_head(hidden, policy.head, indices=suppress.expand(len(hidden), -1)).mass
         lse = lse + torch.log1p(-banned.clamp_max(1 - 1e-6))
     inside = nucleus(out.logits, lse, sampling.top_p)
     noise = gumbel(seed, 0, rows, out.indices, dtype=torch.float32)
@@ -80,18 +77,15 @@ def draw_tokens(
 
 
 def draw_from_product(
-    product: Tensor, k: int, tau: float, seed: int, rows: Tensor, suppress: Tensor, hard: bool, *,
-    bias: Tensor | None, scale: float, softcap: float | None,
+    product: Tensor, head: Head, k: int, tau: float, seed: int, rows: Tensor, suppress: Tensor, hard: bool
 ) -> SparseTokens:
-    """The same without a nucleus, from hidden @ W^T [B, V], which is overwritten, and the rest of the head.
+    """The same without a nucleus, from hidden @ head.weight^T [B, V], which is overwritten.
 
     Args:
         rows, suppress: as there; [B] and [m] int64.
         hard: feed the token instead of the mixture.
-        bias, scale, softcap: `Policy.head_transform`.
     """
-    logits = finish_logits(product, bias, scale, softcap)
-    return gumbel_topk(logits, k, tau, seed=seed, rows=rows, suppress=suppress, hard=hard)
+    return gumbel_topk(head.finish(product), k, tau, seed=seed, rows=rows, suppress=suppress, hard=hard)
 
 
 def nucleus(logits: Tensor, lse: Tensor, top_p: float) -> Tensor:

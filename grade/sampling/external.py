@@ -215,14 +215,13 @@ def _fill(
 ) -> None:
     """Candidates and relaxed weights of the tokens `here` [B, S] bool, in place."""
     draw = dict(
-        hidden=hidden[here], weight=policy.head, tau=sampling.tau, seed=rollout.seed, rows=rollout.rows[here],
-        **policy.head_transform,
+        hidden=hidden[here], head=policy.head, tau=sampling.tau, seed=rollout.seed, rows=rollout.rows[here],
     )
     support = linear_gumbel_topk(k=rollout.indices.shape[-1], suppress=suppress, **draw).indices
     placed, rollout.missed[here] = place_tokens(support, rollout.tokens[here])
-    given = linear_gumbel_topk(
+    drawn = linear_gumbel_topk(
         indices=placed, tokens=rollout.tokens[here], draw=_CONDITIONAL_DRAW, suppress=suppress, **draw
     )
     rollout.indices[here] = placed
     chosen = placed == rollout.tokens[here][:, None]
-    rollout.token_weight[here] = (given.weights * chosen).sum(-1).to(rollout.token_weight.dtype)
+    rollout.token_weight[here] = (drawn.weights * chosen).sum(-1).to(rollout.token_weight.dtype)

@@ -32,4 +32,4 @@ def broken_policy(policy: Policy, trained: Iterable[Tensor], prompt: list[int]) 
     ids = torch.tensor([prompt], device=policy.device)
     with policy.state(adapters=True):
         hidden = policy.hidden(policy.embed(ids), torch.ones_like(ids, dtype=torch.bool))
-    return None if (hidden[:, -1] @ policy.head.T).isfinite().all() else "its logits are not finite"
+    return None if (hidden[:, -1] @ policy.head.weight.T).isfinite().all() else "its logits are not finite"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from grade_kernels.checks import compute_dtype
-from grade_kernels.torch_ops.chunks import spans
+from grade_kernels.common.checks import compute_dtype
+from grade_kernels.common.chunks import spans
 
 _BLOCK_BYTES = 2**25
 

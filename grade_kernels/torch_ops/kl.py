@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grade_kernels.stats import KLStats
-from grade_kernels.torch_ops.chunks import Rows, pieces
-from grade_kernels.torch_ops.head import through_softcap
+from grade_kernels.common.chunks import Rows, pieces
+from grade_kernels.common.head import through_softcap
+from grade_kernels.common.stats import KLStats
 from grade_kernels.torch_ops.logprob import Exponentials, exponentials
 
 # phi is a power series up to this |x|: e^x - 1 - x by itself has lost a factor 2/x of precision there.
@@ -85,14 +85,6 @@ def kl_grads(
                 weights = row_weights[a:b, None]
                 grad.mul_(weights).masked_fill_(weights == 0, 0.0)
             out[a:b] = through_softcap(grad, logits, softcap)
-
-
-def kl_with_grads(p_logits: Rows, q_logits: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(KL [N], its gradient to each side [N, V] in the side's dtype)."""
-    stats = kl_stats(p_logits, q_logits, dtype)
-    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p_logits, q_logits)]
-    kl_grads(p_logits, q_logits, stats, None, *outs)
-    return stats.kl.clone(), *outs
 
 
 def divergence(p: Tensor, q: Tensor, exp_p: Exponentials, exp_q: Exponentials, grad: bool = False) -> Divergence:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grade_kernels.stats import TokenStats
-from grade_kernels.torch_ops.chunks import Rows, piece_rows, pieces, spans
-from grade_kernels.torch_ops.head import through_softcap
+from grade_kernels.common.chunks import Rows, piece_rows, pieces, spans
+from grade_kernels.common.head import through_softcap
+from grade_kernels.common.stats import TokenStats
 
 
 def log_sum_exp(logits: Rows, dtype: torch.dtype) -> Tensor:

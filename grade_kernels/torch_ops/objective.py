@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grade_kernels.stats import KLStats, TokenStats
-from grade_kernels.torch_ops.chunks import gather, pieces
-from grade_kernels.torch_ops.head import through_softcap
+from grade_kernels.common.chunks import pieces
+from grade_kernels.common.head import through_softcap
+from grade_kernels.common.stats import KLStats, TokenStats
 from grade_kernels.torch_ops.kl import kl_grads, kl_stats
 from grade_kernels.torch_ops.logprob import token_stats
-from grade_kernels.torch_ops.sample import block, place
+from grade_kernels.torch_ops.sample import candidates
+from grade_kernels.torch_ops.sweep import row_fields
 
 Weights = tuple[Tensor | None, Tensor | None, Tensor | None]  # [r] each: of entropy, kl and ref_kl
 
@@ -36,18 +37,11 @@ def objective_chunk(
     """
     dtype = logits.dtype
     stats = token_stats(logits, tokens, dtype)
-    ids = indices if tokens is None else place(indices, tokens)[0]
-    values = block(gather(logits, ids), ids, suppress, tokens)
-    mass = (values - stats.lse[:, None]).exp().sum(-1)
-    out = {"entropy": stats.entropy, "lse": stats.lse, "indices": ids, "logits": values, "mass": mass}
-    if tokens is not None:
-        out["logprob"] = stats.logprob
-    kl = None
-    if ref_logits is not None:
-        kl = kl_stats(logits, ref_logits, dtype)
-        out |= {"kl": kl.kl, "ref_lse": kl.lse_q}
-        if ref_kl:
-            out["ref_kl"] = kl_stats(ref_logits, logits, dtype).kl
+    kl = None if ref_logits is None else kl_stats(logits, ref_logits, dtype)
+    support = candidates(logits, indices.shape[1], suppress, indices, tokens, dtype)
+    out = row_fields(stats, kl, tokens is not None, support)
+    if ref_logits is not None and ref_kl:
+        out["ref_kl"] = kl_stats(ref_logits, logits, dtype).kl
     if any(weight is not None for weight in weights):  # the last use of the logits
         objective_grad(logits, ref_logits, stats, kl, weights, logits, softcap)
     return out

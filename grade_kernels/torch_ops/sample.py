@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from grade_kernels.common.chunks import Rows, gather
+from grade_kernels.common.sample import Sample, Support, place
 from grade_kernels.torch_ops import support as ops
-from grade_kernels.torch_ops.chunks import Rows, gather
 from grade_kernels.torch_ops.logprob import log_sum_exp
 from grade_kernels.torch_ops.topk import topk_ids
-
-
-class Support(NamedTuple):
-    ids: Tensor  # int64 [N, k]
-    values: Tensor  # [N, k] logits, -inf where the id may not be sampled
-    lse: Tensor  # [N] log-sum-exp of the whole raw row
-
-
-class Sample(NamedTuple):
-    weights: Tensor  # [N, k] softmax(z / tau)
-    tokens: Tensor  # int64 [N]
-    mass: Tensor  # [N] probability of the support
 
 
 def select(
@@ -55,13 +42,6 @@ def candidates(
     if tokens is not None:
         ids = place(ids, tokens)[0]
     return ids, block(gather(logits, ids).to(dtype), ids, suppress, tokens)
-
-
-def place(indices: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """(the support [..., k] with each token in it, where it was missing [...])."""
-    missed = ~(indices == tokens.unsqueeze(-1)).any(-1)
-    last = torch.where(missed, tokens, indices[..., -1])
-    return torch.cat([indices[..., :-1], last.unsqueeze(-1)], dim=-1), missed
 
 
 def block(values: Tensor, ids: Tensor, suppress: Tensor | None, tokens: Tensor | None) -> Tensor:
@@ -99,15 +79,3 @@ def select_and_sample(
     """(ids [N, k], the sample): `select`, then `sample`."""
     support = select(logits, k, suppress, indices, tokens, dtype)
     return support.ids, sample(support, keys, seed, draw, tokens, tau)
-
-
-def weights_vjp(weights: Tensor, grad: Tensor, tau: float) -> Tensor:
-    """J(w) v / tau [N, k], in the dtype of `weights`."""
-    return ops.softmax_vjp(weights, grad.to(weights.dtype)) / tau
-
-
-def scatter(ids: Tensor, values: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-    """Dense [N, vocab] in `dtype`: the values [N, k] at their ids, which are distinct within a row, else 0."""
-    dense = torch.zeros(ids.shape[0], vocab, dtype=dtype, device=ids.device)
-    return dense.scatter_add_(-1, ids, values.to(dtype))
-

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grade_kernels import random
-from grade_kernels.torch_ops.chunks import cpu_threads, spans
+from grade_kernels.common import random
+from grade_kernels.common.chunks import cpu_threads, spans
 
 # Entries worked on at once, per thread: Philox makes a hundred passes over its int64 words, so they should
 # stay in cache.

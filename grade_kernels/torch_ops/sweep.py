@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from grade_kernels.stats import KLStats, TokenStats
+from grade_kernels.common.chunks import pieces
+from grade_kernels.common.head import through_softcap
+from grade_kernels.common.stats import KLStats, TokenStats
 from grade_kernels.torch_ops import kl as kl_ops
-from grade_kernels.torch_ops.chunks import pieces
-from grade_kernels.torch_ops.head import through_softcap
 from grade_kernels.torch_ops.logprob import exponentials, piece_stats
 from grade_kernels.torch_ops.sample import candidates
 
@@ -32,9 +32,7 @@ def head_chunk(
     """
     dtype = logits.dtype
     token, kl = (stats.empty(logits.shape[0], dtype, logits.device) for stats in (TokenStats, KLStats))
-    out = {"entropy": token.entropy}
-    if k is not None:
-        out["indices"], out["logits"] = candidates(logits, k, suppress, indices, tokens, dtype)
+    support = None if k is None else candidates(logits, k, suppress, indices, tokens, dtype)
     policy_first = direction == "policy_ref"
     for a, b in pieces(logits, dtype):
         part = logits[a:b]
@@ -50,11 +48,23 @@ def head_chunk(
         if grad:  # the last use of the logits
             p.copy_(through_softcap(divergence.grad_p, p, softcap))
             q.copy_(through_softcap(divergence.grad_q, q, softcap))
-    out["lse"] = token.lse
-    if tokens is not None:
+    return row_fields(token, None if ref_logits is None else kl, tokens is not None, support, policy_first)
+
+
+def row_fields(
+    token: TokenStats,
+    kl: KLStats | None,
+    with_tokens: bool,
+    support: tuple[Tensor, Tensor] | None,
+    policy_first: bool = True,
+) -> dict[str, Tensor]:
+    """The fields of a sweep, by name: statistics of rows and their support (ids, logits), where there are any."""
+    out = {"entropy": token.entropy, "lse": token.lse}
+    if with_tokens:
         out["logprob"] = token.logprob
-    if k is not None:
-        out["mass"] = (out["logits"] - token.lse[:, None]).exp().sum(-1)
-    if ref_logits is not None:
+    if support is not None:
+        ids, values = support
+        out |= {"indices": ids, "logits": values, "mass": (values - token.lse[:, None]).exp().sum(-1)}
+    if kl is not None:
         out |= {"kl": kl.kl, "ref_lse": kl.lse_q if policy_first else kl.lse_p}
     return out

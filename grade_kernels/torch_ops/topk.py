@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grade_kernels.torch_ops.chunks import Rows, spans
+from grade_kernels.common.chunks import Rows, spans
 
 _LOW_WORD = 0xFFFFFFFF
 _INT32_MAX = 0x7FFFFFFF

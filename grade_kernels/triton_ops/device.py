@@ -58,7 +58,7 @@ def expm1(x):
 
 @triton.jit
 def exponential(seed_low, seed_high, draw, row, ids):
-    """Exp(1) noise, float32, of `row` (int64) at `ids`: `grade_kernels.random.exponential`, bit for bit in
+    """Exp(1) noise, float32, of `row` (int64) at `ids`: `grade_kernels.common.random.exponential`, bit for bit in
     the 64 random bits."""
     seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True).to(
         tl.uint64

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grade_kernels.stats import KLStats
-from grade_kernels.torch_ops.chunks import Rows
+from grade_kernels.common.chunks import Rows
+from grade_kernels.common.stats import KLStats
 from grade_kernels.triton_ops import device, online
 from grade_kernels.triton_ops.launch import as_tensor, launch, row_addresses, vector_width
 
@@ -72,23 +72,6 @@ def _grads_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["p_inner", "q_inner"])
-def _with_grads_kernel(
-    p, q, out, out_p, out_q, vocab, p_inner, p_outer, p_stride, q_inner, q_outer, q_stride,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """A row is read twice, the second time at once, and its gradients are written."""
-    row = tl.program_id(0).to(tl.int64)
-    p += device.row_start(row, p_inner, p_outer, p_stride)
-    q += device.row_start(row, q_inner, q_outer, q_stride)
-    kl, peak_p, norm_p, peak_q, norm_q, shift, _ = online.kl_row(p, q, vocab, 0, LANES, WIDTH, STEPS)
-    tl.store(out + row, kl)
-    online.write_kl_grads(
-        p, q, out_p + row * vocab, out_q + row * vocab, vocab, None, None, kl, peak_p, norm_p, peak_q, norm_q, shift,
-        LANES, WIDTH, STEPS,
-    )  # fmt: skip
-
-
 def _steps(width: int) -> int:
     # Entries that are not adjacent need an address each.
     return (_STATS_ENTRIES if width > 1 else _STATS_ENTRIES // 2) // width
@@ -119,30 +102,6 @@ def kl_grads(
     if out_p is None and out_q is None:
         return
     _kl_grads(as_tensor(p_logits), as_tensor(q_logits), *stats, row_weights, out_p, out_q, softcap)
-
-
-def kl_with_grads(p_logits: Rows, q_logits: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(KL [N], its gradient to each side [N, V] in the side's dtype), in one launch."""
-    return _kl_with_grads(as_tensor(p_logits), as_tensor(q_logits))
-
-
-@torch.library.custom_op("grade_kernels::kl_with_grads", mutates_args=())
-def _kl_with_grads(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    a, b = row_addresses(p), row_addresses(q)
-    vocab, width = p.shape[-1], vector_width(a.tensor, b.tensor)
-    out = torch.empty(a.n, dtype=torch.float32, device=p.device)
-    out_p, out_q = (torch.empty(a.n, vocab, dtype=side.dtype, device=p.device) for side in (p, q))
-    launch(
-        _with_grads_kernel, (a.n,), a.tensor, b.tensor, out, out_p, out_q, vocab, *a.strides, *b.strides,
-        num_warps=_WARPS, LANES=32 * _WARPS, WIDTH=width, STEPS=_steps(width),
-    )  # fmt: skip
-    return out, out_p, out_q
-
-
-@_kl_with_grads.register_fake
-def _(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, vocab = math.prod(p.shape[:-1]), p.shape[-1]
-    return p.new_empty(n, dtype=torch.float32), p.new_empty(n, vocab), q.new_empty(n, vocab)
 
 
 @torch.library.custom_op("grade_kernels::kl_stats", mutates_args=())

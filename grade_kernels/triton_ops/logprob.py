@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grade_kernels.stats import TokenStats
-from grade_kernels.torch_ops.chunks import Rows
+from grade_kernels.common.chunks import Rows
+from grade_kernels.common.stats import TokenStats
 from grade_kernels.triton_ops import device, online
 from grade_kernels.triton_ops.launch import as_tensor, launch, row_addresses, vector_width
 

@@ -7,23 +7,20 @@ needs anyway, and none of the three gradients needs its value.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from grade_kernels.triton_ops import device, noise, online
-from grade_kernels.triton_ops.launch import launch, next_power_of_2, vector_width
-from grade_kernels.triton_ops.suppress import suppress_bits
+from grade_kernels.triton_ops import device, online, sweep
 
-_WARPS = 8
-# Entries of each side that a thread takes per tile, half of them in the second read, which shares less work among
-# them; those that are not adjacent need an address each.
-_ENTRIES = 16
+# Entries of each side that a thread takes per tile where they are not adjacent: each needs an address.  The second
+# read, which shares less work among them, takes half as many.
 _SCATTERED = 8
 _MAX_REGISTERS = 128  # two programs a multiprocessor; left free, NVIDIA's compiler spills to fit a third
-# What the kernel writes; 0 where not asked for.
-_STATS = ("entropy", "lse", "logprob", "mass", "kl", "ref_kl", "ref_lse")
+_ROWS = len(sweep.FIELDS) + 1  # KL(ref || policy) comes last
 
 
 @triton.jit(
@@ -45,18 +42,10 @@ def _objective_kernel(
         kl, peak, norm, peak_q, norm_q, shift, entropy = online.kl_row(policy, ref, vocab, 1, LANES, WIDTH, STEPS)
     else:
         peak, norm, entropy = online.lse_row(policy, vocab, LANES, WIDTH, STEPS)
-    logprob = 0.0
-    token = tl.full([], 0, tl.int64)
-    if tokens is not None:
-        token = tl.load(tokens + row)
-        logprob = (tl.load(policy + token) - peak) - norm
-    lane = tl.arange(0, KEPT)
-    inside = lane < k
-    ids = tl.load(given + row * k + lane, mask=inside, other=0)
-    ids, values = noise.read_support(policy, ids, lane, k, token, bits, tokens is not None)
-    mass = tl.sum(tl.where(inside, tl.exp2(((values - peak) - norm) * online.LOG2E), 0.0), axis=0)
-    tl.store(ids_out + row * k + lane, ids, mask=inside)
-    tl.store(values_out + row * k + lane, values, mask=inside)
+    sweep.store_row(
+        policy, row, k, given, tokens, bits, stats, ids_out, values_out, n, entropy, peak, norm, kl, peak_q + norm_q,
+        KEPT,
+    )  # fmt: skip
     w_entropy, w_kl, w_ref_kl = None, None, None
     if entropy_weights is not None:
         w_entropy = tl.load(entropy_weights + row)
@@ -71,13 +60,7 @@ def _objective_kernel(
             policy, ref, vocab, w_entropy, w_kl, w_ref_kl, inverse_cap, entropy, kl, peak, norm, peak_q, norm_q, shift,
             LANES, WIDTH, STEPS // 2,
         )  # fmt: skip
-    tl.store(stats, entropy)
-    tl.store(stats + n, peak + norm)
-    tl.store(stats + 2 * n, logprob)
-    tl.store(stats + 3 * n, mass)
-    tl.store(stats + 4 * n, kl)
-    tl.store(stats + 5 * n, ref_kl)
-    tl.store(stats + 6 * n, peak_q + norm_q)
+    tl.store(stats + 6 * n, ref_kl)
 
 
 @triton.jit
@@ -161,19 +144,16 @@ def objective_chunk(
         stats, ids, values = _objective_grad(*args, *weights, softcap)
     else:
         stats, ids, values = _objective(*args)
-    out = dict(zip(_STATS, stats.unbind(), strict=True)) | {"indices": ids, "logits": values}
-    unasked = set() if tokens is not None else {"logprob"}
-    unasked |= set() if ref_logits is not None else {"kl", "ref_lse"}
-    unasked |= set() if ref_logits is not None and ref_kl else {"ref_kl"}
-    return {name: value for name, value in out.items() if name not in unasked}
+    out = sweep.wanted_fields(stats, ids, values, ref_logits is not None, tokens is not None)
+    return out | {"ref_kl": stats[-1]} if ref_logits is not None and ref_kl else out
 
 
 @torch.library.custom_op("grade_kernels::objective", mutates_args=())
 def _objective(
     logits: Tensor, ref_logits: Tensor | None, indices: Tensor, tokens: Tensor | None, suppress: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(`_STATS` [7, r], support [r, k], its logits [r, k])."""
-    return _sweep(logits, ref_logits, indices, tokens, suppress, None, None, None, None)
+    """(`sweep.FIELDS` and KL(ref || policy) [7, r], support [r, k], its logits [r, k])."""
+    return _launch(logits, ref_logits, indices, tokens, suppress, None, None, None)
 
 
 @torch.library.custom_op("grade_kernels::objective_grad", mutates_args=("logits",))
@@ -190,47 +170,16 @@ def _objective_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same; the gradient overwrites the logits."""
     weights = (entropy_weights, kl_weights, ref_kl_weights)
-    return _sweep(logits, ref_logits, indices, tokens, suppress, *weights, softcap)
+    return _launch(logits, ref_logits, indices, tokens, suppress, *weights, softcap=softcap)
 
 
-def _sweep(
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    indices: Tensor,
-    tokens: Tensor | None,
-    suppress: Tensor | None,
-    entropy_weights: Tensor | None,
-    kl_weights: Tensor | None,
-    ref_kl_weights: Tensor | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    stats, ids, values = _outputs(logits, indices)
-    n, vocab = logits.shape
-    bits = suppress_bits(suppress, vocab, logits.device)
-    weights = (entropy_weights, kl_weights, ref_kl_weights)
-    inputs, weights = ([x if x is None else x.contiguous() for x in xs] for xs in ((indices, tokens), weights))
-    width, k = vector_width(logits), ids.shape[1]
-    entries = _ENTRIES if width > 1 else _SCATTERED
-    ref_stride = 0 if ref_logits is None else ref_logits.stride(0)
-    launch(
-        _objective_kernel, (n,), logits, ref_logits, *inputs, bits, *weights, stats, ids, values, n, k,
-        None if softcap is None else 1.0 / softcap, vocab, logits.stride(0), ref_stride,
-        num_warps=_WARPS, max_registers=_MAX_REGISTERS,
-        KEPT=next_power_of_2(k), LANES=32 * _WARPS, WIDTH=width, STEPS=entries // width,
-    )  # fmt: skip
-    return stats, ids, values
-
-
-def _outputs(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    stats = logits.new_empty(len(_STATS), logits.shape[0], dtype=torch.float32)
-    return stats, torch.empty_like(indices, memory_format=torch.contiguous_format), stats.new_empty(indices.shape)
+def _launch(*args: Tensor | None, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    return sweep.sweep_rows(
+        _objective_kernel, _ROWS, *args, softcap=softcap, scattered=_SCATTERED, max_registers=_MAX_REGISTERS
+    )
 
 
 @_objective.register_fake
-def _(logits, ref_logits, indices, tokens, suppress):
-    return _outputs(logits, indices)
-
-
 @_objective_grad.register_fake
-def _(logits, ref_logits, indices, tokens, suppress, entropy_weights, kl_weights, ref_kl_weights, softcap):
-    return _outputs(logits, indices)
+def _(logits: Tensor, ref_logits: Tensor | None, indices: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return sweep.outputs(_ROWS, logits, indices)

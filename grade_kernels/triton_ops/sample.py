@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grade_kernels.torch_ops.sample import Sample, Support
+from grade_kernels.common.sample import Sample, Support
 from grade_kernels.triton_ops import noise, topk
 from grade_kernels.triton_ops.device import row_start
 from grade_kernels.triton_ops.launch import (
@@ -28,10 +28,7 @@ from grade_kernels.triton_ops.launch import (
     vector_width,
     words,
 )
-from grade_kernels.triton_ops.scatter import scatter, weights_vjp
 from grade_kernels.triton_ops.suppress import suppress_bits
-
-__all__ = ["Sample", "Support", "sample", "scatter", "select", "select_and_sample", "weights_vjp"]
 
 # Most groups a row is divided into; more would make the first threshold dearer than what it saves.
 _MAX_GROUPS = 4096

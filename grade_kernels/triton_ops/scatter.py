@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grade_kernels.backend import interpreting
+from grade_kernels.common.environment import interpreting
 from grade_kernels.triton_ops.launch import VECTOR_BYTES, launch, next_power_of_2
 from grade_kernels.triton_ops.noise import softmax_vjp
 

@@ -7,6 +7,8 @@ count on two reads and a write of every logit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,7 @@ from grade_kernels.triton_ops.suppress import suppress_bits
 
 _WARPS = 8
 _ENTRIES = 16  # of each side that a thread takes per tile
-_STATS = ("entropy", "lse", "logprob", "mass", "kl", "ref_lse")  # what the kernel writes; 0 where not asked for
+FIELDS = ("entropy", "lse", "logprob", "mass", "kl", "ref_lse")  # what a kernel writes of a row; 0 where not asked for
 
 
 @triton.jit(do_not_specialize=["n", "k"], do_not_specialize_on_alignment=["given", "tokens"])
@@ -46,6 +48,25 @@ def _head_kernel(
     else:
         peak, norm, entropy = online.lse_row(policy, vocab, LANES, WIDTH, STEPS)
         kl, ref_lse = 0.0, 0.0
+    store_row(
+        policy, row, k, given, tokens, bits, stats, ids_out, values_out, n, entropy, peak, norm, kl, ref_lse, KEPT
+    )
+    if GRAD:
+        tl.debug_barrier()  # other threads have read the token's and the support's logits
+        p, q = policy, ref
+        if not POLICY_FIRST:
+            p, q = ref, policy
+        online.write_kl_grads(
+            p, q, p, q, vocab, None, inverse_cap, kl, peak_p, norm_p, peak_q, norm_q, shift, LANES, WIDTH, STEPS
+        )
+
+
+@triton.jit
+def store_row(
+    policy, row, k, given, tokens, bits, stats, ids_out, values_out, n, entropy, peak, norm, kl, ref_lse,
+    KEPT: tl.constexpr,
+):  # fmt: skip
+    """`FIELDS` of a row at `stats`, and its support where there is one."""
     logprob, mass = 0.0, 0.0
     token = tl.full([], 0, tl.int64)
     if tokens is not None:
@@ -65,14 +86,6 @@ def _head_kernel(
     tl.store(stats + 3 * n, mass)
     tl.store(stats + 4 * n, kl)
     tl.store(stats + 5 * n, ref_lse)
-    if GRAD:
-        tl.debug_barrier()  # other threads have read the token's and the support's logits
-        p, q = policy, ref
-        if not POLICY_FIRST:
-            p, q = ref, policy
-        online.write_kl_grads(
-            p, q, p, q, vocab, None, inverse_cap, kl, peak_p, norm_p, peak_q, norm_q, shift, LANES, WIDTH, STEPS
-        )
 
 
 def head_chunk(
@@ -99,15 +112,18 @@ def head_chunk(
     args = (logits, ref_logits, given, tokens, suppress, direction == "policy_ref")
     grad = grad and ref_logits is not None
     stats, ids, values = _head_sweep_grads(*args, softcap) if grad else _head_sweep(*args)
-    rows = dict(zip(_STATS, stats.unbind(), strict=True))
-    wanted = {"entropy", "lse"}
-    wanted |= {"logprob"} if tokens is not None else set()
-    wanted |= {"mass"} if given is not None else set()
-    wanted |= {"kl", "ref_lse"} if ref_logits is not None else set()
-    out = {name: row for name, row in rows.items() if name in wanted}
-    if given is not None:
-        out |= {"indices": ids, "logits": values}
-    return out
+    return wanted_fields(stats, ids, values, ref_logits is not None, tokens is not None, given is not None)
+
+
+def wanted_fields(
+    stats: Tensor, ids: Tensor, values: Tensor, with_ref: bool, with_tokens: bool, with_support: bool = True
+) -> dict[str, Tensor]:
+    """The fields of a sweep, by name, without those that were not asked for."""
+    out = dict(zip(FIELDS, stats.unbind(), strict=False)) | {"indices": ids, "logits": values}
+    missing = set() if with_tokens else {"logprob"}
+    missing |= set() if with_ref else {"kl", "ref_lse"}
+    missing |= set() if with_support else {"mass", "indices", "logits"}
+    return {name: value for name, value in out.items() if name not in missing}
 
 
 @torch.library.custom_op("grade_kernels::head_sweep", mutates_args=())
@@ -119,8 +135,9 @@ def _head_sweep(
     suppress: Tensor | None,
     policy_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(`_STATS` [6, r], support [r, k], its logits [r, k]); k is 0 without indices."""
-    return _sweep(logits, ref_logits, indices, tokens, suppress, policy_first, False, None)
+    """(`FIELDS` [6, r], support [r, k], its logits [r, k]); k is 0 without indices."""
+    sides = (logits, ref_logits, indices, tokens, suppress)
+    return sweep_rows(_head_kernel, len(FIELDS), *sides, softcap=None, POLICY_FIRST=policy_first, GRAD=False)
 
 
 @torch.library.custom_op("grade_kernels::head_sweep_grads", mutates_args=("logits", "ref_logits"))
@@ -134,45 +151,51 @@ def _head_sweep_grads(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same; the gradients of the KL overwrite the logits."""
-    return _sweep(logits, ref_logits, indices, tokens, suppress, policy_first, True, softcap)
+    sides = (logits, ref_logits, indices, tokens, suppress)
+    return sweep_rows(_head_kernel, len(FIELDS), *sides, softcap=softcap, POLICY_FIRST=policy_first, GRAD=True)
 
 
-def _sweep(
+def sweep_rows(
+    kernel: Any,
+    rows_of_stats: int,
     logits: Tensor,
     ref_logits: Tensor | None,
     indices: Tensor | None,
     tokens: Tensor | None,
     suppress: Tensor | None,
-    policy_first: bool,
-    grad: bool,
+    *weights: Tensor | None,
     softcap: float | None,
+    scattered: int = _ENTRIES,
+    max_registers: int | None = None,
+    **constants: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stats, ids, values = _outputs(logits, indices)
+    """Launch a sweep, a program a row: (statistics [rows_of_stats, r], support [r, k], its logits [r, k]).
+
+    A thread takes `_ENTRIES` of each side per tile, `scattered` where they are not adjacent.
+    """
+    stats, ids, values = outputs(rows_of_stats, logits, indices)
     n, vocab = logits.shape
     bits = None if indices is None else suppress_bits(suppress, vocab, logits.device)
-    inputs = (x if x is None else x.contiguous() for x in (indices, tokens))
+    given, chosen, *weights = (x if x is None else x.contiguous() for x in (indices, tokens, *weights))
     width, k = vector_width(logits), ids.shape[1]
-    ref_stride = 0 if ref_logits is None else ref_logits.stride(0)
     launch(
-        _head_kernel, (n,), logits, ref_logits, *inputs, bits, stats, ids, values, n, k,
-        None if softcap is None else 1.0 / softcap, vocab, logits.stride(0), ref_stride,
-        num_warps=_WARPS, POLICY_FIRST=policy_first, GRAD=grad, KEPT=next_power_of_2(k),
-        LANES=32 * _WARPS, WIDTH=width, STEPS=_ENTRIES // width,
+        kernel, (n,), logits, ref_logits, given, chosen, bits, *weights, stats, ids, values, n, k,
+        None if softcap is None else 1.0 / softcap, vocab, logits.stride(0),
+        0 if ref_logits is None else ref_logits.stride(0),
+        num_warps=_WARPS, max_registers=max_registers, KEPT=next_power_of_2(k), LANES=32 * _WARPS, WIDTH=width,
+        STEPS=(_ENTRIES if width > 1 else scattered) // width, **constants,
     )  # fmt: skip
     return stats, ids, values
 
 
-def _outputs(logits: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def outputs(rows_of_stats: int, logits: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What `sweep_rows` returns, unwritten; k is 0 without indices."""
     n, k = logits.shape[0], 0 if indices is None else indices.shape[1]
-    ids = logits.new_empty(n, k, dtype=torch.int64)
-    return logits.new_empty(len(_STATS), n, dtype=torch.float32), ids, logits.new_empty(n, k, dtype=torch.float32)
+    stats = logits.new_empty(rows_of_stats, n, dtype=torch.float32)
+    return stats, logits.new_empty(n, k, dtype=torch.int64), stats.new_empty(n, k)
 
 
 @_head_sweep.register_fake
-def _(logits, ref_logits, indices, tokens, suppress, policy_first):
-    return _outputs(logits, indices)
-
-
 @_head_sweep_grads.register_fake
-def _(logits, ref_logits, indices, tokens, suppress, policy_first, softcap):
-    return _outputs(logits, indices)
+def _(logits: Tensor, ref_logits: Tensor | None, indices: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return outputs(len(FIELDS), logits, indices)

@@ -16,7 +16,7 @@ from tiny import KeepDouble
 from benchmarks.estimator_problem import EmbeddingReward, Problem, network_reward, symbol_policy
 from benchmarks.estimators import at_every_response, enumerated, reinforce, sampled
 from grade.replay.replay import ReplaySettings, replay
-from grade_kernels.random import gumbel
+from grade_kernels.common.random import gumbel
 
 ESTIMATORS = ["gumbel", "rao", "straight_through", "reinmax"]
 

@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from grade_kernels import aot, aot_binary
-from grade_kernels.backend import check_triton, interpreting
+from grade_kernels.aot import binary, command
+from grade_kernels.common.environment import check_triton, interpreting
 
 try:
     check_triton()
 except RuntimeError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-OPS = Path(aot.__file__).parent / "triton_ops"
-TARGETS = list(aot_binary.TARGETS)
+OPS = Path(command.__file__).parents[1] / "triton_ops"
+TARGETS = list(binary.TARGETS)
 
 TOYS = '''
 import triton
@@ -89,7 +89,7 @@ def good_launch(toys, n=8, width=64, dtype=torch.float32, maybe=None, offset=0, 
 
 def run(configurations, *, jobs=1, table=None):
     out = io.StringIO()
-    status = aot.check(configurations, jobs, table, out)
+    status = command.check(configurations, jobs, table, out)
     return status, out.getvalue()
 
 
@@ -98,7 +98,7 @@ def run(configurations, *, jobs=1, table=None):
 
 @needs_compiler
 def test_a_launch_is_specialised_as_triton_does(toys):
-    one = aot.configuration(good_launch(toys, dtype=torch.bfloat16), "sm_90")
+    one = command.configuration(good_launch(toys, dtype=torch.bfloat16), "sm_90")
     kinds = {"x": "*bf16", "maybe": "constexpr", "out": "*fp32", "n": "i32", "width": "i32", "scale": "fp32"}
     assert one.signature == {**kinds, "BLOCK": "constexpr"}
     assert one.constants == {(1,): None, (6,): 64}
@@ -125,14 +125,14 @@ def test_a_launch_is_specialised_as_triton_does(toys):
 def test_what_is_another_compilation(toys, change, same):
     before, after = good_launch(toys), good_launch(toys, **change)
     for target in TARGETS:
-        assert (aot.configuration(before, target).key == aot.configuration(after, target).key) is same
-    assert len(aot.configurations([before, after], ["sm_90"])) == (1 if same else 2)
+        assert (command.configuration(before, target).key == command.configuration(after, target).key) is same
+    assert len(command.configurations([before, after], ["sm_90"])) == (1 if same else 2)
 
 
 @needs_compiler
 def test_targets_with_wide_warps_take_half_as_many(toys):
     launch = recorded(toys.spilling, torch.empty(64), torch.empty(64), num_warps=8, BLOCK=64)
-    assert [aot.configuration(launch, target).num_warps for target in TARGETS] == [8, 8, 8, 4]
+    assert [command.configuration(launch, target).num_warps for target in TARGETS] == [8, 8, 8, 4]
 
 
 @needs_compiler
@@ -140,19 +140,19 @@ def test_a_bound_on_registers_is_told_to_nvidia_only(toys):
     x = torch.empty(64, 256)
     free = recorded(toys.spilling, x, x, num_warps=8, BLOCK=2**14)
     bound = recorded(toys.spilling, x, x, num_warps=8, max_registers=40, BLOCK=2**14)
-    keys = [[aot.configuration(one, target).key for one in (free, bound)] for target in ("sm_90", "gfx942")]
+    keys = [[command.configuration(one, target).key for one in (free, bound)] for target in ("sm_90", "gfx942")]
     assert keys[0][0] != keys[0][1] and keys[1][0] == keys[1][1]
-    one = aot.configuration(bound, "sm_90")
+    one = command.configuration(bound, "sm_90")
     assert str(one).endswith(" maxnreg=40")
-    assert aot_binary.compile_one(one).resources.registers <= 40
+    assert binary.compile_one(one).resources.registers <= 40
 
 
 @needs_compiler
 def test_large_logits_are_told_to_amd_only(toys):
     launch = good_launch(toys, n=2, width=2**14)
     launch = recorded(launch.kernel, torch.empty(2, 2**14), *launch.args[1:], **launch.constants)
-    assert len(aot.configurations([launch], ["sm_90"])) == 1
-    small, large = aot.configurations([launch], ["gfx942"])
+    assert len(command.configurations([launch], ["sm_90"])) == 1
+    small, large = command.configurations([launch], ["gfx942"])
     assert "x:fp32 " in str(small) and "x:fp32+ " in str(large) and "out:fp32 " in str(large)
 
 
@@ -163,9 +163,9 @@ def test_large_logits_are_told_to_amd_only(toys):
 def shipped():
     if interpreting():
         pytest.skip("TRITON_INTERPRET=1 replaces the compiler")
-    from grade_kernels.triton_ops import cases
+    from grade_kernels.aot import cases
 
-    return aot.configurations(cases.record(), TARGETS)
+    return command.configurations(cases.record(), TARGETS)
 
 
 def kernels_in_the_source() -> set[str]:
@@ -189,7 +189,7 @@ def test_every_dtype_and_alignment_reaches_the_logits_kernels(shipped):
 
 
 def test_quick_has_every_kernel_for_every_target_the_largest_first(shipped):
-    chosen = aot.quick(shipped)
+    chosen = command.quick(shipped)
     pairs = {(one.target, one.name) for one in shipped}
     assert {(one.target, one.name) for one in chosen} == pairs
     assert len(chosen) <= max(60, len(pairs)) and len({one.key for one in chosen}) == len(chosen)
@@ -199,7 +199,7 @@ def test_quick_has_every_kernel_for_every_target_the_largest_first(shipped):
 
 @pytest.mark.slow
 def test_the_quick_table_is_free_of_spills(shipped, tmp_path):
-    status, text = run(aot.quick(shipped), jobs=2, table=str(tmp_path / "table.csv"))
+    status, text = run(command.quick(shipped), jobs=2, table=str(tmp_path / "table.csv"))
     assert status == 0, text
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert {row["target"] for row in rows} == set(TARGETS)
@@ -211,7 +211,7 @@ def test_the_quick_table_is_free_of_spills(shipped, tmp_path):
 
 @needs_compiler
 def test_the_table_of_a_good_kernel(toys, tmp_path):
-    every = aot.configurations([good_launch(toys)], TARGETS)
+    every = command.configurations([good_launch(toys)], TARGETS)
     status, text = run(every, jobs=2, table=str(tmp_path / "table.csv"))
     assert status == 0 and "4 of 4 compiled, 0 with spills" in text and "most registers: " in text
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
@@ -226,7 +226,7 @@ def test_a_spill_is_named_and_fails(toys, target):
     entries = 2**17 if target == "sm_90" else 2**18  # twice the registers of 1024 threads
     x = torch.empty(entries // 64, 64)
     launch = recorded(toys.spilling, x, x, num_warps=32, BLOCK=entries)
-    status, text = run(aot.configurations([launch, good_launch(toys)], [target]))
+    status, text = run(command.configurations([launch, good_launch(toys)], [target]))
     assert status == 1 and "2 of 2 compiled, 1 with spills" in text
     assert f"spills: {target} toy_kernels.spilling x:fp32 out:fp32 BLOCK={entries}" in text
     assert "spills: " + target + " toy_kernels.good" not in text
@@ -236,7 +236,7 @@ def test_a_spill_is_named_and_fails(toys, target):
 def test_what_does_not_compile_is_a_row_and_the_rest_goes_on(toys):
     x, out = torch.empty(64), torch.empty(64)
     launches = [recorded(kernel, x, out, BLOCK=64) for kernel in (toys.wrong, toys.crashing)]
-    status, text = run(aot.configurations([*launches, good_launch(toys)], ["sm_80"]))
+    status, text = run(command.configurations([*launches, good_launch(toys)], ["sm_80"]))
     assert status == 1 and "1 of 3 compiled, 0 with spills" in text
     assert "FAILED CompilationError: " in text and "undefined is not defined" in text
     assert "FAILED the compiler took its process down (exit code -6)" in text
@@ -245,9 +245,9 @@ def test_what_does_not_compile_is_a_row_and_the_rest_goes_on(toys):
 
 @needs_compiler
 def test_more_shared_memory_than_a_block_has_is_a_failure(toys, monkeypatch):
-    one = aot.configuration(good_launch(toys, block=1024), "sm_80")
-    monkeypatch.setitem(aot_binary.TARGETS, "sm_80", aot_binary.Target("cuda", 80, 32, -1))
-    assert aot_binary.compile_one(one).error.endswith("bytes of shared memory, a block has -1")
+    one = command.configuration(good_launch(toys, block=1024), "sm_80")
+    monkeypatch.setitem(binary.TARGETS, "sm_80", binary.Target("cuda", 80, 32, -1))
+    assert binary.compile_one(one).error.endswith("bytes of shared memory, a block has -1")
 
 
 # Reading the binaries.
@@ -275,20 +275,20 @@ amdhsa.kernels:
 
 
 def test_reading_cuobjdump():
-    assert aot_binary.read_cuobjdump(USAGE) == aot_binary.Resources(registers=64, spills=3096, shared=1024)
-    assert aot_binary.read_cuobjdump(USAGE.replace("3088", "0").replace("LOCAL:8", "LOCAL:0")).spills == 0
+    assert binary.read_cuobjdump(USAGE) == binary.Resources(registers=64, spills=3096, shared=1024)
+    assert binary.read_cuobjdump(USAGE.replace("3088", "0").replace("LOCAL:8", "LOCAL:0")).spills == 0
     with pytest.raises(RuntimeError, match="did not report registers"):
-        aot_binary.read_cuobjdump("nothing to see")
+        binary.read_cuobjdump("nothing to see")
 
 
 def test_reading_a_listing():
     """A spill is in the instructions; an unused stack frame is not one."""
     head = "Function : toy\n        /*0000*/  LDC R1, c[0x0][0x28] ;\n"
-    assert not aot_binary.touches_local_memory(head)
-    assert aot_binary.touches_local_memory(head + "        /*0010*/  STL.64 [R1], R2 ;\n")
-    assert aot_binary.touches_local_memory(head + "   @P0  LDL R2, [R1] ;\n")
+    assert not binary.touches_local_memory(head)
+    assert binary.touches_local_memory(head + "        /*0010*/  STL.64 [R1], R2 ;\n")
+    assert binary.touches_local_memory(head + "   @P0  LDL R2, [R1] ;\n")
     with pytest.raises(RuntimeError, match="did not list the kernel"):
-        aot_binary.touches_local_memory("")
+        binary.touches_local_memory("")
 
 
 @pytest.mark.parametrize(
@@ -296,19 +296,19 @@ def test_reading_a_listing():
 )
 def test_reading_the_metadata_of_amds_assembly(vector, scalar, scratch, spills):
     text = AMDGCN.format(vector=vector, scalar=scalar, scratch=scratch)
-    assert aot_binary.read_amdgcn(text) == aot_binary.Resources(registers=256, spills=spills, shared=512)
+    assert binary.read_amdgcn(text) == binary.Resources(registers=256, spills=spills, shared=512)
 
 
 def test_assembly_without_metadata_is_refused():
     with pytest.raises(RuntimeError, match=".vgpr_count"):
-        aot_binary.read_amdgcn(".set toy.num_vgpr, 9")
+        binary.read_amdgcn(".set toy.num_vgpr, 9")
 
 
 # Refusals.
 
 
 def refusal(capsys, *argv) -> str:
-    assert aot.main(argv) == 2
+    assert command.main(argv) == 2
     return capsys.readouterr().err
 
 
@@ -336,7 +336,7 @@ def test_a_missing_cuobjdump_is_refused_unless_it_is_not_needed(capsys, monkeypa
 
     monkeypatch.setattr(triton, "__file__", str(tmp_path / "__init__.py"))
     assert "cuobjdump is missing" in refusal(capsys, "--target", "sm_90")
-    assert aot.main(["--target", "gfx942", "--kernel", "logprob._stats_kernel", "--list"]) == 0
+    assert command.main(["--target", "gfx942", "--kernel", "logprob._stats_kernel", "--list"]) == 0
 
 
 @needs_compiler
@@ -349,12 +349,12 @@ def test_an_unsupported_triton_is_refused(capsys, monkeypatch):
 
 @needs_compiler
 def test_list_names_the_configurations_of_one_kernel(capsys):
-    assert aot.main(["--target", "sm_90", "--kernel", "logprob._stats_kernel", "--list"]) == 0
+    assert command.main(["--target", "sm_90", "--kernel", "logprob._stats_kernel", "--list"]) == 0
     *lines, _, summary = capsys.readouterr().out.splitlines()
     assert lines and all(line.startswith("sm_90   logprob._stats_kernel") for line in lines)
     assert summary == f"{len(lines)} configurations of 1 kernels"
 
 
 def test_a_table_that_cannot_be_written_is_refused_before_compiling(capsys, tmp_path):
-    assert aot.main(["--target", "gfx942", "--csv", str(tmp_path)]) == 2
+    assert command.main(["--target", "gfx942", "--csv", str(tmp_path)]) == 2
     assert "cannot be written: Is a directory; name another file" in capsys.readouterr().err

@@ -9,10 +9,12 @@ import torch
 
 import grade_kernels as gk
 from grade_kernels import backend
+from grade_kernels.common import environment
 
 L = torch.randn(3, 10)
 H, W = torch.randn(3, 4), torch.randn(10, 4)
 IDS, TOK = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+HEAD = gk.Head(W)
 META = "meta"  # a second device that every machine has
 SPARSE = gk.gumbel_topk(L, 2, seed=0)
 
@@ -34,12 +36,20 @@ def rule(grad=H, table=W, **kwargs):
     return lambda: gk.SoftTokenRule(**{"logits": L[:, :2], "indices": IDS, "seed": 0, **kwargs})(grad, table)
 
 
-def head(hidden=H, weight=W, **kwargs):
-    return lambda: gk.vocab_head(hidden, weight, **{"k": 2, **kwargs})
+def part(**change):
+    return lambda: gk.Head(**{"weight": W, **change})
 
 
-def objective(hidden=H, weight=W, indices=IDS, **kwargs):
-    return lambda: gk.vocab_objective(hidden, weight, indices=indices, **kwargs)
+def head(hidden=H, head=HEAD, **kwargs):
+    return lambda: gk.vocab_head(hidden, head, **{"k": 2, **kwargs})
+
+
+def objective(indices=IDS, **kwargs):
+    return lambda: gk.vocab_objective(H, HEAD, indices=indices, **kwargs)
+
+
+def linear_kl(ref_hidden=H, ref_head=None, direction="policy_ref"):
+    return lambda: gk.linear_kl(H, HEAD, ref_hidden, ref_head, direction)
 
 
 CASES = {
@@ -90,7 +100,6 @@ CASES = {
     ),
     # logits_kl
     "kl shapes": (lambda: gk.logits_kl(L, L[:2]), ValueError, r"ref_logits must have shape \(3, 10\)"),
-    "kl shapes with gradients": (lambda: gk.logits_kl_with_grads(L, L[:2]), ValueError, "ref_logits must have shape"),
     "kl dtype": (lambda: gk.logits_kl(L, L.long()), TypeError, "ref_logits must be float16"),
     "kl device": (lambda: gk.logits_kl(L, L.to(META)), ValueError, "ref_logits is on meta"),
     "kl direction": (
@@ -102,18 +111,22 @@ CASES = {
     "logprob tokens": (lambda: gk.token_logprob(L, TOK.int()), TypeError, "tokens must be int64"),
     "logprob shape": (lambda: gk.token_logprob(L, IDS), ValueError, "tokens must have shape"),
     # heads
-    "head width": (head(weight=W[:, :3]), ValueError, "weight has rows of width 3, expected 4"),
-    "head dtype": (head(weight=W.half()), TypeError, "hidden is torch.float32 but weight is torch.float16"),
-    "head device": (head(weight=W.to(META)), ValueError, "weight is on meta"),
-    "head bias": (head(bias=torch.randn(4)), ValueError, r"bias must have shape \(10,\)"),
-    "head integer bias": (head(bias=torch.zeros(10).long()), TypeError, "bias must be float16"),
-    "head softcap": (head(softcap=0.0), ValueError, "softcap must be a finite number above 0"),
-    "head scale": (head(scale=float("nan")), ValueError, "scale must be a finite number, got nan"),
-    "head tensor scale": (head(scale=torch.tensor(1.0)), TypeError, "scale must be a python number"),
+    "head weight": (part(weight=W[0]), ValueError, "weight must be .vocabulary,"),
+    "head integer weight": (part(weight=W.long()), TypeError, "weight must be float16"),
+    "head bias": (part(bias=torch.randn(4)), ValueError, r"bias must have shape \(10,\)"),
+    "head bias elsewhere": (part(bias=torch.randn(10).to(META)), ValueError, "bias is on meta"),
+    "head integer bias": (part(bias=torch.zeros(10).long()), TypeError, "bias must be float16"),
+    "head softcap": (part(softcap=0.0), ValueError, "softcap must be a finite number above 0"),
+    "head scale": (part(scale=float("nan")), ValueError, "scale must be a finite number, got nan"),
+    "head tensor scale": (part(scale=torch.tensor(1.0)), TypeError, "scale must be a python number"),
+    "head width": (head(H[:, :3]), ValueError, "hidden has width 3, but head.weight has rows of 4"),
+    "head dtype": (head(head=gk.Head(W.half())), TypeError, "hidden is torch.float32 but head.weight is torch.float16"),
+    "head device": (head(head=gk.Head(W.to(META))), ValueError, "head.weight is on meta"),
+    "head without a Head": (head(head=W), TypeError, "head must be a Head, got Tensor; wrap the weight in Head"),
     "head k": (head(k=11), ValueError, "k must be between 1 and the vocabulary size 10"),
     "head direction": (head(ref_hidden=H, direction="x"), ValueError, "direction must be one of"),
     "head ref shape": (head(ref_hidden=H[:2]), ValueError, r"ref_hidden must have shape \(3, 4\)"),
-    "head ref dtype": (head(ref_hidden=H.half()), TypeError, "ref_hidden is torch.float16 but weight"),
+    "head ref dtype": (head(ref_hidden=H.half()), TypeError, "ref_hidden is torch.float16 but head.weight"),
     "head grad": (head(grad=True), ValueError, "grad=True asks for the gradient of the KL, which needs ref"),
     "head chunk": (head(chunk_bytes=0), ValueError, "chunk_bytes must be at least 1"),
     "head tokens": (head(tokens=TOK.int()), TypeError, "tokens must be int64"),
@@ -123,7 +136,7 @@ CASES = {
     "objective no support": (objective(indices=None), TypeError, "indices must be a torch.Tensor, got NoneType"),
     "objective tokens": (objective(tokens=TOK.int()), TypeError, "tokens must be int64"),
     "objective ref shape": (objective(ref_hidden=H[:2]), ValueError, r"ref_hidden must have shape \(3, 4\)"),
-    "objective ref dtype": (objective(ref_hidden=H.half()), TypeError, "ref_hidden is torch.float16 but weight"),
+    "objective ref dtype": (objective(ref_hidden=H.half()), TypeError, "ref_hidden is torch.float16 but head.weight"),
     "objective kl": (objective(kl_weight=1.0), ValueError, "kl_weight weights a KL, which needs ref_hidden"),
     "objective ref kl": (objective(ref_kl_weight=L[:, 0]), ValueError, "ref_kl_weight weights a KL, which needs"),
     "objective weight shape": (objective(entropy_weight=L), ValueError, r"entropy_weight must have shape \(3,\)"),
@@ -137,29 +150,17 @@ CASES = {
     "objective suppress": (objective(suppress=[10]), ValueError, "id 10, outside the vocabulary"),
     "objective chunk": (objective(chunk_bytes=0), ValueError, "chunk_bytes must be at least 1"),
     "linear kl ref": (
-        lambda: gk.linear_kl(H, W, H, torch.randn(9, 4)),
-        ValueError,
-        r"ref_weight must have shape \(10, 4\)",
+        linear_kl(ref_head=gk.Head(torch.randn(9, 4))), ValueError, r"ref_head.weight must have shape \(10, 4\)"
     ),
     "linear kl ref width": (
-        lambda: gk.linear_kl(H, W, H, torch.randn(10, 5)),
-        ValueError,
-        "ref_weight has rows of width 5, expected 4",
+        linear_kl(ref_head=gk.Head(torch.randn(10, 5))), ValueError, "has width 4, but ref_head.weight has rows of 5"
     ),
-    "linear kl rows": (lambda: gk.linear_kl(H, W, H[:2]), ValueError, "ref_hidden must have shape"),
-    "linear kl ref bias": (
-        lambda: gk.linear_kl(H, W, H, ref_bias=torch.randn(10)),
-        ValueError,
-        "ref_bias goes with ref_weight",
-    ),
-    "linear kl precision": (
-        lambda: gk.linear_kl(H, W, H.double(), W.double()),
-        TypeError,
-        "make both float64 or neither",
-    ),
-    "linear kl direction": (lambda: gk.linear_kl(H, W, H, None, "x"), ValueError, "direction must be one of"),
-    "linear logprob": (lambda: gk.linear_token_logprob(H, W, IDS), ValueError, "tokens must have shape"),
-    "linear topk": (lambda: gk.linear_gumbel_topk(H, W, 11, seed=0), ValueError, "k must be between 1 and"),
+    "linear kl rows": (linear_kl(H[:2]), ValueError, "ref_hidden must have shape"),
+    "linear kl cap": (linear_kl(ref_head=gk.Head(W, softcap=2.0)), ValueError, "ref_head.softcap is 2.0 but head.soft"),
+    "linear kl precision": (linear_kl(H.double(), gk.Head(W.double())), TypeError, "make both float64 or neither"),
+    "linear kl direction": (linear_kl(direction="x"), ValueError, "direction must be one of"),
+    "linear logprob": (lambda: gk.linear_token_logprob(H, HEAD, IDS), ValueError, "tokens must have shape"),
+    "linear topk": (lambda: gk.linear_gumbel_topk(H, HEAD, 11, seed=0), ValueError, "k must be between 1 and"),
     # soft_token_vjp
     "vjp estimator": (vjp(estimator="ste"), ValueError, "estimator must be one of 'gumbel', 'rao', "),
     "vjp samples": (vjp(estimator="rao", samples=0), ValueError, "samples must be at least 1, got 0"),
@@ -175,13 +176,14 @@ CASES = {
     "vjp grad shape": (vjp(grad=H[:2]), ValueError, "indices must have shape"),
     "vjp pairs": (vjp(grad=[H, H], table=[W]), ValueError, r"must pair up one to one, got 2 gradient\(s\)"),
     "vjp no models": (vjp(grad=[], table=[]), ValueError, "must pair up one to one"),
-    "vjp weight": (vjp(weight=W[0]), ValueError, "weight must be .vocabulary,"),
-    "vjp softcap": (vjp(weight=W, softcap=-1.0), ValueError, "softcap must be a finite number above 0"),
+    "vjp head": (vjp(head=W), TypeError, "head must be a Head, got Tensor"),
+    "vjp head elsewhere": (vjp(head=gk.Head(W.to(META))), ValueError, "head.weight is on meta"),
     "rule keep_bytes": (rule(keep_bytes=-1), ValueError, "keep_bytes must be at least 0, got -1"),
     "rule float keep_bytes": (rule(keep_bytes=1e9), TypeError, "keep_bytes must be a python integer, got float"),
     "rule seed": (rule(seed=None), ValueError, "estimator='gumbel' needs the seed of the noise"),
     "rule grad shape": (rule(grad=H[:2]), ValueError, "indices must have shape"),
-    "pull_back": (lambda: gk.pull_back(L, IDS, W), ValueError, r"indices must have shape \(3, 10\)"),
+    "pull_back": (lambda: gk.pull_back(L, IDS, HEAD), ValueError, r"indices must have shape \(3, 10\)"),
+    "pull_back cap": (lambda: gk.pull_back(L[:, :2], IDS, gk.Head(W, softcap=2.0)), ValueError, "needs logits"),
 }
 
 
@@ -203,18 +205,16 @@ OPS = {
     "gumbel_topk": topk(L, 2),
     "soft_embedding": lambda: gk.soft_embedding(SPARSE, W),
     "logits_kl": lambda: gk.logits_kl(L, L),
-    "logits_kl_with_grads": lambda: gk.logits_kl_with_grads(L, L),
     "token_logprob": lambda: gk.token_logprob(L, TOK),
-    "linear_kl": lambda: gk.linear_kl(H, W, H),
-    "linear_token_logprob": lambda: gk.linear_token_logprob(H, W, TOK),
-    "linear_gumbel_topk": lambda: gk.linear_gumbel_topk(H, W, 2, seed=0),
+    "linear_kl": linear_kl(),
+    "linear_token_logprob": lambda: gk.linear_token_logprob(H, HEAD, TOK),
+    "linear_gumbel_topk": lambda: gk.linear_gumbel_topk(H, HEAD, 2, seed=0),
     "vocab_head": head(),
     "vocab_objective": objective(),
     "soft_token_vjp": vjp(),
-    "SoftTokenRule": rule(),
     "scatter_tokens": lambda: gk.scatter_tokens(SPARSE, 10),
     "candidate_grad": lambda: gk.candidate_grad(H, W, IDS),
-    "pull_back": lambda: gk.pull_back(IDS.float(), IDS, W),
+    "pull_back": lambda: gk.pull_back(IDS.float(), IDS, HEAD),
 }
 
 
@@ -245,15 +245,15 @@ def test_backend_switch(monkeypatch, op):
 def test_triton_version(monkeypatch, version, works):
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
     if works:
-        return backend.check_triton()
+        return environment.check_triton()
     with pytest.raises(RuntimeError, match=r"is not supported; the kernels work with 3.6 to 3.9: pip install"):
-        backend.check_triton()
+        environment.check_triton()
 
 
 def test_triton_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(RuntimeError, match="cannot be imported.*work with 3.6 to 3.9.*GRADE_KERNELS_BACKEND=torch"):
-        backend.check_triton()
+        environment.check_triton()
 
 
 def test_import_is_light():

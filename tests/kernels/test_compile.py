@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import grade_kernels as gk
-from grade_kernels.random import random_bits
+from grade_kernels.common.random import random_bits
 
 V, D = 64, 8
 
@@ -21,28 +21,30 @@ def divergence(hidden, weight, logits):
 
 
 def logprob(hidden, weight, logits):
-    values, entropies = gk.token_logprob(logits, torch.tensor([1, 2, 3]))
+    values, entropies = gk.token_logprob(logits, torch.tensor([1, 2, 3], device=logits.device))
     return values.sum() + entropies.sum()
 
 
 def linear_divergence(hidden, weight, logits):
-    return gk.linear_kl(hidden, weight, hidden.detach().flip(0)).sum()
+    return gk.linear_kl(hidden, gk.Head(weight), hidden.detach().flip(0)).sum()
 
 
 def linear_sample(hidden, weight, logits):
-    return gk.linear_gumbel_topk(hidden, weight, 8, 0.5, seed=1).weights.square().sum()
+    return gk.linear_gumbel_topk(hidden, gk.Head(weight), 8, 0.5, seed=1).weights.square().sum()
 
 
 def sweep_and_vjp(hidden, weight, logits):
-    out = gk.vocab_head(hidden, weight, ref_hidden=hidden.flip(0), k=8, grad=True)
-    grad = gk.soft_token_vjp(hidden, weight, logits=out.logits, indices=out.indices, seed=1)
-    return out.grad_hidden.sum() + out.kl.sum() + grad.dlogits.square().sum()
+    head = gk.Head(weight, softcap=5.0)
+    out = gk.vocab_head(hidden, head, ref_hidden=hidden.flip(0), k=8, suppress=[3], grad=True)
+    at = {"logits": out.logits, "indices": out.indices, "tokens": out.indices[:, 2], "head": head}
+    grad = gk.soft_token_vjp([hidden, hidden], [weight, weight], **at, estimator="rao", samples=2, seed=1)
+    return out.grad_hidden.sum() + out.kl.sum() + grad.dlogits.square().sum() + grad.dhidden.sum()
 
 
 def objective(hidden, weight, logits):
-    ids, per_row = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([0.5, 0.0, 2.0])
-    options = {"tokens": torch.tensor([1, 2, 3]), "entropy_weight": 0.1, "kl_weight": per_row, "ref_kl_weight": 0.5}
-    out = gk.vocab_objective(hidden, weight, indices=ids, ref_hidden=hidden.flip(0), **options)
+    ids, per_row = torch.arange(1, 7, device=hidden.device).view(3, 2), torch.rand(3, device=hidden.device)
+    options = {"tokens": ids[:, 1], "suppress": [3], "entropy_weight": 0.1, "kl_weight": per_row, "ref_kl_weight": 0.5}
+    out = gk.vocab_objective(hidden, gk.Head(weight), indices=ids, ref_hidden=hidden.flip(0), **options)
     return out.grad_hidden.sum() + out.kl.sum() + out.ref_kl.sum() + out.entropy.sum() + out.logits.sum()
 
 
@@ -50,8 +52,8 @@ FUNCTIONS = [sample_and_embed, divergence, logprob, linear_divergence, linear_sa
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_one_graph(function):
-    arguments = [torch.randn(shape, requires_grad=True) for shape in ((3, D), (V, D), (3, V))]
+def test_one_graph(backend, device, function):
+    arguments = [torch.randn(shape, device=device, requires_grad=True) for shape in ((3, D), (V, D), (3, V))]
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
     eager = function(*arguments)

@@ -4,14 +4,8 @@ import pytest
 import torch
 from kernel_checks import HALF, Allocations, assert_no_worse, rel_err
 
-from grade_kernels import (
-    gumbel_topk,
-    linear_gumbel_topk,
-    linear_kl,
-    linear_token_logprob,
-    reference,
-)
-from grade_kernels.torch_ops import head as head_ops
+from grade_kernels import Head, gumbel_topk, linear_gumbel_topk, linear_kl, linear_token_logprob, reference
+from grade_kernels.common import head as head_ops
 
 HEADS = [
     {},
@@ -23,117 +17,113 @@ HEADS = [
 N, V, D = 6, 11, 5
 
 
-def operands(options, dtype=torch.float64, ref_width=None):
-    """(hidden, weight, bias or None, ref_hidden, ref_weight or None) and the options without the bias."""
+DTYPES = [torch.float64, torch.float32]
+
+
+def make_head(options, width=D, dtype=torch.float64, device="cpu"):
     options = dict(options)
-    bias = torch.randn(V, dtype=dtype) if options.pop("bias", False) else None
-    hidden, weight = torch.randn(N, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
-    ref_hidden = torch.randn(N, ref_width or D, dtype=dtype)
-    ref_weight = torch.randn(V, ref_width, dtype=dtype) if ref_width else None
-    tensors = (hidden, weight, bias, ref_hidden, ref_weight)
-    return [t if t is None else t.requires_grad_() for t in tensors], options
+    weight = torch.randn(V, width, dtype=dtype, device=device, requires_grad=True)
+    bias = torch.randn(V, dtype=dtype, device=device, requires_grad=True) if options.pop("bias", False) else None
+    return Head(weight, bias, **options)
 
 
-def leaves(*tensors):
-    return [t for t in tensors if t is not None]
+def states(width=D, dtype=torch.float64, device="cpu"):
+    return torch.randn(N, width, dtype=dtype, device=device, requires_grad=True)
 
 
+def leaves(hidden, head):
+    return [t for t in (hidden, head.weight, head.bias) if t is not None]
+
+
+def assert_same(ours, exact, v, inputs):
+    """Values, and the gradients of their product with v."""
+    grads = [torch.autograd.grad((value * v).sum(), inputs) for value in (ours, exact)]
+    tolerance = {} if v.dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(ours, exact, **tolerance)
+    torch.testing.assert_close(*grads, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk_bytes", [1, 2**28])  # one row at a time, all at once
 @pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
 @pytest.mark.parametrize("own_head", [False, True])
 @pytest.mark.parametrize("options", HEADS)
-def test_linear_kl(options, own_head, direction, chunk_bytes):
-    (h, w, bias, rh, rw), options = operands(options, ref_width=7 if own_head else None)
-    rb = torch.randn(V, dtype=torch.float64, requires_grad=True) if own_head and bias is not None else None
-    inputs = leaves(h, w, bias, rh, rw, rb)
-    ours = linear_kl(h, w, rh, rw, direction, bias=bias, ref_bias=rb, chunk_bytes=chunk_bytes, **options)
-    policy = reference.head_logits(h, w, bias, **options)
-    other = reference.head_logits(rh, rw if own_head else w, rb if own_head else bias, **options)
-    exact = reference.kl(policy, other, direction)
-    torch.testing.assert_close(ours, exact)
-    v = torch.randn(N, dtype=torch.float64)
-    grads = [torch.autograd.grad((value * v).sum(), inputs) for value in (ours, exact)]
-    torch.testing.assert_close(*grads)
+def test_linear_kl(backend, device, options, own_head, direction, chunk_bytes, dtype):
+    h, head = states(D, dtype, device), make_head(options, D, dtype, device)
+    rh, ref_head = states(D, dtype, device), None
+    inputs = [*leaves(h, head), rh]
+    if own_head:
+        rh, ref_head = states(7, dtype, device), make_head(options | {"scale": 0.5}, 7, dtype, device)
+        inputs[-1:] = leaves(rh, ref_head)
+    ours = linear_kl(h, head, rh, ref_head, direction, chunk_bytes=chunk_bytes)
+    exact = reference.kl(reference.head_logits(h, head), reference.head_logits(rh, ref_head or head), direction)
+    assert_same(ours, exact, torch.randn(N, dtype=dtype, device=device), inputs)
 
 
-def test_linear_kl_gradcheck():
-    (h, w, bias, rh, _), _ = operands({"bias": True})
+IDS = torch.tensor([[0, 3, 5]] * N)
+OPERATIONS = {
+    "kl": lambda h, head, rh: linear_kl(h, head, rh),
+    "token_logprob": lambda h, head, _: linear_token_logprob(h, head, torch.arange(N)),
+    "gumbel_topk": lambda h, head, _: linear_gumbel_topk(h, head, seed=3, indices=IDS).weights,
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradcheck(name):
+    h, rh, head = states(), states(), make_head({"bias": True})
     assert torch.autograd.gradcheck(
-        lambda h, w, b, rh: linear_kl(h, w, rh, bias=b, scale=0.5, softcap=2.0), (h, w, bias, rh)
+        lambda h, w, b, rh: OPERATIONS[name](h, Head(w, b, 0.5, 2.0), rh), (h, head.weight, head.bias, rh)
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk_bytes", [1, 2**28])
 @pytest.mark.parametrize("options", HEADS)
-def test_linear_token_logprob(options, chunk_bytes):
-    (h, w, bias, _, _), options = operands(options)
-    tokens, v = torch.randint(0, V, (N,)), torch.randn(2, N, dtype=torch.float64)
-    ours = linear_token_logprob(h, w, tokens, bias=bias, chunk_bytes=chunk_bytes, **options)
-    exact = reference.token_logprob(reference.head_logits(h, w, bias, **options), tokens)
-    grads = []
-    for pair in (ours, exact):
-        loss = (torch.stack(pair) * v).sum()
-        grads.append(torch.autograd.grad(loss, leaves(h, w, bias)))
-    torch.testing.assert_close(ours, exact)
-    torch.testing.assert_close(*grads)
+def test_linear_token_logprob(backend, device, options, chunk_bytes, dtype):
+    h, head = states(D, dtype, device), make_head(options, D, dtype, device)
+    tokens, v = torch.randint(0, V, (N,), device=device), torch.randn(2, N, dtype=dtype, device=device)
+    ours = torch.stack(linear_token_logprob(h, head, tokens, chunk_bytes=chunk_bytes))
+    exact = torch.stack(reference.token_logprob(reference.head_logits(h, head), tokens))
+    assert_same(ours, exact, v, leaves(h, head))
 
 
-def test_linear_token_logprob_gradcheck():
-    (h, w, bias, _, _), _ = operands({"bias": True})
-    tokens = torch.arange(N)
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: linear_token_logprob(h, w, tokens, bias=b, scale=0.5, softcap=2.0), (h, w, bias)
-    )
-
-
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk_bytes", [1, 2**28])
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("options", HEADS)
-def test_linear_gumbel_topk(options, tokens, chunk_bytes):
-    (h, w, bias, _, _), options = operands(options)
+def test_linear_gumbel_topk(backend, device, options, tokens, chunk_bytes, dtype):
+    h, head = states(D, dtype, device), make_head(options, D, dtype, device)
     sampling = {
         "seed": 3,
         "draw": int(tokens),
-        "rows": torch.randint(0, 2**40, (N,)),
-        "tokens": torch.randint(0, V, (N,)) if tokens else None,
+        "rows": torch.randint(0, 2**40, (N,), device=device),
+        "tokens": torch.randint(0, V, (N,), device=device) if tokens else None,
         "suppress": [1, 4],
         "hard": False,
     }
-    ours = linear_gumbel_topk(h, w, 4, 0.6, **sampling, bias=bias, chunk_bytes=chunk_bytes, **options)
-    dense = gumbel_topk(reference.head_logits(h, w, bias, **options), 4, 0.6, **sampling)
-    v, grads = torch.randn(N, 4, dtype=torch.float64), []
-    for result in (ours, dense):
-        grads.append(torch.autograd.grad((result.weights * v).sum(), leaves(h, w, bias)))
-    for name in ("indices", "tokens", "weights", "mass", "hard"):
+    ours = linear_gumbel_topk(h, head, 4, 0.6, **sampling, chunk_bytes=chunk_bytes)
+    dense = gumbel_topk(reference.head_logits(h, head), 4, 0.6, **sampling)
+    for name in ("indices", "tokens", "mass", "hard"):
         torch.testing.assert_close(getattr(ours, name), getattr(dense, name))
-    torch.testing.assert_close(*grads)
-
-
-def test_linear_gumbel_topk_gradcheck():
-    (h, w, bias, _, _), _ = operands({"bias": True})
-    ids = linear_gumbel_topk(h, w, 4, seed=3, bias=bias).indices
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: linear_gumbel_topk(h, w, seed=3, indices=ids, bias=b, scale=0.5, softcap=2.0).weights,
-        (h, w, bias),
-    )
+    assert_same(ours.weights, dense.weights, torch.randn(N, 4, dtype=dtype, device=device), leaves(h, head))
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 3)])
-def test_leading_shapes(leading):
-    h, rh = torch.randn(2, *leading, D, requires_grad=True).unbind()
-    w = torch.randn(V, D, requires_grad=True)
-    kl = linear_kl(h, w, rh)
-    logprob, entropy = linear_token_logprob(h, w, torch.zeros(leading, dtype=torch.int64))
-    sample = linear_gumbel_topk(h, w, 3, seed=0)
+def test_leading_shapes(backend, device, leading):
+    h, rh = torch.randn(2, *leading, D, device=device, requires_grad=True).unbind()
+    head = make_head({}, D, torch.float32, device)
+    kl = linear_kl(h, head, rh)
+    logprob, entropy = linear_token_logprob(h, head, torch.zeros(leading, dtype=torch.int64, device=device))
+    sample = linear_gumbel_topk(h, head, 3, seed=0)
     assert kl.shape == logprob.shape == entropy.shape == sample.tokens.shape == sample.mass.shape == leading
     assert sample.weights.shape == sample.indices.shape == (*leading, 3)
     loss = kl.sum() + logprob.sum() + sample.weights.square().sum()
-    d_h, d_w = torch.autograd.grad(loss, (h, w))
-    assert d_h.shape == h.shape and d_w.shape == w.shape
+    d_h, d_w = torch.autograd.grad(loss, (h, head.weight))
+    assert d_h.shape == h.shape and d_w.shape == head.weight.shape
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_logits_of_half_operands_are_not_rounded(monkeypatch, dtype):
+def test_logits_of_half_operands_are_not_rounded(backend, monkeypatch, dtype):
     """p near q: rounding the logits to 16 bits would leave noise in place of the divergence."""
     monkeypatch.setattr(head_ops, "_BLOCK_BYTES", 4 * 64 * 100)  # 100 of the 700 rows of the weight a block
     h = torch.randn(30, 64).to(dtype)
@@ -145,7 +135,7 @@ def test_logits_of_half_operands_are_not_rounded(monkeypatch, dtype):
     def dense(h, w, rh):
         return reference.kl(h @ w.T, rh @ w.T)
 
-    ours, plain, exact = linear_kl(h, w, rh), dense(*tensors), dense(*exact_tensors)
+    ours, plain, exact = linear_kl(h, Head(w), rh), dense(*tensors), dense(*exact_tensors)
     assert ours.dtype == torch.float32
     assert rel_err(ours, exact) < 1e-4 < rel_err(plain, exact)
     grads = torch.autograd.grad(ours.sum(), tensors)
@@ -158,9 +148,9 @@ def test_logits_of_half_operands_are_not_rounded(monkeypatch, dtype):
 
 
 def test_identical_sides_give_exactly_zero():
-    h, w = torch.randn(20, 16).bfloat16(), torch.randn(300, 16).bfloat16()
+    h, head = torch.randn(20, 16).bfloat16(), Head(torch.randn(300, 16).bfloat16())
     for chunk_bytes in (1, 2**28):
-        assert (linear_kl(h, w, h.clone(), chunk_bytes=chunk_bytes) == 0).all()
+        assert (linear_kl(h, head, h.clone(), chunk_bytes=chunk_bytes) == 0).all()
 
 
 def test_nothing_of_size_n_v_and_no_gradient_of_a_frozen_head():
@@ -169,9 +159,9 @@ def test_nothing_of_size_n_v_and_no_gradient_of_a_frozen_head():
     w, tokens = torch.randn(vocab, d), torch.randint(0, vocab, (n,))
 
     def run():
-        kl = linear_kl(h, w, rh, chunk_bytes=chunk_bytes)
-        logprob, entropy = linear_token_logprob(h, w, tokens, chunk_bytes=chunk_bytes)
-        weights = linear_gumbel_topk(h, w, 16, seed=0, chunk_bytes=chunk_bytes).weights
+        kl = linear_kl(h, Head(w), rh, chunk_bytes=chunk_bytes)
+        logprob, entropy = linear_token_logprob(h, Head(w), tokens, chunk_bytes=chunk_bytes)
+        weights = linear_gumbel_topk(h, Head(w), 16, seed=0, chunk_bytes=chunk_bytes).weights
         (kl.sum() + logprob.sum() + entropy.sum() + weights.square().sum()).backward()
 
     with Allocations().ignore(w) as made:
@@ -187,8 +177,8 @@ def test_strides_do_not_matter():
     h = torch.randn(4, 5, D, dtype=torch.float64)
     rh, w = torch.randn(5, 4, D, dtype=torch.float64), torch.randn(D, V, dtype=torch.float64).T
     view, copy = h[:, :-1].requires_grad_(), h[:, :-1].clone().requires_grad_()
-    ours = linear_kl(view, w, rh.transpose(0, 1)[:, :-1], chunk_bytes=3 * 8 * V * 3)
-    plain = linear_kl(copy, w.contiguous(), rh.transpose(0, 1)[:, :-1].contiguous())
+    ours = linear_kl(view, Head(w), rh.transpose(0, 1)[:, :-1], chunk_bytes=3 * 8 * V * 3)
+    plain = linear_kl(copy, Head(w.contiguous()), rh.transpose(0, 1)[:, :-1].contiguous())
     torch.testing.assert_close(ours, plain)
     (a,), (b,) = torch.autograd.grad(ours.sum(), view), torch.autograd.grad(plain.sum(), copy)
     torch.testing.assert_close(a, b)

@@ -5,16 +5,17 @@ import torch
 from kernel_checks import HALF, Allocations, rel_err
 
 from grade_kernels import (
+    Head,
     SoftTokenRule,
     candidate_grad,
     gumbel_topk,
     linear_gumbel_topk,
     pull_back,
-    random,
     reference,
     soft_embedding,
     soft_token_vjp,
 )
+from grade_kernels.common import random
 from grade_kernels.torch_ops import embedding as embedding_ops
 from grade_kernels.torch_ops import vjp as vjp_ops
 
@@ -66,15 +67,8 @@ def draws(p, *, free=False, numbers):
 def test_against_the_written_out_rules(problem, estimator, tau):
     conditional = estimator.endswith("conditional")
     name = estimator.split()[0]
-    ours = soft_token_vjp(
-        problem["grad"],
-        problem["table"],
-        tau=tau,
-        estimator=name,
-        samples=5,
-        conditional=conditional,
-        **problem["common"],
-    )
+    options = {"tau": tau, "estimator": name, "samples": 5, "conditional": conditional}
+    ours = soft_token_vjp(problem["grad"], problem["table"], **options, **problem["common"])
     numbers = {"gumbel": [1] if conditional else [0], "rao": range(1, 6)}.get(name, [0])
     z = draws(problem, free=name == "gumbel" and not conditional, numbers=numbers)
     one_hot = (problem["sample"].indices == problem["sample"].tokens[:, None]).double()
@@ -124,17 +118,8 @@ def test_rao_and_gumbel_have_the_same_mean():
     sample = gumbel_topk(logits, k, seed=5)
     means, errors = {}, {}
     for name in ("gumbel", "rao"):
-        d = soft_token_vjp(
-            grad,
-            table,
-            logits=logits.gather(-1, sample.indices),
-            indices=sample.indices,
-            tokens=sample.tokens,
-            tau=tau,
-            estimator=name,
-            seed=5,
-            samples=4,
-        ).dlogits
+        at = {"logits": logits.gather(-1, sample.indices), "indices": sample.indices, "tokens": sample.tokens}
+        d = soft_token_vjp(grad, table, **at, tau=tau, estimator=name, seed=5, samples=4).dlogits
         means[name], errors[name] = d.mean(0), d.std(0) / rows**0.5
     gap = (means["gumbel"] - means["rao"]).abs()
     assert (gap < 4 * (errors["gumbel"] ** 2 + errors["rao"] ** 2).sqrt()).all()
@@ -147,14 +132,8 @@ def test_reinmax_is_exact_for_two_candidates_with_linear_loss():
     table, grad = torch.eye(2, dtype=torch.float64), torch.tensor([[2.0, -1.0]], dtype=torch.float64)
     pi, total = logits.softmax(-1), 0.0
     for token in (0, 1):
-        d = soft_token_vjp(
-            grad,
-            table,
-            logits=logits,
-            indices=torch.tensor([[0, 1]]),
-            tokens=torch.tensor([token]),
-            estimator="reinmax",
-        ).dlogits
+        at = {"logits": logits, "indices": torch.tensor([[0, 1]]), "tokens": torch.tensor([token])}
+        d = soft_token_vjp(grad, table, **at, estimator="reinmax").dlogits
         total = total + pi[0, token] * d
     exact = (reference.softmax_jacobian(pi) @ grad[..., None])[..., 0]
     torch.testing.assert_close(total, exact)
@@ -164,7 +143,7 @@ def test_reinmax_is_exact_for_two_candidates_with_linear_loss():
 def test_linear_in_v(problem, estimator):
     def d(grad, table=problem["table"]):
         args = {"tau": 0.5, "estimator": estimator, **problem["common"]}
-        return soft_token_vjp(grad, table, weight=problem["table"], **args)
+        return soft_token_vjp(grad, table, head=Head(problem["table"]), **args)
 
     a, b = problem["grad"], torch.randn(N, D, dtype=torch.float64)
     whole, first, second = d(2 * a - 3 * b), d(a), d(b)
@@ -185,12 +164,11 @@ def test_several_models_add_up(problem, estimator):
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_pull_back_to_the_hidden_state(problem, estimator, softcap):
-    head, hidden = torch.randn(V, 8, dtype=torch.float64), torch.randn(N, 8, dtype=torch.float64)
-    hidden.requires_grad_()
-    options = {"scale": 0.7, "softcap": softcap}
-    at_support = reference.head_logits(hidden, head, **options).gather(-1, problem["sample"].indices)
+    hidden = torch.randn(N, 8, dtype=torch.float64, requires_grad=True)
+    head = Head(torch.randn(V, 8, dtype=torch.float64), scale=0.7, softcap=softcap)
+    at_support = reference.head_logits(hidden, head).gather(-1, problem["sample"].indices)
     args = {**problem["common"], "logits": at_support.detach(), "tau": 0.5, "estimator": estimator}
-    ours = soft_token_vjp(problem["grad"], problem["table"], weight=head, **options, **args)
+    ours = soft_token_vjp(problem["grad"], problem["table"], head=head, **args)
     (exact,) = torch.autograd.grad(at_support, hidden, ours.dlogits)
     torch.testing.assert_close(ours.dhidden, exact)
     plain = soft_token_vjp(problem["grad"], problem["table"], **args)
@@ -204,7 +182,7 @@ def test_a_rule_serves_several_gradients(monkeypatch, problem, estimator, kept):
     terms, noises = {"rao": 3, "reinmax": 2}.get(estimator, 1), []
     noisy_logits = vjp_ops.noisy_logits
     monkeypatch.setattr(vjp_ops, "noisy_logits", lambda *args: noises.append(args) or noisy_logits(*args))
-    args = {"tau": 0.5, "estimator": estimator, "samples": 3, "weight": problem["table"], **problem["common"]}
+    args = {"tau": 0.5, "estimator": estimator, "samples": 3, "head": Head(problem["table"]), **problem["common"]}
     rule = SoftTokenRule(**args, keep_bytes=terms * N * K * 8 - (not kept))
     other = torch.randn(N, 9, dtype=torch.float64), torch.randn(V, 9, dtype=torch.float64)
     pairs = [(problem["grad"], problem["table"]), other, ([problem["grad"], other[0]], [problem["table"], other[1]])]
@@ -226,22 +204,12 @@ def test_a_rule_computes_in_the_precision_of_each_gradient(problem):
 
 def test_hidden_gradient_equals_the_linear_sampler():
     hidden = torch.randn(N, 8, dtype=torch.float64, requires_grad=True)
-    head, table = torch.randn(V, 8, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
-    grad = torch.randn(N, D, dtype=torch.float64)
-    sample = linear_gumbel_topk(hidden, head, K, 0.5, seed=SEED, softcap=3.0, scale=0.5)
+    head = Head(torch.randn(V, 8, dtype=torch.float64), scale=0.5, softcap=3.0)
+    grad, table = torch.randn(N, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
+    sample = linear_gumbel_topk(hidden, head, K, 0.5, seed=SEED)
     (exact,) = torch.autograd.grad(soft_embedding(sample, table), hidden, grad)
-    logits = reference.head_logits(hidden.detach(), head, None, 0.5, 3.0).gather(-1, sample.indices)
-    ours = soft_token_vjp(
-        grad,
-        table,
-        logits=logits,
-        indices=sample.indices,
-        tau=0.5,
-        seed=SEED,
-        weight=head,
-        softcap=3.0,
-        scale=0.5,
-    )
+    logits = reference.head_logits(hidden.detach(), head).gather(-1, sample.indices)
+    ours = soft_token_vjp(grad, table, logits=logits, indices=sample.indices, tau=0.5, seed=SEED, head=head)
     torch.testing.assert_close(ours.dhidden, exact)
 
 
@@ -253,7 +221,7 @@ def test_blocked_candidates_get_no_gradient(problem, estimator, softcap):
     blocked[:, -2:] = True
     blocked &= args["indices"] != args["tokens"][:, None]
     args["logits"][blocked] = -torch.inf
-    args.update(estimator=estimator, weight=problem["table"], softcap=softcap)
+    args.update(estimator=estimator, head=Head(problem["table"], softcap=softcap))
     ours = soft_token_vjp(problem["grad"], problem["table"], **args)
     assert blocked.any() and (ours.dlogits[blocked] == 0).all()
     assert torch.isfinite(ours.dlogits).all() and torch.isfinite(ours.dhidden).all()
@@ -290,7 +258,7 @@ def test_precision_of_candidate_grad_and_pull_back(monkeypatch, dtype, columns):
     monkeypatch.setattr(embedding_ops, "_BLOCK_BYTES", 2**13)
     grad, table = torch.randn(20, 48).to(dtype), torch.randn(100, 48).to(dtype)
     indices, dlogits = torch.randint(0, 100, (20, 12)), torch.randn(20, 12)
-    v, back = candidate_grad(grad, table, indices), pull_back(dlogits, indices, table)
+    v, back = candidate_grad(grad, table, indices), pull_back(dlogits, indices, Head(table))
     gathered = table.double()[indices]
     assert v.dtype == back.dtype == torch.float32
     assert rel_err(v, torch.einsum("nd,nkd->nk", grad.double(), gathered)) < 1e-6
@@ -304,27 +272,23 @@ def test_single_precision_against_double(problem, dtype):
     exact_c = {**c, "logits": c["logits"].double()}
     for estimator in ESTIMATORS:
         args = {"tau": 0.5, "estimator": estimator}
-        ours = soft_token_vjp(grad, table, weight=table, **args, **c)
-        exact = soft_token_vjp(grad.double(), table.double(), weight=table.double(), **args, **exact_c)
+        ours = soft_token_vjp(grad, table, head=Head(table), **args, **c)
+        wide = table.double()
+        exact = soft_token_vjp(grad.double(), wide, head=Head(wide), **args, **exact_c)
         assert ours.dlogits.dtype == ours.dhidden.dtype == torch.float32
         assert rel_err(ours.dlogits, exact.dlogits) < 1e-5
         assert rel_err(ours.dhidden, exact.dhidden) < 1e-5
 
 
-@pytest.mark.parametrize("leading", [(), (0,), (2, 3)])
+@pytest.mark.parametrize("leading", [(), (0,), (0, 2), (2, 3)])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_leading_shapes(leading, estimator):
-    indices = torch.randint(0, V, (*leading, K))
-    ours = soft_token_vjp(
-        torch.randn(*leading, D),
-        torch.randn(V, D),
-        logits=torch.randn(*leading, K),
-        indices=indices,
-        tokens=indices[..., 0],
-        estimator=estimator,
-        seed=0,
-        weight=torch.randn(V, 9),
-    )
+def test_leading_shapes(backend, device, leading, estimator):
+    indices = torch.randint(0, V, (*leading, K), device=device)
+    grad, logits = torch.randn(*leading, D, device=device), torch.randn(*leading, K, device=device)
+    table, head = torch.randn(V, D, device=device), Head(torch.randn(V, 9, device=device))
+    at = {"logits": logits, "indices": indices, "tokens": indices[..., 0]}
+    ours = soft_token_vjp(grad, table, **at, estimator=estimator, seed=0, samples=2, head=head)
+    assert candidate_grad(grad, table, indices).shape == (*leading, K)
     assert ours.dlogits.shape == (*leading, K) and ours.dhidden.shape == (*leading, 9)
 
 
@@ -336,17 +300,8 @@ def test_memory_and_inputs(monkeypatch, dtype):
     logits, indices = torch.randn(n, k), torch.randint(0, vocab, (n, k))
     copies = [t.clone() for t in (grad, table, logits, indices)]
     with Allocations().ignore(table) as made:
-        soft_token_vjp(
-            grad,
-            table,
-            logits=logits,
-            indices=indices,
-            tokens=indices[:, 3],
-            estimator="rao",
-            seed=0,
-            weight=table,
-            softcap=30.0,
-        )
+        at = {"logits": logits, "indices": indices, "tokens": indices[:, 3], "head": Head(table, softcap=30.0)}
+        soft_token_vjp(grad, table, **at, estimator="rao", seed=0)
     assert made.largest < n * k * d / 8
     for now, before in zip((grad, table, logits, indices), copies, strict=True):
         assert torch.equal(now, before)

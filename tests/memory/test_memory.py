@@ -36,6 +36,7 @@ from grade.processes import make_accelerator
 from grade.sampling.sample import sample
 from grade.training.run_folder import prepare_run_dir
 from grade.training.trainer import Trainer
+from grade_kernels import Head
 
 PROMPT = 16
 GIB = 2**30
@@ -87,8 +88,9 @@ def test_a_packed_head_is_part_of_sampling(packed_heads, monkeypatch):
     """Of four responses or more in training, and of prompts in evaluation."""
     policy = tiny_policy("llama")
     # A head that is nearly all that sampling holds.
-    policy.head = policy.embedding = torch.zeros(400 * len(policy.head), policy.head.shape[1])
-    reward, size = tiny_reward(policy), policy.head.nbytes
+    policy.embedding = torch.zeros(400 * policy.vocab_size, policy.head.weight.shape[1])
+    policy.head = Head(policy.embedding)
+    reward, size = tiny_reward(policy), policy.embedding.nbytes
     config = config_of(batch=4)
     parts = estimate(policy, reward, config, PROMPT).parts
     ids = torch.full((4, PROMPT), 5)
@@ -151,7 +153,7 @@ def test_what_is_kept_is_what_a_checkpointed_pass_saves():
         return tensor
 
     def checkpointed(length):
-        x = torch.zeros(1, length, policy.head.shape[1], requires_grad=True)
+        x = torch.zeros(1, length, policy.head.weight.shape[1], requires_grad=True)
         mask = torch.ones(1, length, dtype=torch.bool)
         mask[:, 0] = False
         with policy.state(adapters=True, checkpoint=True):

@@ -204,7 +204,7 @@ def test_ppo_is_its_documented_loss(double, kl, whiten, reduction):
         ),
     )
     torch.manual_seed(7)
-    head = torch.nn.Linear(policy.head.shape[1], 1).double()
+    head = torch.nn.Linear(policy.head.weight.shape[1], 1).double()
     method.value_head.layer = deepcopy(head)
     reward_of = torch.cat([s.reward for s in method.score([rollout])])
     old = type(full_terms(own, rollout))(*(t.detach() for t in full_terms(own, rollout)))

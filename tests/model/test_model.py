@@ -55,9 +55,9 @@ def test_probes_find_embedding_scale_logit_scale_and_cap(name, dtype):
     policy = policy_around(base_model(CONFIGS[name](), dtype), TARGETS.get(name))
     if name == "gemma2":
         scale = torch.tensor(math.sqrt(LLAMA_SIZES["hidden_size"])).to(dtype).item()
-        assert (policy.embedding_scale, policy.logit_scale, policy.softcap) == (scale, 1.0, 3.0)
+        assert (policy.embedding_scale, policy.head.scale, policy.head.softcap) == (scale, 1.0, 3.0)
     else:
-        assert (policy.embedding_scale, policy.logit_scale, policy.softcap) == (1.0, 1.0, None)
+        assert (policy.embedding_scale, policy.head.scale, policy.head.softcap) == (1.0, 1.0, None)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -68,7 +68,7 @@ def test_embed_and_head_are_the_models_own(name):
     with torch.no_grad():
         hidden = policy.hidden(policy.embed(ids), torch.ones_like(ids, dtype=torch.bool))
         expected = policy.causal_lm(input_ids=ids, use_cache=False).logits
-    assert torch.allclose(head_logits(hidden, policy.head, **policy.head_transform), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(head_logits(hidden, policy.head), expected, rtol=1e-4, atol=1e-4)
 
 
 SCALED = {
@@ -86,7 +86,7 @@ SCALED = {
 def test_logit_scale_is_found_and_used(name):
     config, scale = SCALED[name]
     policy = policy_around(base_model(config))
-    assert (policy.logit_scale, policy.softcap, policy.embedding_scale) == (scale, None, 1.0)
+    assert (policy.head.scale, policy.head.softcap, policy.embedding_scale) == (scale, None, 1.0)
     _check_vocab_head(policy)
 
 
@@ -94,7 +94,7 @@ def test_bias_of_the_head_is_used():
     base = base_model(PhiConfig(**SIZES, **LLAMA_SIZES))
     torch.nn.init.normal_(base.lm_head.bias)
     policy = policy_around(base)
-    assert policy.logit_scale == 1.0 and policy.head_bias.std() > 0.5
+    assert policy.head.scale == 1.0 and policy.head.bias.std() > 0.5
     _check_vocab_head(policy)
 
 
@@ -104,7 +104,7 @@ def _check_vocab_head(policy):
     with torch.no_grad():
         hidden = policy.hidden(policy.embed(ids), torch.ones_like(ids, dtype=torch.bool))
         logits = policy.causal_lm(input_ids=ids, use_cache=False).logits
-    out = vocab_head(hidden, policy.head, k=VOCAB, tokens=ids, **policy.head_transform)
+    out = vocab_head(hidden, policy.head, k=VOCAB, tokens=ids)
     assert torch.allclose(out.logits, logits.gather(-1, out.indices), rtol=1e-4, atol=1e-5)
     assert torch.allclose(out.logprob, logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0], rtol=1e-4, atol=1e-4)
 
@@ -193,7 +193,7 @@ def test_probing_can_be_left_out():
     square_logits(base)
     base.requires_grad_(False)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=ATTENTION, task_type="CAUSAL_LM"))
-    assert Policy(model, TinyTokenizer(), probe=False).logit_scale == 1.0
+    assert Policy(model, TinyTokenizer(), probe=False).head.scale == 1.0
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

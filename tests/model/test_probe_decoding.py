@@ -36,6 +36,7 @@ from grade.model.probe import probe_head
 from grade.rewards.reward import SharedReward
 from grade.rollout import pad_prompts
 from grade.sampling.compiled import CompiledDecoding
+from grade_kernels import Head
 
 # -- positions -----------------------------------------------------------------------------------------------------
 
@@ -294,6 +295,6 @@ def test_the_cap_of_recurrent_gemma_is_found():
     model = tiny_policy("llama").model
     policy = Policy(model, TinyTokenizer(), probe=False)
     policy.causal_lm, policy.backbone, policy.config = base, base.model, base.config
-    policy.head = base.lm_head.weight.detach()
+    policy.head = Head(base.lm_head.weight.detach())
     policy.embedding = base.get_input_embeddings().weight.detach()
     assert probe_head(policy) == (1.0, 3.0)

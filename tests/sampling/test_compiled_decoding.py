@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_the_compiled_draw_is_the_draw(packed_heads):
     torch._dynamo.reset()
     counters.clear()
     policy = tiny_policy("llama", unknown=3)
-    policy.head_bias, policy.logit_scale, policy.softcap = torch.linspace(-1, 1, policy.vocab_size), 0.3, 2.0
+    policy.head = replace(policy.head, bias=torch.linspace(-1, 1, policy.vocab_size), scale=0.3, softcap=2.0)
     eps, compared = torch.finfo(torch.float32).eps, []
 
     class Both(CompiledDecoding):
@@ -64,7 +65,7 @@ def test_the_compiled_draw_is_the_draw(packed_heads):
             ours = super().draw(hidden, sampling, seed=seed, rows=rows, suppress=suppress)
             product = packed_product(hidden, self._packed)
             options = (sampling.top_k, sampling.tau, seed, rows, suppress, not sampling.soft)
-            plain = draw_from_product(product, *options, **policy.head_transform)
+            plain = draw_from_product(product, policy.head, *options)
             assert torch.equal(plain.tokens, ours.tokens) and torch.equal(plain.indices, ours.indices)
             # Some eight roundings of logits and noise below 20, which a softmax over tau at most doubles.
             bound = plain.weights * math.expm1(2 * 8 * eps * 20 / sampling.tau) + eps

@@ -3,6 +3,8 @@ head packed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rollouts import PROMPTS, draw
@@ -127,17 +129,16 @@ def test_the_packed_product_is_the_product(size, rows):
 
 
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("transform", [{}, dict(logit_scale=0.3, softcap=2.0)], ids=["plain", "transformed"])
+@pytest.mark.parametrize("transform", [{}, dict(scale=0.3, softcap=2.0)], ids=["plain", "transformed"])
 def test_a_packed_head_samples_the_same(soft, transform, packed_heads):
     """With everything that a head can have beside its weight; rows leave the batch on the way. Token by token from the
     same hidden states: soft tokens that are fed back would carry a product's rounding on and enlarge it."""
     policy = tiny_policy("llama", unknown=3)
     policy.eos_ids = torch.arange(0, VOCAB, 6)
     if transform:
-        policy.head_bias = torch.randn(policy.vocab_size, generator=torch.Generator().manual_seed(0)).double()
-    for name, value in transform.items():
-        setattr(policy, name, value)
-    width = policy.head.shape[1]
+        bias = torch.randn(policy.vocab_size, generator=torch.Generator().manual_seed(0)).double()
+        policy.head = replace(policy.head, bias=bias, **transform)
+    width = policy.head.weight.shape[1]
 
     class Both(Decoding):
         def draw(self, hidden, sampling, **noise):
@@ -145,7 +146,7 @@ def test_a_packed_head_samples_the_same(soft, transform, packed_heads):
             assert torch.equal(packed.tokens, plain.tokens) and torch.equal(packed.indices, plain.indices)
             # A logit is a sum of `width` products and a few further steps, scale and cap at most as steep as 1; below
             # 20, the noise. Twice that between two, and a softmax of them over tau at most doubles it once more.
-            size = (hidden.abs() @ policy.head.abs().T).amax(1, keepdim=True) + 20
+            size = (hidden.abs() @ policy.head.weight.abs().T).amax(1, keepdim=True) + 20
             rounding = (width + 8) * torch.finfo(torch.float32).eps * size
             bound = plain.weights * torch.expm1(4 * rounding / sampling.tau) + torch.finfo(torch.float32).eps
             assert ((packed.weights - plain.weights).abs() <= bound).all()

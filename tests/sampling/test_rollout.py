@@ -15,7 +15,7 @@ from grade.rollout import pad_prompts
 from grade.sampling.draw import nucleus
 from grade.sampling.sample import support_is_allowed
 from grade_kernels import vocab_head
-from grade_kernels.random import gumbel
+from grade_kernels.common.random import gumbel
 
 NO_EOS = torch.zeros(0, dtype=torch.int64)
 PAD = 60
@@ -234,7 +234,7 @@ def test_sampling_stops_when_all_responses_have_ended(monkeypatch):
 def test_ids_unknown_to_the_tokenizer_are_never_sampled(top_p):
     policy = tiny_policy(unknown=20)
     assert policy.suppressed.tolist() == list(range(VOCAB - 20, VOCAB))
-    policy.head[policy.suppressed] *= 4  # shares the model's memory: the model wants these ids most
+    policy.head.weight[policy.suppressed] *= 4  # shares the model's memory: the model wants these ids most
     policy.eos_ids = NO_EOS
     for k in (7, VOCAB):
         rollout = draw(policy, copies=4, top_k=k, top_p=top_p, soft=True)
@@ -339,9 +339,9 @@ def test_importance_ratio_is_one_on_the_first_pass(name, soft, monkeypatch):
     logits_at_sampling = []
     original = grade.sampling.draw.linear_gumbel_topk
 
-    def record(hidden, weight, *args, **kwargs):
-        out = original(hidden, weight, *args, **kwargs)
-        seen = vocab_head(hidden, weight, indices=out.indices, suppress=kwargs["suppress"], **policy.head_transform)
+    def record(hidden, head, *args, **kwargs):
+        out = original(hidden, head, *args, **kwargs)
+        seen = vocab_head(hidden, head, indices=out.indices, suppress=kwargs["suppress"])
         logits_at_sampling.append(seen.logits)
         return out
 
@@ -353,9 +353,7 @@ def test_importance_ratio_is_one_on_the_first_pass(name, soft, monkeypatch):
         rollout = draw(policy, min_new_tokens=3, soft=soft, top_k=9, max_new_tokens=9)
         at = torch.stack(logits_at_sampling, 1)[:, : rollout.tokens.shape[1]]
         hidden = policy_pass(policy, rollout, fed_embeddings(rollout, policy.embedding, policy.embedding_scale))
-        head = vocab_head(
-            hidden.detach(), policy.head, indices=rollout.indices, tokens=rollout.tokens, **policy.head_transform
-        )
+        head = vocab_head(hidden.detach(), policy.head, indices=rollout.indices, tokens=rollout.tokens)
         result = score(policy, tiny_reward(policy), rollout, ReplaySettings(tau=1.0))
     picked = rollout.indices == rollout.tokens[..., None]
     mask = rollout.mask
@@ -393,7 +391,7 @@ def chi_squared(tokens, support, probabilities):
 def flat_policy():
     """A policy whose first token is uncertain."""
     policy = tiny_policy()
-    policy.head.mul_(0.5)
+    policy.head.weight.mul_(0.5)
     return policy
 
 

@@ -28,6 +28,26 @@ def assert_no_worse(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor
     assert mine <= max(theirs, floor), f"{mine:.3g} against plain {theirs:.3g}"
 
 
+def chunk_pair(n: int, vocab: int, device: str, noise: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [n, vocab] of a policy and of a reference that is near it."""
+    logits = torch.randn(n, vocab) * 3
+    return logits.to(device), (logits + noise * torch.randn(n, vocab)).to(device)
+
+
+def supports(n: int, vocab: int, k: int, device: str = "cpu") -> torch.Tensor:
+    """Distinct ids [n, k]."""
+    return torch.stack([torch.randperm(vocab)[:k] for _ in range(n)]).to(device)
+
+
+def assert_same_fields(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Two paths of a sweep agree: ids and logits exactly, NaN in the same places."""
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        exact = name in ("indices", "logits")
+        tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 2e-6}
+        torch.testing.assert_close(value, theirs[name], **tolerance, equal_nan=True, msg=name)
+
+
 class Allocations(TorchDispatchMode):
     """Largest tensor (entries) and peak of live bytes among the tensors made while it is active.
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from grade.rollout import Rollout
-from grade_kernels.random import gumbel
+from grade_kernels.common.random import gumbel
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def tiny_policy(name: str = "llama", *, dtype=torch.float32, seed=0, adapter_sca
 
 def tiny_reward(policy: Policy, reads: str = "prompt+response", seed: int = 1) -> SharedReward:
     torch.manual_seed(seed)
-    head = RewardHead(policy.head.shape[1], 16)
+    head = RewardHead(policy.head.weight.shape[1], 16)
     with torch.no_grad():
         head.layers[-1].weight.mul_(4)
     return SharedReward(policy, head.to(policy.dtype), reads)

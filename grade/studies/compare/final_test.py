@@ -117,9 +117,7 @@ def sample_measures(policy, judge: Judge | None) -> Callable[[Rollout], dict[str
     def measure(rollout: Rollout) -> dict[str, torch.Tensor]:
         mask = rollout.mask
         base = base_pass(policy, rollout, fed_embeddings(rollout, policy.embedding, policy.embedding_scale))
-        logprob, _ = linear_token_logprob(
-            base.reference[mask], policy.head, rollout.tokens[mask], **policy.head_transform
-        )
+        logprob, _ = linear_token_logprob(base.reference[mask], policy.head, rollout.tokens[mask])
         measures = {"base_nll": -per_token(logprob, mask).sum(1)}
         if judge is not None:
             measures["judge"] = judge.probability(judge_rows(policy, rollout))

@@ -116,44 +116,14 @@ def suppress_ids(
     return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
 
 
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    names: tuple[str, str, str] = ("hidden", "weight", "bias"),
+def check_table(
+    name: str, weight: Tensor, width: int | None = None, device: torch.device | None = None
 ) -> None:
-    """hidden [..., d], weight [V, d], bias [V]: one device, one dtype (the bias may be wider)."""
-    h, w, b = names
-    check_float(h, hidden)
-    check_table(w, weight, hidden.shape[-1], hidden.device)
-    if weight.dtype != hidden.dtype:
-        raise TypeError(
-            f"{h} is {hidden.dtype} but {w} is {weight.dtype}; convert {h} with .to({w}.dtype) "
-            "(the products come out in float32 either way)"
-        )
-    if bias is not None:
-        check_float(b, bias)
-        check_shape(b, bias, (weight.shape[0],))
-        check_device(b, bias, hidden.device)
-    check_scale_softcap(scale, softcap)
-
-
-def check_scale_softcap(scale: float, softcap: float | None) -> None:
-    if isinstance(scale, Tensor):
-        raise TypeError("scale must be a python number, not a tensor: reading one waits for the device")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be a finite number, got {scale}")
-    if softcap is not None:
-        check_positive("softcap", softcap)
-
-
-def check_table(name: str, weight: Tensor, width: int | None, device: torch.device) -> None:
-    """A float table [V, d]; `width` is d where it is known."""
+    """A float table [V, d]; `width` and `device` are those it must have, where they are known."""
     check_float(name, weight)
     if weight.dim() != 2:
         raise ValueError(f"{name} must be [vocabulary, width], got shape {tuple(weight.shape)}")
     if width is not None and weight.shape[1] != width:
         raise ValueError(f"{name} has rows of width {weight.shape[1]}, expected {width}")
-    check_device(name, weight, device)
+    if device is not None:
+        check_device(name, weight, device)

@@ -5,7 +5,7 @@
     python -m grade_kernels.aot --target sm_90 --list      what there is, without compiling
 
 One line a compilation: registers, spills, shared memory, warps, seconds.  The exit status is 1 if anything spills
-or does not compile.  The configurations come from the launchers themselves: `grade_kernels.triton_ops.cases` calls
+or does not compile.  The configurations come from the launchers themselves: `grade_kernels.aot.cases` calls
 them, `launch.recording` notes what they would have launched, and Triton's JIT says how it would specialise that.
 """
 
@@ -21,9 +21,9 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from grade_kernels import aot_binary
-from grade_kernels.aot_binary import TARGETS, Configuration, Row
-from grade_kernels.backend import check_triton, interpreting
+from grade_kernels.aot import binary
+from grade_kernels.aot.binary import TARGETS, Configuration, Row
+from grade_kernels.common.environment import check_triton, interpreting
 
 # Compilations of --quick.
 _QUICK = 60
@@ -64,9 +64,9 @@ def configuration(launch: Any, target: str, large_logits: bool = False) -> Confi
         for a in launch.args
     ]
     backend, bind = _binder(kernel, target)
-    given = {**options, **launch.constants}
-    bound, specialization, rest = bind(*args, **given)
-    _, signature, constants, attrs = kernel._pack_args(backend, given, bound, specialization, rest)
+    fixed = {**options, **launch.constants}
+    bound, specialization, rest = bind(*args, **fixed)
+    _, signature, constants, attrs = kernel._pack_args(backend, fixed, bound, specialization, rest)
     return Configuration(target, kernel.fn.__module__, kernel.fn.__name__, options, signature, constants, attrs)
 
 
@@ -130,7 +130,7 @@ def check(every: Sequence[Configuration], jobs: int, table: str | None = None, o
     print(_HEADER, file=out, flush=True)
     rows = []
     with _Table(table) as written:
-        for row in aot_binary.compile_all(every, jobs):
+        for row in binary.compile_all(every, jobs):
             rows.append(row)
             written.add(row)
             print(line(row), file=out, flush=True)
@@ -223,9 +223,9 @@ def _wanted(options: argparse.Namespace) -> list[Configuration]:
         except OSError as error:
             raise ValueError(f"--csv {options.csv!r} cannot be written: {error.strerror}; name another file") from None
     if not options.list and any(TARGETS[target].backend == "cuda" for target in targets):
-        aot_binary.cuobjdump_path()
+        binary.cuobjdump_path()
 
-    from grade_kernels.triton_ops import cases
+    from grade_kernels.aot import cases
 
     every = configurations(cases.record(), targets)
     if options.kernel:
@@ -234,11 +234,3 @@ def _wanted(options: argparse.Namespace) -> list[Configuration]:
         if not every:
             raise ValueError(f"--kernel {options.kernel!r} is in none of {', '.join(names)}")
     return quick(every) if options.quick else every
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

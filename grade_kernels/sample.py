@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grade_kernels import checks
 from grade_kernels.backend import backend_for, implementation
+from grade_kernels.common import checks
+from grade_kernels.common.chunks import rows_of
+from grade_kernels.common.sample import Support, place
 from grade_kernels.sparse import SparseTokens
-from grade_kernels.torch_ops.chunks import rows_of
-from grade_kernels.torch_ops.sample import place
 
 
 def gumbel_topk(
@@ -83,7 +84,7 @@ def gumbel_topk(
     args = SampleArgs(leading, vocab, device, k, tau, seed, rows, draw, indices, tokens)
     blocked = checks.suppress_ids(suppress, vocab, device)
     backend = backend_for("gumbel_topk", logits, k=args.k)
-    return args.tokens(_GumbelTopk.apply(logits, args, blocked, backend), leading, hard)
+    return args.sparse(_GumbelTopk.apply(logits, args, blocked, backend), leading, hard)
 
 
 def place_tokens(indices: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +111,19 @@ def place_tokens(indices: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 class SampleArgs:
     """The validated arguments that `gumbel_topk` and `linear_gumbel_topk` share; tensors are flat, [N, ...]."""
 
-    def __init__(self, leading, vocab, device, k, tau, seed, rows, draw, indices, tokens):
+    def __init__(
+        self,
+        leading: torch.Size,
+        vocab: int,
+        device: torch.device,
+        k: int,
+        tau: float,
+        seed: int,
+        rows: Tensor | None,
+        draw: int,
+        indices: Tensor | None,
+        tokens: Tensor | None,
+    ):
         checks.check_positive("tau", tau)
         n = math.prod(leading)
         if indices is None:
@@ -124,9 +137,9 @@ class SampleArgs:
         self.seed, self.draw = checks.check_int("seed", seed), checks.check_int("draw", draw)
         self.keys = row_keys(rows, leading, device)
         self.indices = None if indices is None else indices.reshape(n, self.k)
-        self.given = None if tokens is None else tokens.reshape(n)
+        self.chosen = None if tokens is None else tokens.reshape(n)
 
-    def tokens(self, flat: tuple[Tensor, Tensor, Tensor, Tensor], leading: torch.Size, hard: bool) -> SparseTokens:
+    def sparse(self, flat: tuple[Tensor, Tensor, Tensor, Tensor], leading: torch.Size, hard: bool) -> SparseTokens:
         """(ids [N, k], weights [N, k], tokens [N], mass [N]) in their leading shape."""
         ids, weights, chosen, mass = flat
         pairs = (x.view(*leading, self.k) for x in (ids, weights))
@@ -145,9 +158,11 @@ class _GumbelTopk(torch.autograd.Function):
     """(ids [N, k], weights [N, k], tokens [N], mass [N]) of logits [..., V]; the weights have a gradient."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, args: SampleArgs, suppress: Tensor | None, backend: str):
+    def forward(
+        ctx: Any, logits: Tensor, args: SampleArgs, suppress: Tensor | None, backend: str
+    ) -> tuple[Tensor, ...]:
         ids, sample = implementation(backend).sample.select_and_sample(
-            rows_of(logits), args.k, args.tau, args.keys, args.seed, args.draw, suppress, args.indices, args.given,
+            rows_of(logits), args.k, args.tau, args.keys, args.seed, args.draw, suppress, args.indices, args.chosen,
             checks.compute_dtype(logits),
         )
         ctx.save_for_backward(ids, sample.weights)
@@ -157,10 +172,10 @@ class _GumbelTopk(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _ids, v: Tensor, _tokens, _mass):
+    def backward(ctx: Any, _ids: Any, v: Tensor, _tokens: Any, _mass: Any) -> tuple[Tensor | None, ...]:
         ids, weights = ctx.saved_tensors
         shape, dtype = ctx.like
-        ops = implementation(ctx.backend).sample
+        ops = implementation(ctx.backend).scatter
         grad = ops.scatter(ids, ops.weights_vjp(weights, v, ctx.tau), shape[-1], dtype)
         return grad.view(shape), None, None, None
 
@@ -170,9 +185,11 @@ class SampleSupport(torch.autograd.Function):
     of the whole rows.  The weights have a gradient to `values`."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, ids: Tensor, lse: Tensor, args: SampleArgs, backend: str):
+    def forward(
+        ctx: Any, values: Tensor, ids: Tensor, lse: Tensor, args: SampleArgs, backend: str
+    ) -> tuple[Tensor, ...]:
         ops = implementation(backend).sample
-        sample = ops.sample(ops.Support(ids, values, lse), args.keys, args.seed, args.draw, args.given, args.tau)
+        sample = ops.sample(Support(ids, values, lse), args.keys, args.seed, args.draw, args.chosen, args.tau)
         ctx.save_for_backward(sample.weights)
         ctx.tau, ctx.backend = args.tau, backend
         ctx.mark_non_differentiable(sample.tokens, sample.mass)
@@ -180,7 +197,7 @@ class SampleSupport(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v: Tensor, _tokens, _mass):
+    def backward(ctx: Any, v: Tensor, _tokens: Any, _mass: Any) -> tuple[Tensor | None, ...]:
         (weights,) = ctx.saved_tensors
-        grad = implementation(ctx.backend).sample.weights_vjp(weights, v, ctx.tau)
+        grad = implementation(ctx.backend).scatter.weights_vjp(weights, v, ctx.tau)
         return grad, None, None, None, None

@@ -1,15 +1,16 @@
-"""The language-model head on a chunk of rows, forwards and backwards."""
+"""The head of a language model: its parts, and its product on a chunk of rows, forwards and backwards."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from grade_kernels.checks import compute_dtype
-from grade_kernels.torch_ops.chunks import spans
+from grade_kernels.common import checks
+from grade_kernels.common.chunks import spans
 
 # A 16-bit weight is widened this many bytes at a time.  That repeats for every row chunk, but costs little
 # beside the product (one pass over the block against one per row), where a widened copy of the whole
@@ -49,34 +50,64 @@ def _mm_float32(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(x, weight, out_dtype=torch.float32)
 
 
-def finish_logits(out: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """Logits [r, V] of a head, in place, from out = hidden @ weight.T."""
-    if scale != 1.0:
-        out *= scale
-    if bias is not None:
-        out += bias.to(out.dtype)
-    if softcap is not None:
-        out.div_(softcap).tanh_().mul_(softcap)
-    return out
-
-
 @dataclass(frozen=True)
 class Head:
-    """logits = cap * tanh((scale * hidden @ weight.T + bias) / cap), without the tanh if softcap is None."""
+    """The head of a language model: logits = softcap * tanh((scale * hidden @ weight.T + bias) / softcap).
 
-    weight: Tensor  # [V, d]
-    bias: Tensor | None = None  # [V]
+    Logits and gradients are in float32, even from 16-bit operands (float64 for a float64 weight).
+
+    Parameters
+    ----------
+    weight : float [V, d]
+    bias : float [V], optional
+        May be of a wider dtype than `weight`.
+    scale : float
+        Logit scale (Cohere, Granite).
+    softcap : float, optional
+        Soft cap of the logits (Gemma 2), > 0; None for no tanh.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On wrong dtypes, shapes, devices or numbers.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
 
+    def __post_init__(self) -> None:
+        checks.check_table("weight", self.weight)
+        if self.bias is not None:
+            checks.check_float("bias", self.bias)
+            checks.check_shape("bias", self.bias, self.weight.shape[:1])
+            checks.check_device("bias", self.bias, self.weight.device)
+        if isinstance(self.scale, Tensor):
+            raise TypeError("scale must be a python number, not a tensor: reading one waits for the device")
+        if not -math.inf < self.scale < math.inf:
+            raise ValueError(f"scale must be a finite number, got {self.scale}")
+        if self.softcap is not None:
+            checks.check_positive("softcap", self.softcap)
+
     @property
     def dtype(self) -> torch.dtype:
-        """float32, or float64 for a float64 weight: what logits and gradients are computed in."""
-        return compute_dtype(self.weight)
+        """What logits and gradients are computed in: float32, or float64 for a float64 weight."""
+        return checks.compute_dtype(self.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [r, d] -> logits [r, V], never rounded to 16 bits."""
-        return finish_logits(self._product(hidden), self.bias, self.scale, self.softcap)
+        return self.finish(self._product(hidden))
+
+    def finish(self, product: Tensor) -> Tensor:
+        """Logits [r, V], in place, from product = hidden @ weight.T."""
+        if self.scale != 1.0:
+            product *= self.scale
+        if self.bias is not None:
+            product += self.bias.to(product.dtype)
+        if self.softcap is not None:
+            product.div_(self.softcap).tanh_().mul_(self.softcap)
+        return product
 
     def grad_hidden(self, d_raw: Tensor) -> Tensor:
         """d_raw [r, V] (before the soft cap) -> d hidden [r, d] in `dtype`."""
@@ -112,3 +143,23 @@ class Head:
     def _blocks(self) -> list[tuple[int, int]]:
         rows = max(1, _BLOCK_BYTES // (self.weight.shape[1] * self.dtype.itemsize))
         return list(spans(self.weight.shape[0], rows))
+
+
+def check_is_head(name: str, head: Head) -> None:
+    if not isinstance(head, Head):
+        raise TypeError(f"{name} must be a Head, got {type(head).__name__}; wrap the weight in Head(weight)")
+
+
+def check_hidden(name: str, hidden: Tensor, head: Head, head_name: str = "head") -> None:
+    """hidden [..., d] fits the head: its width, dtype and device are those of the weight."""
+    check_is_head(head_name, head)
+    weight = head.weight
+    checks.check_float(name, hidden)
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{name} has width {hidden.shape[-1]}, but {head_name}.weight has rows of {weight.shape[1]}")
+    checks.check_device(f"{head_name}.weight", weight, hidden.device)
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"{name} is {hidden.dtype} but {head_name}.weight is {weight.dtype}; convert {name} with "
+            f".to({head_name}.weight.dtype) (the products come out in float32 either way)"
+        )

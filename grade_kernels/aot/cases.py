@@ -15,10 +15,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from grade_kernels.checks import DIRECTIONS, ESTIMATORS
-from grade_kernels.stats import KLStats, TokenStats
-from grade_kernels.torch_ops.chunks import rows_of
-from grade_kernels.triton_ops import embedding, kl, launch, logprob, objective, sample, sweep, vjp
+from grade_kernels.common.checks import DIRECTIONS, ESTIMATORS
+from grade_kernels.common.chunks import rows_of
+from grade_kernels.common.sample import Support
+from grade_kernels.common.stats import KLStats, TokenStats
+from grade_kernels.triton_ops import embedding, kl, launch, logprob, objective, sample, scatter, sweep, vjp
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Qwen (divisible by 16); GPT-2 (odd: rows that are not aligned); Llama 2; Gemma.
@@ -88,7 +89,6 @@ def kl_cases() -> Iterator[Case]:
         for layout, p_dtype, q_dtype in pairs:
             p, q = layout(p_dtype), layout(q_dtype)
             yield lambda p=p, q=q: kl.kl_stats(p, q, torch.float32)
-            yield lambda p=p, q=q: kl.kl_with_grads(p, q, torch.float32)
             n = p.shape[0]
             stats, weights = KLStats.empty(n, torch.float32, p.device), _floats(n)
             out_p, out_q = _logits(p_dtype, vocab, n), _logits(q_dtype, vocab, n)
@@ -135,7 +135,7 @@ def objective_cases() -> Iterator[Case]:
             kinds = dict.fromkeys((weights if ref else (weights[0], False, False)) for weights in some)
             for weighted, cap in product(kinds, (None, 30.0)):
                 x, y = _logits(torch.float32, vocab), _logits(torch.float32, vocab) if ref else None
-                weights = tuple(_floats(MANY) if given else None for given in weighted)
+                weights = tuple(_floats(MANY) if weigh else None for weigh in weighted)
                 rest = (_ids(2) if suppress else None, _ids(MANY, k), _ids(MANY) if tokens else None, weights, ref, cap)
                 yield lambda x=x, y=y, r=rest: objective.objective_chunk(x, y, *r)
 
@@ -181,7 +181,7 @@ def sample_cases() -> Iterator[Case]:
         for layout in logits_layouts(vocab):
             yield from _selections(layout(dtype), 256, *plain)
     for k in CANDIDATES:
-        support = sample.Support(_ids(MANY, k), _floats(MANY, k), _floats(MANY))
+        support = Support(_ids(MANY, k), _floats(MANY, k), _floats(MANY))
         for tokens in (None, _ids(MANY)):
             yield lambda s=support, t=tokens: sample.sample(s, _ids(MANY), SEED, 1, t, TAU)
 
@@ -196,10 +196,10 @@ def _selections(logits: Tensor, k: int, suppress: bool, given: bool, chosen: boo
 def scatter_cases() -> Iterator[Case]:
     for k, dtype in product(CANDIDATES, DTYPES):
         weights = _floats(MANY, k, dtype=dtype)
-        yield lambda w=weights: sample.weights_vjp(w, w, TAU)
-        yield lambda w=weights, k=k: sample.weights_vjp(_floats(MANY, k), w, TAU)
+        yield lambda w=weights: scatter.weights_vjp(w, w, TAU)
+        yield lambda w=weights, k=k: scatter.weights_vjp(_floats(MANY, k), w, TAU)
         for vocab in VOCABULARIES:
-            yield lambda w=weights, k=k, v=vocab, d=dtype: sample.scatter(_ids(MANY, k), w, v, d)
+            yield lambda w=weights, k=k, v=vocab, d=dtype: scatter.scatter(_ids(MANY, k), w, v, d)
 
 
 FAMILIES = (

@@ -1,0 +1,1 @@
+"""What both backends and the public operations use; it knows neither backend."""
