@@ -1,77 +1,102 @@
-"""logits_kl: against float64, near equality, masks, underflow, gradients."""
+"""logits_kl: against float64, near equality, masks, underflow, gradients, memory."""
 
-import numpy as np
+from __future__ import annotations
+
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import HALF, Allocations, assert_no_worse, rel_err
 
-from grade_kernels import logits_kl, logits_kl_with_grads, reference
+from grade_kernels import logits_kl, reference, token_logprob
 from grade_kernels.common import chunks
 
 DIRECTIONS = ["policy_ref", "ref_policy"]
 INF = torch.inf
+# A tile of the kernel is 256 lanes of 16 entries, and a program of its gradient takes 16384: fewer entries than lanes,
+# both sides of one tile, one lane more than two, one entry more than a program.
+TILE = 4096
+VOCABS = [1, 7, 300, TILE - 1, TILE, TILE + 1, 2 * TILE + 16, 4 * TILE + 1]
 
 
-def grads(loss, *leaves):
-    return torch.autograd.grad(loss, leaves)
+def judge(p, q):
+    """(KL(p || q), its gradients by p and by q) in float64, by forms that lose nothing where p and q nearly agree."""
+    p, q = p.detach().double(), q.detach().double()
+    logp, logq = p.log_softmax(-1), q.log_softmax(-1)
+    x = torch.where((p == -INF) & (q == -INF), 0.0, logq - logp)
+    far = x > 30  # where q outweighs p nothing cancels, and e^x may overflow
+    first, second = logp.exp(), logq.exp()
+    near = x.where(~far, 0.0)
+    gap = torch.where(far, second - first, first * near.expm1())
+    gained = first * torch.where(p == -INF, 0.0, x)
+    kl = torch.where(far, second - first - gained, first * (near.expm1() - near)).sum(-1)
+    return kl, -gained - first * kl[..., None], gap
 
 
-def exact_kl(a, b, direction):
-    """KL and its gradients in float64 by the textbook."""
-    a, b = a.detach().double().requires_grad_(), b.detach().double().requires_grad_()
-    value = reference.kl(a, b, direction)
-    return (value.detach(), *grads(value.sum(), a, b))
+def value_and_grads(a, b, direction="policy_ref", function=logits_kl):
+    """The divergence and its gradients to both sides."""
+    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+    value = function(a, b, direction)
+    return (value.detach(), *torch.autograd.grad(value.sum(), (a, b)))
 
 
-def extended_kl(p, q):
-    """KL(p || q) of float32 logits [N, V] in the 80-bit floats of numpy.
+def stats_and_grads(ops, p, q, weights=None, softcap=None):
+    """(stats, d_p, d_q) of a backend; the gradients in float32, which no dtype of the logits rounds."""
+    stats = ops.kl.kl_stats(p, q, torch.float32)
+    outs = [torch.empty(x.shape, device=x.device) for x in (p, q)]
+    ops.kl.kl_grads(p, q, stats, weights, *outs, softcap)
+    return stats, *outs
 
-    As sum of q - p + p log(p/q): the textbook sum would leave an error of 1e-16 nats even so.
-    """
-    p, q = (t.numpy().astype(np.longdouble) for t in (p, q))
-    logp, logq = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (p, q))
-    x = logq - logp
-    return torch.from_numpy((np.exp(logp) * (np.expm1(x) - x)).sum(-1).astype(np.float64))
+
+def assert_stats(stats, p, q):
+    """The log-sum-exps and their difference."""
+    lse_p, lse_q = p.double().logsumexp(-1), q.double().logsumexp(-1)
+    for mine, exact in ((stats.lse_p, lse_p), (stats.lse_q, lse_q)):
+        torch.testing.assert_close(mine.double(), exact, rtol=3e-7, atol=3e-7)
+    torch.testing.assert_close(stats.shift.double(), lse_q - lse_p, rtol=3e-7, atol=3e-6)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("leading", [(), (0,), (5,), (2, 3)])
 def test_float64_equals_the_textbook(leading, direction):
-    a, b = torch.randn(2, *leading, 33, dtype=torch.float64).mul(3).requires_grad_().unbind()
-    ours = logits_kl(a, b, direction)
-    value, d_a, d_b = exact_kl(a, b, direction)
-    assert ours.shape == leading
-    torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-14)
-    for mine, theirs in zip(grads(ours.sum(), a, b), (d_a, d_b), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-14)
+    a, b = torch.randn(2, *leading, 33, dtype=torch.float64).mul(3).unbind()
+    ours = value_and_grads(a, b, direction)
+    assert ours[0].shape == leading
+    for mine, exact in zip(ours, value_and_grads(a, b, direction, reference.kl), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-14)
+    value, first, second = judge(*((a, b) if direction == "policy_ref" else (b, a)))
+    judged = (value, first, second) if direction == "policy_ref" else (value, second, first)
+    torch.testing.assert_close(judged, ours, rtol=1e-11, atol=1e-14)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("scale", [0.01, 1.0, 10.0])
-def test_gradcheck(direction, scale):
-    a = (torch.randn(3, 7, dtype=torch.float64) * scale).requires_grad_()
-    b = (torch.randn(3, 7, dtype=torch.float64) * scale).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, y: logits_kl(x, y, direction), (a, b))
-    assert torch.autograd.gradcheck(lambda x: logits_kl(x, b.detach(), direction), a)
-    assert torch.autograd.gradcheck(lambda y: logits_kl(a.detach(), y, direction), b)
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_sizes(ops, vocab, device):
+    p, q = (3 * torch.randn(3, vocab)).to(device), (3 * torch.randn(3, vocab)).to(device)
+    stats, d_p, d_q = stats_and_grads(ops, p, q)
+    kl, exact_p, exact_q = judge(p, q)
+    assert_stats(stats, p, q)
+    if vocab == 1:
+        assert all((x == 0).all() for x in (stats.kl, d_p, d_q))
+        return
+    assert rel_err(stats.kl, kl) < 1e-6 and rel_err(d_q, exact_q) < 1e-6
+    # p (x + KL): x = q - p - shift is rounded where its parts are large, and its sum with KL may be small, which no
+    # float32 formula of two log-probabilities escapes.
+    parts = p.double().abs() + q.abs() + (stats.shift.abs() + kl)[:, None]
+    assert (d_p - exact_p).abs().max() <= torch.finfo(torch.float32).eps * (p.double().softmax(-1) * parts).amax()
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_no_worse_than_plain_pytorch(dtype, direction):
-    a = torch.randn(40, 3000).mul(2).to(dtype).requires_grad_()
-    b = torch.randn(40, 3000).mul(2).to(dtype).requires_grad_()
-    value, d_a, d_b = exact_kl(a, b, direction)
-    ours, plain = logits_kl(a, b, direction), reference.kl(a, b, direction)
-    assert ours.dtype == torch.float32
-    assert_no_worse(ours, plain, value)
-    for mine, theirs, exact in zip(
-        grads(ours.sum(), a, b), grads(plain.sum(), a, b), (d_a, d_b), strict=True
-    ):
-        assert mine.dtype == dtype
-        assert_no_worse(mine, theirs, exact)
+def test_no_worse_than_plain_pytorch(backend, dtype, direction, device):
+    a, b = (torch.randn(4, 5000).mul(2).to(device, dtype) for _ in range(2))
+    ours = value_and_grads(a, b, direction)
+    plain = value_and_grads(a, b, direction, reference.kl)
+    exact = value_and_grads(a.double(), b.double(), direction, reference.kl)
+    assert [x.dtype for x in ours] == [torch.float32, dtype, dtype]
+    for mine, theirs, truth in zip(ours, plain, exact, strict=True):
+        assert_no_worse(mine, theirs, truth)
 
 
 def test_log_probabilities_are_logits_too():
@@ -89,141 +114,243 @@ def test_log_probabilities_are_logits_too():
     torch.testing.assert_close(*by_logits, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 50.0])
-def test_identical_inputs_give_exactly_zero(dtype, direction, scale):
-    a = (scale * torch.randn(20, 1000)).to(dtype)
-    a[3, ::2] = -INF
-    x, y = a.clone().requires_grad_(), a.clone().requires_grad_()
-    value = logits_kl(x, y, direction)
-    assert (value == 0).all()
-    assert all((g == 0).all() for g in grads(value.sum(), x, y))
+def test_identical_inputs_give_exactly_zero(backend, dtype, scale, device):
+    a = (scale * torch.randn(2, TILE + 9)).to(device, dtype)
+    a[1, ::2] = -INF
+    assert all((x == 0).all() for x in value_and_grads(a, a))
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="needs 80-bit floats as the judge")
-@pytest.mark.parametrize("step", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
-def test_nearly_equal_inputs_keep_their_digits(step, direction):
-    """The regime of a fresh adapter: KL down to 1e-11 nats in float32, logits up to 40."""
-    generator = torch.Generator().manual_seed(1)
-    a = 10 * torch.randn(30, 4000, generator=generator)
-    b = a + step * torch.randn(30, 4000, generator=generator)
-    x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
-    ours = logits_kl(x, y, direction)
-    first, second = (a, b) if direction == "policy_ref" else (b, a)
-    value = extended_kl(first, second)  # float64 has lost digits itself: it is off by 1e-15 nats
-    torch.testing.assert_close(ours.double(), value, rtol=2e-6, atol=0)
-    _, d_a, d_b = exact_kl(a, b, direction)
-    for mine, exact in zip(grads(ours.sum(), x, y), (d_a, d_b), strict=True):
-        relative = (mine.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
-        # The worst rows put all but 1e-6 of their mass on one token and have gradients of 1e-9.
-        assert relative.max() < 1e-3 and relative.median() < 1e-6
+@pytest.mark.parametrize("offset", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("step", [1.0, 1e-1, 1e-3, 1e-5])
+def test_nearly_equal_inputs_keep_their_digits(ops, step, offset, device):
+    """Down to 1e-11 nats, logits up to 40, also where one side is shifted: as far as the logits hold the digits."""
+    p = (torch.tensor([[3.0], [10.0]]) * torch.randn(2, 9000)).to(device)
+    q = p + step * torch.randn(2, 9000).to(device) + offset
+    (stats, *grads), (kl, *exact) = stats_and_grads(ops, p, q), judge(p, p.double() + (q - p))
+    torch.testing.assert_close(stats.kl.double(), kl, rtol=2e-6, atol=0)
+    for mine, truth in zip(grads, exact, strict=True):
+        relative = (mine - truth).norm(dim=-1) / truth.norm(dim=-1)
+        # The gradients keep the shift of one side, rounded as it is.
+        assert (relative < 2e-6 + 1.5 * 2**-24 * offset / step).all(), relative
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", HALF)
-def test_nearly_equal_half_logits(dtype, direction):
+def test_nearly_equal_half_logits(backend, ops, dtype, direction, device):
     """Most logits equal, some one rounding apart; plain 16-bit PyTorch is off by whole factors here."""
-    base = 4 * torch.randn(30, 4000, generator=torch.Generator().manual_seed(2))
-    a = base.to(dtype).requires_grad_()
-    b = (base * (1 + 1e-3 * torch.randn(30, 4000))).to(dtype).requires_grad_()
-    ours = logits_kl(a, b, direction)
-    value, d_a, d_b = exact_kl(a, b, direction)
-    assert 1e-6 < value.min() and value.max() < 1e-2
-    torch.testing.assert_close(ours.double(), value, rtol=1e-5, atol=0)
-    for mine, exact in zip(grads(ours.sum(), a, b), (d_a, d_b), strict=True):
-        if dtype == torch.bfloat16:  # float16 gradients of 1e-8 underflow whatever computes them
-            assert ((mine.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 0.01
-        else:
-            assert (mine.double() - exact).abs().max() < 1e-3 * exact.abs().max()
+    base = 4 * torch.randn(2, 6000)
+    a, b = base.to(device, dtype), (base * (1 + 1e-3 * torch.randn(2, 6000))).to(device, dtype)
+    p, q = (a, b) if direction == "policy_ref" else (b, a)
+    (stats, *grads), (kl, *exact) = stats_and_grads(ops, p, q), judge(p, q)
+    assert 1e-6 < kl.min() and kl.max() < 1e-2
+    torch.testing.assert_close(stats.kl.double(), kl, rtol=1e-6, atol=0)
+    for mine, truth in zip(grads, exact, strict=True):
+        assert float((mine - truth).norm() / truth.norm()) < 1e-6  # where a percent was asked for
+    rounded = value_and_grads(a, b, direction)[1:]
+    for mine, truth in zip(rounded, exact if direction == "policy_ref" else exact[::-1], strict=True):
+        if dtype == torch.bfloat16:
+            assert ((mine.double() - truth).norm(dim=-1) / truth.norm(dim=-1)).max() < 0.01
+        else:  # float16 gradients of 1e-8 underflow whatever computes them
+            assert (mine.double() - truth).abs().max() < 1e-3 * truth.abs().max()
 
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_never_negative_and_right(data):
     vocab = data.draw(st.integers(1, 12))
-    finite = st.floats(-100, 100, width=32)
-    row = st.lists(finite, min_size=vocab, max_size=vocab)
+    row = st.lists(st.floats(-100, 100, width=32), min_size=vocab, max_size=vocab)
     a, b = torch.tensor([data.draw(row)]), torch.tensor([data.draw(row)])
     if data.draw(st.booleans()):
         b = a + 1e-3 * b
     ours = logits_kl(a, b)
     assert ours >= 0
-    # The exact value of float32 inputs: float64 with the same Bregman form needs no float32 tolerance.
-    exact = reference.kl(a.double(), b.double())
-    torch.testing.assert_close(ours.double(), exact, rtol=3e-5, atol=1e-9)
+    torch.testing.assert_close(ours.double(), reference.kl(a.double(), b.double()), rtol=3e-5, atol=1e-9)
 
 
-def test_masked_entries():
-    # columns: both masked, policy masked, neither
-    a = torch.tensor([[-INF, -INF, 1.0, 2.0]], requires_grad=True)
-    b = torch.tensor([[-INF, 0.5, 1.5, 1.0]], requires_grad=True)
-    value = logits_kl(a, b)
-    q = b.detach().double().softmax(-1)[0]
-    p = a.detach().double().softmax(-1)[0]
-    expected = (p[2:] * (p[2:] / q[2:]).log()).sum()
-    torch.testing.assert_close(value[0].double(), expected, rtol=1e-6, atol=0)
-    d_a, d_b = grads(value.sum(), a, b)
-    assert d_a[0, :2].tolist() == [0, 0] and d_b[0, 0] == 0
-    torch.testing.assert_close(d_b[0].double(), q - p, rtol=1e-6, atol=1e-8)
-    exact = p[2:] * ((p[2:] / q[2:]).log() - expected)
-    torch.testing.assert_close(d_a[0, 2:].double(), exact, rtol=1e-5, atol=1e-8)
+@pytest.mark.parametrize("noise", [0.5, 1e-2])
+@pytest.mark.parametrize("place", [0, 5, TILE + 3, 2 * TILE + 1])
+def test_peaked_rows(ops, place, noise, device):
+    """Nearly all mass on one entry, in the first tile or a later one, with a difference of its own there."""
+    p = (3 * torch.randn(3, 2 * TILE + 5)).to(device)
+    p[:, place] = torch.tensor([12.0, 25.0, 80.0]).to(device)
+    q = p + noise * torch.randn(3, p.shape[1]).to(device)
+    q[:, place] += 0.125
+    (stats, *grads), (kl, *exact) = stats_and_grads(ops, p, q), judge(p, q)
+    # A divergence of e^-80 has the error of its exponent: 80 roundings.
+    torch.testing.assert_close(stats.kl.double(), kl, rtol=80 * 2**-24, atol=1e-38)
+    for mine, truth in zip(grads, exact, strict=True):
+        assert rel_err(mine, truth) < 2e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
-def test_mass_where_the_other_side_is_masked_is_infinite(dtype):
-    a = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, -INF]], dtype=dtype)
-    b = torch.tensor([[0.0, -INF], [0.0, 1.0], [0.0, 1.0]], dtype=dtype)
-    assert logits_kl(a, b).isinf().tolist() == [True, False, False]
-    assert logits_kl(b, a).isinf().tolist() == [False, False, True]
-    assert logits_kl(a, b, "ref_policy").isinf().tolist() == [False, False, True]
-    # ... also where that mass underflows
-    tiny = torch.tensor([[0.0, -300.0]], dtype=dtype)
-    assert logits_kl(tiny, torch.tensor([[0.0, -INF]], dtype=dtype)).isinf().all()
+def test_masses_that_move_the_centre_far(ops, device):
+    """Each tile outweighs all before it, and its differences lie elsewhere."""
+    steps = torch.arange(4 * TILE) // TILE
+    p = (torch.randn(2, 4 * TILE) + 15.0 * steps).to(device)
+    q = p + (torch.randn(2, 4 * TILE) * 0.1 + torch.tensor([3.0, -2.0, 20.0, 1.0])[steps]).to(device)
+    for first, second in ((p, q), (q, p)):
+        (stats, *grads), (kl, *exact) = stats_and_grads(ops, first, second), judge(first, second)
+        torch.testing.assert_close(stats.kl.double(), kl, rtol=2e-6, atol=0)
+        for mine, truth in zip(grads, exact, strict=True):
+            assert rel_err(mine, truth) < 5e-6
 
 
-def test_an_infinite_row_of_weight_zero_spoils_nothing():
-    a = torch.tensor([[0.0, 1.0], [0.0, 1.0]], requires_grad=True)
-    b = torch.tensor([[0.0, -INF], [0.0, 0.5]], requires_grad=True)
-    d_a, d_b = torch.autograd.grad(logits_kl(a, b), (a, b), torch.tensor([0.0, 1.0]))
-    assert (d_a[0] == 0).all() and (d_b[0] == 0).all()
-    assert torch.isfinite(d_a).all() and torch.isfinite(d_b).all() and (d_a[1] != 0).all()
+def test_huge_logits(backend, device):
+    a, b = (1e4 * torch.randn(2, 2, 5000)).to(device).unbind()
+    ours, exact = value_and_grads(a, b), judge(a, b)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=0)
+    for mine, truth in zip(ours[1:], exact[1:], strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-5, atol=1e-30)
+    near = a + torch.randn(2, 5000).to(device)
+    for first, second in ((a, near), (near, a)):
+        torch.testing.assert_close(logits_kl(first, second).double(), judge(first, second)[0], rtol=1e-5, atol=1e-38)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("gap", [30.0, 95.0, 120.0, 500.0, 3e4])
-def test_underflow(gap, direction):
+@pytest.mark.parametrize("wide", [1, 4 * 256])  # each entry in a lane of its own, or in four entries of every lane
+def test_underflow(backend, gap, direction, wide, device):
     """Probabilities that underflow on either side, or on both (0 log 0)."""
     a = torch.tensor([[0.0, -gap, -gap, 1.0], [0.0, -gap, 0.5, 1.0], [0.0, -gap, -gap, -gap]])
     b = torch.tensor([[0.5, -gap, 1.0, 1.0], [0.0, -gap + 1, -gap, 1.0], [-gap, 0.0, -gap, -gap]])
-    x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
-    ours = logits_kl(x, y, direction)
-    value, d_a, d_b = exact_kl(a, b, direction)
-    torch.testing.assert_close(ours.double(), value, rtol=1e-6, atol=0)
-    for mine, exact in zip(grads(ours.sum(), x, y), (d_a, d_b), strict=True):
-        assert torch.isfinite(mine).all()
-        torch.testing.assert_close(mine.double(), exact, rtol=2e-6, atol=1e-7 * float(exact.abs().max()))
+    a, b = (x.repeat_interleave(wide, 1).to(device) for x in (a, b))
+    ours = value_and_grads(a, b, direction)
+    exact = value_and_grads(a.double(), b.double(), direction, reference.kl)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=0)
+    for mine, truth in zip(ours[1:], exact[1:], strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=2e-6, atol=1e-7 * float(truth.abs().max()))
 
 
-def test_nan_stays_in_its_row():
-    a, b = torch.randn(3, 9), torch.randn(3, 9)
-    clean = logits_kl(a, b)
-    for side in (a, b):
-        spoilt = side.clone()
-        spoilt[1, 4] = torch.nan
-        ours = logits_kl(spoilt, b) if side is a else logits_kl(a, spoilt)
-        assert ours.isnan().tolist() == [False, True, False]
-        assert torch.equal(ours[::2], clean[::2])
+@pytest.mark.parametrize(("p_rest", "q_few"), [(-150.0, -10.0), (-145.0, -6.0), (-142.0, -3.0), (-200.0, -2.0)])
+def test_lanes_where_only_one_side_has_mass(backend, p_rest, q_few, device):
+    """A lane whose entries are nothing under p, by more than the exponent of a float, and much under q."""
+    p = torch.full((1, 1024), p_rest, device=device)
+    p[0, 0] = 0.0
+    q = p.clone()
+    q[0, 500:504] = q_few
+    torch.testing.assert_close(logits_kl(p, q).double(), judge(p, q)[0], rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("every", [3, 4])  # 4: the first entry of each lane and more
+def test_finite_masks_on_one_side(ops, every, mask, device):
+    p = 3 * torch.randn(2, TILE + 40)
+    q = p + 0.1 * torch.randn(2, TILE + 40)
+    masked, unlikely = p.clone(), p.clone()
+    masked[:, ::every] = mask
+    unlikely[:, ::every] -= 30.0
+    p, q, masked, unlikely = (x.to(device) for x in (p, q, masked, unlikely))
+    # p masked; q masked, at 1e4 nats and more; q masked where p is as unlikely
+    for first, second in ((masked, q), (p, masked), (unlikely, masked)):
+        (stats, *grads), (kl, *exact) = stats_and_grads(ops, first, second), judge(first, second)
+        torch.testing.assert_close(stats.kl.double(), kl, rtol=3e-6, atol=0)
+        torch.testing.assert_close(stats.lse_q.double(), second.double().logsumexp(-1), rtol=3e-7, atol=3e-7)
+        for mine, truth in zip(grads, exact, strict=True):
+            # Where a few entries make up the divergence the shift is small beside KL, but has the roundings of KL.
+            assert ((mine - truth).abs().amax(-1) <= 5e-6 * truth.abs().amax(-1) + 8 * 2**-23 * kl).all()
+
+
+def test_the_lowest_float_as_a_mask(backend, device):
+    """finfo.min on both sides does not count, and a row of nothing else is uniform."""
+    lowest = torch.finfo(torch.float32).min
+    p, q = torch.randn(2, 3, 5000, device=device)
+    for side in (p, q):
+        side[:, ::2] = lowest
+    exact = reference.kl(p.double(), q.double())
+    torch.testing.assert_close(logits_kl(p, q).double(), exact, rtol=2e-6, atol=0)
+    uniform = torch.full((1, 100), lowest, device=device)
+    logprob, entropy = token_logprob(uniform, torch.tensor([3], device=device))
+    assert logprob.item() == pytest.approx(-math.log(100)) and entropy.item() == pytest.approx(math.log(100))
+
+
+@pytest.mark.parametrize("vocab", [40, TILE + 40])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_masks(ops, vocab, dtype, device):
+    p, q = torch.randn(8, vocab), torch.randn(8, vocab)
+    q[:5] = p[:5] + 0.01 * torch.randn(5, vocab)
+    p[0, ::3] = -INF  # p only
+    p[1, ::3] = q[1, ::3] = -INF  # both: does not count
+    q[2, -1] = -INF  # q only: infinite
+    p[3, 1:] = q[3, 1:] = -INF  # one entry left
+    p[4, -1], q[4, -1] = -400.0, -INF  # infinite, though p underflows
+    p[5, : vocab // 2] = -INF  # disjoint
+    q[5, vocab // 2 :] = -INF
+    p[6, ::5], q[6, ::2] = -INF, -INF
+    p, q = p.to(device, dtype), q.to(device, dtype)
+    (stats, d_p, d_q), (kl, exact_p, _) = stats_and_grads(ops, p, q), judge(p, q)
+    assert stats.kl.isinf().tolist() == [False, False, True, False, True, True, True, False]
+    finite = ~stats.kl.isinf()
+    torch.testing.assert_close(stats.kl.double()[finite], kl[finite], rtol=2e-6, atol=0)
+    assert_stats(stats, p, q)
+    torch.testing.assert_close(d_p[finite].double(), exact_p[finite], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(d_q.double(), q.double().softmax(-1) - p.double().softmax(-1), rtol=1e-4, atol=1e-6)
+    assert (d_p[finite][p[finite] == -INF] == 0).all()
+    assert (d_q[(p == -INF) & (q == -INF)] == 0).all()
+
+
+def test_rows_that_have_no_divergence(ops, device):
+    """All masked, NaN or +inf: marked so, and only there."""
+    p, q = torch.randn(8, 600).to(device), torch.randn(8, 600).to(device)
+    clean = ops.kl.kl_stats(p, q, torch.float32).kl
+    p[0] = q[1] = p[2] = q[2] = -INF
+    p[3, 599], q[4, 3] = torch.nan, torch.nan
+    p[5, 3], q[6, 599] = INF, INF
+    stats, d_p, d_q = stats_and_grads(ops, p, q)
+    assert stats.kl[:3].isposinf().all() and stats.kl[3:7].isnan().all()
+    assert torch.equal(stats.kl[7], clean[7])
+    assert d_p[3:7].isnan().all() and d_q[3:7].isnan().all()
+    assert d_p[7].isfinite().all() and d_q[7].isfinite().all()
+
+
+def test_an_infinite_row_of_weight_zero_spoils_nothing(backend, device):
+    a = torch.tensor([[0.0, 1.0], [0.0, 1.0]], device=device, requires_grad=True)
+    b = torch.tensor([[0.0, -INF], [0.0, 0.5]], device=device, requires_grad=True)
+    d_a, d_b = torch.autograd.grad(logits_kl(a, b), (a, b), torch.tensor([0.0, 1.0], device=device))
+    assert (d_a[0] == 0).all() and (d_b[0] == 0).all()
+    assert torch.isfinite(d_a).all() and torch.isfinite(d_b).all() and (d_a[1] != 0).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_row_weights_and_soft_cap(ops, softcap, device):
+    p, q = torch.randn(3, 700).mul(4).clamp(-4.9, 4.9).to(device), torch.randn(3, 700).to(device)
+    p[0, 3] = -INF  # counts as saturated
+    weights = torch.tensor([0.5, 0.0, -2.0]).to(device)
+    ours, exact = stats_and_grads(ops, p, q, weights, softcap), judge(p, q)
+    for mine, truth, logits in zip(ours[1:], exact[1:], (p, q), strict=True):
+        slope = 1.0 if softcap is None else (1 - (logits.double() / softcap) ** 2).clamp(min=0)
+        torch.testing.assert_close(mine.double(), weights[:, None] * truth * slope, rtol=1e-5, atol=1e-7)
+        assert (mine[1] == 0).all()
+
+
+@pytest.mark.parametrize("sides", [(True, False), (False, True), (True, True)])
+def test_gradients_may_overwrite_the_logits(ops, sides, device):
+    p, q = torch.randn(3, 5000).to(device), torch.randn(3, 5000).to(device)
+    stats, *expected = stats_and_grads(ops, p, q)
+    kept = p.clone(), q.clone()
+    ops.kl.kl_grads(p, q, stats, None, *(x if side else None for x, side in zip((p, q), sides, strict=True)))
+    for x, before, grad, side in zip((p, q), kept, expected, sides, strict=True):
+        assert torch.equal(x, grad if side else before)
+
+
+def test_stats_of_a_chunk_of_rows(ops, device):
+    """Rows of larger tensors: what linear_kl passes."""
+    p, q = torch.randn(5, 100).to(device), torch.randn(5, 100).to(device)
+    stats, d_p, _ = stats_and_grads(ops, p, q)
+    out, weights = torch.empty_like(p[1:4]), torch.ones(1, device=device).expand(3)
+    ops.kl.kl_grads(p[1:4], q[1:4], stats.rows(1, 4), weights, out, None)
+    assert torch.equal(out, d_p[1:4])
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
-def test_only_the_sides_that_require_it_get_a_gradient(needs):
-    a, b = torch.randn(50, 400, requires_grad=needs[0]), torch.randn(50, 400, requires_grad=needs[1])
+def test_only_the_sides_that_require_it_get_a_gradient(backend, needs, device):
+    a, b = (torch.randn(4, 400, device=device, requires_grad=need) for need in needs)
+    kept = a.detach().clone(), b.detach().clone()
     with Allocations() as made:
         logits_kl(a, b).sum().backward()
     assert (a.grad is not None, b.grad is not None) == needs
-    assert made.largest == 50 * 400
+    assert made.largest == 4 * 400
+    assert torch.equal(a, kept[0]) and torch.equal(b, kept[1])
 
 
 def test_forward_keeps_only_scalars_beside_the_inputs(monkeypatch):
@@ -236,37 +363,43 @@ def test_forward_keeps_only_scalars_beside_the_inputs(monkeypatch):
     assert saved == 2 * 200 * 500 + 6 * 200
 
 
-def test_pieces_strides_and_mixed_dtypes(monkeypatch):
-    a, b = torch.randn(6, 9, 50, dtype=torch.float64), torch.randn(6, 9, 50, dtype=torch.float64)
-    expected = reference.kl(a, b)
-    monkeypatch.setattr(chunks, "_PIECE_BYTES_CPU", 8 * 50 * 4)
-    torch.testing.assert_close(logits_kl(a, b), expected)
-    torch.testing.assert_close(logits_kl(a[:, :-2], b[:, :-2]), expected[:, :-2])
-    turned = logits_kl(a.transpose(0, 1), b.transpose(0, 1))
-    torch.testing.assert_close(turned, expected.transpose(0, 1))
-    x = a[:, :-2].detach().requires_grad_()
-    (grad,) = grads(logits_kl(x, b[:, :-2]).sum(), x)
-    torch.testing.assert_close(grad, exact_kl(x, b[:, :-2], "policy_ref")[1])
-    half = b.bfloat16()
-    mixed = logits_kl(a.float(), half)
-    assert mixed.dtype == torch.float32
-    assert rel_err(mixed, reference.kl(a.float().double(), half.double())) < 1e-5
-    assert logits_kl(a, half).dtype == torch.float64
+@pytest.mark.parametrize("leading", [(), (0,), (5,), (2, 3), (2, 0)])
+def test_leading_shapes(backend, leading, device):
+    a, b = torch.randn(2, *leading, 33).to(device).unbind()
+    ours = value_and_grads(a, b)
+    assert ours[0].shape == leading and ours[1].shape == ours[2].shape == a.shape
+    torch.testing.assert_close(ours[0].double(), judge(a, b)[0], rtol=1e-6, atol=1e-7)
 
 
-def test_inputs_stay():
-    a, b = torch.randn(4, 30, requires_grad=True), torch.randn(4, 30, requires_grad=True)
-    copies = a.detach().clone(), b.detach().clone()
-    logits_kl(a, b).sum().backward()
-    assert torch.equal(a.detach(), copies[0]) and torch.equal(b.detach(), copies[1])
+VIEWS = {
+    "slice": lambda x: x[:, :-1],
+    "transposed": lambda x: x.transpose(0, 1),
+    "column-major": lambda x: x.mT.contiguous().mT,
+    "three groups": lambda x: x.view(3, 2, 2, 50).permute(2, 0, 1, 3),
+    "one row": lambda x: x[:1, :1].expand(3, 4, 50),
+}
 
 
-@pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
-@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)])
-def test_with_grads_is_what_autograd_gives(direction, dtypes):
-    sides = [torch.randn(2, 4, 50).to(dtype)[:, :3].requires_grad_() for dtype in dtypes]
-    result = logits_kl_with_grads(*sides, direction)
-    kl = logits_kl(*sides, direction)
-    assert torch.equal(result.kl, kl) and not result.kl.requires_grad
-    for ours, expected in zip((result.grad, result.ref_grad), torch.autograd.grad(kl.sum(), sides), strict=True):
-        assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_strides_and_pieces(backend, view, device, monkeypatch):
+    monkeypatch.setattr(chunks, "_PIECE_BYTES_CPU", 4 * 50 * 4)  # of the PyTorch path: pieces that end within a row
+    a, b = (torch.randn(3, 4, 50, device=device) for _ in range(2))
+    a, b = view(a), view(b)
+    for mine, truth in zip(value_and_grads(a, b), judge(a, b), strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.bfloat16), (torch.float16, torch.float32), (torch.float16, torch.bfloat16)],
+)
+def test_mixed_dtypes(backend, dtypes, device):
+    a, b = (torch.randn(12, 50).to(device, dtype) for dtype in dtypes)
+    ours = value_and_grads(a, b)
+    assert [x.dtype for x in ours] == [torch.float32, *dtypes]
+    for mine, truth in zip(ours, judge(a, b), strict=True):
+        assert rel_err(mine, truth) < torch.finfo(mine.dtype).eps + 1e-6
+
+
+def test_one_double_side_is_enough_for_float64():
+    assert logits_kl(torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5).bfloat16()).dtype == torch.float64

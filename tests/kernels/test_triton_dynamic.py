@@ -6,10 +6,22 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import grade_kernels as gk
 
+pytestmark = pytest.mark.triton
+TABLE = torch.arange(600.0).view(60, 10)
+
+
+def embedded(x: torch.Tensor, hard: bool) -> torch.Tensor:
+    indices, chosen = torch.arange(4, device=x.device).expand(len(x), 4), torch.ones_like(x[:, 0], dtype=torch.int64)
+    tokens = gk.SparseTokens(indices, x[:, :4].softmax(-1), chosen, x.detach()[:, 0], hard)
+    table = x.sum() * TABLE.to(x.device)
+    return gk.soft_embedding(tokens, table).square().sum() + gk.scatter_tokens(tokens, 60).square().sum()
+
+
 FUNCTIONS = {
     "gumbel_topk": lambda x: gk.gumbel_topk(x, 4, 0.5, seed=1).weights.square().sum(),
     "logits_kl": lambda x: gk.logits_kl(x, x.detach() + 0.1 * x.detach().square()).sum(),
-    "logits_kl_with_grads": lambda x: gk.logits_kl_with_grads(x, 2 * x).grad.sum(),
+    "soft tokens": lambda x: embedded(x, False),
+    "hard tokens": lambda x: embedded(x, True),
     "token_logprob": lambda x: gk.token_logprob(x, x.argmax(-1))[0].sum(),
 }
 

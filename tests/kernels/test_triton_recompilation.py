@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from grade_kernels.backend import check_triton, interpreting
+from grade_kernels.common.environment import check_triton
+from grade_kernels.common.sample import Support
 from grade_kernels.common.stats import KLStats, TokenStats
 
 try:
@@ -19,7 +20,7 @@ try:
 except RuntimeError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-from grade_kernels.triton_ops import embedding, kl, launch, logprob, objective, sample, sweep, vjp
+from grade_kernels.triton_ops import embedding, kl, launch, logprob, objective, sample, scatter, sweep, vjp
 
 ODD, EVEN = 8209, 8192  # rows that lie off the alignment of a vector load, and on it; both of several tiles
 K, D = 17, 48
@@ -109,10 +110,10 @@ def call_sample(c: Call, device):
 
 
 def call_sample_from_a_support(c: Call, device):
-    support = sample.Support(c.ids(device), c.floats(K, device=device), c.floats(device=device))
+    support = Support(c.ids(device), c.floats(K, device=device), c.floats(device=device))
     drawn = sample.sample(support, c.keys(device), c.seed, c.draw, None, c.tau)
-    sample.weights_vjp(drawn.weights, c.floats(K, device=device), c.tau)
-    sample.scatter(c.ids(device), c.floats(K, device=device), c.vocab, torch.float32)
+    scatter.weights_vjp(drawn.weights, c.floats(K, device=device), c.tau)
+    scatter.scatter(c.ids(device), c.floats(K, device=device), c.vocab, torch.float32)
 
 
 CALLS = [
@@ -134,8 +135,6 @@ SPLITTING = {call_select, call_sample}
 @pytest.fixture(params=["recorded", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
     """Where the tensors are: "cpu" for recorded launches."""
-    if interpreting():
-        pytest.skip("TRITON_INTERPRET=1 replaces the compiler; unset it")
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA or ROCm device")
     return "cpu" if request.param == "recorded" else "cuda"
@@ -145,7 +144,7 @@ def device(request) -> str:
 def compilations(device, monkeypatch):
     """A function from a call to the compilations it needs (recorded) or causes (on a GPU)."""
     if device == "cpu":
-        from grade_kernels.aot import configuration
+        from grade_kernels.aot.command import configuration
 
         def needed(call, change):
             with launch.recording() as launches:

@@ -1,0 +1,70 @@
+"""gumbel_topk in Triton: the roads through the selection, full sizes, and its operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import HALF
+from sampling_checks import check_sample
+
+from grade_kernels import triton_ops
+from grade_kernels.triton_ops import sample
+
+pytestmark = pytest.mark.triton
+DTYPES = [torch.float32, *HALF]
+
+
+def check(logits, k, **options):
+    return check_sample(triton_ops, logits, k, **options)
+
+
+def test_large_vocabulary(device):
+    """The largest vocabulary of the common tokenizers: 4,096 groups of 64, and the row's first read is split."""
+    assert sample.plan(262_144, 16, torch.empty(0)).groups == 4096
+    check(2 * torch.randn(1, 262_144, device=device), 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 256, 1024])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_full_size(device, dtype, k):
+    for vocab in (151_936, 50_257):
+        check(3 * torch.randn(300, vocab).to(device, dtype), k)
+
+
+@pytest.mark.gpu
+def test_random_shapes(device):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(60):
+        vocab, n = (int(torch.randint(1, high, (), generator=generator)) for high in (40_000, 200))
+        k = int(torch.randint(1, min(vocab, 1024) + 1, (), generator=generator))
+        logits = (torch.randn(n, vocab, generator=generator) * 2).to(device, DTYPES[vocab % 3])
+        suppress = torch.randperm(vocab, generator=generator)[: vocab // 10].to(device) if n % 2 else None
+        check(logits, k, suppress=suppress)
+
+
+def test_splitting_a_row_changes_nothing(device, monkeypatch):
+    """Fewer rows than multiprocessors: the first read of a row is shared out."""
+    logits = torch.randn(2, 40_000, device=device)
+    for processors in (1, 132):
+        monkeypatch.setattr(sample, "multiprocessors", lambda device, p=processors: p)
+        check(logits, 16)
+        check(logits, 16, indices=torch.arange(32, device=device).view(2, 16))
+
+
+def test_batches_larger_than_the_scratch(device, monkeypatch):
+    monkeypatch.setattr(sample, "_SCRATCH_BYTES", 2 * 8 * 256)  # two rows a launch
+    check(torch.randn(5, 300, device=device), 4)
+
+
+def test_random_candidates_are_few():
+    """What `topk` claims of rows in random order, at the sizes it names: candidates for 256 of 151,936."""
+    plan = sample.plan(151_936, 256, torch.empty(0, dtype=torch.bfloat16))
+    assert plan.groups == 2560 and plan.width * plan.steps == 64
+    logits = torch.randn(20, plan.tiles * plan.lanes * 64)
+    logits[:, 151_936:] = -torch.inf
+    # [tile, step, lane, width] -> a group is what a lane sees of a tile
+    maxima = logits.view(20, plan.tiles, plan.steps, plan.lanes, plan.width).amax((2, 4)).flatten(1)
+    bound = maxima.topk(256).values[:, -1:]
+    passed = (logits >= bound).sum(-1).float()
+    assert 256 <= passed.min() and 265 < passed.mean() < 280 and passed.max() < plan.buffers["SORT"]
