@@ -142,8 +142,8 @@ class SampleArgs:
     def sparse(self, flat: tuple[Tensor, Tensor, Tensor, Tensor], leading: torch.Size, hard: bool) -> SparseTokens:
         """(ids [N, k], weights [N, k], tokens [N], mass [N]) in their leading shape."""
         ids, weights, chosen, mass = flat
-        pairs = (x.view(*leading, self.k) for x in (ids, weights))
-        return SparseTokens(*pairs, chosen.view(leading), mass.view(leading), hard)
+        ids, weights = (x.view(*leading, self.k) for x in (ids, weights))
+        return SparseTokens(ids, weights, chosen.view(leading), mass.view(leading), hard)
 
 
 def row_keys(rows: Tensor | None, leading: Sequence[int], device: torch.device) -> Tensor:
