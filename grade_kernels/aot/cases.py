@@ -138,9 +138,9 @@ def objective_cases() -> Iterator[Case]:
             for weighted, cap in product(kinds, (None, 30.0)):
                 x = _logits(torch.float32, vocab)
                 y = _logits(torch.float32, vocab) if ref else None
-                weights = tuple(_floats(MANY) if weigh else None for weigh in weighted)
-                rest = (_ids(2) if suppress else None, _ids(MANY, k), _ids(MANY) if tokens else None, weights, ref, cap)
-                yield partial(objective.objective_chunk, x, y, *rest)
+                weights: Any = tuple(_floats(MANY) if weigh else None for weigh in weighted)
+                ids = (_ids(2) if suppress else None, _ids(MANY, k), _ids(MANY) if tokens else None)
+                yield partial(objective.objective_chunk, x, y, *ids, weights, ref, cap)
 
 
 def embedding_cases() -> Iterator[Case]:
