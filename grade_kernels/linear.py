@@ -177,20 +177,10 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        ref_hidden: Tensor,
-        ref_weight: Tensor | None,
-        ref_bias: Tensor | None,
-        ref_scale: float,
-        softcap: float | None,
-        chunk_bytes: int,
-        swap: bool,
-        backend: str,
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float,
+        ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None, ref_scale: float,
+        softcap: float | None, chunk_bytes: int, swap: bool, backend: str,
+    ) -> Tensor:  # fmt: skip
         head = Head(weight, bias, scale, softcap)
         ref_head = head if ref_weight is None else Head(ref_weight, ref_bias, ref_scale, softcap)
         leading = hidden.shape[:-1]
@@ -237,16 +227,9 @@ class _LinearKL(torch.autograd.Function):
 class _LinearTokenLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        tokens: Tensor,
-        scale: float,
-        softcap: float | None,
-        chunk_bytes: int,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor,
+        scale: float, softcap: float | None, chunk_bytes: int, backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         head, flat = Head(weight, bias, scale, softcap), tokens.reshape(-1)
         stats = TokenStats.empty(flat.numel(), head.dtype, hidden.device)
         token_stats = implementation(backend).logprob.token_stats
@@ -278,16 +261,9 @@ class _SupportLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        values: Tensor,
-        scale: float,
-        softcap: float | None,
-        backend: str,
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, values: Tensor,
+        scale: float, softcap: float | None, backend: str,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, ids, values)
         ctx.options = (scale, softcap, backend)
         return values.clone()

@@ -149,16 +149,9 @@ class _ToHidden(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        logits: Tensor,
-        objective: Tensor | None,
-        grad_hidden: Tensor | None,
-        indices: Tensor,
-        weight: Tensor,
-        scale: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any, hidden: Tensor, logits: Tensor, objective: Tensor | None, grad_hidden: Tensor | None,
+        indices: Tensor, weight: Tensor, scale: float, softcap: float | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         ctx.save_for_backward(logits, grad_hidden, indices, weight)
         ctx.options = (scale, softcap, hidden.dtype)
         return logits.clone(), None if objective is None else objective.clone()

@@ -112,18 +112,9 @@ class SampleArgs:
     """The validated arguments that `gumbel_topk` and `linear_gumbel_topk` share; tensors are flat, [N, ...]."""
 
     def __init__(
-        self,
-        leading: torch.Size,
-        vocab: int,
-        device: torch.device,
-        k: int,
-        tau: float,
-        seed: int,
-        rows: Tensor | None,
-        draw: int,
-        indices: Tensor | None,
-        tokens: Tensor | None,
-    ):
+        self, leading: torch.Size, vocab: int, device: torch.device, k: int, tau: float,
+        seed: int, rows: Tensor | None, draw: int, indices: Tensor | None, tokens: Tensor | None,
+    ):  # fmt: skip
         checks.check_positive("tau", tau)
         n = math.prod(leading)
         if indices is None:
