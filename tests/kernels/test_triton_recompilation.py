@@ -109,7 +109,7 @@ def call_sample(c: Call, device):
 
 
 def call_sample_from_a_support(c: Call, device):
-    support = sample.Support(c.ids(device), c.floats(K, device=device), c.floats(device=device))
+    support = Support(c.ids(device), c.floats(K, device=device), c.floats(device=device))
     drawn = sample.sample(support, c.keys(device), c.seed, c.draw, None, c.tau)
     scatter.weights_vjp(drawn.weights, c.floats(K, device=device), c.tau)
     scatter.scatter(c.ids(device), c.floats(K, device=device), c.vocab, torch.float32)

@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from grade_kernels import Head
+
 HALF = [torch.bfloat16, torch.float16]
 
 
@@ -37,6 +39,18 @@ def chunk_pair(n: int, vocab: int, device: str, noise: float = 0.3) -> tuple[tor
 def supports(n: int, vocab: int, k: int, device: str = "cpu") -> torch.Tensor:
     """Distinct ids [n, k]."""
     return torch.stack([torch.randperm(vocab)[:k] for _ in range(n)]).to(device)
+
+
+# Head options: plain; with a bias; Cohere's and Granite's logit scale; Gemma 2's soft cap; everything.
+HEADS = [{}, {"bias": True}, {"scale": 0.25}, {"softcap": 3.0}, {"bias": True, "scale": -1.5, "softcap": 2.0}]
+
+
+def make_head(options: dict, vocab: int, width: int, dtype: torch.dtype, device: str = "cpu") -> Head:
+    """A random head with these of `HEADS`."""
+    options = dict(options)
+    weight = torch.randn(vocab, width, dtype=dtype, device=device)
+    bias = torch.randn(vocab, dtype=dtype, device=device) if options.pop("bias", False) else None
+    return Head(weight, bias, **options)
 
 
 def assert_same_fields(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
