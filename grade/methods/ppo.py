@@ -22,10 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grade.methods.base import Update, kl_weight
+from grade.methods.base import Update
 from grade.methods.metrics import add_sums
-from grade.methods.policy_gradient import PolicyGradient, Scored, TokenMeans, clipped_surrogate
+from grade.methods.policy_gradient import PolicyGradient, Scored, TokenMeans, Weights, clipped_surrogate
 from grade.methods.services import Totals
+from grade.replay.score import present
 from grade.rollout import Rollout
 
 
@@ -96,19 +97,19 @@ class Experience:
 class PPO(PolicyGradient):
     """The method as the trainer sees it."""
 
-    def __init__(self, policy, reward, config, services):
-        self.settings = config.method.ppo
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.settings = self.config.ppo
         self.minibatches = self.settings.minibatches
-        super().__init__(policy, reward, config, services)
-        self.value_head = ValueHead(policy.head.shape[1]).to(policy.device)
+        self.value_head = ValueHead(self.policy.head.shape[1]).to(self.policy.device)
 
     def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
         settings, totals = self.settings, self.services.totals(r.mask for r in rollouts)
-        scored = self.score(rollouts, old=True)
+        scored = self.score(rollouts, sampled=True)
         others_kl = self.others_kl(scored)
         batch = [self._experience(s, totals, mean) for s, mean in zip(scored, others_kl, strict=True)]
         spread = self._whiten(batch, totals.tokens) if settings.whiten_advantages else 1.0
-        means, updates = TokenMeans(self.services.sum), 0
+        means, norms = TokenMeans(self.services.sum), []
         for epoch in range(settings.epochs):
             drift = TokenMeans(self.services.sum)
             for minibatch in self.shuffled_minibatches(batch, step, epoch):
@@ -116,16 +117,16 @@ class PPO(PolicyGradient):
                 with self.services.phase("backward"):
                     for experience in minibatch:
                         self._accumulate(experience, of_minibatch, spread, means, drift)
-                update()
-                updates += 1
+                norms.append(update())
             # The same number on every process, so all of them stop together.
             if settings.target_kl is not None and drift.take()["approxkl"] > settings.target_kl:
                 break
         sums: dict[str, float] = {}
         for experience in batch:
             sums = add_sums(sums, self.sums(experience.scored, experience.scored.old))
-        means = means.take()
-        return self.metrics(sums, {**{name: means[ours] for name, ours in _TRL_NAMES.items()}, "ppo/updates": updates})
+        average = means.take()
+        own = {name: average[ours] for name, ours in _TRL_NAMES.items()}
+        return self.metrics(sums, norms, {**own, "ppo/updates": len(norms)})
 
     def _experience(self, scored: Scored, totals: Totals, others_kl: Tensor) -> Experience:
         """Values, returns and advantages under the policy that sampled; `others_kl` [B, 1] is of the base class."""
@@ -134,11 +135,11 @@ class PPO(PolicyGradient):
             values = self.value_head(old.hidden) * mask
         penalty = torch.zeros_like(values)
         if settings.kl == "reward":  # on the scale of one reward: the loss divides rewards by the responses
-            cost = old.full_logprob - old.ref_logprob - others_kl
-            penalty = totals.responses * self._kl_weight(mask, totals) * cost
+            cost = old.full_logprob - present(old.ref_logprob) - others_kl
+            penalty = totals.responses * self.weight_of_kl(mask, totals) * cost
         rewards = token_rewards(scored.reward, penalty.to(values.dtype), mask)
         advantage = gae(rewards, values, mask, settings.gamma, settings.gae_lambda)
-        old.hidden = None  # [B, S, d], read above for the last time
+        old.hidden = values.new_empty(0)  # [B, S, d], read above for the last time
         return Experience(scored, values, advantage + values, advantage)
 
     def _whiten(self, batch: list[Experience], tokens: int) -> float:
@@ -162,10 +163,11 @@ class PPO(PolicyGradient):
         """Add a micro-batch's share of its mini-batch's gradient."""
         settings, scored = self.settings, experience.scored
         mask, old = scored.rollout.mask, scored.old
-        weights = {"entropy_weight": mask.double() * (-settings.entropy_coef / totals.tokens)}
+        weights = Weights()
         if settings.kl == "loss":  # beside rewards that are divided by the tokens and by the advantages' spread
-            weights |= self.kl_weights(self._kl_weight(mask, totals) * (totals.responses / totals.tokens / spread))
-        terms = self.terms(scored, **weights, reference=settings.kl == "loss")
+            weights = self.in_direction(self.weight_of_kl(mask, totals) * (totals.responses / totals.tokens / spread))
+        weights.entropy = mask.double() * (-settings.entropy_coef / totals.tokens)
+        terms = self.terms(scored, weights, reference=settings.kl == "loss")
         values = self.value_head(terms.hidden) * mask
         policy_loss = clipped_surrogate(
             terms.logprob, old.logprob, experience.advantage, settings.clip, settings.clip
@@ -182,10 +184,6 @@ class PPO(PolicyGradient):
                 clipped=((log_ratio.exp() - 1).abs() > settings.clip).double(),
                 value_clipped=((values - experience.values).abs() > settings.value_clip).double(),
             )
-
-    def _kl_weight(self, mask: Tensor, totals: Totals) -> Tensor:
-        method = self.config.method
-        return kl_weight(mask, method.kl_reduction, method.kl_coef, totals.tokens, totals.responses)
 
     def parameter_groups(self) -> list[dict]:
         rate = self.settings.value_learning_rate

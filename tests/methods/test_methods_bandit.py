@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import VOCAB, tiny_policy
 
-from grade.config import Config, GenerationConfig, MethodConfig, TrainConfig
+from grade.config import GenerationConfig, MethodConfig, TrainConfig
 from grade.config.methods import COMPARED, PPOConfig, method_named
 from grade.methods import make_method
 from grade.methods.services import Services
@@ -56,21 +56,20 @@ def test_learns(name):
     method = replace(
         method_named(MethodConfig(), name), kl_coef=0.0, tau_start=1.0, tau_end=1.0, ppo=PPOConfig(epochs=2)
     )
-    config = Config(
-        generation=GenerationConfig(
-            max_new_tokens=4, min_new_tokens=0, top_k=VOCAB, ignore_eos=True, samples_per_prompt=COPIES
-        ),
-        method=method, train=TrainConfig(batch_size=size, accumulation_steps=1),
+    generation = GenerationConfig(
+        max_new_tokens=4, min_new_tokens=0, top_k=VOCAB, ignore_eos=True, samples_per_prompt=COPIES
     )
-    method = make_method(policy, ShareReward(), config, Services())
+    train = TrainConfig(batch_size=size, accumulation_steps=1)
+    method = make_method(policy, ShareReward(), method, generation, train, Services(), seed=0, checkpoint=False)
     groups = [{"params": policy.parameters()}, *method.parameter_groups()]
     optimizer = torch.optim.AdamW(groups, lr=4e-2, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
 
     def update():
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return norm.item()
 
     start = None
     for step in range(STEPS):

@@ -147,7 +147,7 @@ def test_grpo_is_its_documented_loss(double, level, scale, loss_reduction, kl_re
             kl_policy_ref_coef=0.1, kl_ref_policy_coef=0.3, preference_coef=2.0, entropy_reward_coef=entropy_reward,
         ),
     )
-    score = method.score([rollout], changes=True)
+    score = method.score([rollout], gains=True)
     old = [t.detach() for t in full_terms(own, rollout)]
     old_logprob, entropy = old[0], old[3]
     if level == "sequence":
@@ -158,7 +158,7 @@ def test_grpo_is_its_documented_loss(double, level, scale, loss_reduction, kl_re
     else:
         of_reward = 1.0
         rewards = entropy_reward * entropy
-        for b, part in enumerate(p for s in score for p in s.changes):
+        for b, part in enumerate(p for s in score for p in s.gains):
             rewards[b, : len(part)] += 2.0 * part
         advantage = token_advantages(rewards.view(2, 4, -1), mask.view(2, 4, -1)).flatten(0, 1)
 

@@ -118,7 +118,7 @@ def test_checkpointing_changes_nothing(case):
     found = []
     for on in (False, True):
         policy = tiny_policy()
-        method = method_for(case, policy, tiny_reward(policy), 4, 2, activation_checkpointing=on)
+        method = method_for(case, policy, tiny_reward(policy), 4, 2, checkpoint=on)
         found.append(one_gradient(method, ragged(policy))[0])
     assert relative_error(found[1], found[0]) < 1e-5
 

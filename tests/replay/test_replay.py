@@ -13,7 +13,8 @@ from tiny import CONFIGS, EOS, FURTHER, VOCAB, KeepDouble, tiny_policy, tiny_rew
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grade.model.policy import Policy
-from grade.replay.replay import ReplaySettings, replay, score
+from grade.replay.replay import ReplaySettings, replay
+from grade.replay.score import ScoreSettings, score
 from grade.rollout import pad_prompts
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
@@ -168,9 +169,9 @@ def test_kl_of_a_fresh_adapter(name, dtype, bound):
     policy = tiny_policy(name, dtype=dtype, adapter_scale=0.0)
     reward = tiny_reward(policy)
     rollout = rollout_of(policy)
-    same = score(policy, reward, rollout, ReplaySettings(tau=1.0, prompt_cache=False))
+    same = score(policy, reward, rollout, ScoreSettings(prompt_cache=False))
     assert same.kl.abs().max() == 0
-    cached = score(policy, reward, rollout, ReplaySettings(tau=1.0))
+    cached = score(policy, reward, rollout, ScoreSettings())
     assert 0 <= cached.kl.min() and cached.kl[rollout.mask].mean() < bound
 
 

@@ -12,7 +12,7 @@ import torch
 from tiny import VOCAB, tiny_policy
 from torch import Tensor
 
-from grade.config import Config, GenerationConfig, MethodConfig, TrainConfig
+from grade.config import GenerationConfig, MethodConfig, TrainConfig
 from grade.methods import make_method
 from grade.methods.services import Services
 from grade.rollout import Rollout, pad_prompts
@@ -78,13 +78,16 @@ def drawn_rollout(policy, prompts, *, copies=1, seed=0, **sampling) -> Rollout:
     return sample(policy, ids, mask, options, seed=seed, first_rows=rows, samples_per_prompt=copies)
 
 
-def method_of(policy, reward, name, *, batch, accumulation=1, copies=1, max_new_tokens=LENGTH, own=None, **common):
+def method_of(
+    policy, reward, name, *, batch, accumulation=1, copies=1, max_new_tokens=LENGTH, own=None, checkpoint=False,
+    **common,
+):
     """The method `name`; `own` are the settings of its section, `common` those that all methods share."""
     method = MethodConfig(name=name, **common)
     method = replace(method, **{name: replace(getattr(method, name), **(own or {}))})
     generation = GenerationConfig(max_new_tokens=max_new_tokens, min_new_tokens=0, samples_per_prompt=copies)
     train = TrainConfig(batch_size=batch, accumulation_steps=accumulation)
-    return make_method(policy, reward, Config(generation=generation, method=method, train=train), Services())
+    return make_method(policy, reward, method, generation, train, Services(), seed=0, checkpoint=checkpoint)
 
 
 def step_gradients(method, rollout, *, rate=0.0, step=0):
@@ -99,6 +102,7 @@ def step_gradients(method, rollout, *, rate=0.0, step=0):
             if rate and p.grad is not None:
                 p.sub_(rate * p.grad)
             p.grad = None
+        return taken[-1].norm().item()
 
     metrics = method.step([rollout], step, update)
     return taken, metrics
