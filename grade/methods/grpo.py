@@ -37,14 +37,7 @@ from torch import Tensor
 
 from grade.methods.base import Update
 from grade.methods.metrics import add_sums
-from grade.methods.policy_gradient import (
-    PolicyGradient,
-    Scored,
-    Terms,
-    TokenMeans,
-    Weights,
-    clipped_surrogate,
-)
+from grade.methods.policy_gradient import PolicyGradient, Scored, Terms, TokenMeans, Weights, clipped_surrogate
 from grade.methods.services import Totals
 from grade.replay.score import present
 from grade.rollout import Rollout
@@ -162,7 +155,7 @@ class GRPO(PolicyGradient):
                 scale = torch.where(differs, scale, 0.0)
         else:
             mask = _stack(masks).unflatten(0, (-1, copies))  # [U, G, S]
-            rewards = _stack([self._shaped_tokens(s) for s in scored]).unflatten(0, (-1, copies))
+            rewards = _stack([self._shaped(s) for s in scored]).unflatten(0, (-1, copies))
             advantage = token_advantages(rewards, mask)
             differs = (advantage != 0).any(2).any(1)
             advantage, scale = advantage.flatten(0, 1), torch.ones_like(advantage[:, 0, 0])  # [N, S], [U]
@@ -176,18 +169,14 @@ class GRPO(PolicyGradient):
         ]
 
     def _shaped(self, scored: Scored) -> Tensor:
-        """[B]: the reward and, weighted, the mean entropy of the response under the policy that sampled it."""
-        reward = self.settings.preference_coef * scored.reward
-        if self.settings.entropy_reward_coef > 0:
-            entropy = scored.old.entropy.sum(1) / scored.rollout.mask.sum(1)
-            reward = reward + self.settings.entropy_reward_coef * entropy
-        return reward
-
-    def _shaped_tokens(self, scored: Scored) -> Tensor:
-        """[B, S]: what each token added and, weighted, the entropy it was drawn with."""
-        reward = self.settings.preference_coef * present(scored.gains)
-        if self.settings.entropy_reward_coef > 0:
-            reward = reward + self.settings.entropy_reward_coef * scored.old.entropy
+        """[B, S] of tokens, or [B] of responses: the reward and, weighted, the entropy of the policy that sampled; of a
+        response its mean."""
+        settings, by_token = self.settings, self.settings.level == "token"
+        reward = settings.preference_coef * (present(scored.gains) if by_token else scored.reward)
+        if settings.entropy_reward_coef > 0:
+            entropy = scored.old.entropy
+            entropy = entropy if by_token else entropy.sum(1) / scored.rollout.mask.sum(1)
+            reward = reward + settings.entropy_reward_coef * entropy
         return reward
 
     def _accumulate(self, experience: Experience, totals: Totals, means: TokenMeans) -> Terms:

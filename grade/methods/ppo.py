@@ -17,7 +17,7 @@ end, and pays the reward there. KL with `kl: reward` is the log-ratio of the dra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from grade.methods.base import Update
 from grade.methods.metrics import add_sums
 from grade.methods.policy_gradient import PolicyGradient, Scored, TokenMeans, Weights, clipped_surrogate
-from grade.methods.services import Totals
+from grade.methods.services import Services, Totals
 from grade.replay.score import present
 from grade.rollout import Rollout
 
@@ -51,6 +51,26 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
         value_ahead = torch.where(mask[:, s], values[:, s], 0.0)
         advantage[:, s] = ahead
     return advantage
+
+
+def whitened(
+    advantages: list[Tensor], masks: list[Tensor], tokens: int, services: Services
+) -> tuple[list[Tensor], float]:
+    """(advantages with mean 0 and variance 1 over a step's real tokens, what they were divided by).
+
+    The variance is the unbiased one, over n - 1; a single token keeps the divisor of variance 0.
+
+    Args:
+        advantages, masks: [B, S] per micro-batch of this process.
+        tokens: real ones of the step, on all processes.
+    """
+    moments = TokenMeans(services.sum)
+    for advantage, mask in zip(advantages, masks, strict=True):
+        moments.add(mask, mean=advantage.double(), square=advantage.double().square())
+    total = moments.take()
+    variance = max(total["square"] - total["mean"] ** 2, 0.0) * tokens / max(tokens - 1, 1)
+    spread = (variance + 1e-8) ** 0.5  # of equal advantages, rounding is not blown up
+    return [(a - total["mean"]) / spread * mask for a, mask in zip(advantages, masks, strict=True)], spread
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
@@ -108,7 +128,11 @@ class PPO(PolicyGradient):
         scored = self.score(rollouts, sampled=True)
         others_kl = self.others_kl(scored)
         batch = [self._experience(s, totals, mean) for s, mean in zip(scored, others_kl, strict=True)]
-        spread = self._whiten(batch, totals.tokens) if settings.whiten_advantages else 1.0
+        spread = 1.0
+        if settings.whiten_advantages:
+            masks = [s.rollout.mask for s in scored]
+            advantages, spread = whitened([e.advantage for e in batch], masks, totals.tokens, self.services)
+            batch = [replace(e, advantage=advantage) for e, advantage in zip(batch, advantages, strict=True)]
         means, norms = TokenMeans(self.services.sum), []
         for epoch in range(settings.epochs):
             drift = TokenMeans(self.services.sum)
@@ -141,21 +165,6 @@ class PPO(PolicyGradient):
         advantage = gae(rewards, values, mask, settings.gamma, settings.gae_lambda)
         old.hidden = values.new_empty(0)  # [B, S, d], read above for the last time
         return Experience(scored, values, advantage + values, advantage)
-
-    def _whiten(self, batch: list[Experience], tokens: int) -> float:
-        """Mean 0, variance 1 over the step's `tokens` real tokens, on all processes; what advantages were divided by.
-
-        The variance is the unbiased one, over n - 1; a single token keeps the divisor of variance 0.
-        """
-        moments = TokenMeans(self.services.sum)
-        for e in batch:
-            moments.add(e.scored.rollout.mask, mean=e.advantage.double(), square=e.advantage.double().square())
-        total = moments.take()
-        variance = max(total["square"] - total["mean"] ** 2, 0.0) * tokens / max(tokens - 1, 1)
-        spread = (variance + 1e-8) ** 0.5  # of equal advantages, rounding is not blown up
-        for e in batch:
-            e.advantage = (e.advantage - total["mean"]) / spread * e.scored.rollout.mask
-        return spread
 
     def _accumulate(
         self, experience: Experience, totals: Totals, spread: float, means: TokenMeans, drift: TokenMeans

@@ -10,14 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rollouts import draw
 from tiny import VOCAB, tiny_policy
 
 from grade.config import GenerationConfig, MethodConfig, TrainConfig
 from grade.config.methods import COMPARED, PPOConfig, method_named
 from grade.methods import make_method
 from grade.methods.services import Services
-from grade.rollout import pad_prompts
-from grade.sampling.sample import sample
 
 GOOD = torch.arange(20, 40)  # a third of the vocabulary
 STEPS, PROMPT_COUNT, COPIES = 48, 4, 8
@@ -40,13 +39,10 @@ class ShareReward:
         return torch.cat([torch.zeros(len(rollout), 1), good], dim=1).cumsum(1)
 
 
-def draw(policy, method, step, count, copies):
+def responses(policy, method, step, count, copies):
     """A rollout of `count` responses, `copies` of each prompt, as the method samples at a step."""
-    prompts = [[5 + i, 9, 41 + i] for i in range(count // copies)]
-    ids, mask = pad_prompts(prompts, policy.pad_id)
-    sampling = method.sampling(step)
-    rows = torch.arange(count) * sampling.max_new_tokens
-    return sample(policy, ids, mask, sampling, seed=step, first_rows=rows, samples_per_prompt=copies)
+    prompts, rows = [[5 + i, 9, 41 + i] for i in range(count // copies)], torch.arange(count) * 4
+    return draw(policy, prompts, seed=step, rows=rows, copies=copies, **vars(method.sampling(step)))
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -73,10 +69,10 @@ def test_learns(name):
 
     start = None
     for step in range(STEPS):
-        metrics = method.step([draw(policy, method, step, size, COPIES)], step, update)
+        metrics = method.step([responses(policy, method, step, size, COPIES)], step, update)
         start = metrics["reward"] if start is None else start
         schedule.step()
-    fresh = draw(policy, method, 10**6, 240, 240 // PROMPT_COUNT)
+    fresh = responses(policy, method, 10**6, 240, 240 // PROMPT_COUNT)
     final = (torch.isin(fresh.tokens, GOOD) & fresh.mask).sum() / fresh.mask.sum()
     assert start < 0.5
     assert final >= 0.95
