@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from grade_kernels.common.environment import check_triton
+from grade_kernels.common.sample import Support
 from grade_kernels.common.stats import KLStats, TokenStats
 
 try:
