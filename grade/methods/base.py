@@ -29,7 +29,7 @@ class Method:
     def __init__(self, policy, reward, config: Config, services: Services):
         self.policy, self.reward, self.config, self.services = policy, reward, config, services
         if config.method.checkpoint:
-            policy.enable_checkpointing()
+            policy.enable_activation_checkpointing()
 
     def sampling(self, step: int) -> Sampling:
         """How responses of a step are drawn."""

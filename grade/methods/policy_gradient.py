@@ -26,7 +26,6 @@ from grade.methods.metrics import add_sums, step_metrics, step_sums, to_numbers
 from grade.methods.services import Services
 from grade.model.passes import base_pass, fed_embeddings, per_token, policy_pass
 from grade.replay.replay import Scores
-from grade.rewards.reward import reward_inputs, reward_of
 from grade.rollout import Rollout
 from grade.sampling.draw import Sampling, sampling_of
 from grade.sampling.sample import support_is_allowed
@@ -129,10 +128,10 @@ class PolicyGradient(Method):
             for rollout in (m for r in rollouts for m in r.micro_batches(self.micro_batch)):
                 x = fed_embeddings(rollout, self.policy.embedding, self.policy.embedding_scale)
                 base = base_pass(self.policy, rollout, x, prompt_cache=self.config.method.prompt_cache)
-                reward = reward_of(self.reward, rollout, base, reward_inputs(self.reward, rollout))
+                reward = self.reward.value(rollout, base, self.reward.inputs(rollout))
                 scored = Scored(rollout, reward, base.reference)
                 if changes:
-                    scored.changes = self.reward.prefix_scores(rollout, base).diff(dim=1) * rollout.mask
+                    scored.changes = self.reward.prefix_values(rollout, base).diff(dim=1) * rollout.mask
                 out.append(replace(scored, old=self.terms(scored)) if old else scored)
         return out
 
@@ -149,8 +148,8 @@ class PolicyGradient(Method):
         policy, rollout, method = self.policy, scored.rollout, self.config.method
         mask = rollout.mask
         x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
-        checkpoint = method.checkpoint and torch.is_grad_enabled()
-        hidden = policy_pass(policy, rollout, x, checkpoint=checkpoint)
+        recompute = method.checkpoint and torch.is_grad_enabled()
+        hidden = policy_pass(policy, rollout, x, activation_checkpointing=recompute)
         weights = {"entropy_weight": entropy_weight, "kl_weight": kl_weight, "ref_kl_weight": ref_kl_weight}
         head = vocab_objective(
             hidden[mask], policy.head, indices=rollout.indices[mask], tokens=rollout.tokens[mask],

@@ -201,7 +201,7 @@ def probe_merged(policy) -> bool:
     return relative_error(merged, beside) <= tolerance_of(policy.dtype)
 
 
-def probe_checkpointing(policy) -> None:
+def probe_recomputation(policy) -> None:
     """Recomputed layers give the gradients of those that are not.
 
     Raises:
@@ -212,7 +212,7 @@ def probe_checkpointing(policy) -> None:
     plain = input_gradient(policy, embeddings, mask)
     reason = "has other gradients when its layers are computed again in backward"
     try:
-        with policy.state(adapters=True, checkpoint=True):
+        with policy.state(adapters=True, activation_checkpointing=True):
             recomputed = input_gradient(policy, embeddings, mask)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         recomputed, reason = plain * torch.nan, f"cannot compute its layers again in backward ({reason_of(error)})"

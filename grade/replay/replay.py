@@ -27,7 +27,7 @@ from torch import Tensor
 
 from grade.model.passes import BasePass, base_pass, fed_embeddings, per_token, policy_pass
 from grade.model.policy import Policy
-from grade.rewards.reward import Reward, reward_inputs, reward_of
+from grade.rewards.base import EmbeddingTable, Reward
 from grade.rollout import Rollout
 from grade.sampling.sample import support_is_allowed
 from grade_kernels import SoftTokenRule, VocabHead, vocab_head
@@ -106,25 +106,26 @@ class Forward:
 
 def forward(
     policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings,
-    x: Tensor, x_base: Tensor, x_reward: Tensor | None, *, grad: bool, adapters: bool = True,
+    x: Tensor, x_base: Tensor, x_reward: list[Tensor], *, grad: bool, adapters: bool = True,
 ) -> Forward:
     """Policy pass, base pass, reward and vocabulary sweep over the real tokens.
 
     Args:
         x, x_base: [B, S, d], the same embeddings as separate leaves of the two passes.
-        x_reward: [B, S, d_r] for a reward with a pass of its own, else None.
+        x_reward: [B, S, d_r] for each model of the reward's own (`Reward.inputs`).
         grad: also pull KL's gradient back to both hidden states.
         adapters: False evaluates the base model itself as the policy.
     """
     with settings.phase("policy_forward"):
         hidden = policy_pass(
-            policy, rollout, x, dropout=settings.dropout, checkpoint=settings.checkpoint, adapters=adapters
+            policy, rollout, x, dropout=settings.dropout, activation_checkpointing=settings.checkpoint,
+            adapters=adapters
         )
     with settings.phase("base_forward"):
         base = base_pass(
-            policy, rollout, x_base, prompt_cache=settings.prompt_cache, checkpoint=settings.checkpoint
+            policy, rollout, x_base, prompt_cache=settings.prompt_cache, activation_checkpointing=settings.checkpoint
         )
-        score = reward_of(reward, rollout, base, x_reward, checkpoint=settings.checkpoint)
+        score = reward.value(rollout, base, x_reward, activation_checkpointing=settings.checkpoint)
     with settings.phase("head"):
         head = vocab_head(
             hidden.detach()[rollout.mask], policy.head, ref_hidden=base.reference.detach()[rollout.mask],
@@ -141,7 +142,7 @@ def score(
     """Reward and per-token values of a rollout, without gradients or dropout."""
     settings = replace(settings, dropout=False, checkpoint=False)
     x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
-    x_reward = reward_inputs(reward, rollout)
+    x_reward = reward.inputs(rollout)
     done = forward(policy, reward, rollout, settings, x, x, x_reward, grad=False, adapters=adapters)
     return Scores(*done.values(rollout.mask))
 
@@ -201,9 +202,9 @@ def prepare(
     mask = rollout.mask
     x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale).requires_grad_()
     x_base = x.detach().clone().requires_grad_()
-    x_reward = reward_inputs(reward, rollout)
-    if x_reward is not None:
-        x_reward.requires_grad_()
+    x_reward = reward.inputs(rollout)
+    for leaf in x_reward:
+        leaf.requires_grad_()
     done = forward(policy, reward, rollout, settings, x, x_base, x_reward, grad=True)
     with settings.phase("base_backward"):
         kl_weight = kl_weight[mask][:, None].to(done.head.grad_hidden.dtype)  # [n, 1]
@@ -272,7 +273,7 @@ def _norms(rows: Tensor, sequence: Tensor, count: int) -> Tensor:
 
 
 def _outside_gradients(
-    policy: Policy, reward: Reward, done: Forward, mask: Tensor, x_base: Tensor, x_reward: Tensor | None,
+    policy: Policy, reward: Reward, done: Forward, mask: Tensor, x_base: Tensor, x_reward: list[Tensor],
     reward_weight: Tensor, reference_gradient: Tensor | None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Gradients at the tokens' embeddings from the reward and, through the reference, from KL.
@@ -280,21 +281,15 @@ def _outside_gradients(
     Returns:
         (gradient [n, d_m] with respect to the table's rows, table [V, d_m]) per model that was fed the tokens.
     """
-    outputs, gradients = [], []
+    outputs, gradients = [done.reward], [-reward_weight.to(done.reward.dtype)]
+    leaves = [*zip(x_reward, reward.tables, strict=True)]
     if reference_gradient is not None:
-        outputs.append(done.base.reference)
-        gradients.append(per_token(reference_gradient, mask).to(done.base.reference.dtype))
-    if reward.shares_base_pass:
-        outputs.append(done.reward)
-        gradients.append(-reward_weight.to(done.reward.dtype))
-    incoming = []
-    if outputs:
-        (at_base,) = torch.autograd.grad(outputs, [x_base], gradients)
-        incoming.append((at_base[mask] * policy.embedding_scale, policy.embedding))
-    if not reward.shares_base_pass:
-        (at_reward,) = torch.autograd.grad(done.reward, [x_reward], -reward_weight.to(done.reward.dtype))
-        incoming.append((at_reward[mask] * reward.embedding_scale, reward.table))
-    return incoming
+        outputs.insert(0, done.base.reference)
+        gradients.insert(0, per_token(reference_gradient, mask).to(done.base.reference.dtype))
+    if reference_gradient is not None or reward.shares_base_pass:
+        leaves.insert(0, (x_base, EmbeddingTable(policy.embedding, policy.embedding_scale)))
+    found = torch.autograd.grad(outputs, [x for x, _ in leaves], gradients)
+    return [(at[mask] * table.scale, table.rows) for at, (_, table) in zip(found, leaves, strict=True)]
 
 
 def _local_rule(policy: Policy, rollout: Rollout, settings: ReplaySettings, head: VocabHead) -> Callable:

@@ -20,7 +20,8 @@ from typing import NamedTuple
 from grade.config import TaskConfig
 from grade.errors import GradeError, reason_of
 from grade.hub_names import looks_local
-from grade.tasks.texts import Example, Labels, Task, clean, cut_splits
+from grade.tasks.base import Example, Labels
+from grade.tasks.texts import TextTask, clean, cut_splits
 
 _PARTS = ("train", "test")
 _READERS = {"parquet": "parquet", "csv": "csv", "json": "json", "jsonl": "json"}
@@ -35,7 +36,7 @@ class Labelled(NamedTuple):
     labels: Labels
 
 
-def load(settings: TaskConfig) -> Task:
+def load(settings: TaskConfig) -> TextTask:
     """Read the reviews that `settings.dataset` names and cut them into splits.
 
     Raises:

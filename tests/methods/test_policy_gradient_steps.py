@@ -10,6 +10,8 @@ from enumeration import ConstantReward, drawn_rollout, full_terms, method_of, st
 from published import relative_error
 from tiny import VOCAB, KeepDouble, tiny_policy, tiny_reward
 
+from grade.rewards.base import RewardFunction
+
 PROMPTS = [[5, 9, 2], [7, 11, 13, 17, 19]]
 ONE_UPDATE = {
     "ppo": ("ppo", dict(epochs=1, minibatches=1)),
@@ -19,15 +21,13 @@ ONE_UPDATE = {
 }
 
 
-class TokenReward:
+class TokenReward(RewardFunction):
     """Mean id of the response over the vocabulary; a constant after prompts that end in 2."""
 
-    differentiable = shares_base_pass = False
+    def score(self, rollout):
+        return self.prefix_values(rollout, None)[:, -1]
 
-    def from_tokens(self, rollout):
-        return self.prefix_scores(rollout, None)[:, -1]
-
-    def prefix_scores(self, rollout, base):
+    def prefix_values(self, rollout, base):
         ids, mask = rollout.tokens * rollout.mask / VOCAB, rollout.mask
         mean = ids.cumsum(1) / mask.cumsum(1)
         scores = torch.cat([torch.full_like(mean[:, :1], 0.5), mean], dim=1)

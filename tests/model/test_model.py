@@ -22,6 +22,7 @@ from tiny import (
     TinyTokenizer,
     base_model,
     embeddings_of,
+    loaded_policy,
     policy_around,
     tiny_policy,
     tiny_reward,
@@ -34,7 +35,6 @@ from transformers import (
 )
 
 from grade.errors import GradeError
-from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.replay.replay import ReplaySettings, replay
 from grade.rollout import pad_prompts
@@ -326,7 +326,7 @@ def test_state_never_changes_requires_grad():
 
 def checkpointed(name="llama", **options):
     policy = tiny_policy(name, **options)
-    policy.enable_checkpointing()
+    policy.enable_activation_checkpointing()
     return policy
 
 
@@ -344,24 +344,24 @@ def test_checkpointing_leaves_training_flags_down(name):
     x, mask = embeddings_of(policy)
     before = switches(policy)
     assert not any(before[1])
-    with policy.state(adapters=True, checkpoint=True):
+    with policy.state(adapters=True, activation_checkpointing=True):
         policy.hidden(x.requires_grad_(), mask).sum().backward()
-        with policy.state(adapters=True, checkpoint=False):
+        with policy.state(adapters=True, activation_checkpointing=False):
             assert switches(policy) == before
-        with policy.state(adapters=True, checkpoint=True):
+        with policy.state(adapters=True, activation_checkpointing=True):
             pass
-        assert any(m.training for m in policy._checkpoint_layers)  # an inner state gives the outer one back
+        assert any(m.training for m in policy._recomputable)  # an inner state gives the outer one back
     assert switches(policy) == before
-    with pytest.raises(RuntimeError), policy.state(adapters=False, checkpoint=True):
+    with pytest.raises(RuntimeError), policy.state(adapters=False, activation_checkpointing=True):
         policy.hidden(x[..., :5], mask)
     assert switches(policy) == before
 
 
 def test_models_without_checkpointed_layers_are_refused():
     policy = tiny_policy()
-    policy._checkpoint_layers = []
+    policy._recomputable = []
     with pytest.raises(GradeError, match="activation_checkpointing.*LlamaForCausalLM"):
-        policy.enable_checkpointing()
+        policy.enable_activation_checkpointing()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
@@ -372,7 +372,7 @@ def test_base_recomputed_while_adapters_are_on(name):
     calls = count_recomputations(policy)
 
     def input_gradient(checkpoint):
-        with policy.state(adapters=False, checkpoint=checkpoint):
+        with policy.state(adapters=False, activation_checkpointing=checkpoint):
             hidden = policy.hidden(x, mask)
         with policy.state(adapters=True):
             (gradient,) = torch.autograd.grad(hidden.square().sum(), [x])
@@ -396,7 +396,7 @@ def test_policy_recomputed_while_adapters_are_off_and_dropout_stands_otherwise()
 
     def gradients(checkpoint, dropout=True):
         torch.manual_seed(3)
-        with policy.state(adapters=True, dropout=dropout, checkpoint=checkpoint):
+        with policy.state(adapters=True, dropout=dropout, activation_checkpointing=checkpoint):
             hidden = policy.hidden(x, mask)
         torch.manual_seed(99)
         with policy.state(adapters=False):
@@ -419,7 +419,7 @@ def test_repeated_backwards_through_one_checkpointed_graph(dropout):
     results = []
     for checkpoint in (False, True):
         torch.manual_seed(3)
-        with policy.state(adapters=True, dropout=dropout, checkpoint=checkpoint):
+        with policy.state(adapters=True, dropout=dropout, activation_checkpointing=checkpoint):
             hidden = policy.hidden(x, mask)
         results.append([torch.autograd.grad(hidden, [x], v, retain_graph=True)[0] for v in directions])
         results[-1] += torch.autograd.grad(hidden.sum(), policy.parameters())
@@ -452,15 +452,15 @@ def test_layers_that_call_dropout_themselves_do_not_drop_when_checkpointed():
         alibi=False, parallel_attn=False,
     )
     policy = policy_around(base_model(config), ["query_key_value"])
-    policy.enable_checkpointing()
+    policy.enable_activation_checkpointing()
     x, mask = embeddings_of(policy)
     x.requires_grad_()
     results = []
     for checkpoint in (False, True):
-        with policy.state(adapters=True, checkpoint=checkpoint):
+        with policy.state(adapters=True, activation_checkpointing=checkpoint):
             hidden = policy.hidden(x, mask)
         inside = torch.autograd.grad(hidden.square().sum(), [x], retain_graph=True)[0]
-        with policy.state(adapters=True, checkpoint=True):  # recomputation while the flags are up
+        with policy.state(adapters=True, activation_checkpointing=True):  # recomputation while the flags are up
             results.append((hidden, inside, torch.autograd.grad(hidden.square().sum(), [x])[0]))
     for plain, recomputed in zip(*results, strict=True):
         assert torch.allclose(recomputed, plain, rtol=1e-5, atol=1e-6 * plain.abs().max().item())
@@ -495,8 +495,8 @@ def test_nothing_that_a_run_calls_is_deprecated(tiny_config):
     """By transformers and peft, which tell their callers by FutureWarning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        policy = load_policy(tiny_config, load_tokenizer(tiny_config), torch.device("cpu"))
-        policy.enable_checkpointing()
+        policy = loaded_policy(tiny_config)
+        policy.enable_activation_checkpointing()
         reward = tiny_reward(policy)
         ids, mask = pad_prompts([[5, 9, 2], [7]], policy.pad_id)
         rollout = sample(policy, ids, mask, Sampling(6, top_k=7), seed=0, first_rows=torch.tensor([0, 50]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,15 +24,8 @@ from grade.errors import GradeError
 from grade.methods.base import kl_weight
 from grade.model.passes import BasePass, base_pass, fed_embeddings
 from grade.replay.replay import ReplaySettings, replay, score
-from grade.rewards.reward import (
-    ClassifierReward,
-    RewardHead,
-    SharedReward,
-    check_same_vocabulary,
-    load_classifier,
-    mean_pool,
-    positive_class,
-)
+from grade.rewards.classifier import ClassifierReward, check_same_vocabulary, load_classifier, positive_class
+from grade.rewards.shared import RewardHead, SharedReward, mean_pool
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
@@ -61,10 +55,8 @@ def rollout_of(responses=RESPONSES, prompts=PROMPTS, *, pad=EOS, wider_prompt=0,
 @torch.no_grad()
 def value(policy, reward, rollout, prompt_cache=True):
     """[B] rewards, the way replay gets them."""
-    if reward.shares_base_pass:
-        x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
-        return reward.from_base(base_pass(policy, rollout, x, prompt_cache=prompt_cache), rollout.mask)
-    return reward.from_embeddings(rollout, fed_embeddings(rollout, reward.table, reward.embedding_scale))
+    x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
+    return reward.value(rollout, base_pass(policy, rollout, x, prompt_cache=prompt_cache), reward.inputs(rollout))
 
 
 @torch.no_grad()
@@ -93,7 +85,7 @@ def test_mean_pooling_by_hand():
         prompt_sum=torch.tensor([[4.0], [10.0]]), prompt_count=torch.tensor([2, 1]),
     )
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert reward.from_base(base, mask).tolist() == [4.0, 6.0]
+    assert reward.value(SimpleNamespace(mask=mask), base).tolist() == [4.0, 6.0]
     assert mean_pool(base.response, mask).tolist() == [[6.0], [2.0]]
 
 
@@ -158,7 +150,7 @@ def test_prompt_cache_changes_nothing(name):
             rollout = rollout_of(prompts=prompts)
             x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale).requires_grad_()
             base = base_pass(policy, rollout, x, prompt_cache=prompt_cache)
-            rewards, real = reward.from_base(base, rollout.mask), rollout.mask[..., None]
+            rewards, real = reward.value(rollout, base), rollout.mask[..., None]
             outputs = [rewards.sum(), (base.reference * real).square().sum()]
             results.append([rewards, base.reference * real, base.response * real, base.prompt_sum])
             results[-1] += [torch.autograd.grad(y, [x], retain_graph=True)[0] * real for y in outputs]
@@ -231,11 +223,6 @@ def test_single_output_is_used_as_it_is():
         expected = [model(input_ids=torch.tensor([p + r])).logits[0, 0] for p, r in pairs]
     assert torch.allclose(ours, torch.stack(expected), atol=1e-5)
     assert ours.abs().max() > 1  # no probability
-
-
-def test_classifier_has_no_features_in_the_base_pass():
-    with pytest.raises(TypeError, match="from_embeddings"):
-        ClassifierReward(classifier(), 0).from_base(None, None)
 
 
 def test_embedding_modules_that_do_more_than_scale_are_refused():
@@ -311,7 +298,7 @@ def test_replay_freezes_the_rewards():
         )
     assert not any(p.requires_grad for p in frozen) and all(p.grad is None for p in frozen)
     assert all(torch.equal(p, q) for p, q in zip(frozen, before, strict=True))
-    assert not own.table.requires_grad and not own.model.training and not shared.head.training
+    assert not own.table.rows.requires_grad and not own.model.training and not shared.head.training
     assert all(p.grad.abs().sum() > 0 for p in policy.parameters())
 
 

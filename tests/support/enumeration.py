@@ -15,6 +15,7 @@ from torch import Tensor
 from grade.config import Config, GenerationConfig, MethodConfig, TrainConfig
 from grade.methods import make_method
 from grade.methods.services import Services
+from grade.rewards.base import RewardFunction
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
@@ -30,32 +31,28 @@ def symbol_policy(*, dtype=torch.float64, symbols=SYMBOLS):
     return tiny_policy("llama", dtype=dtype, unknown=VOCAB - symbols)
 
 
-class TableReward:
+class TableReward(RewardFunction):
     """A program's reward: a table [3, 3] over responses, and [3] over their first token."""
-
-    differentiable = shares_base_pass = False
 
     def __init__(self, table: Tensor):
         self.table, self.first = table, table.mean(1)
 
-    def from_tokens(self, rollout: Rollout) -> Tensor:
+    def score(self, rollout: Rollout) -> Tensor:
         return self.table[rollout.tokens[:, 0], rollout.tokens[:, 1]]
 
-    def prefix_scores(self, rollout: Rollout, base) -> Tensor:
+    def prefix_values(self, rollout: Rollout, base) -> Tensor:
         first = self.first[rollout.tokens[:, 0]]
-        return torch.stack([torch.zeros_like(first), first, self.from_tokens(rollout)], dim=1)
+        return torch.stack([torch.zeros_like(first), first, self.score(rollout)], dim=1)
 
 
-class ConstantReward:
+class ConstantReward(RewardFunction):
     """The same reward for every response."""
 
-    differentiable = shares_base_pass = False
+    def __init__(self, reward: float):
+        self.reward = reward
 
-    def __init__(self, value: float):
-        self.value = value
-
-    def from_tokens(self, rollout: Rollout) -> Tensor:
-        return torch.full((len(rollout),), self.value)
+    def score(self, rollout: Rollout) -> Tensor:
+        return torch.full((len(rollout),), self.reward)
 
 
 def given_rollout(policy, tokens: Tensor, copies: int = 1, mask: Tensor | None = None) -> Rollout:

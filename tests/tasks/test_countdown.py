@@ -220,14 +220,13 @@ def test_reward(partial_credit):
     reward, (first, second) = make_reward(puzzles, tokenizer, partial_credit=partial_credit)
     responses = [[*solution, EOS], solution, ["5", "*", "2", EOS], [*solution, EOS], [*solution, "\n", "!", EOS]]
     rollout = make_rollout([first, first, second, second, first], [tokenizer.encode(r) for r in responses])
-    assert not reward.differentiable and not reward.shares_base_pass
-    found = reward.from_tokens(rollout)
+    found = reward.score(rollout)
     partial = torch.tensor([1.0, 0.2 / 3, 1.0, 0.0, 0.8])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, partial if partial_credit else (partial == 1).float())
     assert reward.details(rollout, found)["solve_rate"].tolist() == [1, 0, 1, 0, 0]
 
-    prefixes = reward.prefix_scores(rollout)
+    prefixes = reward.prefix_values(rollout)
     assert prefixes.shape == (5, 1 + rollout.tokens.shape[1]) and prefixes.dtype == torch.float32
     assert not prefixes[:, 0].any() and (prefixes.diff(dim=1) >= 0).all()
     ends = rollout.mask.sum(1)
@@ -237,7 +236,7 @@ def test_reward(partial_credit):
         assert prefixes.diff(dim=1).nonzero().tolist() == [[0, ends[0] - 1], [2, ends[2] - 1]]
 
     with pytest.raises(ValueError, match="no puzzle has the prompt"):
-        reward.from_tokens(make_rollout([first[:-1]], [tokenizer.encode(solution)]))
+        reward.score(make_rollout([first[:-1]], [tokenizer.encode(solution)]))
 
 
 @pytest.mark.parametrize("response, expected", [  # tokens between bars, and the changes that are not 0
@@ -262,9 +261,9 @@ def test_which_token_gets_what(response, expected):
     tokenizer = PieceTokenizer()
     reward, prompts = make_reward([Puzzle((16, 9, 3), 22, ())], tokenizer)
     rollout = make_rollout(prompts, [tokenizer.encode(response.split("|"))])
-    (changes,) = reward.prefix_scores(rollout).diff(dim=1).tolist()
+    (changes,) = reward.prefix_values(rollout).diff(dim=1).tolist()
     assert {i: pytest.approx(change) for i, change in enumerate(changes) if change} == expected
-    assert sum(changes) == pytest.approx(reward.from_tokens(rollout).item())
+    assert sum(changes) == pytest.approx(reward.score(rollout).item())
 
 
 @examples
@@ -277,8 +276,8 @@ def test_changes_are_never_negative_and_sum_to_the_score(answer, data):
     tokenizer = PieceTokenizer()
     reward, prompts = make_reward([puzzle], tokenizer)
     rollout = make_rollout(prompts, [tokenizer.encode(pieces)])
-    changes = reward.prefix_scores(rollout).diff(dim=1)[0]
-    final = reward.from_tokens(rollout).item()
+    changes = reward.prefix_values(rollout).diff(dim=1)[0]
+    final = reward.score(rollout).item()
     assert (changes >= 0).all() and changes.sum().item() == pytest.approx(final, abs=1e-6)
     assert (final == 1) == (pieces[-1] == EOS and is_solution(text, puzzle.numbers, puzzle.target, max_steps=6))
     for piece, change in zip(pieces, changes.tolist(), strict=False):  # then padding
@@ -295,8 +294,8 @@ def test_special_tokens_are_errors(special):
     responses = [["16+9=25\n25-3=", "2", special, "2", EOS], [special, "16+9-3", EOS], ["16+9-3", special, EOS],
                  ["16+9=25", special, "\n25-3=22", EOS], ["16+9=25\n", "25-3=22", special]]
     rollout = make_rollout(prompts * 5, [tokenizer.encode(r) for r in responses])
-    torch.testing.assert_close(reward.from_tokens(rollout), torch.tensor([0.1, 0, 0, 0.1, 0.8]))
-    changes = reward.prefix_scores(rollout).diff(dim=1)
+    torch.testing.assert_close(reward.score(rollout), torch.tensor([0.1, 0, 0, 0.1, 0.8]))
+    changes = reward.prefix_values(rollout).diff(dim=1)
     assert changes.nonzero().tolist() == [[0, 0], [3, 0], [4, 0], [4, 1]]
 
 
@@ -308,7 +307,7 @@ def test_special_tokens_of_a_real_tokenizer():
     first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("16+9=25\n25-3=2", "2"))
     end, pad = [tokenizer.eos_token_id], [tokenizer.pad_token_id]
     rollout = make_rollout(prompts * 2, [first + second + end, first + pad + second + end])
-    torch.testing.assert_close(reward.from_tokens(rollout), torch.tensor([1.0, 0.1]))
+    torch.testing.assert_close(reward.score(rollout), torch.tensor([1.0, 0.1]))
 
 
 # --- the model ---

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import replace
 
 import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from grade.config import Config
+from grade.config import TaskConfig
 from grade.errors import GradeError
 from grade.tasks import demo, load_task
-from grade.tasks.texts import SPLITS, Example, Task, cut_splits, shuffled
+from grade.tasks.base import Example
+from grade.tasks.texts import SPLITS, TextTask, cut_splits, shuffled
 
 ROWS = 60
 
@@ -27,10 +27,8 @@ def rows(n=ROWS, part="train"):
 
 
 def config_for(dataset, **task):
-    config = Config()
     sizes = {"reward_examples": 20, "policy_examples": 20, "validation_examples": 10}
-    config.task = replace(config.task, dataset=str(dataset), **{**sizes, **task})
-    return config
+    return TaskConfig(dataset=str(dataset), **{**sizes, **task})
 
 
 def save(folder, kind, parts=("train", "test"), **columns):
@@ -81,7 +79,7 @@ def test_splits_are_disjoint_complete_and_of_the_asked_sizes(folder):
 
 
 def test_sorted_file_is_balanced_after_the_shuffle():
-    task = cut_splits(examples(25000), examples(0), Config().task, "here")
+    task = cut_splits(examples(25000), examples(0), TaskConfig(), "here")
     for split in ("reward", "policy", "validation"):
         labels = [example.label for example in task.examples(split)]
         # 4 standard deviations of a share over at least 2000 rows
@@ -137,9 +135,9 @@ def test_reward_examples_of_one_class_are_refused():
 def test_the_same_row_twice_is_a_bug():
     row = [Example("train/0", "x", 1)]
     with pytest.raises(AssertionError, match="occur twice"):
-        Task("here", Config().task, row, row, [], [])
+        TextTask("here", TaskConfig(), row, row, [], [])
     with pytest.raises(ValueError, match="no split 'dev'"):
-        Task("here", Config().task, row, [], [], []).examples("dev")
+        TextTask("here", TaskConfig(), row, [], [], []).examples("dev")
 
 
 # --- sources ---
@@ -199,9 +197,7 @@ def test_other_columns_and_labels(tmp_path):
 
 
 def test_shared_reviews(shared_imdb, imdb_lm):
-    config = Config()
-    config.task.dataset = str(shared_imdb)
-    task = load_task(config)
+    task = load_task(TaskConfig(dataset=str(shared_imdb)))
     assert [len(task.examples(split)) for split in SPLITS] == [5000, 10000, 2000, 25000, 8000]
     assert abs(sum(example.label for example in task.test[:2000]) - 1000) < 90  # 4 standard deviations
     prompts = task.prompts("test", AutoTokenizer.from_pretrained(imdb_lm), 200)
@@ -398,17 +394,8 @@ def test_no_rows_and_rows_without_text(tmp_path):
 
 
 def test_demo_task():
-    config = Config()
-    config.task = replace(
-        config.task,
-        name="demo",
-        reward_examples=100,
-        policy_examples=80,
-        validation_examples=40,
-        judge_examples=30,
-        prompt_sentences=1,
-    )
-    task = load_task(config)
+    sizes = dict(reward_examples=100, policy_examples=80, validation_examples=40, judge_examples=30)
+    task = load_task(TaskConfig(name="demo", **sizes, prompt_sentences=1))
     assert [len(task.examples(split)) for split in SPLITS] == [100, 80, 40, demo.TEST_REVIEWS, 30]
     assert (
         len({example.text for split in SPLITS for example in task.examples(split)}) == 250 + demo.TEST_REVIEWS
@@ -418,17 +405,15 @@ def test_demo_task():
 
 
 def test_unknown_task():
-    config = Config()
-    config.task.name = "chess"
     with pytest.raises(GradeError, match="task.name is 'chess'"):
-        load_task(config)
+        load_task(TaskConfig(name="chess"))
 
 
 def test_texts_that_stand_in_two_splits_are_counted():
     """Data may repeat a review under another row number: disjoint as rows, counted as texts."""
     train = [Example(f"train/{i}", f"text {i % 9}", i % 2) for i in range(10)]  # rows 0 and 9 say the same
     test = [Example("test/0", "text 3", 1), Example("test/1", "unseen", 0)]
-    settings = replace(Config().task, reward_examples=4, policy_examples=4, validation_examples=2)
+    settings = TaskConfig(reward_examples=4, policy_examples=4, validation_examples=2)
     task = cut_splits(train, test, settings, "here")
     counts = task.describe()["texts_in_two_splits"]
     assert counts == task.repeated_texts() and len(counts) == 10

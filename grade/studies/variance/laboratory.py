@@ -28,7 +28,7 @@ from grade.methods.metrics import now
 from grade.methods.services import Services
 from grade.model.policy import Policy
 from grade.replay.replay import prepare
-from grade.rewards.reward import Reward
+from grade.rewards.base import Reward
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.sample import sample
 from grade.studies.variance.statistics import Draws
