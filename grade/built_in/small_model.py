@@ -13,10 +13,15 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grade.errors import GradeError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 _MAX_THREADS = 4  # more of them wait for each other on matrices this small
@@ -74,7 +79,7 @@ def _user_cache() -> Path:
 
 
 @contextlib.contextmanager
-def _few_threads():
+def _few_threads() -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
@@ -85,7 +90,7 @@ def _few_threads():
         torch.set_num_threads(before)
 
 
-def train_tokenizer(texts: list[str], settings: dict):
+def train_tokenizer(texts: list[str], settings: dict) -> PreTrainedTokenizerFast:
     """A byte-level BPE that any text survives, and that starts every text with BOS by itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -113,8 +118,8 @@ def train_tokenizer(texts: list[str], settings: dict):
 
 
 def train_model(
-    folder: Path, tokenizer, rows: list[list[int]], settings: dict, *, title: str, progress: bool,
-    prompt_end: int | None = None,
+    folder: Path, tokenizer: PreTrainedTokenizerFast, rows: list[list[int]], settings: dict, *, title: str,
+    progress: bool, prompt_end: int | None = None,
 ) -> None:
     """Train a model and save it in `folder` with its tokenizer and `training.json` (settings, parameters, final loss
     in nats per token, seconds).
@@ -174,7 +179,7 @@ def train_model(
     (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _new_model(tokenizer, settings: dict):
+def _new_model(tokenizer: PreTrainedTokenizerFast, settings: dict) -> LlamaForCausalLM:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     special = {
@@ -206,7 +211,7 @@ def _learning_rate_factor(step: int, settings: dict) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings["steps"] - warmup)))
 
 
-def _batches(rows: list[list[int]], settings: dict):
+def _batches(rows: list[list[int]], settings: dict) -> Iterator[list[list[int]]]:
     """Batches without end, each epoch in a new order, rows of similar length together."""
     generator, size = random.Random(settings["seed"]), settings["batch_size"]
     while True:
@@ -219,7 +224,7 @@ def _batches(rows: list[list[int]], settings: dict):
             yield [rows[i] for i in batch]
 
 
-def _pad(rows: list[list[int]], pad_id: int, prompt_end: int | None = None):
+def _pad(rows: list[list[int]], pad_id: int, prompt_end: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [B, T] int64, padded on the right, and labels [B, T] with -100 (no loss) on prompts and padding."""
     import torch
 

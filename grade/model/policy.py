@@ -20,9 +20,10 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grade.errors import GradeError, reason_of
@@ -71,7 +72,7 @@ class Policy:
         GradeError: the model does something between embedding and logits that replay would get wrong.
     """
 
-    def __init__(self, model, tokenizer, *, probe: bool = True, length: int = 0):
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, *, probe: bool = True, length: int = 0):
         self.model, self.tokenizer = model, tokenizer
         self.causal_lm = model.get_base_model()
         self.config = self.causal_lm.config
@@ -93,7 +94,8 @@ class Policy:
         self.embedding, self.embedding_scale = table.weight.detach(), 1.0
         self.head = head.weight.detach()
         self.head_bias = head.bias.detach() if getattr(head, "bias", None) is not None else None
-        self.logit_scale, self.softcap = 1.0, None
+        self.logit_scale = 1.0
+        self.softcap: float | None = None
         self.reads_prompt_cache = self._merges = True
         if probe:
             self._probe(length)
@@ -288,7 +290,7 @@ class Policy:
         enable({"use_reentrant": False, "context_fn": self._recomputation_contexts})
         probe_recomputation(self)
 
-    def _recomputation_contexts(self):
+    def _recomputation_contexts(self) -> tuple[_LayerState, _LayerState]:
         """Contexts of a layer's forward and of its recomputation, which sees the state of that forward."""
         return _LayerState(self), _LayerState(self)
 
@@ -305,12 +307,12 @@ class _LayerState:
         self._previous.append(self._policy._state)
         self._policy._apply(self._own)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._policy._apply(self._previous.pop())
 
 
 @torch.no_grad()
-def _backbone(causal_lm) -> torch.nn.Module:
+def _backbone(causal_lm: PreTrainedModel) -> torch.nn.Module:
     """The outermost model that a forward of `causal_lm` calls: what its head reads. It need not be its `base_model`, in
     OPT that is never called, in Llama-4 it is `causal_lm` itself."""
     called = []

@@ -81,7 +81,7 @@ class SharedReward(DifferentiableReward):
         if self.shares_base_pass:
             states, sums, counts = base.response, base.prompt_sum, base.prompt_count
         else:
-            states = self._states(rollout, *self.inputs(rollout))
+            states = self._states(rollout, self.inputs(rollout)[0])
             sums, counts = torch.zeros_like(base.prompt_sum), torch.zeros_like(base.prompt_count)
         states = states.to(accumulation_dtype(states)) * rollout.mask[..., None]
         sums = torch.cat([sums[:, None], states], dim=1).cumsum(1)

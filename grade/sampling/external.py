@@ -225,6 +225,7 @@ def _fill(
         **policy.head_transform,
     )
     support = linear_gumbel_topk(k=rollout.indices.shape[-1], suppress=suppress, **draw).indices
+    assert rollout.missed is not None  # as `recreate` has made it
     placed, rollout.missed[here] = place_tokens(support, rollout.tokens[here])
     given = linear_gumbel_topk(
         indices=placed, tokens=rollout.tokens[here], draw=_CONDITIONAL_DRAW, suppress=suppress, **draw

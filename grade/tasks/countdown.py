@@ -161,17 +161,14 @@ def load(settings: TaskConfig) -> CountdownTask:
             f"{difficulty.operands} may need {difficulty.operands - 1} steps: raise the first or lower the second."
         )
     sizes = (settings.policy_examples, settings.validation_examples, TEST_PUZZLES)
-    return CountdownTask(
-        "built-in generator",
-        settings,
-        *(
-            write_puzzles(
-                size, seed=settings.split_seed, operands=difficulty.operands, max_number=difficulty.max_number,
-                max_target=difficulty.max_target, part=split,
-            )
-            for split, size in zip(SPLITS, sizes, strict=True)
-        ),
+    policy, validation, test = (
+        write_puzzles(
+            size, seed=settings.split_seed, operands=difficulty.operands, max_number=difficulty.max_number,
+            max_target=difficulty.max_target, part=split,
+        )
+        for split, size in zip(SPLITS, sizes, strict=True)
     )
+    return CountdownTask("built-in generator", settings, policy, validation, test)
 
 
 @dataclass(frozen=True)

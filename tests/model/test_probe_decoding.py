@@ -33,7 +33,7 @@ from grade.memory.activations import cache_bytes
 from grade.memory.estimate import estimate
 from grade.model.policy import Policy
 from grade.model.probe import probe_head
-from grade.rewards.classifier import SharedReward
+from grade.rewards.shared import SharedReward
 from grade.rollout import pad_prompts
 from grade.sampling.compiled import CompiledDecoding
 
