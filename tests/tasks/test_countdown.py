@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -34,17 +33,6 @@ EOS, PAD = "<eos>", "<pad>"
 # --- puzzles ---
 
 
-def reachable(numbers: tuple[int, ...]) -> set[Fraction]:
-    """All values that some expression over some of the numbers has."""
-    found = set(numbers)
-    for i, j in itertools.permutations(range(len(numbers)), 2):
-        a, b = numbers[i], numbers[j]
-        rest = tuple(n for k, n in enumerate(numbers) if k not in (i, j))
-        for value in [a + b, a - b, a * b] + ([Fraction(a, b)] if b else []):
-            found |= reachable((*rest, value))
-    return found
-
-
 @pytest.mark.parametrize("operands", [2, 3, 4, 6, 9, 12])
 def test_solutions_are_accepted(operands):
     puzzles = write_puzzles(60, seed=3, **difficulty(operands, max_number=30, max_target=120))
@@ -57,12 +45,6 @@ def test_solutions_are_accepted(operands):
             assert not is_solution(puzzle.answer, puzzle.numbers, puzzle.target, max_steps=operands - 2)
         for _, operation, b, result in puzzle.solution:
             assert result > 0 and not (operation in "*/" and b == 1)
-
-
-def test_brute_force_reaches_every_target():
-    for operands, n in ((2, 40), (3, 40), (4, 5)):
-        for puzzle in write_puzzles(n, seed=1, **difficulty(operands)):
-            assert puzzle.target in reachable(puzzle.numbers)
 
 
 def test_parts_are_disjoint_up_to_order():
@@ -297,17 +279,6 @@ def test_special_tokens_are_errors(special):
     torch.testing.assert_close(reward.score(rollout), torch.tensor([0.1, 0, 0, 0.1, 0.8]))
     changes = reward.prefix_values(rollout).diff(dim=1)
     assert changes.nonzero().tolist() == [[0, 0], [3, 0], [4, 0], [4, 1]]
-
-
-def test_special_tokens_of_a_real_tokenizer():
-    puzzle = Puzzle((16, 9, 3), 22, ((16, "+", 9, 25), (25, "-", 3, 22)))
-    tokenizer = train_tokenizer([puzzle.prompt + puzzle.answer], {"vocabulary": 384, "context": 128})
-    reward, prompts = make_reward([puzzle], tokenizer)
-    reward.policy.eos_ids = torch.tensor([tokenizer.eos_token_id])
-    first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("16+9=25\n25-3=2", "2"))
-    end, pad = [tokenizer.eos_token_id], [tokenizer.pad_token_id]
-    rollout = make_rollout(prompts * 2, [first + second + end, first + pad + second + end])
-    torch.testing.assert_close(reward.score(rollout), torch.tensor([1.0, 0.1]))
 
 
 # --- the model ---
