@@ -13,7 +13,7 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,22 +28,34 @@ _MAX_THREADS = 4  # more of them wait for each other on matrices this small
 _BATCHES_SORTED = 8  # rows of this many batches are sorted by length, so that a batch needs little padding
 
 
-def cached_model(name: str, train: Callable[[Path], None], cache_dir: Path | None = None) -> Path:
-    """The folder `name` of the cache, made now by `train` unless it is there.
+def cached_model(
+    name: str, settings: dict, files: Sequence[str], train: Callable[[Path, dict, bool], None], cache_dir: Path | None,
+    steps: int | None, progress: bool,
+) -> Path:
+    """The folder of a built-in model, trained now unless the cache holds it.
 
-    The folder lands in its place by a rename, so an interrupted run leaves nothing half-done. Global random state
-    and the number of torch's threads are left alone.
+    The folder lands in its place by a rename, so an interrupted run leaves nothing half-done. Its name carries a hash
+    of the settings, this file and `files`: a change of any trains a new model. The same machine and torch give the same
+    weights; global random state and the number of torch's threads are left alone.
 
     Args:
-        name: of the folder, with a hash of everything that decides the model (see `identity`).
+        settings: `SETTINGS` of the model's file.
+        files: with everything else that decides the model.
         train: writes a model into the folder it is given, which does not exist yet.
-        cache_dir: folder for trained models; null: `$XDG_CACHE_HOME/grade` or `~/.cache/grade`.
+        cache_dir: folder for trained models; None: `$XDG_CACHE_HOME/grade` or `~/.cache/grade`.
+        steps: optimizer steps, None for the default of the settings; fewer make a worse model, for tests.
+        progress: show a progress bar with the loss (nats per token) and seconds on standard error.
+
+    Returns:
+        A folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`, with
+        `generation_config.json` and `training.json` (settings, parameters, final loss in nats per token, seconds).
 
     Raises:
         GradeError: the cache folder cannot be written.
     """
+    settings = dict(settings, steps=settings["steps"] if steps is None else steps)
     cache = Path(cache_dir) if cache_dir is not None else _user_cache()
-    folder = cache / name
+    folder = cache / f"{name}-{identity(settings, *files)}"
     if folder.is_dir():
         return folder
     try:  # before the training, not after
@@ -57,7 +69,7 @@ def cached_model(name: str, train: Callable[[Path], None], cache_dir: Path | Non
     with staging:
         made = Path(staging.name) / "model"
         with _few_threads():
-            train(made)
+            train(made, settings, progress)
         try:
             made.rename(folder)
         except OSError:
