@@ -122,10 +122,7 @@ def test_saved_model_is_complete(folder):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.dtype == torch.float32
     report = json.loads((folder / "training.json").read_text())
-    assert (
-        report["parameters"] == sum(p.numel() for p in model.parameters())
-        and report["settings"]["steps"] == STEPS
-    )
+    assert report["parameters"] == sum(p.numel() for p in model.parameters()) and report["settings"]["steps"] == STEPS
     assert 0.9e6 < report["parameters"] < 1.2e6
     assert report["loss"] < 6.6  # nats; an untrained model has ln 768 = 6.64 or more
 

@@ -234,10 +234,15 @@ def test_support_is_allowed_knows_the_minimum_length():
 
 
 def rollout_logits(policy, rollout):
-    """[B, S, V] logits that the rollout's tokens were drawn from, without suppression."""
+    """[B, S, V] logits that the rollout's tokens were drawn from, without suppression, by transformers' own model."""
     x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
+    mask = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
     with torch.no_grad():
-        return policy.causal_lm.get_output_embeddings()(policy_pass(policy, rollout, x))
+        logits = policy.causal_lm(
+            inputs_embeds=torch.cat([policy.embed(rollout.prompt_ids), x], 1), attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0), use_cache=False,
+        ).logits
+    return logits[:, rollout.prompt_ids.shape[1] - 1: -1]
 
 
 # -- state ---------------------------------------------------------------------------------------------------------

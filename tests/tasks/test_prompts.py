@@ -64,9 +64,7 @@ def test_opening_counts_sentences_and_cuts_at_a_words_end():
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    st.text() | st.text(alphabet="Ab .!?\"'…)<br/>I"), st.integers(1, 4), st.integers(1, 60)
-)  # fmt: skip
+@given(st.text() | st.text(alphabet="Ab .!?\"'…)<br/>I"), st.integers(1, 4), st.integers(1, 60))
 def test_opening_is_a_prefix_within_its_limits(raw, sentences, max_chars):
     text = clean(raw)
     cut = opening(text, sentences, max_chars)
