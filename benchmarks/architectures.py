@@ -38,7 +38,7 @@ from grade.errors import GradeError, reason_of
 from grade.machine import machine, machine_line
 from grade.model.policy import Policy
 from grade.replay.replay import ReplaySettings, replay
-from grade.rewards.reward import RewardHead, SharedReward
+from grade.rewards.shared import RewardHead, SharedReward
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
@@ -113,7 +113,7 @@ def _adapted(base):
 def _checks(policy: Policy) -> dict:
     checkpointed, compiled = True, True
     try:
-        policy.enable_checkpointing()
+        policy.enable_activation_checkpointing()
     except GradeError:
         checkpointed = False
     try:

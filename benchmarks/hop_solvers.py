@@ -39,7 +39,7 @@ from grade.machine import machine, machine_line
 from grade.methods.base import kl_weight
 from grade.model.loading import load_policy, load_tokenizer
 from grade.replay.replay import ReplaySettings, prepare
-from grade.rewards.reward import RewardHead, SharedReward
+from grade.rewards.shared import RewardHead, SharedReward
 from grade.rollout import pad_prompts
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
@@ -73,7 +73,10 @@ class Row:
 def system(model: str, length: int, tau: float, seed: int) -> System:
     """The system of one sampled response of `length` tokens."""
     config = load_config("imdb_small", [f"--model.name={model}", f"--generation.max_new_tokens={length}"])
-    policy = load_policy(config, load_tokenizer(config), torch.device("cpu"))
+    policy = load_policy(
+        config.model, load_tokenizer(config.model), torch.device("cpu"), seed=config.seed, task=config.task,
+        generation=config.generation, reward=config.reward,
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.parameters():

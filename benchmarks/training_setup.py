@@ -17,7 +17,7 @@ from grade.methods.metrics import Phases, now, peak_memory_gib, reset_peak_memor
 from grade.methods.services import Services
 from grade.model.loading import add_adapter
 from grade.model.policy import Policy
-from grade.rewards.reward import RewardHead, SharedReward
+from grade.rewards.shared import RewardHead, SharedReward
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.decode import Decoding
 from grade.sampling.sample import sample
@@ -125,7 +125,7 @@ class Bench:
         torch.manual_seed(setting.seed)
         with self.device:  # billions of weights are drawn where they will stay
             base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, setting.dtype))
-        model = add_adapter(base, self.config)
+        model = add_adapter(base, self.config.model, self.config.seed)
         generator = torch.Generator().manual_seed(setting.seed)
         with torch.no_grad():  # at zero the adapter's first factor has no gradient to compare
             for name, parameter in model.named_parameters():
@@ -167,7 +167,7 @@ class Bench:
             config = self.config
             method = make_method(
                 self.policy, self.reward, config.method, config.generation, config.train, Services(phase=self.phases),
-                seed=config.seed, checkpoint=config.method.checkpoint,
+                seed=config.seed, activation_checkpointing=config.method.checkpoint,
             )
             mask = torch.ones_like(self.prompts, dtype=torch.bool)
             with self.phases("rollout"):

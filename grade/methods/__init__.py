@@ -10,7 +10,7 @@ from grade.methods.ppo import PPO
 from grade.methods.reinforce import Reinforce
 from grade.methods.services import Services
 from grade.model.policy import Policy
-from grade.rewards.reward import Reward
+from grade.rewards.base import Reward
 
 _METHODS: dict[str, type[Method]] = {
     "grade-ste": Grade, "grade": Grade, "ppo": PPO, "reinforce": Reinforce, "grpo": GRPO,
@@ -19,7 +19,7 @@ _METHODS: dict[str, type[Method]] = {
 
 def make_method(
     policy: Policy, reward: Reward, config: MethodConfig, generation: GenerationConfig, train: TrainConfig,
-    services: Services, *, seed: int, checkpoint: bool,
+    services: Services, *, seed: int, activation_checkpointing: bool,
 ) -> Method:
     """The method that method.name names; see `Method` for the arguments."""
-    return _METHODS[config.name](policy, reward, config, generation, train, services, seed, checkpoint)
+    return _METHODS[config.name](policy, reward, config, generation, train, services, seed, activation_checkpointing)

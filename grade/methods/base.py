@@ -17,7 +17,7 @@ from torch import Tensor
 from grade.config import GenerationConfig, MethodConfig, TrainConfig
 from grade.methods.services import Services, Totals
 from grade.model.policy import Policy
-from grade.rewards.reward import Reward
+from grade.rewards.base import Reward
 from grade.rollout import Rollout
 from grade.sampling.draw import Sampling
 
@@ -32,7 +32,7 @@ class Method:
 
     Args:
         seed: of the run; the order of mini-batches and the masks of dropout follow from it.
-        checkpoint: whether activations are recomputed in the backward passes, as the run has decided.
+        activation_checkpointing: whether activations are recomputed in the backward passes, as the run has decided.
     """
 
     policy: Policy
@@ -42,11 +42,11 @@ class Method:
     train: TrainConfig
     services: Services
     seed: int
-    checkpoint: bool
+    activation_checkpointing: bool
 
     def __post_init__(self) -> None:
-        if self.checkpoint:
-            self.policy.enable_checkpointing()
+        if self.activation_checkpointing:
+            self.policy.enable_activation_checkpointing()
 
     def sampling(self, step: int) -> Sampling:
         """How responses of a step are drawn."""

@@ -47,7 +47,8 @@ class Grade(Method):
         return ReplaySettings(
             tau=self.tau(step), estimator=config.estimator, rao_samples=config.rao_samples,
             kl_direction=config.kl_direction, kl_prefix_grad=config.kl_prefix_grad, max_hops=config.max_hops,
-            hop_tol=config.hop_tol, dropout=config.replay_dropout, checkpoint=self.checkpoint,
+            hop_tol=config.hop_tol, dropout=config.replay_dropout,
+            activation_checkpointing=self.activation_checkpointing,
             prompt_cache=config.prompt_cache, chunk_bytes=config.head_chunk_bytes(self.policy.device.type),
             any_process=self.services.any_process, phase=self.services.phase,
         )

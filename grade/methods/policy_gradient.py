@@ -139,8 +139,7 @@ class PolicyGradient(Method):
                 frozen = frozen_passes(self.policy, self.reward, rollout, RealTokens(rollout), settings)
                 scored = Scored(rollout, frozen.reward, frozen.reference)
                 if gains:
-                    values = self.reward.prefix_scores(rollout, frozen.base)  # type: ignore[attr-defined]
-                    scored.gains = values.diff(dim=1) * rollout.mask
+                    scored.gains = self.reward.prefix_values(rollout, frozen.base).diff(dim=1) * rollout.mask
                 if sampled:
                     scored.sampled = self.terms(scored)
                 out.append(scored)
@@ -156,7 +155,8 @@ class PolicyGradient(Method):
         policy, rollout, weights = self.policy, scored.rollout, weights or Weights()
         real = RealTokens(rollout)
         x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
-        hidden = policy_pass(policy, rollout, x, checkpoint=self.checkpoint and torch.is_grad_enabled())
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        hidden = policy_pass(policy, rollout, x, activation_checkpointing=recompute)
 
         def rows(weight: Tensor | None) -> Tensor | None:
             return None if weight is None else real.rows(weight)

@@ -36,7 +36,7 @@ from grade.replay.score import (
     sampled_logits,
     vjp,
 )
-from grade.rewards.reward import Reward
+from grade.rewards.base import Reward
 from grade.rollout import Rollout
 from grade_kernels import SoftTokenRule
 

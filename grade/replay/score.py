@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grade.model.passes import BasePass, base_pass, fed_embeddings, policy_pass
 from grade.model.policy import Policy
-from grade.rewards.reward import Reward, reward_inputs, reward_of
+from grade.rewards.base import EmbeddingTable, Reward
 from grade.rollout import Rollout
 from grade.sampling.sample import support_is_allowed
 from grade_kernels import VocabHead, vocab_head
@@ -39,7 +39,7 @@ class ScoreSettings:
 
     Args:
         dropout: the adapter's, in the policy's pass.
-        checkpoint: recompute activations in the backward passes.
+        activation_checkpointing: recompute activations in the backward passes.
         phase: given the name of a phase, a context that times it: "policy_forward", "base_forward" (reference and
             reward), "head" (the vocabulary sweep), and in replay "base_backward", "hops", "policy_backward".
     """
@@ -47,7 +47,7 @@ class ScoreSettings:
     kl_direction: str = "policy_ref"
     prompt_cache: bool = True
     dropout: bool = False
-    checkpoint: bool = False
+    activation_checkpointing: bool = False
     chunk_bytes: int = 2**28
     phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
 
@@ -102,13 +102,11 @@ class Fed:
     """What a model was fed at the real tokens.
 
     Args:
-        x: [n, d_m], rows of its embedding table times `scale`; a leaf where gradients are wanted.
-        table: [V, d_m].
+        x: [n, d_m], rows of its embedding table times the table's scale; a leaf where gradients are wanted.
     """
 
     x: Tensor
-    table: Tensor
-    scale: float
+    table: EmbeddingTable
 
 
 Incoming = Sequence[tuple[Tensor, Tensor]]
@@ -120,7 +118,7 @@ def vjp(
 ) -> Incoming:
     """Pull gradients at `outputs` back through the models to what they were fed."""
     at_x = torch.autograd.grad(outputs, [f.x for f in fed], gradients, retain_graph=retain_graph)
-    return [(gradient * f.scale, f.table) for gradient, f in zip(at_x, fed, strict=True)]
+    return [(gradient * f.table.scale, f.table.rows) for gradient, f in zip(at_x, fed, strict=True)]
 
 
 @dataclass
@@ -163,8 +161,8 @@ class Forward:
 
 def fed_to_policy(policy: Policy, rollout: Rollout, real: RealTokens, *, grad: bool) -> Fed:
     """The response's embeddings in the policy's own table, which is also the base's."""
-    x = real.rows(fed_embeddings(rollout, policy.embedding, policy.embedding_scale))
-    return Fed(x.requires_grad_(grad), policy.embedding, policy.embedding_scale)
+    table = EmbeddingTable(policy.embedding, policy.embedding_scale)
+    return Fed(real.rows(fed_embeddings(rollout, *table)).requires_grad_(grad), table)
 
 
 def frozen_passes(
@@ -177,13 +175,15 @@ def frozen_passes(
     """
     fed = fed_to_policy(policy, rollout, real, grad=grad)
     base = base_pass(
-        policy, rollout, real.dense(fed.x), prompt_cache=settings.prompt_cache, checkpoint=settings.checkpoint
+        policy, rollout, real.dense(fed.x), prompt_cache=settings.prompt_cache,
+        activation_checkpointing=settings.activation_checkpointing
     )
-    inputs, fed_reward = reward_inputs(reward, rollout), []
-    if inputs is not None:
-        fed_reward = [Fed(real.rows(inputs).requires_grad_(grad), reward.table, reward.embedding_scale)]
-        inputs = real.dense(fed_reward[0].x)
-    value = reward_of(reward, rollout, base, inputs, checkpoint=settings.checkpoint)
+    fed_reward = [
+        Fed(real.rows(x).requires_grad_(grad), table)
+        for x, table in zip(reward.inputs(rollout), reward.tables, strict=True)
+    ]
+    value = reward.value(rollout, base, [real.dense(f.x) for f in fed_reward],
+        activation_checkpointing=settings.activation_checkpointing)
     return Frozen(base, real.rows(base.reference), value, fed, fed_reward)
 
 
@@ -200,7 +200,8 @@ def forward(
     with settings.phase("policy_forward"):
         fed = fed_to_policy(policy, rollout, real, grad=grad)
         hidden = real.rows(policy_pass(
-            policy, rollout, real.dense(fed.x), dropout=settings.dropout, checkpoint=settings.checkpoint,
+            policy, rollout, real.dense(fed.x), dropout=settings.dropout,
+            activation_checkpointing=settings.activation_checkpointing,
             adapters=adapters,
         ))
     with settings.phase("base_forward"):
@@ -219,5 +220,5 @@ def score(
     policy: Policy, reward: Reward, rollout: Rollout, settings: ScoreSettings, *, adapters: bool = True
 ) -> Scores:
     """Reward and per-token values of a rollout, without gradients or dropout."""
-    settings = replace(settings, dropout=False, checkpoint=False)
+    settings = replace(settings, dropout=False, activation_checkpointing=False)
     return forward(policy, reward, rollout, settings, grad=False, adapters=adapters).scores()

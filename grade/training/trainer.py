@@ -34,7 +34,6 @@ from grade.model.fingerprint import inputs_of
 from grade.model.loading import load_prompts
 from grade.model.policy import Policy
 from grade.processes import main_process_first
-from grade.rewards.head_training import head_report, keep_head, with_kept_head
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.decode import Decoding
@@ -77,7 +76,7 @@ class Trainer:
         tokenizer, self.task, self.policy, self.reward = set_up(
             config, accelerator, run_dir=run_dir if config.train.resume else None, before_reward=self._decode_with
         )
-        self.evaluation_prompts = load_prompts(config, self.task, tokenizer)
+        self.evaluation_prompts = load_prompts(config.evaluation, self.task, tokenizer)
         longest = max(len(prompt) for prompts in self.evaluation_prompts.values() for prompt in prompts)
         self.prompts = self.evaluation_prompts.pop("policy")
         self.memory = plan_memory(
@@ -87,7 +86,7 @@ class Trainer:
         train = config.train
         self.method = make_method(
             self.policy, self.reward, config.method, config.generation, train, self.services, seed=config.seed,
-            checkpoint=self.memory.checkpoint,
+            activation_checkpointing=self.memory.checkpoint,
         )
         self.optimizer = torch.optim.AdamW(
             [{"params": self.policy.parameters()}, *self.method.parameter_groups()],
@@ -98,12 +97,15 @@ class Trainer:
         # The learning rate is a function of the step and of the settings in force: nothing of it is saved or restored.
         self.schedule = get_scheduler(name, self.optimizer, train.warmup_steps, train.steps).lr_lambdas[0]
         self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
-        inputs = inputs_of(config, self.policy, self.task, self.reward)
+        inputs = inputs_of(self.policy, self.task, self.reward.identity())
         self.inputs = {**inputs, "responses_per_step": self.responses_per_step}
         self.source = None
         if config.rollout.source is not None:
             needed = train.steps * self.responses_per_step
-            self.source = RolloutSource(config, self.policy, needed=needed, processes=accelerator.num_processes)
+            self.source = RolloutSource(
+                Path(config.rollout.source), self.policy, config.generation, timeout=config.rollout.timeout,
+                longest_prompt=config.task.prompt_max_tokens, needed=needed, processes=accelerator.num_processes,
+            )
         self.step = 0
         self.validations = Validations()
         self.stop = StopRequest()
@@ -215,7 +217,7 @@ class Trainer:
         train, every = self.config.train, self.config.evaluation.every
         self.memory.check(self.services.any_process)
         check_loggers(self.config)
-        notes = [*opening_lines(self.config, self.task, self.policy, self.reward), self.memory.line]
+        notes = [*opening_lines(self.config, self.policy, self.reward), self.memory.line]
         written, resaves_best = None, False
         if train.resume:
             state = restored(self.run_dir, self.inputs, self.policy, self.optimizer, self.method)
@@ -287,7 +289,8 @@ class Trainer:
             save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy, self.step)
         self._write_evaluations()
         progress.say(line_of(row))
-        warning = warning_without_ends(self.config, row.eos_rate) if len(self.validations.rows) == 1 else None
+        first = len(self.validations.rows) == 1
+        warning = warning_without_ends(self.config.generation, row.eos_rate) if first else None
         if warning is not None:
             progress.say(warning)
         return better
@@ -365,12 +368,8 @@ class Trainer:
                 write_evaluations(path, {**validations, **tested})
 
     def _write_record(self) -> None:
-        """What the run was made of: splits, fingerprints and the reward head's accuracy; and the head itself."""
-        record = {"task": self.task.describe(), "inputs": self.inputs}
-        if self.reward.differentiable and self.config.reward.model is None:
-            keep_head(self.config, self.policy, self.task, self.run_dir)
-            kept = with_kept_head(self.config, self.run_dir)
-            record["reward_head"] = head_report(kept, self.policy, self.task)
+        """What the run was made of: splits, fingerprints and what the reward tells and keeps of itself."""
+        record = {"task": self.task.describe(), "inputs": self.inputs, **self.reward.keep(self.run_dir)}
         with writing(self.run_dir / "run.json", "train.run_dir"):
             replace_text(self.run_dir / "run.json", json.dumps(record, indent=2) + "\n")
 

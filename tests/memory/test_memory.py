@@ -151,7 +151,7 @@ def test_what_is_kept_is_what_a_checkpointed_pass_saves():
     policy = tiny_policy("llama")
     forward = policy_forward(policy, adapters=True)
     kept = saved_bytes(policy.model, lambda: forward(48))["kept"]
-    policy.enable_checkpointing()
+    policy.enable_activation_checkpointing()
     frozen = (*policy.model.parameters(), *policy.model.buffers())
     saved, constant = {}, {tensor.untyped_storage().data_ptr() for tensor in frozen}
 
@@ -163,7 +163,7 @@ def test_what_is_kept_is_what_a_checkpointed_pass_saves():
         x = torch.zeros(1, length, policy.head.weight.shape[1], requires_grad=True)
         mask = torch.ones(1, length, dtype=torch.bool)
         mask[:, 0] = False
-        with policy.state(adapters=True, checkpoint=True):
+        with policy.state(adapters=True, activation_checkpointing=True):
             return policy.hidden(x, mask)
 
     with saved_tensors_hooks(save, lambda tensor: tensor):

@@ -17,25 +17,24 @@ from grade.config import GenerationConfig, MethodConfig, TrainConfig
 from grade.config.methods import COMPARED, PPOConfig, method_named
 from grade.methods import make_method
 from grade.methods.services import Services
+from grade.rewards.base import DifferentiableReward, EmbeddingTable
 
 GOOD = torch.arange(20, 40)  # a third of the vocabulary
 STEPS, PROMPT_COUNT, COPIES = 48, 4, 8
 
 
-class ShareReward:
+class ShareReward(DifferentiableReward):
     """Share of the response's tokens that are GOOD, linear in their embeddings."""
 
-    differentiable, shares_base_pass, embedding_scale = True, False, 1.0
-
     def __init__(self):
-        self.table = torch.zeros(VOCAB, 1).index_fill(0, GOOD, 1.0)
+        self.tables = [EmbeddingTable(torch.zeros(VOCAB, 1).index_fill(0, GOOD, 1.0))]
 
-    def from_embeddings(self, rollout, x, *, checkpoint=False):
-        return (x[..., 0] * rollout.mask).sum(1) / rollout.mask.sum(1)
+    def value(self, rollout, base, fed=(), *, activation_checkpointing=False):
+        return (fed[0][..., 0] * rollout.mask).sum(1) / rollout.mask.sum(1)
 
-    def prefix_scores(self, rollout, base):
+    def prefix_values(self, rollout, base):
         """What is sure of the final share after every token."""
-        good = self.table[rollout.tokens, 0] * rollout.mask / rollout.mask.sum(1, keepdim=True)
+        good = self.tables[0].rows[rollout.tokens, 0] * rollout.mask / rollout.mask.sum(1, keepdim=True)
         return torch.cat([torch.zeros(len(rollout), 1), good], dim=1).cumsum(1)
 
 
@@ -56,7 +55,9 @@ def test_learns(name):
         max_new_tokens=4, min_new_tokens=0, top_k=VOCAB, ignore_eos=True, samples_per_prompt=COPIES
     )
     train = TrainConfig(batch_size=size, accumulation_steps=1)
-    method = make_method(policy, ShareReward(), method, generation, train, Services(), seed=0, checkpoint=False)
+    method = make_method(
+        policy, ShareReward(), method, generation, train, Services(), seed=0, activation_checkpointing=False
+    )
     groups = [{"params": policy.parameters()}, *method.parameter_groups()]
     optimizer = torch.optim.AdamW(groups, lr=4e-2, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)

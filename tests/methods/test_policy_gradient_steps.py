@@ -11,6 +11,8 @@ from enumeration import ConstantReward, full_terms, method_of, ragged_rollout, s
 from published import relative_error
 from tiny import VOCAB, KeepDouble, tiny_policy, tiny_reward
 
+from grade.rewards.base import RewardFunction
+
 ONE_UPDATE = {
     "ppo": ("ppo", dict(epochs=1, minibatches=1)),
     "rloo": ("reinforce", dict(baseline="leave_one_out")),
@@ -19,15 +21,13 @@ ONE_UPDATE = {
 }
 
 
-class TokenReward:
+class TokenReward(RewardFunction):
     """Mean id of the response over the vocabulary; a constant after prompts that end in 2."""
 
-    differentiable = shares_base_pass = False
+    def score(self, rollout):
+        return self.prefix_values(rollout, None)[:, -1]
 
-    def from_tokens(self, rollout):
-        return self.prefix_scores(rollout, None)[:, -1]
-
-    def prefix_scores(self, rollout, base):
+    def prefix_values(self, rollout, base):
         ids, mask = rollout.tokens * rollout.mask / VOCAB, rollout.mask
         mean = ids.cumsum(1) / mask.cumsum(1)
         scores = torch.cat([torch.full_like(mean[:, :1], 0.5), mean], dim=1)
@@ -103,7 +103,7 @@ def test_checkpointing_changes_nothing(case):
     found = []
     for on in (False, True):
         policy = tiny_policy()
-        method = method_for(case, policy, tiny_reward(policy), 4, 2, checkpoint=on)
+        method = method_for(case, policy, tiny_reward(policy), 4, 2, activation_checkpointing=on)
         found.append(one_gradient(method, ragged_rollout(policy))[0])
     assert relative_error(found[1], found[0]) < 1e-5
 

@@ -187,9 +187,9 @@ def test_checkpointing_changes_no_gradient(name, dropout):
     settings = ReplaySettings(tau=1.0, max_hops=3, hop_tol=0.0, prompt_cache=False, dropout=dropout > 0)
     torch.manual_seed(5)
     plain = gradient(policy, reward, rollout, settings)
-    policy.enable_checkpointing()
+    policy.enable_activation_checkpointing()
     torch.manual_seed(5)
-    checkpointed = gradient(policy, reward, rollout, replace(settings, checkpoint=True))
+    checkpointed = gradient(policy, reward, rollout, replace(settings, activation_checkpointing=True))
     assert relative_error(checkpointed, plain) < 1e-6
     assert plain.norm() > 0 and not any(m.training for m in policy.model.modules())
 

@@ -20,7 +20,7 @@ from grade.config import Config
 from grade.config.reading import sealed_yaml
 from grade.errors import GradeError, read_json
 from grade.model.loading import load_prompts
-from grade.rewards.head_training import head_report
+from grade.rewards.shared import head_report
 from grade.studies.compare import final_test
 from grade.studies.compare import jobs as jobs_module
 from grade.studies.compare.jobs import Job, locked, run_jobs
@@ -147,14 +147,14 @@ def test_prompts_are_looked_at_before_models(config, monkeypatch):
 
     for empty in ("policy", "validation", "test"):
         with pytest.raises(GradeError, match=f"nothing in the {empty} split gives a prompt"):
-            load_prompts(config, NoPrompts(), None)
+            load_prompts(config.evaluation, NoPrompts(), None)
     untested = replace(config, evaluation=replace(config.evaluation, test_prompts=0))
-    assert load_prompts(untested, NoPrompts(), None) == {"policy": [[1]], "validation": [[1]], "test": []}
+    assert load_prompts(untested.evaluation, NoPrompts(), None) == {"policy": [[1]], "validation": [[1]], "test": []}
 
     monkeypatch.undo()  # the real `_prepare`
     monkeypatch.setattr(grade.training.setup, "load_tokenizer", lambda config: None)
     monkeypatch.setattr(grade.training.setup, "load_task", lambda config: NoPrompts())
-    monkeypatch.setattr(grade.training.setup, "load_policy", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(grade.training.setup, "load_policy", lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(GradeError, match="nothing in the test split"):
         run_comparison(config, METHODS, [0])
 
@@ -227,7 +227,7 @@ def no_models(monkeypatch):
         unique_token_ratio=1.0, mean_length=8.0, eos_rate=1.0, prompts=6, details={"base_nll": 8.0},
     )
     for name in ("load_tokenizer", "check_reward", "load_policy", "load_reward"):
-        monkeypatch.setattr(setup, name, lambda *_: None)
+        monkeypatch.setattr(setup, name, lambda *_, **__: None)
     monkeypatch.setattr(final_test, "load_judge", lambda *_: None)
     alone = SimpleNamespace(device=torch.device("cpu"), is_main_process=True, num_processes=1)
     monkeypatch.setattr(final_test, "make_accelerator", lambda config: alone)
@@ -242,7 +242,7 @@ def test_an_adapter_that_cannot_be_read_fails_alone(config, no_models, tmp_path,
     if settings is not None:
         (adapter / "adapter_config.json").write_text(settings)
     policy = SimpleNamespace(model=SimpleNamespace(peft_config={"default": SimpleNamespace(r=4)}))
-    monkeypatch.setattr(setup, "load_policy", lambda *_: policy)
+    monkeypatch.setattr(setup, "load_policy", lambda *_, **__: policy)
     adapters = {("ppo", 0, 2): adapter}
     results, failures, _ = final_test.test_checkpoints(config, tmp_path, INPUTS, adapters, Console(quiet=True))
     assert list(results) == [("base", None, 0)] and list(failures) == ["ppo-seed0"]
@@ -258,10 +258,10 @@ def test_damaged_results_are_told_in_words(config, no_models, tmp_path, name):
             final_test.test_checkpoints(config, tmp_path, INPUTS, {}, Console(quiet=True))
 
 
-def test_a_damaged_report_of_the_reward_head(config, tmp_path):
+def test_a_damaged_report_of_the_reward_head(tmp_path):
     (tmp_path / "reward.json").write_text('{"accuracy": {')
     with pytest.raises(GradeError, match=f"reward.json cannot be read .*Delete {tmp_path}: the head is then trained"):
-        head_report(replace(config, reward=replace(config.reward, path=str(tmp_path))), None, None)
+        head_report(tmp_path)
 
 
 def test_a_killed_child_names_its_signal(config, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from torch import Tensor
 from grade.config import GenerationConfig, MethodConfig, TrainConfig
 from grade.methods import make_method
 from grade.methods.services import Services
+from grade.rewards.base import RewardFunction
 from grade.rollout import Rollout
 
 CANDIDATES = 5  # more than can be drawn
@@ -25,16 +26,14 @@ def symbol_policy(symbols):
     return tiny_policy("llama", dtype=torch.float64, unknown=VOCAB - symbols)
 
 
-class ConstantReward:
+class ConstantReward(RewardFunction):
     """The same reward for every response."""
 
-    differentiable = shares_base_pass = False
+    def __init__(self, reward: float):
+        self.reward = reward
 
-    def __init__(self, value: float):
-        self.value = value
-
-    def from_tokens(self, rollout: Rollout) -> Tensor:
-        return torch.full((len(rollout),), self.value)
+    def score(self, rollout: Rollout) -> Tensor:
+        return torch.full((len(rollout),), self.reward)
 
 
 def given_rollout(policy, tokens: Tensor, copies: int = 1, mask: Tensor | None = None) -> Rollout:
@@ -58,14 +57,17 @@ def ragged_rollout(policy, copies=4, prompts=RAGGED_PROMPTS) -> Rollout:
 
 
 def method_of(
-    policy, reward, name, *, batch, accumulation=1, copies=1, max_new_tokens=6, own=None, checkpoint=False, **common
+    policy, reward, name, *, batch, accumulation=1, copies=1, max_new_tokens=6, own=None,
+    activation_checkpointing=False, **common,
 ):
     """The method `name`; `own` are the settings of its section, `common` those that all methods share."""
     method = MethodConfig(name=name, **common)
     method = replace(method, **{name: replace(getattr(method, name), **(own or {}))})
     generation = GenerationConfig(max_new_tokens=max_new_tokens, min_new_tokens=0, samples_per_prompt=copies)
     train = TrainConfig(batch_size=batch, accumulation_steps=accumulation)
-    return make_method(policy, reward, method, generation, train, Services(), seed=0, checkpoint=checkpoint)
+    return make_method(
+        policy, reward, method, generation, train, Services(), seed=0, activation_checkpointing=activation_checkpointing
+    )
 
 
 def step_gradients(method, rollout, *, rate=0.0, step=0):

@@ -23,6 +23,7 @@ from grade.replay.score import RealTokens
 from grade.rollout import Rollout
 from grade.studies.compare.comparison import BASE, Checkpoint
 from grade.studies.compare.judge import Judge, train_judge
+from grade.tasks.base import Task
 from grade.tasks.encoding import encode
 from grade.training.evaluation import evaluate, text_of, write_evaluations
 from grade.training.run_folder import make_again
@@ -139,10 +140,10 @@ def judge_rows(policy, rollout: Rollout) -> list[list[int]]:
     return encode(policy.tokenizer, texts, None, special_tokens=False)
 
 
-def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenizer, task) -> Judge | None:
+def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenizer, task: Task) -> Judge | None:
     """The comparison's judge, trained now unless the one kept there was trained on the same; None for a task without
     texts to learn from."""
-    examples, report, path = getattr(task, "judge", []), folder / "judge.json", folder / "judge.safetensors"
+    examples, report, path = task.examples("judge"), folder / "judge.json", folder / "judge.safetensors"
     if len({example.label for example in examples}) < 2:
         report.unlink(missing_ok=True)
         return None
@@ -152,7 +153,7 @@ def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenize
         return Judge.load(path)
     report.unlink(missing_ok=True)  # written last: it says whose weights these are
     # Reported on the test's own reviews: held-out training reviews flatter it (the same films, perhaps).
-    judge, numbers = train_judge(tokenizer, examples, task.test, lengths=lengths, seed=config.reward.seed)
+    judge, numbers = train_judge(tokenizer, examples, task.examples("test"), lengths=lengths, seed=config.reward.seed)
     with writing(path, "output_dir", _ROOM):
         judge.save(path)
     _write(report, {**numbers, "identity": identity})

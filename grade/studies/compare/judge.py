@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from grade.errors import GradeError
+from grade.tasks.base import Example
 from grade.tasks.encoding import encode
-from grade.tasks.texts import Example
 
 BUCKETS = 2**18
 _MASK = 2**31 - 1  # products of 31 and 32 bits stay below 2**63

@@ -225,9 +225,9 @@ def _prepare(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     process, and given back. The fingerprints of what the runs read, and of what only their test reads."""
     accelerator = make_accelerator(config)
     tokenizer, task, policy, reward = set_up(
-        config, accelerator, before_policy=lambda tokenizer, task: load_prompts(config, task, tokenizer)
+        config, accelerator, before_policy=lambda tokenizer, task: load_prompts(config.evaluation, task, tokenizer)
     )
-    inputs = inputs_of(config, policy, task, reward)
+    inputs = inputs_of(policy, task, reward.identity())
     del policy, reward
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()

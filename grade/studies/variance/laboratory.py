@@ -28,7 +28,7 @@ from grade.methods.metrics import now
 from grade.methods.services import Services, Totals
 from grade.model.policy import Policy
 from grade.replay.replay import prepare
-from grade.rewards.reward import Reward
+from grade.rewards.base import Reward
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.sample import sample
 from grade.studies.variance.statistics import Draws
@@ -138,7 +138,7 @@ class Laboratory:
         config = self.of(name, **options)
         return make_method(
             self.policy, self.reward, config.method, config.generation, config.train, Services(), seed=config.seed,
-            checkpoint=config.method.checkpoint,
+            activation_checkpointing=config.method.checkpoint,
         )
 
     def _draw(self, method: Method, number: int, seed: int) -> Rollout:

@@ -81,7 +81,7 @@ def run_variance(config: Config, checkpoint: Path | None = None) -> dict:
     if checkpoint is not None:
         check_made_from(checkpoint.parents[1], model_inputs(policy))
         load_adapter(latest(checkpoint), policy)
-    payload = _kept(path, {**identity, "inputs": inputs_of(config, policy, task, reward)})
+    payload = _kept(path, {**identity, "inputs": inputs_of(policy, task, reward.identity())})
     prompts = task.prompts("policy", tokenizer)
     with writing(folder, "output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
