@@ -42,6 +42,7 @@ from grade.rewards.reward import RewardHead, SharedReward
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
+from grade.tables import Column, Table, numbers
 
 # Positions of the longest sequence that the probe tries, beyond the windows of the tiny models.
 _LENGTH = 40
@@ -54,8 +55,10 @@ _TARGETS = (
     "in_proj", "in_proj_qkv", "in_proj_qkvz", "q_lin", "v_lin",
 )
 _LONGEST_REASON = 200
-_TITLES = ("architecture", "gradient, relative error", "checkpointing", "adapter merged", "prompt's cache in replay",
-           "rollout.compile")
+_COLUMNS = (
+    Column("architecture"), *numbers(["gradient, relative error"]), Column("checkpointing"), Column("adapter merged"),
+    Column("prompt's cache in replay"), Column("rollout.compile"),
+)
 
 
 class _Tokenizer:
@@ -162,18 +165,19 @@ def table(saved: dict) -> str:
     rows = saved["rows"]
     counts = Counter(row["status"] for row in rows)
     works = [row for row in rows if row["status"] == "works"]
-    lines = [", ".join(f"{counts[status]} {status}" for status in ("works", "refused", "fails", "not tried"))
-             .replace("works", "work", 1).replace("fails", "fail", 1) + ".", ""]
-    lines += ["| " + " | ".join(_TITLES) + " |", "|---|---:|" + "---|" * (len(_TITLES) - 2)]
-    for row in works:
-        marks = ["yes" if row[name] else "no" for name in ("checkpointing", "merged", "prompt_cache", "compile")]
-        lines.append("| " + " | ".join([_name(row, rows), f"{row['gradient_error']:.0e}", *marks]) + " |")
+    parts = [", ".join(f"{counts[status]} {status}" for status in ("works", "refused", "fails", "not tried"))
+             .replace("works", "work", 1).replace("fails", "fail", 1) + "."]
+    checks = ("checkpointing", "merged", "prompt_cache", "compile")
+    parts.append(Table("", _COLUMNS, [
+        [_name(row, rows), f"{row['gradient_error']:.0e}", *("yes" if row[name] else "no" for name in checks)]
+        for row in works
+    ]).markdown())
     for status, title in (("refused", "Refused"), ("fails", "Fails"), ("not tried", "Not tried")):
         part = [row for row in rows if row["status"] == status]
         if part:
-            lines += ["", f"| {title.lower()} | because |", "|---|---|"]
-            lines += [f"| {_name(row, rows)} | {_reason(row)} |" for row in part]
-    return "\n".join([*lines, "", f"Measured on {saved['date']}. {machine_line(saved['machine'])}"])
+            columns = [Column(title.lower()), Column("because")]
+            parts.append(Table("", columns, [[_name(row, rows), _reason(row)] for row in part]).markdown())
+    return "\n\n".join([*parts, f"Measured on {saved['date']}. {machine_line(saved['machine'])}"])
 
 
 def _name(row: dict, rows: list[dict]) -> str:
@@ -183,7 +187,7 @@ def _name(row: dict, rows: list[dict]) -> str:
 
 
 def _reason(row: dict) -> str:
-    words = " ".join(row["reason"].removeprefix(row["architecture"]).split()).replace("|", "\\|")
+    words = " ".join(row["reason"].removeprefix(row["architecture"]).split())
     return words if len(words) <= _LONGEST_REASON else words[:_LONGEST_REASON] + " …"
 
 

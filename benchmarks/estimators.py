@@ -35,6 +35,7 @@ from benchmarks.estimator_problem import Problem, network_reward, symbol_policy
 from benchmarks.saved import SAVED, read_saved
 from grade.machine import machine, machine_line
 from grade.replay.replay import ReplaySettings
+from grade.tables import Column, Table
 
 SYMBOLS, LENGTH, KL_COEF = 4, 4, 0.2
 HOPS, TAUS, SPREADS = (0, 1, LENGTH - 1), (2.0, 1.0, 0.5), (0.5, 4.0)
@@ -43,7 +44,7 @@ QUANTITIES = {"bias": "relative bias", "cosine": "cosine", "variance": "relative
 
 
 @dataclass
-class Estimate:
+class Expectation:
     """An estimator's expectation and the spread of its samples; errors are Monte-Carlo standard errors.
 
     Args:
@@ -60,7 +61,7 @@ class Estimate:
     trace_error: float
 
 
-def enumerated(gradients: Tensor, probability: Tensor, exact: Tensor) -> Estimate:
+def enumerated(gradients: Tensor, probability: Tensor, exact: Tensor) -> Expectation:
     """From gradients [R, Y, P] of all Y responses, drawn R times each, their probabilities and the exact one [P].
 
     The noise of the mean, known from the spread over the R, is taken out of the squared norms that it enters.
@@ -77,7 +78,7 @@ def enumerated(gradients: Tensor, probability: Tensor, exact: Tensor) -> Estimat
     noise, gap, size = error2(gradients).sum(), mean - exact, exact.norm()
     squares = (gradients - mean).square().sum(-1)
     norm2 = mean @ mean - noise
-    return Estimate(
+    return Expectation(
         norm2.item(), ((gap @ gap - noise).clamp_min(0).sqrt() / size).item(),
         (error2(gradients @ (gap / gap.norm())).sqrt() / size).item(), (mean @ exact / norm2.sqrt() / size).item(),
         ((squares @ probability).mean() + noise).item(), error2(squares).sqrt().item(),
@@ -104,7 +105,7 @@ def reinforce(problem: Problem, probability: Tensor) -> Tensor:
     return (gradient - (weighted * gradient).sum() / (weighted * score).sum() * score)[None]
 
 
-def figures(name: str, tau: float | None, hops: int, of: Estimate, trace: float, trace_error: float) -> dict:
+def figures(name: str, tau: float | None, hops: int, of: Expectation, trace: float, trace_error: float) -> dict:
     """A row: the expectation from `of`, the variance from the trace of a covariance, of another estimate maybe."""
     variance = trace / of.norm2
     return {
@@ -122,7 +123,7 @@ def measure(problem: Problem, seed: int) -> Iterator[dict]:
     def settings(estimator: str, hops: int, tau: float = 1.0, samples: int = 16) -> ReplaySettings:
         return ReplaySettings(tau=tau, estimator=estimator, rao_samples=samples, max_hops=hops, hop_tol=0.0)
 
-    def estimate(options: ReplaySettings, copies: int = 1) -> Estimate:
+    def estimate(options: ReplaySettings, copies: int = 1) -> Expectation:
         return enumerated(at_every_response(problem, options, copies, seed), probability, exact)
 
     for hops in HOPS:
@@ -143,10 +144,8 @@ def measure(problem: Problem, seed: int) -> Iterator[dict]:
 def table(rows: list[dict]) -> str:
     """The Markdown table of one spread: medians over its problems, a cell from no hop to all."""
     hops = " / ".join(map(str, HOPS))
-    lines = [
-        "| estimator | tau | " + " | ".join(f"{title}, {hops} hops" for title in QUANTITIES.values()) + " |",
-        "|---|---|" + "---|" * len(QUANTITIES),
-    ]
+    titles = ("estimator", "tau", *(f"{title}, {hops} hops" for title in QUANTITIES.values()))
+    lines = []
     groups: dict[tuple[str, float | None], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["estimator"], row["tau"]), []).append(row)
@@ -155,8 +154,8 @@ def table(rows: list[dict]) -> str:
         for quantity in QUANTITIES:
             by_hops = [[r[quantity] for r in group if r["hops"] == h] for h in HOPS]
             cells.append(" / ".join(f"{median(values):.2f}" for values in by_hops if values))
-        lines.append(f"| {name} | {tau or 'any'} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, str(tau or "any"), *cells])
+    return Table("", list(map(Column, titles)), lines).markdown()
 
 
 def summary(rows: list[dict]) -> str:

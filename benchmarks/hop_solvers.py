@@ -43,6 +43,7 @@ from grade.rewards.reward import RewardHead, SharedReward
 from grade.rollout import pad_prompts
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
+from grade.tables import Column, Table, numbers
 
 TOLERANCE = 1e-2
 BLOCKS = (2, 4, 8)
@@ -175,17 +176,18 @@ def measure(model: str, length: int, tau: float, seeds: int) -> Row:
 
 def document(saved: dict) -> str:
     """Means over sequences, and plain over the better of the others: how many times less work at the very most."""
-    titles = ["model", "S", "τ", "replay", "plain", "GMRES", *(f"{count} blocks" for count in BLOCKS), "best gain"]
-    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
+    titles = ["S", "τ", "replay", "plain", "GMRES", *(f"{count} blocks" for count in BLOCKS), "best gain"]
+    lines = []
     for row in saved["rows"]:
         plain = statistics.mean(row["plain"])
         others = [statistics.mean(values) for values in (row["gmres"], *row["blocks"].values())]
         counts = [statistics.mean(row["replay"]), plain, *others]
-        cells = [row["model"], row["length"], f"{row['tau']:g}", *(f"{count:.1f}" for count in counts)]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{plain / min(others):.2f}"])) + " |")
+        cells = [row["model"], str(row["length"]), f"{row['tau']:g}", *(f"{count:.1f}" for count in counts)]
+        lines.append([*cells, f"{plain / min(others):.2f}"])
+    table = Table("", [Column("model"), *numbers(titles)], lines)
     sequences = len(saved["rows"][0]["plain"])
     title = f"VJPs until within {TOLERANCE:g} of the converged gradient, mean over {sequences} sequences:"
-    return "\n\n".join([title, "\n".join(lines), machine_line(saved["machine"])]) + "\n"
+    return "\n\n".join([title, table.markdown(), machine_line(saved["machine"])]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks.saved import SAVED, read_saved
 from grade.jsonl import read_rows
 from grade.machine import machine, machine_line
+from grade.tables import Column, Table
 
 COLUMNS = {"reward": 3, "kl": 3, "entropy": 2, "unique_token_ratio": 3, "mean_length": 1}
 TITLES = ["reward", "KL, nats/token", "entropy, nats", "distinct tokens", "length, tokens"]
@@ -56,19 +57,19 @@ def read_run(run_dir: Path) -> dict:
 
 def table(runs: list[dict]) -> str:
     """The Markdown table."""
-    lines = ["| split | model | " + " | ".join(TITLES) + " |", "|---|---|" + "---|" * len(TITLES)]
+    lines = []
     for split in ("validation", "test"):
         base = runs[0]["rows"][split]["base"]
         cells = [f"{base[name]:.{digits}f}" for name, digits in COLUMNS.items()]
         cells[0] += f" ± {base['reward_stderr']:.3f}"
-        lines.append(f"| {split}, {base['prompts']} prompts | base | " + " | ".join(cells) + " |")
+        lines.append([f"{split}, {base['prompts']} prompts", "base", *cells])
         cells = []
         for name, digits in COLUMNS.items():
             values = [run["rows"][split]["best"][name] for run in runs]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        lines.append(f"| | trained, {len(runs)} seed{'s' * (len(runs) > 1)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(["", f"trained, {len(runs)} seed{'s' * (len(runs) > 1)}", *cells])
+    return Table("", list(map(Column, ("split", "model", *TITLES))), lines).markdown()
 
 
 def summary(runs: list[dict]) -> str:

@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from grade.report.statistics import Estimate, Interval
+from grade.report.statistics import Interval
 from grade.report.style import INK, add_legend, drawn, new_axes, tinted
+from grade.tables import Estimate
 
 BASE_COLOUR = "#888888"
 _HATCHES = ("", "///", "...", "xxx")

@@ -10,7 +10,8 @@ import numpy as np
 
 from grade.report.data import Run
 from grade.report.groups import Group
-from grade.report.statistics import WINDOW, Estimate, estimate, smooth, window_variances
+from grade.report.statistics import WINDOW, estimate, smooth, window_variances
+from grade.tables import Estimate
 
 THRESHOLDS = (0.6, 0.7, 0.8, 0.85, 0.9)
 COSTS = ("steps", "tokens", "seconds")

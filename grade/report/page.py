@@ -11,7 +11,7 @@ from grade.errors import writing
 from grade.files import replace_bytes
 from grade.report.parts import Drawing, Section, Text
 from grade.report.style import save
-from grade.report.tables import Table
+from grade.tables import Table
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1b1f24; --soft: #59636e; --line: #d5dae0; --box: #f4f6f8;
@@ -130,9 +130,9 @@ def _drawing(part: Drawing, output: Path) -> str:
 
 
 def _files(table: Table, output: Path) -> str:
-    _write(output / "tables" / f"{table.name}.csv", table.csv())
-    _write(output / "tables" / f"{table.name}.tex", table.latex())
-    return f'<p class="files">{_links("tables", table.name, ("csv", "tex"))}</p>'
+    _write(output / "tables" / f"{table.title}.csv", table.csv())
+    _write(output / "tables" / f"{table.title}.tex", table.latex())
+    return f'<p class="files">{_links("tables", table.title, ("csv", "tex"))}</p>'
 
 
 def _linked(html: str) -> set[str]:

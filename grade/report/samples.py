@@ -9,8 +9,8 @@ from html import escape
 from grade.report.data import Run
 from grade.report.measures import base_row, number
 from grade.report.parts import Html, Section
-from grade.report.tables import Column, Table, rounded
 from grade.report.view import View
+from grade.tables import Column, Table, rounded
 
 SHOWN = 4
 """Largest gains, and largest losses, of a method that the page shows."""
@@ -118,7 +118,7 @@ def _shown(text: str) -> str:
 
 def _table(pairs: Sequence[Pair]) -> Table:
     return Table(
-        "samples", "Samples before and after training, largest gain of a method first.",
+        "samples",
         [Column("method"), Column("seed"), Column("prompt"), Column("base model"), Column("trained"),
          Column("reward, base model"), Column("reward, trained"), Column("gain")],
         [
@@ -126,4 +126,5 @@ def _table(pairs: Sequence[Pair]) -> Table:
             for label in dict.fromkeys(p.method for p in pairs)
             for p in sorted((p for p in pairs if p.method == label), key=lambda p: -p.gain)
         ],
+        "Samples before and after training, largest gain of a method first.",
     )

@@ -14,8 +14,8 @@ from grade.report.sections_outcome import final, significance
 from grade.report.sections_temperature import temperature
 from grade.report.sections_training import learning, validated
 from grade.report.sections_variance import variance
-from grade.report.tables import Cell, Column, Table
 from grade.report.view import View
+from grade.tables import Cell, Column, Table
 
 _FACTS = (
     ("model", "model.name"), ("reward", "reward.model"), ("KL coefficient", "method.kl_coef"),
@@ -39,7 +39,7 @@ def _measurements(study: Study) -> Section:
     facts = [["model", str(config.get("model", {}).get("name"))], ["task", str(config.get("task", {}).get("name"))],
              ["parameters", "trained" if study.variance.get("adapter_sha256") else "the adapter's initial state"],
              ["machine", _machine(study)]]
-    section.add(Table("summary", "", [Column("what"), Column("value")], facts))
+    section.add(Table("summary", [Column("what"), Column("value")], facts))
     variance(study, section)
     return section
 
@@ -47,7 +47,7 @@ def _measurements(study: Study) -> Section:
 def summary(view: View) -> Section:
     section = Section("summary", "Summary")
     study = view.study
-    section.add(Table("summary", "", [Column("what"), Column("value")], _facts(view)))
+    section.add(Table("summary", [Column("what"), Column("value")], _facts(view)))
     for problem in study.problems:
         section.warn(problem)
     for name, reason in study.comparison.get("failures", {}).items():
@@ -59,11 +59,12 @@ def summary(view: View) -> Section:
     if single:
         section.warn(f"One seed only: {', '.join(single)}. What differs may be chance.")
     section.add(Table(
-        "runs", "Every run.",
+        "runs",
         [Column("run"), Column("method"), Column("seed"), Column("steps"), Column("validations", 0),
          Column("best step", 0), Column("tokens", 0), Column("training, seconds", 0), Column("learning rate"),
          Column("tested")],
         [_run_row(run, group.label) for group in view.groups for run in group.runs],
+        "Every run.",
     ))
     _settings(view, section)
     _sweep(study, section)
@@ -129,9 +130,9 @@ def _settings(view: View, section: Section) -> None:
     if not found:
         return
     section.add(Table(
-        "settings", "Settings in which methods differ, beside those of the methods themselves.",
-        [Column("setting"), *(Column(label) for label in view.labels)],
+        "settings", [Column("setting"), *(Column(label) for label in view.labels)],
         [[name, *values] for name, values in found.items()],
+        "Settings in which methods differ, beside those of the methods themselves.",
     ))
     unlike = [name for name in found if not name.startswith(("method.", "train.learning_rate"))]
     if unlike:
@@ -143,11 +144,12 @@ def _sweep(study: Study, section: Section) -> None:
     chosen = study.comparison.get("learning_rates", {})
     if rows:
         section.add(Table(
-            "sweep", "Learning rates tried, and the objective that each method's rate was chosen by.",
+            "sweep",
             [Column("method"), Column("learning rate", 6), Column("objective on validation"), Column("chosen")],
             [
                 [row.get("method"), row.get("learning_rate"), row.get("objective"),
                  "yes" if row.get("learning_rate") == chosen.get(row.get("method")) else ""]
                 for row in rows
             ],
+            "Learning rates tried, and the objective that each method's rate was chosen by.",
         ))

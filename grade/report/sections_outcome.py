@@ -13,15 +13,14 @@ from grade.report.parts import Drawing, Section
 from grade.report.statistics import (
     LEVEL,
     WINDOW,
-    Estimate,
     bootstrap_difference,
     bootstrap_mean,
     estimate,
     holm,
     welch,
 )
-from grade.report.tables import Cell, Column, Table, rounded
 from grade.report.view import View
+from grade.tables import Cell, Column, Estimate, Table, rounded
 
 _MEASURES = {
     "reward": ("reward", 3), "solve_rate": ("solve rate", 3), "judge": ("judge", 3), "kl": ("KL, nats per token", 3),
@@ -70,10 +69,10 @@ def final(view: View) -> Section:
         section.add(_measures(view, split))
     if "test" in known:
         section.add(Table(
-            "gap", f"Validation less test reward of the same checkpoints; mean ± standard error over seeds; "
-            f"{view.seeds}.",
-            [Column("method"), Column("validation − test reward"), Column("best step", 0)],
+            "gap", [Column("method"), Column("validation − test reward"), Column("best step", 0)],
             [[group.label, over_seeds(group, _gap), over_seeds(group, lambda run: run.best)] for group in view.groups],
+            f"Validation less test reward of the same checkpoints; mean ± standard error over seeds; "
+            f"{view.seeds}.",
         ))
     return section
 
@@ -101,13 +100,13 @@ def _measures(view: View, split: str) -> Table:
 
     return Table(
         f"final_{split}",
-        f"The best checkpoint on {f'{prompts[0]} ' if len(prompts) == 1 else ''}{split} prompts: mean ± standard error "
-        "over seeds (– for one seed).",
         [Column("method"), Column("seeds", 0), *(Column(*_MEASURES.get(name, (name, 3))) for name in names)],
         [
             ["base model", None, *(number(base, name) for name in names)],
             *([g.label, sum(_row(run, split) is not None for run in g.runs), *cells(g)] for g in view.groups),
         ],
+        f"The best checkpoint on {f'{prompts[0]} ' if len(prompts) == 1 else ''}{split} prompts: mean ± standard error "
+        "over seeds (– for one seed).",
     )
 
 
@@ -134,13 +133,14 @@ def significance(view: View) -> Section:
             ) + ".",
         ))
         section.add(Table(
-            "held_out", f"Reward on {found.split} prompts over seeds.",
+            "held_out",
             [Column("method"), Column("seeds", 0), Column("mean ± standard error"),
              Column("95% bootstrap interval of the mean"), Column("lowest"), Column("highest")],
             [
                 [label, len(values), estimate(values), interval, min(values), max(values)]
                 for label, interval in zip(labels, intervals, strict=True) if (values := found.values[label])
             ],
+            f"Reward on {found.split} prompts over seeds.",
         ))
         _pairs(view, section, labels)
     else:
@@ -177,9 +177,6 @@ def _pairs(view: View, section: Section, labels: list[str]) -> None:
     level = 1 - ALPHA / len(tests)
     section.add(Table(
         "welch",
-        f"Welch's t-test of held-out ({view.held_out.split}) reward over seeds, {len(tests)} comparison"
-        f"{'s' * (len(tests) > 1)}; p corrected after Holm. The bootstrap interval is at {level:.2%}, so that all of "
-        f"them hold together at {LEVEL:.0%} (Bonferroni); the other is at {LEVEL:.0%} for itself.",
         [Column("first"), Column("second"), Column("first − second"), Column("t", 2), Column("degrees of freedom", 1),
          Column("p", 4), Column("p, Holm", 4), Column("95% interval"), Column("bootstrap interval, all together"),
          Column("verdict")],
@@ -189,6 +186,9 @@ def _pairs(view: View, section: Section, labels: list[str]) -> None:
              "different" if adjusted[pair] < ALPHA else "not told apart"]
             for pair, test in tests.items()
         ],
+        f"Welch's t-test of held-out ({view.held_out.split}) reward over seeds, {len(tests)} comparison"
+        f"{'s' * (len(tests) > 1)}; p corrected after Holm. The bootstrap interval is at {level:.2%}, so that all of "
+        f"them hold together at {LEVEL:.0%} (Bonferroni); the other is at {LEVEL:.0%} for itself.",
     ))
     section.text(_leader(labels, values, adjusted))
 
@@ -219,14 +219,13 @@ def _stability(view: View, section: Section) -> None:
         "Variance of reward by window.",
     ))
     section.add(Table(
-        "stability",
-        f"Mean over windows of {WINDOW} steps (the last one partial) of the variance of the training reward; lower is "
-        f"steadier. It holds the noise of a batch and what is learnt within a window. {view.seeds}.",
-        [Column("method"), Column("windows", 0), Column("variance of reward", 5)],
+        "stability", [Column("method"), Column("windows", 0), Column("variance of reward", 5)],
         [
             [group.label, max(len(reward_variances(run)) for run in group.runs), over_seeds(group, _mean_variance)]
             for group in view.groups
         ],
+        f"Mean over windows of {WINDOW} steps (the last one partial) of the variance of the training reward; lower is "
+        f"steadier. It holds the noise of a batch and what is learnt within a window. {view.seeds}.",
     ))
 
 

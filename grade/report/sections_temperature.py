@@ -12,8 +12,8 @@ from grade.report.groups import SCHEDULE, Group, differing, plain, short
 from grade.report.measures import number, over_seeds, training_curve
 from grade.report.parts import Drawing, Section
 from grade.report.statistics import bootstrap_mean, estimate
-from grade.report.tables import Column, Table
 from grade.report.view import View
+from grade.tables import Column, Table
 
 
 def temperature(view: View) -> Section:
@@ -95,7 +95,7 @@ def _schedules(view: View, section: Section, method: str, groups: list[Group]) -
         ) + ".",
     ))
     section.add(Table(
-        name, f"Temperature schedules of {method}; held-out ({found.split}) reward: mean ± standard error over seeds.",
+        name,
         [Column("schedule"), Column("seeds", 0), Column("τ at the last step", 2), Column("held-out reward"),
          Column("KL in training, last step, nats per token")],
         [
@@ -103,6 +103,7 @@ def _schedules(view: View, section: Section, method: str, groups: list[Group]) -
              over_seeds(group, lambda run: _last(run, "kl"))]
             for group, v in zip(known, values, strict=True)
         ],
+        f"Temperature schedules of {method}; held-out ({found.split}) reward: mean ± standard error over seeds.",
     ))
 
 

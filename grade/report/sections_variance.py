@@ -6,8 +6,8 @@ from grade.report.data import Study
 from grade.report.figures_variance import against_tau
 from grade.report.measures import number
 from grade.report.parts import Drawing, Section
-from grade.report.tables import Column, Table
 from grade.studies.variance.text import NOTES, measured, name_of
+from grade.tables import Column, Table
 
 _COLUMNS = (
     ("length", "tokens", 0), ("top_k", "top_k", 0), ("draws", "draws", 0), ("mean_norm", "norm of the mean", 4),
@@ -44,9 +44,9 @@ def variance(study: Study, section: Section) -> None:
         _figures(section, here, ", ".join(parts), suffix, note)
     columns = [c for c in _COLUMNS if any(row.get(c[0]) is not None for row in rows)]
     section.add(Table(
-        "estimator_variance", note + NOTES,
-        [Column("estimator"), *(Column(title, digits) for _, title, digits in columns)],
+        "estimator_variance", [Column("estimator"), *(Column(title, digits) for _, title, digits in columns)],
         [[name_of(row), *(_cell(row.get(key)) for key, _, _ in columns)] for row in rows],
+        note + NOTES,
     ))
 
 

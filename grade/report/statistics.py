@@ -10,20 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.stats
 
+from grade.tables import Estimate
+
 LEVEL = 0.95
 DRAWS = 10_000
 WINDOW = 50
 """Steps of a window of `window_variances`."""
 Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its standard error over seeds (None for one seed) and their number."""
-
-    mean: float
-    stderr: float | None
-    n: int
 
 
 @dataclass(frozen=True)

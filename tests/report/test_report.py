@@ -19,9 +19,8 @@ from grade.report.data import load_study  # noqa: E402  matplotlib is an extra
 from grade.report.page import write_page  # noqa: E402
 from grade.report.parts import Drawing, Html, Section, Text  # noqa: E402
 from grade.report.sections import all_sections  # noqa: E402
-from grade.report.statistics import Estimate  # noqa: E402
 from grade.report.style import _SETTINGS  # noqa: E402
-from grade.report.tables import Column, Table  # noqa: E402
+from grade.tables import Column, Estimate, Table  # noqa: E402
 
 ANCHORS = [
     "summary", "learning", "validation", "gradients", "efficiency", "final", "temperature", "speed", "statistics",
@@ -42,7 +41,7 @@ class Report:
     def table(self, anchor, name):
         """Rows as {column: cell}."""
         parts = [part.table if isinstance(part, Html) else part for part in self.sections[anchor].parts]
-        (table,) = [part for part in parts if isinstance(part, Table) and part.name == name]
+        (table,) = [part for part in parts if isinstance(part, Table) and part.title == name]
         return [dict(zip((c.title for c in table.columns), row, strict=True)) for row in table.rows]
 
     def figures(self, anchor):
@@ -129,14 +128,14 @@ def test_one_seed_is_warned_of(tmp_path):
     assert "One seed only: grpo" in report.said("summary", "warning")
     assert "One seed is all there is of grpo" in report.said("statistics", "warning")
     assert "no spread to show" in report.caption("learning", "learning_reward")
-    assert not [part for part in report.sections["statistics"].parts if getattr(part, "name", "") == "welch"]
+    assert not [part for part in report.sections["statistics"].parts if getattr(part, "title", "") == "welch"]
 
 
 def test_a_run_going_on(tmp_path):
     report = Report(write_run(tmp_path / "run", test=None, planned=10))
     assert "run (4 of 10 steps)" in report.said("summary", "warning")
     assert "No test yet" in report.said("final", "note") and "No test yet" in report.said("statistics", "warning")
-    assert [part.name for part in report.sections["final"].parts if isinstance(part, Table)] == ["final_validation"]
+    assert [part.title for part in report.sections["final"].parts if isinstance(part, Table)] == ["final_validation"]
     assert "may yet reach more: run" in report.said("efficiency", "note")
 
 
@@ -294,7 +293,7 @@ def test_output_that_is_a_file_is_refused(tmp_path):
 
 
 def test_what_an_earlier_page_had_more_is_deleted_and_nothing_else(tmp_path):
-    table = Table("numbers", "", [Column("a")], [[1.0]])
+    table = Table("numbers", [Column("a")], [[1.0]])
     write_page("one", [Section("first", "First", [table])], tmp_path)
     (tmp_path / "tables" / "mine.csv").write_text("1\n")
     write_page("two", [Section("first", "First", [])], tmp_path)

@@ -36,7 +36,7 @@ INPUTS = {"model": "m", "tokenizer": "t", "data": "d", "reward": "r"}
 def config(tmp_path, monkeypatch):
     """A comparison of two steps whose data, reward and test are never needed."""
     monkeypatch.setattr(grade.studies.compare.study, "_prepare", lambda config: (INPUTS, {}))
-    monkeypatch.setattr(grade.studies.compare.study, "test_checkpoints", lambda *_: ({}, {}, None))
+    monkeypatch.setattr(grade.studies.compare.study, "evaluate_checkpoints", lambda *_: ({}, {}, None))
     made = Config(name="few", output_dir=str(tmp_path), device="cpu")
     return replace(
         made, train=replace(made.train, steps=2), evaluation=replace(made.evaluation, test_prompts=6),
@@ -244,18 +244,18 @@ def test_an_adapter_that_cannot_be_read_fails_alone(config, no_models, tmp_path,
     policy = SimpleNamespace(model=SimpleNamespace(peft_config={"default": SimpleNamespace(r=4)}))
     monkeypatch.setattr(setup, "load_policy", lambda *_: policy)
     adapters = {("ppo", 0, 2): adapter}
-    results, failures, _ = final_test.test_checkpoints(config, tmp_path, INPUTS, adapters, Console(quiet=True))
+    results, failures, _ = final_test.evaluate_checkpoints(config, tmp_path, INPUTS, adapters, Console(quiet=True))
     assert list(results) == [("base", None, 0)] and list(failures) == ["ppo-seed0"]
     assert str(adapter) in failures["ppo-seed0"] and f"Delete {adapter.parents[1]}: " in failures["ppo-seed0"]
 
 
 @pytest.mark.parametrize("name", ["tests.json", "judge.json"])
 def test_damaged_results_are_told_in_words(config, no_models, tmp_path, name):
-    final_test.test_checkpoints(config, tmp_path, INPUTS, {}, Console(quiet=True))
+    final_test.evaluate_checkpoints(config, tmp_path, INPUTS, {}, Console(quiet=True))
     for text in ("[]", "{"):
         (tmp_path / name).write_text(text)
         with pytest.raises(GradeError, match=f"{name} .*Delete it"):
-            final_test.test_checkpoints(config, tmp_path, INPUTS, {}, Console(quiet=True))
+            final_test.evaluate_checkpoints(config, tmp_path, INPUTS, {}, Console(quiet=True))
 
 
 def test_a_damaged_report_of_the_reward_head(config, tmp_path):

@@ -65,7 +65,7 @@ def test_a_comparison(config, full, monkeypatch, name):  # noqa: F811
 def test_test_results(config, no_models, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(final_test, "write_evaluations", no_space)
     with pytest.raises(GradeError, match=f"^output_dir: .*tests.json {NO_SPACE}.* the same command goes on"):
-        final_test.test_checkpoints(config, tmp_path, {}, {}, Console(quiet=True))
+        final_test.evaluate_checkpoints(config, tmp_path, {}, {}, Console(quiet=True))
 
 
 TASK = SimpleNamespace(judge=[SimpleNamespace(label=i, text="a b") for i in (0, 1)], test=[])
@@ -106,9 +106,9 @@ def test_a_report(full, tmp_path, monkeypatch, written):
     pytest.importorskip("matplotlib")
     from grade.report.page import write_page
     from grade.report.parts import Section
-    from grade.report.tables import Column, Table
+    from grade.tables import Column, Table
 
-    tables = [Table(name, "", [Column("a")], [["x"]]) for name in ("summary", "runs")]
+    tables = [Table(name, [Column("a")], [["x"]]) for name in ("summary", "runs")]
     page = write_page("before", [Section("s", "S", tables)], tmp_path)
     full(written)
     with pytest.raises(GradeError, match=rf"^--output: .*{written[:-4]} could not be written \(No space left"):

@@ -31,7 +31,7 @@ from grade_kernels import linear_token_logprob
 _ROOM = "Make room on its disk: what was tested before is kept, and the same command goes on."
 
 
-def test_checkpoints(
+def evaluate_checkpoints(
     config: Config, folder: Path, inputs: Mapping[str, str], adapters: Mapping[Checkpoint, Path], console: Console
 ) -> tuple[dict[Checkpoint, dict], dict[str, str], dict | None]:
     """Test the base model and each adapter, but for what `folder`/tests.json already holds of the same weights.
@@ -58,7 +58,7 @@ def test_checkpoints(
     digests = {BASE: None, **{key: adapter_digest(adapter) for key, adapter in adapters.items()}}
     missing = [
         key for key, digest in digests.items()
-        if kept["results"].get(test_key(key), {}).get("adapter_sha256", "none") != digest
+        if kept["results"].get(key_of(key), {}).get("adapter_sha256", "none") != digest
     ]
     failures: dict[str, str] = {}
     if missing:
@@ -80,9 +80,9 @@ def test_checkpoints(
             row = evaluate(
                 policy, reward, prompts, config, split="test", step=step, adapters=key != BASE, measure=measure
             )
-            kept["results"][test_key(key)] = {**_numbers(asdict(row)), "adapter_sha256": digests[key]}
+            kept["results"][key_of(key)] = {**_numbers(asdict(row)), "adapter_sha256": digests[key]}
             _write(path, kept)
-    return {key: kept["results"][test_key(key)] for key in digests}, failures, _judge_report(folder)
+    return {key: kept["results"][key_of(key)] for key in digests}, failures, _judge_report(folder)
 
 
 def _write(path: Path, content: dict) -> None:
@@ -90,7 +90,7 @@ def _write(path: Path, content: dict) -> None:
         write_evaluations(path, content)
 
 
-def test_key(key: Checkpoint) -> str:
+def key_of(key: Checkpoint) -> str:
     """A checkpoint as a name in JSON."""
     return "/".join(str(part) for part in key)
 

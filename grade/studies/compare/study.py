@@ -40,7 +40,7 @@ from grade.studies.compare.comparison import (
     table,
     write_comparison,
 )
-from grade.studies.compare.final_test import test_checkpoints, test_key
+from grade.studies.compare.final_test import evaluate_checkpoints, key_of
 from grade.studies.compare.jobs import Job, check_jobs, locked, run_jobs
 from grade.studies.compare.text import TITLES, document, notes, rich_table
 from grade.training.log import beginning
@@ -143,7 +143,7 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         if not curves:
             raise GradeError(f"every run of the comparison failed: {failures}")
         chosen = _chosen(comparison, curves)
-        tests, untested, judge = test_checkpoints(config, comparison.folder, {**inputs, **judged}, chosen, console)
+        tests, untested, judge = evaluate_checkpoints(config, comparison.folder, {**inputs, **judged}, chosen, console)
         failures |= untested
         payload = _payload(comparison, rates, sweep, failures, judge, curves, tests)
         with writing(comparison.folder / "comparison.json", "output_dir", _TESTED):
@@ -316,7 +316,7 @@ def _payload(
         "learning_rates": rates, "sweep": sweep, "failures": failures, "judge": judge,
         "machine": machine(), "budgets": asdict(common_budgets(curves)),
         "tables": {budget: table(curves, tests, budget=budget) for budget in ("tokens", "seconds")},
-        "tests": {test_key(key): value for key, value in tests.items()},
+        "tests": {key_of(key): value for key, value in tests.items()},
         "curves": [asdict(curve) for curve in curves],
     }
 

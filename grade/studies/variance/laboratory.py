@@ -39,7 +39,7 @@ _REFERENCE = "rloo"
 _REFERENCE_DRAWS = 8  # draws that the reference takes together: short passes are cheap side by side
 
 
-class Estimate(NamedTuple):
+class Estimator(NamedTuple):
     """What is measured: a method and, for those that backpropagate the reward, how."""
 
     method: str
@@ -68,7 +68,7 @@ class Laboratory:
 
     def measure(
         self, names: list[str], stopping: Callable[[], bool], tick: Callable[[], None]
-    ) -> dict[Estimate, Draws]:
+    ) -> dict[Estimator, Draws]:
         """Every estimator of the named methods over the draws of the settings, or those until `stopping`."""
         settings, found = self.config.variance, {}
         others = {name: self._method(name) for name in names if name not in DIFFERENTIATING}
@@ -87,10 +87,10 @@ class Laboratory:
 
     def _all(
         self, names: list[str], others: dict[str, Method], number: int, counts: bool
-    ) -> Iterator[tuple[Estimate, list[Tensor], float]]:
+    ) -> Iterator[tuple[Estimator, list[Tensor], float]]:
         """What every estimator makes of a draw. Those that backpropagate the reward need one to warm up."""
         for name, method in others.items():
-            yield Estimate(name), *self._step(method, number, self.config.variance.seed)
+            yield Estimator(name), *self._step(method, number, self.config.variance.seed)
         if counts or number == 0:
             for name in names:
                 if name in DIFFERENTIATING:
@@ -165,7 +165,7 @@ class Laboratory:
         gradient = taken[0] if taken else self._take_gradient()  # GRPO makes no update of groups without differences
         return gradient, now(self.policy.device) - start
 
-    def _differentiate(self, name: str, number: int) -> Iterator[tuple[Estimate, list[Tensor], float]]:
+    def _differentiate(self, name: str, number: int) -> Iterator[tuple[Estimator, list[Tensor], float]]:
         """(what, gradient, seconds it would take alone) for every setting of `grade` or `grade-ste` on one draw."""
         settings = self.config.variance
         if name == "grade":  # another temperature is another response
@@ -176,7 +176,7 @@ class Laboratory:
 
     def _replayed(
         self, name: str, number: int, taus: list[float], estimators: list[str]
-    ) -> Iterator[tuple[Estimate, list[Tensor], float]]:
+    ) -> Iterator[tuple[Estimator, list[Tensor], float]]:
         """`_differentiate` for settings that share their responses."""
         method = self._method(name, tau=taus[0])
         start = now(self.policy.device)
@@ -193,7 +193,7 @@ class Laboratory:
                 )
                 prepared.backward(gradient, retain_graph=True)
                 taken = self._take_gradient()
-                yield Estimate(name, estimator, tau, hops), taken, shared + now(self.policy.device) - start
+                yield Estimator(name, estimator, tau, hops), taken, shared + now(self.policy.device) - start
 
     def _freeze_values(self, method: Method) -> None:
         """Leave PPO's value loss out of the gradient: it is no part of the objective, and the value head has learnt."""
