@@ -47,7 +47,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-benchmark", "hypothesis", "matplotlib", "ruff"],
+        "dev": ["pytest", "pytest-benchmark", "hypothesis", "matplotlib", "mypy", "ruff", "types-PyYAML"],
         "report": ["matplotlib"],
         "wandb": ["wandb"],
     },
