@@ -18,13 +18,11 @@ import argparse
 import contextlib
 import datetime
 import io
-import json
 import logging
 import sys
 import warnings
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -32,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.published import published_step
-from benchmarks.saved import SAVED, read_saved
+from benchmarks.saved import command, new_parser
 from benchmarks.small_models import EOS, architectures, small_model
 from grade.errors import GradeError, reason_of
 from grade.machine import machine, machine_line
@@ -160,7 +158,7 @@ def _take_gradient(policy: Policy) -> torch.Tensor:
     return torch.cat([part.flatten().double() for part in parts])
 
 
-def table(saved: dict) -> str:
+def document(saved: dict) -> str:
     """What was found, as Markdown."""
     rows = saved["rows"]
     counts = Counter(row["status"] for row in rows)
@@ -177,7 +175,7 @@ def table(saved: dict) -> str:
         if part:
             columns = [Column(title.lower()), Column("because")]
             parts.append(Table("", columns, [[_name(row, rows), _reason(row)] for row in part]).markdown())
-    return "\n\n".join([*parts, f"Measured on {saved['date']}. {machine_line(saved['machine'])}"])
+    return "\n\n".join([*parts, f"Measured on {saved['date']}. {machine_line(saved['machine'])}"]) + "\n"
 
 
 def _name(row: dict, rows: list[dict]) -> str:
@@ -191,8 +189,9 @@ def _reason(row: dict) -> str:
     return words if len(words) <= _LONGEST_REASON else words[:_LONGEST_REASON] + " …"
 
 
-def _measured(only: list[str]) -> dict:
-    found = [(kind, model) for kind, model in architectures() if not only or model.__name__.startswith(tuple(only))]
+def _measured(options: argparse.Namespace) -> dict:
+    only = tuple(name for name in options.only.split(",") if name)
+    found = [(kind, model) for kind, model in architectures() if not only or model.__name__.startswith(only)]
     rows = []
     transformers_logging.set_verbosity_error()
     logging.getLogger("transformers").setLevel(logging.CRITICAL)
@@ -205,18 +204,11 @@ def _measured(only: list[str]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--only", default="", help="beginnings of names, separated by commas; empty: all")
-    parser.add_argument("--save", type=Path, help="keep what was found")
-    parser.add_argument("--table", type=Path, help="print the table of what --save kept; nothing is measured")
-    options = parser.parse_args(arguments)
-    if options.table is not None:
-        saved = read_saved(options.table, SAVED, "date", "machine", "rows", of_rows=("architecture", "reason"))
-    else:
-        saved = _measured([name for name in options.only.split(",") if name])
-    if options.save is not None:
-        options.save.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-    print(table(saved))
+    command(
+        parser, arguments, _measured, document, "date", "machine", "rows", of_rows=("architecture", "reason")
+    )
 
 
 if __name__ == "__main__":

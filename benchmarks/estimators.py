@@ -21,18 +21,16 @@ it and `rao` have one expectation, so both show the bias that `rao` with 16 draw
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from benchmarks.estimator_problem import Problem, network_reward, symbol_policy
-from benchmarks.saved import SAVED, read_saved
+from benchmarks.saved import command, new_parser
 from grade.machine import machine, machine_line
 from grade.replay.replay import ReplaySettings
 from grade.tables import Column, Table
@@ -191,25 +189,20 @@ def document(saved: dict) -> str:
     return "\n\n".join([*parts, machine_line(saved["machine"])]) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=int, default=5, help="random policies and rewards per spread")
-    parser.add_argument("--save", type=Path, help="keep every problem's rows, with the machine's description")
-    parser.add_argument("--table", type=Path, help="print the tables of a saved file, measure nothing")
-    options = parser.parse_args(arguments)
-    if options.table is not None:
-        saved = read_saved(options.table, SAVED, "rows", "machine", of_rows=("spread", "hops", "batch"))
-        print(document(saved), end="")
-        return
-    saved = {"machine": machine(), "rows": []}
+def _measured(options: argparse.Namespace) -> dict:
+    rows: list[dict] = []
     for spread in SPREADS:
         for seed in range(options.problems):
             policy = symbol_policy(SYMBOLS, spread, seed)
             problem = Problem(policy, network_reward(policy, LENGTH, seed), LENGTH, KL_COEF)
-            saved["rows"] += [{"spread": spread, "problem": seed, **row} for row in measure(problem, seed)]
-    if options.save is not None:
-        options.save.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-    print(document(saved), end="")
+            rows += [{"spread": spread, "problem": seed, **row} for row in measure(problem, seed)]
+    return {"machine": machine(), "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("--problems", type=int, default=5, help="random policies and rewards per spread")
+    command(parser, arguments, _measured, document, "rows", "machine", of_rows=("spread", "hops", "batch"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ between them is the command's output. A second command after ` | ` takes part of
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -18,13 +17,15 @@ import shlex
 import sys
 from pathlib import Path
 
+from benchmarks.saved import new_parser
+
 PAGES = ("README.md", "benchmarks/results/README.md", "benchmarks/results/architectures.md")
 _BLOCK = re.compile(r"^(<!-- python -m (benchmarks\.\w+)([^\n|]*?)(?: \| rows (\d+)-(\d+))? -->\n)(.*?)^<!-- end -->$",
                     re.MULTILINE | re.DOTALL)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("pages", nargs="*", type=Path, default=[Path(page) for page in PAGES])
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)

@@ -12,13 +12,12 @@ of all seeds, with their 20th and 80th percentile, evaluation excluded.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.saved import SAVED, read_saved
+from benchmarks.saved import SAVED, new_parser, read_saved, write_saved
 from grade.jsonl import read_rows
 from grade.machine import machine, machine_line
 from grade.tables import Column, Table
@@ -87,7 +86,7 @@ def summary(runs: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories, or one file written by --save")
     parser.add_argument("--save", type=Path, help="keep what the table needs, with the machine's description")
     options = parser.parse_args(arguments)
@@ -96,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         saved = {"machine": machine(), "runs": [read_run(run) for run in options.runs]}
     if options.save is not None:
-        options.save.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+        write_saved(options.save, saved)
     print(table(saved["runs"]))
     print()
     print(summary(saved["runs"]))

@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import Machine, Times
-from benchmarks.saved import SAVED, read_saved
+from benchmarks.saved import SAVED, new_parser, read_saved, write_saved
 from benchmarks.training_floors import rates
 from benchmarks.training_setup import ALGORITHMS, SHAPES, Setting, measure
 from benchmarks.training_text import checked, document, write_csv
@@ -272,13 +272,13 @@ def _save(stem: Path, payload: dict) -> None:
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     table, lines, figure = (stem.with_name(stem.name + kind) for kind in (".json", ".csv", ".png"))
-    table.write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
+    write_saved(table, payload)
     write_csv(lines, payload)
     plot(figure, payload)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-15m")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 512, 1024, 2048], metavar="S")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
