@@ -23,6 +23,7 @@ import sys
 import warnings
 from collections import Counter
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -92,7 +93,7 @@ def measure(kind: type, model: type) -> dict:
         return row | {"status": "fails", "reason": f"{type(error).__name__}: {reason_of(error)}"}
 
 
-def _adapted(base):
+def _adapted(base: Any) -> Any:
     """With an adapter that is not zero, so that the policy is not the base."""
     linear = {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
     head = next((name for name, m in base.named_modules() if m is base.get_output_embeddings()), "")

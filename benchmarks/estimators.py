@@ -131,10 +131,10 @@ def measure(problem: Problem, seed: int) -> Iterator[dict]:
             one = estimate(settings("rao", hops, tau, samples=1), COPIES)
             yield figures("rao, 1 draw", tau, hops, rao, one.trace, one.trace_error)
             yield figures("rao, 16 draws", tau, hops, rao, rao.trace, rao.trace_error)
-        exactly = [("straight_through", None)] + [("reinmax", tau) for tau in TAUS]
-        for name, tau in exactly:
-            of = estimate(settings(name, hops, tau or 1.0))
-            yield figures(name, tau, hops, of, of.trace, of.trace_error)
+        exactly: list[tuple[str, float | None]] = [("straight_through", None), *(("reinmax", tau) for tau in TAUS)]
+        for name, at in exactly:
+            of = estimate(settings(name, hops, at or 1.0))
+            yield figures(name, at, hops, of, of.trace, of.trace_error)
     of = enumerated(reinforce(problem, probability), probability, exact)
     yield figures("score function", None, HOPS[-1], of, of.trace, of.trace_error)
 

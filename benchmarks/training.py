@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _check_options(options) -> None:
+def _check_options(options: argparse.Namespace) -> None:
     """Refuse numbers with which nothing can run."""
     whole = (
         ("--lengths", min(options.lengths), 2), ("--batch", options.batch, 1), ("--prompt", options.prompt, 1),
@@ -135,9 +135,11 @@ def check(setting: Setting, length: int, algorithms: list[str], folder: Path) ->
     return errors
 
 
-def _rows(setting: Setting, options, before: list[dict], folder: Path) -> list[dict]:
+def _rows(setting: Setting, options: argparse.Namespace, before: list[dict], folder: Path) -> list[dict]:
     """The algorithms at one length, taking turns; the gradient of each is compared with the published one."""
-    rows, found, names = [], {}, [name for name in ALGORITHMS if name in options.algorithms]
+    rows: list[dict] = []
+    found: dict[str, dict] = {}
+    names = [name for name in ALGORITHMS if name in options.algorithms]
     ahead, refused = {}, {}
     for name in names:
         ahead[name], refused[name] = _expected([row for row in before if row["algorithm"] == name], setting, options)
@@ -167,7 +169,9 @@ def _rows(setting: Setting, options, before: list[dict], folder: Path) -> list[d
     return rows
 
 
-def _expected(earlier: list[dict], setting: Setting, options) -> tuple[dict[str, float | None], str]:
+def _expected(
+    earlier: list[dict], setting: Setting, options: argparse.Namespace
+) -> tuple[dict[str, float | None], str]:
     """(What an algorithm's rows of the lengths before say of this one, why it is therefore not run or "")."""
     done = [row for row in earlier if row["status"] == "ok"]
     seconds, gib, tensors = (_ahead(done, key, setting.length) for key in ("seconds", "step_gib", "tensors_gib"))
@@ -245,7 +249,7 @@ def _run(
         return {"status": "out of memory"}
     if done.returncode:
         print(f"{algorithm} at S = {setting.length} failed:\n{done.stderr}", file=sys.stderr)
-        return {"status": f"failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}"}
+        return {"status": f"failed: {(done.stderr.strip().splitlines() or [str(done.returncode)])[-1]}"}
     return {"status": "ok", **torch.load(path)}
 
 

@@ -150,7 +150,7 @@ class Table:
         """A tabular for \\input: text to the left, in a paragraph where it is long; numbers to the right."""
         kinds = ["r" if right else "l" for right in self._right()]
         for i in range(len(self.columns)):
-            if any(isinstance(row[i], str) and len(row[i]) > 40 for row in self.rows):
+            if any(isinstance(cell := row[i], str) and len(cell) > 40 for row in self.rows):
                 kinds[i] = r"p{0.25\textwidth}"
         # Only a longtable goes on over pages. A row after \\ may not start with what that takes for an option.
         name = "longtable" if self._lines() > _PAGE else "tabular"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from grade.config.methods import COMPARED, METHODS
 from grade.report.data import Run
@@ -33,7 +34,7 @@ class Group:
     rank: int
     runs: list[Run]
 
-    def setting(self, name: str):
+    def setting(self, name: str) -> Any:
         """Of its first run; None where its config has no such setting."""
         return self.runs[0].config.get(name)
 

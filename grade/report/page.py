@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
@@ -140,5 +141,5 @@ def _linked(html: str) -> set[str]:
     return set(re.findall(r'href="((?:figures|tables)/[\w.-]+\.(?:png|pdf|csv|tex))"', html))
 
 
-def _links(folder: str, name: str, kinds) -> str:
+def _links(folder: str, name: str, kinds: Iterable[str]) -> str:
     return " ".join(f'<a href="{folder}/{name}.{kind}">{kind.upper()}</a>' for kind in kinds)

@@ -73,8 +73,8 @@ def _paired(before: dict | None, after: dict | None, run: Run, label: str) -> li
     olds, news = (row.get("samples") or [] if row else [] for row in (before, after))
     pairs = []
     for old, new in zip(olds, news):  # noqa: B905  a checkpoint may have kept fewer
-        rewards = number(old, "reward"), number(new, "reward")
-        if None not in rewards and old.get("prompt") == new.get("prompt"):
+        rewards = [reward for row in (old, new) if (reward := number(row, "reward")) is not None]
+        if len(rewards) == 2 and old.get("prompt") == new.get("prompt"):
             texts = (str(old.get("prompt")), str(old.get("response", "")), str(new.get("response", "")))
             pairs.append(Pair(label, run.seed, *texts, *rewards))
     return pairs

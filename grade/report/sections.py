@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from grade.machine import machine_line
 from grade.report.data import Run, Study
 from grade.report.groups import plain, settings_of
@@ -94,7 +96,7 @@ def _machine(study: Study) -> str:
     return machine_line(study.machine).removeprefix("Machine: ") if study.machine else "not recorded"
 
 
-def _distinct(values) -> str:
+def _distinct(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
@@ -106,8 +108,8 @@ def _task(run: Run) -> str:
 
 
 def _responses(run: Run) -> str:
-    sizes = run.config.get("train.batch_size"), run.config.get("train.accumulation_steps")
-    return "unknown" if None in sizes else str(sizes[0] * sizes[1])
+    size, count = run.config.get("train.batch_size"), run.config.get("train.accumulation_steps")
+    return "unknown" if size is None or count is None else str(size * count)
 
 
 def _progress(run: Run) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from statistics import fmean
 
 from grade.report.data import Run
 from grade.report.figures_bars import BASE_COLOUR, bars, dots
@@ -44,7 +45,7 @@ def final(view: View) -> Section:
         "test": [over_seeds(group, lambda run: number(run.test, "reward")) for group in view.groups],
     }
     known = {
-        split: [Estimate(base[split], None, 1) if base[split] is not None else None, *found]
+        split: [None if (value := base[split]) is None else Estimate(value, None, 1), *found]
         for split, found in series.items() if any(found) or base[split] is not None
     }
     if not known:
@@ -129,7 +130,7 @@ def significance(view: View) -> Section:
             f"Reward on {found.split} prompts. Dot: a seed; bar and mark: 95% bootstrap interval over seeds and the "
             f"mean; {view.held_out_seeds}. With few seeds such intervals are too short.",
             f"Mean {found.split} reward: " + ", ".join(
-                f"{label} {estimate(found.values[label]).mean:.3f}" for label in labels
+                f"{label} {fmean(found.values[label]):.3f}" for label in labels
             ) + ".",
         ))
         section.add(Table(
@@ -168,7 +169,7 @@ def _warnings(view: View, section: Section) -> None:
 
 def _pairs(view: View, section: Section, labels: list[str]) -> None:
     values = view.held_out.values
-    tests = {pair: test for pair in combinations(labels, 2) if (test := welch(*(values[label] for label in pair)))}
+    tests = {pair: test for pair in combinations(labels, 2) if (test := welch(values[pair[0]], values[pair[1]]))}
     if not tests:
         if len(labels) > 1:
             section.note("No two methods have two seeds or more with a spread: no test is possible.")
@@ -182,7 +183,7 @@ def _pairs(view: View, section: Section, labels: list[str]) -> None:
          Column("verdict")],
         [
             [*pair, test.difference, test.t, test.dof, test.p, adjusted[pair], test.interval,
-             bootstrap_difference(*(values[label] for label in pair), level=level),
+             bootstrap_difference(values[pair[0]], values[pair[1]], level),
              "different" if adjusted[pair] < ALPHA else "not told apart"]
             for pair, test in tests.items()
         ],
@@ -193,13 +194,13 @@ def _pairs(view: View, section: Section, labels: list[str]) -> None:
     section.text(_leader(labels, values, adjusted))
 
 
-def _leader(labels: list[str], values, adjusted) -> str:
+def _leader(labels: list[str], values: dict[str, list[float]], adjusted: dict[tuple[str, str], float]) -> str:
     """What may be said of the highest mean."""
-    best = max(labels, key=lambda label: estimate(values[label]).mean)
+    best = max(labels, key=lambda label: fmean(values[label]))
     others = [label for label in labels if label != best]
     apart = [o for o in others if adjusted.get((best, o), adjusted.get((o, best), 1.0)) < ALPHA]
     together = [label for label in others if label not in apart]
-    text = f"Highest mean: {best}, {rounded(estimate(values[best]).mean, 3)}."
+    text = f"Highest mean: {best}, {rounded(fmean(values[best]), 3)}."
     if apart:
         text += f" Different from {', '.join(apart)} at {ALPHA:.0%} after correction."
     if together:

@@ -50,7 +50,9 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Welch | None:
     found = scipy.stats.ttest_ind(first, second, equal_var=False)
     low, high = found.confidence_interval(LEVEL)
     difference = statistics.fmean(first) - statistics.fmean(second)
-    return Welch(difference, *map(float, (found.statistic, found.df, found.pvalue)), (float(low), float(high)))
+    return Welch(
+        difference, float(found.statistic), float(found.df), float(found.pvalue), (float(low), float(high))
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

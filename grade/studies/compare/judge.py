@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -74,7 +75,7 @@ class Judge(torch.nn.Module):
 
 
 def train_judge(
-    tokenizer, train: Sequence[Example], held_out: Sequence[Example], *, lengths: Sequence[int], seed: int = 0
+    tokenizer: Any, train: Sequence[Example], held_out: Sequence[Example], *, lengths: Sequence[int], seed: int = 0
 ) -> tuple[Judge, dict[str, object]]:
     """Train on texts cut to several lengths, so that short texts are judged as well as can be.
 
@@ -108,7 +109,7 @@ def train_judge(
     return judge, {"accuracy": accuracy, "trained_on": len(train), "held_out": len(held_out)}
 
 
-def _encode(tokenizer, examples: Sequence[Example]) -> tuple[list[list[int]], Tensor]:
+def _encode(tokenizer: Any, examples: Sequence[Example]) -> tuple[list[list[int]], Tensor]:
     """Token ids of whole texts and labels float32 [N]."""
     rows = encode(tokenizer, [e.text for e in examples], None, special_tokens=False)
     return rows, torch.tensor([float(e.label) for e in examples])

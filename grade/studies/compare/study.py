@@ -282,7 +282,8 @@ def _sweep(
 
 def _best(objectives: Mapping[float, float | None]) -> float | None:
     """The factor with the highest objective, the lowest of equals; None if all failed."""
-    return max((f for f in sorted(objectives) if objectives[f] is not None), key=objectives.get, default=None)
+    known = {factor: found for factor, found in sorted(objectives.items()) if found is not None}
+    return max(known, key=known.__getitem__, default=None)
 
 
 def _beyond(objectives: Mapping[float, float | None]) -> float | None:
@@ -297,12 +298,11 @@ def _beyond(objectives: Mapping[float, float | None]) -> float | None:
 def _chosen(comparison: Comparison, curves: Sequence[RunCurve]) -> dict[Checkpoint, Path]:
     """The adapters that the tables need: the best of each run within either budget."""
     budgets = common_budgets(curves)
-    chosen = {}
+    chosen: dict[Checkpoint, Path] = {}
     for curve in curves:
-        for budget in ({"tokens": budgets.tokens}, {"seconds": budgets.seconds}):
-            best = best_within(curve, **budget)
-            if best is not None and best.step > 0:
-                run_dir = comparison.folder / f"{curve.method}-seed{curve.seed}"
+        run_dir = comparison.folder / f"{curve.method}-seed{curve.seed}"
+        for best in (best_within(curve, tokens=budgets.tokens), best_within(curve, seconds=budgets.seconds)):
+            if best.step > 0:
                 chosen[curve.method, curve.seed, best.step] = adapter_folder(run_dir, best.step)
     return chosen
 

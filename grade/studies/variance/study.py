@@ -23,7 +23,7 @@ from grade.machine import machine
 from grade.model.checkpoint import adapter_digest, load_adapter
 from grade.model.fingerprint import check_made_from, inputs_of, model_inputs
 from grade.processes import make_accelerator
-from grade.studies.variance.laboratory import Estimator, Laboratory
+from grade.studies.variance.laboratory import Estimator, Laboratory, config_of
 from grade.studies.variance.statistics import Draws, agreement, norm_error
 from grade.studies.variance.text import document, rich_table
 from grade.training.evaluation import write_evaluations
@@ -69,7 +69,7 @@ def run_variance(config: Config, checkpoint: Path | None = None) -> dict:
             "responses of one length. Use a task whose reward reads any text."
         )
     for name in names:  # each as it will be run
-        validate(Laboratory(largest, None, None, [], max(lengths), max(top_ks)).of(name))
+        validate(config_of(config, name, max(lengths), max(top_ks)))
     check_writable("output_dir", folder)
     path = folder / "variance.json"
     identity = {"config": asdict(_relevant(config)), "adapter_sha256": weights, "machine": machine()}
