@@ -6,6 +6,7 @@ import io
 import json
 
 import pytest
+from comparisons import write_log
 from rich.console import Console
 
 from grade.errors import GradeError
@@ -23,30 +24,9 @@ from grade.studies.compare.text import markdown, notes, rich_table
 BASE = 0.5
 
 
-def write_run(
-    folder, rewards, *, tokens=100, seconds=2.0, every=1, planned=None, cut="", solve_rates=None, kls=None, kl_coef=0.0,
-    kl_reduction="token_mean", idle=(),
-):
-    """A run directory: `rewards[i]` is the validation after `i * every` steps, `kls[i]` its KL per token of responses
-    of 10 tokens; every step costs the same. The steps in `idle` make no update."""
-    folder.mkdir()
-    steps = (len(rewards) - 1) * every
-    lines = []
-    for step in range(steps + 1):
-        if step % every == 0:
-            kl = kls[step // every] if kls else 0.01 * step
-            validation = {"reward": rewards[step // every], "kl": kl, "kl_sequence": 10 * kl, "entropy": 3.0}
-            if solve_rates:
-                validation["solve_rate"] = solve_rates[step // every]
-            lines.append({"step": step, **{f"validation/{k}": v for k, v in validation.items()}})
-        if step < steps:
-            lines.append({
-                "step": step, "reward": 0.1 * step, "kl": 0.02, "entropy": 2.5,
-                "grad_norm": 0.0 if step in idle else float(step + 1), "updates": int(step not in idle),
-                "tokens": tokens, "seconds/rollout": seconds / 4, "seconds/update": 3 * seconds / 4,
-                "memory/peak_gib": 1.0 + step,
-            })
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + cut)
+def write_run(folder, rewards, *, planned=None, kl_coef=0.0, kl_reduction="token_mean", **costs):
+    """A run's folder: its log and what a comparison reads of its settings."""
+    steps = write_log(folder, rewards, **costs)
     (folder / "config.yaml").write_text(
         f"method:\n  kl_coef: {kl_coef}\n  kl_reduction: {kl_reduction}\n"
         f"train:\n  steps: {steps if planned is None else planned}\n"

@@ -9,10 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from comparisons import METHODS, finish
 from report_runs import write_run
 from rich.console import Console
-from test_compare_errors import METHODS, config, finish, no_models  # noqa: F401
-from test_variance import lab_config  # noqa: F401
 
 import grade.studies.compare.study
 import grade.studies.variance.study
@@ -52,33 +51,33 @@ def full(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["comparison.json", "comparison.md"])
-def test_a_comparison(config, full, monkeypatch, name):  # noqa: F811
-    finish(config, "reinforce"), finish(config, "ppo")
+def test_a_comparison(few, full, monkeypatch, name):
+    finish(few, "reinforce"), finish(few, "ppo")
     full(name)
     if name == "comparison.json":
         monkeypatch.setattr(grade.studies.compare.study, "write_comparison", no_space)
     words = f"^output_dir: .*{name} {NO_SPACE}Make room on its disk: runs and tests are kept, and the same command"
     with pytest.raises(GradeError, match=words):
-        run_comparison(config, METHODS, [0])
+        run_comparison(few, METHODS, [0])
 
 
-def test_test_results(config, no_models, tmp_path, monkeypatch):  # noqa: F811
+def test_test_results(few, no_models, tmp_path, monkeypatch):
     monkeypatch.setattr(final_test, "write_evaluations", no_space)
     with pytest.raises(GradeError, match=f"^output_dir: .*tests.json {NO_SPACE}.* the same command goes on"):
-        final_test.evaluate_checkpoints(config, tmp_path, {}, {}, Console(quiet=True))
+        final_test.evaluate_checkpoints(few, tmp_path, {}, {}, Console(quiet=True))
 
 
 TASK = SimpleNamespace(judge=[SimpleNamespace(label=i, text="a b") for i in (0, 1)], test=[])
 
 
-def test_the_judges_report(config, tmp_path, monkeypatch):  # noqa: F811
+def test_the_judges_report(few, tmp_path, monkeypatch):
     monkeypatch.setattr(final_test, "train_judge", lambda *_, **__: (Judge(), {"accuracy": {}}))
     monkeypatch.setattr(final_test, "write_evaluations", no_space)
     with pytest.raises(GradeError, match=f"^output_dir: .*judge.json {NO_SPACE}.* the same command goes on"):
-        final_test.load_judge(tmp_path, config, dict.fromkeys(["tokenizer", "judge", "data"], "x"), None, TASK)
+        final_test.load_judge(tmp_path, few, dict.fromkeys(["tokenizer", "judge", "data"], "x"), None, TASK)
 
 
-def test_the_judges_weights(config, tmp_path, monkeypatch):  # noqa: F811
+def test_the_judges_weights(few, tmp_path, monkeypatch):
     def save(judge, path):
         from safetensors import SafetensorError
 
@@ -87,12 +86,12 @@ def test_the_judges_weights(config, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(final_test, "train_judge", lambda *_, **__: (Judge(), {"accuracy": {}}))
     monkeypatch.setattr(Judge, "save", save)
     with pytest.raises(GradeError, match="^output_dir: .*judge.safetensors could not be written .*No space left"):
-        final_test.load_judge(tmp_path, config, dict.fromkeys(["tokenizer", "judge", "data"], "x"), None, TASK)
+        final_test.load_judge(tmp_path, few, dict.fromkeys(["tokenizer", "judge", "data"], "x"), None, TASK)
     assert not (tmp_path / "judge.json").exists()  # nothing says that those weights are whole
 
 
 @pytest.mark.parametrize("name", ["variance.json", "variance.md"])
-def test_measurements(lab_config, full, monkeypatch, name):  # noqa: F811
+def test_measurements(lab_config, full, monkeypatch, name):
     monkeypatch.setattr(grade.studies.variance.study, "_measured", lambda *_: [])
     full(name)
     if name == "variance.json":

@@ -129,8 +129,8 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
     comparison.folder.mkdir(parents=True, exist_ok=True)
     with locked(comparison.folder) as lock:
         console.print("Preparing data and reward", highlight=False)
-        inputs, judged = _prepare(config)
-        rates, sweep, failures = _sweep(comparison, inputs, console, lock)
+        inputs, judged = prepare(config)
+        rates, sweep, failures = swept_rates(comparison, inputs, console, lock)
         jobs = {(m, s): comparison.run_job(m, s, rates[m]) for s in seeds for m in methods if m in rates}
         check_jobs(list(jobs.values()), inputs)
         failures |= run_jobs(list(jobs.values()), config.compare.jobs, console, lock=lock)
@@ -220,7 +220,7 @@ def _curve(job: Job, method: str, seed: int) -> RunCurve:
     return curve
 
 
-def _prepare(config: Config) -> tuple[dict[str, str], dict[str, str]]:
+def prepare(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     """Find mistakes in data and prompts, and train the reward head, before several runs would each do so; in this
     process, and given back. The fingerprints of what the runs read, and of what only their test reads."""
     accelerator = make_accelerator(config)
@@ -234,7 +234,7 @@ def _prepare(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     return inputs, {"judge": judge_digest(task)}
 
 
-def _sweep(
+def swept_rates(
     comparison: Comparison, inputs: Mapping[str, str], console: Console, lock: int
 ) -> tuple[dict[str, float], list[dict], dict[str, str]]:
     """(learning rate by method, what was tried, failures). A rate that fails is not chosen.
