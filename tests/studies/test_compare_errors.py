@@ -12,7 +12,6 @@ from rich.console import Console
 from tiny_run import changed
 
 from benchmarks import comparison as benchmark
-from grade import cli
 from grade.errors import GradeError, read_json
 from grade.model.loading import load_prompts
 from grade.rewards.head_training import head_report
@@ -25,34 +24,6 @@ from grade.training import setup
 def cut(path):
     """Half of a file, as a full disk leaves it."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-# --- the command line --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options, expected",
-    [
-        (["--seeds", "0,00,1"], "--seeds names 0 twice: leave one of them out."),
-        (["--seeds", ","], "--seeds is ',': write whole numbers"),
-        (["--methods", "ppo,grpo,ppo"], "--methods names ppo twice: leave one of them out."),
-        (["--methods", ","], "--methods is empty: name some of grade-ste"),
-        (["--methods", ""], "--methods is empty: name some of grade-ste"),
-        (["--compare.learning_rate_factors", "abc"], "it must be a list of numbers, written [1, 2]."),
-        (["--variance.hops", "[a]"], "it must be a list of whole numbers, written [1, 2]."),
-        (["--variance.estimators", "[rao, none]"], "it must be a list of gumbel or rao or straight_through or reinmax"),
-        (["--model.lora.target_modules", "q_proj"], "it must be a list of texts, written [a, b]."),
-    ],
-)
-def test_options(capsys, options, expected):
-    assert cli.main(["compare", "demo", *options]) == 2
-    assert expected in capsys.readouterr().err
-
-
-def test_help_names_what_a_comparison_sets_itself(capsys):
-    assert cli.main(["compare", "--help"]) == 0
-    description = " ".join(capsys.readouterr().out.partition("options:")[0].split())
-    assert all(name in description for name in ("sets seed", "train.resume", "train.overwrite", "train.run_dir"))
 
 
 # --- before any work ---------------------------------------------------------------------------------------
