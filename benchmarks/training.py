@@ -50,7 +50,7 @@ _COUNTED = 0.25  # share of the time limit that a step may take to be run once m
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
+    options = new_options().parse_args(arguments)
     if options.child:
         _child(options.child)
         return
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         payload["check"] = check(setting, min(_CHECKED, lengths[0]), options.algorithms, Path(folder))
         print(checked(payload["check"]), flush=True)
         for length in lengths:
-            rows = _rows(replace(setting, length=length), options, payload["rows"], Path(folder))
+            rows = rows_of(replace(setting, length=length), options, payload["rows"], Path(folder))
             for row in rows:
                 payload["rows"].append(row)
                 print(json.dumps(row), flush=True)
@@ -123,7 +123,7 @@ def check(setting: Setting, length: int, algorithms: list[str], folder: Path) ->
         return {}
     exact = replace(setting, length=length, hop_tol=0.0, max_hops=length - 1, dtype="float32")
     names = dict.fromkeys(["replay", *algorithms])
-    found = {name: _run(exact, name, folder, repeats=1, seconds=0.0, limit=600.0) for name in names}
+    found = {name: run_apart(exact, name, folder, repeats=1, seconds=0.0, limit=600.0) for name in names}
     failed = [name for name, result in found.items() if result["status"] != "ok"]
     if failed:
         sys.exit(f"{', '.join(failed)} could not run at S = {length}: {found[failed[0]]['status']}")
@@ -135,7 +135,7 @@ def check(setting: Setting, length: int, algorithms: list[str], folder: Path) ->
     return errors
 
 
-def _rows(setting: Setting, options: argparse.Namespace, before: list[dict], folder: Path) -> list[dict]:
+def rows_of(setting: Setting, options: argparse.Namespace, before: list[dict], folder: Path) -> list[dict]:
     """The algorithms at one length, taking turns; the gradient of each is compared with the published one."""
     rows: list[dict] = []
     found: dict[str, dict] = {}
@@ -146,7 +146,7 @@ def _rows(setting: Setting, options: argparse.Namespace, before: list[dict], fol
     active = [name for name in names if not refused[name]]
     for turn in range(options.rounds):
         for name in active:
-            result = _run(
+            result = run_apart(
                 setting, name, folder, repeats=options.repeats, seconds=options.seconds, limit=1.5 * options.time_limit,
                 counted=0.0 if turn else _COUNTED * options.time_limit,
             )
@@ -174,7 +174,7 @@ def _expected(
 ) -> tuple[dict[str, float | None], str]:
     """(What an algorithm's rows of the lengths before say of this one, why it is therefore not run or "")."""
     done = [row for row in earlier if row["status"] == "ok"]
-    seconds, gib, tensors = (_ahead(done, key, setting.length) for key in ("seconds", "step_gib", "tensors_gib"))
+    seconds, gib, tensors = (ahead_of(done, key, setting.length) for key in ("seconds", "step_gib", "tensors_gib"))
     peak = None if gib is None else gib + done[-1]["peak_gib"] - done[-1]["step_gib"]
     ahead = {"extrapolated_seconds": seconds, "extrapolated_peak_gib": peak, "extrapolated_tensors_gib": tensors}
     free = Machine(setting.device).free_bytes()
@@ -211,7 +211,7 @@ def _summary(result: dict, setting: Setting) -> dict:
     }
 
 
-def _ahead(rows: list[dict], key: str, length: int) -> float | None:
+def ahead_of(rows: list[dict], key: str, length: int) -> float | None:
     """What the power law through the last two lengths says of this one; None of fewer."""
     rows = [row for row in rows if row[key] is not None]
     if len(rows) < 2:
@@ -230,7 +230,7 @@ def _difference(result: dict, reference: dict) -> float:
 # -- processes -----------------------------------------------------------------------------------------------
 
 
-def _run(
+def run_apart(
     setting: Setting, algorithm: str, folder: Path, *, repeats: int, seconds: float, limit: float, counted: float = 0.0
 ) -> dict:
     """`training_setup.measure` in a process of its own, and "status"."""
@@ -281,7 +281,7 @@ def _save(stem: Path, payload: dict) -> None:
     plot(figure, payload)
 
 
-def _parser() -> argparse.ArgumentParser:
+def new_options() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-15m")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 512, 1024, 2048], metavar="S")

@@ -57,9 +57,8 @@ def summary(view: View) -> Section:
     unfinished = view.unfinished()
     if unfinished:
         section.warn("Not finished, so shown as far as they have come: " + ", ".join(map(_progress, unfinished)) + ".")
-    single = [group.label for group in view.groups if len(group.runs) == 1]
-    if single:
-        section.warn(f"One seed only: {', '.join(single)}. What differs may be chance.")
+    if view.alone:
+        section.warn(f"One seed only: {view.alone}. What differs may be chance.")
     section.add(Table(
         "runs",
         [Column("run"), Column("method"), Column("seed"), Column("steps"), Column("validations", 0),
@@ -74,7 +73,7 @@ def summary(view: View) -> Section:
 
 
 def _facts(view: View) -> list[list[Cell]]:
-    study, runs = view.study, [run for group in view.groups for run in group.runs]
+    study, runs = view.study, view.runs
     seeds = sorted({run.seed for run in runs})
     facts: list[list[Cell]] = [
         ["kind", {"run": "one run", "comparison": "a comparison", "runs": "a folder of runs"}[study.kind]],

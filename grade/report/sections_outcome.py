@@ -38,8 +38,7 @@ ALPHA = 1 - LEVEL
 
 def final(view: View) -> Section:
     section = Section("final", "Final comparison")
-    runs = [run for group in view.groups for run in group.runs]
-    base = {split: base_reward(runs, split) for split in ("validation", "test")}
+    base = {split: base_reward(view.runs, split) for split in ("validation", "test")}
     series = {
         "validation": [over_seeds(group, lambda run: number(run.best_validation, "reward")) for group in view.groups],
         "test": [over_seeds(group, lambda run: number(run.test, "reward")) for group in view.groups],
@@ -89,9 +88,8 @@ def _gap(run: Run) -> float | None:
 
 def _measures(view: View, split: str) -> Table:
     """All measures of a split: the base model, then the methods."""
-    runs = [run for group in view.groups for run in group.runs]
-    base = next((row for run in runs if (row := base_row(run, split))), None)
-    rows = [row for row in (base, *(_row(run, split) for run in runs)) if row]
+    base = next((row for run in view.runs if (row := base_row(run, split))), None)
+    rows = [row for row in (base, *(_row(run, split) for run in view.runs)) if row]
     present = {key: None for row in rows for key in row if key not in _NOT_SHOWN and number(row, key) is not None}
     names = [*(key for key in _MEASURES if key in present), *(key for key in present if key not in _MEASURES)]
     prompts = sorted({str(row["prompts"]) for row in rows if "prompts" in row})
@@ -151,10 +149,9 @@ def significance(view: View) -> Section:
 
 
 def _warnings(view: View, section: Section) -> None:
-    single = [group.label for group in view.groups if len(group.runs) == 1]
-    if single:
+    if view.alone:
         section.warn(
-            f"One seed is all there is of {', '.join(single)}: how much a result changes from seed to seed is not "
+            f"One seed is all there is of {view.alone}: how much a result changes from seed to seed is not "
             "known, and no difference can be tested. Run three seeds or more."
         )
     found = view.held_out

@@ -69,11 +69,6 @@ def test_sections_and_figures_of_a_comparison(comparison):
     assert report.said("summary", "warning") == ""
 
 
-def test_smoothing_is_stated(tmp_path):
-    report = Report(write_run(tmp_path / "run", validations=(0.5, 0.6), every=100))
-    assert "centred mean over 5 steps" in report.caption("learning", "learning_reward")
-
-
 def test_numbers_of_a_comparison_by_hand(comparison):
     report = Report(comparison)
     base, ppo, reinforce, grpo = report.table("final", "final_test")
@@ -123,29 +118,33 @@ def test_stability_by_hand(tmp_path):
     assert row["variance of reward"].mean == pytest.approx((50 * 0.05**2 / 49 + 2 * 0.05**2) / 2)
 
 
-def test_one_seed_is_warned_of(tmp_path):
-    report = Report(write_run(tmp_path / "run"))
-    assert "One seed only: grpo" in report.said("summary", "warning")
-    assert "One seed is all there is of grpo" in report.said("statistics", "warning")
-    assert "no spread to show" in report.caption("learning", "learning_reward")
-    assert not [part for part in report.sections["statistics"].parts if getattr(part, "title", "") == "welch"]
+@pytest.mark.parametrize("settings, said", [
+    ({}, [("summary", "warning", "One seed only: grpo"), ("statistics", "warning", "One seed is all there is")]),
+    (
+        {"test": None, "planned": 10},
+        [("summary", "warning", "run (4 of 10 steps)"), ("final", "note", "No test yet"),
+         ("statistics", "warning", "No test yet"), ("efficiency", "note", "may yet reach more: run")],
+    ),
+    (
+        {"validations": (0.5,), "planned": 10},
+        [("learning", "note", "no reward in metrics.jsonl"), ("validation", "note", "has only that of the base model"),
+         ("statistics", "note", "No held-out reward yet"), ("samples", "note", "No samples")],
+    ),
+])
+def test_what_is_said_of_one_run(tmp_path, settings, said):
+    """Finished, going on, and with the base model's evaluation alone."""
+    report = Report(write_run(tmp_path / "run", **settings))
+    for anchor, kind, text in said:
+        assert text in report.said(anchor, kind)
+    names = {getattr(part, "title", "") for section in report.sections.values() for part in section.parts}
+    assert "welch" not in names and ("final_test" in names) == (not settings)
+    assert report.figures("final") == ["final_reward"]
 
 
-def test_a_run_going_on(tmp_path):
-    report = Report(write_run(tmp_path / "run", test=None, planned=10))
-    assert "run (4 of 10 steps)" in report.said("summary", "warning")
-    assert "No test yet" in report.said("final", "note") and "No test yet" in report.said("statistics", "warning")
-    assert [part.title for part in report.sections["final"].parts if isinstance(part, Table)] == ["final_validation"]
-    assert "may yet reach more: run" in report.said("efficiency", "note")
-
-
-def test_a_run_with_one_evaluation(tmp_path):
-    report = Report(write_run(tmp_path / "run", validations=(0.5,), planned=10))
-    assert "no reward in metrics.jsonl" in report.said("learning", "note")
-    assert "has only that of the base model" in report.said("validation", "note")
-    assert report.figures("final") == ["final_reward"]  # the base model
-    assert "No held-out reward yet" in report.said("statistics", "note")
-    assert report.said("samples", "note").startswith("No samples")
+def test_what_lines_are(tmp_path):
+    report = Report(write_run(tmp_path / "run", validations=(0.5, 0.6), every=100))
+    caption = report.caption("learning", "learning_reward")
+    assert "centred mean over 5 steps" in caption and "no spread to show" in caption
 
 
 def test_a_run_with_nothing_yet(tmp_path):
@@ -213,19 +212,13 @@ def test_measurements_beside_a_run_and_by_themselves(tmp_path):
     (measured / "variance.json").write_text(json.dumps(VARIANCE))
     assert "estimator_cosine_8_64" in Report(folder).figures("gradients")
     assert "not recorded" in str(Report(folder).table("summary", "summary")[-1])  # the laboratory's machine is not ours
+    other = {**VARIANCE, "config": {**VARIANCE["config"], "model": {"name": "another_model"}}}
     alone = Report(measured)
     assert alone.figures("variance") == ["estimator_relative_variance_8_64", "estimator_cosine_8_64"]
     assert [row["what"] for row in alone.table("variance", "summary")] == ["model", "task", "parameters", "machine"]
-
-
-def test_measurements_of_another_model_are_left_out(tmp_path):
-    folder, measured = write_run(tmp_path / "run", settings={"name": "synthetic"}), tmp_path / "variance-synthetic"
-    measured.mkdir()
-    other = {**VARIANCE, "config": {**VARIANCE["config"], "model": {"name": "another_model"}}}
     (measured / "variance.json").write_text(json.dumps(other))
-    report = Report(folder)
-    assert report.figures("gradients") == ["gradient_norm"]
-    assert "are of another model or task" in report.said("summary")
+    assert Report(folder).figures("gradients") == ["gradient_norm"]
+    assert "are of another model or task" in Report(folder).said("summary")
 
 
 def test_samples_gains_and_losses(tmp_path):

@@ -86,14 +86,14 @@ def test_a_comparison_from_runs_to_tables(comparable, in_process):
     del in_process[:]
     again = run_comparison(comparable, ["reinforce", "grpo"], [0])
     assert in_process == [] and again == payload
-    changed = next(key for key in payload["tests"] if key.startswith("grpo"))
-    _scale_adapter(adapter_folder(folder / "grpo-seed0", int(changed.split("/")[2])), 3.0)
+    scaled = next(key for key in payload["tests"] if key.startswith("grpo"))
+    _scale_adapter(adapter_folder(folder / "grpo-seed0", int(scaled.split("/")[2])), 3.0)
     more = run_comparison(comparable, ["reinforce", "grpo"], [0, 1])
     assert in_process == ["reinforce-seed1", "grpo-seed1"]
     assert more["tables"]["tokens"][1]["test/reward"]["n"] == 2
     # The test of an adapter that is another one by now is not the old one's; the others are not made again.
     kept = {key: test for key, test in payload["tests"].items() if more["tests"].get(key) == test}
-    assert "base/None/0" in kept and changed not in kept and more["tests"][changed]["kl"] > 0
+    assert "base/None/0" in kept and scaled not in kept and more["tests"][scaled]["kl"] > 0
     with pytest.raises(GradeError, match="method.kl_coef"):
         run_comparison(changed(comparable, method={"kl_coef": 0.5}), ["reinforce", "grpo"], [0])
 

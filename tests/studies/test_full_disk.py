@@ -12,6 +12,7 @@ import pytest
 from comparisons import METHODS, finish
 from report_runs import write_run
 from rich.console import Console
+from safetensors import SafetensorError
 
 import grade.studies.compare.study
 import grade.studies.variance.study
@@ -21,8 +22,6 @@ from grade.studies.compare.judge import Judge
 from grade.studies.compare.study import run_comparison
 
 FULL = Path("/dev/full")
-
-
 NO_SPACE = r"could not be written \(No space left on device\)\. "
 
 
@@ -35,17 +34,14 @@ def full(monkeypatch):
     """Makes writing a text or bytes to files of that name fail as on a full disk."""
 
     def fill(name: str) -> None:
-        for method in ("write_text", "write_bytes"):
-            monkeypatch.setattr(Path, method, failing(getattr(Path, method), name))
+        for original in (Path.write_text, Path.write_bytes):
+            def write(path, *args, original=original, **kwargs):
+                if path.name == name:
+                    path.touch()
+                    no_space()
+                return original(path, *args, **kwargs)
 
-    def failing(original, name):
-        def write(path, *args, **kwargs):
-            if path.name == name:
-                path.touch()
-                no_space()
-            return original(path, *args, **kwargs)
-
-        return write
+            monkeypatch.setattr(Path, original.__name__, write)
 
     return fill
 
@@ -67,26 +63,19 @@ def test_test_results(few, no_models, tmp_path, monkeypatch):
         final_test.evaluate_checkpoints(few, tmp_path, {}, {}, Console(quiet=True))
 
 
-TASK = SimpleNamespace(judge=[SimpleNamespace(label=i, text="a b") for i in (0, 1)], test=[])
-
-
-def test_the_judges_report(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(final_test, "train_judge", lambda *_, **__: (Judge(), {"accuracy": {}}))
-    monkeypatch.setattr(final_test, "write_evaluations", no_space)
-    with pytest.raises(GradeError, match=f"^output_dir: .*judge.json {NO_SPACE}.* the same command goes on"):
-        final_test.load_judge(tmp_path, few, dict.fromkeys(["tokenizer", "judge", "data"], "x"), None, TASK)
-
-
-def test_the_judges_weights(few, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["judge.json", "judge.safetensors"])
+def test_the_judge(few, tmp_path, monkeypatch, name):
     def save(judge, path):
-        from safetensors import SafetensorError
-
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
+    task = SimpleNamespace(judge=[SimpleNamespace(label=i, text="a b") for i in (0, 1)], test=[])
     monkeypatch.setattr(final_test, "train_judge", lambda *_, **__: (Judge(), {"accuracy": {}}))
-    monkeypatch.setattr(Judge, "save", save)
-    with pytest.raises(GradeError, match="^output_dir: .*judge.safetensors could not be written .*No space left"):
-        final_test.load_judge(tmp_path, few, dict.fromkeys(["tokenizer", "judge", "data"], "x"), None, TASK)
+    if name == "judge.json":
+        monkeypatch.setattr(final_test, "write_evaluations", no_space)
+    else:
+        monkeypatch.setattr(Judge, "save", save)
+    with pytest.raises(GradeError, match=f"^output_dir: .*{name} could not be written .*No space left.* goes on"):
+        final_test.load_judge(tmp_path, few, dict.fromkeys(["tokenizer", "judge", "data"], "x"), None, task)
     assert not (tmp_path / "judge.json").exists()  # nothing says that those weights are whole
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,9 +50,10 @@ def no_models(monkeypatch):
 
 
 @pytest.fixture
-def lab_config(tiny_config):
+def lab_config(tiny_config, shared_output, tmp_path):
     """Measurements of a tiny policy, of every method."""
-    return replace(tiny_config, variance=VarianceConfig(
+    head = {"path": str(shared_output / "laboratory")}
+    return changed(tiny_config, output_dir=str(tmp_path / "out"), reward=head, variance=VarianceConfig(
         methods=["grade-ste", "grade", "reinforce", "rloo", "grpo", "ppo"],
         estimators=["gumbel", "rao", "straight_through"],
         taus=[2.0, 0.5], hops=[0, 3], lengths=[4], draws=10, responses=4, samples_per_prompt=2, warmup_draws=2,
