@@ -279,23 +279,16 @@ def test_the_page_and_its_files(tmp_path, monkeypatch):
     assert len(html) < 1_000_000
 
 
-def test_output_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(GradeError, match="could not be written.*Name another folder with --output"):
-        write_page("title", [Section("summary", "Summary")], tmp_path / "file")
-
-
-def test_what_an_earlier_page_had_more_is_deleted_and_nothing_else(tmp_path):
+def test_a_page_deletes_what_an_earlier_one_had_more_and_escapes_what_it_says(tmp_path):
     table = Table("numbers", [Column("a")], [[1.0]])
     write_page("one", [Section("first", "First", [table])], tmp_path)
     (tmp_path / "tables" / "mine.csv").write_text("1\n")
-    write_page("two", [Section("first", "First", [])], tmp_path)
-    assert [path.name for path in (tmp_path / "tables").iterdir()] == ["mine.csv"]
-
-
-def test_a_title_is_escaped(tmp_path):
-    html = write_page("<i>&", [Section("summary", "A & B", [Text("<u>", "note")])], tmp_path / "out").read_text()
+    html = write_page("<i>&", [Section("first", "A & B", [Text("<u>", "note")])], tmp_path).read_text()
     assert "&lt;i&gt;&amp;" in html and "A &amp; B" in html and '<p class="note">&lt;u&gt;</p>' in html
+    assert [path.name for path in (tmp_path / "tables").iterdir()] == ["mine.csv"]
+    (tmp_path / "file").touch()
+    with pytest.raises(GradeError, match="could not be written.*Name another folder with --output"):
+        write_page("title", [], tmp_path / "file")
 
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
