@@ -12,13 +12,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-main test-kernels test-portable lint clean
+.PHONY: help install demo test test-main test-kernels test-portable quick check format clean
 
 help:
 	@echo "make demo           install into $(VENV) and train a tiny model from scratch to a better one (DEMO_ARGS)"
 	@echo "make test           install into $(VENV) and run the tests (PYTEST_ARGS)"
 	@echo "make test-portable  of these, those that rounding could upset, with other kernels of the libraries"
-	@echo "make lint           check style with ruff"
+	@echo "make quick          of these, those that need no whole run: a minute and a half for daily work"
+	@echo "make check          format, lint, types, and make quick"
+	@echo "make format         rewrite the files as ruff format writes them"
 	@echo "make install        only install into $(VENV)"
 	@echo "make clean          remove $(VENV), caches and build files (not runs/)"
 
@@ -57,8 +59,20 @@ test-portable: $(STAMP)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE \
 	    $(BIN)/python -m pytest $(PORTABLE) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
-lint: $(STAMP)
+# What tells a mistake soonest, on both paths of the kernels; a whole run or a study is left to `make test`.
+QUICK = tests/test_architecture.py
+quick: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" $(QUICK) $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+	@$(MAKE) --no-print-directory quick
+
+format: $(STAMP)
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache
