@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ _LLAMA_260K = dict(
     vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
     num_key_value_heads=4,
 )
-SHAPES = {
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-260k": ("llama", _LLAMA_260K),
     "llama-15m": ("llama", _LLAMA_15M),
     "qwen3-0.6b": ("qwen3", dict(
@@ -69,8 +70,8 @@ class Setting:
     hop_tol: float = 1e-2
     max_hops: int = 16
     kl_coef: float = 0.1
-    dtype: str = "float32"
-    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
     seed: int = 0
 
 
@@ -155,7 +156,7 @@ class Bench:
             nonlocal start
             parameters = self.policy.parameters()
             copying = now(self.device)
-            measured["gradient"] = torch.cat([p.grad.flatten().float() for p in parameters]).cpu()
+            measured["gradient"] = torch.cat([p.grad.flatten().float() for p in parameters if p.grad is not None]).cpu()
             start += now(self.device) - copying  # no part of a step
             with self.phases("update"):
                 norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
