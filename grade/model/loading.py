@@ -122,7 +122,7 @@ def add_adapter(base, config: Config):
         with warnings.catch_warnings():
             # peft asks a property that transformers has renamed; users can do nothing about it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            return get_peft_model(base, settings)
+            return get_peft_model(base, settings, revision=config.model.revision)
 
 
 def load_prompts(config: Config, task, tokenizer) -> dict[str, list[list[int]]]:
