@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 
 from grade.config import Config, default_methods
 from grade.config import reading as config_io
-from grade.config.bounds import COUNT, SEED, check_text, shown
+from grade.config.bounds import BATCH, COUNT, SEED, TOKENS, check_text, shown
 from grade.config.methods import COMPARED
 from grade.errors import GradeError, printing
 
@@ -24,6 +24,9 @@ COMMANDS = {
     "reward": "train the reward head of a config",
     "train": "train a policy",
     "evaluate": "evaluate a checkpoint of a run against its base model",
+    "generate": "answer prompts with a run's policy, beside its base model if you like",
+    "export": "write a run's adapter, or a whole model, as a folder for other programs",
+    "push": "upload a run's adapter, or a whole model, to the hub",
     "compare": "train several methods over several seeds and compare them at equal cost",
     "variance": "measure bias and variance of the gradient estimators at fixed parameters",
     "report": "write a page with figures and tables from a run or a comparison",
@@ -110,6 +113,100 @@ def evaluate(argv: list[str]) -> int:
         check_text("--checkpoint", checkpoint, "path")
         evaluate_run(resolved.config, Path(resolved.positional), checkpoint, split)
     return 0
+
+
+def generate(argv: list[str]) -> int:
+    """`grade generate RUN_DIR [PROMPT ...] [--base] [--samples N] [--max_new_tokens N] [overrides]`."""
+    parser = _parser_of_run(
+        "generate", "RUN_DIR [PROMPT ...] [--base]",
+        "Answer prompts with a checkpoint of a run, sampled as in its evaluation with the noise of --seed. A PROMPT of "
+        "- reads them from standard input, a line each; so does a pipe without PROMPT. On a terminal without PROMPT "
+        "you are asked for them, and base model and policy answer side by side. A prompt that starts with a dash comes "
+        "after --.",
+        "the answers' own",
+    )
+    group = parser.add_argument_group("how many, and whose")
+    group.add_argument("--base", action="store_true", help="Let the base model answer too, with the same noise.")
+    group.add_argument("--samples", type=int, default=1, metavar="N", help="Responses per prompt.")
+    group.add_argument(
+        "--max_new_tokens", type=int | None, metavar="N", help="Longest response; null: generation.max_new_tokens."
+    )
+    own = {"checkpoint": str, "samples": int, "max_new_tokens": int | None}
+    resolved = _resolve(parser, argv, own, "RUN_DIR", _config_of_run, flags=("base",), most=None)
+    if resolved is None:
+        return 0
+    options = resolved.options
+    check_text("--checkpoint", options.checkpoint, "path")
+    for name, greatest in (("samples", BATCH), ("max_new_tokens", TOKENS)):
+        value = getattr(options, name)
+        if value is not None and not 1 <= value <= greatest:
+            raise GradeError(f"--{name} is {shown(value)}: it must be at least 1 and at most {greatest}.")
+    from grade.commands.generate import generate_from
+
+    generate_from(
+        resolved.config, Path(resolved.positional), resolved.more, checkpoint=options.checkpoint,
+        base="base" in resolved.flags, samples=options.samples, max_new_tokens=options.max_new_tokens,
+    )
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    """`grade export RUN_DIR [--checkpoint best|last|step-N] [--merge] [--to DIR] [overrides]`."""
+    parser = _parser_of_run(
+        "export", "RUN_DIR [--merge] [--to DIR]",
+        "Write a checkpoint of a run for other programs: the adapter with its tokenizer and card, or with --merge a "
+        "whole model that transformers and vLLM load by themselves.", "the export's own",
+    )
+    group = parser.add_argument_group("what and where to")
+    group.add_argument("--merge", action="store_true", help=_MERGE)
+    group.add_argument(
+        "--to", type=str | None, metavar="DIR", help="A folder, missing or empty; null: one in RUN_DIR/export."
+    )
+    own = {"checkpoint": str, "to": str | None}
+    resolved = _resolve(parser, argv, own, "RUN_DIR", _config_of_run, flags=("merge",))
+    if resolved is None:
+        return 0
+    for name in own:
+        if (text := getattr(resolved.options, name)) is not None:
+            check_text(f"--{name}", text, "path")
+    from grade.commands.export import export_run
+
+    target = resolved.options.to
+    export_run(
+        resolved.config, Path(resolved.positional), resolved.options.checkpoint, "merge" in resolved.flags,
+        Path(target) if target else None,
+    )
+    return 0
+
+
+def push(argv: list[str]) -> int:
+    """`grade push RUN_DIR REPO [--checkpoint best|last|step-N] [--merge] [--private] [--revision NAME] [overrides]`."""
+    parser = _parser_of_run(
+        "push", "RUN_DIR REPO [--merge] [--private]",
+        "Upload what `grade export` writes to the hub. REPO: NAME or OWNER/NAME; made if it is missing. Needs a token: "
+        "`hf auth login`, or HF_TOKEN.", "the upload's own",
+    )
+    group = parser.add_argument_group("what and where to")
+    group.add_argument("--merge", action="store_true", help=_MERGE)
+    group.add_argument("--private", action="store_true", help="Make the repository for you alone, if it is made.")
+    group.add_argument("--revision", type=str | None, metavar="NAME", help="Branch; null: the main one.")
+    own = {"checkpoint": str, "revision": str | None}
+    resolved = _resolve(parser, argv, own, "RUN_DIR", _config_of_run, flags=("merge", "private"), most=2)
+    if resolved is None:
+        return 0
+    if not resolved.more:
+        raise GradeError(f"REPO is missing: {parser.usage}.")
+    check_text("--checkpoint", resolved.options.checkpoint, "path")
+    from grade.commands.push import push_run
+
+    push_run(
+        resolved.config, Path(resolved.positional), resolved.more[0], checkpoint=resolved.options.checkpoint,
+        merged="merge" in resolved.flags, private="private" in resolved.flags, revision=resolved.options.revision,
+    )
+    return 0
+
+
+_MERGE = "A whole model, with the adapter added to the weights; its logits are compared at the end."
 
 
 def compare(argv: list[str]) -> int:
@@ -242,6 +339,10 @@ class Resolved(NamedTuple):
     """Namespace with the command's own options."""
     positional: str
     """CONFIG or RUN_DIR; empty for a command without."""
+    more: list[str]
+    """What was named after it."""
+    flags: set[str]
+    """The command's own options without a value that were given."""
 
 
 def _config_parser(command: str, description: str) -> ArgumentParser:
@@ -253,6 +354,20 @@ def _config_parser(command: str, description: str) -> ArgumentParser:
         f"({', '.join(config_io.shipped_configs())}); named beside --help, its values are shown as defaults. "
         "Relative paths are relative to the current directory.",
     )
+
+
+def _parser_of_run(command: str, arguments: str, description: str, title: str) -> ArgumentParser:
+    """The parser of a command whose argument is RUN_DIR, with its --checkpoint."""
+    parser = config_io.new_parser(
+        prog=f"grade {command}",
+        usage=f"grade {command} {arguments} [--checkpoint best|last|step-N|DIR] [--section.field VALUE ...]",
+        description=f"{description} RUN_DIR: the folder of a run; its config.yaml gives the settings, and options "
+        "override them.",
+    )
+    group = parser.add_argument_group(title)
+    checkpoint_help = "`best` by validation, `last`, `step-N`, or the folder of a checkpoint."
+    group.add_argument("--checkpoint", type=str, default="best", help=checkpoint_help)
+    return parser
 
 
 def _config_of_run(run_dir: str) -> Path:
@@ -270,6 +385,9 @@ def _resolve(
     own: Mapping[str, Any],
     metavar: str | None,
     find: Callable[[str], Path],
+    *,
+    flags: Sequence[str] = (),
+    most: int | None = 1,
 ) -> Resolved | None:
     """What a command line says; None when it asked for help or for the settings, which are then printed.
 
@@ -277,13 +395,15 @@ def _resolve(
         own: types of the command's own options by name, beside the settings.
         metavar: name of the positional argument; None: the command has none and reads the config `demo`.
         find: the YAML file that the positional argument means.
+        flags: names of the command's own options without a value.
+        most: positional arguments there may be, the first one included; None: any number.
     """
     parser.add_argument("--print_config", action="store_true", help="Print the settings as YAML and exit.")
     config_io.add_settings(parser)
     positionals, options = config_io.split_arguments(
-        argv, [*config_io.setting_types(), *own], _FLAGS, parser.prog
+        argv, [*config_io.setting_types(), *own], [*_FLAGS, *flags], parser.prog
     )
-    if len(positionals) > (metavar is not None):
+    if most is not None and len(positionals) > most * (metavar is not None):
         raise GradeError(
             f"unexpected argument {positionals[-1]!r}: settings are written --section.field VALUE "
             f"(`{parser.prog} --help`)."
@@ -291,7 +411,8 @@ def _resolve(
     wants_help = any(option in HELP for option in options)
     wants_config = "--print_config" in options
     # Help and printing come after everything else was checked, so the parser must not act on them.
-    options = [option for option in options if option not in (*HELP, "--print_config")]
+    given = {name for name in flags if f"--{name}" in options}
+    options = [option for option in options if option not in (*HELP, "--print_config", *(f"--{n}" for n in flags))]
     if metavar is not None and not positionals:
         if wants_help:
             emit(parser.format_help())
@@ -307,7 +428,7 @@ def _resolve(
     if wants_config:
         emit(config_io.config_to_yaml(config))
         return None
-    return Resolved(config, namespace, positionals[0] if positionals else "")
+    return Resolved(config, namespace, positionals[0] if positionals else "", positionals[1:], given)
 
 
 def emit(text: str) -> None:

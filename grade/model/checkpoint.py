@@ -26,6 +26,7 @@ from grade.model.policy import Policy
 MANIFEST_FILE = "manifest.json"
 CARD_FILE = "README.md"
 _STATE_STEM = "trainer_state"
+_LOADED = ("is_local", "local_files_only")
 _FORMAT = 1
 _GO_ON = "Make room, and go on from the checkpoint before, if there is one, with --train.resume auto."
 
@@ -48,10 +49,11 @@ def save_checkpoint(
     """
     with writing(directory, "train.run_dir", _GO_ON), replaced_folder(directory) as fresh:
         settings = policy.model.peft_config["default"]
-        settings.base_model_name_or_path = name_anywhere(settings.base_model_name_or_path)
+        if settings.base_model_name_or_path:  # a model that was made in memory has none
+            settings.base_model_name_or_path = name_anywhere(settings.base_model_name_or_path)
         # The embeddings are the base's. `auto` would look for its config, at the hub where no folder has it.
         policy.model.save_pretrained(str(fresh), save_embedding_layers=False)
-        policy.tokenizer.save_pretrained(str(fresh))
+        save_tokenizer(policy.tokenizer, fresh)
         if state is not None:
             tree.save(fresh / _STATE_STEM, state)
         _finish(fresh, step, card)
@@ -95,6 +97,15 @@ def _finish(folder: Path, step: int, card: str | None) -> None:
     manifest = {"format": _FORMAT, "step": step, "files": files}
     text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """As transformers writes it, chat template included, without how it was loaded here, which transformers adds."""
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in settings.items() if name not in _LOADED}
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def name_anywhere(name: str) -> str:

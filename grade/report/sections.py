@@ -8,6 +8,7 @@ from grade.report.groups import plain, settings_of
 from grade.report.measures import cost_before
 from grade.report.parts import Section
 from grade.report.samples import samples
+from grade.report.sessions import recorded, session_rows
 from grade.report.sections_cost import efficiency, speed
 from grade.report.sections_gradients import gradients
 from grade.report.sections_outcome import final, significance
@@ -65,6 +66,12 @@ def summary(view: View) -> Section:
          Column("tested")],
         [_run_row(run, group.label) for group in view.groups for run in group.runs],
     ))
+    rows = session_rows(study.runs)
+    if rows:
+        section.add(Table(
+            "sessions", "When runs were started, or went on; UTC.",
+            [Column("run"), Column("started"), Column("ended"), Column("after step", 0), Column("command")], rows,
+        ))
     _settings(view, section)
     _sweep(study, section)
     return section
@@ -85,7 +92,9 @@ def _facts(view: View) -> list[list[Cell]]:
             facts.append([title, found])
     facts.append(["responses per step", _distinct(_responses(run) for run in runs)])
     facts.append(["smoothing", view.smoothing])
-    facts.append(["machine", _machine(study)])
+    made = recorded(runs)
+    facts += [[title, _distinct(made[title])] for title in ("versions", "git commit") if made[title]]
+    facts.append(["machine", _machine(study) if study.machine else _distinct(made["machine"]) or "not recorded"])
     return facts
 
 

@@ -20,6 +20,8 @@ from grade.training.sessions import SESSIONS
 
 _OF_A_RUN = ("train.run_dir", "train.resume", "train.overwrite", "output_dir", "compare.", "variance.")
 """Settings that say where and how it was started, not what was trained."""
+_OF_THE_HEAD = ("trained_on", "held_out", "accuracy", "loss")
+"""What its report says of its training and of its errors on held-out data."""
 _USE = {
     True: """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -104,7 +106,8 @@ def _facts(config: Config, record: Mapping[str, Any]) -> Iterator[tuple[str, obj
     if "reward" in record:
         yield "reward", f"{record['reward']} is raised"
     if "reward_head" in record:
-        yield "reward head, on held-out data", _listed({k: v for k, v in record["reward_head"].items() if _short(v)})
+        found = flatten(record["reward_head"])
+        yield "reward head", _listed({k: v for k, v in found.items() if k.startswith(_OF_THE_HEAD)})
     yield "method", method.name
     if method.name in DIFFERENTIATING:
         yield "estimator", (
@@ -119,10 +122,6 @@ def _facts(config: Config, record: Mapping[str, Any]) -> Iterator[tuple[str, obj
     yield "responses of a step", f"{responses}, {config.generation.samples_per_prompt} per prompt"
     yield "learning rate", f"{train.learning_rate:g}, {train.schedule}, {train.warmup_steps} steps of warm-up"
     yield "seed", config.seed
-
-
-def _short(value: object) -> bool:
-    return isinstance(value, (bool, int, float)) or isinstance(value, str) and len(value) < 40
 
 
 def _settings(config: Config) -> str:
