@@ -8,13 +8,13 @@ from grade.report.groups import plain, settings_of
 from grade.report.measures import cost_before
 from grade.report.parts import Section
 from grade.report.samples import samples
-from grade.report.sessions import recorded, session_rows
 from grade.report.sections_cost import efficiency, speed
 from grade.report.sections_gradients import gradients
 from grade.report.sections_outcome import final, significance
 from grade.report.sections_temperature import temperature
 from grade.report.sections_training import learning, validated
 from grade.report.sections_variance import variance
+from grade.report.sessions import recorded, session_rows
 from grade.report.tables import Cell, Column, Table
 from grade.report.view import View
 

@@ -37,8 +37,9 @@ def recorded(runs: Sequence[Run]) -> dict[str, list[str]]:
         name: [session[name] for session in sessions if isinstance(session.get(name), dict)]
         for name in ("versions", "machine")
     }
+    versions = [[f"{name} {number}" for name, number in found.items()] for found in described["versions"]]
     return {
-        "versions": [", ".join(f"{name} {number}" for name, number in found.items()) for found in described["versions"]],
+        "versions": [", ".join(found) for found in versions],
         "git commit": [str(session["git_commit"]) for session in sessions if session.get("git_commit")],
         "machine": [machine_line(found).removeprefix("Machine: ") for found in described["machine"]],
     }

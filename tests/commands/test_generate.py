@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from grade import cli
 from grade.config.reading import config_from_yaml
+from grade.errors import GradeError
 from grade.rollout import pad_prompts
 from grade.sampling.sample import sample
 from grade.tasks.countdown import CountdownTask, Puzzle, puzzle_of
 from grade.tasks.encoding import encode
 from grade.training.answers import Answers
-from grade.training.evaluation import evaluation_sampling
+from grade.training.evaluation import evaluation_sampling, text_of
 from grade.training.trained import load_trained
 
 
@@ -59,7 +61,7 @@ def expected(trained, prompts, adapters, rows):
     rollout = sample(
         policy, ids, mask, evaluation_sampling(config), seed=config.seed, first_rows=first_rows, adapters=adapters,
     )
-    return [policy.tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(rollout.tokens, rollout.mask)]
+    return [text_of(policy, rollout.tokens[i], rollout.mask[i]) for i in range(len(rollout))]
 
 
 def test_one_prompt_gives_the_response_alone(trained, trained_run, capsys):
@@ -113,22 +115,15 @@ def test_a_conversation_shows_base_and_policy_and_ends_quietly(
 
 def test_a_puzzle_is_asked_as_the_task_asks_it(trained):
     """A line as a person types it, where the task's own prompts end with a newline."""
-    config = config_from_yaml_with_countdown(trained)
-    policy = trained[1]
+    config, policy = trained
+    config = replace(config, task=replace(config.task, name="countdown", prompt_max_tokens=64))
     puzzle = Puzzle((3, 5, 7), 22, ())
     for text in ("numbers=3,5,7 target=22", "3 5 7 target: 22\n"):
         assert puzzle_of(text) == puzzle
         (row,) = CountdownTask("", config.task, [puzzle], [], []).prompts("policy", policy.tokenizer)
         assert Answers(config, policy)._ids(text) == row
-    with pytest.raises(Exception, match="write one such as numbers=3,5,7 target=22"):
+    with pytest.raises(GradeError, match="write one such as numbers=3,5,7 target=22"):
         list(Answers(config, policy).to(["make 22 of 3, 5 and 7"]))
-
-
-def config_from_yaml_with_countdown(trained):
-    from dataclasses import replace
-
-    config = trained[0]
-    return replace(config, task=replace(config.task, name="countdown", prompt_max_tokens=64))
 
 
 def test_mistakes_are_told_before_anything_is_loaded(trained_run, capsys, monkeypatch):
