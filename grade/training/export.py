@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def _write(
     (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
 
     def again(place: Path) -> torch.nn.Module:
-        found = AutoModelForCausalLM.from_pretrained(str(place), local_files_only=True, **options)
+        found: Any = AutoModelForCausalLM.from_pretrained(str(place), local_files_only=True, **options)
         return found.to(device).eval().requires_grad_(False)  # torch has convolutions of its own for what is trained
 
     return again, merged, rows
@@ -128,13 +128,14 @@ def merge(policy: Policy, prompts: Sequence[Sequence[int]]) -> Merged:
         base = logits_of(policy.causal_lm, prompts)
     beside = logits_of(policy.causal_lm, prompts)
     with torch.no_grad():
-        for layer in policy.adapter_layers:
+        layers: list[Any] = list(policy.adapter_layers)
+        for layer in layers:
             weight = layer.get_base_layer().weight
             exact = torch.promote_types(weight.dtype, torch.float32)
             added = [layer.get_delta_weight(name).to(exact) for name in layer.active_adapters]
             weight.data = sum(added, weight.data.to(exact)).to(weight.dtype)
-    plain = policy.model.unload()
-    generation = getattr(plain, "generation_config", None)
+    plain: Any = policy.model.unload()
+    generation: Any = getattr(plain, "generation_config", None)
     if generation is not None:
         ends = policy.eos_ids.tolist()
         generation.eos_token_id = ends if len(ends) > 1 else ends[0]
@@ -148,7 +149,7 @@ def merge(policy: Policy, prompts: Sequence[Sequence[int]]) -> Merged:
 
 
 @torch.no_grad()
-def logits_of(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """[T, V] for each prompt, on the CPU; each by itself, so that no padding is read."""
     device = model.get_input_embeddings().weight.device
     rows = (torch.tensor([list(prompt)], device=device) for prompt in prompts)

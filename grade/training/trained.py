@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ def card_of(config: Config, run_dir: Path, folder: Path, *, merged: bool) -> str
     return model_card(config, record, step, validation, tested, merged=merged)
 
 
-def sampled_prompts(run_dir: Path, tokenizer, count: int = 4) -> list[list[int]]:
+def sampled_prompts(run_dir: Path, tokenizer: Any, count: int = 4) -> list[list[int]]:
     """Token ids of texts to compare models on: the first prompts that the run validated with, and the base model's
     responses; some ids of the vocabulary where no texts were kept."""
     rows = _read(run_dir / "evaluation.json").get("validation") or [{}]
