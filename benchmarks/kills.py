@@ -29,6 +29,7 @@ from grade.commands.train import train
 from grade.config import Config
 from grade.config.reading import config_to_yaml, load_config
 from grade.tasks.demo import write_reviews
+from grade.training.sessions import SESSIONS
 
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "shutil.rmtree")
 _RECOVERY_EVENTS = 40  # of a resumed run, within which the second kill falls
@@ -121,6 +122,8 @@ def _content(path: Path) -> object:
         return [{k: v for k, v in row.items() if not k.startswith(_NOT_COMPARED)} for row in rows]
     if path.name == "trainer_state.json":
         return {k: v for k, v in json.loads(path.read_text()).items() if k != "logs"}
+    if path.name == "run.json":  # who made a run, and when
+        return {k: v for k, v in json.loads(path.read_text()).items() if k != SESSIONS}
     if path.name == "manifest.json":
         return json.loads(path.read_text())["step"]
     if path.name == "config.yaml":

@@ -1,4 +1,4 @@
-"""The command line: `grade {demo,reward,train,evaluate,compare,variance,report,doctor}`.
+"""The command line: `grade {demo,reward,train,evaluate,generate,export,push,compare,variance,report,doctor}`.
 
     grade train imdb_small                          a config that ships with the package
     grade train my.yaml --train.steps 10            a file, with an override
@@ -20,7 +20,8 @@ import time
 
 from grade import __version__
 from grade.commands import verbs as commands
-from grade.commands.verbs import COMMANDS, HELP, emit
+from grade.commands.arguments import HELP, emit
+from grade.commands.verbs import COMMANDS
 from grade.config import reading as config_io
 from grade.errors import GradeError
 

@@ -116,8 +116,8 @@ def printing() -> Iterator[None]:
             raise GradeError(f"standard output could not be written ({reason}): make room where it goes.") from error
 
 
-_FAILED_WRITES = ("I/O error", "inline_container.cc", "PytorchStreamWriter", "Parent directory")
-"""Parts of the messages of safetensors and of torch.save."""
+_FAILED_WRITES = ("I/O error", "inline_container.cc", "PytorchStreamWriter", "Parent directory", "(os error ")
+"""Parts of the messages of safetensors, of torch.save and of tokenizers."""
 
 
 def _room(setting: str, full: bool) -> str:

@@ -11,13 +11,13 @@ from rich.console import Console
 from grade.config import Config
 from grade.config.reading import config_from_sealed
 from grade.errors import GradeError, writing
-from grade.files import latest
 from grade.model.checkpoint import load_adapter
 from grade.model.fingerprint import check_made_from, inputs_of
 from grade.processes import make_accelerator
 from grade.training.evaluation import Evaluation, evaluate, write_evaluations
 from grade.training.evaluation_tables import evaluation_table
 from grade.training.setup import set_up
+from grade.training.trained import checkpoint_folder
 
 
 def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> list[Evaluation]:
@@ -25,15 +25,13 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
 
     Args:
         config: the run's, with overrides.
-        checkpoint: "best", "last", or a folder with an adapter.
+        checkpoint: "best", "last", "step-N", or a folder with an adapter.
         split: "validation" or "test".
     """
     limit = config.evaluation.test_prompts if split == "test" else config.evaluation.validation_prompts
     if limit == 0:
         raise GradeError(f"evaluation.{split}_prompts is 0: there is nothing to evaluate. Set it to 1 or more.")
-    folder = latest(run_dir / "checkpoints" / checkpoint) if checkpoint in ("best", "last") else Path(checkpoint)
-    if not (folder / "adapter_config.json").is_file():
-        raise GradeError(f"--checkpoint {checkpoint}: {folder} holds no adapter (adapter_config.json is missing).")
+    folder = checkpoint_folder(run_dir, checkpoint)
     accelerator = make_accelerator(config)
     before = config_from_sealed(run_dir / "config.yaml")
     own_reward = config.reward == before.reward

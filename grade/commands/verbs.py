@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-from grade.config import Config, default_methods
+from grade.commands.arguments import HELP, Own, Resolved, emit, path_of, resolve
+from grade.config import default_methods
 from grade.config import reading as config_io
-from grade.config.bounds import COUNT, SEED, check_text, shown
+from grade.config.bounds import BATCH, COUNT, SEED, TOKENS, check_text, shown
 from grade.config.methods import COMPARED
 from grade.errors import GradeError, printing
 
@@ -22,27 +22,28 @@ COMMANDS = {
     "reward": "train the reward head of a config",
     "train": "train a policy",
     "evaluate": "evaluate a checkpoint of a run against its base model",
+    "generate": "answer prompts with a run's policy, beside its base model if you like",
+    "export": "write a run's adapter, or a whole model, as a folder for other programs",
+    "push": "upload a run's adapter, or a whole model, to the hub",
     "compare": "train several methods over several seeds and compare them at equal cost",
     "variance": "measure bias and variance of the gradient estimators at fixed parameters",
     "report": "write a page with figures and tables from a run or a comparison",
     "doctor": "versions, devices, kernel backends, caches: what works here and what is missing",
 }
-HELP = ("-h", "--help")
-_FLAGS = ["help", "h", "print_config"]
 
 
-class Own(NamedTuple):
-    """An option that is no setting."""
-
-    kind: Any
-    default: Any
-    metavar: str
-    help: str
+_OF_RUN = " RUN_DIR: the folder of a run; its config.yaml gives the settings, and options override them."
+_CHECKPOINT = Own(
+    str, "best", "best|last|step-N|DIR", "`best` by validation, `last`, `step-N`, or the folder of a checkpoint."
+)
+_MERGE = Own(
+    None, False, "", "A whole model, with the adapter added to the weights; its logits are compared at the end."
+)
 
 
 def train(argv: list[str]) -> int:
     """`grade train CONFIG [--section.field VALUE ...]`."""
-    resolved = _resolve("train", argv, "Train a policy; the run directory holds everything it makes.")
+    resolved = resolve("train", argv, "Train a policy; the run directory holds everything it makes.")
     if resolved is not None:
         from grade.commands.train import train as train_policy
 
@@ -52,7 +53,7 @@ def train(argv: list[str]) -> int:
 
 def reward(argv: list[str]) -> int:
     """`grade reward CONFIG [--section.field VALUE ...]`."""
-    resolved = _resolve("reward", argv, "Train the reward head; `grade train` does so when it is missing.")
+    resolved = resolve("reward", argv, "Train the reward head; `grade train` does so when it is missing.")
     if resolved is not None:
         from grade.commands.reward import train_reward
 
@@ -62,7 +63,7 @@ def reward(argv: list[str]) -> int:
 
 def demo(argv: list[str]) -> int:
     """`grade demo [--cache_dir DIR] [--pretrain_steps N] [--section.field VALUE ...]`."""
-    resolved = _resolve(
+    resolved = resolve(
         "demo", argv, "Write reviews with a grammar, train a tiny model on them, then do the real job on it.", {
             "cache_dir": Own(
                 str | None, None, "DIR", "Folder that keeps the tiny model; null: one under the user's cache directory."
@@ -74,7 +75,7 @@ def demo(argv: list[str]) -> int:
     )
     if resolved is None:
         return 0
-    cache_dir, steps = _path(resolved, "cache_dir"), resolved.options.pretrain_steps
+    cache_dir, steps = path_of(resolved, "cache_dir"), resolved.options.pretrain_steps
     if steps is not None and not 1 <= steps <= COUNT:
         raise GradeError(f"pretrain_steps is {shown(steps)}: it must be at least 1 and at most {COUNT}.")
     from grade.commands.demo import run_demo
@@ -84,13 +85,10 @@ def demo(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    """`grade evaluate RUN_DIR [--checkpoint best|last|PATH] [--split test|validation] [overrides]`."""
-    resolved = _resolve(
-        "evaluate", argv, "Evaluate a checkpoint and the base model on the same prompts. RUN_DIR: the folder of a "
-        "run; its config.yaml gives the settings, and options override them.", {
-            "checkpoint": Own(
-                str, "best", "best|last|PATH", "`best` by validation, `last`, or the folder of an adapter."
-            ),
+    """`grade evaluate RUN_DIR [--checkpoint best|last|step-N|DIR] [--split test|validation] [overrides]`."""
+    resolved = resolve(
+        "evaluate", argv, "Evaluate a checkpoint and the base model on the same prompts." + _OF_RUN, {
+            "checkpoint": _CHECKPOINT,
             "split": Own(Literal["test", "validation"], "test", "test|validation", "Whose prompts."),
         }, positional="RUN_DIR",
     )
@@ -104,9 +102,88 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
+def generate(argv: list[str]) -> int:
+    """`grade generate RUN_DIR [PROMPT ...] [--base] [--samples N] [--max_new_tokens N] [overrides]`."""
+    resolved = resolve(
+        "generate", argv,
+        "Answer prompts with a checkpoint of a run, sampled as in its evaluation with the noise of --seed. A PROMPT of "
+        "- reads them from standard input, a line each; so does a pipe without PROMPT. On a terminal without PROMPT "
+        "you are asked for them, and base model and policy answer side by side. A prompt that starts with a dash comes "
+        "after --." + _OF_RUN, {
+            "checkpoint": _CHECKPOINT,
+            "base": Own(None, False, "", "Let the base model answer too, with the same noise."),
+            "samples": Own(int, 1, "N", "Responses per prompt."),
+            "max_new_tokens": Own(int | None, None, "N", "Longest response; null: generation.max_new_tokens."),
+        }, positional="RUN_DIR", more="[PROMPT ...]", most=None,
+    )
+    if resolved is None:
+        return 0
+    options = resolved.options
+    check_text("--checkpoint", options.checkpoint, "path")
+    for name, greatest in (("samples", BATCH), ("max_new_tokens", TOKENS)):
+        value = getattr(options, name)
+        if value is not None and not 1 <= value <= greatest:
+            raise GradeError(f"--{name} is {shown(value)}: it must be at least 1 and at most {greatest}.")
+    from grade.commands.generate import generate_from
+
+    generate_from(
+        resolved.config, Path(resolved.positional), resolved.more, checkpoint=options.checkpoint,
+        base="base" in resolved.switches, samples=options.samples, max_new_tokens=options.max_new_tokens,
+    )
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    """`grade export RUN_DIR [--checkpoint best|last|step-N|DIR] [--merge] [--to DIR] [overrides]`."""
+    resolved = resolve(
+        "export", argv,
+        "Write a checkpoint of a run for other programs: the adapter with its tokenizer and card, or with --merge a "
+        "whole model that transformers and vLLM load by themselves." + _OF_RUN, {
+            "checkpoint": _CHECKPOINT, "merge": _MERGE,
+            "to": Own(str | None, None, "DIR", "A folder, missing or empty; null: one in RUN_DIR/export."),
+        }, positional="RUN_DIR",
+    )
+    if resolved is None:
+        return 0
+    check_text("--checkpoint", resolved.options.checkpoint, "path")
+    target = path_of(resolved, "to")
+    from grade.commands.export import export_run
+
+    export_run(
+        resolved.config, Path(resolved.positional), resolved.options.checkpoint, "merge" in resolved.switches, target
+    )
+    return 0
+
+
+def push(argv: list[str]) -> int:
+    """`grade push RUN_DIR REPO [--checkpoint best|last|step-N|DIR] [--merge] [--private] [--revision NAME]`."""
+    resolved = resolve(
+        "push", argv,
+        "Upload what `grade export` writes to the hub. REPO: NAME or OWNER/NAME; made if it is missing. Needs a token: "
+        "`hf auth login`, or HF_TOKEN." + _OF_RUN, {
+            "checkpoint": _CHECKPOINT, "merge": _MERGE,
+            "private": Own(None, False, "", "Make the repository for you alone, if it is made."),
+            "revision": Own(str | None, None, "NAME", "Branch; null: the main one."),
+        }, positional="RUN_DIR", more="REPO", most=2,
+    )
+    if resolved is None:
+        return 0
+    if not resolved.more:
+        raise GradeError("REPO is missing: grade push RUN_DIR REPO.")
+    check_text("--checkpoint", resolved.options.checkpoint, "path")
+    from grade.commands.push import push_run
+
+    push_run(
+        resolved.config, Path(resolved.positional), resolved.more[0], checkpoint=resolved.options.checkpoint,
+        merged="merge" in resolved.switches, private="private" in resolved.switches,
+        revision=resolved.options.revision,
+    )
+    return 0
+
+
 def compare(argv: list[str]) -> int:
     """`grade compare CONFIG [--methods A,B] [--seeds 0,1] [--section.field VALUE ...]`; 1 where a run failed."""
-    resolved = _resolve(
+    resolved = resolve(
         "compare", argv,
         "Train methods over seeds on the same prompts; tables at equal tokens and at equal training time. "
         "The comparison itself sets seed, method.name, generation.samples_per_prompt, evaluation.every, train.run_dir, "
@@ -164,7 +241,7 @@ def _listed(text: str) -> list[str]:
 
 def variance(argv: list[str]) -> int:
     """`grade variance CONFIG [--checkpoint DIR] [--section.field VALUE ...]`."""
-    resolved = _resolve(
+    resolved = resolve(
         "variance", argv, "Measure bias and variance of the gradient estimators at fixed parameters; what is measured: "
         "--variance.*.", {
             "checkpoint": Own(
@@ -176,7 +253,7 @@ def variance(argv: list[str]) -> int:
     if resolved is not None:
         from grade.studies.variance.study import run_variance
 
-        run_variance(resolved.config, _path(resolved, "checkpoint"))
+        run_variance(resolved.config, path_of(resolved, "checkpoint"))
     return 0
 
 
@@ -221,97 +298,3 @@ def doctor(argv: list[str]) -> int:
     with printing():
         run_doctor(as_json="--json" in options)
     return 0
-
-
-# --- shared ------------------------------------------------------------------------------------------------
-
-
-class Resolved(NamedTuple):
-    """What a command line says."""
-
-    config: Config
-    """The validated settings."""
-    options: Any
-    """Namespace with the command's own options."""
-    positional: str
-    """CONFIG or RUN_DIR; `demo` for a command without."""
-
-
-def _config_of_run(run_dir: str) -> Path:
-    check_text("RUN_DIR", run_dir, "path")
-    path = Path(run_dir) / "config.yaml"
-    if not path.is_file():
-        raise GradeError(f"{run_dir} is not a run directory: it has no config.yaml.")
-    config_io.check_sealed(path)
-    return path
-
-
-def _path(resolved: Resolved, name: str) -> Path | None:
-    """An option's path; None where it is not set."""
-    text = getattr(resolved.options, name)
-    if text is not None:
-        check_text(f"--{name}", text, "path")
-    return Path(text) if text else None
-
-
-def _resolve(
-    command: str, argv: list[str], description: str, own: Mapping[str, Own] | None = None, *,
-    positional: Literal["CONFIG", "RUN_DIR"] | None = "CONFIG",
-) -> Resolved | None:
-    """What a command line says; None when it asked for help or for the settings, which are then printed.
-
-    Args:
-        own: the command's own options by name, beside the settings.
-        positional: what it is called with; None: nothing, and the config `demo` gives the settings.
-    """
-    own, configs = own or {}, ", ".join(config_io.shipped_configs())
-    called = " ".join([
-        f"grade {command}", *([positional] if positional else []),
-        *(f"[--{name} {option.metavar}]" for name, option in own.items()), "[--section.field VALUE ...]",
-    ])
-    if positional == "CONFIG":
-        description += (
-            f" CONFIG: a YAML file or a shipped config ({configs}); named beside --help, its values are shown as "
-            "defaults. Relative paths are relative to the current directory."
-        )
-    parser = config_io.new_parser(prog=f"grade {command}", usage=called, description=description)
-    group = parser.add_argument_group("the command's own")
-    for name, option in own.items():
-        group.add_argument(
-            f"--{name}", type=option.kind, default=option.default, metavar=option.metavar, help=option.help
-        )
-    parser.add_argument("--print_config", action="store_true", help="Print the settings as YAML and exit.")
-    config_io.add_settings(parser)
-    positionals, options = config_io.split_arguments(argv, [*config_io.setting_types(), *own], _FLAGS, parser.prog)
-    if len(positionals) > (positional is not None):
-        raise GradeError(
-            f"unexpected argument {positionals[-1]!r}: settings are written --section.field VALUE "
-            f"(`{parser.prog} --help`)."
-        )
-    wants_help = any(option in HELP for option in options)
-    wants_config = "--print_config" in options
-    # Help and printing come after everything else was checked, so the parser must not act on them.
-    options = [option for option in options if option not in (*HELP, "--print_config")]
-    if positional is not None and not positionals:
-        if wants_help:
-            emit(parser.format_help())
-            return None
-        hint = f" Shipped configs: {configs}." if positional == "CONFIG" else ""
-        raise GradeError(f"{positional} is missing: {called}.{hint}")
-    given = positionals[0] if positionals else "demo"
-    path = _config_of_run(given) if positional == "RUN_DIR" else config_io.find_config(given)
-    namespace = config_io.parse_settings(parser, path, options, {name: option.kind for name, option in own.items()})
-    if wants_help:
-        emit(parser.format_help())
-        return None
-    config = config_io.build_config(namespace)
-    if wants_config:
-        emit(config_io.config_to_yaml(config))
-        return None
-    return Resolved(config, namespace, given)
-
-
-def emit(text: str) -> None:
-    """Print to standard output, quietly when its reader has gone (`grade train --help | head`)."""
-    with printing():
-        sys.stdout.write(text)

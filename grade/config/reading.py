@@ -276,7 +276,8 @@ def split_arguments(
 ) -> tuple[list[str], list[str]]:
     """Positional arguments and options of a command line, options checked by name.
 
-    Every option but the flags takes exactly one value, so the two can be told apart without parsing.
+    Every option but the flags takes exactly one value, so the two can be told apart without parsing. A lone `-` is no
+    option, and after `--` there are none.
 
     Args:
         argv: what follows the command.
@@ -291,7 +292,9 @@ def split_arguments(
     waiting = list(argv)
     while waiting:
         argument = waiting.pop(0)
-        if not argument.startswith("-"):
+        if argument == "--":
+            return positionals + waiting, options
+        if not argument.startswith("-") or argument == "-":
             positionals.append(argument)
             continue
         name, equals, _ = argument.lstrip("-").partition("=")

@@ -1,6 +1,8 @@
 """Checkpoints: a saved adapter, with the trainer's state where a run can be continued from it, and their checksums.
 
-    adapter_config.json, adapter_model.safetensors    as peft writes them
+    adapter_config.json, adapter_model.safetensors    as peft writes them; the base by a name that holds anywhere
+    tokenizer.json, chat_template.jinja, ...          the policy's tokenizer as transformers writes it
+    README.md                                         the model card, if there is one
     trainer_state.json, trainer_state.safetensors     numbers and tensors of the state, if there is one (`grade.tree`)
     manifest.json                                     step, and the SHA-256 of every other file
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +24,94 @@ from grade.files import latest, replaced_folder, sha256
 from grade.model.policy import Policy
 
 MANIFEST_FILE = "manifest.json"
+CARD_FILE = "README.md"
 _STATE_STEM = "trainer_state"
+_LOADED = ("is_local", "local_files_only")
 _FORMAT = 1
+_GO_ON = "Make room, and go on from the checkpoint before, if there is one, with --train.resume auto."
 
 
-def save_checkpoint(directory: Path, policy: Policy, step: int, state: dict | None = None) -> None:
-    """Write the adapter as peft does (`PeftModel.from_pretrained` loads it) and, for resuming, the trainer's state.
+def save_checkpoint(
+    directory: Path, policy: Policy, step: int, state: dict | None = None, *, card: str | None = None
+) -> None:
+    """Write the adapter as peft does (`AutoPeftModelForCausalLM.from_pretrained` loads it from any directory), its
+    tokenizer and, for resuming, the trainer's state.
 
     An interruption leaves the earlier checkpoint or the new one, never half of either and never neither.
 
     Args:
         step: optimizer steps that the policy has had.
         state: dictionaries and lists of numbers, texts and tensors.
+        card: the model card's text; None: there is none.
 
     Raises:
         GradeError: it could not be written.
     """
-    go_on = "Make room, and go on from the checkpoint before, if there is one, with --train.resume auto."
-    with writing(directory, "train.run_dir", go_on), replaced_folder(directory) as fresh:
+    with writing(directory, "train.run_dir", _GO_ON), replaced_folder(directory) as fresh:
+        settings = policy.model.peft_config["default"]
+        if settings.base_model_name_or_path:  # a model that was made in memory has none
+            settings.base_model_name_or_path = name_anywhere(settings.base_model_name_or_path)
         # The embeddings are the base's. `auto` would look for its config, at the hub where no folder has it.
         policy.model.save_pretrained(str(fresh), save_embedding_layers=False)
+        save_tokenizer(policy.tokenizer, fresh)
         if state is not None:
             tree.save(fresh / _STATE_STEM, state)
-        files = {path.name: sha256(path) for path in sorted(fresh.iterdir()) if path.is_file()}
-        manifest = {"format": _FORMAT, "step": step, "files": files}
-        text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2)
-        (fresh / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+        _finish(fresh, step, card)
+
+
+def replace_card(directory: Path, card: str) -> None:
+    """Give a checkpoint another card, as a whole: the folder before or the one after stands there at every moment.
+
+    Raises:
+        GradeError: it could not be written, or the checkpoint is damaged.
+    """
+    step = verified_step(latest(directory))
+    with writing(directory, "train.run_dir", _GO_ON), replaced_folder(directory) as fresh:
+        shutil.copytree(latest(directory), fresh, dirs_exist_ok=True)
+        (fresh / MANIFEST_FILE).unlink()
+        _finish(fresh, step, card)
+
+
+def copy_adapter(directory: Path, target: Path) -> None:
+    """Copy a checkpoint without the trainer's state into an empty folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    shutil.copytree(directory, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(f"{_STATE_STEM}.*"))
+    manifest = target / MANIFEST_FILE
+    if manifest.is_file():  # an adapter from elsewhere has none
+        step = json.loads(manifest.read_text(encoding="utf-8"))["step"]
+        manifest.unlink()
+        card = target / CARD_FILE
+        _finish(target, step, card.read_text(encoding="utf-8") if card.is_file() else None)
+
+
+def _finish(folder: Path, step: int, card: str | None) -> None:
+    """Write the card, instead of the form that peft leaves to be filled in, and the manifest of all files."""
+    (folder / CARD_FILE).unlink(missing_ok=True)
+    if card is not None:
+        (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
+    manifest = {"format": _FORMAT, "step": step, "files": files}
+    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """As transformers writes it, chat template included, without how it was loaded here, which transformers adds."""
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in settings.items() if name not in _LOADED}
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def name_anywhere(name: str) -> str:
+    """A model's name that means the same from every directory: a folder's absolute path, or a hub name as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
 
 
 def _digest(manifest: dict) -> str:

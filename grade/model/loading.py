@@ -128,7 +128,7 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, seed: int) -> PeftMod
         with warnings.catch_warnings():
             # peft asks a property that transformers has renamed; users can do nothing about it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            return get_peft_model(base, settings)
+            return get_peft_model(base, settings, revision=model.revision)
 
 
 def load_prompts(

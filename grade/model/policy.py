@@ -233,18 +233,22 @@ class Policy:
             for layer in self._recomputable:
                 layer.training = state.activation_checkpointing
 
+    @property
+    def merges(self) -> bool:
+        """Whether the model computes with an adapter added to its weights what it computes with the adapter beside
+        them: it reads each of these weights through its layer, and no other module reads it."""
+        weights = [layer.get_base_layer().weight for layer in self.adapter_layers]
+        readers = Counter(w.data_ptr() for m in self.model.modules() for w in m.parameters(recurse=False))
+        return self._merges and not any(readers[weight.data_ptr()] > 1 for weight in weights)
+
     def merged_weights(self) -> list[torch.nn.Parameter]:
         """The weights of which `merged` makes copies.
 
-        None if they are 16-bit, since rounding to them would lose what a small adapter changes; if modules share one
-        of them, which would add the adapters of all to it; or if the probe found that the model does not read them
-        through their layers.
+        None if they are 16-bit, since rounding to them would lose what a small adapter changes, or if the model does
+        not compute the same with them (`merges`).
         """
         weights = [layer.get_base_layer().weight for layer in self.adapter_layers]
-        if not self._merges or any(weight.dtype.itemsize < 4 for weight in weights):
-            return []
-        readers = Counter(w.data_ptr() for m in self.model.modules() for w in m.parameters(recurse=False))
-        return [] if any(readers[weight.data_ptr()] > 1 for weight in weights) else weights
+        return weights if self.merges and all(weight.dtype.itemsize >= 4 for weight in weights) else []
 
     @contextmanager
     def merged(self) -> Iterator[None]:

@@ -83,7 +83,7 @@ class Study:
 
     @property
     def machine(self) -> dict | None:
-        """The comparison's, or that of measurements by themselves; a run does not record its own."""
+        """The comparison's, or that of measurements by themselves; those of a run are in its sessions."""
         return self.comparison.get("machine") or (self.variance.get("machine") if self.kind == "variance" else None)
 
 

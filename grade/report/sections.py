@@ -16,6 +16,7 @@ from grade.report.sections_outcome import final, significance
 from grade.report.sections_temperature import temperature
 from grade.report.sections_training import learning, validated
 from grade.report.sections_variance import variance
+from grade.report.sessions import recorded, session_rows
 from grade.report.view import View
 from grade.tables import Cell, Column, Table
 
@@ -67,6 +68,12 @@ def summary(view: View) -> Section:
         [_run_row(run, group.label) for group in view.groups for run in group.runs],
         "Every run.",
     ))
+    rows = session_rows(study.runs)
+    if rows:
+        section.add(Table(
+            "sessions", "When runs were started, or went on; UTC.",
+            [Column("run"), Column("started"), Column("ended"), Column("after step", 0), Column("command")], rows,
+        ))
     _settings(view, section)
     _sweep(study, section)
     return section
@@ -87,7 +94,9 @@ def _facts(view: View) -> list[list[Cell]]:
             facts.append([title, found])
     facts.append(["responses per step", _distinct(_responses(run) for run in runs)])
     facts.append(["smoothing", view.smoothing])
-    facts.append(["machine", _machine(study)])
+    made = recorded(runs)
+    facts += [[title, _distinct(made[title])] for title in ("versions", "git commit") if made[title]]
+    facts.append(["machine", _machine(study) if study.machine else _distinct(made["machine"]) or "not recorded"])
     return facts
 
 

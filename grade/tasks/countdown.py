@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,24 @@ class Puzzle:
     def answer(self) -> str:
         """The solution as a list of steps, one per line."""
         return "\n".join(f"{a}{operation}{b}={result}" for a, operation, b, result in self.solution)
+
+
+_PROMPT = re.compile(r"\s*(?:numbers\s*[=:])?\s*(\d+(?:[\s,]+\d+)*)[\s,]+target\s*[=:]\s*(\d+)\s*", re.IGNORECASE)
+
+
+def puzzle_of(text: str) -> Puzzle:
+    """The puzzle that a person asks for, such as `numbers=3,5,7 target=22`; it has no solution yet, and need not have
+    one.
+
+    Raises:
+        GradeError: it is written in another way.
+    """
+    found = _PROMPT.fullmatch(text)
+    if found is None:
+        raise GradeError(
+            f"{text.strip()!r} is no puzzle of task.name=countdown: write one such as numbers=3,5,7 target=22."
+        )
+    return Puzzle(tuple(int(number) for number in re.findall(r"\d+", found[1])), int(found[2]), ())
 
 
 def write_puzzles(

@@ -27,15 +27,21 @@ _MARKER_TEXT = (
 )
 _CLEARING = ".grade-clearing"
 """Stands in a run's folder while what the run wrote is deleted: what is left is no run."""
-_IN_CHECKPOINT = r"README\.md|(adapter_config|trainer_state|manifest)\.json|(adapter_model|trainer_state)\.safetensors"
+_IN_CHECKPOINT = (
+    r"README\.md|(adapter_config|trainer_state|manifest)\.json|(adapter_model|trainer_state)\.safetensors"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|processor_config)\.json"
+    r"|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.(model|tiktoken)"
+)
+_TEMPLATES = "additional_chat_templates"
 _WRITTEN = {  # names of what a run writes, by the folder it lies in
     "checkpoints/*": _IN_CHECKPOINT,
+    f"checkpoints/*/{_TEMPLATES}": r".+\.jinja",
     "reward*": r"head\.safetensors|reward\.json",
     "tensorboard": r"events\.out\.tfevents\..*",
     "": r"(config\.yaml|(metrics|samples)\.jsonl|run\.json|evaluation(-(test|validation)-[\w.-]+)?\.json)(\.new)?",
 }
 _CHECKPOINT = r"(best|last|step-\d+)(\.old)?"
-_HOLDING = rf"{_CHECKPOINT}|(best|last|step-\d+)\.new|reward(\.new|\.old)?|tensorboard|checkpoints"
+_HOLDING = rf"{_CHECKPOINT}|(best|last|step-\d+)\.new|reward(\.new|\.old)?|tensorboard|checkpoints|{_TEMPLATES}"
 """Names of the folders that it makes."""
 
 _MICRO_BATCHES = {"train.batch_size", "train.accumulation_steps"}
@@ -222,6 +228,7 @@ def _content(run_dir: Path) -> list[Path]:
 def _written(run_dir: Path) -> list[Path]:
     """What a run has written, in the order in which it may go: files, then the folders that held them."""
     folders = [run_dir / "checkpoints", *sorted(run_dir.glob("checkpoints/*")), *sorted(run_dir.glob("reward*"))]
+    folders += sorted(run_dir.glob(f"checkpoints/*/{_TEMPLATES}"))
     folders = [path for path in [*folders, run_dir / "tensorboard"] if re.fullmatch(_HOLDING, path.name)]
     folders = [path for path in folders if path.is_dir() or path.is_symlink()]
     files = []

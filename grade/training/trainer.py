@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from grade.memory.plan import plan as plan_memory
 from grade.methods import make_method
 from grade.methods.metrics import Phases, peak_memory_gib, reset_peak_memory
 from grade.methods.services import Services
-from grade.model.checkpoint import load_adapter, save_checkpoint
+from grade.model.checkpoint import load_adapter, replace_card, save_checkpoint
 from grade.model.end_of_sequence import warning_without_ends
 from grade.model.fingerprint import inputs_of
 from grade.model.loading import load_prompts
@@ -40,6 +40,7 @@ from grade.sampling.decode import Decoding
 from grade.sampling.external import RolloutSource
 from grade.sampling.lines import StopAsked
 from grade.sampling.sample import sample
+from grade.training.card import model_card
 from grade.training.evaluation import Evaluation, evaluate, text_of, write_evaluations
 from grade.training.interrupt import StopRequest, stop_between_steps
 from grade.training.log import GO_ON, RunLog, check_loggers
@@ -47,6 +48,7 @@ from grade.training.opening_lines import opening_lines
 from grade.training.progress import training_progress
 from grade.training.resuming import best_is_missing, other_schedule, restored
 from grade.training.run_folder import adapter_folder, clear, mark, write_run_config
+from grade.training.sessions import SESSIONS, begun, earlier, now
 from grade.training.setup import set_up
 from grade.training.soundness import broken_measure, broken_policy
 from grade.training.validations import Validations, line_of
@@ -246,6 +248,7 @@ class Trainer:
             notes.append("rollout.compile: the first step compiles for half a minute or more")
         with ExitStack() as stack:
             stack.callback(self.log.close)
+            stack.callback(self._end_session)
             progress = stack.enter_context(training_progress(train.steps, self.step, enabled=main))
             self.stop = stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
             for note in notes:
@@ -286,7 +289,7 @@ class Trainer:
         better = self.validations.add(row)
         self.log.metrics(self.step, {f"validation/{k}": v for k, v in row.summary().items()})
         if self.accelerator.is_main_process and adapters and self.config.train.keep_adapters:
-            save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy, self.step)
+            save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy, self.step, card=self._card())
         self._write_evaluations()
         progress.say(line_of(row))
         first = len(self.validations.rows) == 1
@@ -357,7 +360,10 @@ class Trainer:
             "base": self._evaluate("test", progress, adapters=False),
             "best": self._evaluate("test", progress, adapters=True),
         }
-        self._write_evaluations({name: asdict(row) for name, row in rows.items()})
+        test = {name: asdict(row) for name, row in rows.items()}
+        if self.accelerator.is_main_process:  # before the evaluations are written, which say that the run is finished
+            replace_card(self.run_dir / "checkpoints" / "best", self._card(test))
+        self._write_evaluations(test)
         return rows
 
     def _write_evaluations(self, test: dict | None = None) -> None:
@@ -368,10 +374,27 @@ class Trainer:
                 write_evaluations(path, {**validations, **tested})
 
     def _write_record(self) -> None:
-        """What the run was made of: splits, fingerprints and what the reward tells and keeps of itself."""
-        record = {"task": self.task.describe(), "inputs": self.inputs, **self.reward.keep(self.run_dir)}
+        """What the run was made of: splits, fingerprints, sessions, and what the reward tells and keeps of itself."""
+        before = earlier(self.run_dir / "run.json") if self.config.train.resume else []
+        self.record = {
+            "task": self.task.describe(), "inputs": self.inputs, "reward": self.reward.raises,
+            **self.reward.keep(self.run_dir),
+            SESSIONS: [*before, begun(self.step, self.accelerator.num_processes)],
+        }
         with writing(self.run_dir / "run.json", "train.run_dir"):
-            replace_text(self.run_dir / "run.json", json.dumps(record, indent=2) + "\n")
+            self._replace_record()
+
+    def _replace_record(self) -> None:
+        replace_text(self.run_dir / "run.json", json.dumps(self.record, indent=2) + "\n")
+
+    def _end_session(self) -> None:
+        if self.accelerator.is_main_process:
+            self.record[SESSIONS][-1]["ended"] = now()
+            with suppress(OSError):  # a full disk was told of where it mattered
+                self._replace_record()
+
+    def _card(self, test: dict | None = None) -> str:
+        return model_card(self.config, self.record, self.step, self.validations.rows, test)
 
     def _save(self, *, best: bool = False) -> None:
         """The checkpoint to go on from, and then, if the policy is the best so far, the best one. One that no state
@@ -383,7 +406,7 @@ class Trainer:
                 "best": self.validations.best, "evaluations": self.validations.rows,
                 "steps": self.config.train.steps, "logs": self.log.extents(),
             }
-            save_checkpoint(self.run_dir / "checkpoints" / "last", self.policy, self.step, state)
+            save_checkpoint(self.run_dir / "checkpoints" / "last", self.policy, self.step, state, card=self._card())
         self.saved = self.step
         if best:
             self._save_best()
@@ -391,7 +414,7 @@ class Trainer:
     def _save_best(self) -> None:
         """The policy as the best so far, which the checkpoint to go on from says already."""
         if self.accelerator.is_main_process:
-            save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy, self.step)
+            save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy, self.step, card=self._card())
 
     # -- processes -------------------------------------------------------------------------------------------
 

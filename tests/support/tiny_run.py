@@ -56,6 +56,15 @@ def tiny_config(tiny_model, tiny_data, shared_output, tmp_path):
     return make_tiny_config(tiny_model, tiny_data, shared_output, tmp_path / "run")
 
 
+@pytest.fixture(scope="session")
+def trained_run(tiny_model, tiny_data, shared_output, tmp_path_factory):
+    """Folder of a finished run with adapters of every validation kept; to be read, not written."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    config = with_train(make_tiny_config(tiny_model, tiny_data, shared_output, run_dir), keep_adapters=True)
+    Trainer(config, make_accelerator(config), prepare_run_dir(config)).fit()
+    return run_dir
+
+
 def make_tiny_config(model, data, output_dir, run_dir):
     """The settings of a run of four steps, two validations and a test."""
     return Config(

@@ -1,0 +1,134 @@
+"""What a command line says: the settings of a config or a run, and the options that a command has beside them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from grade.config import Config
+from grade.config import reading as config_io
+from grade.config.bounds import check_text
+from grade.errors import GradeError, printing
+
+HELP = ("-h", "--help")
+_FLAGS = ["help", "h", "print_config"]
+
+
+class Own(NamedTuple):
+    """An option that is no setting."""
+
+    kind: Any
+    """Its type; None for a switch, which has no value."""
+    default: Any
+    metavar: str
+    help: str
+
+
+class Resolved(NamedTuple):
+    """What a command line says."""
+
+    config: Config
+    """The validated settings."""
+    options: Any
+    """Namespace with the command's own options."""
+    positional: str
+    """CONFIG or RUN_DIR; `demo` for a command without."""
+    more: list[str]
+    """What was named after it."""
+    switches: set[str]
+    """The switches that were given."""
+
+
+def _config_of_run(run_dir: str) -> Path:
+    check_text("RUN_DIR", run_dir, "path")
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise GradeError(f"{run_dir} is not a run directory: it has no config.yaml.")
+    config_io.check_sealed(path)
+    return path
+
+
+def path_of(resolved: Resolved, name: str) -> Path | None:
+    """An option's path; None where it is not set."""
+    text = getattr(resolved.options, name)
+    if text is not None:
+        check_text(f"--{name}", text, "path")
+    return Path(text) if text else None
+
+
+def resolve(
+    command: str, argv: list[str], description: str, own: Mapping[str, Own] | None = None, *,
+    positional: Literal["CONFIG", "RUN_DIR"] | None = "CONFIG",
+    more: str = "", most: int | None = 1,
+) -> Resolved | None:
+    """What a command line says; None when it asked for help or for the settings, which are then printed.
+
+    Args:
+        own: the command's own options by name, beside the settings.
+        positional: what it is called with; None: nothing, and the config `demo` gives the settings.
+        more: what may come after it, for the help.
+        most: how many words there may be, `positional` included; None: any number.
+    """
+    own, configs = own or {}, ", ".join(config_io.shipped_configs())
+    called = " ".join([
+        f"grade {command}", *filter(None, (positional, more)),
+        *(f"[--{name} {option.metavar}]".replace(" ]", "]") for name, option in own.items()),
+        "[--section.field VALUE ...]",
+    ])
+    if positional == "CONFIG":
+        description += (
+            f" CONFIG: a YAML file or a shipped config ({configs}); named beside --help, its values are shown as "
+            "defaults. Relative paths are relative to the current directory."
+        )
+    parser = config_io.new_parser(prog=f"grade {command}", usage=called, description=description)
+    group = parser.add_argument_group("the command's own")
+    switches = [name for name, option in own.items() if option.kind is None]
+    kinds = {name: option.kind for name, option in own.items() if option.kind is not None}
+    for name, option in own.items():
+        if option.kind is None:
+            group.add_argument(f"--{name}", action="store_true", help=option.help)
+            continue
+        group.add_argument(
+            f"--{name}", type=option.kind, default=option.default, metavar=option.metavar, help=option.help
+        )
+    parser.add_argument("--print_config", action="store_true", help="Print the settings as YAML and exit.")
+    config_io.add_settings(parser)
+    positionals, options = config_io.split_arguments(
+        argv, [*config_io.setting_types(), *kinds], [*_FLAGS, *switches], parser.prog
+    )
+    if most is not None and len(positionals) > most * (positional is not None):
+        raise GradeError(
+            f"unexpected argument {positionals[-1]!r}: settings are written --section.field VALUE "
+            f"(`{parser.prog} --help`)."
+        )
+    wants_help = any(option in HELP for option in options)
+    wants_config = "--print_config" in options
+    # Help and printing come after everything else was checked, so the parser must not act on them.
+    set_here = {name for name in switches if f"--{name}" in options}
+    apart = (*HELP, "--print_config", *(f"--{name}" for name in switches))
+    options = [option for option in options if option not in apart]
+    if positional is not None and not positionals:
+        if wants_help:
+            emit(parser.format_help())
+            return None
+        hint = f" Shipped configs: {configs}." if positional == "CONFIG" else ""
+        raise GradeError(f"{positional} is missing: {called}.{hint}")
+    given = positionals[0] if positionals else "demo"
+    path = _config_of_run(given) if positional == "RUN_DIR" else config_io.find_config(given)
+    namespace = config_io.parse_settings(parser, path, options, kinds)
+    if wants_help:
+        emit(parser.format_help())
+        return None
+    config = config_io.build_config(namespace)
+    if wants_config:
+        emit(config_io.config_to_yaml(config))
+        return None
+    return Resolved(config, namespace, given, positionals[1:], set_here)
+
+
+def emit(text: str) -> None:
+    """Print to standard output, quietly when its reader has gone (`grade train --help | head`)."""
+    with printing():
+        sys.stdout.write(text)
