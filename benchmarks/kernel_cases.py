@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def gumbel_topk_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *,
     def textbook_price() -> Outputs:
         return {"dense": price.expand(n, v).contiguous()}
 
-    shared = {"mode": mode, "wrt": ("logits",) if backward else ()}
+    shared: dict[str, Any] = {"mode": mode, "wrt": ("logits",) if backward else ()}
     ours = Run("ours", backend_name("gumbel_topk", logits), partial(our_gumbel_topk, k=k, tau=TAU), **shared,
                cotangents=our_price if backward else dict)
     dense = Run("ours, dense", ours.backend, partial(our_gumbel_topk, k=k, tau=TAU, dense=True), **shared,
@@ -131,14 +132,15 @@ def logits_kl_setup(
     rows, arrive = both_ends(n, device), torch.linspace(0.5, 1.5, n, device=device)
 
     def error(got: Outputs) -> float:
-        pair = [x[rows].double().requires_grad_() for x in (logits, ref_logits)]
+        pair = (logits[rows].double().requires_grad_(), ref_logits[rows].double().requires_grad_())
         kl = reference.kl(*pair)
         grads = torch.autograd.grad((kl * arrive[rows].double()).sum(), pair, retain_graph=True)
         (mean_grad,) = torch.autograd.grad(kl.sum(), pair[0])
         return worst(got, {"kl": kl, "d_logits": grads[0], "d_ref_logits": grads[1], "d_mean": mean_grad})
 
     backward = mode != "forward"
-    shared = {"mode": mode, "wrt": sides if backward else (), "cotangents": lambda: {"kl": arrive} if backward else {}}
+    shared: dict[str, Any] = {"mode": mode, "wrt": sides if backward else (),
+                              "cotangents": lambda: {"kl": arrive} if backward else {}}
 
     def our_kl(logits: Tensor, ref_logits: Tensor) -> Outputs:
         return {"kl": logits_kl(logits, ref_logits)}
@@ -202,7 +204,7 @@ def token_logprob_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, 
         return worst(got, {"logprob": logprob, "entropy": entropy, "d_logits": d_logits, "d_nll": d_nll})
 
     backward = mode != "forward"
-    shared = {"mode": mode, "wrt": ("logits",) if backward else (),
+    shared: dict[str, Any] = {"mode": mode, "wrt": ("logits",) if backward else (),
               "cotangents": lambda: {"logprob": arrive, "entropy": -arrive / 2} if backward else {}}
 
     def ours(logits: Tensor, tokens: Tensor) -> Outputs:
@@ -263,7 +265,7 @@ def vocab_head_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, 
         return {"kl": kl, "entropy": entropy, "logprob": logprob, "values": fixed.topk(k).values}
 
     def error(got: Outputs) -> float:
-        pair = [x[rows].double().requires_grad_() for x in (hidden, ref_hidden)]
+        pair = (hidden[rows].double().requires_grad_(), ref_hidden[rows].double().requires_grad_())
         exact = dense(*pair, weight.double(), tokens[rows])
         grads = torch.autograd.grad(exact["kl"].sum(), pair)
         exact |= {"d_hidden": grads[0], "d_ref_hidden": grads[1]}

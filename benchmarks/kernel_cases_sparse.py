@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def soft_embedding_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device,
             exact["d_weight"] = torch.stack(shares) @ arrive.double()
         return worst(got, exact)
 
-    shared = {"mode": "forward+backward", "wrt": ("weights", "weight") if table else ("weights",),
+    shared: dict[str, Any] = {"mode": "forward+backward", "wrt": ("weights", "weight") if table else ("weights",),
               "cotangents": lambda: {"embedding": arrive}, "view": view}
     size = weight.element_size()
     # [N, k, d] gathered, and again as the gradient of the gathered rows where the table wants one

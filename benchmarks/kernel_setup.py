@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,7 +156,7 @@ def worst(outputs: Outputs, exact: Outputs) -> float:
     return max((relative_error(outputs[name], exact[name]) for name in shared), default=float("inf"))
 
 
-def liger(name: str):
+def liger(name: str) -> tuple[Any, str | None]:
     """(the function liger_kernel.transformers.functional.<name>, why it is not to be had)."""
     if importlib.util.find_spec("liger_kernel") is None:
         return None, "liger_kernel is not installed (pip install liger-kernel)"

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 
 from grade import tree
 from grade.errors import GradeError, read_json, reason_of, writing
@@ -99,7 +100,7 @@ def _finish(folder: Path, step: int, card: str | None) -> None:
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def save_tokenizer(tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """As transformers writes it, chat template included, without how it was loaded here, which transformers adds."""
     tokenizer.save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"

@@ -71,8 +71,9 @@ def summary(view: View) -> Section:
     rows = session_rows(study.runs)
     if rows:
         section.add(Table(
-            "sessions", "When runs were started, or went on; UTC.",
+            "sessions",
             [Column("run"), Column("started"), Column("ended"), Column("after step", 0), Column("command")], rows,
+            "When runs were started, or went on; UTC.",
         ))
     _settings(view, section)
     _sweep(study, section)

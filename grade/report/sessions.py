@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from grade.machine import machine_line
 from grade.report.data import Run
-from grade.report.tables import Cell
+from grade.tables import Cell
 
 
 def sessions_of(run: Run) -> list[dict]:

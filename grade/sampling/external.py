@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -220,15 +221,14 @@ def _fill(
     policy: Policy, rollout: Rollout, hidden: Tensor, here: Tensor, sampling: Sampling, suppress: Tensor
 ) -> None:
     """Candidates and relaxed weights of the tokens `here` [B, S] bool, in place."""
-    draw = dict(
-        hidden=hidden[here], head=policy.head, tau=sampling.tau, seed=rollout.seed, rows=rollout.rows[here],
+    draw = partial(
+        linear_gumbel_topk, hidden[here], policy.head, tau=sampling.tau, seed=rollout.seed, rows=rollout.rows[here],
+        suppress=suppress,
     )
-    support = linear_gumbel_topk(k=rollout.indices.shape[-1], suppress=suppress, **draw).indices
+    support = draw(k=rollout.indices.shape[-1]).indices
     assert rollout.missed is not None  # as `recreate` has made it
     placed, rollout.missed[here] = place_tokens(support, rollout.tokens[here])
-    drawn = linear_gumbel_topk(
-        indices=placed, tokens=rollout.tokens[here], draw=_CONDITIONAL_DRAW, suppress=suppress, **draw
-    )
+    drawn = draw(indices=placed, tokens=rollout.tokens[here], draw=_CONDITIONAL_DRAW)
     rollout.indices[here] = placed
     chosen = placed == rollout.tokens[here][:, None]
     rollout.token_weight[here] = (drawn.weights * chosen).sum(-1).to(rollout.token_weight.dtype)
