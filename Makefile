@@ -12,13 +12,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-main test-kernels test-portable lint clean
+.PHONY: help install demo test test-main test-kernels test-portable quick check format clean
 
 help:
 	@echo "make demo           install into $(VENV) and train a tiny model from scratch to a better one (DEMO_ARGS)"
 	@echo "make test           install into $(VENV) and run the tests (PYTEST_ARGS)"
 	@echo "make test-portable  of these, those that rounding could upset, with other kernels of the libraries"
-	@echo "make lint           check style with ruff"
+	@echo "make quick          of these, those that need no whole run: a minute and a half for daily work"
+	@echo "make check          format, lint, types, and make quick"
+	@echo "make format         rewrite the files as ruff format writes them"
 	@echo "make install        only install into $(VENV)"
 	@echo "make clean          remove $(VENV), caches and build files (not runs/)"
 
@@ -38,7 +40,7 @@ demo: $(STAMP)
 # Two processes at once, because Triton decides when it is imported whether its kernels are compiled or interpreted; each
 # takes half of the cores. What interprets is the shorter, so files that need nothing of the rest go after it. Status 5
 # means that PYTEST_ARGS selected no test there.
-APART = tests/kernels/test_aot.py tests/test_training_benchmark.py tests/test_compiled_decoding.py tests/test_memory.py
+APART = tests/kernels/test_aot.py tests/benchmarks/test_training_benchmark.py tests/sampling/test_compiled_decoding.py tests/memory
 test: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // 2))')} \
 	    $(MAKE) --no-print-directory -k -j 2 test-main test-kernels
@@ -52,13 +54,25 @@ test-kernels: $(STAMP)
 	@$(MAKE) --no-print-directory test-portable
 
 # The libraries take other kernels, and so round otherwise, on a processor with AVX2 only. These make them do so anywhere.
-PORTABLE = $(addprefix tests/test_,decoding.py rollout.py replay.py policy_gradient_steps.py methods_bandit.py)
+PORTABLE = tests/sampling/test_decoding.py tests/sampling/test_rollout.py tests/replay $(addprefix tests/methods/test_,policy_gradient_steps.py methods_bandit.py)
 test-portable: $(STAMP)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE \
 	    $(BIN)/python -m pytest $(PORTABLE) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
-lint: $(STAMP)
+# What tells a mistake soonest, on both paths of the kernels; a whole run or a study is left to `make test`.
+QUICK = tests/test_architecture.py
+quick: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" $(QUICK) $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+	@$(MAKE) --no-print-directory quick
+
+format: $(STAMP)
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache

@@ -1,1 +1,1 @@
-"""Measurements: every number in the README is printed by a module of this package or by `grade` itself."""
+"""Measurements: every number on the pages is printed by a module of this package or by `grade` itself."""

@@ -1,6 +1,6 @@
 """The numbers of a page, written into it by the commands that print them.
 
-    python -m benchmarks.pages                     # README.md and those of benchmarks/results, written anew
+    python -m benchmarks.pages                     # every page of the repository, written anew
     python -m benchmarks.pages --check             # exit status 1 if a page does not say what its commands print
 
 A block begins with the comment `<!-- python -m benchmarks.NAME ARGUMENTS -->` and ends with `<!-- end -->`; what is
@@ -18,18 +18,27 @@ import shlex
 import sys
 from pathlib import Path
 
-PAGES = ("README.md", "benchmarks/results/README.md", "benchmarks/results/architectures.md")
+PAGES = ("*.md", "docs/**/*.md", "benchmarks/**/*.md")
+"""Where pages are, from the repository's root."""
 _BLOCK = re.compile(r"^(<!-- python -m (benchmarks\.\w+)([^\n|]*?)(?: \| rows (\d+)-(\d+))? -->\n)(.*?)^<!-- end -->$",
                     re.MULTILINE | re.DOTALL)
 
 
+def pages_in(root: Path) -> list[Path]:
+    """Every page of a repository."""
+    return sorted(path for pattern in PAGES for path in root.glob(pattern))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", type=Path, default=[Path(page) for page in PAGES])
+    parser.add_argument("pages", nargs="*", type=Path, help="default: every page")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
     stale = []
-    for page in options.pages:
+    pages = options.pages or pages_in(Path())
+    if not pages:
+        sys.exit("There is no page here. Call this in the repository's root, or name a page.")
+    for page in pages:
         try:
             before = page.read_text(encoding="utf-8")
         except OSError as error:

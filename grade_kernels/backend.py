@@ -63,7 +63,9 @@ def backend_for(op_name: str, *tensors: Tensor, k: int | None = None) -> str:
 def implementation(backend: str) -> ModuleType:
     """The package of a backend's operations: `torch_ops` or `triton_ops`, module for module alike."""
     if backend == "torch":
-        from grade_kernels import torch_ops as ops
-    else:
-        from grade_kernels import triton_ops as ops
-    return ops
+        from grade_kernels import torch_ops
+
+        return torch_ops
+    from grade_kernels import triton_ops
+
+    return triton_ops

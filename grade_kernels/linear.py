@@ -148,12 +148,15 @@ class _HeadGrads:
         self.head, self.like = head, (hidden, head.weight, head.bias)
         self.any = any(wanted)
         self.hidden = hidden.new_empty(hidden.shape) if wanted[0] else None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
         if into is not None:
             self.weight, self.bias = into.weight, into.bias
             return
-        # zeros_like would keep the strides of an expanded weight
-        self.weight = head.weight.new_zeros(head.weight.shape, dtype=head.dtype) if wanted[1] else None
-        self.bias = head.bias.new_zeros(head.bias.shape, dtype=head.dtype) if wanted[2] else None
+        if wanted[1]:  # zeros_like would keep the strides of an expanded weight
+            self.weight = head.weight.new_zeros(head.weight.shape, dtype=head.dtype)
+        if head.bias is not None and wanted[2]:
+            self.bias = head.bias.new_zeros(head.bias.shape, dtype=head.dtype)
 
     def add(self, a: int, b: int, rows: Tensor, d_raw: Tensor) -> None:
         """`d_raw` [r, V] is the gradient before the soft cap, of `rows` [r, d]."""
@@ -165,8 +168,8 @@ class _HeadGrads:
             self.bias += d_raw.sum(0)
 
     def result(self) -> tuple[Tensor | None, ...]:
-        grads = (self.hidden, self.weight, self.bias)
-        return tuple(g if g is None else g.to(x.dtype) for g, x in zip(grads, self.like, strict=True))
+        pairs = zip((self.hidden, self.weight, self.bias), self.like, strict=True)
+        return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
 
 
 class _LinearKL(torch.autograd.Function):
@@ -174,20 +177,10 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        ref_hidden: Tensor,
-        ref_weight: Tensor | None,
-        ref_bias: Tensor | None,
-        ref_scale: float,
-        softcap: float | None,
-        chunk_bytes: int,
-        swap: bool,
-        backend: str,
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float,
+        ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None, ref_scale: float,
+        softcap: float | None, chunk_bytes: int, swap: bool, backend: str,
+    ) -> Tensor:  # fmt: skip
         head = Head(weight, bias, scale, softcap)
         ref_head = head if ref_weight is None else Head(ref_weight, ref_bias, ref_scale, softcap)
         leading = hidden.shape[:-1]
@@ -234,16 +227,9 @@ class _LinearKL(torch.autograd.Function):
 class _LinearTokenLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        tokens: Tensor,
-        scale: float,
-        softcap: float | None,
-        chunk_bytes: int,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor,
+        scale: float, softcap: float | None, chunk_bytes: int, backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         head, flat = Head(weight, bias, scale, softcap), tokens.reshape(-1)
         stats = TokenStats.empty(flat.numel(), head.dtype, hidden.device)
         token_stats = implementation(backend).logprob.token_stats
@@ -275,16 +261,9 @@ class _SupportLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        values: Tensor,
-        scale: float,
-        softcap: float | None,
-        backend: str,
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, values: Tensor,
+        scale: float, softcap: float | None, backend: str,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, ids, values)
         ctx.options = (scale, softcap, backend)
         return values.clone()

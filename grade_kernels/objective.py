@@ -149,16 +149,9 @@ class _ToHidden(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        logits: Tensor,
-        objective: Tensor | None,
-        grad_hidden: Tensor | None,
-        indices: Tensor,
-        weight: Tensor,
-        scale: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any, hidden: Tensor, logits: Tensor, objective: Tensor | None, grad_hidden: Tensor | None,
+        indices: Tensor, weight: Tensor, scale: float, softcap: float | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         ctx.save_for_backward(logits, grad_hidden, indices, weight)
         ctx.options = (scale, softcap, hidden.dtype)
         return logits.clone(), None if objective is None else objective.clone()
@@ -169,14 +162,15 @@ class _ToHidden(torch.autograd.Function):
         logits, grad_hidden, indices, weight = ctx.saved_tensors
         scale, softcap, dtype = ctx.options
         grad = pull_back(d_logits, indices, Head(weight, None, scale, softcap), logits)
-        if grad_hidden is not None:
+        if grad_hidden is not None and d_objective is not None:
             grad += d_objective[..., None] * grad_hidden
         return grad.to(dtype), *[None] * 7
 
 
 def _weighted_sum(weights: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> Tensor:
     """[r]: sum of weight * value over those that are there; a weight of 0 makes its term 0, even an infinite one."""
-    terms = [(w * v).masked_fill(w == 0, 0.0) for w, v in zip(weights, values, strict=True) if w is not None]
+    pairs = zip(weights, values, strict=True)
+    terms = [(w * v).masked_fill(w == 0, 0.0) for w, v in pairs if w is not None and v is not None]
     return torch.stack(terms).sum(0)
 
 

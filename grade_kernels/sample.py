@@ -112,18 +112,9 @@ class SampleArgs:
     """The validated arguments that `gumbel_topk` and `linear_gumbel_topk` share; tensors are flat, [N, ...]."""
 
     def __init__(
-        self,
-        leading: torch.Size,
-        vocab: int,
-        device: torch.device,
-        k: int,
-        tau: float,
-        seed: int,
-        rows: Tensor | None,
-        draw: int,
-        indices: Tensor | None,
-        tokens: Tensor | None,
-    ):
+        self, leading: torch.Size, vocab: int, device: torch.device, k: int, tau: float,
+        seed: int, rows: Tensor | None, draw: int, indices: Tensor | None, tokens: Tensor | None,
+    ):  # fmt: skip
         checks.check_positive("tau", tau)
         n = math.prod(leading)
         if indices is None:
@@ -142,8 +133,8 @@ class SampleArgs:
     def sparse(self, flat: tuple[Tensor, Tensor, Tensor, Tensor], leading: torch.Size, hard: bool) -> SparseTokens:
         """(ids [N, k], weights [N, k], tokens [N], mass [N]) in their leading shape."""
         ids, weights, chosen, mass = flat
-        pairs = (x.view(*leading, self.k) for x in (ids, weights))
-        return SparseTokens(*pairs, chosen.view(leading), mass.view(leading), hard)
+        ids, weights = (x.view(*leading, self.k) for x in (ids, weights))
+        return SparseTokens(ids, weights, chosen.view(leading), mass.view(leading), hard)
 
 
 def row_keys(rows: Tensor | None, leading: Sequence[int], device: torch.device) -> Tensor:

@@ -101,7 +101,7 @@ def vocab_head(
 
     def take(logits: Tensor, ref_logits: Tensor | None, ids: Tensor | None, chosen: Tensor | None) -> dict[str, Tensor]:
         found = ops.head_chunk(logits, ref_logits, k, blocked, ids, chosen, direction, grad, head.softcap)
-        if grad:  # the logits are gradients by now
+        if grad and ref_logits is not None:  # the logits are gradients by now
             found |= {"grad_hidden": head.grad_hidden(logits), "grad_ref_hidden": head.grad_hidden(ref_logits)}
         return found
 

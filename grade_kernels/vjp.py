@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,26 +161,10 @@ class SoftTokenRule:
 
 
 def soft_token_vjp(
-    grad_embedding: Tensor | Sequence[Tensor],
-    embedding: Tensor | Sequence[Tensor],
-    *,
-    logits: Tensor,
-    indices: Tensor,
-    tokens: Tensor | None = None,
-    tau: float = 1.0,
-    estimator: str = "gumbel",
-    seed: int | None = None,
-    rows: Tensor | None = None,
-    samples: int = 16,
-    conditional: bool = False,
-    head: Head | None = None,
+    grad_embedding: Tensor | Sequence[Tensor], embedding: Tensor | Sequence[Tensor], **rule: Any
 ) -> SoftTokenGrad:
-    """`SoftTokenRule` for one gradient: every argument and error is that of the rule or of its call."""
-    rule = SoftTokenRule(
-        logits=logits, indices=indices, tokens=tokens, tau=tau, estimator=estimator, seed=seed, rows=rows,
-        samples=samples, conditional=conditional, head=head, keep_bytes=0,
-    )
-    return rule(grad_embedding, embedding)
+    """One call of the `SoftTokenRule` that the keyword arguments make; errors and results are its."""
+    return SoftTokenRule(**{"keep_bytes": 0, **rule})(grad_embedding, embedding)
 
 
 @torch.no_grad()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from published import relative_error
-from test_replay import gradient, rollout_of
-from test_rollout import PROMPTS
+from rollouts import PROMPTS, gradient, rollout_of
 from tiny import tiny_policy, tiny_reward
 
 from grade.model.policy import Policy

@@ -125,7 +125,7 @@ def compile_one(configuration: Configuration) -> Row:
     return Row(configuration, seconds, found, problem)
 
 
-def _compile(configuration: Configuration):
+def _compile(configuration: Configuration) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -248,7 +248,7 @@ def compile_all(configurations: Sequence[Configuration], jobs: int) -> Iterator[
 class _Worker:
     """A process that compiles one configuration after another."""
 
-    def __init__(self, context, cache: str):
+    def __init__(self, context: Any, cache: str):
         self._context, self._cache = context, cache
         self._job: Configuration | None = None
         self._start()
@@ -270,6 +270,7 @@ class _Worker:
             self._process.join()
             seconds, code = time.perf_counter() - self._since, self._process.exitcode
             self._start()
+            assert self._job is not None  # `give` comes before `take`
             return Row(self._job, seconds, error=f"the compiler took its process down (exit code {code})")
 
     def stop(self) -> None:
@@ -278,7 +279,7 @@ class _Worker:
         self._process.join()
 
 
-def _serve(pipe, cache: str) -> None:
+def _serve(pipe: Any, cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache
     while True:
         try:

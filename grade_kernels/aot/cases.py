@@ -10,13 +10,15 @@ except that few rows are split over several programs.  A new operation gets a fu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grade_kernels.common.checks import DIRECTIONS, ESTIMATORS
-from grade_kernels.common.chunks import rows_of
+from grade_kernels.common.chunks import Rows, rows_of
 from grade_kernels.common.sample import Support
 from grade_kernels.common.stats import KLStats, TokenStats
 from grade_kernels.triton_ops import embedding, kl, launch, logprob, objective, sample, scatter, sweep, vjp
@@ -58,7 +60,7 @@ def _logits(dtype: torch.dtype, vocab: int, rows: int = MANY) -> Tensor:
     return torch.empty(rows, vocab, dtype=dtype)
 
 
-def _sliced(dtype: torch.dtype, vocab: int, start: int = 0) -> Tensor:
+def _sliced(dtype: torch.dtype, vocab: int, start: int = 0) -> Rows:
     """logits[:, :-1] (start 0) or logits[:, 1:] of [2, 5, vocab]: rows with two strides."""
     whole = torch.empty(2, 5, vocab, dtype=dtype)
     return rows_of(whole[:, start : start + 4])
@@ -72,7 +74,7 @@ def _floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def logits_layouts(vocab: int) -> Iterator[Callable[[torch.dtype], Tensor]]:
+def logits_layouts(vocab: int) -> Iterator[Callable[[torch.dtype], Any]]:
     """The ways rows of logits lie in memory, as functions of the dtype."""
     yield lambda dtype: _logits(dtype, vocab)
     if vocab % 16:
@@ -88,17 +90,17 @@ def kl_cases() -> Iterator[Case]:
         pairs += [(next(logits_layouts(vocab)), *dtypes) for dtypes in mixed]
         for layout, p_dtype, q_dtype in pairs:
             p, q = layout(p_dtype), layout(q_dtype)
-            yield lambda p=p, q=q: kl.kl_stats(p, q, torch.float32)
+            yield partial(kl.kl_stats, p, q, torch.float32)
             n = p.shape[0]
             stats, weights = KLStats.empty(n, torch.float32, p.device), _floats(n)
             out_p, out_q = _logits(p_dtype, vocab, n), _logits(q_dtype, vocab, n)
             for outs in ((out_p, None), (None, out_q), (out_p, out_q)):
-                yield lambda p=p, q=q, s=stats, w=weights, o=outs: kl.kl_grads(p, q, s, w, *o)
+                yield partial(kl.kl_grads, p, q, stats, weights, *outs)
         # As the head calls it: float32 logits of a chunk, overwritten by their gradients, with and without a cap.
         p, q = _logits(torch.float32, vocab), _logits(torch.float32, vocab)
         stats = KLStats.empty(MANY, torch.float32, p.device)
-        for cap, weights in product((None, 30.0), (None, _floats(MANY))):
-            yield lambda p=p, q=q, s=stats, c=cap, w=weights: kl.kl_grads(p, q, s, w, p, q, c)
+        for cap, some in product((None, 30.0), (None, _floats(MANY))):
+            yield partial(kl.kl_grads, p, q, stats, some, p, q, cap)
 
 
 def logprob_cases() -> Iterator[Case]:
@@ -107,11 +109,10 @@ def logprob_cases() -> Iterator[Case]:
             x = layout(dtype)
             n = x.shape[0]
             for tokens in (_ids(n), None):
-                yield lambda x=x, t=tokens: logprob.token_stats(x, t, torch.float32)
-            stats, grads = TokenStats.empty(n, torch.float32, x.device), (_floats(n), _floats(n))
-            out = _logits(dtype, vocab, n)
+                yield partial(logprob.token_stats, x, tokens, torch.float32)
+            stats, out = TokenStats.empty(n, torch.float32, x.device), _logits(dtype, vocab, n)
             for cap in (None, 30.0):
-                yield lambda x=x, s=stats, g=grads, o=out, c=cap, n=n: logprob.token_stats_grad(x, _ids(n), s, *g, o, c)
+                yield partial(logprob.token_stats_grad, x, _ids(n), stats, _floats(n), _floats(n), out, cap)
 
 
 def sweep_cases() -> Iterator[Case]:
@@ -120,10 +121,11 @@ def sweep_cases() -> Iterator[Case]:
         for ref, tokens, suppress in product((True, False), repeat=3) if usual else ((True, True, True),):
             kinds = product(DIRECTIONS if ref else DIRECTIONS[:1], _GRADS if ref else _GRADS[:1])
             for direction, (grad, cap) in kinds:
-                x, y = _logits(torch.float32, vocab), _logits(torch.float32, vocab) if ref else None
+                x = _logits(torch.float32, vocab)
+                y = _logits(torch.float32, vocab) if ref else None
                 support = None if k is None else _ids(MANY, k)  # without it the sampler's own launch selects one
                 rest = (_ids(2) if suppress else None, support, _ids(MANY) if tokens else None, direction, grad, cap)
-                yield lambda x=x, y=y, k=k, r=rest: sweep.head_chunk(x, y, k, *r)
+                yield partial(sweep.head_chunk, x, y, k, *rest)
 
 
 def objective_cases() -> Iterator[Case]:
@@ -134,10 +136,11 @@ def objective_cases() -> Iterator[Case]:
             some = weightings if tokens and suppress and usual else (weightings[0], weightings[-1])
             kinds = dict.fromkeys((weights if ref else (weights[0], False, False)) for weights in some)
             for weighted, cap in product(kinds, (None, 30.0)):
-                x, y = _logits(torch.float32, vocab), _logits(torch.float32, vocab) if ref else None
-                weights = tuple(_floats(MANY) if weigh else None for weigh in weighted)
-                rest = (_ids(2) if suppress else None, _ids(MANY, k), _ids(MANY) if tokens else None, weights, ref, cap)
-                yield lambda x=x, y=y, r=rest: objective.objective_chunk(x, y, *r)
+                x = _logits(torch.float32, vocab)
+                y = _logits(torch.float32, vocab) if ref else None
+                weights: Any = tuple(_floats(MANY) if weigh else None for weigh in weighted)
+                ids = (_ids(2) if suppress else None, _ids(MANY, k), _ids(MANY) if tokens else None)
+                yield partial(objective.objective_chunk, x, y, *ids, weights, ref, cap)
 
 
 def embedding_cases() -> Iterator[Case]:
@@ -145,11 +148,11 @@ def embedding_cases() -> Iterator[Case]:
         table, ids, vocab = torch.empty(64, width, dtype=dtype), _ids(MANY, k), 64
         grad = _floats(MANY, width, dtype=dtype)
         for weights in (_floats(MANY, k), _floats(MANY, k, dtype=dtype)):
-            yield lambda w=weights, i=ids, t=table: embedding.weighted_sum(w, i, t)
-            yield lambda w=weights, i=ids, g=grad, v=vocab: embedding.scatter_sum(w, i, g, v)
+            yield partial(embedding.weighted_sum, weights, ids, table)
+            yield partial(embedding.scatter_sum, weights, ids, grad, vocab)
         for side in (grad, _floats(MANY, width)):
-            yield lambda i=ids, g=side, t=table: embedding.candidate_dots(g, i, t)
-        yield lambda i=ids, g=grad, v=vocab: embedding.scatter_sum(None, i, g, v)
+            yield partial(embedding.candidate_dots, side, ids, table)
+        yield partial(embedding.scatter_sum, None, ids, grad, vocab)
 
 
 def vjp_cases() -> Iterator[Case]:
@@ -163,12 +166,11 @@ def vjp_cases() -> Iterator[Case]:
         for models, x_dtype in product((1, 3) if usual else (1,), {torch.float32, dtype} if usual else {torch.float32}):
             tables, grads = [torch.empty(64, width, dtype=dtype)] * models, [_floats(MANY, width, dtype=dtype)] * models
             logits = _floats(MANY, k, dtype=x_dtype)
-            yield lambda g=grads, t=tables, i=ids: vjp.candidate_grad(g, t, i)
+            yield partial(vjp.candidate_grad, grads, tables, ids)
             for rule, draws in rules:
                 tokens = _ids(MANY) if draws.start or rule == "reinmax" else None
-                yield lambda g=grads, t=tables, x=logits, i=ids, a=tokens, key=keys, r=rule, d=draws: vjp.token_vjp(
-                    g, t, x, i, a, key, r, TAU, SEED, d, torch.float32
-                )
+                shared = (grads, tables, logits, ids, tokens, keys)
+                yield partial(vjp.token_vjp, *shared, rule, TAU, SEED, draws, torch.float32)
 
 
 def sample_cases() -> Iterator[Case]:
@@ -183,23 +185,23 @@ def sample_cases() -> Iterator[Case]:
     for k in CANDIDATES:
         support = Support(_ids(MANY, k), _floats(MANY, k), _floats(MANY))
         for tokens in (None, _ids(MANY)):
-            yield lambda s=support, t=tokens: sample.sample(s, _ids(MANY), SEED, 1, t, TAU)
+            yield partial(sample.sample, support, _ids(MANY), SEED, 1, tokens, TAU)
 
 
 def _selections(logits: Tensor, k: int, suppress: bool, given: bool, chosen: bool) -> Iterator[Case]:
     n = logits.shape[0]
     rest = (_ids(2) if suppress else None, _ids(n, k) if given else None, _ids(n) if chosen else None, torch.float32)
-    yield lambda: sample.select(logits, k, *rest)
-    yield lambda: sample.select_and_sample(logits, k, TAU, _ids(n), SEED, 0, *rest)
+    yield partial(sample.select, logits, k, *rest)
+    yield partial(sample.select_and_sample, logits, k, TAU, _ids(n), SEED, 0, *rest)
 
 
 def scatter_cases() -> Iterator[Case]:
     for k, dtype in product(CANDIDATES, DTYPES):
         weights = _floats(MANY, k, dtype=dtype)
-        yield lambda w=weights: scatter.weights_vjp(w, w, TAU)
-        yield lambda w=weights, k=k: scatter.weights_vjp(_floats(MANY, k), w, TAU)
+        yield partial(scatter.weights_vjp, weights, weights, TAU)
+        yield partial(scatter.weights_vjp, _floats(MANY, k), weights, TAU)
         for vocab in VOCABULARIES:
-            yield lambda w=weights, k=k, v=vocab, d=dtype: scatter.scatter(_ids(MANY, k), w, v, d)
+            yield partial(scatter.scatter, _ids(MANY, k), weights, vocab, dtype)
 
 
 FAMILIES = (

@@ -42,7 +42,7 @@ class _Pointer:
         self._bytes = 2**31 if large else tensor.untyped_storage().nbytes()
 
     def data_ptr(self) -> int:
-        return 4096 + self._offset
+        return 4096 + int(self._offset)
 
     def ptr_range(self) -> int:
         return self._bytes
@@ -83,7 +83,7 @@ def _binder(kernel: Any, target: str) -> tuple[Any, Any]:
 
 def configurations(launches: Iterable[Any], targets: Sequence[str]) -> list[Configuration]:
     """The distinct ones of recorded launches, in their order, for one target after another."""
-    launches, found = list(launches), {}
+    launches, found = list(launches), dict[Any, Configuration]()
     for target in targets:
         for launch in launches:
             for large in (False, True) if TARGETS[target].backend == "hip" else (False,):
@@ -121,7 +121,7 @@ def line(row: Row) -> str:
     one, found = row.configuration, row.resources
     numbers = f"{found.registers:4} {found.spills:6} {found.shared:6}" if found else f"{'-':>4} {'-':>6} {'-':>6}"
     text = f"{one.target:7} {one.name:28} {numbers} {one.num_warps:5} {row.seconds:7.2f}  {one}"
-    return text + (f"\n    FAILED {row.error}" if row.error else "\n    SPILLS" if found.spills else "")
+    return text + (f"\n    FAILED {row.error}" if row.error else "\n    SPILLS" if found and found.spills else "")
 
 
 def check(every: Sequence[Configuration], jobs: int, table: str | None = None, out: TextIO | None = None) -> int:
@@ -137,12 +137,12 @@ def check(every: Sequence[Configuration], jobs: int, table: str | None = None, o
     failed = [row for row in rows if row.error]
     spilled = [row for row in rows if row.resources and row.resources.spills]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} compiled, {len(spilled)} with spills", file=out)
-    measured = [row for row in rows if row.resources]
+    measured = [(row.resources.registers, row.configuration) for row in rows if row.resources]
     if measured:
-        most = max(measured, key=lambda row: row.resources.registers)
-        most_of, slowest = most.configuration, max(rows, key=lambda row: row.seconds)
+        most, most_of = max(measured, key=lambda pair: pair[0])
+        slowest = max(rows, key=lambda row: row.seconds)
         print(
-            f"most registers: {most.resources.registers} ({most_of.name}, {most_of.target}); "
+            f"most registers: {most} ({most_of.name}, {most_of.target}); "
             f"slowest: {slowest.seconds:.1f} s ({slowest.configuration.name}, {slowest.configuration.target})",
             file=out,
         )

@@ -12,6 +12,7 @@ Philox is from Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def philox(
     return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
 
 
-def _philox_without_overflow(k0: int, k1: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor):
+def _philox_without_overflow(k0: int, k1: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Any:
     # Compiled for a CPU, a product that wraps is undefined behaviour, and the C++ compiler does drop a mask
     # that only such a product needs.
     for _ in range(_ROUNDS):

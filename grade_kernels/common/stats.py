@@ -6,7 +6,8 @@ log p = (logit - peak) - norm loses less than logit - (peak + norm).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +17,14 @@ class _RowStats:
     """What the two tuples share; every field is [N]."""
 
     @classmethod
-    def empty(cls, n: int, dtype: torch.dtype, device: torch.device):
+    def empty(cls: Any, n: int, dtype: torch.dtype, device: torch.device) -> Any:
         return cls(*torch.empty(len(cls._fields), n, dtype=dtype, device=device).unbind())
 
-    def put(self, a: int, b: int, part) -> None:
+    def put(self: Any, a: int, b: int, part: Iterable[Tensor]) -> None:
         for whole, rows in zip(self, part, strict=True):
             whole[a:b] = rows
 
-    def rows(self, a: int, b: int):
+    def rows(self: Any, a: int, b: int) -> Any:
         return type(self)(*(stat[a:b] for stat in self))
 
 

@@ -79,7 +79,7 @@ def kl_grads(
         if out_p is not None:
             d_p = x.add_(rows.kl).neg_().mul_((p - rows.peak_p).sub_(rows.norm_p).exp_())
         for grad, logits, out in ((d_p, p, out_p), (d_q, q, out_q)):
-            if grad is None:
+            if grad is None or out is None:
                 continue
             if row_weights is not None:
                 weights = row_weights[a:b, None]

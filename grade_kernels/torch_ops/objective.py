@@ -72,12 +72,12 @@ def objective_grad(
             # 0 log 0 = 0; a NaN row keeps its NaN through prob.
             logp.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=0.0)
             terms.append((logp.add_(stats.entropy[a:b, None]).mul_(prob), -w_entropy))
-        if w_kl is not None or w_ref_kl is not None:
+        if ref_logits is not None and kl is not None and (w_kl is not None or w_ref_kl is not None):
             d_kl, d_ref = (None if weight is None else torch.empty_like(part) for weight in (w_kl, w_ref_kl))
             kl_grads(part, ref_logits[a:b], kl.rows(a, b), None, d_kl, d_ref)
-            if d_kl is not None:
+            if d_kl is not None and w_kl is not None:
                 terms.append((d_kl, w_kl))
-            if d_ref is not None:  # kl_grads made q - p of it
+            if d_ref is not None and w_ref_kl is not None:  # kl_grads made q - p of it
                 terms.append((d_ref, -w_ref_kl))
         grad = torch.zeros_like(part)
         for term, weight in terms:

@@ -13,12 +13,7 @@ from grade_kernels.torch_ops.topk import topk_ids
 
 
 def select(
-    logits: Rows,
-    k: int,
-    suppress: Tensor | None,
-    indices: Tensor | None,
-    tokens: Tensor | None,
-    dtype: torch.dtype,
+    logits: Rows, k: int, suppress: Tensor | None, indices: Tensor | None, tokens: Tensor | None, dtype: torch.dtype
 ) -> Support:
     """`candidates`, and the log-sum-exp of the rows."""
     ids, values = candidates(logits, k, suppress, indices, tokens, dtype)
@@ -26,12 +21,7 @@ def select(
 
 
 def candidates(
-    logits: Rows,
-    k: int,
-    suppress: Tensor | None,
-    indices: Tensor | None,
-    tokens: Tensor | None,
-    dtype: torch.dtype,
+    logits: Rows, k: int, suppress: Tensor | None, indices: Tensor | None, tokens: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(ids [N, k], their logits): the exact top-k of logits [N, V], or `indices` [N, k] where they are given.
 

@@ -45,9 +45,9 @@ def head_chunk(
         (p, exp_p), (q, exp_q) = sides if policy_first else sides[::-1]
         divergence = kl_ops.divergence(p, q, exp_p, exp_q, grad)
         kl.put(a, b, divergence.stats)
-        if grad:  # the last use of the logits
-            p.copy_(through_softcap(divergence.grad_p, p, softcap))
-            q.copy_(through_softcap(divergence.grad_q, q, softcap))
+        for side, d_side in ((p, divergence.grad_p), (q, divergence.grad_q)):
+            if d_side is not None:  # the last use of the logits
+                side.copy_(through_softcap(d_side, side, softcap))
     return row_fields(token, None if ref_logits is None else kl, tokens is not None, support, policy_first)
 
 

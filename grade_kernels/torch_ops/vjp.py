@@ -30,7 +30,7 @@ def token_vjp(
     draws: range,
     dtype: torch.dtype,
 ) -> Tensor:
-    """dlogits [N, k] by the rules that `grade_kernels.vjp.soft_token_vjp` writes down.
+    """dlogits [N, k] by the rules that `grade_kernels.vjp.SoftTokenRule` writes down.
 
     `draws` are those of the noise, for gumbel and rao: the free draw is 0, the others are conditional on
     `tokens` [N].
@@ -53,6 +53,7 @@ def rule_terms(
     if estimator == "straight_through":
         yield 1.0, logits.softmax(-1)
     elif estimator == "reinmax":
+        assert tokens is not None
         one_hot = (ids == tokens[:, None]).to(logits.dtype)
         yield 2.0, (one_hot + tempered_softmax(logits, tau)) / 2
         yield -0.5, logits.softmax(-1)

@@ -145,7 +145,7 @@ def vector_width(*tensors: Tensor) -> int:
     """
     width = VECTOR_BYTES // min(t.element_size() for t in tensors)
     for rows in map(row_addresses, tensors):
-        for start in (rows.tensor.storage_offset(), rows.outer_stride, rows.inner_stride):
+        for start in (int(rows.tensor.storage_offset()), rows.outer_stride, rows.inner_stride):
             width = min(width, start & -start) if start else width
     return width
 

@@ -173,7 +173,7 @@ def _objective_grad(
     return _launch(logits, ref_logits, indices, tokens, suppress, *weights, softcap=softcap)
 
 
-def _launch(*args: Tensor | None, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _launch(*args: Any, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     return sweep.sweep_rows(
         _objective_kernel, _ROWS, *args, softcap=softcap, scattered=_SCATTERED, max_registers=_MAX_REGISTERS
     )

@@ -9,13 +9,14 @@ Bytes that must move a row: V entries read once, a tenth of them again at k = 25
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from grade_kernels.common.chunks import Rows
 from grade_kernels.common.sample import Sample, Support
 from grade_kernels.triton_ops import noise, topk
 from grade_kernels.triton_ops.device import row_start
@@ -221,7 +222,7 @@ def sample_kernel(
 def _launch_selection(
     logits: Tensor, k: int, suppress: Tensor | None, given: Tensor | None, tokens: Tensor | None,
     keys: Tensor | None = None, numbers: tuple = (0, 0, 0, 1.0),
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> Any:
     """(ids, values, lse); with the `keys` of the noise and `numbers` (seed_low, seed_high, draw, tau) it samples:
     (ids, weights, tokens, mass)."""
     given, tokens, keys = (None if x is None else x.contiguous() for x in (given, tokens, keys))
@@ -271,7 +272,7 @@ def _select(
 
 
 @_select.register_fake
-def _(logits, k, suppress, indices, tokens):
+def _(logits: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     n = math.prod(logits.shape[:-1])
     values = logits.new_empty(n, k, dtype=torch.float32)
     return values.new_empty(n, k, dtype=torch.int64), values, values.new_empty(n)
@@ -286,7 +287,7 @@ def _select_and_sample(
 
 
 @_select_and_sample.register_fake
-def _(logits, k, tau, keys, seed_low, seed_high, draw, suppress, indices, tokens):
+def _(logits: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = math.prod(logits.shape[:-1])
     weights = logits.new_empty(n, k, dtype=torch.float32)
     ids = weights.new_empty(n, k, dtype=torch.int64)
@@ -311,11 +312,13 @@ def _sample_support(
 
 
 @_sample_support.register_fake
-def _(values, ids, lse, keys, seed_low, seed_high, draw, tokens, tau):
-    return values.new_empty(values.shape), keys.new_empty(lse.shape), lse.new_empty(lse.shape)
+def _(values: Tensor, ids: Tensor, lse: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return values.new_empty(values.shape), ids.new_empty(lse.shape), lse.new_empty(lse.shape)
 
 
-def select(logits, k, suppress, indices, tokens, dtype) -> Support:
+def select(
+    logits: Rows, k: int, suppress: Tensor | None, indices: Tensor | None, tokens: Tensor | None, dtype: torch.dtype
+) -> Support:
     """See `torch_ops.sample.select`."""
     return Support(*_select(as_tensor(logits), k, suppress, indices, tokens))
 
@@ -326,7 +329,10 @@ def sample(support: Support, keys: Tensor, seed: int, draw: int, tokens: Tensor 
     return Sample(*_sample_support(values, ids, lse, keys, *words(seed), words(draw)[0], tokens, tau))
 
 
-def select_and_sample(logits, k, tau, keys, seed, draw, suppress, indices, tokens, dtype) -> tuple[Tensor, Sample]:
+def select_and_sample(
+    logits: Rows, k: int, tau: float, keys: Tensor, seed: int, draw: int, suppress: Tensor | None,
+    indices: Tensor | None, tokens: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Sample]:  # fmt: skip
     """See `torch_ops.sample.select_and_sample`."""
     ids, *sample = _select_and_sample(
         as_tensor(logits), k, tau, keys, *words(seed), words(draw)[0], suppress, indices, tokens

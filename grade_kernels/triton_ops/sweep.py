@@ -176,10 +176,10 @@ def sweep_rows(
     stats, ids, values = outputs(rows_of_stats, logits, indices)
     n, vocab = logits.shape
     bits = None if indices is None else suppress_bits(suppress, vocab, logits.device)
-    given, chosen, *weights = (x if x is None else x.contiguous() for x in (indices, tokens, *weights))
+    given, chosen, *per_row = (x if x is None else x.contiguous() for x in (indices, tokens, *weights))
     width, k = vector_width(logits), ids.shape[1]
     launch(
-        kernel, (n,), logits, ref_logits, given, chosen, bits, *weights, stats, ids, values, n, k,
+        kernel, (n,), logits, ref_logits, given, chosen, bits, *per_row, stats, ids, values, n, k,
         None if softcap is None else 1.0 / softcap, vocab, logits.stride(0),
         0 if ref_logits is None else ref_logits.stride(0),
         num_warps=_WARPS, max_registers=max_registers, KEPT=next_power_of_2(k), LANES=32 * _WARPS, WIDTH=width,

@@ -6,6 +6,7 @@ One launch for each model; the last one also applies the rule, with its noise in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -39,7 +40,7 @@ def token_vjp(
     draws: range,
     dtype: torch.dtype,
 ) -> Tensor:
-    """dlogits float32 [N, k] by the rules that `grade_kernels.vjp.soft_token_vjp` writes down.
+    """dlogits float32 [N, k] by the rules that `grade_kernels.vjp.SoftTokenRule` writes down.
 
     `draws` are those of the noise, for gumbel and rao: the free draw is 0, the others are conditional on
     `tokens` [N].  `dtype` is float32, the only one the kernels compute in.
@@ -83,7 +84,7 @@ def _token_vjp(
 
 
 @_token_vjp.register_fake
-def _(grads, tables, logits, ids, tokens, keys, estimator, tau, seed_low, seed_high, first_draw, draws):
+def _(grads: Sequence[Tensor], tables: Sequence[Tensor], logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape, dtype=torch.float32)
 
 

@@ -2,29 +2,23 @@
 
 import pytest
 import torch
-from kernel_checks import HALF, Allocations, assert_no_worse, rel_err
+from kernel_checks import HALF, HEADS, Allocations, assert_no_worse, make_head, rel_err
 
 from grade_kernels import Head, gumbel_topk, linear_gumbel_topk, linear_kl, linear_token_logprob, reference
 from grade_kernels.common import head as head_ops
 
-HEADS = [
-    {},
-    {"bias": True},
-    {"scale": 0.25},  # Cohere, Granite
-    {"softcap": 3.0},  # Gemma 2
-    {"bias": True, "scale": -1.5, "softcap": 2.0},
-]
 N, V, D = 6, 11, 5
 
 
 DTYPES = [torch.float64, torch.float32]
 
 
-def make_head(options, width=D, dtype=torch.float64, device="cpu"):
-    options = dict(options)
-    weight = torch.randn(V, width, dtype=dtype, device=device, requires_grad=True)
-    bias = torch.randn(V, dtype=dtype, device=device, requires_grad=True) if options.pop("bias", False) else None
-    return Head(weight, bias, **options)
+def head_of(options, width=D, dtype=torch.float64, device="cpu"):
+    head = make_head(options, V, width, dtype, device)
+    for part in (head.weight, head.bias):
+        if part is not None:
+            part.requires_grad_()
+    return head
 
 
 def states(width=D, dtype=torch.float64, device="cpu"):
@@ -49,11 +43,11 @@ def assert_same(ours, exact, v, inputs):
 @pytest.mark.parametrize("own_head", [False, True])
 @pytest.mark.parametrize("options", HEADS)
 def test_linear_kl(backend, device, options, own_head, direction, chunk_bytes, dtype):
-    h, head = states(D, dtype, device), make_head(options, D, dtype, device)
+    h, head = states(D, dtype, device), head_of(options, D, dtype, device)
     rh, ref_head = states(D, dtype, device), None
     inputs = [*leaves(h, head), rh]
     if own_head:
-        rh, ref_head = states(7, dtype, device), make_head(options | {"scale": 0.5}, 7, dtype, device)
+        rh, ref_head = states(7, dtype, device), head_of(options | {"scale": 0.5}, 7, dtype, device)
         inputs[-1:] = leaves(rh, ref_head)
     ours = linear_kl(h, head, rh, ref_head, direction, chunk_bytes=chunk_bytes)
     exact = reference.kl(reference.head_logits(h, head), reference.head_logits(rh, ref_head or head), direction)
@@ -70,7 +64,7 @@ OPERATIONS = {
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_gradcheck(name):
-    h, rh, head = states(), states(), make_head({"bias": True})
+    h, rh, head = states(), states(), head_of({"bias": True})
     assert torch.autograd.gradcheck(
         lambda h, w, b, rh: OPERATIONS[name](h, Head(w, b, 0.5, 2.0), rh), (h, head.weight, head.bias, rh)
     )
@@ -80,7 +74,7 @@ def test_gradcheck(name):
 @pytest.mark.parametrize("chunk_bytes", [1, 2**28])
 @pytest.mark.parametrize("options", HEADS)
 def test_linear_token_logprob(backend, device, options, chunk_bytes, dtype):
-    h, head = states(D, dtype, device), make_head(options, D, dtype, device)
+    h, head = states(D, dtype, device), head_of(options, D, dtype, device)
     tokens, v = torch.randint(0, V, (N,), device=device), torch.randn(2, N, dtype=dtype, device=device)
     ours = torch.stack(linear_token_logprob(h, head, tokens, chunk_bytes=chunk_bytes))
     exact = torch.stack(reference.token_logprob(reference.head_logits(h, head), tokens))
@@ -92,7 +86,7 @@ def test_linear_token_logprob(backend, device, options, chunk_bytes, dtype):
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("options", HEADS)
 def test_linear_gumbel_topk(backend, device, options, tokens, chunk_bytes, dtype):
-    h, head = states(D, dtype, device), make_head(options, D, dtype, device)
+    h, head = states(D, dtype, device), head_of(options, D, dtype, device)
     sampling = {
         "seed": 3,
         "draw": int(tokens),
@@ -111,7 +105,7 @@ def test_linear_gumbel_topk(backend, device, options, tokens, chunk_bytes, dtype
 @pytest.mark.parametrize("leading", [(), (0,), (2, 3)])
 def test_leading_shapes(backend, device, leading):
     h, rh = torch.randn(2, *leading, D, device=device, requires_grad=True).unbind()
-    head = make_head({}, D, torch.float32, device)
+    head = head_of({}, D, torch.float32, device)
     kl = linear_kl(h, head, rh)
     logprob, entropy = linear_token_logprob(h, head, torch.zeros(leading, dtype=torch.int64, device=device))
     sample = linear_gumbel_topk(h, head, 3, seed=0)

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from kernel_checks import HALF, Allocations, assert_no_worse, assert_same_fields, chunk_pair, rel_err, supports
+from kernel_checks import (
+    HALF,
+    HEADS,
+    Allocations,
+    assert_no_worse,
+    assert_same_fields,
+    chunk_pair,
+    make_head,
+    rel_err,
+    supports,
+)  # fmt: skip
 
 from grade_kernels import Head, chunk_rows, reference, vocab_head
 from grade_kernels.backend import implementation
@@ -10,17 +20,9 @@ from grade_kernels.common import chunks
 from grade_kernels.common import head as head_ops
 from grade_kernels.torch_ops import topk
 
-HEADS = [{}, {"bias": True}, {"scale": 0.25}, {"softcap": 3.0}, {"bias": True, "scale": -1.5, "softcap": 2.0}]
 DIRECTIONS = ["policy_ref", "ref_policy"]
 V, D, INF = 37, 6, torch.inf
 TILE = 4096  # of the kernel: 256 lanes of 16 entries
-
-
-def make_head(options, dtype, device="cpu"):
-    options = dict(options)
-    weight = torch.randn(V, D, dtype=dtype, device=device)
-    bias = torch.randn(V, dtype=dtype, device=device) if options.pop("bias", False) else None
-    return Head(weight, bias, **options)
 
 
 def dense(hidden, head, ref_hidden, direction="policy_ref"):
@@ -39,7 +41,7 @@ def dense(hidden, head, ref_hidden, direction="policy_ref"):
 @pytest.mark.parametrize("options", HEADS)
 def test_everything_against_dense_float64(backend, device, options, direction, chunk_bytes, dtype):
     hidden, ref_hidden = torch.randn(2, 3, 5, D, dtype=dtype, device=device).unbind()
-    head, tokens = make_head(options, dtype, device), torch.randint(0, V, (3, 5), device=device)
+    head, tokens = make_head(options, V, D, dtype, device), torch.randint(0, V, (3, 5), device=device)
     logits, ref_logits, kl, d_h, d_rh = dense(hidden, head, ref_hidden, direction)
     wanted = {"ref_hidden": ref_hidden, "k": 9, "tokens": tokens, "direction": direction, "grad": True}
     out = vocab_head(hidden, head, **wanted, chunk_bytes=chunk_bytes)
@@ -115,7 +117,7 @@ def test_identical_hidden_states(backend, device, direction):
 
 
 def test_what_was_not_asked_for_is_none(backend, device):
-    hidden, head = torch.randn(4, D, device=device), make_head({}, torch.float32, device)
+    hidden, head = torch.randn(4, D, device=device), make_head({}, V, D, torch.float32, device)
     out = vocab_head(hidden, head, k=None)
     assert {name for name, value in vars(out).items() if value is not None} == {"entropy", "lse"}
     out = vocab_head(hidden, head, ref_hidden=hidden, k=3)
@@ -124,7 +126,7 @@ def test_what_was_not_asked_for_is_none(backend, device):
 
 
 def test_given_indices_suppress_and_tokens(backend, device):
-    hidden, head = torch.randn(2, D, device=device), make_head({}, torch.float32, device)
+    hidden, head = torch.randn(2, D, device=device), make_head({}, V, D, torch.float32, device)
     logits = hidden @ head.weight.T
     indices = torch.tensor([[5, 3, 9], [1, 2, 3]], device=device)
     out = vocab_head(hidden, head, indices=indices, suppress=[3])
@@ -144,7 +146,7 @@ def test_given_indices_suppress_and_tokens(backend, device):
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0), (2, 3)])
 def test_leading_shapes(backend, device, leading):
-    hidden, head = torch.randn(*leading, D, device=device), make_head({}, torch.float32, device)
+    hidden, head = torch.randn(*leading, D, device=device), make_head({}, V, D, torch.float32, device)
     tokens = torch.zeros(leading, dtype=torch.int64, device=device)
     out = vocab_head(hidden, head, ref_hidden=hidden, k=4, tokens=tokens, grad=True)
     trailing = {"indices": (4,), "logits": (4,), "grad_hidden": (D,), "grad_ref_hidden": (D,)}

@@ -1,0 +1,125 @@
+"""`rollout.compile` samples what plain decoding samples."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from rollouts import PROMPTS
+from tiny import KeepDouble, tiny_policy
+from torch._dynamo.utils import counters
+
+import grade.sampling.compiled
+from grade.errors import GradeError
+from grade.rollout import pad_prompts
+from grade.sampling.compiled import CompiledDecoding
+from grade.sampling.draw import Sampling, draw_from_product
+from grade.sampling.packed_head import packed_product
+from grade.sampling.sample import sample
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "c++", "clang++")), reason="needs a C++ compiler"
+)
+
+
+@needs_compiler
+def test_compiled_decoding_is_decoding():
+    """With padding and several samples; again with other weights and prompts, and for the base, in the same cache."""
+    torch._dynamo.reset()
+    with KeepDouble():
+        policy = tiny_policy("llama", dtype=torch.float64)
+        decoding = CompiledDecoding(policy)
+        counters.clear()
+        for seed, prompts, adapters in ((0, PROMPTS, True), (1, PROMPTS[::-1], True), (2, PROMPTS, False)):
+            ids, mask = pad_prompts(prompts, policy.pad_id)
+            rows = torch.arange(2 * len(prompts)) * 100
+            draw = dict(seed=seed, first_rows=rows, samples_per_prompt=2, adapters=adapters)
+            sampling = Sampling(max_new_tokens=6, top_k=7, soft=True)
+            plain = sample(policy, ids, mask, sampling, **draw)
+            ours = sample(policy, ids, mask, sampling, decoding=decoding, **draw)
+            assert torch.equal(plain.tokens, ours.tokens) and torch.equal(plain.mask, ours.mask)
+            assert (plain.weights - ours.weights)[plain.mask].abs().max() < 1e-9
+            assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+            with torch.no_grad():
+                for parameter in policy.parameters():
+                    parameter += 0.1 * torch.randn_like(parameter)
+    assert decoding.cache(1, 1) is decoding.cache(1, 64) is not decoding.cache(1, 65)
+    assert decoding.cache(1, 65) is decoding.cache(1, 64) is not decoding.cache(2, 64)
+
+
+@needs_compiler
+def test_the_compiled_draw_is_the_draw(packed_heads):
+    """From a packed head with all it can have, for suppressed ids and temperatures that change. Token by token from the
+    same product: soft tokens that are fed back would carry the compiler's rounding on and enlarge it."""
+    torch._dynamo.reset()
+    counters.clear()
+    policy = tiny_policy("llama", unknown=3)
+    policy.head = replace(policy.head, bias=torch.linspace(-1, 1, policy.vocab_size), scale=0.3, softcap=2.0)
+    eps, compared = torch.finfo(torch.float32).eps, []
+
+    class Both(CompiledDecoding):
+        def draw(self, hidden, sampling, *, seed, rows, suppress):
+            ours = super().draw(hidden, sampling, seed=seed, rows=rows, suppress=suppress)
+            product = packed_product(hidden, self._packed)
+            options = (sampling.top_k, sampling.tau, seed, rows, suppress, not sampling.soft)
+            plain = draw_from_product(product, policy.head, *options)
+            assert torch.equal(plain.tokens, ours.tokens) and torch.equal(plain.indices, ours.indices)
+            # Some eight roundings of logits and noise below 20, which a softmax over tau at most doubles.
+            bound = plain.weights * math.expm1(2 * 8 * eps * 20 / sampling.tau) + eps
+            assert ((ours.weights - plain.weights).abs() <= bound).all()
+            compared.append(sampling.soft)
+            return ours
+
+    decoding = Both(policy)
+    ids, mask = pad_prompts(PROMPTS, policy.pad_id)
+    graphs = []
+    for tau, soft in ((2.0, False), (1.5, True), (1.0, True)):
+        sampling = Sampling(max_new_tokens=16, min_new_tokens=4, top_k=9, tau=tau, soft=soft)
+        sample(policy, ids, mask, sampling, seed=0, first_rows=torch.arange(len(PROMPTS)) * 100, decoding=decoding)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert packed_heads == [len(PROMPTS)] * (16 * 3) and len(compared) == 16 * 3
+    # The model and two sets of suppressed ids; another temperature, and after that any.
+    assert graphs[0] == 3 and graphs[1] == graphs[2] <= 5 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name, attention, message", [
+    ("gemma2", "sdpa", "layers that keep something else than all earlier positions .sliding_attention."),
+    ("llama", "eager", "set model.attn_implementation=sdpa"),
+])
+def test_what_cannot_be_compiled_is_refused(name, attention, message):
+    policy = tiny_policy(name)
+    policy.config._attn_implementation = attention
+    with pytest.raises(GradeError, match=rf"(?i)rollout\.compile: .*{message}"):
+        CompiledDecoding(policy)
+
+
+def test_a_missing_compiler_is_told_at_once(monkeypatch):
+    def missing():
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(grade.sampling.compiled, "_find_compiler", missing)
+    with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed \(no working C\+\+ compiler\)"):
+        CompiledDecoding(tiny_policy("llama"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", ["_step", "_draw"])
+def test_a_failing_compiler_is_told(monkeypatch, part, packed_heads):
+    policy = tiny_policy("llama")
+    decoding = CompiledDecoding(policy)
+
+    def fail(*_, **__):
+        raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
+
+    monkeypatch.setattr(decoding, "_draw", draw_from_product)
+    monkeypatch.setattr(decoding, part, fail)
+    ids, mask = pad_prompts(PROMPTS, policy.pad_id)
+    with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed"):
+        sample(
+            policy, ids, mask, Sampling(max_new_tokens=16, top_k=3), seed=0, first_rows=torch.arange(len(PROMPTS)),
+            decoding=decoding,
+        )
+    assert packed_heads
