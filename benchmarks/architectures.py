@@ -18,13 +18,12 @@ import argparse
 import contextlib
 import datetime
 import io
-import json
 import logging
 import sys
 import warnings
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -32,16 +31,17 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.published import published_step
-from benchmarks.saved import SAVED, read_saved
+from benchmarks.saved import command, new_parser
 from benchmarks.small_models import EOS, architectures, small_model
 from grade.errors import GradeError, reason_of
 from grade.machine import machine, machine_line
 from grade.model.policy import Policy
 from grade.replay.replay import ReplaySettings, replay
-from grade.rewards.reward import RewardHead, SharedReward
+from grade.rewards.shared import RewardHead, SharedReward
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
+from grade.tables import Column, Table, numbers
 
 # Positions of the longest sequence that the probe tries, beyond the windows of the tiny models.
 _LENGTH = 40
@@ -54,8 +54,10 @@ _TARGETS = (
     "in_proj", "in_proj_qkv", "in_proj_qkvz", "q_lin", "v_lin",
 )
 _LONGEST_REASON = 200
-_TITLES = ("architecture", "gradient, relative error", "checkpointing", "adapter merged", "prompt's cache in replay",
-           "rollout.compile")
+_COLUMNS = (
+    Column("architecture"), *numbers(["gradient, relative error"]), Column("checkpointing"), Column("adapter merged"),
+    Column("prompt's cache in replay"), Column("rollout.compile"),
+)
 
 
 class _Tokenizer:
@@ -91,7 +93,7 @@ def measure(kind: type, model: type) -> dict:
         return row | {"status": "fails", "reason": f"{type(error).__name__}: {reason_of(error)}"}
 
 
-def _adapted(base):
+def _adapted(base: Any) -> Any:
     """With an adapter that is not zero, so that the policy is not the base."""
     linear = {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
     head = next((name for name, m in base.named_modules() if m is base.get_output_embeddings()), "")
@@ -113,7 +115,7 @@ def _adapted(base):
 def _checks(policy: Policy) -> dict:
     checkpointed, compiled = True, True
     try:
-        policy.enable_checkpointing()
+        policy.enable_activation_checkpointing()
     except GradeError:
         checkpointed = False
     try:
@@ -157,23 +159,24 @@ def _take_gradient(policy: Policy) -> torch.Tensor:
     return torch.cat([part.flatten().double() for part in parts])
 
 
-def table(saved: dict) -> str:
+def document(saved: dict) -> str:
     """What was found, as Markdown."""
     rows = saved["rows"]
     counts = Counter(row["status"] for row in rows)
     works = [row for row in rows if row["status"] == "works"]
-    lines = [", ".join(f"{counts[status]} {status}" for status in ("works", "refused", "fails", "not tried"))
-             .replace("works", "work", 1).replace("fails", "fail", 1) + ".", ""]
-    lines += ["| " + " | ".join(_TITLES) + " |", "|---|---:|" + "---|" * (len(_TITLES) - 2)]
-    for row in works:
-        marks = ["yes" if row[name] else "no" for name in ("checkpointing", "merged", "prompt_cache", "compile")]
-        lines.append("| " + " | ".join([_name(row, rows), f"{row['gradient_error']:.0e}", *marks]) + " |")
+    parts = [", ".join(f"{counts[status]} {status}" for status in ("works", "refused", "fails", "not tried"))
+             .replace("works", "work", 1).replace("fails", "fail", 1) + "."]
+    checks = ("checkpointing", "merged", "prompt_cache", "compile")
+    parts.append(Table("", _COLUMNS, [
+        [_name(row, rows), f"{row['gradient_error']:.0e}", *("yes" if row[name] else "no" for name in checks)]
+        for row in works
+    ]).markdown())
     for status, title in (("refused", "Refused"), ("fails", "Fails"), ("not tried", "Not tried")):
         part = [row for row in rows if row["status"] == status]
         if part:
-            lines += ["", f"| {title.lower()} | because |", "|---|---|"]
-            lines += [f"| {_name(row, rows)} | {_reason(row)} |" for row in part]
-    return "\n".join([*lines, "", f"Measured on {saved['date']}. {machine_line(saved['machine'])}"])
+            columns = [Column(title.lower()), Column("because")]
+            parts.append(Table("", columns, [[_name(row, rows), _reason(row)] for row in part]).markdown())
+    return "\n\n".join([*parts, f"Measured on {saved['date']}. {machine_line(saved['machine'])}"]) + "\n"
 
 
 def _name(row: dict, rows: list[dict]) -> str:
@@ -183,12 +186,13 @@ def _name(row: dict, rows: list[dict]) -> str:
 
 
 def _reason(row: dict) -> str:
-    words = " ".join(row["reason"].removeprefix(row["architecture"]).split()).replace("|", "\\|")
+    words = " ".join(row["reason"].removeprefix(row["architecture"]).split())
     return words if len(words) <= _LONGEST_REASON else words[:_LONGEST_REASON] + " …"
 
 
-def _measured(only: list[str]) -> dict:
-    found = [(kind, model) for kind, model in architectures() if not only or model.__name__.startswith(tuple(only))]
+def _measured(options: argparse.Namespace) -> dict:
+    only = tuple(name for name in options.only.split(",") if name)
+    found = [(kind, model) for kind, model in architectures() if not only or model.__name__.startswith(only)]
     rows = []
     transformers_logging.set_verbosity_error()
     logging.getLogger("transformers").setLevel(logging.CRITICAL)
@@ -201,18 +205,11 @@ def _measured(only: list[str]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--only", default="", help="beginnings of names, separated by commas; empty: all")
-    parser.add_argument("--save", type=Path, help="keep what was found")
-    parser.add_argument("--table", type=Path, help="print the table of what --save kept; nothing is measured")
-    options = parser.parse_args(arguments)
-    if options.table is not None:
-        saved = read_saved(options.table, SAVED, "date", "machine", "rows", of_rows=("architecture", "reason"))
-    else:
-        saved = _measured([name for name in options.only.split(",") if name])
-    if options.save is not None:
-        options.save.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-    print(table(saved))
+    command(
+        parser, arguments, _measured, document, "date", "machine", "rows", of_rows=("architecture", "reason")
+    )
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from benchmarks.saved import read_saved
+from benchmarks.saved import new_parser, read_saved
 from grade.studies.compare.comparison import Budgets
 from grade.studies.compare.text import TITLES, document, markdown
 
@@ -18,7 +17,7 @@ _KIND = "a comparison.json that `grade compare` has written"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("file", type=Path, help="a comparison.json")
     parser.add_argument("--budget", choices=TITLES, help="only the tables at equal cost in these")
     options = parser.parse_args(arguments)

@@ -11,7 +11,7 @@ the probabilities here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from grade.model.passes import BasePass
 from grade.model.policy import Policy
 from grade.replay.replay import ReplaySettings, replay
+from grade.rewards.base import DifferentiableReward, EmbeddingTable
 from grade.rollout import Rollout
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
@@ -65,19 +66,16 @@ def symbol_policy(symbols: int, spread: float, seed: int) -> Policy:
     return Policy(model.double(), SymbolTokenizer(symbols))
 
 
-class EmbeddingReward:
+class EmbeddingReward(DifferentiableReward):
     """`function`, a smooth one, of the embeddings [B, S, d] of a response's tokens, in the policy's own table."""
 
-    differentiable, shares_base_pass = True, False
-
     def __init__(self, policy: Policy, function: Callable[[Tensor], Tensor]):
-        self.table, self.embedding_scale, self.function = policy.embedding, policy.embedding_scale, function
+        self.tables, self.function = [EmbeddingTable(policy.embedding, policy.embedding_scale)], function
 
-    def from_base(self, base: BasePass, mask: Tensor) -> Tensor:
-        raise TypeError("this reward reads embeddings: use from_embeddings")
-
-    def from_embeddings(self, rollout: Rollout, x: Tensor, *, checkpoint: bool = False) -> Tensor:
-        return self.function(x)
+    def value(
+        self, rollout: Rollout, base: BasePass, fed: Sequence[Tensor] = (), *, activation_checkpointing: bool = False
+    ) -> Tensor:
+        return self.function(fed[0])
 
 
 def network_reward(policy: Policy, length: int, seed: int) -> EmbeddingReward:

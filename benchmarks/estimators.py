@@ -21,20 +21,19 @@ it and `rao` have one expectation, so both show the bias that `rao` with 16 draw
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from benchmarks.estimator_problem import Problem, network_reward, symbol_policy
-from benchmarks.saved import SAVED, read_saved
+from benchmarks.saved import command, new_parser
 from grade.machine import machine, machine_line
 from grade.replay.replay import ReplaySettings
+from grade.tables import Column, Table
 
 SYMBOLS, LENGTH, KL_COEF = 4, 4, 0.2
 HOPS, TAUS, SPREADS = (0, 1, LENGTH - 1), (2.0, 1.0, 0.5), (0.5, 4.0)
@@ -43,7 +42,7 @@ QUANTITIES = {"bias": "relative bias", "cosine": "cosine", "variance": "relative
 
 
 @dataclass
-class Estimate:
+class Expectation:
     """An estimator's expectation and the spread of its samples; errors are Monte-Carlo standard errors.
 
     Args:
@@ -60,7 +59,7 @@ class Estimate:
     trace_error: float
 
 
-def enumerated(gradients: Tensor, probability: Tensor, exact: Tensor) -> Estimate:
+def enumerated(gradients: Tensor, probability: Tensor, exact: Tensor) -> Expectation:
     """From gradients [R, Y, P] of all Y responses, drawn R times each, their probabilities and the exact one [P].
 
     The noise of the mean, known from the spread over the R, is taken out of the squared norms that it enters.
@@ -77,7 +76,7 @@ def enumerated(gradients: Tensor, probability: Tensor, exact: Tensor) -> Estimat
     noise, gap, size = error2(gradients).sum(), mean - exact, exact.norm()
     squares = (gradients - mean).square().sum(-1)
     norm2 = mean @ mean - noise
-    return Estimate(
+    return Expectation(
         norm2.item(), ((gap @ gap - noise).clamp_min(0).sqrt() / size).item(),
         (error2(gradients @ (gap / gap.norm())).sqrt() / size).item(), (mean @ exact / norm2.sqrt() / size).item(),
         ((squares @ probability).mean() + noise).item(), error2(squares).sqrt().item(),
@@ -104,7 +103,7 @@ def reinforce(problem: Problem, probability: Tensor) -> Tensor:
     return (gradient - (weighted * gradient).sum() / (weighted * score).sum() * score)[None]
 
 
-def figures(name: str, tau: float | None, hops: int, of: Estimate, trace: float, trace_error: float) -> dict:
+def figures(name: str, tau: float | None, hops: int, of: Expectation, trace: float, trace_error: float) -> dict:
     """A row: the expectation from `of`, the variance from the trace of a covariance, of another estimate maybe."""
     variance = trace / of.norm2
     return {
@@ -122,7 +121,7 @@ def measure(problem: Problem, seed: int) -> Iterator[dict]:
     def settings(estimator: str, hops: int, tau: float = 1.0, samples: int = 16) -> ReplaySettings:
         return ReplaySettings(tau=tau, estimator=estimator, rao_samples=samples, max_hops=hops, hop_tol=0.0)
 
-    def estimate(options: ReplaySettings, copies: int = 1) -> Estimate:
+    def estimate(options: ReplaySettings, copies: int = 1) -> Expectation:
         return enumerated(at_every_response(problem, options, copies, seed), probability, exact)
 
     for hops in HOPS:
@@ -132,10 +131,10 @@ def measure(problem: Problem, seed: int) -> Iterator[dict]:
             one = estimate(settings("rao", hops, tau, samples=1), COPIES)
             yield figures("rao, 1 draw", tau, hops, rao, one.trace, one.trace_error)
             yield figures("rao, 16 draws", tau, hops, rao, rao.trace, rao.trace_error)
-        exactly = [("straight_through", None)] + [("reinmax", tau) for tau in TAUS]
-        for name, tau in exactly:
-            of = estimate(settings(name, hops, tau or 1.0))
-            yield figures(name, tau, hops, of, of.trace, of.trace_error)
+        exactly: list[tuple[str, float | None]] = [("straight_through", None), *(("reinmax", tau) for tau in TAUS)]
+        for name, at in exactly:
+            of = estimate(settings(name, hops, at or 1.0))
+            yield figures(name, at, hops, of, of.trace, of.trace_error)
     of = enumerated(reinforce(problem, probability), probability, exact)
     yield figures("score function", None, HOPS[-1], of, of.trace, of.trace_error)
 
@@ -143,10 +142,8 @@ def measure(problem: Problem, seed: int) -> Iterator[dict]:
 def table(rows: list[dict]) -> str:
     """The Markdown table of one spread: medians over its problems, a cell from no hop to all."""
     hops = " / ".join(map(str, HOPS))
-    lines = [
-        "| estimator | tau | " + " | ".join(f"{title}, {hops} hops" for title in QUANTITIES.values()) + " |",
-        "|---|---|" + "---|" * len(QUANTITIES),
-    ]
+    titles = ("estimator", "tau", *(f"{title}, {hops} hops" for title in QUANTITIES.values()))
+    lines = []
     groups: dict[tuple[str, float | None], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["estimator"], row["tau"]), []).append(row)
@@ -155,8 +152,8 @@ def table(rows: list[dict]) -> str:
         for quantity in QUANTITIES:
             by_hops = [[r[quantity] for r in group if r["hops"] == h] for h in HOPS]
             cells.append(" / ".join(f"{median(values):.2f}" for values in by_hops if values))
-        lines.append(f"| {name} | {tau or 'any'} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, str(tau or "any"), *cells])
+    return Table("", list(map(Column, titles)), lines).markdown()
 
 
 def summary(rows: list[dict]) -> str:
@@ -192,25 +189,20 @@ def document(saved: dict) -> str:
     return "\n\n".join([*parts, machine_line(saved["machine"])]) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=int, default=5, help="random policies and rewards per spread")
-    parser.add_argument("--save", type=Path, help="keep every problem's rows, with the machine's description")
-    parser.add_argument("--table", type=Path, help="print the tables of a saved file, measure nothing")
-    options = parser.parse_args(arguments)
-    if options.table is not None:
-        saved = read_saved(options.table, SAVED, "rows", "machine", of_rows=("spread", "hops", "batch"))
-        print(document(saved), end="")
-        return
-    saved = {"machine": machine(), "rows": []}
+def _measured(options: argparse.Namespace) -> dict:
+    rows: list[dict] = []
     for spread in SPREADS:
         for seed in range(options.problems):
             policy = symbol_policy(SYMBOLS, spread, seed)
             problem = Problem(policy, network_reward(policy, LENGTH, seed), LENGTH, KL_COEF)
-            saved["rows"] += [{"spread": spread, "problem": seed, **row} for row in measure(problem, seed)]
-    if options.save is not None:
-        options.save.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-    print(document(saved), end="")
+            rows += [{"spread": spread, "problem": seed, **row} for row in measure(problem, seed)]
+    return {"machine": machine(), "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("--problems", type=int, default=5, help="random policies and rewards per spread")
+    command(parser, arguments, _measured, document, "rows", "machine", of_rows=("spread", "hops", "batch"))
 
 
 if __name__ == "__main__":

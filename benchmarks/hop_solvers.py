@@ -23,7 +23,6 @@ Adapters are random (not zero, so that KL counts), the reward head too; response
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -33,16 +32,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.saved import SAVED, read_saved
+from benchmarks.saved import command, new_parser
 from grade.config.reading import load_config
 from grade.machine import machine, machine_line
 from grade.methods.base import kl_weight
 from grade.model.loading import load_policy, load_tokenizer
 from grade.replay.replay import ReplaySettings, prepare
-from grade.rewards.reward import RewardHead, SharedReward
+from grade.rewards.shared import RewardHead, SharedReward
 from grade.rollout import pad_prompts
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
+from grade.tables import Column, Table, numbers
 
 TOLERANCE = 1e-2
 BLOCKS = (2, 4, 8)
@@ -73,7 +73,10 @@ class Row:
 def system(model: str, length: int, tau: float, seed: int) -> System:
     """The system of one sampled response of `length` tokens."""
     config = load_config("imdb_small", [f"--model.name={model}", f"--generation.max_new_tokens={length}"])
-    policy = load_policy(config, load_tokenizer(config), torch.device("cpu"))
+    policy = load_policy(
+        config.model, load_tokenizer(config.model), torch.device("cpu"), seed=config.seed, task=config.task,
+        generation=config.generation, reward=config.reward,
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -175,40 +178,35 @@ def measure(model: str, length: int, tau: float, seeds: int) -> Row:
 
 def document(saved: dict) -> str:
     """Means over sequences, and plain over the better of the others: how many times less work at the very most."""
-    titles = ["model", "S", "τ", "replay", "plain", "GMRES", *(f"{count} blocks" for count in BLOCKS), "best gain"]
-    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
+    titles = ["S", "τ", "replay", "plain", "GMRES", *(f"{count} blocks" for count in BLOCKS), "best gain"]
+    lines = []
     for row in saved["rows"]:
         plain = statistics.mean(row["plain"])
         others = [statistics.mean(values) for values in (row["gmres"], *row["blocks"].values())]
         counts = [statistics.mean(row["replay"]), plain, *others]
-        cells = [row["model"], row["length"], f"{row['tau']:g}", *(f"{count:.1f}" for count in counts)]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{plain / min(others):.2f}"])) + " |")
+        cells = [row["model"], str(row["length"]), f"{row['tau']:g}", *(f"{count:.1f}" for count in counts)]
+        lines.append([*cells, f"{plain / min(others):.2f}"])
+    table = Table("", [Column("model"), *numbers(titles)], lines)
     sequences = len(saved["rows"][0]["plain"])
     title = f"VJPs until within {TOLERANCE:g} of the converged gradient, mean over {sequences} sequences:"
-    return "\n\n".join([title, "\n".join(lines), machine_line(saved["machine"])]) + "\n"
+    return "\n\n".join([title, table.markdown(), machine_line(saved["machine"])]) + "\n"
+
+
+def _measured(options: argparse.Namespace) -> dict:
+    rows = [
+        asdict(measure(model, length, tau, options.seeds))
+        for model in options.models for length in options.lengths for tau in options.taus
+    ]
+    return {"machine": machine(), "rows": rows}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=["../shared/models/stories260K", "../shared/models/imdb-lm"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256])
     parser.add_argument("--taus", nargs="+", type=float, default=[1.0, 0.5])
-    parser.add_argument("--seeds", type=int, default=4, help="Sequences of each.")
-    parser.add_argument("--save", type=Path, help="Also write the numbers as JSON.")
-    parser.add_argument("--table", type=Path, help="Print the table of a saved file, measure nothing.")
-    options = parser.parse_args(arguments)
-    if options.table:
-        saved = read_saved(options.table, SAVED, "rows", "machine", of_rows=("plain", "gmres", "blocks"))
-        print(document(saved), end="")
-        return
-    rows = [
-        measure(model, length, tau, options.seeds)
-        for model in options.models for length in options.lengths for tau in options.taus
-    ]
-    saved = json.loads(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}))
-    if options.save:
-        options.save.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-    print(document(saved), end="")
+    parser.add_argument("--seeds", type=int, default=4, help="sequences of each")
+    command(parser, arguments, _measured, document, "rows", "machine", of_rows=("plain", "gmres", "blocks"))
 
 
 if __name__ == "__main__":

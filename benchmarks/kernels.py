@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ COLUMNS = (
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Share of the free memory that an estimate may take.
 FITS = 0.9
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 class OutOfMemory(Exception):
@@ -70,7 +71,7 @@ def measure(setup: Setup, run: Run, machine: Machine, seconds: float) -> tuple[T
         cotangents = run.cotangents()
         steps: list[Callable] = []
 
-        def first():
+        def first() -> Any:
             steps.append(kernel_setup.start(run, setup.arguments, cotangents))
             return steps[0]()
 
@@ -143,14 +144,12 @@ def run_case(
     """The rows of one case; again with a quarter of the rows (once) where something did not fit."""
     short = False
     try:
-        setup = build(case, sizes, dtype, machine, compiling)
-        for row in rows_of(setup, machine, copy, seconds):
+        for row in rows_of(build(case, sizes, dtype, machine, compiling), machine, copy, seconds):
             short |= short_of_memory(row)
             yield row
     except (torch.OutOfMemoryError, MemoryError) as problem:  # the inputs alone, or their truth
         yield failure(case, dtype, machine, f"out of memory: {one_line(problem)}")
         short = True
-    setup = None
     machine.clear()
     if short and not case.decode and sizes.rows >= 64:
         smaller = replace(sizes, rows=sizes.rows // 4)
@@ -180,8 +179,8 @@ class Table:
         f"{'GB/s':>7} {'% copy':>6} {'peak MB':>9} {'x ours':>7} {'error':>7}"
     )
 
-    def __init__(self):
-        self._shape = None
+    def __init__(self) -> None:
+        self._shape: tuple[object, object] | None = None
         print(self.HEAD)
 
     def add(self, row: Row) -> None:
@@ -213,7 +212,8 @@ def sizes_for(machine: Machine, quick: bool) -> Sizes:
             return kernel_setup.INTERPRETER
         return kernel_setup.CPU_QUICK if quick else kernel_setup.CPU
     sizes = kernel_setup.GPU_QUICK if quick else kernel_setup.GPU
-    while sizes.rows > 64 and 6 * 4 * sizes.rows * sizes.vocab > FITS * machine.free_bytes():
+    free = machine.free_bytes() or 0
+    while sizes.rows > 64 and 6 * 4 * sizes.rows * sizes.vocab > FITS * free:
         sizes = replace(sizes, rows=sizes.rows // 2)
     return sizes
 
@@ -309,7 +309,10 @@ def plan(chosen: list[Case], dtypes: list[torch.dtype]) -> list[tuple[Case, torc
     return [*groups[0], *alone, *(pair for group in groups[1:] for pair in group)]
 
 
-def every_row(chosen, sizes, machine, copy, seconds, options, began) -> Iterator[Row]:
+def every_row(
+    chosen: list[tuple[Case, torch.dtype]], sizes: Sizes, machine: Machine, copy: float, seconds: float,
+    options: argparse.Namespace, began: float,
+) -> Iterator[Row]:
     """All rows of the chosen (case, dtype) pairs; past the time limit a row that says so."""
     for case, dtype in chosen:
         if options.time_limit is not None and time.monotonic() - began > options.time_limit:

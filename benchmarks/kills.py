@@ -160,15 +160,15 @@ def main() -> int:
         number = 0
         while number < options.kills:
             run = run_in(f"killed-{chance.getrandbits(32):08x}")
-            moments = [_kill(run, chance, operations, seconds, log)]
-            moments += [_kill(run, chance, _RECOVERY_EVENTS, seconds / 3, log)] if moments[0] else []
-            if None in moments:
+            first = _kill(run, chance, operations, seconds, log)
+            second = _kill(run, chance, _RECOVERY_EVENTS, seconds / 3, log) if first else None
+            if first is None or second is None:
                 continue  # it had ended by then: another one
             number += 1
             code = ended(in_child(training(run), log))
             wrong = differences(Path(run.run_dir), folder / "undisturbed") if code == 0 else [f"exit code {code}"]
             failed += bool(wrong)
-            print(f"{number:>3}  {'; '.join(moments)}: {', '.join(wrong) or 'identical'}", flush=True)
+            print(f"{number:>3}  {first}; {second}: {', '.join(wrong) or 'identical'}", flush=True)
             if code:
                 print(log.read_text()[-2000:])
     print(f"{options.kills - failed} of {options.kills} runs, killed twice each, end as the undisturbed one")
@@ -182,11 +182,11 @@ def _kill(config: Config, chance: random.Random, operations: int, seconds: float
         code = ended(in_child(training(config, kill_before=moment), log))
         where = f"before operation {moment}"
     else:
-        moment = chance.uniform(0, seconds)
+        wait = chance.uniform(0, seconds)
         child = in_child(training(config), log)
-        time.sleep(moment)
+        time.sleep(wait)
         os.kill(child, signal.SIGKILL)
-        code, where = ended(child), f"after {moment:.2f} s"
+        code, where = ended(child), f"after {wait:.2f} s"
     if code not in (0, -signal.SIGKILL):
         raise SystemExit(f"{where}: a run that was to be killed ended by itself with {code}\n{log.read_text()[-4000:]}")
     return where if code else None

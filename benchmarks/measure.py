@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,7 +47,7 @@ class Machine:
     def __init__(self, kind: str):
         self.kind, self.device = kind, torch.device(kind)
         self.is_gpu = kind == "cuda"
-        self._flush = None
+        self._flush: torch.Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -126,7 +127,7 @@ class Machine:
         with torch.cuda.graph(graph):
             kept = step()
 
-        def replay(_kept=kept):  # the outputs live in the graph's memory
+        def replay(_kept: object = kept) -> None:  # the outputs live in the graph's memory
             graph.replay()
 
         return replay
@@ -134,8 +135,8 @@ class Machine:
     def copy_bandwidth(self, n_bytes: int | None = None) -> float:
         """GB/s of tensor.copy_: bytes read plus bytes written."""
         n_bytes = n_bytes or COPY_BYTES[self.kind]
-        if self.is_gpu:
-            n_bytes = min(n_bytes, self.free_bytes() // 4)
+        if (free := self.free_bytes()) is not None and self.is_gpu:
+            n_bytes = min(n_bytes, free // 4)
         source = torch.ones(n_bytes // 4, device=self.device)
         target = torch.empty_like(source)
         target.copy_(source)
@@ -163,12 +164,12 @@ class Machine:
 class LiveBytes(TorchDispatchMode):
     """Peak of the bytes in storages that were made while it is active; views count once, arguments never."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.peak = self._now = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = {_memory_of(t)[1] for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **kwargs)

@@ -9,7 +9,6 @@ between them is the command's output. A second command after ` | ` takes part of
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -17,6 +16,8 @@ import re
 import shlex
 import sys
 from pathlib import Path
+
+from benchmarks.saved import new_parser
 
 PAGES = ("*.md", "docs/**/*.md", "benchmarks/**/*.md")
 """Where pages are, from the repository's root."""
@@ -30,7 +31,7 @@ def pages_in(root: Path) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("pages", nargs="*", type=Path, help="default: every page")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)

@@ -24,7 +24,7 @@ from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 
 from grade.model.policy import Policy
-from grade.rewards.reward import SharedReward
+from grade.rewards.shared import SharedReward
 from grade_kernels.common.random import gumbel
 from grade_kernels.reference import head_logits
 

@@ -1,9 +1,11 @@
-"""Results that a benchmark has kept with --save."""
+"""What a benchmark measures, kept with --save, and the document that says it."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grade.errors import GradeError, read_json
@@ -31,3 +33,35 @@ def read_saved(path: Path, kind: str, *keys: str, of_rows: Sequence[str] = ()) -
     if missing:
         sys.exit(f"{path} has rows without {missing[0]!r}: it is another command's. {fix}")
     return found
+
+
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """A command's parser, whose help begins with its file's docstring as it stands."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def command(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, measure: Callable[[argparse.Namespace], dict],
+    document: Callable[[dict], str], *keys: str, of_rows: Sequence[str] = (),
+) -> None:
+    """Measure, or with --table read what was kept; with --save keep it; print the document.
+
+    Args:
+        measure: options -> what is kept, as JSON has it.
+        keys, of_rows: as `read_saved` takes them.
+    """
+    parser.add_argument("--save", type=Path, help="keep what was measured, as JSON")
+    parser.add_argument("--table", type=Path, help="print the tables of a saved file, measure nothing")
+    options = parser.parse_args(arguments)
+    if options.table is not None:
+        saved = read_saved(options.table, SAVED, *keys, of_rows=of_rows)
+    else:
+        saved = json.loads(json.dumps(measure(options)))
+        if options.save is not None:
+            write_saved(options.save, saved)
+    print(document(saved), end="")
+
+
+def write_saved(path: Path, found: dict) -> None:
+    """As `read_saved` reads it."""
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -12,15 +12,15 @@ of all seeds, with their 20th and 80th percentile, evaluation excluded.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.saved import SAVED, read_saved
+from benchmarks.saved import SAVED, new_parser, read_saved, write_saved
 from grade.jsonl import read_rows
 from grade.machine import machine, machine_line
+from grade.tables import Column, Table
 
 COLUMNS = {"reward": 3, "kl": 3, "entropy": 2, "unique_token_ratio": 3, "mean_length": 1}
 TITLES = ["reward", "KL, nats/token", "entropy, nats", "distinct tokens", "length, tokens"]
@@ -56,19 +56,19 @@ def read_run(run_dir: Path) -> dict:
 
 def table(runs: list[dict]) -> str:
     """The Markdown table."""
-    lines = ["| split | model | " + " | ".join(TITLES) + " |", "|---|---|" + "---|" * len(TITLES)]
+    lines = []
     for split in ("validation", "test"):
         base = runs[0]["rows"][split]["base"]
         cells = [f"{base[name]:.{digits}f}" for name, digits in COLUMNS.items()]
         cells[0] += f" ± {base['reward_stderr']:.3f}"
-        lines.append(f"| {split}, {base['prompts']} prompts | base | " + " | ".join(cells) + " |")
+        lines.append([f"{split}, {base['prompts']} prompts", "base", *cells])
         cells = []
         for name, digits in COLUMNS.items():
             values = [run["rows"][split]["best"][name] for run in runs]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        lines.append(f"| | trained, {len(runs)} seed{'s' * (len(runs) > 1)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(["", f"trained, {len(runs)} seed{'s' * (len(runs) > 1)}", *cells])
+    return Table("", list(map(Column, ("split", "model", *TITLES))), lines).markdown()
 
 
 def summary(runs: list[dict]) -> str:
@@ -86,7 +86,7 @@ def summary(runs: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories, or one file written by --save")
     parser.add_argument("--save", type=Path, help="keep what the table needs, with the machine's description")
     options = parser.parse_args(arguments)
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         saved = {"machine": machine(), "runs": [read_run(run) for run in options.runs]}
     if options.save is not None:
-        options.save.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+        write_saved(options.save, saved)
     print(table(saved["runs"]))
     print()
     print(summary(saved["runs"]))

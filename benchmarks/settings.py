@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -14,16 +13,19 @@ from dataclasses import fields, is_dataclass
 
 from docstring_parser import parse_from_object
 
+from benchmarks.saved import new_parser
 from grade.config import Config, get_setting
+from grade.tables import Column, Table
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help="a section or a setting")
-    print("| setting | default | meaning |\n|---|---|---|")
-    for name in parser.parse_args(arguments).names:
-        for setting, default, meaning in settings(name):
-            print(f"| `{setting}` | `{default}` | {meaning} |")
+    rows = [
+        [f"`{setting}`", f"`{default}`", meaning]
+        for name in parser.parse_args(arguments).names for setting, default, meaning in settings(name)
+    ]
+    print(Table("", [Column("setting"), Column("default"), Column("meaning")], rows).markdown())
 
 
 def settings(name: str) -> Iterator[tuple[str, str, str]]:

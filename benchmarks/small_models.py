@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 VOCABULARY = 61
@@ -79,7 +81,7 @@ _OWN: dict[str, dict] = {
 }
 
 
-def small_config(kind: type):
+def small_config(kind: type) -> Any:
     """An instance of this config class of transformers with small sizes, two layers, or more where two have not every
     kind of layer that its defaults have.
 
@@ -105,7 +107,7 @@ def small_config(kind: type):
     return config
 
 
-def small_model(kind: type, model: type):
+def small_model(kind: type, model: Any) -> Any:
     """A random model of this class in float32.
 
     Raises:
@@ -133,7 +135,7 @@ def architectures() -> list[tuple[type, type]]:
     """(config class, model class) of every causal language model that the installed transformers has, by name."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    found = set()
+    found: set[tuple[type, type]] = set()
     for kind, models in MODEL_FOR_CAUSAL_LM_MAPPING.items():
         found |= {(kind, model) for model in (models if isinstance(models, tuple) else (models,))}
     return sorted(found, key=lambda pair: (pair[1].__name__, pair[0].__name__))

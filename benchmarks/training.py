@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import Machine, Times
-from benchmarks.saved import SAVED, read_saved
+from benchmarks.saved import SAVED, new_parser, read_saved, write_saved
 from benchmarks.training_floors import rates
 from benchmarks.training_setup import ALGORITHMS, SHAPES, Setting, measure
 from benchmarks.training_text import checked, document, write_csv
@@ -50,7 +50,7 @@ _COUNTED = 0.25  # share of the time limit that a step may take to be run once m
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
+    options = new_options().parse_args(arguments)
     if options.child:
         _child(options.child)
         return
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         payload["check"] = check(setting, min(_CHECKED, lengths[0]), options.algorithms, Path(folder))
         print(checked(payload["check"]), flush=True)
         for length in lengths:
-            rows = _rows(replace(setting, length=length), options, payload["rows"], Path(folder))
+            rows = rows_of(replace(setting, length=length), options, payload["rows"], Path(folder))
             for row in rows:
                 payload["rows"].append(row)
                 print(json.dumps(row), flush=True)
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _check_options(options) -> None:
+def _check_options(options: argparse.Namespace) -> None:
     """Refuse numbers with which nothing can run."""
     whole = (
         ("--lengths", min(options.lengths), 2), ("--batch", options.batch, 1), ("--prompt", options.prompt, 1),
@@ -123,7 +123,7 @@ def check(setting: Setting, length: int, algorithms: list[str], folder: Path) ->
         return {}
     exact = replace(setting, length=length, hop_tol=0.0, max_hops=length - 1, dtype="float32")
     names = dict.fromkeys(["replay", *algorithms])
-    found = {name: _run(exact, name, folder, repeats=1, seconds=0.0, limit=600.0) for name in names}
+    found = {name: run_apart(exact, name, folder, repeats=1, seconds=0.0, limit=600.0) for name in names}
     failed = [name for name, result in found.items() if result["status"] != "ok"]
     if failed:
         sys.exit(f"{', '.join(failed)} could not run at S = {length}: {found[failed[0]]['status']}")
@@ -135,16 +135,18 @@ def check(setting: Setting, length: int, algorithms: list[str], folder: Path) ->
     return errors
 
 
-def _rows(setting: Setting, options, before: list[dict], folder: Path) -> list[dict]:
+def rows_of(setting: Setting, options: argparse.Namespace, before: list[dict], folder: Path) -> list[dict]:
     """The algorithms at one length, taking turns; the gradient of each is compared with the published one."""
-    rows, found, names = [], {}, [name for name in ALGORITHMS if name in options.algorithms]
+    rows: list[dict] = []
+    found: dict[str, dict] = {}
+    names = [name for name in ALGORITHMS if name in options.algorithms]
     ahead, refused = {}, {}
     for name in names:
         ahead[name], refused[name] = _expected([row for row in before if row["algorithm"] == name], setting, options)
     active = [name for name in names if not refused[name]]
     for turn in range(options.rounds):
         for name in active:
-            result = _run(
+            result = run_apart(
                 setting, name, folder, repeats=options.repeats, seconds=options.seconds, limit=1.5 * options.time_limit,
                 counted=0.0 if turn else _COUNTED * options.time_limit,
             )
@@ -167,10 +169,12 @@ def _rows(setting: Setting, options, before: list[dict], folder: Path) -> list[d
     return rows
 
 
-def _expected(earlier: list[dict], setting: Setting, options) -> tuple[dict[str, float | None], str]:
+def _expected(
+    earlier: list[dict], setting: Setting, options: argparse.Namespace
+) -> tuple[dict[str, float | None], str]:
     """(What an algorithm's rows of the lengths before say of this one, why it is therefore not run or "")."""
     done = [row for row in earlier if row["status"] == "ok"]
-    seconds, gib, tensors = (_ahead(done, key, setting.length) for key in ("seconds", "step_gib", "tensors_gib"))
+    seconds, gib, tensors = (ahead_of(done, key, setting.length) for key in ("seconds", "step_gib", "tensors_gib"))
     peak = None if gib is None else gib + done[-1]["peak_gib"] - done[-1]["step_gib"]
     ahead = {"extrapolated_seconds": seconds, "extrapolated_peak_gib": peak, "extrapolated_tensors_gib": tensors}
     free = Machine(setting.device).free_bytes()
@@ -207,7 +211,7 @@ def _summary(result: dict, setting: Setting) -> dict:
     }
 
 
-def _ahead(rows: list[dict], key: str, length: int) -> float | None:
+def ahead_of(rows: list[dict], key: str, length: int) -> float | None:
     """What the power law through the last two lengths says of this one; None of fewer."""
     rows = [row for row in rows if row[key] is not None]
     if len(rows) < 2:
@@ -226,7 +230,7 @@ def _difference(result: dict, reference: dict) -> float:
 # -- processes -----------------------------------------------------------------------------------------------
 
 
-def _run(
+def run_apart(
     setting: Setting, algorithm: str, folder: Path, *, repeats: int, seconds: float, limit: float, counted: float = 0.0
 ) -> dict:
     """`training_setup.measure` in a process of its own, and "status"."""
@@ -245,7 +249,7 @@ def _run(
         return {"status": "out of memory"}
     if done.returncode:
         print(f"{algorithm} at S = {setting.length} failed:\n{done.stderr}", file=sys.stderr)
-        return {"status": f"failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}"}
+        return {"status": f"failed: {(done.stderr.strip().splitlines() or [str(done.returncode)])[-1]}"}
     return {"status": "ok", **torch.load(path)}
 
 
@@ -272,13 +276,13 @@ def _save(stem: Path, payload: dict) -> None:
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     table, lines, figure = (stem.with_name(stem.name + kind) for kind in (".json", ".csv", ".png"))
-    table.write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
+    write_saved(table, payload)
     write_csv(lines, payload)
     plot(figure, payload)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def new_options() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-15m")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 512, 1024, 2048], metavar="S")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))

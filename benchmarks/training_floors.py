@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.measure import Machine
 from benchmarks.training_setup import ALGORITHMS, SHAPES, Setting
+from grade.tables import Column, Table, numbers
 
 _READ_BYTES = 2**30  # more than caches hold
 _SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices
@@ -77,13 +78,14 @@ def table(payload: dict) -> str:
     setting = Setting(**payload["setting"])
     found: list[tuple] = [(row, floors(setting, row["length"], row["hops"], measured)) for row in rows]
     names = list(found[0][1])
-    lines = ["| S | algorithm | " + " | ".join([*names, "all"]) + " |", "|---:|---|" + "---:|" * (len(names) + 1)]
+    lines = []
     for row, least in found:
         cells = [f"{row['phases'][name] / least[name]:.1f} × {least[name]:.3g} s" for name in names]
         total = sum(least.values())
         cells.append(f"{sum(row['phases'].values()) / total:.1f} × {total:.3g} s")
-        lines.append(f"| {row['length']} | {ALGORITHMS[row['algorithm']]} | " + " | ".join(cells) + " |")
+        lines.append([str(row["length"]), ALGORITHMS[row["algorithm"]], *cells])
+    columns = [*numbers(["S"]), Column("algorithm"), *numbers([*names, "all"])]
     return (
         f"Replay against the floor of each phase, at the {measured['read_gb_s']:.1f} GB/s and "
-        f"{measured['gflop_s']:.0f} GFLOP/s measured here:\n\n" + "\n".join(lines)
+        f"{measured['gflop_s']:.0f} GFLOP/s measured here:\n\n" + Table("", columns, lines).markdown()
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from grade.methods.metrics import Phases, now, peak_memory_gib, reset_peak_memor
 from grade.methods.services import Services
 from grade.model.loading import add_adapter
 from grade.model.policy import Policy
-from grade.rewards.reward import RewardHead, SharedReward
+from grade.rewards.shared import RewardHead, SharedReward
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.decode import Decoding
 from grade.sampling.sample import sample
@@ -38,7 +39,7 @@ _LLAMA_260K = dict(
     vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
     num_key_value_heads=4,
 )
-SHAPES = {
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-260k": ("llama", _LLAMA_260K),
     "llama-15m": ("llama", _LLAMA_15M),
     "qwen3-0.6b": ("qwen3", dict(
@@ -69,8 +70,8 @@ class Setting:
     hop_tol: float = 1e-2
     max_hops: int = 16
     kl_coef: float = 0.1
-    dtype: str = "float32"
-    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
     seed: int = 0
 
 
@@ -125,7 +126,7 @@ class Bench:
         torch.manual_seed(setting.seed)
         with self.device:  # billions of weights are drawn where they will stay
             base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, setting.dtype))
-        model = add_adapter(base, self.config)
+        model = add_adapter(base, self.config.model, self.config.seed)
         generator = torch.Generator().manual_seed(setting.seed)
         with torch.no_grad():  # at zero the adapter's first factor has no gradient to compare
             for name, parameter in model.named_parameters():
@@ -151,19 +152,24 @@ class Bench:
         measured: dict = {}
         start = now(self.device)
 
-        def update() -> None:
+        def update() -> float:
             nonlocal start
             parameters = self.policy.parameters()
             copying = now(self.device)
-            measured["gradient"] = torch.cat([p.grad.flatten().float() for p in parameters]).cpu()
+            measured["gradient"] = torch.cat([p.grad.flatten().float() for p in parameters if p.grad is not None]).cpu()
             start += now(self.device) - copying  # no part of a step
             with self.phases("update"):
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
+            return norm
 
         if self.algorithm in REPLAYED:
-            method = make_method(self.policy, self.reward, self.config, Services(phase=self.phases))
+            config = self.config
+            method = make_method(
+                self.policy, self.reward, config.method, config.generation, config.train, Services(phase=self.phases),
+                seed=config.seed, activation_checkpointing=config.method.checkpoint,
+            )
             mask = torch.ones_like(self.prompts, dtype=torch.bool)
             with self.phases("rollout"):
                 rollout = sample(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.training_floors import table as floors
 from benchmarks.training_setup import ALGORITHMS
+from grade.tables import Column, Table, numbers
 
 _CSV = (
     "algorithm", "length", "status", "steps", "seconds", "seconds_p20", "seconds_p80", "tokens_per_second", "peak_gib",
@@ -39,15 +40,20 @@ def checked(check: dict[str, float]) -> str:
 
 def comparison(rows: list[dict]) -> str:
     """Time and memory, and both against the first algorithm's, which is the published one unless it was left out."""
-    lines = [
-        "| S | algorithm | s / step | tokens/s | peak, GiB | tensors, GiB | hops | gradient, error | "
-        "times faster | memory, peak | memory, tensors |",
-        "|---:|---|" + "---:|" * 9,
-    ]
+    titles = (
+        "s / step", "tokens/s", "peak, GiB", "tensors, GiB", "hops", "gradient, error", "times faster", "memory, peak",
+        "memory, tensors",
+    )
+    lines = []
     for row in rows:
         base = next(r for r in rows if r["length"] == row["length"] and r["algorithm"] == rows[0]["algorithm"])
-        lines.append("| " + " | ".join([str(row["length"]), ALGORITHMS[row["algorithm"]], *_cells(row, base)]) + " |")
-    return "\n".join(lines)
+        lines.append([str(row["length"]), ALGORITHMS[row["algorithm"]], *_cells(row, base)])
+    return _table(titles, lines)
+
+
+def _table(titles: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
+    """Numbers beside length and algorithm."""
+    return Table("", [*numbers(["S"]), Column("algorithm"), *numbers(titles)], rows).markdown()
 
 
 def _cells(row: dict, base: dict) -> list[str]:
@@ -92,15 +98,15 @@ def phases(rows: list[dict]) -> str:
     """Seconds of every phase and its share of the step."""
     measured = [row for row in rows if row["status"] == "ok"]
     names = list(dict.fromkeys(name for row in measured for name in row["phases"]))
-    lines = ["| S | algorithm | " + " | ".join(names) + " |", "|---:|---|" + "---:|" * len(names)]
+    lines = []
     for row in measured:
         total = sum(row["phases"].values())
         cells = (
             f"{row['phases'][name]:.3g} s, {row['phases'][name] / total:.0%}" if name in row["phases"] else "–"
             for name in names
         )
-        lines.append("| " + " | ".join([str(row["length"]), ALGORITHMS[row["algorithm"]], *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([str(row["length"]), ALGORITHMS[row["algorithm"]], *cells])
+    return _table(names, lines)
 
 
 def exponents(rows: list[dict]) -> str:
@@ -124,9 +130,9 @@ def growth(rows: list[dict]) -> dict[tuple, float]:
 def write_csv(path: Path, payload: dict) -> None:
     """One line a row; phases as columns of their own."""
     names = list(dict.fromkeys(name for row in payload["rows"] for name in row.get("phases", {})))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*_CSV, *(f"seconds/{name}" for name in names)])
-        for row in payload["rows"]:
-            phase: dict[str, float | None] = row.get("phases", {})
-            writer.writerow([row.get(key) for key in _CSV] + [phase.get(name) for name in names])
+    rows = [
+        [*(row.get(key) for key in _CSV), *(row.get("phases", {}).get(name) for name in names)]
+        for row in payload["rows"]
+    ]
+    table = Table("", [Column(title) for title in (*_CSV, *(f"seconds/{name}" for name in names))], rows)
+    path.write_text(table.csv(), encoding="utf-8")

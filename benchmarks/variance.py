@@ -6,15 +6,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from benchmarks.saved import read_saved
+from benchmarks.saved import new_parser, read_saved
 from grade.studies.variance.text import document
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("file", type=Path, help="a variance.json")
     file = parser.parse_args(arguments).file
     kind = "a variance.json that `grade variance` has written"

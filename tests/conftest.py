@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tiny_run"]
+pytest_plugins = ["tiny_run", "comparisons"]
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

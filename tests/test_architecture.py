@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the roof down; rooms of one floor do not know each other
     ("__main__",), ("cli",), ("commands",), ("report",), ("studies",), ("training",), ("methods",),
     ("replay", "memory"), ("rewards", "sampling"), ("model",), ("built_in",), ("tasks", "processes"), ("config",),
-    ("rollout",), ("files", "jsonl", "tree"), ("errors", "hub_names", "machine", "seeds"),
+    ("rollout",), ("files", "jsonl", "tables", "tree"), ("errors", "hub_names", "latex", "machine", "seeds"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

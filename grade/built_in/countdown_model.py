@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grade.built_in.small_model import cached_model, identity, train_model, train_tokenizer
+from grade.built_in.small_model import cached_model, train_model, train_tokenizer
 from grade.tasks import countdown
 
 # Arithmetic is learnt as tables, so the numbers are few and small: with four operands the same training solves next to
@@ -35,26 +35,8 @@ SETTINGS = {
 
 
 def countdown_model(cache_dir: Path | None = None, *, steps: int | None = None, progress: bool = True) -> Path:
-    """The folder of the Countdown model, trained now unless the cache holds it.
-
-    The folder's name carries a hash of the puzzles' generator, the code of the training and the settings: a change of
-    any trains a new model. The same machine and torch give the same weights; global random state is left alone.
-
-    Args:
-        cache_dir: folder for trained models; null: `$XDG_CACHE_HOME/grade` or `~/.cache/grade`.
-        steps: optimizer steps, null for the default of `SETTINGS`; fewer make a worse model, for tests.
-        progress: show a progress bar with the loss (nats per token) and seconds on standard error.
-
-    Returns:
-        A folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`, with
-        `generation_config.json` and `training.json` (settings, parameters, final loss in nats per token, seconds).
-
-    Raises:
-        GradeError: the cache folder cannot be written.
-    """
-    settings = dict(SETTINGS, steps=SETTINGS["steps"] if steps is None else steps)
-    name = f"countdown-{identity(settings, countdown.__file__, __file__)}"
-    return cached_model(name, lambda folder: _train(folder, settings, progress), cache_dir)
+    """The folder of the Countdown model, trained now unless the cache holds it; see `cached_model`."""
+    return cached_model("countdown", SETTINGS, [countdown.__file__, __file__], _train, cache_dir, steps, progress)
 
 
 def _train(folder: Path, settings: dict, progress: bool) -> None:

@@ -13,32 +13,49 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grade.errors import GradeError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 _MAX_THREADS = 4  # more of them wait for each other on matrices this small
 _BATCHES_SORTED = 8  # rows of this many batches are sorted by length, so that a batch needs little padding
 
 
-def cached_model(name: str, train: Callable[[Path], None], cache_dir: Path | None = None) -> Path:
-    """The folder `name` of the cache, made now by `train` unless it is there.
+def cached_model(
+    name: str, settings: dict, files: Sequence[str], train: Callable[[Path, dict, bool], None], cache_dir: Path | None,
+    steps: int | None, progress: bool,
+) -> Path:
+    """The folder of a built-in model, trained now unless the cache holds it.
 
-    The folder lands in its place by a rename, so an interrupted run leaves nothing half-done. Global random state
-    and the number of torch's threads are left alone.
+    The folder lands in its place by a rename, so an interrupted run leaves nothing half-done. Its name carries a hash
+    of the settings, this file and `files`: a change of any trains a new model. The same machine and torch give the same
+    weights; global random state and the number of torch's threads are left alone.
 
     Args:
-        name: of the folder, with a hash of everything that decides the model (see `identity`).
+        settings: `SETTINGS` of the model's file.
+        files: with everything else that decides the model.
         train: writes a model into the folder it is given, which does not exist yet.
-        cache_dir: folder for trained models; null: `$XDG_CACHE_HOME/grade` or `~/.cache/grade`.
+        cache_dir: folder for trained models; None: `$XDG_CACHE_HOME/grade` or `~/.cache/grade`.
+        steps: optimizer steps, None for the default of the settings; fewer make a worse model, for tests.
+        progress: show a progress bar with the loss (nats per token) and seconds on standard error.
+
+    Returns:
+        A folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`, with
+        `generation_config.json` and `training.json` (settings, parameters, final loss in nats per token, seconds).
 
     Raises:
         GradeError: the cache folder cannot be written.
     """
+    settings = dict(settings, steps=settings["steps"] if steps is None else steps)
     cache = Path(cache_dir) if cache_dir is not None else _user_cache()
-    folder = cache / name
+    folder = cache / f"{name}-{identity(settings, *files)}"
     if folder.is_dir():
         return folder
     try:  # before the training, not after
@@ -52,7 +69,7 @@ def cached_model(name: str, train: Callable[[Path], None], cache_dir: Path | Non
     with staging:
         made = Path(staging.name) / "model"
         with _few_threads():
-            train(made)
+            train(made, settings, progress)
         try:
             made.rename(folder)
         except OSError:
@@ -74,7 +91,7 @@ def _user_cache() -> Path:
 
 
 @contextlib.contextmanager
-def _few_threads():
+def _few_threads() -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
@@ -85,7 +102,7 @@ def _few_threads():
         torch.set_num_threads(before)
 
 
-def train_tokenizer(texts: list[str], settings: dict):
+def train_tokenizer(texts: list[str], settings: dict) -> PreTrainedTokenizerFast:
     """A byte-level BPE that any text survives, and that starts every text with BOS by itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -113,8 +130,8 @@ def train_tokenizer(texts: list[str], settings: dict):
 
 
 def train_model(
-    folder: Path, tokenizer, rows: list[list[int]], settings: dict, *, title: str, progress: bool,
-    prompt_end: int | None = None,
+    folder: Path, tokenizer: PreTrainedTokenizerFast, rows: list[list[int]], settings: dict, *, title: str,
+    progress: bool, prompt_end: int | None = None,
 ) -> None:
     """Train a model and save it in `folder` with its tokenizer and `training.json` (settings, parameters, final loss
     in nats per token, seconds).
@@ -174,7 +191,7 @@ def train_model(
     (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _new_model(tokenizer, settings: dict):
+def _new_model(tokenizer: PreTrainedTokenizerFast, settings: dict) -> LlamaForCausalLM:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     special = {
@@ -206,7 +223,7 @@ def _learning_rate_factor(step: int, settings: dict) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings["steps"] - warmup)))
 
 
-def _batches(rows: list[list[int]], settings: dict):
+def _batches(rows: list[list[int]], settings: dict) -> Iterator[list[list[int]]]:
     """Batches without end, each epoch in a new order, rows of similar length together."""
     generator, size = random.Random(settings["seed"]), settings["batch_size"]
     while True:
@@ -219,7 +236,7 @@ def _batches(rows: list[list[int]], settings: dict):
             yield [rows[i] for i in batch]
 
 
-def _pad(rows: list[list[int]], pad_id: int, prompt_end: int | None = None):
+def _pad(rows: list[list[int]], pad_id: int, prompt_end: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [B, T] int64, padded on the right, and labels [B, T] with -100 (no loss) on prompts and padding."""
     import torch
 

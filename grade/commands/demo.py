@@ -38,8 +38,8 @@ def run_demo(
     console = Console(stderr=True)
     if config.train.run_dir is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        run_dir = f"{config.output_dir}/{config.name}-seed{config.seed}-{stamp}"
-        config = replace(config, train=replace(config.train, run_dir=run_dir))
+        own = f"{config.output_dir}/{config.name}-seed{config.seed}-{stamp}"
+        config = replace(config, train=replace(config.train, run_dir=own))
     if not config.train.resume:
         prepare_run_dir(config)  # before the model is trained
     console.print("[bold]1/3[/bold] A language model that writes reviews (cached after the first time)")

@@ -15,6 +15,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -120,17 +121,14 @@ def check_hub(timeout: float = HUB_TIMEOUT) -> dict[str, Any]:
 def show(report: dict[str, Any]) -> None:
     """Print the report as tables."""
     from rich.console import Console
-    from rich.table import Table
+
+    from grade.tables import Column, Table
 
     console = Console()
 
-    def table(title: str, rows: list[list[Any]], headers: list[str] | None = None) -> None:
-        grid = Table(title=title, title_justify="left", show_header=headers is not None)
-        for index in range(len(rows[0]) if rows else 1):
-            grid.add_column(headers[index] if headers else None, overflow="fold")
-        for row in rows:
-            grid.add_row(*[str(cell) for cell in row])
-        console.print(grid)
+    def table(title: str, rows: list[list[Any]], headers: Sequence[str] = ("", "")) -> None:
+        shown = Table(title, list(map(Column, headers)), rows)
+        console.print(shown.rich(title_justify="left", show_header=any(headers)))
 
     versions = {**report["versions"], "CUDA": report["cuda"], "ROCm": report["rocm"]}
     rows = [[name, version or "-"] for name, version in versions.items()]

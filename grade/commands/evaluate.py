@@ -38,7 +38,7 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     before = config_from_sealed(run_dir / "config.yaml")
     own_reward = config.reward == before.reward
     tokenizer, task, policy, reward = set_up(config, accelerator, run_dir=run_dir if own_reward else None)
-    inputs = inputs_of(config, policy, task, reward)
+    inputs = inputs_of(policy, task, reward.identity())
     if config.task != before.task:  # other data, by the user's own word
         del inputs["data"]
     if not own_reward:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from grade.config import Config
+from grade.config import Config, judged_length
 from grade.config.tasks import JUDGED_BY_PROGRAM
 from grade.errors import GradeError
 from grade.model.loading import load_policy, load_tokenizer
 from grade.processes import make_accelerator
-from grade.rewards.head_training import head_folder, head_report, load_or_train_head
+from grade.rewards.head_training import HeadTraining
+from grade.rewards.shared import head_report
 from grade.tasks import load_task
 
 
@@ -20,13 +21,17 @@ def train_reward(config: Config) -> dict[str, float]:
         raise GradeError("reward.model names a trained classifier: there is no head to train. Set it to null.")
     if config.task.name in JUDGED_BY_PROGRAM:
         raise GradeError(f"task.name={config.task.name} is judged by a program: there is no head to train.")
-    tokenizer = load_tokenizer(config)
-    task = load_task(config)
-    policy = load_policy(config, tokenizer, make_accelerator(config).device)
-    load_or_train_head(config, policy, task)
-    report = head_report(config, policy, task)
+    tokenizer = load_tokenizer(config.model)
+    task = load_task(config.task)
+    policy = load_policy(
+        config.model, tokenizer, make_accelerator(config).device, seed=config.seed, task=config.task,
+        generation=config.generation, reward=config.reward,
+    )
+    training = HeadTraining(config.reward, judged_length(config), config.output_dir, policy, task)
+    training.head()
+    report = head_report(training.folder)
     console = Console()
-    console.print(f"Reward head: {head_folder(config, policy, task)}")
+    console.print(f"Reward head: {training.folder}")
     for text, value in report["accuracy"].items():
         judged = " (the length it will judge)" if text == f"{report['judged_length']} tokens" else ""
         console.print(f"  held-out accuracy on the first {text}{judged}: {value:.3f} of {report['held_out']} reviews")

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-from jsonargparse import ArgumentParser
 
 from grade.config import Config, default_methods
 from grade.config import reading as config_io
@@ -33,10 +31,18 @@ HELP = ("-h", "--help")
 _FLAGS = ["help", "h", "print_config"]
 
 
+class Own(NamedTuple):
+    """An option that is no setting."""
+
+    kind: Any
+    default: Any
+    metavar: str
+    help: str
+
+
 def train(argv: list[str]) -> int:
     """`grade train CONFIG [--section.field VALUE ...]`."""
-    parser = _config_parser("train", "Train a policy; the run directory holds everything it makes.")
-    resolved = _resolve(parser, argv, {}, "CONFIG", config_io.find_config)
+    resolved = _resolve("train", argv, "Train a policy; the run directory holds everything it makes.")
     if resolved is not None:
         from grade.commands.train import train as train_policy
 
@@ -46,8 +52,7 @@ def train(argv: list[str]) -> int:
 
 def reward(argv: list[str]) -> int:
     """`grade reward CONFIG [--section.field VALUE ...]`."""
-    parser = _config_parser("reward", "Train the reward head; `grade train` does so when it is missing.")
-    resolved = _resolve(parser, argv, {}, "CONFIG", config_io.find_config)
+    resolved = _resolve("reward", argv, "Train the reward head; `grade train` does so when it is missing.")
     if resolved is not None:
         from grade.commands.reward import train_reward
 
@@ -57,94 +62,67 @@ def reward(argv: list[str]) -> int:
 
 def demo(argv: list[str]) -> int:
     """`grade demo [--cache_dir DIR] [--pretrain_steps N] [--section.field VALUE ...]`."""
-    parser = config_io.new_parser(
-        prog="grade demo",
-        usage="grade demo [--cache_dir DIR] [--pretrain_steps N] [--section.field VALUE ...]",
-        description="Write reviews with a grammar, train a tiny model on them, then do the real job on it.",
+    resolved = _resolve(
+        "demo", argv, "Write reviews with a grammar, train a tiny model on them, then do the real job on it.", {
+            "cache_dir": Own(
+                str | None, None, "DIR", "Folder that keeps the tiny model; null: one under the user's cache directory."
+            ),
+            "pretrain_steps": Own(
+                int | None, None, "N", "Optimizer steps of the tiny model's own training; null: as many as it needs."
+            ),
+        }, positional=None,
     )
-    group = parser.add_argument_group("the demo's own")
-    group.add_argument(
-        "--cache_dir",
-        type=str | None,
-        metavar="DIR",
-        help="Folder that keeps the tiny model; null: one under the user's cache directory.",
-    )
-    group.add_argument(
-        "--pretrain_steps",
-        type=int | None,
-        metavar="N",
-        help="Optimizer steps of the tiny model's own training; null: as many as it needs.",
-    )
-    resolved = _resolve(parser, argv, {"cache_dir": str, "pretrain_steps": int | None}, None, config_io.find_config)
     if resolved is None:
         return 0
-    cache_dir, steps = resolved.options.cache_dir, resolved.options.pretrain_steps
-    if cache_dir is not None:
-        check_text("--cache_dir", cache_dir, "path")
+    cache_dir, steps = _path(resolved, "cache_dir"), resolved.options.pretrain_steps
     if steps is not None and not 1 <= steps <= COUNT:
         raise GradeError(f"pretrain_steps is {shown(steps)}: it must be at least 1 and at most {COUNT}.")
     from grade.commands.demo import run_demo
 
-    run_demo(resolved.config, Path(cache_dir) if cache_dir else None, steps)
+    run_demo(resolved.config, cache_dir, steps)
     return 0
 
 
 def evaluate(argv: list[str]) -> int:
     """`grade evaluate RUN_DIR [--checkpoint best|last|PATH] [--split test|validation] [overrides]`."""
-    parser = config_io.new_parser(
-        prog="grade evaluate",
-        usage="grade evaluate RUN_DIR [--checkpoint best|last|PATH] [--split test|validation] "
-        "[--section.field VALUE ...]",
-        description="Evaluate a checkpoint and the base model on the same prompts. RUN_DIR: the folder of a "
-        "run; its config.yaml gives the settings, and options override them.",
+    resolved = _resolve(
+        "evaluate", argv, "Evaluate a checkpoint and the base model on the same prompts. RUN_DIR: the folder of a "
+        "run; its config.yaml gives the settings, and options override them.", {
+            "checkpoint": Own(
+                str, "best", "best|last|PATH", "`best` by validation, `last`, or the folder of an adapter."
+            ),
+            "split": Own(Literal["test", "validation"], "test", "test|validation", "Whose prompts."),
+        }, positional="RUN_DIR",
     )
-    group = parser.add_argument_group("the evaluation's own")
-    checkpoint_help = "`best` by validation, `last`, or the folder of an adapter."
-    group.add_argument("--checkpoint", type=str, default="best", help=checkpoint_help)
-    group.add_argument("--split", type=Literal["test", "validation"], default="test", help="Whose prompts.")
-    resolved = _resolve(parser, argv, {"checkpoint": str, "split": str}, "RUN_DIR", _config_of_run)
     if resolved is not None:
         from grade.commands.evaluate import evaluate_run
 
-        checkpoint, split = resolved.options.checkpoint, resolved.options.split
-        check_text("--checkpoint", checkpoint, "path")
-        evaluate_run(resolved.config, Path(resolved.positional), checkpoint, split)
+        check_text("--checkpoint", resolved.options.checkpoint, "path")
+        evaluate_run(
+            resolved.config, Path(resolved.positional), resolved.options.checkpoint, resolved.options.split
+        )
     return 0
 
 
 def compare(argv: list[str]) -> int:
     """`grade compare CONFIG [--methods A,B] [--seeds 0,1] [--section.field VALUE ...]`; 1 where a run failed."""
-    parser = _config_parser(
-        "compare", "Train methods over seeds on the same prompts; tables at equal tokens and at equal training time. "
+    resolved = _resolve(
+        "compare", argv,
+        "Train methods over seeds on the same prompts; tables at equal tokens and at equal training time. "
         "The comparison itself sets seed, method.name, generation.samples_per_prompt, evaluation.every, train.run_dir, "
         "train.resume, train.overwrite, train.tensorboard and train.wandb of its runs, and scales train.learning_rate "
-        "(see --compare.*)."
+        "(see --compare.*).", {
+            "methods": Own(
+                str | None, None, "A,B,...",
+                f"Of {', '.join(COMPARED)}; null: those that can use the task's reward.",
+            ),
+            "seeds": Own(str, "0,1,2", "0,1,...", "Seeds of the runs."),
+        },
     )
-    parser.usage = "grade compare CONFIG [--methods A,B,...] [--seeds 0,1,...] [--section.field VALUE ...]"
-    group = parser.add_argument_group("the comparison's own")
-    group.add_argument(
-        "--methods", type=str | None, metavar="A,B",
-        help=f"Of {', '.join(COMPARED)}; null: those that can use the task's reward.",
-    )
-    group.add_argument("--seeds", type=str, default="0,1,2", metavar="0,1", help="Seeds of the runs.")
-    resolved = _resolve(parser, argv, {"methods": str, "seeds": str}, "CONFIG", config_io.find_config)
     if resolved is None:
         return 0
-    wanted = resolved.options.methods
-    methods = default_methods(resolved.config) if wanted is None else _listed(wanted)
-    if not methods:
-        raise GradeError(f"--methods is empty: name some of {', '.join(COMPARED)}, or leave the option out.")
-    unknown = [name for name in methods if name not in COMPARED]
-    if unknown:
-        raise GradeError(f"--methods: there is no {unknown[0]!r}. There are {', '.join(COMPARED)}.")
-    texts = _listed(resolved.options.seeds)
-    if not texts or not all(re.fullmatch("[0-9]{1,20}", text) and int(text) <= SEED for text in texts):
-        raise GradeError(
-            f"--seeds is {shown(repr(resolved.options.seeds))}: write whole numbers up to {SEED} with commas, such as "
-            "0,1,2."
-        )
-    seeds = [int(text) for text in texts]
-    for option, entries in (("methods", methods), ("seeds", seeds)):
+    methods, seeds = _methods(resolved), _seeds(resolved.options.seeds)
+    for option, entries in (("methods", methods), ("seeds", list(map(str, seeds)))):
         twice = [entry for entry in entries if entries.count(entry) > 1]
         if twice:
             raise GradeError(f"--{option} names {twice[0]} twice: leave one of them out.")
@@ -159,6 +137,26 @@ def compare(argv: list[str]) -> int:
     return 1 if missing else 0
 
 
+def _methods(resolved: Resolved) -> list[str]:
+    wanted = resolved.options.methods
+    methods = default_methods(resolved.config) if wanted is None else _listed(wanted)
+    if not methods:
+        raise GradeError(f"--methods is empty: name some of {', '.join(COMPARED)}, or leave the option out.")
+    unknown = [name for name in methods if name not in COMPARED]
+    if unknown:
+        raise GradeError(f"--methods: there is no {unknown[0]!r}. There are {', '.join(COMPARED)}.")
+    return methods
+
+
+def _seeds(text: str) -> list[int]:
+    texts = _listed(text)
+    if not texts or not all(re.fullmatch("[0-9]{1,20}", seed) and int(seed) <= SEED for seed in texts):
+        raise GradeError(
+            f"--seeds is {shown(repr(text))}: write whole numbers up to {SEED} with commas, such as 0,1,2."
+        )
+    return list(map(int, texts))
+
+
 def _listed(text: str) -> list[str]:
     """The entries of `a,b`."""
     return [entry.strip() for entry in text.split(",") if entry.strip()]
@@ -166,24 +164,19 @@ def _listed(text: str) -> list[str]:
 
 def variance(argv: list[str]) -> int:
     """`grade variance CONFIG [--checkpoint DIR] [--section.field VALUE ...]`."""
-    parser = _config_parser(
-        "variance", "Measure bias and variance of the gradient estimators at fixed parameters; what is measured: "
-        "--variance.*."
+    resolved = _resolve(
+        "variance", argv, "Measure bias and variance of the gradient estimators at fixed parameters; what is measured: "
+        "--variance.*.", {
+            "checkpoint": Own(
+                str | None, None, "DIR",
+                "Folder of an adapter, such as runs/NAME/checkpoints/best; null: the adapter's initial state.",
+            ),
+        },
     )
-    parser.usage = "grade variance CONFIG [--checkpoint DIR] [--section.field VALUE ...]"
-    group = parser.add_argument_group("the laboratory's own")
-    group.add_argument(
-        "--checkpoint", type=str | None, metavar="DIR",
-        help="Folder of an adapter, such as runs/NAME/checkpoints/best; null: the adapter's initial state.",
-    )
-    resolved = _resolve(parser, argv, {"checkpoint": str}, "CONFIG", config_io.find_config)
     if resolved is not None:
         from grade.studies.variance.study import run_variance
 
-        checkpoint = resolved.options.checkpoint
-        if checkpoint is not None:
-            check_text("--checkpoint", checkpoint, "path")
-        run_variance(resolved.config, Path(checkpoint) if checkpoint else None)
+        run_variance(resolved.config, _path(resolved, "checkpoint"))
     return 0
 
 
@@ -241,18 +234,7 @@ class Resolved(NamedTuple):
     options: Any
     """Namespace with the command's own options."""
     positional: str
-    """CONFIG or RUN_DIR; empty for a command without."""
-
-
-def _config_parser(command: str, description: str) -> ArgumentParser:
-    """The parser of a command whose argument is CONFIG."""
-    return config_io.new_parser(
-        prog=f"grade {command}",
-        usage=f"grade {command} CONFIG [--section.field VALUE ...]",
-        description=f"{description} CONFIG: a YAML file or a shipped config "
-        f"({', '.join(config_io.shipped_configs())}); named beside --help, its values are shown as defaults. "
-        "Relative paths are relative to the current directory.",
-    )
+    """CONFIG or RUN_DIR; `demo` for a command without."""
 
 
 def _config_of_run(run_dir: str) -> Path:
@@ -264,26 +246,44 @@ def _config_of_run(run_dir: str) -> Path:
     return path
 
 
+def _path(resolved: Resolved, name: str) -> Path | None:
+    """An option's path; None where it is not set."""
+    text = getattr(resolved.options, name)
+    if text is not None:
+        check_text(f"--{name}", text, "path")
+    return Path(text) if text else None
+
+
 def _resolve(
-    parser: ArgumentParser,
-    argv: list[str],
-    own: Mapping[str, Any],
-    metavar: str | None,
-    find: Callable[[str], Path],
+    command: str, argv: list[str], description: str, own: Mapping[str, Own] | None = None, *,
+    positional: Literal["CONFIG", "RUN_DIR"] | None = "CONFIG",
 ) -> Resolved | None:
     """What a command line says; None when it asked for help or for the settings, which are then printed.
 
     Args:
-        own: types of the command's own options by name, beside the settings.
-        metavar: name of the positional argument; None: the command has none and reads the config `demo`.
-        find: the YAML file that the positional argument means.
+        own: the command's own options by name, beside the settings.
+        positional: what it is called with; None: nothing, and the config `demo` gives the settings.
     """
+    own, configs = own or {}, ", ".join(config_io.shipped_configs())
+    called = " ".join([
+        f"grade {command}", *([positional] if positional else []),
+        *(f"[--{name} {option.metavar}]" for name, option in own.items()), "[--section.field VALUE ...]",
+    ])
+    if positional == "CONFIG":
+        description += (
+            f" CONFIG: a YAML file or a shipped config ({configs}); named beside --help, its values are shown as "
+            "defaults. Relative paths are relative to the current directory."
+        )
+    parser = config_io.new_parser(prog=f"grade {command}", usage=called, description=description)
+    group = parser.add_argument_group("the command's own")
+    for name, option in own.items():
+        group.add_argument(
+            f"--{name}", type=option.kind, default=option.default, metavar=option.metavar, help=option.help
+        )
     parser.add_argument("--print_config", action="store_true", help="Print the settings as YAML and exit.")
     config_io.add_settings(parser)
-    positionals, options = config_io.split_arguments(
-        argv, [*config_io.setting_types(), *own], _FLAGS, parser.prog
-    )
-    if len(positionals) > (metavar is not None):
+    positionals, options = config_io.split_arguments(argv, [*config_io.setting_types(), *own], _FLAGS, parser.prog)
+    if len(positionals) > (positional is not None):
         raise GradeError(
             f"unexpected argument {positionals[-1]!r}: settings are written --section.field VALUE "
             f"(`{parser.prog} --help`)."
@@ -292,14 +292,15 @@ def _resolve(
     wants_config = "--print_config" in options
     # Help and printing come after everything else was checked, so the parser must not act on them.
     options = [option for option in options if option not in (*HELP, "--print_config")]
-    if metavar is not None and not positionals:
+    if positional is not None and not positionals:
         if wants_help:
             emit(parser.format_help())
             return None
-        names = ", ".join(config_io.shipped_configs())
-        hint = f" Shipped configs: {names}." if metavar == "CONFIG" else ""
-        raise GradeError(f"{metavar} is missing: {parser.usage}.{hint}")
-    namespace = config_io.parse_settings(parser, find("demo" if metavar is None else positionals[0]), options, own)
+        hint = f" Shipped configs: {configs}." if positional == "CONFIG" else ""
+        raise GradeError(f"{positional} is missing: {called}.{hint}")
+    given = positionals[0] if positionals else "demo"
+    path = _config_of_run(given) if positional == "RUN_DIR" else config_io.find_config(given)
+    namespace = config_io.parse_settings(parser, path, options, {name: option.kind for name, option in own.items()})
     if wants_help:
         emit(parser.format_help())
         return None
@@ -307,7 +308,7 @@ def _resolve(
     if wants_config:
         emit(config_io.config_to_yaml(config))
         return None
-    return Resolved(config, namespace, positionals[0] if positionals else "")
+    return Resolved(config, namespace, given)
 
 
 def emit(text: str) -> None:

@@ -15,6 +15,7 @@ from grade.config.schema import (
     flatten,
     get_setting,
     judged_length,
+    settings_with_role,
     validate,
 )
 from grade.config.tasks import TaskConfig
@@ -22,5 +23,5 @@ from grade.config.tasks import TaskConfig
 __all__ = [
     "NOISE_ROWS", "Config", "EvaluationConfig", "GenerationConfig", "LoraSettings", "MethodConfig", "ModelConfig",
     "RewardConfig", "RolloutConfig", "TaskConfig", "TrainConfig", "default_methods", "flatten", "get_setting",
-    "judged_length", "validate",
+    "judged_length", "settings_with_role", "validate",
 ]

@@ -1,4 +1,4 @@
-"""What a setting may be, declared beside its default: `steps: int = setting(250, ge=1, le=COUNT)`.
+"""What a setting may be, and whether changing it makes another run: `steps: int = setting(250, ge=1, role="resume")`.
 
 The declaration lies in the dataclass field's metadata, so a setting is one place to read and to change. What depends
 on two settings is checked in `grade.config.validate`.
@@ -30,6 +30,11 @@ RATE = 100.0
 SEED = 2**43
 """Largest seed: an epoch's order has seed * 1,000,003 + epoch, which must fit into 63 bits."""
 
+Role = Literal["identity", "resume", "speed", "place"]
+"""What changing a setting means. `identity`: it makes another run. The others may change when a run is resumed:
+`resume` because what was done so far stays as it is, `speed` because results are the same but for rounding, `place`
+because it only says where things are written."""
+
 _TEXT = 4096  # characters of any text
 _NAME = 200  # bytes of a name, to which `-seed<seed>`, `compare-` or `.yaml` is added: a file's name has 255
 _PART = 240  # bytes of one folder of a path, to which `.yaml` or `.old` is added
@@ -49,6 +54,8 @@ class Facts(NamedTuple):
     """It is below this."""
     text: Literal["any", "name", "path"] = "any"
     """Of a text: `name` is a part of a file's name, `path` that of something to be written."""
+    role: Role | None = None
+    """None: that of the section it lies in, and `identity` where that has none."""
 
     @property
     def numeric(self) -> bool:
@@ -71,24 +78,30 @@ class Facts(NamedTuple):
 def setting(
     default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING, ge: float | None = None,
     gt: float | None = None, le: float | None = None, lt: float | None = None,
-    text: Literal["any", "name", "path"] = "any",
+    text: Literal["any", "name", "path"] = "any", role: Role | None = None,
 ) -> Any:
     """A dataclass field with the facts that `Facts` lists in its metadata; None is allowed where the type says so."""
-    facts = Facts(ge=ge, gt=gt, le=le, lt=lt, text=text)
+    facts = Facts(ge=ge, gt=gt, le=le, lt=lt, text=text, role=role)
     if default_factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=default_factory, metadata={"facts": facts})
     return dataclasses.field(default=default, metadata={"facts": facts})
 
 
-def facts_of(section: type, prefix: str = "") -> Iterator[tuple[str, Any, Facts]]:
-    """(dotted name, type, facts) of every setting of a dataclass and of those inside it."""
+def facts_of(section: type, prefix: str = "", role: Role = "identity") -> Iterator[tuple[str, Any, Facts]]:
+    """(dotted name, type, facts) of every setting of a dataclass and of those inside it.
+
+    Args:
+        prefix: of the names.
+        role: of the settings that declare none.
+    """
     kinds = get_type_hints(section)
     for field in dataclasses.fields(section):
-        kind = kinds[field.name]
+        kind, facts = kinds[field.name], field.metadata.get("facts", Facts())
+        facts = facts._replace(role=facts.role or role)
         if dataclasses.is_dataclass(kind):
-            yield from facts_of(kind, f"{prefix}{field.name}.")
+            yield from facts_of(kind, f"{prefix}{field.name}.", facts.role)
         else:
-            yield prefix + field.name, kind, field.metadata.get("facts", Facts())
+            yield prefix + field.name, kind, facts
 
 
 def check_values(section: Any, prefix: str = "") -> None:

@@ -122,13 +122,13 @@ class MethodConfig:
     """A sequence stops hopping when its last change relative to its gradient (hidden space) is below this."""
     replay_dropout: bool = False
     """Adapter dropout during replay. Breaks the fixed point of `grade`, which refuses it."""
-    activation_checkpointing: Literal["auto"] | bool = "auto"
+    activation_checkpointing: Literal["auto"] | bool = setting("auto", role="speed")
     """Recompute activations in the backward passes: less memory, more time. `auto`: only if the run's estimate would
     otherwise exceed 80 % of the free memory."""
     prompt_cache: bool = True
     """The frozen pass reads prompts from a KV cache, one per distinct prompt; off with checkpointing, and for models
     that keep recurrent states."""
-    head_chunk_mib: int | None = setting(None, ge=1, le=2**20)
+    head_chunk_mib: int | None = setting(None, ge=1, le=2**20, role="speed")
     """Memory for the head's logits chunks, MiB; null: 64 on a CPU, about what its caches hold, and 256 elsewhere."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)

@@ -7,9 +7,21 @@ docstring here is what `grade train --help` prints. Nothing heavy is imported: `
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from grade.config.bounds import BATCH, COUNT, RATE, ROWS, SEED, TOKENS, WEIGHT, check_values, setting
+from grade.config.bounds import (
+    BATCH,
+    COUNT,
+    RATE,
+    ROWS,
+    SEED,
+    TOKENS,
+    WEIGHT,
+    Role,
+    check_values,
+    facts_of,
+    setting,
+)
 from grade.config.methods import DIFFERENTIATING, METHODS, MethodConfig, check_method
 from grade.config.studies import CompareConfig, VarianceConfig, check_studies
 from grade.config.tasks import JUDGED_BY_PROGRAM, WRITTEN, WRITTEN_EXAMPLES, TaskConfig
@@ -89,7 +101,7 @@ class GenerationConfig:
     """End-of-sequence is an ordinary token and every response has max_new_tokens."""
     samples_per_prompt: int = setting(1, ge=1, le=BATCH)
     """Responses per prompt in training; the prompt's KV cache is computed once for all of them."""
-    batch_size: int | None = setting(None, ge=1, le=BATCH)
+    batch_size: int | None = setting(None, ge=1, le=BATCH, role="speed")
     """Sequences decoded together in training; null: all of a step's."""
 
 
@@ -102,7 +114,7 @@ class RolloutConfig:
     a named pipe of them; null: sample here."""
     timeout: float = setting(600.0, gt=0, le=10**7)
     """Seconds to wait for the next response on a pipe before the run stops."""
-    compile: bool = False
+    compile: bool = setting(False, role="speed")
     """Decode training's responses by a compiled step over a static KV cache: CUDA graphs on a GPU, fused loops
     (and the draw with them) on a CPU. Needs sdpa attention without windows; not used with rollout.source. The first
     rollout of a batch size or greater length takes half a minute or more, the first changed temperature some seconds.
@@ -113,7 +125,7 @@ class RolloutConfig:
 class TrainConfig:
     """The optimizer and the run."""
 
-    steps: int = setting(250, ge=1, le=COUNT)
+    steps: int = setting(250, ge=1, le=COUNT, role="resume")
     """Optimizer steps."""
     batch_size: int = setting(1, ge=1, le=BATCH)
     """Responses replayed together on one process (a micro-batch)."""
@@ -135,26 +147,26 @@ class TrainConfig:
     """AdamW denominator offset."""
     max_grad_norm: float = setting(1.0, ge=0, le=1e12)
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
-    run_dir: str | None = setting(None, text="path")
+    run_dir: str | None = setting(None, text="path", role="place")
     """Folder of the run; null: output_dir/name-seed<seed>."""
-    resume: bool | Literal["auto"] = False
+    resume: bool | Literal["auto"] = setting(False, role="resume")
     """Continue the run in run_dir from its last checkpoint; the result equals an uninterrupted run. `auto`: where there
     is one, and start where there is none."""
-    overwrite: bool = False
+    overwrite: bool = setting(False, role="resume")
     """Delete what a run wrote in run_dir, and nothing else, and start again."""
-    save_every: int = setting(50, ge=1, le=COUNT)
+    save_every: int = setting(50, ge=1, le=COUNT, role="resume")
     """Steps between checkpoints for resuming; one is always written at the end."""
-    keep_adapters: bool = False
+    keep_adapters: bool = setting(False, role="resume")
     """Keep the adapter of every validation in checkpoints/step-N, not only the best and the last."""
-    tensorboard: bool = True
+    tensorboard: bool = setting(True, role="resume")
     """Write tensorboard events to run_dir/tensorboard."""
-    wandb: bool = False
+    wandb: bool = setting(False, role="resume")
     """Log to Weights & Biases (needs the extra `wandb`)."""
-    wandb_project: str = "grade"
+    wandb_project: str = setting("grade", role="resume")
     """Project name on Weights & Biases."""
-    samples_logged: int = setting(4, ge=0, le=BATCH)
+    samples_logged: int = setting(4, ge=0, le=BATCH, role="resume")
     """Responses written to samples.jsonl at each logged step."""
-    samples_every: int = setting(10, ge=1, le=COUNT)
+    samples_every: int = setting(10, ge=1, le=COUNT, role="resume")
     """Steps between entries of samples.jsonl."""
 
 
@@ -172,11 +184,11 @@ class EvaluationConfig:
     """`policy`: the sampler of training. `top_p`: the fewest candidates that hold top_p of the mass."""
     top_p: float = setting(0.9, gt=0, le=1)
     """Probability mass of the `top_p` sampler."""
-    batch_size: int = setting(64, ge=1, le=BATCH)
+    batch_size: int = setting(64, ge=1, le=BATCH, role="speed")
     """Sequences decoded together."""
     seed: int = setting(1234, ge=0, le=SEED)
     """Seed of the evaluation's noise, apart from the training's."""
-    samples: int = setting(16, ge=0, le=ROWS)
+    samples: int = setting(16, ge=0, le=ROWS, role="resume")
     """Responses kept in evaluation.json for reading."""
 
 
@@ -191,13 +203,13 @@ def default_methods(config: Config) -> list[str]:
 class Config:
     """Everything a run depends on."""
 
-    name: str = setting("grade", text="name")
+    name: str = setting("grade", text="name", role="place")
     """Name of the experiment: the first part of its folder names."""
     seed: int = setting(0, ge=0, le=SEED)
     """Seed of adapter initialisation, prompt order and sampling noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: the accelerator where there is one."""
-    output_dir: str = setting("runs", text="path")
+    output_dir: str = setting("runs", text="path", role="place")
     """Folder for run directories and trained reward heads."""
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -207,8 +219,8 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    compare: CompareConfig = field(default_factory=CompareConfig)
-    variance: VarianceConfig = field(default_factory=VarianceConfig)
+    compare: CompareConfig = setting(default_factory=CompareConfig, role="resume")
+    variance: VarianceConfig = setting(default_factory=VarianceConfig, role="resume")
 
     @property
     def run_dir(self) -> str:
@@ -219,9 +231,14 @@ NOISE_ROWS = 2**52
 """Most tokens that one process may sample in a run: their noise is keyed by 64 bits, which many processes share."""
 
 
-def get_setting(config: Config, dotted: str):
+def settings_with_role(*roles: Role) -> list[str]:
+    """Dotted names of the settings that play one of these roles."""
+    return [name for name, _, facts in facts_of(Config) if facts.role in roles]
+
+
+def get_setting(config: Config, dotted: str) -> Any:
     """The value of `section.name` in `config`."""
-    value = config
+    value: Any = config
     for part in dotted.split("."):
         value = getattr(value, part)
     return value

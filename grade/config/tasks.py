@@ -56,7 +56,7 @@ class TaskConfig:
     """Reviews whose openings are training prompts: the next ones."""
     validation_examples: int = setting(2000, ge=1, le=ROWS)
     """Reviews held out for validation prompts and the head's accuracy: the next ones."""
-    judge_examples: int = setting(8000, ge=0, le=ROWS)
+    judge_examples: int = setting(8000, ge=0, le=ROWS, role="resume")
     """Reviews that train the judge of `grade compare`: the next ones, as many as are left up to this; 0: no judge."""
     prompt_sentences: int = setting(2, ge=1, le=TOKENS)
     """A prompt is at most this many opening sentences of a review."""

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grade.model.cache import attention_tensors, state_tensors
 from grade.model.policy import Policy
-from grade.rewards.reward import Reward
+from grade.rewards.base import Reward
 from grade.rollout import Rollout
 
 LONGEST = 96
@@ -160,7 +160,7 @@ def policy_forward(
 
 def reads_response(reward: Reward) -> bool:
     """Whether a reward with a pass of its own reads the response alone."""
-    return getattr(reward, "reads", None) == "response"
+    return reward.reads == "response"
 
 
 def reward_forward(policy: Policy, reward: Reward) -> Callable[[int], Tensor]:
@@ -171,8 +171,8 @@ def reward_forward(policy: Policy, reward: Reward) -> Callable[[int], Tensor]:
         ids = torch.zeros(1, response, dtype=torch.int64, device=policy.device)
         ones = torch.ones_like(ids, dtype=torch.bool)
         rollout = Rollout(ids[:, :1], ones[:, :1], ids, ones, ids[..., None], ones.float(), ids)
-        x = reward.table.new_zeros(1, response, reward.table.shape[1]).requires_grad_()
-        return reward.from_embeddings(rollout, x)
+        fed = [x.requires_grad_() for x in reward.inputs(rollout)]
+        return reward.value(rollout, None, fed)
 
     return forward
 

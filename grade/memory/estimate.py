@@ -26,7 +26,7 @@ from grade.memory.activations import (
     reward_forward,
 )
 from grade.model.policy import Policy
-from grade.rewards.reward import Reward
+from grade.rewards.base import Reward
 from grade.sampling.compiled import capacity_of
 from grade.sampling.packed_head import worth_packing
 from grade_kernels import backend_for, chunk_rows
@@ -188,7 +188,7 @@ def estimate(
     )
     # Sampled responses wait for their turn: ids and, for soft tokens, weights of the candidates.
     waiting = responses * shapes.response * generation.top_k * (12 if method.name == "grade" else 8)
-    modules = [policy.model, *(m for m in vars(reward).values() if isinstance(m, nn.Module))]
+    modules = [policy.model, *reward.modules]
     weights = _bytes(t for m in modules for t in (*m.parameters(), *m.buffers()))
     sampled = config.rollout.source is None
     compiled = config.rollout.compile and sampled
@@ -230,7 +230,7 @@ def estimate(
         found.append({name: math.ceil(size) for name, size in {**before, **passes, **after}.items()})
     sizes = {"P": prompt_length, "S": shapes.response, "k": k}
     batches = {"rollout": decoded, "passes": batch, "evaluation": asked}
-    return Estimate(sizes, batches, weights, found[0], found[1] if policy.can_checkpoint else None)
+    return Estimate(sizes, batches, weights, found[0], found[1] if policy.supports_activation_checkpointing else None)
 
 
 def _replay_activations(
@@ -240,7 +240,8 @@ def _replay_activations(
     hidden states; as a function of whether they are checkpointed."""
     own = None
     if not reward.shares_base_pass:
-        own = measure_pass(getattr(reward, "model", policy.model), reward_forward(policy, reward), shapes.whole)
+        whole = nn.ModuleList([policy.model, *reward.modules])
+        own = measure_pass(whole, reward_forward(policy, reward), shapes.whole)
         length = shapes.response if reads_response(reward) else shapes.whole
     states = shapes.width * shapes.item * (2 * shapes.whole + 3 * shapes.response)
 

@@ -12,7 +12,7 @@ from grade.config import Config
 from grade.errors import GradeError, reason_of
 from grade.memory.estimate import Estimate, estimate, size_of
 from grade.model.policy import Policy
-from grade.rewards.reward import Reward
+from grade.rewards.base import Reward
 
 _HOPELESS = 2.0  # times what is free: the estimate may be a half too high, and other programs may give memory back
 _SHARE = 0.8  # of what is free that a run may take by the estimate: allocators lose some to fragments

@@ -6,10 +6,12 @@ repeated and selected here, by the one interface that transformers has for every
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 
 class ReservedLayer(DynamicLayer):
@@ -19,13 +21,18 @@ class ReservedLayer(DynamicLayer):
     graph: backward would find them overwritten.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity = capacity
         self._rooms: list[Tensor] | None = None  # keys' and values', each [B, heads, capacity, size]
         self._view: Tensor | None = None  # the keys in it, as long as nobody has put others in their place
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
@@ -49,7 +56,7 @@ class ReservedLayer(DynamicLayer):
         self._rooms = self._view = None  # layer by layer, or all would stand twice until the next token
 
 
-def decoding_cache(config, capacity: int) -> DynamicCache:
+def decoding_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
     """A cache for up to `capacity` positions of a model with this config.
 
     Layers with a window or with recurrent states keep transformers' own, which are short.
@@ -78,17 +85,17 @@ def repeat_rows(cache: Cache, copies: int) -> None:
     select_rows(cache, torch.arange(sizes.pop(), device=device).repeat_interleave(copies))
 
 
-def kept_tensors(layer) -> list[Tensor]:
+def kept_tensors(layer: CacheLayerMixin) -> list[Tensor]:
     """Keys and values that a layer of a cache holds, [B, heads, T, size] each, and its recurrent states [B, ...]."""
     return attention_tensors(layer) + state_tensors(layer)
 
 
-def attention_tensors(layer) -> list[Tensor]:
+def attention_tensors(layer: CacheLayerMixin) -> list[Tensor]:
     """Its keys and values."""
     return [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None and x.numel()]
 
 
-def state_tensors(layer) -> list[Tensor]:
+def state_tensors(layer: CacheLayerMixin) -> list[Tensor]:
     """Its recurrent and convolution states, whose size does not depend on the length."""
     found = []
     for name in ("conv_states", "recurrent_states"):

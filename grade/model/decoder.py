@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any  # `policy` is a grade.model.policy.Policy, whose file needs this one
+
 from torch import Tensor
 
 from grade.model.cache import repeat_rows, select_rows
@@ -24,7 +26,7 @@ class Decoder:
         cache: keys and values of all positions so far.
     """
 
-    def __init__(self, policy, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int):
+    def __init__(self, policy: Any, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int):
         self._policy, self._length = policy, prompt_ids.shape[1]
         self.cache = policy.new_cache(self._length + steps)
         padded = not bool(prompt_mask.all())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from grade.config import Config
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from grade.config import GenerationConfig
 from grade.errors import GradeError
 
 
-def end_ids(causal_lm, tokenizer, vocab_size: int) -> dict[int, list[str]]:
+def end_ids(causal_lm: PreTrainedModel, tokenizer: Any, vocab_size: int) -> dict[int, list[str]]:
     """Every id that ends a response, in order, with who says so.
 
     The tokenizer and the generation config (the model's config where that names none) may disagree: a chat model's
@@ -40,9 +44,9 @@ def end_ids(causal_lm, tokenizer, vocab_size: int) -> dict[int, list[str]]:
     return dict(sorted(found.items()))
 
 
-def how_responses_end(config: Config, policy) -> str:
+def how_responses_end(generation: GenerationConfig, policy: Any) -> str:
     """For the start of a run: the tokens that end a response."""
-    if config.generation.ignore_eos:
+    if generation.ignore_eos:
         return "responses have generation.max_new_tokens tokens: nothing ends them earlier (generation.ignore_eos)"
     never = set(policy.suppressed.tolist())
     ends = [
@@ -53,12 +57,12 @@ def how_responses_end(config: Config, policy) -> str:
     return f"a response ends with {' or '.join(ends)}"
 
 
-def warning_without_ends(config: Config, eos_rate: float) -> str | None:
+def warning_without_ends(generation: GenerationConfig, eos_rate: float) -> str | None:
     """For the first evaluation: what it may mean that no response ended by itself; None where some did."""
-    if eos_rate > 0 or config.generation.ignore_eos:
+    if eos_rate > 0 or generation.ignore_eos:
         return None
     return (
         "warning: no response of the first validation ended by itself. If they should, raise "
-        f"generation.max_new_tokens (now {config.generation.max_new_tokens}), or correct the eos_token_id in the "
+        f"generation.max_new_tokens (now {generation.max_new_tokens}), or correct the eos_token_id in the "
         "model's files if its turns end with another token; if they need not, set generation.ignore_eos."
     )

@@ -13,11 +13,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grade.config import Config
 from grade.errors import GradeError, read_json, reason_of
 from grade.files import remembered_sha256
 from grade.model.policy import Policy
+from grade.tasks.base import Task
 
 _MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "*.py")
 _KNOWN: WeakKeyDictionary[Policy, dict[str, str]] = WeakKeyDictionary()
@@ -27,18 +28,17 @@ _WORDS = {
 }
 
 
-def model_digest(name: str, loaded) -> str:
+def model_digest(name: str, loaded: PreTrainedModel) -> str:
     """SHA-256 over the files of a model folder, or the commit of a hub model.
 
     Args:
         name: folder or hub name it was loaded from.
-        loaded: the transformers model or its config.
 
     Raises:
         GradeError: a file cannot be read any more.
     """
     folder = Path(name)
-    commit = getattr(getattr(loaded, "config", loaded), "_commit_hash", None)
+    commit = getattr(loaded.config, "_commit_hash", None)
     if folder.is_dir():
         files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
         try:
@@ -54,11 +54,11 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def tokenizer_digest(tokenizer) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over everything that decides which ids a text gets: vocabulary, rules, special tokens, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
@@ -68,21 +68,21 @@ def tokenizer_digest(tokenizer) -> str:
     return _digest({"rules": rules, "special": special, "template": str(getattr(tokenizer, "chat_template", None))})
 
 
-def data_digest(task) -> str:
+def data_digest(task: Task) -> str:
     """SHA-256 over the rows of every split that a run uses."""
     described = task.describe()
     splits = {name: split for name, split in described["splits"].items() if name != "judge"}
     return _digest({"task": described["task"], "splits": splits})
 
 
-def judge_digest(task) -> str:
+def judge_digest(task: Task) -> str:
     """SHA-256 over the rows that train the judge of a comparison, which no run reads."""
     return _digest(task.describe()["splits"].get("judge"))
 
 
-def inputs_of(config: Config, policy: Policy, task, reward) -> dict[str, str]:
-    """The fingerprint of what a run reads: model, tokenizer, data and reward."""
-    return {**model_inputs(policy), "data": data_digest(task), "reward": reward_digest(config, reward)}
+def inputs_of(policy: Policy, task: Task, reward: str) -> dict[str, str]:
+    """The fingerprint of what a run reads: model, tokenizer, data and reward, by its `Reward.identity`."""
+    return {**model_inputs(policy), "data": data_digest(task), "reward": reward}
 
 
 def model_inputs(policy: Policy) -> dict[str, str]:
@@ -92,15 +92,6 @@ def model_inputs(policy: Policy) -> dict[str, str]:
         tokenizer = tokenizer_digest(policy.tokenizer)
         _KNOWN[policy] = {"model": model_digest(base.name_or_path, base), "tokenizer": tokenizer}
     return _KNOWN[policy]
-
-
-def reward_digest(config: Config, reward) -> str:
-    """Of the trained head, the classifier, or the name of a program."""
-    if not reward.differentiable:
-        return type(reward).__name__
-    if config.reward.model is not None:
-        return model_digest(config.reward.model, reward.model)
-    return tensors_digest(reward.head.state_dict())
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

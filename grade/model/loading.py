@@ -5,56 +5,56 @@ from __future__ import annotations
 import warnings
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from grade.built_in.countdown_model import countdown_model
 from grade.built_in.demo_model import demo_model
-from grade.config import Config
+from grade.config import EvaluationConfig, GenerationConfig, ModelConfig, RewardConfig, TaskConfig
 from grade.config.tasks import JUDGED_BY_PROGRAM
 from grade.errors import GradeError
 from grade.machine import free_bytes
 from grade.model.policy import Policy
 from grade.model.pretrained import Pretrained, context_of
+from grade.tasks.base import Task
 
 
-def model_path(config: Config) -> str:
+def model_path(name: str) -> str:
     """model.name, or for `built-in:NAME` the folder of that model, trained now if it is not in the cache.
 
     Raises:
         GradeError: there is no such built-in model.
     """
-    kind, _, name = config.model.name.partition(":")
+    kind, _, built_in = name.partition(":")
     if kind != "built-in":
-        return config.model.name
+        return name
     models = {"countdown": countdown_model, "demo": demo_model}
-    if name not in models:
-        raise GradeError(f"model.name={config.model.name}: the built-in models are {', '.join(sorted(models))}.")
-    return str(models[name]())
+    if built_in not in models:
+        raise GradeError(f"model.name={name}: the built-in models are {', '.join(sorted(models))}.")
+    return str(models[built_in]())
 
 
-def policy_source(config: Config) -> Pretrained:
+def policy_source(model: ModelConfig) -> Pretrained:
     """Where model.name's files are.
 
     Raises:
         GradeError: model.name is a path without a model.
     """
-    model = config.model
     return Pretrained(
-        "model.name", model.name, path=model_path(config), revision=model.revision,
+        "model.name", model.name, path=model_path(model.name), revision=model.revision,
         trust_remote_code=model.trust_remote_code,
     )
 
 
-def load_tokenizer(config: Config):
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The policy's tokenizer, padding on the left.
 
     Raises:
         GradeError: model.name cannot be found.
     """
-    source = policy_source(config)
+    source = policy_source(model)
     source.check_weights()  # a mistake that shows at once is told at once
     tokenizer = source.tokenizer()
     tokenizer.padding_side = "left"
@@ -63,42 +63,48 @@ def load_tokenizer(config: Config):
     return tokenizer
 
 
-def load_policy(config: Config, tokenizer, device: torch.device) -> Policy:
-    """The base model, frozen, with a fresh adapter initialised from config.seed.
+def load_policy(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, seed: int, task: TaskConfig,
+    generation: GenerationConfig, reward: RewardConfig,
+) -> Policy:
+    """The base model, frozen, with a fresh adapter initialised from `seed`; it must fit what the other sections ask.
 
     Raises:
         GradeError: the model cannot be found or used, its context is too short, it has no such target modules, or
             generation.top_k exceeds its vocabulary.
     """
-    source = policy_source(config)
-    _check_fits(config, source.config())
+    source = policy_source(model)
+    prompt_and_response = task.prompt_max_tokens + generation.max_new_tokens
+    trains_head = reward.model is None and task.name not in JUDGED_BY_PROGRAM
+    _check_fits(model.name, source.config(), task, generation, reward.max_tokens if trains_head else None)
     transformers_logging.disable_progress_bar()  # one line per file of weights says less than it costs to read
     base, found = source.model(
-        AutoModelForCausalLM, dtype=getattr(torch, config.model.dtype),
-        attn_implementation=config.model.attn_implementation, output_loading_info=True,
+        AutoModelForCausalLM, dtype=getattr(torch, model.dtype),
+        attn_implementation=model.attn_implementation, output_loading_info=True,
     )
     if found["missing_keys"]:
         raise GradeError(
-            f"model.name={config.model.name}: its files lack {len(found['missing_keys'])} of the model's tensors (such "
+            f"model.name={model.name}: its files lack {len(found['missing_keys'])} of the model's tensors (such "
             f"as {min(found['missing_keys'])}), which transformers fills with random numbers. Name a complete model."
         )
     largest = max(tokenizer.get_vocab().values())
     if largest >= base.get_input_embeddings().weight.shape[0]:
         raise GradeError(
-            f"model.name={config.model.name}: its tokenizer knows id {largest}, its embedding has only "
+            f"model.name={model.name}: its tokenizer knows id {largest}, its embedding has only "
             f"{base.get_input_embeddings().weight.shape[0]} rows. Resize it with model.resize_token_embeddings."
         )
-    return Policy(add_adapter(base.to(device), config), tokenizer, length=_longest(config))
+    longest = max(prompt_and_response, reward.max_tokens) if trains_head else prompt_and_response
+    return Policy(add_adapter(base.to(device), model, seed), tokenizer, length=longest)
 
 
-def add_adapter(base, config: Config):
+def add_adapter(base: PreTrainedModel, model: ModelConfig, seed: int) -> PeftModel:
     """The frozen base with a LoRA adapter; the same seed gives the same adapter whatever ran before."""
-    lora = config.model.lora
+    lora = model.lora
     linear = {name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
     missing = [name for name in lora.target_modules if not any(m == name for m in linear)]
     if missing:
         raise GradeError(
-            f"model.lora.target_modules: {config.model.name} has no linear layer called {', '.join(missing)}. "
+            f"model.lora.target_modules: {model.name} has no linear layer called {', '.join(missing)}. "
             f"It has {', '.join(sorted(linear))}."
         )
     layers = [
@@ -118,20 +124,21 @@ def add_adapter(base, config: Config):
     )
     base.requires_grad_(False)
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         with warnings.catch_warnings():
             # peft asks a property that transformers has renamed; users can do nothing about it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             return get_peft_model(base, settings)
 
 
-def load_prompts(config: Config, task, tokenizer) -> dict[str, list[list[int]]]:
+def load_prompts(
+    evaluation: EvaluationConfig, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[list[int]]]:
     """Token ids of the prompts of training ("policy"), "validation" and "test", the last two as many as are evaluated.
 
     Raises:
         GradeError: the task cannot make prompts with these settings, or a split has none.
     """
-    evaluation = config.evaluation
     limits = {"policy": None, "validation": evaluation.validation_prompts, "test": evaluation.test_prompts}
     prompts = {split: task.prompts(split, tokenizer, limit=limit) for split, limit in limits.items()}
     empty = [split for split in limits if not prompts[split] and limits[split] != 0]
@@ -142,32 +149,26 @@ def load_prompts(config: Config, task, tokenizer) -> dict[str, list[list[int]]]:
     return prompts
 
 
-def _trains_head(config: Config) -> bool:
-    return config.reward.model is None and config.task.name not in JUDGED_BY_PROGRAM
+def _check_fits(
+    name: str, model: PretrainedConfig, task: TaskConfig, generation: GenerationConfig, head_tokens: int | None
+) -> None:
+    """Refuse what exceeds the model's context or vocabulary.
 
-
-def _longest(config: Config) -> int:
-    """Positions of the longest sequence that the policy or its base will see."""
-    whole = config.task.prompt_max_tokens + config.generation.max_new_tokens
-    return max(whole, config.reward.max_tokens) if _trains_head(config) else whole
-
-
-def _check_fits(config: Config, settings) -> None:
-    text = settings.get_text_config()
-    context = context_of(settings)
-    prompt, response = config.task.prompt_max_tokens, config.generation.max_new_tokens
+    Args:
+        head_tokens: reward.max_tokens where a head is trained.
+    """
+    context, vocabulary = context_of(model), model.get_text_config().vocab_size
+    prompt, response = task.prompt_max_tokens, generation.max_new_tokens
     if context is not None and prompt + response > context:
         raise GradeError(
             f"task.prompt_max_tokens ({prompt}) + generation.max_new_tokens ({response}) is {prompt + response}, but "
-            f"the context of {config.model.name} is {context} tokens. Lower one of them."
+            f"the context of {name} is {context} tokens. Lower one of them."
         )
-    if _trains_head(config) and context is not None and config.reward.max_tokens > context:
+    if head_tokens is not None and context is not None and head_tokens > context:
         raise GradeError(
-            f"reward.max_tokens ({config.reward.max_tokens}) exceeds the context of {config.model.name}, {context} "
-            "tokens. Lower it."
+            f"reward.max_tokens ({head_tokens}) exceeds the context of {name}, {context} tokens. Lower it."
         )
-    if config.generation.top_k > text.vocab_size:
+    if generation.top_k > vocabulary:
         raise GradeError(
-            f"generation.top_k ({config.generation.top_k}) exceeds the vocabulary of {config.model.name}, "
-            f"{text.vocab_size} tokens. Lower it."
+            f"generation.top_k ({generation.top_k}) exceeds the vocabulary of {name}, {vocabulary} tokens. Lower it."
         )

@@ -53,36 +53,31 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def per_token(rows: Tensor, mask: Tensor) -> Tensor:
-    """[n, ...] rows of the real tokens, in the order of mask.nonzero() -> [B, S, ...] with zeros at padding."""
-    return rows.new_zeros(*mask.shape, *rows.shape[1:]).index_put((mask,), rows)
-
-
 def policy_pass(
-    policy: Policy, rollout: Rollout, x: Tensor, *, dropout: bool = False, checkpoint: bool = False,
+    policy: Policy, rollout: Rollout, x: Tensor, *, dropout: bool = False, activation_checkpointing: bool = False,
     adapters: bool = True,
 ) -> Tensor:
     """[B, S, d] hidden states that predict the response's tokens; `x` [B, S, d] are its embeddings."""
-    with policy.state(adapters=adapters, dropout=dropout, checkpoint=checkpoint):
+    with policy.state(adapters=adapters, dropout=dropout, activation_checkpointing=activation_checkpointing):
         hidden = policy.hidden(*_whole_sequence(policy, rollout, x))
     prompt = rollout.prompt_ids.shape[1]
     return hidden[:, prompt - 1: -1]
 
 
 def base_pass(
-    policy: Policy, rollout: Rollout, x: Tensor, *, prompt_cache: bool = True, checkpoint: bool = False,
+    policy: Policy, rollout: Rollout, x: Tensor, *, prompt_cache: bool = True, activation_checkpointing: bool = False,
 ) -> BasePass:
     """The frozen base over prompt + response.
 
     Args:
         x: [B, S, d], the response's embeddings; gradients flow to them.
         prompt_cache: compute each distinct prompt once, without a graph, and let its samples read its KV cache.
-            Exact up to rounding: nothing before the response depends on `x`. Not with `checkpoint`, whose
-            recomputation would write the cache twice, nor where the model cannot (`Policy.reads_prompt_cache`).
+            Exact up to rounding: nothing before the response depends on `x`. Not with `activation_checkpointing`,
+            whose recomputation would write the cache twice, nor where the model cannot (`Policy.reads_prompt_cache`).
     """
     prompt = rollout.prompt_ids.shape[1]
-    if checkpoint or not (prompt_cache and policy.reads_prompt_cache):
-        with policy.state(adapters=False, checkpoint=checkpoint):
+    if activation_checkpointing or not (prompt_cache and policy.reads_prompt_cache):
+        with policy.state(adapters=False, activation_checkpointing=activation_checkpointing):
             hidden = policy.hidden(*_whole_sequence(policy, rollout, x))
         before, response, last = hidden[:, :prompt], hidden[:, prompt:], hidden[:, prompt - 1]
     else:

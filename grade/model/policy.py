@@ -7,8 +7,8 @@ This is the whole contract between `grade` and transformers. A model fits when
 holds; `grade.model.probe` measures that it does, and finds `scale`, `cap` and `embedding_scale`, before any run.
 
 Adapter and dropout switches are module state, but activation checkpointing runs a forward again during backward,
-when the switches may stand elsewhere. So every checkpointed layer records the state of its own forward and puts it
-back for the recomputation (`_checkpoint_contexts`).
+when the switches may stand elsewhere. So every recomputed layer records the state of its own forward and puts it
+back for the recomputation (`_recomputation_contexts`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grade.errors import GradeError, reason_of
@@ -31,22 +32,22 @@ from grade.model.cache import decoding_cache, is_recurrent
 from grade.model.end_of_sequence import end_ids
 from grade.model.probe import check_finite, probe_embedding, probe_head, probe_passes
 from grade.model.probe_decoding import (
-    probe_checkpointing,
     probe_decoding,
     probe_length,
     probe_merged,
     probe_prompt_cache,
+    probe_recomputation,
 )
 from grade_kernels import Head
 
 
 class State(NamedTuple):
     """What the next forward of the shared weights is: the policy or the base, with or without adapter dropout, its
-    layers checkpointed or not."""
+    layers recomputed in backward or not."""
 
     adapters: bool
     dropout: bool
-    checkpoint: bool = False
+    activation_checkpointing: bool = False
 
 
 class Policy:
@@ -73,7 +74,7 @@ class Policy:
         GradeError: the model does something between embedding and logits that replay would get wrong.
     """
 
-    def __init__(self, model, tokenizer, *, probe: bool = True, length: int = 0):
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, *, probe: bool = True, length: int = 0):
         self.model, self.tokenizer = model, tokenizer
         self.causal_lm = model.get_base_model()
         self.config = self.causal_lm.config
@@ -82,7 +83,7 @@ class Policy:
         # transformers 5.24 renamed `past_key_values`, in Mamba `cache_params`, and warns at the old names.
         self.cache_name = next(filter(self.takes, ("cache", "past_key_values", "cache_params")), None)
         self.adapter_layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        self._checkpoint_layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self._recomputable = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self._state = State(adapters=True, dropout=False)
         model.eval()
 
@@ -200,15 +201,18 @@ class Policy:
     # -- state -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def state(self, *, adapters: bool, dropout: bool = False, checkpoint: bool = False) -> Iterator[None]:
+    def state(
+        self, *, adapters: bool, dropout: bool = False, activation_checkpointing: bool = False
+    ) -> Iterator[None]:
         """Run forwards as the policy (`adapters=True`) or as the frozen base.
 
         Args:
             dropout: adapter dropout on. Every other dropout is always off.
-            checkpoint: recompute these forwards' layers in backward (after `enable_checkpointing`).
+            activation_checkpointing: recompute these forwards' layers in backward (after
+                `enable_activation_checkpointing`).
         """
         previous = self._state
-        self._apply(State(adapters, dropout, checkpoint))
+        self._apply(State(adapters, dropout, activation_checkpointing))
         try:
             yield
         finally:
@@ -223,11 +227,11 @@ class Policy:
                 layer._disable_adapters = not state.adapters
                 for dropout in layer.lora_dropout.values():
                     dropout.train(state.dropout)
-        if state.checkpoint != previous.checkpoint:
+        if state.activation_checkpointing != previous.activation_checkpointing:
             # transformers checkpoints a layer only while its training flag is up. Raising it on the layer alone
             # leaves every module below it in eval mode; the layer's own code sees it down again (`_LayerState`).
-            for layer in self._checkpoint_layers:
-                layer.training = state.checkpoint
+            for layer in self._recomputable:
+                layer.training = state.activation_checkpointing
 
     def merged_weights(self) -> list[torch.nn.Parameter]:
         """The weights of which `merged` makes copies.
@@ -262,49 +266,49 @@ class Policy:
                     weight.data = data
 
     @property
-    def can_checkpoint(self) -> bool:
-        """Whether the architecture has layers that transformers can checkpoint."""
-        return bool(self._checkpoint_layers) and self.causal_lm.supports_gradient_checkpointing
+    def supports_activation_checkpointing(self) -> bool:
+        """Whether the architecture has layers that transformers can compute again in backward."""
+        return bool(self._recomputable) and self.causal_lm.supports_gradient_checkpointing
 
-    def enable_checkpointing(self) -> None:
-        """Let `state(checkpoint=True)` recompute activations in backward.
+    def enable_activation_checkpointing(self) -> None:
+        """Let `state(activation_checkpointing=True)` recompute layers in backward.
 
         Raises:
-            GradeError: the architecture has no checkpointed layers, or they give other gradients.
+            GradeError: the architecture has no such layers, or they give other gradients.
         """
         enable = getattr(self.causal_lm, "activation_checkpointing_enable", None)  # transformers >= 5.20
         enable = enable or self.causal_lm.gradient_checkpointing_enable
-        if not self.can_checkpoint:
+        if not self.supports_activation_checkpointing:
             raise GradeError(
                 f"method.activation_checkpointing: {type(self.causal_lm).__name__} has no layers that transformers "
                 "can checkpoint. Set it to false."
             )
-        enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
-        probe_checkpointing(self)
+        enable({"use_reentrant": False, "context_fn": self._recomputation_contexts})
+        probe_recomputation(self)
 
-    def _checkpoint_contexts(self):
+    def _recomputation_contexts(self) -> tuple[_LayerState, _LayerState]:
         """Contexts of a layer's forward and of its recomputation, which sees the state of that forward."""
         return _LayerState(self), _LayerState(self)
 
 
 class _LayerState:
-    """Inside a checkpointed layer: the state in which it was called, training flags down (Falcon calls dropout with
-    the layer's own flag). Entered for the forward, and again by every backward through a kept graph."""
+    """Inside a layer that is recomputed: the state in which it was called, training flags down (Falcon calls dropout
+    with the layer's own flag). Entered for the forward, and again by every backward through a kept graph."""
 
     def __init__(self, policy: Policy):
-        self._policy, self._own = policy, policy._state._replace(checkpoint=False)
+        self._policy, self._own = policy, policy._state._replace(activation_checkpointing=False)
         self._previous: list[State] = []
 
     def __enter__(self) -> None:
         self._previous.append(self._policy._state)
         self._policy._apply(self._own)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._policy._apply(self._previous.pop())
 
 
 @torch.no_grad()
-def _backbone(causal_lm) -> torch.nn.Module:
+def _backbone(causal_lm: PreTrainedModel) -> torch.nn.Module:
     """The outermost model that a forward of `causal_lm` calls: what its head reads. It need not be its `base_model`, in
     OPT that is never called, in Llama-4 it is `causal_lm` itself."""
     called = []

@@ -12,8 +12,9 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from grade.errors import GradeError, reason_of
@@ -27,7 +28,7 @@ _NOT_TRUSTED = {
 }
 
 
-def context_of(config) -> int | None:
+def context_of(config: PretrainedConfig) -> int | None:
     """Most positions of a model with this configuration; None where they have no limit."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # the latter is MPT's
@@ -63,16 +64,16 @@ class Pretrained:
         if self.is_local:
             self._check_folder(Path(self.path))
 
-    def _load(self, loader, **options):
+    def _load(self, loader: Any, **options: Any) -> Any:
         with self.explained():
             return loader.from_pretrained(self.path, **self.options, **options)
 
-    def model(self, loader, **options):
+    def model(self, loader: Any, **options: Any) -> Any:
         """What `loader.from_pretrained` gives, an Auto class of transformers."""
         self.check_weights()
         return self._load(loader, **options)
 
-    def config(self):
+    def config(self) -> PretrainedConfig:
         """Its configuration.
 
         Raises:
@@ -83,7 +84,7 @@ class Pretrained:
             self._refuse_adapters()
         return config
 
-    def tokenizer(self):
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer.
 
         Raises:

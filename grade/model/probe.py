@@ -9,9 +9,11 @@ name instead of being trained on a wrong gradient.
 from __future__ import annotations
 
 import math
+from typing import Any  # `policy` is a grade.model.policy.Policy, whose file needs this one
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from grade.errors import GradeError, reason_of
 
@@ -32,19 +34,19 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def refusal(policy, reason: str) -> GradeError:
+def refusal(policy: Any, reason: str) -> GradeError:
     return GradeError(
         f"model.name: {type(policy.causal_lm).__name__} {reason}, so replay would compute wrong gradients for it. "
         "Choose another model."
     )
 
 
-def probe_ids(policy) -> Tensor:
+def probe_ids(policy: Any) -> Tensor:
     """[1, n] ids spread over the vocabulary, the same every time."""
     return torch.arange(1, PROBE_TOKENS + 1, device=policy.device)[None] * 7919 % policy.embedding.shape[0]
 
 
-def check_finite(policy) -> None:
+def check_finite(policy: Any) -> None:
     """Raises:
         GradeError: a weight is NaN or infinite, and everything computed from it: no probe could say why.
     """
@@ -64,7 +66,7 @@ def _is_finite(weight: Tensor) -> bool:
 
 
 @torch.no_grad()
-def probe_embedding(policy) -> float:
+def probe_embedding(policy: Any) -> float:
     """The factor c with embedding_module(ids) = c * E[ids].
 
     Raises:
@@ -83,7 +85,7 @@ def probe_embedding(policy) -> float:
 
 
 @torch.no_grad()
-def probe_head(policy) -> tuple[float, float | None]:
+def probe_head(policy: Any) -> tuple[float, float | None]:
     """Logit scale and soft-cap, found by handing the model's own head hidden states of our choice.
 
     Returns:
@@ -127,17 +129,17 @@ def probe_head(policy) -> tuple[float, float | None]:
     raise refusal(policy, "does more in its head than a matrix product, a scale and a soft-cap")
 
 
-def _inverse(config, name: str) -> float | None:
+def _inverse(config: PretrainedConfig, name: str) -> float | None:
     value = getattr(config, name, None)
     return 1.0 / value if value else None
 
 
-def _logits_of_hidden(policy, hidden: Tensor) -> Tensor:
+def _logits_of_hidden(policy: Any, hidden: Tensor) -> Tensor:
     """The model's logits if its backbone had returned `hidden` [1, n, d]."""
 
     replaced = []
 
-    def replace(module, args, kwargs, output):
+    def replace(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         replaced.append(True)
         output.last_hidden_state = hidden
         return output
@@ -153,7 +155,7 @@ def _logits_of_hidden(policy, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def probe_passes(policy) -> None:
+def probe_passes(policy: Any) -> None:
     """Embeddings stand for ids, later tokens do not reach back, padding changes nothing, no gradient either.
 
     Raises:
@@ -194,7 +196,7 @@ def probe_passes(policy) -> None:
         raise refusal(policy, "has other gradients under left padding")
 
 
-def input_gradient(policy, embeddings: Tensor, mask: Tensor) -> Tensor:
+def input_gradient(policy: Any, embeddings: Tensor, mask: Tensor) -> Tensor:
     """[B, n, d], the gradient of a fixed combination of the last n = 12 states at their embeddings."""
     with torch.enable_grad():
         leaf = embeddings.detach().clone().requires_grad_()

@@ -8,6 +8,7 @@ before anything is trained on it: refused by name, or left out where a run can d
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any  # `policy` is a grade.model.policy.Policy, whose file needs this one
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ _ADAPTER_SHARE = 0.05
 
 
 @torch.inference_mode()
-def probe_decoding(policy) -> None:
+def probe_decoding(policy: Any) -> None:
     """Decoding gives the states of a parallel pass: with and without padding, samples and rows that leave the batch.
 
     Raises:
@@ -44,7 +45,7 @@ def probe_decoding(policy) -> None:
         raise refusal(policy, "gives other hidden states from its KV cache than from a parallel pass")
 
 
-def decoding_error(policy, start: Callable[..., Decoder], *, drops_rows: bool) -> float:
+def decoding_error(policy: Any, start: Callable[..., Decoder], *, drops_rows: bool) -> float:
     """Relative error of decoded states, against each response alone in one pass without padding or cache.
 
     Args:
@@ -70,7 +71,7 @@ def decoding_error(policy, start: Callable[..., Decoder], *, drops_rows: bool) -
     return relative_error(torch.cat(found), torch.stack(expected))
 
 
-def _sequences(policy, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _sequences(policy: Any, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Prompts of these lengths, [U, P] ids and mask, and for each two samples, [P_u + 7] ids without padding."""
     ids = probe_ids(policy)[0]
     width = max(lengths)
@@ -84,7 +85,7 @@ def _sequences(policy, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, list[T
 
 
 @torch.inference_mode()
-def probe_length(policy, length: int) -> None:
+def probe_length(policy: Any, length: int) -> None:
     """A sequence as long as the run's longest: its beginning is what it is alone, and its end is decoded as computed.
 
     Some positions (longrope, dynamic NTK) mean another thing in a longer sequence, so keys in a cache would be those of
@@ -113,7 +114,7 @@ def probe_length(policy, length: int) -> None:
         )
 
 
-def _length_refusal(policy, length: int) -> GradeError:
+def _length_refusal(policy: Any, length: int) -> GradeError:
     rope = getattr(policy.config.get_text_config(), "rope_parameters", None) or {}
     switch = rope.get("original_max_position_embeddings")
     kind = f" (rope_type {rope['rope_type']})" if rope.get("rope_type") else ""
@@ -127,7 +128,7 @@ def _length_refusal(policy, length: int) -> GradeError:
 
 
 @torch.no_grad()
-def probe_prompt_cache(policy) -> bool:
+def probe_prompt_cache(policy: Any) -> bool:
     """Whether a pass with a graph may read prompts' caches, as the base pass does where it can: same states, same
     gradient.
 
@@ -166,7 +167,7 @@ def probe_prompt_cache(policy) -> bool:
 
 
 @torch.no_grad()
-def probe_merged(policy) -> bool:
+def probe_merged(policy: Any) -> bool:
     """Whether the weights with an adapter added compute what they compute with the adapter beside them. Code that reads
     a weight past its layer, or shares it, does not. The adapter comes back as it was.
 
@@ -201,7 +202,7 @@ def probe_merged(policy) -> bool:
     return relative_error(merged, beside) <= tolerance_of(policy.dtype)
 
 
-def probe_checkpointing(policy) -> None:
+def probe_recomputation(policy: Any) -> None:
     """Recomputed layers give the gradients of those that are not.
 
     Raises:
@@ -212,7 +213,7 @@ def probe_checkpointing(policy) -> None:
     plain = input_gradient(policy, embeddings, mask)
     reason = "has other gradients when its layers are computed again in backward"
     try:
-        with policy.state(adapters=True, checkpoint=True):
+        with policy.state(adapters=True, activation_checkpointing=True):
             recomputed = input_gradient(policy, embeddings, mask)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         recomputed, reason = plain * torch.nan, f"cannot compute its layers again in backward ({reason_of(error)})"

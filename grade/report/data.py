@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -39,7 +40,7 @@ class Run:
     name: str
     method: str
     seed: int
-    config: dict[str, object]
+    config: dict[str, Any]
     record: dict
     steps: list[dict]
     validation: list[dict]
@@ -142,7 +143,7 @@ def _run_folders(folder: Path) -> list[Path]:
 
 def _load_run(folder: Path, problems: list[str]) -> Run | None:
     try:
-        config = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        config: dict[str, Any] = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         seed, method = int(config["seed"]), _method(folder.name, config)
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
         problems.append(f"{folder.name}/config.yaml is not that of a run.")
@@ -161,7 +162,7 @@ def _load_run(folder: Path, problems: list[str]) -> Run | None:
     )
 
 
-def _method(name: str, config: dict[str, object]) -> str:
+def _method(name: str, config: dict[str, Any]) -> str:
     """The method's name in comparisons: as a comparison has named the folder, else by its settings."""
     base = str(config["method.name"])
     named = re.fullmatch(r"(.+?)-(seed|lr)[\d.e-]+", name)

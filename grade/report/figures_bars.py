@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from grade.report.statistics import Estimate, Interval
+from grade.report.statistics import Interval
 from grade.report.style import INK, add_legend, drawn, new_axes, tinted
+from grade.tables import Estimate
 
 BASE_COLOUR = "#888888"
 _HATCHES = ("", "///", "...", "xxx")
 
 
-def _rows(title: str, xlabel: str, labels: Sequence[str], per_row: float):
+def _rows(title: str, xlabel: str, labels: Sequence[str], per_row: float) -> tuple[Figure, Axes]:
     labels = [_on_lines(label) for label in labels]
     lines = max((label.count("\n") + 1 for label in labels), default=1)
     figure, axes = new_axes(title, xlabel, "", height=0.95 + max(per_row, 0.21 * lines * (lines > 1)) * len(labels))
@@ -34,7 +36,7 @@ def _on_lines(label: str) -> str:
 
 
 def bars(
-    labels: Sequence[str], colours: Sequence[str], series: dict[str, Sequence[Estimate | None]], title: str,
+    labels: Sequence[str], colours: Sequence[str], series: Mapping[str, Sequence[Estimate | None]], title: str,
     xlabel: str,
 ) -> Figure:
     """A bar per label and entry of `series`, from 0, with its standard error; entries differ in tint and hatch."""

@@ -59,7 +59,7 @@ def validation(groups: Sequence[Group], curves: dict[str, Curve]) -> Figure:
                 rows = [(row["step"], number(row, "reward")) for row in run.validation]
                 axes.plot(*zip(*rows, strict=True), color=style.colour, linewidth=0.8, alpha=0.6) if rows else None
             best = number(run.best_validation, "reward")
-            if best is not None:
+            if best is not None and run.best is not None:
                 axes.plot(
                     run.best, best, color=style.colour, marker="*", markersize=13, markeredgecolor=INK,
                     markeredgewidth=0.8, linestyle="", zorder=5,
@@ -102,5 +102,5 @@ def against_cost(groups: Sequence[Group], cost: str) -> Figure:
     return figure
 
 
-def _thousands(value: float, _) -> str:
+def _thousands(value: float, _: object) -> str:
     return f"{value / 1000:,.4g}k" if abs(value) >= 10_000 else f"{value:,.4g}"

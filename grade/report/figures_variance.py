@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -24,8 +25,8 @@ def against_tau(rows: Sequence[dict], key: str, title: str, ylabel: str, *, log:
     lines = _lines(rows, key)
     for place, ((label, hops), points) in enumerate(lines.items()):
         colour, marker = _SOFT if label == "grade" else _RULES.get(label, ("#888888", "x"))
-        tau, values, intervals = zip(*sorted(points), strict=True)
-        tau = [at * 1.02 ** (place - (len(lines) - 1) / 2) for at in tau]  # beside each other, so that bars can be seen
+        taus, values, intervals = zip(*sorted(points), strict=True)
+        tau = [at * 1.02 ** (place - (len(lines) - 1) / 2) for at in taus]  # beside each other: bars can be seen
         for at, (low, high) in zip(tau, intervals, strict=True):
             axes.plot([at, at], [low, high], color=colour, linewidth=0.9, alpha=0.6)
         axes.plot(
@@ -41,14 +42,14 @@ def against_tau(rows: Sequence[dict], key: str, title: str, ylabel: str, *, log:
             look = {"color": _RULES[rule][0], **_by_hops(rule, row["hops"])}
         axes.axhline(row[key], linewidth=1.2, **look)
     axes.set(xscale="log", yscale="log" if log else "linear")
-    taus = sorted({row["tau"] for row in rows if row.get("tau") is not None})
-    axes.set_xticks(taus, [f"{tau:g}" for tau in taus], minor=False)
+    ticks = sorted({row["tau"] for row in rows if row.get("tau") is not None})
+    axes.set_xticks(ticks, [f"{tau:g}" for tau in ticks], minor=False)
     axes.set_xticks([], minor=True)
     add_legend(figure, axes)
     return figure
 
 
-def _by_hops(label: str, hops) -> dict[str, str]:
+def _by_hops(label: str, hops: int | str) -> dict[str, Any]:
     """Label and line style: dotted without hops."""
     return {"label": f"{label}, no hops", "linestyle": ":"} if hops == 0 else {"label": label, "linestyle": "-"}
 

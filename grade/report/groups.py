@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from grade.config import settings_with_role
 from grade.config.methods import COMPARED, METHODS
 from grade.report.data import Run
 
-# Settings that leave a step of training what it is, beside the seed and how long a run lasts.
+# Settings that leave a step of training what it is: how long a run lasts, how fast it is, where it lies, and these.
 _FREE = {
-    "name", "seed", "device", "output_dir", "train.steps", "train.run_dir", "train.resume", "train.overwrite",
-    "train.save_every", "train.keep_adapters", "train.tensorboard", "train.wandb", "train.wandb_project",
-    "train.samples_logged", "train.samples_every", "generation.batch_size", "method.head_chunk_mib",
-    "evaluation.every", "evaluation.samples", "evaluation.batch_size", "evaluation.test_prompts",
-    "task.judge_examples", "method.activation_checkpointing", "rollout.compile",
+    *settings_with_role("resume", "speed", "place"), "seed", "device", "evaluation.every", "evaluation.test_prompts",
 }
 SCHEDULE = ("method.tau_start", "method.tau_end", "method.tau_steps")
 
@@ -33,7 +31,7 @@ class Group:
     rank: int
     runs: list[Run]
 
-    def setting(self, name: str):
+    def setting(self, name: str) -> Any:
         """Of its first run; None where its config has no such setting."""
         return self.runs[0].config.get(name)
 
@@ -63,7 +61,7 @@ def _counts(name: str, runs: Sequence[Run]) -> bool:
     section = name.split(".")[1] if name.count(".") == 2 else None
     if name.startswith("method.") and section in METHODS:
         return any(run.config["method.name"] == section for run in runs)
-    return name not in _FREE and not name.startswith(("compare.", "variance."))
+    return name not in _FREE
 
 
 def _distinct(runs: Sequence[Run], names: Sequence[str]) -> list[list]:

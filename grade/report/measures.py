@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from grade.report.data import Run
 from grade.report.groups import Group
-from grade.report.statistics import WINDOW, Estimate, estimate, smooth, window_variances
+from grade.report.statistics import WINDOW, estimate, smooth, window_variances
+from grade.tables import Estimate
 
 THRESHOLDS = (0.6, 0.7, 0.8, 0.85, 0.9)
 COSTS = ("steps", "tokens", "seconds")
@@ -37,8 +38,9 @@ class Curve:
 def number(row: dict | None, key: str) -> float | None:
     """A finite number of a row; None if it is not there."""
     value = (row or {}).get(key)
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 # -- over steps ----------------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def base_row(run: Run, split: str) -> dict | None:
     return next((row for row in run.validation if row["step"] == 0), None)
 
 
-def over_seeds(group: Group, value) -> Estimate | None:
+def over_seeds(group: Group, value: Callable[[Run], float | None]) -> Estimate | None:
     """Mean and standard error over the group's runs of `value(run)`, a number or None."""
     return estimate([value(run) for run in group.runs])
 

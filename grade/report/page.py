@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from grade.errors import writing
 from grade.files import replace_bytes
 from grade.report.parts import Drawing, Section, Text
 from grade.report.style import save
-from grade.report.tables import Table
+from grade.tables import Table
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1b1f24; --soft: #59636e; --line: #d5dae0; --box: #f4f6f8;
@@ -130,9 +131,9 @@ def _drawing(part: Drawing, output: Path) -> str:
 
 
 def _files(table: Table, output: Path) -> str:
-    _write(output / "tables" / f"{table.name}.csv", table.csv())
-    _write(output / "tables" / f"{table.name}.tex", table.latex())
-    return f'<p class="files">{_links("tables", table.name, ("csv", "tex"))}</p>'
+    _write(output / "tables" / f"{table.title}.csv", table.csv())
+    _write(output / "tables" / f"{table.title}.tex", table.latex())
+    return f'<p class="files">{_links("tables", table.title, ("csv", "tex"))}</p>'
 
 
 def _linked(html: str) -> set[str]:
@@ -140,5 +141,5 @@ def _linked(html: str) -> set[str]:
     return set(re.findall(r'href="((?:figures|tables)/[\w.-]+\.(?:png|pdf|csv|tex))"', html))
 
 
-def _links(folder: str, name: str, kinds) -> str:
+def _links(folder: str, name: str, kinds: Iterable[str]) -> str:
     return " ".join(f'<a href="{folder}/{name}.{kind}">{kind.upper()}</a>' for kind in kinds)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
-from grade.report.tables import Table
+from grade.tables import Table
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from html import escape
 from grade.report.data import Run
 from grade.report.measures import base_row, number
 from grade.report.parts import Html, Section
-from grade.report.tables import Column, Table, rounded
 from grade.report.view import View
+from grade.tables import Column, Table, rounded
 
 SHOWN = 4
 """Largest gains, and largest losses, of a method that the page shows."""
@@ -73,8 +73,8 @@ def _paired(before: dict | None, after: dict | None, run: Run, label: str) -> li
     olds, news = (row.get("samples") or [] if row else [] for row in (before, after))
     pairs = []
     for old, new in zip(olds, news):  # noqa: B905  a checkpoint may have kept fewer
-        rewards = number(old, "reward"), number(new, "reward")
-        if None not in rewards and old.get("prompt") == new.get("prompt"):
+        rewards = [reward for row in (old, new) if (reward := number(row, "reward")) is not None]
+        if len(rewards) == 2 and old.get("prompt") == new.get("prompt"):
             texts = (str(old.get("prompt")), str(old.get("response", "")), str(new.get("response", "")))
             pairs.append(Pair(label, run.seed, *texts, *rewards))
     return pairs
@@ -118,7 +118,7 @@ def _shown(text: str) -> str:
 
 def _table(pairs: Sequence[Pair]) -> Table:
     return Table(
-        "samples", "Samples before and after training, largest gain of a method first.",
+        "samples",
         [Column("method"), Column("seed"), Column("prompt"), Column("base model"), Column("trained"),
          Column("reward, base model"), Column("reward, trained"), Column("gain")],
         [
@@ -126,4 +126,5 @@ def _table(pairs: Sequence[Pair]) -> Table:
             for label in dict.fromkeys(p.method for p in pairs)
             for p in sorted((p for p in pairs if p.method == label), key=lambda p: -p.gain)
         ],
+        "Samples before and after training, largest gain of a method first.",
     )

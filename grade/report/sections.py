@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from grade.machine import machine_line
 from grade.report.data import Run, Study
 from grade.report.groups import plain, settings_of
@@ -14,8 +16,8 @@ from grade.report.sections_outcome import final, significance
 from grade.report.sections_temperature import temperature
 from grade.report.sections_training import learning, validated
 from grade.report.sections_variance import variance
-from grade.report.tables import Cell, Column, Table
 from grade.report.view import View
+from grade.tables import Cell, Column, Table
 
 _FACTS = (
     ("model", "model.name"), ("reward", "reward.model"), ("KL coefficient", "method.kl_coef"),
@@ -39,7 +41,7 @@ def _measurements(study: Study) -> Section:
     facts = [["model", str(config.get("model", {}).get("name"))], ["task", str(config.get("task", {}).get("name"))],
              ["parameters", "trained" if study.variance.get("adapter_sha256") else "the adapter's initial state"],
              ["machine", _machine(study)]]
-    section.add(Table("summary", "", [Column("what"), Column("value")], facts))
+    section.add(Table("summary", [Column("what"), Column("value")], facts))
     variance(study, section)
     return section
 
@@ -47,7 +49,7 @@ def _measurements(study: Study) -> Section:
 def summary(view: View) -> Section:
     section = Section("summary", "Summary")
     study = view.study
-    section.add(Table("summary", "", [Column("what"), Column("value")], _facts(view)))
+    section.add(Table("summary", [Column("what"), Column("value")], _facts(view)))
     for problem in study.problems:
         section.warn(problem)
     for name, reason in study.comparison.get("failures", {}).items():
@@ -55,15 +57,15 @@ def summary(view: View) -> Section:
     unfinished = view.unfinished()
     if unfinished:
         section.warn("Not finished, so shown as far as they have come: " + ", ".join(map(_progress, unfinished)) + ".")
-    single = [group.label for group in view.groups if len(group.runs) == 1]
-    if single:
-        section.warn(f"One seed only: {', '.join(single)}. What differs may be chance.")
+    if view.alone:
+        section.warn(f"One seed only: {view.alone}. What differs may be chance.")
     section.add(Table(
-        "runs", "Every run.",
+        "runs",
         [Column("run"), Column("method"), Column("seed"), Column("steps"), Column("validations", 0),
          Column("best step", 0), Column("tokens", 0), Column("training, seconds", 0), Column("learning rate"),
          Column("tested")],
         [_run_row(run, group.label) for group in view.groups for run in group.runs],
+        "Every run.",
     ))
     _settings(view, section)
     _sweep(study, section)
@@ -71,7 +73,7 @@ def summary(view: View) -> Section:
 
 
 def _facts(view: View) -> list[list[Cell]]:
-    study, runs = view.study, [run for group in view.groups for run in group.runs]
+    study, runs = view.study, view.runs
     seeds = sorted({run.seed for run in runs})
     facts: list[list[Cell]] = [
         ["kind", {"run": "one run", "comparison": "a comparison", "runs": "a folder of runs"}[study.kind]],
@@ -93,7 +95,7 @@ def _machine(study: Study) -> str:
     return machine_line(study.machine).removeprefix("Machine: ") if study.machine else "not recorded"
 
 
-def _distinct(values) -> str:
+def _distinct(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
@@ -105,8 +107,8 @@ def _task(run: Run) -> str:
 
 
 def _responses(run: Run) -> str:
-    sizes = run.config.get("train.batch_size"), run.config.get("train.accumulation_steps")
-    return "unknown" if None in sizes else str(sizes[0] * sizes[1])
+    size, count = run.config.get("train.batch_size"), run.config.get("train.accumulation_steps")
+    return "unknown" if size is None or count is None else str(size * count)
 
 
 def _progress(run: Run) -> str:
@@ -129,9 +131,9 @@ def _settings(view: View, section: Section) -> None:
     if not found:
         return
     section.add(Table(
-        "settings", "Settings in which methods differ, beside those of the methods themselves.",
-        [Column("setting"), *(Column(label) for label in view.labels)],
+        "settings", [Column("setting"), *(Column(label) for label in view.labels)],
         [[name, *values] for name, values in found.items()],
+        "Settings in which methods differ, beside those of the methods themselves.",
     ))
     unlike = [name for name in found if not name.startswith(("method.", "train.learning_rate"))]
     if unlike:
@@ -143,11 +145,12 @@ def _sweep(study: Study, section: Section) -> None:
     chosen = study.comparison.get("learning_rates", {})
     if rows:
         section.add(Table(
-            "sweep", "Learning rates tried, and the objective that each method's rate was chosen by.",
+            "sweep",
             [Column("method"), Column("learning rate", 6), Column("objective on validation"), Column("chosen")],
             [
                 [row.get("method"), row.get("learning_rate"), row.get("objective"),
                  "yes" if row.get("learning_rate") == chosen.get(row.get("method")) else ""]
                 for row in rows
             ],
+            "Learning rates tried, and the objective that each method's rate was chosen by.",
         ))

@@ -18,8 +18,8 @@ from grade.report.measures import (
 )
 from grade.report.parts import Drawing, Section
 from grade.report.statistics import estimate
-from grade.report.tables import Cell, Column, Table
 from grade.report.view import View
+from grade.tables import Cell, Column, Table
 
 
 def efficiency(view: View) -> Section:
@@ -37,12 +37,11 @@ def efficiency(view: View) -> Section:
         ))
     every = sorted({str(group.setting("evaluation.every")) for group in validated})
     section.add(Table(
-        "efficiency",
+        "efficiency", [Column("method"), Column("cost"), *(Column(f"{threshold:g}", 0) for threshold in THRESHOLDS)],
+        [[group.label, cost, *(_reached(group, t, cost) for t in THRESHOLDS)] for group in validated for cost in COSTS],
         "Cost in training of the first validation whose reward is at least the threshold; mean ± standard error over "
         f"seeds where all of them reached it (– for one seed). Validations are {' or '.join(every)} steps apart, and "
         f"no cost is known more finely. 0: the base model is there already. {view.seeds}.",
-        [Column("method"), Column("cost"), *(Column(f"{threshold:g}", 0) for threshold in THRESHOLDS)],
-        [[group.label, cost, *(_reached(group, t, cost) for t in THRESHOLDS)] for group in validated for cost in COSTS],
     ))
     going_on = [run.name for run in view.unfinished()]
     if going_on:
@@ -88,7 +87,7 @@ def speed(view: View) -> Section:
         ))
     names = list(dict.fromkeys(name for parts in phases.values() for name in parts))
     section.add(Table(
-        "speed", f"Mean ± standard error over seeds (– for one seed); phases: mean over all steps; {view.seeds}.",
+        "speed",
         [Column("method"), Column("seconds per step"), Column("tokens per second", 0), Column("peak memory, GiB", 2),
          *(Column(f"{name}, seconds per step") for name in names)],
         [
@@ -96,6 +95,7 @@ def speed(view: View) -> Section:
              *_phase_cells(phases.get(group.label, {}), names)]
             for i, group in enumerate(view.groups)
         ],
+        f"Mean ± standard error over seeds (– for one seed); phases: mean over all steps; {view.seeds}.",
     ))
     jobs = view.study.comparison.get("config", {}).get("compare", {}).get("jobs") or 1
     if jobs > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from statistics import fmean
 
 from grade.report.data import Run
 from grade.report.figures_bars import BASE_COLOUR, bars, dots
@@ -13,15 +14,14 @@ from grade.report.parts import Drawing, Section
 from grade.report.statistics import (
     LEVEL,
     WINDOW,
-    Estimate,
     bootstrap_difference,
     bootstrap_mean,
     estimate,
     holm,
     welch,
 )
-from grade.report.tables import Cell, Column, Table, rounded
 from grade.report.view import View
+from grade.tables import Cell, Column, Estimate, Table, rounded
 
 _MEASURES = {
     "reward": ("reward", 3), "solve_rate": ("solve rate", 3), "judge": ("judge", 3), "kl": ("KL, nats per token", 3),
@@ -38,14 +38,13 @@ ALPHA = 1 - LEVEL
 
 def final(view: View) -> Section:
     section = Section("final", "Final comparison")
-    runs = [run for group in view.groups for run in group.runs]
-    base = {split: base_reward(runs, split) for split in ("validation", "test")}
+    base = {split: base_reward(view.runs, split) for split in ("validation", "test")}
     series = {
         "validation": [over_seeds(group, lambda run: number(run.best_validation, "reward")) for group in view.groups],
         "test": [over_seeds(group, lambda run: number(run.test, "reward")) for group in view.groups],
     }
     known = {
-        split: [Estimate(base[split], None, 1) if base[split] is not None else None, *found]
+        split: [None if (value := base[split]) is None else Estimate(value, None, 1), *found]
         for split, found in series.items() if any(found) or base[split] is not None
     }
     if not known:
@@ -70,10 +69,10 @@ def final(view: View) -> Section:
         section.add(_measures(view, split))
     if "test" in known:
         section.add(Table(
-            "gap", f"Validation less test reward of the same checkpoints; mean ± standard error over seeds; "
-            f"{view.seeds}.",
-            [Column("method"), Column("validation − test reward"), Column("best step", 0)],
+            "gap", [Column("method"), Column("validation − test reward"), Column("best step", 0)],
             [[group.label, over_seeds(group, _gap), over_seeds(group, lambda run: run.best)] for group in view.groups],
+            f"Validation less test reward of the same checkpoints; mean ± standard error over seeds; "
+            f"{view.seeds}.",
         ))
     return section
 
@@ -89,9 +88,8 @@ def _gap(run: Run) -> float | None:
 
 def _measures(view: View, split: str) -> Table:
     """All measures of a split: the base model, then the methods."""
-    runs = [run for group in view.groups for run in group.runs]
-    base = next((row for run in runs if (row := base_row(run, split))), None)
-    rows = [row for row in (base, *(_row(run, split) for run in runs)) if row]
+    base = next((row for run in view.runs if (row := base_row(run, split))), None)
+    rows = [row for row in (base, *(_row(run, split) for run in view.runs)) if row]
     present = {key: None for row in rows for key in row if key not in _NOT_SHOWN and number(row, key) is not None}
     names = [*(key for key in _MEASURES if key in present), *(key for key in present if key not in _MEASURES)]
     prompts = sorted({str(row["prompts"]) for row in rows if "prompts" in row})
@@ -101,13 +99,13 @@ def _measures(view: View, split: str) -> Table:
 
     return Table(
         f"final_{split}",
-        f"The best checkpoint on {f'{prompts[0]} ' if len(prompts) == 1 else ''}{split} prompts: mean ± standard error "
-        "over seeds (– for one seed).",
         [Column("method"), Column("seeds", 0), *(Column(*_MEASURES.get(name, (name, 3))) for name in names)],
         [
             ["base model", None, *(number(base, name) for name in names)],
             *([g.label, sum(_row(run, split) is not None for run in g.runs), *cells(g)] for g in view.groups),
         ],
+        f"The best checkpoint on {f'{prompts[0]} ' if len(prompts) == 1 else ''}{split} prompts: mean ± standard error "
+        "over seeds (– for one seed).",
     )
 
 
@@ -130,17 +128,18 @@ def significance(view: View) -> Section:
             f"Reward on {found.split} prompts. Dot: a seed; bar and mark: 95% bootstrap interval over seeds and the "
             f"mean; {view.held_out_seeds}. With few seeds such intervals are too short.",
             f"Mean {found.split} reward: " + ", ".join(
-                f"{label} {estimate(found.values[label]).mean:.3f}" for label in labels
+                f"{label} {fmean(found.values[label]):.3f}" for label in labels
             ) + ".",
         ))
         section.add(Table(
-            "held_out", f"Reward on {found.split} prompts over seeds.",
+            "held_out",
             [Column("method"), Column("seeds", 0), Column("mean ± standard error"),
              Column("95% bootstrap interval of the mean"), Column("lowest"), Column("highest")],
             [
                 [label, len(values), estimate(values), interval, min(values), max(values)]
                 for label, interval in zip(labels, intervals, strict=True) if (values := found.values[label])
             ],
+            f"Reward on {found.split} prompts over seeds.",
         ))
         _pairs(view, section, labels)
     else:
@@ -150,10 +149,9 @@ def significance(view: View) -> Section:
 
 
 def _warnings(view: View, section: Section) -> None:
-    single = [group.label for group in view.groups if len(group.runs) == 1]
-    if single:
+    if view.alone:
         section.warn(
-            f"One seed is all there is of {', '.join(single)}: how much a result changes from seed to seed is not "
+            f"One seed is all there is of {view.alone}: how much a result changes from seed to seed is not "
             "known, and no difference can be tested. Run three seeds or more."
         )
     found = view.held_out
@@ -168,7 +166,7 @@ def _warnings(view: View, section: Section) -> None:
 
 def _pairs(view: View, section: Section, labels: list[str]) -> None:
     values = view.held_out.values
-    tests = {pair: test for pair in combinations(labels, 2) if (test := welch(*(values[label] for label in pair)))}
+    tests = {pair: test for pair in combinations(labels, 2) if (test := welch(values[pair[0]], values[pair[1]]))}
     if not tests:
         if len(labels) > 1:
             section.note("No two methods have two seeds or more with a spread: no test is possible.")
@@ -177,29 +175,29 @@ def _pairs(view: View, section: Section, labels: list[str]) -> None:
     level = 1 - ALPHA / len(tests)
     section.add(Table(
         "welch",
-        f"Welch's t-test of held-out ({view.held_out.split}) reward over seeds, {len(tests)} comparison"
-        f"{'s' * (len(tests) > 1)}; p corrected after Holm. The bootstrap interval is at {level:.2%}, so that all of "
-        f"them hold together at {LEVEL:.0%} (Bonferroni); the other is at {LEVEL:.0%} for itself.",
         [Column("first"), Column("second"), Column("first − second"), Column("t", 2), Column("degrees of freedom", 1),
          Column("p", 4), Column("p, Holm", 4), Column("95% interval"), Column("bootstrap interval, all together"),
          Column("verdict")],
         [
             [*pair, test.difference, test.t, test.dof, test.p, adjusted[pair], test.interval,
-             bootstrap_difference(*(values[label] for label in pair), level=level),
+             bootstrap_difference(values[pair[0]], values[pair[1]], level),
              "different" if adjusted[pair] < ALPHA else "not told apart"]
             for pair, test in tests.items()
         ],
+        f"Welch's t-test of held-out ({view.held_out.split}) reward over seeds, {len(tests)} comparison"
+        f"{'s' * (len(tests) > 1)}; p corrected after Holm. The bootstrap interval is at {level:.2%}, so that all of "
+        f"them hold together at {LEVEL:.0%} (Bonferroni); the other is at {LEVEL:.0%} for itself.",
     ))
     section.text(_leader(labels, values, adjusted))
 
 
-def _leader(labels: list[str], values, adjusted) -> str:
+def _leader(labels: list[str], values: dict[str, list[float]], adjusted: dict[tuple[str, str], float]) -> str:
     """What may be said of the highest mean."""
-    best = max(labels, key=lambda label: estimate(values[label]).mean)
+    best = max(labels, key=lambda label: fmean(values[label]))
     others = [label for label in labels if label != best]
     apart = [o for o in others if adjusted.get((best, o), adjusted.get((o, best), 1.0)) < ALPHA]
     together = [label for label in others if label not in apart]
-    text = f"Highest mean: {best}, {rounded(estimate(values[best]).mean, 3)}."
+    text = f"Highest mean: {best}, {rounded(fmean(values[best]), 3)}."
     if apart:
         text += f" Different from {', '.join(apart)} at {ALPHA:.0%} after correction."
     if together:
@@ -219,14 +217,13 @@ def _stability(view: View, section: Section) -> None:
         "Variance of reward by window.",
     ))
     section.add(Table(
-        "stability",
-        f"Mean over windows of {WINDOW} steps (the last one partial) of the variance of the training reward; lower is "
-        f"steadier. It holds the noise of a batch and what is learnt within a window. {view.seeds}.",
-        [Column("method"), Column("windows", 0), Column("variance of reward", 5)],
+        "stability", [Column("method"), Column("windows", 0), Column("variance of reward", 5)],
         [
             [group.label, max(len(reward_variances(run)) for run in group.runs), over_seeds(group, _mean_variance)]
             for group in view.groups
         ],
+        f"Mean over windows of {WINDOW} steps (the last one partial) of the variance of the training reward; lower is "
+        f"steadier. It holds the noise of a batch and what is learnt within a window. {view.seeds}.",
     ))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from statistics import fmean
 
 from grade.config.methods import DIFFERENTIATING
 from grade.report.data import Run
@@ -12,8 +13,8 @@ from grade.report.groups import SCHEDULE, Group, differing, plain, short
 from grade.report.measures import number, over_seeds, training_curve
 from grade.report.parts import Drawing, Section
 from grade.report.statistics import bootstrap_mean, estimate
-from grade.report.tables import Column, Table
 from grade.report.view import View
+from grade.tables import Column, Table
 
 
 def temperature(view: View) -> Section:
@@ -46,10 +47,10 @@ def _reward_against_tau(section: Section, group: Group) -> str | None:
     values = {tau for tau, _, _ in points}
     if len(values) < 2:
         return f"{group.label}, " + (f"τ is {plain(values.pop())} at every step" if values else "no step has both")
-    tau, reward, step = zip(*points, strict=True)
+    taus, rewards, steps = zip(*points, strict=True)
     section.add(Drawing(
         f"reward_tau_{re.sub(r'[^a-z0-9]+', '_', group.label.lower()).strip('_')}",
-        scatter(tau, reward, step, f"Reward against τ: {group.label}", "τ", "reward in training"),
+        scatter(taus, rewards, steps, f"Reward against τ: {group.label}", "τ", "reward in training"),
         f"{group.label}: each dot is a step of a seed, its colour the step; n = {len(group.runs)} "
         f"seed{'s' * (len(group.runs) > 1)}. The reward also rises with training, and τ falls with it: the figure "
         "does not say which of the two did it.",
@@ -91,11 +92,11 @@ def _schedules(view: View, section: Section, method: str, groups: list[Group]) -
         f"Held-out ({found.split}) reward by temperature schedule. Dot: a seed; bar and mark: 95% bootstrap interval "
         f"and mean over seeds. {view.held_out_seeds}.",
         f"{found.split} reward: " + ", ".join(
-            f"{_schedule(group)} {estimate(v).mean:.3f}" for group, v in zip(known, values, strict=True)
+            f"{_schedule(group)} {fmean(v):.3f}" for group, v in zip(known, values, strict=True)
         ) + ".",
     ))
     section.add(Table(
-        name, f"Temperature schedules of {method}; held-out ({found.split}) reward: mean ± standard error over seeds.",
+        name,
         [Column("schedule"), Column("seeds", 0), Column("τ at the last step", 2), Column("held-out reward"),
          Column("KL in training, last step, nats per token")],
         [
@@ -103,6 +104,7 @@ def _schedules(view: View, section: Section, method: str, groups: list[Group]) -
              over_seeds(group, lambda run: _last(run, "kl"))]
             for group, v in zip(known, values, strict=True)
         ],
+        f"Temperature schedules of {method}; held-out ({found.split}) reward: mean ± standard error over seeds.",
     ))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from grade.report.data import Study
 from grade.report.figures_variance import against_tau
 from grade.report.measures import number
 from grade.report.parts import Drawing, Section
-from grade.report.tables import Column, Table
 from grade.studies.variance.text import NOTES, measured, name_of
+from grade.tables import Cell, Column, Table
 
 _COLUMNS = (
     ("length", "tokens", 0), ("top_k", "top_k", 0), ("draws", "draws", 0), ("mean_norm", "norm of the mean", 4),
@@ -44,9 +46,9 @@ def variance(study: Study, section: Section) -> None:
         _figures(section, here, ", ".join(parts), suffix, note)
     columns = [c for c in _COLUMNS if any(row.get(c[0]) is not None for row in rows)]
     section.add(Table(
-        "estimator_variance", note + NOTES,
-        [Column("estimator"), *(Column(title, digits) for _, title, digits in columns)],
+        "estimator_variance", [Column("estimator"), *(Column(title, digits) for _, title, digits in columns)],
         [[name_of(row), *(_cell(row.get(key)) for key, _, _ in columns)] for row in rows],
+        note + NOTES,
     ))
 
 
@@ -66,8 +68,9 @@ def _figures(section: Section, rows: list[dict], where: str, suffix: str, note: 
         ))
 
 
-def _cell(value):
+def _cell(value: Any) -> Cell:
     """JSON's list of two numbers is an interval."""
     if not isinstance(value, list):
         return value
-    return tuple(value) if None not in value else None if value[0] is None else f"above {value[0]:.3g}"
+    low, high = value
+    return None if low is None else f"above {low:.3g}" if high is None else (low, high)

@@ -10,20 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.stats
 
+from grade.tables import Estimate
+
 LEVEL = 0.95
 DRAWS = 10_000
 WINDOW = 50
 """Steps of a window of `window_variances`."""
 Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its standard error over seeds (None for one seed) and their number."""
-
-    mean: float
-    stderr: float | None
-    n: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,9 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Welch | None:
     found = scipy.stats.ttest_ind(first, second, equal_var=False)
     low, high = found.confidence_interval(LEVEL)
     difference = statistics.fmean(first) - statistics.fmean(second)
-    return Welch(difference, *map(float, (found.statistic, found.df, found.pvalue)), (float(low), float(high)))
+    return Welch(
+        difference, float(found.statistic), float(found.df), float(found.pvalue), (float(low), float(high))
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

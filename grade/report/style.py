@@ -90,7 +90,8 @@ def drawn(text: str, width: float = 52, lines: int = 1) -> str:
     """
     text = "".join("�" if unicodedata.category(c) in ("Cc", "Cs") else c for c in " ".join(text.split())
                    if unicodedata.category(c) != "Cf")
-    found, rest = [], text
+    found: list[str] = []
+    rest = text
     while rest and len(found) < lines:
         reached = list(accumulate(map(_letters, rest)))
         fits = sum(so_far <= width for so_far in reached)

@@ -22,6 +22,16 @@ class View:
         self.window = smoothing_window(self.groups)
 
     @property
+    def runs(self) -> list[Run]:
+        """By group."""
+        return [run for group in self.groups for run in group.runs]
+
+    @property
+    def alone(self) -> str:
+        """Groups that have one seed."""
+        return ", ".join(group.label for group in self.groups if len(group.runs) == 1)
+
+    @property
     def labels(self) -> list[str]:
         return [group.label for group in self.groups]
 
@@ -77,7 +87,7 @@ class View:
         )
 
     def unfinished(self) -> list[Run]:
-        return [run for group in self.groups for run in group.runs if not run.complete]
+        return [run for run in self.runs if not run.complete]
 
 
 def seeds_in_words(counts: dict[str, int]) -> str:

@@ -2,43 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from grade.model.passes import BasePass
 from grade.model.policy import Policy
+from grade.rewards.base import RewardFunction
 from grade.rollout import Rollout
 from grade.tasks.arithmetic import hindsight_scores
 from grade.tasks.countdown import CountdownTask, Puzzle
 
 
-class CountdownReward:
+class CountdownReward(RewardFunction):
     """Scores responses by reading their text (see `grade.tasks.arithmetic.score`); it has no gradient.
 
     A response has ended if its last token ends a sequence; one that was cut off at its maximum length is no solution.
     That token is not part of the text. All others are, so a special token in a response is an error.
     """
 
-    differentiable = False
-    shares_base_pass = False
+    raises = "the score of task.name=countdown"
 
     def __init__(self, policy: Policy, task: CountdownTask):
         self.policy, self.task = policy, task
 
-    def from_tokens(self, rollout: Rollout) -> Tensor:
+    def score(self, rollout: Rollout) -> Tensor:
         """[B] float32 final scores, in [0, 1]."""
         return self._tensor([final for _, _, final in self._read(rollout)], rollout)
 
-    def details(self, rollout: Rollout, scores: Tensor) -> dict[str, Tensor]:
+    def details(self, rollout: Rollout, values: Tensor) -> dict[str, Tensor]:
         """Whether responses with these final scores [B] are solutions, as float32: only they have a score of 1."""
-        return {"solve_rate": (scores == 1.0).float()}
+        return {"solve_rate": (values == 1.0).float()}
 
-    def prefix_scores(self, rollout: Rollout, base=None) -> Tensor:
+    def prefix_values(self, rollout: Rollout, base: BasePass | None = None) -> Tensor:
         """[B, 1 + S] float32, what nothing (0) and the tokens up to each have contributed to the final score.
 
         They never fall. In hindsight: a step counts with the token that completes its number, though only what
         follows tells that the number is complete; ending with the solution counts with the token that ends. The last
-        real token has the final score, and padding repeats it. `base` is not used: it serves rewards that read a
-        model's states.
+        real token has the final score, and padding repeats it.
         """
         rows = []
         for ids, earned, final in self._read(rollout):
@@ -76,5 +78,5 @@ class CountdownReward:
         return self.policy.tokenizer.decode(ids, skip_special_tokens=False)
 
     @staticmethod
-    def _tensor(values, rollout: Rollout) -> Tensor:
+    def _tensor(values: Sequence[float] | Sequence[Sequence[float]], rollout: Rollout) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=rollout.tokens.device)

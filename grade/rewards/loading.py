@@ -1,37 +1,52 @@
-"""The reward that a config asks for."""
+"""The reward that the settings ask for. A new kind is named in `PROGRAMS`, or gets a line in `load_reward`."""
 
 from __future__ import annotations
 
-from grade.config import Config, judged_length
+from collections.abc import Callable
+
+from transformers import PreTrainedTokenizerBase
+
+from grade.config import RewardConfig
 from grade.model.policy import Policy
+from grade.rewards.base import Reward
+from grade.rewards.classifier import check_classifier, load_classifier
 from grade.rewards.countdown import CountdownReward
-from grade.rewards.head_training import load_or_train_head
+from grade.rewards.head_training import HeadTraining
 from grade.rewards.probe import probe_classifier
-from grade.rewards.reward import SharedReward, check_classifier, load_classifier
-from grade.tasks.countdown import CountdownTask
+from grade.rewards.shared import SharedReward
+from grade.tasks.base import Task
+
+PROGRAMS: dict[str, Callable[..., Reward]] = {"countdown": CountdownReward}
+"""Of tasks that are judged by a program, by task.name; made from the policy and the task."""
 
 
-def check_reward(config: Config, tokenizer) -> None:
+def check_reward(settings: RewardConfig, tokenizer: PreTrainedTokenizerBase, *, judged: int) -> None:
     """Find mistakes in `reward.model` before any weights are read: the policy may be large.
 
     Raises:
         GradeError: it cannot be found, has another vocabulary, a context that is too short, or no such class.
     """
-    if config.reward.model is not None:
-        check_classifier(
-            config.reward.model, tokenizer, judged=judged_length(config), positive_label=config.reward.positive_label
-        )
+    if settings.model is not None:
+        check_classifier(settings.model, tokenizer, judged=judged, positive_label=settings.positive_label)
 
 
-def load_reward(config: Config, policy: Policy, task):
-    """The task's own program, a classifier, or the trained head (trained now if there is none yet)."""
-    if isinstance(task, CountdownTask):
-        return CountdownReward(policy, task)
-    if config.reward.model is not None:
-        reward = load_classifier(
-            config.reward.model, policy, positive_label=config.reward.positive_label, reads=config.reward.input,
-            judged=judged_length(config),
+def load_reward(settings: RewardConfig, policy: Policy, task: Task, *, judged: int, output_dir: str) -> Reward:
+    """The task's own program, a classifier, or the trained head (trained now if there is none yet).
+
+    Args:
+        judged: tokens of the text that it will judge in training.
+        output_dir: of the config, for heads without a `reward.path`.
+    """
+    if task.name in PROGRAMS:
+        return PROGRAMS[task.name](policy, task)
+    if settings.model is not None:
+        classifier = load_classifier(
+            settings.model, policy, positive_label=settings.positive_label, reads=settings.input, judged=judged
         )
-        probe_classifier(reward, config.reward.model, judged_length(config))
-        return reward
-    return SharedReward(policy, load_or_train_head(config, policy, task), config.reward.input)
+        probe_classifier(classifier, settings.model, judged)
+        return classifier
+    training = HeadTraining(settings, judged, output_dir, policy, task)
+    raised = "a positive review" if task.labels is None else f"the label {task.labels}"
+    return SharedReward(
+        policy, training.head(), settings.input, raises=f"the probability of {raised}", folder=training.folder
+    )

@@ -6,27 +6,28 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from grade.errors import GradeError, reason_of
 from grade.model.probe import PROBE_TOKENS, relative_error, tolerance_of
+from grade.rewards.classifier import ClassifierReward
 from grade.rollout import Rollout
 
 _PADDING = 2  # positions before a prompt that nothing may read
 
 
 @torch.no_grad()
-def probe_classifier(reward, name: str, length: int) -> None:
+def probe_classifier(reward: ClassifierReward, name: str, length: int) -> None:
     """A text's features are those of the classifier on the same ids: alone, and beside a text as long as the run's.
 
     Args:
-        reward: `grade.rewards.reward.ClassifierReward`.
         name: reward.model.
         length: positions of the longest text of the run.
 
     Raises:
         GradeError: they are others, or the classifier cannot run on embeddings.
     """
-    model, table = reward.model, reward.table
+    model, table = reward.model, reward.table.rows
     start = 1 if reward.reads == "response" else 0  # a prompt of one token, read or not
     response = max(length - 1 + start, PROBE_TOKENS)
     ids = (torch.arange(1, response + 2, device=table.device) * 7919 % table.shape[0])[None]
@@ -40,8 +41,7 @@ def probe_classifier(reward, name: str, length: int) -> None:
             rollout = Rollout(
                 prompt, real.expand_as(prompt), tokens, mask, tokens[..., None], mask.float(), tokens
             )
-            embeddings = torch.nn.functional.embedding(tokens, table) * reward.embedding_scale
-            return reward.from_embeddings(rollout, embeddings * mask[..., None])
+            return reward.value(rollout, None, reward.inputs(rollout))
 
         return run
 
@@ -65,14 +65,14 @@ def probe_classifier(reward, name: str, length: int) -> None:
         )
 
 
-def _refusal(name: str, model, reason: str) -> GradeError:
+def _refusal(name: str, model: PreTrainedModel, reason: str) -> GradeError:
     return GradeError(
         f"reward.model={name}: {type(model).__name__} {reason}, so a response's reward would be another. Choose "
         "another classifier, or lower task.prompt_max_tokens + generation.max_new_tokens."
     )
 
 
-def _read_by_score(model, run: Callable[[], object]) -> Tensor:
+def _read_by_score(model: PreTrainedModel, run: Callable[[], object]) -> Tensor:
     """[n, d], what `score` is given when the classifier runs."""
     seen = []
     hook = model.score.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

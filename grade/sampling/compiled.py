@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,11 +79,13 @@ class CompiledDecoding(Decoding):
             except (RuntimeError, OSError) as error:
                 raise _failed(error) from error
         self._config = config
-        self._shape: tuple[int, int] | None = None
+        self._shape = (0, 0)  # rows and capacity of the cache
         self._cache: StaticCache | None = None
         self._step = self._forward
         self._probe()
-        how = {"cpu": {"options": {"cpp_wrapper": True}}, "cuda": {"mode": "reduce-overhead"}}
+        how: dict[str, dict[str, Any]] = {
+            "cpu": {"options": {"cpp_wrapper": True}}, "cuda": {"mode": "reduce-overhead"},
+        }
         self._step = torch.compile(self._forward, dynamic=False, **how.get(policy.device.type, {}))
         if policy.device.type == "cpu":
             self._draw = torch.compile(draw_from_product)  # not dynamic=False: the temperature changes
@@ -100,7 +103,7 @@ class CompiledDecoding(Decoding):
             error = decoding_error(self.policy, self.start, drops_rows=False)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as failure:
             error, reason = math.inf, reason_of(failure)
-        self._shape = self._cache = None
+        self._cache = None
         if error > tolerance_of(self.policy.dtype):
             raise GradeError(
                 f"rollout.compile: {name} cannot be decoded with a static cache ({reason}). Set rollout.compile=false."
@@ -113,7 +116,7 @@ class CompiledDecoding(Decoding):
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> CompiledDecoder:
         return CompiledDecoder(self, prompt_ids, prompt_mask, copies=copies, steps=steps)
 
-    def draw(self, *args, **kwargs) -> SparseTokens:
+    def draw(self, *args: Any, **kwargs: Any) -> SparseTokens:
         with _explained():
             return super().draw(*args, **kwargs)
 
@@ -121,7 +124,7 @@ class CompiledDecoding(Decoding):
         """An empty cache for `length` positions or more; the last rollout's where it fits, as any other address or size
         is compiled or recorded anew."""
         capacity = capacity_of(length)
-        if self._shape is not None and self._shape[0] == batch and self._shape[1] >= capacity:
+        if self._cache is not None and self._shape[0] == batch and self._shape[1] >= capacity:
             self._cache.reset()
         else:
             self._shape, self._cache = (batch, capacity), StaticCache(config=self._config, max_cache_len=capacity)
@@ -165,27 +168,26 @@ def _failed(error: Exception) -> GradeError:
     )
 
 
-class CompiledDecoder:
-    """`Decoder` for a batch that keeps its shape; the prompt runs as it does there."""
+class CompiledDecoder(Decoder):
+    """For a batch that keeps its shape; the prompt runs as it does otherwise."""
 
     def __init__(
         self, decoding: CompiledDecoding, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int
     ):
-        prompts = Decoder(decoding.policy, prompt_ids, prompt_mask, copies=copies, steps=0)
+        super().__init__(decoding.policy, prompt_ids, prompt_mask, copies=copies, steps=0)
         prompt_mask = prompt_mask.repeat_interleave(copies, dim=0)
-        self.hidden = prompts.hidden
-        self._decoding, (batch, self._length) = decoding, prompt_mask.shape
-        self._cache = decoding.cache(batch, self._length + steps)
-        for layer, prompt in zip(self._cache.layers, prompts.cache.layers, strict=True):
+        self._decoding, prompts = decoding, self.cache
+        self.cache = decoding.cache(len(prompt_mask), self._length + steps)
+        for layer, prompt in zip(self.cache.layers, prompts.layers, strict=True):
             layer.update(prompt.keys, prompt.values)
-        self._mask = prompt_mask.new_zeros(batch, 1, 1, self._cache.layers[0].max_cache_len)
-        self._mask[:, 0, 0, : self._length] = prompt_mask
+        self._filled = prompt_mask.new_zeros(len(prompt_mask), 1, 1, self.cache.layers[0].max_cache_len)
+        self._filled[:, 0, 0, : self._length] = prompt_mask
         self._positions = prompt_mask.sum(1, keepdim=True)
 
     def feed(self, embeddings: Tensor) -> Tensor:
         """[B, d] embeddings of the newest tokens -> [B, d] states that predict the next."""
-        self._mask[..., self._length] = True
-        hidden = self._decoding.step(embeddings[:, None], self._mask, self._positions, self._cache)[:, 0]
+        self._filled[..., self._length] = True
+        hidden = self._decoding.step(embeddings[:, None], self._filled, self._positions, self.cache)[:, 0]
         self._length += 1
         self._positions += 1
         return hidden

@@ -65,9 +65,11 @@ def draw_tokens(
             hard=not sampling.soft,
         )
     out = vocab_head(hidden, policy.head, k=sampling.top_k, suppress=suppress)
+    assert out.indices is not None and out.logits is not None and out.mass is not None  # as k was given
     lse = out.lse
     if len(suppress):  # the nucleus is one of what may be sampled, as if the others had no mass
         banned = vocab_head(hidden, policy.head, indices=suppress.expand(len(hidden), -1)).mass
+        assert banned is not None  # as indices were given
         lse = lse + torch.log1p(-banned.clamp_max(1 - 1e-6))
     inside = nucleus(out.logits, lse, sampling.top_p)
     noise = gumbel(seed, 0, rows, out.indices, dtype=torch.float32)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grade.config import Config
+from grade.config import GenerationConfig
 from grade.errors import GradeError, reason_of
 from grade.model.passes import fed_embeddings, policy_pass
 from grade.model.policy import Policy
@@ -47,6 +47,8 @@ class RolloutSource:
     """The file of rollout.source.
 
     Args:
+        longest_prompt: task.prompt_max_tokens.
+        timeout: rollout.timeout, seconds.
         needed: responses of the whole run, over all processes.
         processes: that read it.
 
@@ -59,8 +61,12 @@ class RolloutSource:
             is read once to find out.
     """
 
-    def __init__(self, config: Config, policy: Policy, *, needed: int, processes: int = 1):
-        self.config, self.policy, self.path = config, policy, Path(config.rollout.source)
+    def __init__(
+        self, path: Path, policy: Policy, generation: GenerationConfig, *, longest_prompt: int, timeout: float,
+        needed: int, processes: int = 1,
+    ):
+        self.path, self.policy, self.generation = path, policy, generation
+        self.longest_prompt, self.timeout = longest_prompt, timeout
         self.should_stop: Callable[[], bool] = lambda: False
         self._known = torch.ones(policy.vocab_size, dtype=torch.bool)
         self._known[policy.suppressed.cpu()] = False
@@ -108,14 +114,14 @@ class RolloutSource:
 
     def _responses(self) -> Iterator[Response]:
         where = f"rollout.source: {self.path}"
-        lines = lines_of(self.path, timeout=self.config.rollout.timeout, should_stop=lambda: self.should_stop())
+        lines = lines_of(self.path, timeout=self.timeout, should_stop=lambda: self.should_stop())
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield self._read(line.decode("utf-8"), number)
         except Silent as silence:
             raise GradeError(
-                f"{where} {silence} in rollout.timeout={self.config.rollout.timeout:g} seconds. See whether the "
+                f"{where} {silence} in rollout.timeout={self.timeout:g} seconds. See whether the "
                 "engine that writes it still runs, or raise rollout.timeout. Go on with "
                 "--train.resume auto."
             ) from None
@@ -143,14 +149,14 @@ class RolloutSource:
             wrong = next((i for i in ids if not 0 <= i < len(self._known) or not self._known[i]), None)
             if wrong is not None:
                 raise GradeError(
-                    f"{where}: its {name} has the id {wrong}, which the tokenizer of {self.config.model.name} does not "
+                    f"{where}: its {name} has the id {wrong}, which the tokenizer of model.name does not "
                     "know. Sample with the same tokenizer."
                 )
         self._check_length(where, prompt, tokens)
         return Response(prompt, tokens)
 
     def _check_length(self, where: str, prompt: list[int], tokens: list[int]) -> None:
-        generation, most = self.config.generation, self.config.task.prompt_max_tokens
+        generation, most = self.generation, self.longest_prompt
         if len(prompt) > most:
             raise GradeError(
                 f"{where}: its prompt has {len(prompt)} tokens, task.prompt_max_tokens is {most}. Raise that."
@@ -218,6 +224,7 @@ def _fill(
         hidden=hidden[here], head=policy.head, tau=sampling.tau, seed=rollout.seed, rows=rollout.rows[here],
     )
     support = linear_gumbel_topk(k=rollout.indices.shape[-1], suppress=suppress, **draw).indices
+    assert rollout.missed is not None  # as `recreate` has made it
     placed, rollout.missed[here] = place_tokens(support, rollout.tokens[here])
     drawn = linear_gumbel_topk(
         indices=placed, tokens=rollout.tokens[here], draw=_CONDITIONAL_DRAW, suppress=suppress, **draw

@@ -94,12 +94,14 @@ class _Drawn:
     def __init__(self, policy: Policy, batch: int, sampling: Sampling):
         self.policy, self.sampling = policy, sampling
         size, device = (batch, sampling.max_new_tokens), policy.device
-        exact = dict(dtype=torch.promote_types(policy.dtype, torch.float32), device=device)
+        exact = torch.promote_types(policy.dtype, torch.float32)
         self.tokens = torch.full(size, policy.pad_id, device=device)
         self.mask = torch.zeros(size, dtype=torch.bool, device=device)
         self.indices = torch.zeros(*size, sampling.top_k, dtype=torch.int64, device=device)
-        self.token_weight = torch.zeros(size, **exact)
-        self.weights = torch.zeros(*size, sampling.top_k, **exact) if sampling.soft else None
+        self.token_weight = torch.zeros(size, dtype=exact, device=device)
+        self.weights: Tensor | None = None
+        if sampling.soft:
+            self.weights = torch.zeros(*size, sampling.top_k, dtype=exact, device=device)
         self.where = torch.arange(batch, device=device)  # [b], the responses that the rows of a draw belong to
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)  # [b]
 

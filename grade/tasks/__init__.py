@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from grade.config import Config
+from collections.abc import Callable
+
+from grade.config import TaskConfig
 from grade.errors import GradeError
 from grade.tasks import countdown, demo, sentiment
+from grade.tasks.base import Task
 
-_TASKS = {"sentiment": sentiment, "demo": demo, "countdown": countdown}
+LOADERS: dict[str, Callable[[TaskConfig], Task]] = {
+    "sentiment": sentiment.load, "demo": demo.load, "countdown": countdown.load,
+}
+"""By task.name."""
 
 
-def load_task(config: Config):
-    """The task that `config.task.name` names.
+def load_task(settings: TaskConfig) -> Task:
+    """The task that `settings.name` names.
 
     Raises:
         GradeError: the data cannot be found, read or split as the settings ask; it says what to change.
     """
-    name = config.task.name
-    if name not in _TASKS:
-        raise GradeError(f"task.name is {name!r}: it must be one of {', '.join(_TASKS)}.")
-    return _TASKS[name].load(config.task)
+    if settings.name not in LOADERS:
+        raise GradeError(f"task.name is {settings.name!r}: it must be one of {', '.join(LOADERS)}.")
+    return LOADERS[settings.name](settings)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 STEP_CREDIT = 0.2
@@ -27,7 +27,9 @@ MAX_DIGITS = 12
 _DIGITS = "0123456789"
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _SAME = {"×": "*", "÷": "/", "−": "-"}
-_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction}
+_OPERATIONS: dict[str, Callable[[int | Fraction, int | Fraction], int | Fraction]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction,
+}
 _PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2}
 
 
@@ -57,8 +59,9 @@ def score(
         ended: the response ended by itself, and was not cut off.
         partial_credit: false: 1 for a solution that ended, 0 for anything else.
     """
-    kwargs = {"max_steps": max_steps, "ended": ended, "partial_credit": partial_credit}
-    return hindsight_scores(text, numbers, target, **kwargs)[1]
+    return hindsight_scores(
+        text, numbers, target, max_steps=max_steps, ended=ended, partial_credit=partial_credit
+    )[1]
 
 
 def hindsight_scores(
@@ -109,7 +112,7 @@ class _Reader:
     """
 
     def __init__(self, numbers: Sequence[int], target: int, max_steps: int):
-        self.available = Counter(numbers)
+        self.available: Counter[int | Fraction] = Counter(numbers)
         self.target = target
         self.max_steps = max_steps
         self.possible_steps = max(1, min(max_steps, len(numbers) - 1))

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from grade.errors import GradeError, reason_of
-from grade.tasks.encoding import encode
-from grade.tasks.texts import sha256_of
+from grade.config import TaskConfig
+from grade.errors import GradeError
+from grade.tasks.base import Task, sha256_of
+from grade.tasks.encoding import encode, encode_chats
 
 if TYPE_CHECKING:
-    from grade.config import TaskConfig
+    from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("policy", "validation", "test")
 PARTS = (*SPLITS, "pretraining")
@@ -160,21 +161,18 @@ def load(settings: TaskConfig) -> CountdownTask:
             f"{difficulty.operands} may need {difficulty.operands - 1} steps: raise the first or lower the second."
         )
     sizes = (settings.policy_examples, settings.validation_examples, TEST_PUZZLES)
-    return CountdownTask(
-        "built-in generator",
-        settings,
-        *(
-            write_puzzles(
-                size, seed=settings.split_seed, operands=difficulty.operands, max_number=difficulty.max_number,
-                max_target=difficulty.max_target, part=split,
-            )
-            for split, size in zip(SPLITS, sizes, strict=True)
-        ),
+    policy, validation, test = (
+        write_puzzles(
+            size, seed=settings.split_seed, operands=difficulty.operands, max_number=difficulty.max_number,
+            max_target=difficulty.max_target, part=split,
+        )
+        for split, size in zip(SPLITS, sizes, strict=True)
     )
+    return CountdownTask("built-in generator", settings, policy, validation, test)
 
 
 @dataclass(frozen=True)
-class CountdownTask:
+class CountdownTask(Task):
     """Three disjoint splits of puzzles, and their prompts.
 
     Attributes:
@@ -191,39 +189,30 @@ class CountdownTask:
     test: list[Puzzle]
     by_prompt: dict[tuple[int, ...], Puzzle] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
     def puzzles(self, split: str) -> list[Puzzle]:
         """The puzzles of a split named in `SPLITS`; any other name raises ValueError."""
         if split not in SPLITS:
             raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
         return getattr(self, split)
 
-    def prompts(self, split: str, tokenizer, limit: int | None = None) -> list[list[int]]:
-        """Token ids of a split's puzzles, in order: a chat message where the tokenizer has a chat template, which
-        states the rules, and otherwise a line that a model must have been trained on.
-
-        Args:
-            split: one of `SPLITS`.
-            tokenizer: the policy's tokenizer.
-            limit: at most this many prompts (the first ones); null for all.
-
-        Returns:
-            Lists of at most `prompt_max_tokens` ids, not padded.
+    def prompts(
+        self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+    ) -> list[list[int]]:
+        """Token ids of the puzzles of a split named in `SPLITS`: a chat message where the tokenizer has a chat
+        template, which states the rules, and otherwise a line that a model must have been trained on.
 
         Raises:
-            GradeError: a prompt is longer (cut, it would be another puzzle), the tokenizer does not tell two puzzles
-                apart, or its chat template cannot be used.
+            GradeError: a prompt is longer than `prompt_max_tokens` (cut, it would be another puzzle), the tokenizer
+                does not tell two puzzles apart, or its chat template cannot be used.
         """
         puzzles = self.puzzles(split)[:limit]
         longest = self.settings.prompt_max_tokens
-        template = getattr(tokenizer, "chat_template", None)
-        if isinstance(template, dict) and template and "default" not in template:
-            raise GradeError(
-                f"model.name: its tokenizer has the chat templates {', '.join(sorted(template))}, and none called "
-                "default. Save it with the one to use as its only one (tokenizer.chat_template = "
-                f"tokenizer.chat_template[{min(template)!r}])."
-            )
-        if template:
-            rows = [self._chat(puzzle, tokenizer) for puzzle in puzzles]
+        if getattr(tokenizer, "chat_template", None):  # a tokenizer of one's own need not have the attribute
+            rows = encode_chats(tokenizer, [[{"role": "user", "content": self._rules(p)}] for p in puzzles])
         else:
             rows = encode(tokenizer, [puzzle.prompt for puzzle in puzzles], longest + 1)
         for puzzle, row in zip(puzzles, rows, strict=True):
@@ -240,25 +229,17 @@ class CountdownTask:
                 )
         return rows
 
-    def _chat(self, puzzle: Puzzle, tokenizer) -> list[int]:
-        content = _RULES.format(
+    def _rules(self, puzzle: Puzzle) -> str:
+        return _RULES.format(
             max_steps=self.settings.countdown.max_steps, numbers=" ".join(map(str, puzzle.numbers)),
             target=puzzle.target,
         )
-        message = [{"role": "user", "content": content}]
-        try:
-            return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # a template is a program of its author; jinja2 keeps it in a sandbox
-            raise GradeError(
-                f"model.name: its chat template cannot write a prompt ({type(error).__name__}: {reason_of(error)}). "
-                "Mend the template in the model's folder, or choose another model."
-            ) from error
 
-    def describe(self) -> dict:
-        """What a run records about its data, ready for JSON: seed, difficulty and, per split, size and hash."""
+    def describe(self) -> dict[str, Any]:
+        """Seed, difficulty and, per split, size and hash."""
         difficulty = self.settings.countdown
         return {
-            "task": self.settings.name,
+            "task": self.name,
             "dataset": self.source,
             "split_seed": self.settings.split_seed,
             "operands": difficulty.operands,

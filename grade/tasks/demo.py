@@ -15,7 +15,8 @@ import re
 
 from grade.config import TaskConfig
 from grade.errors import GradeError
-from grade.tasks.texts import Example, Task, cut_splits
+from grade.tasks.base import Example
+from grade.tasks.texts import TextTask, cut_splits
 
 SEED = 0
 """Seed of the reviews themselves. `task.split_seed` shuffles them, as it does a file's rows."""
@@ -296,7 +297,7 @@ def pretraining_reviews() -> list[Example]:
     return write_reviews(PRETRAINING_REVIEWS, part="pretraining")
 
 
-def load(settings: TaskConfig) -> Task:
+def load(settings: TaskConfig) -> TextTask:
     """The demo task: as many training reviews as the split settings ask for, and `TEST_REVIEWS` for the test.
 
     Raises:

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from grade.errors import GradeError, reason_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ROWS_PER_BATCH = 1024  # texts handed to the tokenizer at once
 _TEXT = -1  # stands for a text where a tokenizer puts its own ids around it
 
 
 def encode(
-    tokenizer, texts: Sequence[str], max_tokens: int | None, *, special_tokens: bool = True
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int | None, *, special_tokens: bool = True
 ) -> list[list[int]]:
     """Token ids of texts that a model is to continue or to read.
 
@@ -51,7 +55,37 @@ def encode(
     return [(before + row)[:max_tokens] if row else [] for row in rows]
 
 
-def _text_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+def encode_chats(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, str]]]
+) -> list[list[int]]:
+    """Token ids of conversations by the tokenizer's chat template, up to where the assistant's answer begins.
+
+    Args:
+        conversations: messages with "role" and "content".
+
+    Raises:
+        GradeError: there are several templates and none is the default, or the template cannot be used.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict) and "default" not in template:
+        raise GradeError(
+            f"model.name: its tokenizer has the chat templates {', '.join(sorted(template))}, and none called "
+            "default. Save it with the one to use as its only one (tokenizer.chat_template = "
+            f"tokenizer.chat_template[{min(template)!r}])."
+        )
+    try:
+        return [
+            list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            for messages in conversations
+        ]
+    except Exception as error:  # a template is a program of its author; jinja2 keeps it in a sandbox
+        raise GradeError(
+            f"model.name: its chat template cannot write a prompt ({type(error).__name__}: {reason_of(error)}). "
+            "Mend the template in the model's folder, or choose another model."
+        ) from error
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Ids of the texts alone, none of them special unless the tokenizer does not know a part of a text."""
     rows = _call(tokenizer, texts)
     special = _special_tokens(tokenizer)
@@ -65,7 +99,7 @@ def _text_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     return rows
 
 
-def _call(tokenizer, texts: list[str]) -> list[list[int]]:
+def _call(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     try:
         return tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, padding=False, truncation=False, verbose=False,
@@ -78,7 +112,7 @@ def _call(tokenizer, texts: list[str]) -> list[list[int]]:
         ) from error
 
 
-def _special_tokens(tokenizer) -> dict[int, str]:
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Special tokens by id, but for the one of what the tokenizer does not know."""
     special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     special |= {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -86,7 +120,7 @@ def _special_tokens(tokenizer) -> dict[int, str]:
     return special
 
 
-def _opening_ids(tokenizer, text: str) -> list[int]:
+def _opening_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """What the tokenizer puts before every text, told by a text that has tokens."""
     if not tokenizer.is_fast and hasattr(tokenizer, "build_inputs_with_special_tokens"):
         built = tokenizer.build_inputs_with_special_tokens([_TEXT])

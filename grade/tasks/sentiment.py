@@ -14,13 +14,15 @@ import contextlib
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from grade.config import TaskConfig
 from grade.errors import GradeError, reason_of
 from grade.hub_names import looks_local
-from grade.tasks.texts import Example, Labels, Task, clean, cut_splits
+from grade.tasks.base import Example, Labels
+from grade.tasks.texts import TextTask, clean, cut_splits
 
 _PARTS = ("train", "test")
 _READERS = {"parquet": "parquet", "csv": "csv", "json": "json", "jsonl": "json"}
@@ -35,7 +37,7 @@ class Labelled(NamedTuple):
     labels: Labels
 
 
-def load(settings: TaskConfig) -> Task:
+def load(settings: TaskConfig) -> TextTask:
     """Read the reviews that `settings.dataset` names and cut them into splits.
 
     Raises:
@@ -80,7 +82,7 @@ def _load_folder(path: Path, settings: TaskConfig) -> Labelled:
         return _examples(data, settings)
 
 
-def _read_file(reader: str, part: str, file: str, cache: str, path: Path):
+def _read_file(reader: str, part: str, file: str, cache: str, path: Path) -> Any:
     """One file as a dataset. Read together, files would have to have the same columns, of which two are needed."""
     import datasets
 
@@ -238,7 +240,7 @@ def _negative_label(settings: TaskConfig, values: set[str]) -> str | None:
     return others.pop() if len(others) == 1 else None
 
 
-def _shown(values) -> str:
+def _shown(values: Iterable[str]) -> str:
     ordered = sorted(set(values))
     return ", ".join(ordered[:10]) + (", ..." if len(ordered) > 10 else "")
 
@@ -261,7 +263,7 @@ def _check_part(examples: list[Example], labels: list[str], where: str, settings
 
 
 @contextlib.contextmanager
-def _reading(path: Path):
+def _reading(path: Path) -> Iterator[None]:
     """Say which data could not be read, where a reader only says what broke inside it."""
     try:
         yield
@@ -279,7 +281,7 @@ def _innermost(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet(datasets):
+def _quiet(datasets: Any) -> Iterator[None]:
     """No progress bars for files that are read in a second or two."""
     shown = datasets.utils.are_progress_bars_disabled() is False
     datasets.disable_progress_bars()

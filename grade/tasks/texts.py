@@ -8,15 +8,19 @@ in `grade.tasks.encoding`, so that every task, the policy and the reward read th
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from grade.config import TaskConfig
 from grade.errors import GradeError
+from grade.tasks.base import Example, Labels, Task, sha256_of
 from grade.tasks.encoding import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("reward", "policy", "validation", "test", "judge")
 
@@ -33,47 +37,6 @@ _SENTENCE_END = re.compile(
     r"(?=\s(?![a-z]))"  # then a space and no lower-case letter ('Well... maybe' goes on; 3.5 has no space)
     r"|[。！？]+[”’」』）]*"  # scripts that put no space between sentences
 )
-
-
-@dataclass(frozen=True)
-class Example:
-    """One labelled text.
-
-    Attributes:
-        id: names the row it came from, for example `train/17`.
-        text: the cleaned text.
-        label: 1 positive, 0 negative.
-    """
-
-    id: str
-    text: str
-    label: int
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What the labels of a data set mean.
-
-    Attributes:
-        column: that holds them.
-        positive, negative: the two values, as text.
-        left_out: how many rows have another value, by value, or, under "", a label and no text; they are in no split.
-    """
-
-    column: str
-    positive: str
-    negative: str
-    left_out: dict[str, int]
-
-    def __str__(self) -> str:
-        others = ", ".join(
-            f"{count} with {label!r}" if label else f"{count} without text"
-            for label, count in sorted(self.left_out.items())
-        )
-        return (
-            f"{self.positive!r} of column {self.column!r} (negative: {self.negative!r}"
-            + (f"; rows left out: {others})" if others else ")")
-        )
 
 
 def clean(text: str) -> str:
@@ -120,7 +83,7 @@ def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
 
 
 @dataclass(frozen=True)
-class Task:
+class TextTask(Task):
     """Five disjoint splits of labelled texts, and the prompts made from them.
 
     Attributes:
@@ -148,6 +111,10 @@ class Task:
         if len(set(ids)) != len(ids):
             raise AssertionError(f"{len(ids) - len(set(ids))} ids occur twice in the splits of {self.source}")
 
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
     def examples(self, split: str) -> list[Example]:
         """The examples of a split named in `SPLITS`; any other name raises ValueError."""
         if split not in SPLITS:
@@ -160,20 +127,10 @@ class Task:
         for example in self.examples(split):
             yield opening(example.text, self.settings.prompt_sentences, self.settings.prompt_max_chars)
 
-    def prompts(self, split: str, tokenizer, limit: int | None = None) -> list[list[int]]:
-        """Token ids of a split's openings, in the split's order.
-
-        Args:
-            split: one of `SPLITS`.
-            tokenizer: the policy's tokenizer.
-            limit: at most this many prompts (the first ones); null for all.
-
-        Returns:
-            Lists of 1 to `prompt_max_tokens` ids, not padded. Openings that come out empty are skipped.
-
-        Raises:
-            GradeError: `prompt_max_tokens` leaves no room for text.
-        """
+    def prompts(
+        self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+    ) -> list[list[int]]:
+        """Token ids of the openings of a split named in `SPLITS`. Those that come out empty are skipped."""
         texts = [text for text in self.openings(split) if text]
         wanted = len(texts) if limit is None else limit
         prompts: list[list[int]] = []
@@ -186,7 +143,7 @@ class Task:
             prompts += [row for row in encode(tokenizer, batch, self.settings.prompt_max_tokens) if row]
         return prompts
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """What a run records about its data, ready for JSON: source, seed and, per split, size and two
         hashes.
 
@@ -203,7 +160,7 @@ class Task:
                 "texts_sha256": sha256_of(f"{example.label} {example.text}" for example in examples),
             }
         return {
-            "task": self.settings.name,
+            "task": self.name,
             "dataset": self.source,
             "split_seed": self.settings.split_seed,
             **({} if self.labels is None else {"labels": asdict(self.labels)}),
@@ -220,7 +177,7 @@ class Task:
 
 def cut_splits(
     train: Sequence[Example], test: Sequence[Example], settings: TaskConfig, source: str, labels: Labels | None = None
-) -> Task:
+) -> TextTask:
     """Cut a task from the rows of a training and a test file.
 
     One shuffle of the training rows (files are often sorted by label), then consecutive stretches, so
@@ -244,7 +201,7 @@ def cut_splits(
             f"All {len(reward)} reward examples have the same label: raise task.reward_examples "
             "or change task.split_seed."
         )
-    return Task(
+    return TextTask(
         source=source,
         settings=settings,
         reward=reward,
@@ -254,11 +211,3 @@ def cut_splits(
         judge=rows[third : third + settings.judge_examples],
         labels=labels,
     )
-
-
-def sha256_of(parts: Iterable[str]) -> str:
-    """Hash of a list of strings; a separator that cleaned text cannot hold keeps their borders apart."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode("utf-8", "surrogatepass") + b"\x00")
-    return digest.hexdigest()

@@ -18,8 +18,8 @@ from grade.config import Config
 from grade.files import replace_text
 from grade.methods.metrics import unique_token_ratio
 from grade.model.policy import Policy
-from grade.replay.replay import ReplaySettings, score
-from grade.rewards.reward import Reward
+from grade.replay.score import ScoreSettings, score
+from grade.rewards.base import Reward
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.draw import Sampling, sampling_of
 from grade.sampling.sample import sample
@@ -81,11 +81,11 @@ def evaluation_sampling(config: Config) -> Sampling:
     return replace(sampling_of(config.generation), top_p=top_p)
 
 
-def score_settings(config: Config, device: torch.device) -> ReplaySettings:
+def score_settings(config: Config, device: torch.device) -> ScoreSettings:
     """How a response is scored; nothing here depends on the method."""
     method = config.method
-    return ReplaySettings(
-        tau=1.0, kl_direction=method.kl_direction, prompt_cache=method.prompt_cache,
+    return ScoreSettings(
+        kl_direction=method.kl_direction, prompt_cache=method.prompt_cache,
         chunk_bytes=method.head_chunk_bytes(device.type),
     )
 
@@ -107,7 +107,6 @@ def evaluate(
     """
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     sampling, settings = evaluation_sampling(config), score_settings(config, policy.device)
-    details_of = getattr(reward, "details", lambda rollout, scores: {})
     size, numbers = config.evaluation.batch_size, list(range(process, len(prompts), processes))
     records: list[dict] = []
     for start in range(0, len(numbers), size):
@@ -118,7 +117,7 @@ def evaluate(
             policy, ids, mask, sampling, seed=config.evaluation.seed, first_rows=rows, adapters=adapters
         )
         scores = score(policy, reward, rollout, settings, adapters=adapters)
-        details = {**details_of(rollout, scores.reward), **(measure(rollout) if measure is not None else {})}
+        details = {**reward.details(rollout, scores.reward), **(measure(rollout) if measure is not None else {})}
         records += _records(policy, rollout, scores, details, chosen)
         if tick is not None:
             tick(len(chosen) * processes)

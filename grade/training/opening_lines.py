@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from grade.config import Config
 from grade.model.end_of_sequence import how_responses_end
+from grade.model.policy import Policy
+from grade.rewards.base import Reward
 
 
-def opening_lines(config: Config, task, policy, reward) -> list[str]:
+def opening_lines(config: Config, policy: Policy, reward: Reward) -> list[str]:
     """Lines for the terminal: what a higher reward means, how responses end, whether a model's own code runs."""
-    labels = getattr(task, "labels", None)
-    if not reward.differentiable:
-        raised = f"the score of task.name={config.task.name}"
-    elif config.reward.model is not None:
-        raised = reward.raises
-    else:
-        raised = "the probability of a positive review" if labels is None else f"the probability of the label {labels}"
-    lines = [f"reward: {raised} is raised", how_responses_end(config, policy)]
+    lines = [f"reward: {reward.raises} is raised", how_responses_end(config.generation, policy)]
     if config.model.trust_remote_code:
         lines.append(f"model.trust_remote_code: code that comes with {config.model.name} may run here")
     return lines

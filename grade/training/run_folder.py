@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from grade.config import Config, flatten
+from grade.config import Config, flatten, settings_with_role
 from grade.config.methods import DIFFERENTIATING
 from grade.config.reading import config_from_sealed, sealed_yaml
 from grade.errors import GradeError, NothingLeft, read_json, writing
@@ -38,12 +38,6 @@ _CHECKPOINT = r"(best|last|step-\d+)(\.old)?"
 _HOLDING = rf"{_CHECKPOINT}|(best|last|step-\d+)\.new|reward(\.new|\.old)?|tensorboard|checkpoints"
 """Names of the folders that it makes."""
 
-_MAY_CHANGE_ON_RESUME = {
-    "train.resume", "train.overwrite", "train.run_dir", "output_dir", "name", "train.steps", "train.save_every",
-    "train.tensorboard", "train.wandb", "train.wandb_project", "train.samples_logged", "train.samples_every",
-    "evaluation.samples", "evaluation.batch_size", "generation.batch_size", "method.head_chunk_mib",
-    "train.keep_adapters", "task.judge_examples", "method.activation_checkpointing", "rollout.compile",
-}
 _MICRO_BATCHES = {"train.batch_size", "train.accumulation_steps"}
 
 
@@ -260,7 +254,7 @@ def clear(run_dir: Path) -> None:
 def differing_settings(before: Config, now: Config) -> str:
     """The settings in which a run would be another one, as words; empty if there are none."""
     old, new = flatten(asdict(before)), flatten(asdict(now))
-    free = _MAY_CHANGE_ON_RESUME | {name for name in new if name.startswith(("compare.", "variance."))}
+    free = set(settings_with_role("resume", "speed", "place"))
     if now.method.name not in DIFFERENTIATING:
         free -= {"generation.batch_size"}  # what is decoded together decides which responses share a mini-batch
     elif not now.method.replay_dropout:

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
-from grade.config import Config
+from grade.config import Config, judged_length
 from grade.model.fingerprint import check_made_from, model_inputs
 from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.processes import main_process_first
+from grade.rewards.base import Reward
 from grade.rewards.head_training import with_kept_head
 from grade.rewards.loading import check_reward, load_reward
 from grade.tasks import load_task
+from grade.tasks.base import Task
 
 
 class SetUp(NamedTuple):
     """What `set_up` has loaded."""
 
-    tokenizer: Any
-    task: Any
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
     policy: Policy
-    reward: Any
+    reward: Reward
 
 
 def set_up(
     config: Config, accelerator: Accelerator, *, policy_config: Config | None = None, run_dir: Path | None = None,
-    before_policy: Callable[[Any, Any], object] = lambda tokenizer, task: None,
+    before_policy: Callable[[PreTrainedTokenizerBase, Task], object] = lambda tokenizer, task: None,
     before_reward: Callable[[Policy], object] = lambda policy: None,
 ) -> SetUp:
     """Load what a config names, quick mistakes first; a reward head that is missing is trained, by the main process.
@@ -43,14 +46,19 @@ def set_up(
     Raises:
         GradeError: something cannot be found or used, with the setting that names it.
     """
-    tokenizer = load_tokenizer(config)
-    check_reward(config, tokenizer)
-    task = load_task(config)
+    judged, longest = judged_length(config), policy_config or config
+    tokenizer = load_tokenizer(config.model)
+    check_reward(config.reward, tokenizer, judged=judged)
+    task = load_task(config.task)
     before_policy(tokenizer, task)
-    policy = load_policy(policy_config or config, tokenizer, accelerator.device)
+    policy = load_policy(
+        config.model, tokenizer, accelerator.device, seed=config.seed, task=longest.task,
+        generation=longest.generation, reward=longest.reward,
+    )
     if run_dir is not None:
         check_made_from(run_dir, model_inputs(policy))
     before_reward(policy)
     with main_process_first(accelerator):
-        reward = load_reward(config if run_dir is None else with_kept_head(config, run_dir), policy, task)
+        settings = config.reward if run_dir is None else with_kept_head(config.reward, run_dir)
+        reward = load_reward(settings, policy, task, judged=judged, output_dir=config.output_dir)
     return SetUp(tokenizer, task, policy, reward)

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -34,7 +34,6 @@ from grade.model.fingerprint import inputs_of
 from grade.model.loading import load_prompts
 from grade.model.policy import Policy
 from grade.processes import main_process_first
-from grade.rewards.head_training import head_report, keep_head, with_kept_head
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.decode import Decoding
@@ -77,16 +76,18 @@ class Trainer:
         tokenizer, self.task, self.policy, self.reward = set_up(
             config, accelerator, run_dir=run_dir if config.train.resume else None, before_reward=self._decode_with
         )
-        self.evaluation_prompts = load_prompts(config, self.task, tokenizer)
+        self.evaluation_prompts = load_prompts(config.evaluation, self.task, tokenizer)
         longest = max(len(prompt) for prompts in self.evaluation_prompts.values() for prompt in prompts)
         self.prompts = self.evaluation_prompts.pop("policy")
         self.memory = plan_memory(
             self.policy, self.reward, config, longest, free_bytes(accelerator.device, accelerator.num_processes),
             self.services.any_process, evaluated=max(map(len, self.evaluation_prompts.values()), default=0),
         )
-        decided = replace(config.method, activation_checkpointing=self.memory.checkpoint)
-        self.method = make_method(self.policy, self.reward, replace(config, method=decided), self.services)
         train = config.train
+        self.method = make_method(
+            self.policy, self.reward, config.method, config.generation, train, self.services, seed=config.seed,
+            activation_checkpointing=self.memory.checkpoint,
+        )
         self.optimizer = torch.optim.AdamW(
             [{"params": self.policy.parameters()}, *self.method.parameter_groups()],
             lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon,
@@ -96,14 +97,16 @@ class Trainer:
         # The learning rate is a function of the step and of the settings in force: nothing of it is saved or restored.
         self.schedule = get_scheduler(name, self.optimizer, train.warmup_steps, train.steps).lr_lambdas[0]
         self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
-        inputs = inputs_of(config, self.policy, self.task, self.reward)
+        inputs = inputs_of(self.policy, self.task, self.reward.identity())
         self.inputs = {**inputs, "responses_per_step": self.responses_per_step}
         self.source = None
         if config.rollout.source is not None:
             needed = train.steps * self.responses_per_step
-            self.source = RolloutSource(config, self.policy, needed=needed, processes=accelerator.num_processes)
+            self.source = RolloutSource(
+                Path(config.rollout.source), self.policy, config.generation, timeout=config.rollout.timeout,
+                longest_prompt=config.task.prompt_max_tokens, needed=needed, processes=accelerator.num_processes,
+            )
         self.step = 0
-        self.norms: list[float] = []  # of the policy's gradient, per update of the current step
         self.validations = Validations()
         self.stop = StopRequest()
         self.saved: int | None = None  # steps of the checkpoint in checkpoints/last
@@ -151,24 +154,21 @@ class Trainer:
         reset_peak_memory(self.policy.device)
         with self.phases("rollout"):
             rollouts = list(self.rollouts(step))
-        self.norms = []
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule(step)
         metrics = self.method.step(rollouts, step, self._update)
         seconds = self.phases.take()
         if self.accelerator.is_main_process and step % config.train.samples_every == 0:
             self.log.samples(step, self._samples(rollouts[0]))
-        norms = self.norms or [0.0]
         return {
-            **metrics, "grad_norm": sum(norms) / len(norms), "updates": len(self.norms),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            **metrics, "learning_rate": config.train.learning_rate * self.schedule(step),
             "tokens_per_second": metrics["tokens"] / sum(seconds.values()),
             "memory/peak_gib": peak_memory_gib(self.policy.device),
             **{f"seconds/{name}": value for name, value in seconds.items()},
         }
 
-    def _update(self) -> None:
-        """Sum gradients over processes, clip, step, clear.
+    def _update(self) -> float:
+        """Sum gradients over processes, clip, step, clear; the norm of the policy's gradient before it was clipped.
 
         The policy's gradient is clipped by its own norm, and that of a value head by its: an error of the values,
         large at first, would otherwise shrink the policy's steps.
@@ -193,7 +193,7 @@ class Trainer:
                 )
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.norms.append(norms[0])  # the policy's
+        return norms[0]  # the policy's
 
     def _samples(self, rollout: Rollout) -> list[dict]:
         return [
@@ -217,7 +217,7 @@ class Trainer:
         train, every = self.config.train, self.config.evaluation.every
         self.memory.check(self.services.any_process)
         check_loggers(self.config)
-        notes = [*opening_lines(self.config, self.task, self.policy, self.reward), self.memory.line]
+        notes = [*opening_lines(self.config, self.policy, self.reward), self.memory.line]
         written, resaves_best = None, False
         if train.resume:
             state = restored(self.run_dir, self.inputs, self.policy, self.optimizer, self.method)
@@ -289,7 +289,8 @@ class Trainer:
             save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy, self.step)
         self._write_evaluations()
         progress.say(line_of(row))
-        warning = warning_without_ends(self.config, row.eos_rate) if len(self.validations.rows) == 1 else None
+        first = len(self.validations.rows) == 1
+        warning = warning_without_ends(self.config.generation, row.eos_rate) if first else None
         if warning is not None:
             progress.say(warning)
         return better
@@ -367,12 +368,8 @@ class Trainer:
                 write_evaluations(path, {**validations, **tested})
 
     def _write_record(self) -> None:
-        """What the run was made of: splits, fingerprints and the reward head's accuracy; and the head itself."""
-        record = {"task": self.task.describe(), "inputs": self.inputs}
-        if self.reward.differentiable and self.config.reward.model is None:
-            keep_head(self.config, self.policy, self.task, self.run_dir)
-            kept = with_kept_head(self.config, self.run_dir)
-            record["reward_head"] = head_report(kept, self.policy, self.task)
+        """What the run was made of: splits, fingerprints and what the reward tells and keeps of itself."""
+        record = {"task": self.task.describe(), "inputs": self.inputs, **self.reward.keep(self.run_dir)}
         with writing(self.run_dir / "run.json", "train.run_dir"):
             replace_text(self.run_dir / "run.json", json.dumps(record, indent=2) + "\n")
 

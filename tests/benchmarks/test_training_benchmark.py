@@ -22,6 +22,19 @@ def relative(ours, theirs):
     return float((ours - theirs).norm() / theirs.norm())
 
 
+def measured(seconds, **others):
+    """What a process that took one step of so many seconds reports."""
+    return {
+        "status": "ok", "steps": [{"seconds": seconds, "phases": {"rollout": seconds / 2, "update": seconds / 2}}],
+        "peak_gib": 2.0, "before_gib": 1.0, "tensors_gib": 0.5, "hops": None, "first_seconds": None,
+        "tokens": torch.zeros(2, 3), "gradient": torch.ones(3), **others,
+    }
+
+
+def options_of(line):
+    return training.new_options().parse_args(line.split())
+
+
 @pytest.fixture(scope="module")
 def exact():
     """One step of every algorithm with all hops."""
@@ -66,20 +79,16 @@ def test_the_peak_is_the_steps(monkeypatch):
     assert 1 <= found["tensors_gib"] < 1.02
 
 
-def test_living_tensors_are_not_counted_where_that_takes_long():
-    assert measure(SETTING, "replay", repeats=1, seconds=60, counted=0)["tensors_gib"] is None
-
-
-def test_what_takes_long_is_not_repeated():
-    assert len(measure(SETTING, "replay", repeats=5, seconds=0, counted=0)["steps"]) == 1
+def test_what_takes_long_is_neither_repeated_nor_counted():
+    found = measure(SETTING, "replay", repeats=5, seconds=0, counted=0)
+    assert len(found["steps"]) == 1 and found["tensors_gib"] is None
 
 
 def test_another_gradient_stops_the_benchmark(monkeypatch, tmp_path):
     def run(setting, algorithm, folder, **limits):
-        gradient = torch.ones(3) * (1.1 if algorithm == "cached" else 1.0)
-        return {"status": "ok", "tokens": torch.zeros(2, 3), "gradient": gradient}
+        return measured(1.0, gradient=torch.ones(3) * (1.1 if algorithm == "cached" else 1.0))
 
-    monkeypatch.setattr(training, "_run", run)
+    monkeypatch.setattr(training, "run_apart", run)
     assert training.check(SETTING, 8, ["published", "replay"], tmp_path) == {"published": 0.0}
     assert training.check(SETTING, 8, ["replay"], tmp_path) == {}
     with pytest.raises(SystemExit, match="gradients differ, nothing is timed"):
@@ -88,8 +97,8 @@ def test_another_gradient_stops_the_benchmark(monkeypatch, tmp_path):
 
 def test_a_power_law_is_continued():
     rows = [{"length": s, "seconds": 3 * s**2.0} for s in (16, 64, 256)]
-    assert training._ahead(rows, "seconds", 1024) == pytest.approx(3 * 1024**2)
-    assert training._ahead(rows[:1], "seconds", 1024) is None
+    assert training.ahead_of(rows, "seconds", 1024) == pytest.approx(3 * 1024**2)
+    assert training.ahead_of(rows[:1], "seconds", 1024) is None
     assert growth(rows) == {(16, 64): pytest.approx(2), (64, 256): pytest.approx(2)}
 
 
@@ -120,19 +129,13 @@ def test_the_command(tmp_path, capsys):
 def test_rows_that_were_not_run(monkeypatch, tmp_path):
     """Beyond the time limit a row has its extrapolated time, and replay's advantage is marked as such."""
     def run(setting, algorithm, folder, **limits):
-        seconds = 1e-3 * setting.length ** (2 if algorithm == "published" else 1)
-        step = {"seconds": seconds, "phases": {"rollout": seconds / 2, "backward": seconds / 2}}
-        return {
-            "status": "ok", "steps": [step], "peak_gib": 2.0, "before_gib": 1.0, "tensors_gib": 0.5, "hops": None,
-            "first_seconds": None, "tokens": torch.zeros(2, 3), "gradient": torch.ones(3),
-        }
+        return measured(1e-3 * setting.length ** (2 if algorithm == "published" else 1))
 
-    monkeypatch.setattr(training, "_run", run)
-    arguments = ["--rounds", "1", "--time-limit", "30", "--algorithms", "published", "replay"]
-    options = training._parser().parse_args(arguments)
+    monkeypatch.setattr(training, "run_apart", run)
+    options = options_of("--rounds 1 --time-limit 30 --algorithms published replay")
     rows = []
     for length in (64, 128, 256):
-        rows += training._rows(replace(SETTING, length=length), options, rows, tmp_path)
+        rows += training.rows_of(replace(SETTING, length=length), options, rows, tmp_path)
     last, replayed = rows[-2:]
     assert last["status"] == "too slow" and math.isclose(last["extrapolated_seconds"], 65.536)
     assert replayed["status"] == "ok" and "gradient_error" not in replayed
@@ -153,15 +156,12 @@ def test_rounds_take_turns(monkeypatch, tmp_path):
         taken.append((algorithm, counted > 0))
         if algorithm == "cached" and turn == 2:
             return {"status": "out of memory"}
-        return {
-            "status": "ok", "steps": [{"seconds": seconds[algorithm][turn], "phases": {"update": 1.0}}],
-            "peak_gib": 2.0 + turn, "before_gib": 1.5 * turn, "tensors_gib": 0.5 if counted else None, "hops": None,
-            "first_seconds": None, "tokens": torch.zeros(2, 3), "gradient": torch.ones(3),
-        }
+        memory = {"peak_gib": 2.0 + turn, "before_gib": 1.5 * turn, "tensors_gib": 0.5 if counted else None}
+        return measured(seconds[algorithm][turn], **memory)
 
-    monkeypatch.setattr(training, "_run", run)
-    arguments = ["--rounds", "3", "--seconds", "40", "--algorithms", "published", "cached", "replay"]
-    published, cached, replay = training._rows(SETTING, training._parser().parse_args(arguments), [], tmp_path)
+    monkeypatch.setattr(training, "run_apart", run)
+    options = options_of("--rounds 3 --seconds 40 --algorithms published cached replay")
+    published, cached, replay = training.rows_of(SETTING, options, [], tmp_path)
     order = ["published", "cached", "replay", "cached", "replay", "cached", "replay"]
     assert taken == [(name, turn < 3) for turn, name in enumerate(order)]
     assert (published["steps"], published["seconds"]) == (1, 25.0)
@@ -172,13 +172,14 @@ def test_rounds_take_turns(monkeypatch, tmp_path):
 
 def test_a_step_that_fails_has_a_row_that_says_so(monkeypatch, tmp_path):
     """Out of memory, or an error: the other algorithms and lengths go on, and what was to be expected is kept."""
-    monkeypatch.setattr(training, "_run", lambda setting, name, folder, **limits: {"status": "out of memory"})
-    options = training._parser().parse_args(["--algorithms", "published"])
+    monkeypatch.setattr(training, "run_apart", lambda setting, name, folder, **limits: {"status": "out of memory"})
     before = [
         {"algorithm": "published", "status": "ok", "length": s, "seconds": 1e-3 * s, "step_gib": 1e-6,
          "peak_gib": 1.0, "tensors_gib": None} for s in (2, 4)
     ]
-    (row,) = training._rows(replace(SETTING, length=8), options, before, tmp_path)
+    (row,) = training.rows_of(
+        replace(SETTING, length=8), options_of("--algorithms published"), before, tmp_path
+    )
     assert row["status"] == "out of memory" and row["extrapolated_seconds"] == pytest.approx(8e-3)
 
 

@@ -20,6 +20,11 @@ from grade.tasks.texts import clean, opening
 STEPS = 12
 
 
+def folder_name(**settings):
+    settings = {**module.SETTINGS, **settings}
+    return f"demo-{small_model.identity(settings, demo.__file__, module.__file__)}"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_reviews():
     with pytest.MonkeyPatch.context() as patch:
@@ -43,10 +48,9 @@ def test_second_call_trains_nothing(folder, no_training):
 
 
 def test_another_setting_or_grammar_is_another_model(folder, monkeypatch):
-    assert folder.name == f"demo-{module._identity({**module.SETTINGS, 'steps': STEPS})}"
-    assert folder.name != f"demo-{module._identity(module.SETTINGS)}"
+    assert folder.name == folder_name(steps=STEPS) != folder_name()
     monkeypatch.setattr(demo, "__file__", __file__)
-    assert folder.name != f"demo-{module._identity({**module.SETTINGS, 'steps': STEPS})}"
+    assert folder.name != folder_name(steps=STEPS)
 
 
 def test_training_is_repeatable_and_leaves_global_state_alone(folder, tmp_path):
@@ -74,8 +78,7 @@ def test_interrupted_training_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_the_faster_of_two_processes_wins(tmp_path, monkeypatch):
-    settings = {**module.SETTINGS, "steps": STEPS}
-    target = tmp_path / f"demo-{module._identity(settings)}"
+    target = tmp_path / folder_name(steps=STEPS)
 
     def both(made, *_):
         for path in (made, target):
@@ -88,12 +91,11 @@ def test_the_faster_of_two_processes_wins(tmp_path, monkeypatch):
 
 
 def test_cache_folder(monkeypatch, tmp_path, no_training):
-    name = f"demo-{module._identity(module.SETTINGS)}"
     for base, variable in ((tmp_path / "x", str(tmp_path / "x")), (tmp_path / ".cache", "relative")):
         monkeypatch.setenv("XDG_CACHE_HOME", variable)
         monkeypatch.setattr(Path, "home", lambda: tmp_path)
-        (base / "grade" / name).mkdir(parents=True)
-        assert demo_model() == base / "grade" / name
+        (base / "grade" / folder_name()).mkdir(parents=True)
+        assert demo_model() == base / "grade" / folder_name()
 
 
 def test_cache_that_cannot_be_written(tmp_path, no_training):
@@ -120,10 +122,7 @@ def test_saved_model_is_complete(folder):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.dtype == torch.float32
     report = json.loads((folder / "training.json").read_text())
-    assert (
-        report["parameters"] == sum(p.numel() for p in model.parameters())
-        and report["settings"]["steps"] == STEPS
-    )
+    assert report["parameters"] == sum(p.numel() for p in model.parameters()) and report["settings"]["steps"] == STEPS
     assert 0.9e6 < report["parameters"] < 1.2e6
     assert report["loss"] < 6.6  # nats; an untrained model has ln 768 = 6.64 or more
 

@@ -1,5 +1,6 @@
 """The command line: one message and exit code 2 for bad input, and what it hands to the commands."""
 
+import shlex
 import subprocess
 import sys
 import types
@@ -31,12 +32,12 @@ def no_real_command(monkeypatch):
 
 @pytest.fixture
 def fake_module(monkeypatch):
-    """Replace a module that a command imports by one function that records its calls."""
+    """Replace a module that a command imports by one function, or one that records its calls."""
 
-    def install(module: str, function: str) -> list:
+    def install(module: str, name: str, function=None) -> list:
         calls = []
         stand_in = types.ModuleType(module)
-        setattr(stand_in, function, lambda *args, **kwargs: calls.append((args, kwargs)))
+        setattr(stand_in, name, function or (lambda *args, **kwargs: calls.append((args, kwargs))))
         monkeypatch.setitem(sys.modules, module, stand_in)
         return calls
 
@@ -46,26 +47,52 @@ def fake_module(monkeypatch):
 # --- options -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "option, expected",
-    [
-        ("--steps", "did you mean --train.steps?"),
-        ("--train.stesp", "did you mean --train.steps?"),
-        ("--train.step", "did you mean --train.steps?"),  # no abbreviations
-        ("--method.steps", "did you mean --train.steps?"),
-        ("--lora.r", "did you mean --model.lora.r?"),
-        ("--kl_coeff", "did you mean --method.kl_coef?"),
-        ("--learning-rate", "did you mean"),
-        ("--generation.max_tokens", "did you mean --generation.max_new_tokens?"),
-        ("--max_tokens", "did you mean --reward.max_tokens?"),
-        ("--seeds", "did you mean --seed?"),
-        ("--print_confg", "did you mean --print_config?"),
-        ("--zzz", "`grade train --help` lists them all"),
-    ],
-)
-def test_unknown_option_suggests_the_nearest(capsys, option, expected):
-    message = run_error(capsys, "train", "imdb_small", option, "3")
-    assert message.startswith(f"unknown option {option}") and expected in message
+@pytest.mark.parametrize("line, expected", [
+    ("train imdb_small --steps 3", "unknown option --steps; did you mean --train.steps?"),
+    ("train imdb_small --train.stesp 3", "unknown option --train.stesp; did you mean --train.steps?"),
+    ("train imdb_small --train.step 3", "unknown option --train.step; did you mean --train.steps?"),  # not abbreviated
+    ("train imdb_small --method.steps 3", "did you mean --train.steps?"),
+    ("train imdb_small --lora.r 3", "did you mean --model.lora.r?"),
+    ("train imdb_small --kl_coeff 3", "did you mean --method.kl_coef?"),
+    ("train imdb_small --learning-rate 3", "did you mean"),
+    ("train imdb_small --generation.max_tokens 3", "did you mean --generation.max_new_tokens?"),
+    ("train imdb_small --max_tokens 3", "did you mean --reward.max_tokens?"),
+    ("train imdb_small --seeds 3", "did you mean --seed?"),
+    ("train imdb_small --print_confg 3", "did you mean --print_config?"),
+    ("train imdb_small --zzz 3", "`grade train --help` lists them all"),
+    ("train imdb_small --train.steps abc", "train.steps is abc: it must be a whole number."),
+    ("train imdb_small --train.steps 1.5", "train.steps is 1.5: it must be a whole number."),
+    ("train imdb_small --train.learning_rate fast", "train.learning_rate is fast: it must be a number."),
+    ("train imdb_small --train.resume maybe", "train.resume is maybe: it must be true or false or auto."),
+    ("train imdb_small --method.name x", "method.name is x: it must be one of grade-ste, grade, ppo, reinforce, grpo."),
+    ("train imdb_small --generation.batch_size 2.5", "batch_size is 2.5: it must be a whole number or null."),
+    ("train imdb_small --model.lora.target_modules q", "target_modules is q: it must be a list of texts, written"),
+    ("train imdb_small --train.steps", "--train.steps needs a value: a whole number."),
+    ("train imdb_small --train.resume --seed 3", "--train.resume needs a value: true or false or auto."),
+    ("train imdb_small --train x.yaml", "--train is a section"),
+    ("train imdb_small --generation.max_new_tokens 4", "generation.max_new_tokens (4) is below generation.min_new_tok"),
+    ("train imdb_small more", "unexpected argument 'more'"),
+    ("train", "CONFIG is missing: grade train CONFIG"),
+    ("reward", "CONFIG is missing: grade reward CONFIG"),
+    ("evaluate", "RUN_DIR is missing: grade evaluate RUN_DIR [--checkpoint"),
+    ("trian imdb_small", "did you mean train?"),
+    ("xyzzy", "Commands: demo, reward"),
+    ("demo more", "unexpected argument 'more'"),
+    ("demo --pretrain_steps 0", "pretrain_steps is 0"),
+    ("demo --cache-dir x", "did you mean --cache_dir?"),
+    ("doctor more", "unexpected argument 'more'"),
+    ("doctor --jsn", "did you mean --json?"),
+    ("compare demo --seeds 0,00,1", "--seeds names 0 twice: leave one of them out."),
+    ("compare demo --seeds ,", "--seeds is ',': write whole numbers"),
+    ("compare demo --methods ppo,grpo,ppo", "--methods names ppo twice: leave one of them out."),
+    ("compare demo --methods ,", "--methods is empty: name some of grade-ste"),
+    ("compare demo --methods ''", "--methods is empty: name some of grade-ste"),
+    ("compare demo --compare.learning_rate_factors abc", "it must be a list of numbers, written [1, 2]."),
+    ("compare demo --variance.hops [a]", "it must be a list of whole numbers, written [1, 2]."),
+    ("compare demo --variance.estimators '[rao, x]'", "a list of gumbel or rao or straight_through or reinmax"),
+])
+def test_a_wrong_command_line(capsys, line, expected):
+    assert expected in run_error(capsys, *shlex.split(line))
 
 
 def test_unknown_option_in_several_sections_names_them_all(capsys):
@@ -74,60 +101,10 @@ def test_unknown_option_in_several_sections_names_them_all(capsys):
         assert f"--{section}.batch_size" in message
 
 
-@pytest.mark.parametrize(
-    "option, value, expected",
-    [
-        ("--train.steps", "abc", "train.steps is abc: it must be a whole number."),
-        ("--train.steps", "1.5", "train.steps is 1.5: it must be a whole number."),
-        ("--train.learning_rate", "fast", "train.learning_rate is fast: it must be a number."),
-        ("--train.resume", "maybe", "train.resume is maybe: it must be true or false or auto."),
-        ("--method.name", "grad", "method.name is grad: it must be one of grade-ste, grade, ppo, reinforce, grpo."),
-        ("--generation.batch_size", "2.5", "batch_size is 2.5: it must be a whole number or null."),
-        ("--model.lora.target_modules", "q_proj", "model.lora.target_modules is q_proj: it must be a list"),
-    ],
-)
-def test_wrong_type_names_the_setting(capsys, option, value, expected):
-    assert expected in run_error(capsys, "train", "imdb_small", option, value)
-
-
-def test_option_without_value(capsys):
-    message = run_error(capsys, "train", "imdb_small", "--train.steps")
-    assert message == "--train.steps needs a value: a whole number."
-    message = run_error(capsys, "train", "imdb_small", "--train.resume", "--seed", "3")
-    assert message == "--train.resume needs a value: true or false or auto."
-
-
-def test_section_as_option(capsys):
-    assert "--train is a section" in run_error(capsys, "train", "imdb_small", "--train", "x.yaml")
-
-
-def test_rule_between_settings(capsys):
-    message = run_error(capsys, "train", "imdb_small", "--generation.max_new_tokens", "4")
-    assert message.startswith("generation.max_new_tokens (4) is below generation.min_new_tokens (8)")
-
-
-@pytest.mark.parametrize("argv", [["train"], ["reward"], ["evaluate"]])
-def test_missing_argument(capsys, argv):
-    assert " is missing: grade " in run_error(capsys, *argv)
-
-
-@pytest.mark.parametrize("argv", [["train", "imdb_small", "more"], ["demo", "more"], ["doctor", "more"]])
-def test_unexpected_argument(capsys, argv):
-    assert "unexpected argument 'more'" in run_error(capsys, *argv)
-
-
-def test_unknown_command(capsys):
-    assert "did you mean train?" in run_error(capsys, "trian", "imdb_small")
-    assert "Commands: demo, reward" in run_error(capsys, "xyzzy")
-
-
-def test_unknown_option_of_the_doctor(capsys):
-    assert "did you mean --json?" in run_error(capsys, "doctor", "--jsn")
-
-
-def test_demo_options(capsys):
-    assert "pretrain_steps is 0" in run_error(capsys, "demo", "--pretrain_steps", "0")
-    assert "did you mean --cache_dir?" in run_error(capsys, "demo", "--cache-dir", "x")
+def test_help_names_what_a_comparison_sets_itself(capsys):
+    assert cli.main(["compare", "--help"]) == 0
+    description = " ".join(capsys.readouterr().out.partition("options:")[0].split())
+    assert all(name in description for name in ("sets seed", "train.resume", "train.overwrite", "train.run_dir"))
 
 
 # --- config files ------------------------------------------------------------------------------------------
@@ -175,12 +152,6 @@ def test_bad_file(capsys, tmp_path, text, expected):
     path.write_text(text)
     message = run_error(capsys, "train", path)
     assert expected in message and message.startswith(str(path))
-
-
-def test_rule_between_settings_of_a_file(capsys, tmp_path):
-    path = tmp_path / "bad.yaml"
-    path.write_text("generation:\n  max_new_tokens: 4\n")
-    assert "generation.max_new_tokens (4) is below" in run_error(capsys, "train", path)
 
 
 def test_binary_file(capsys, tmp_path):
@@ -231,26 +202,20 @@ def test_print_config_is_a_config(capsys, tmp_path):
     assert config_io.load_config(path) == config_io.load_config("imdb_qwen3_4b", ["--train.steps=9"])
 
 
-def test_interrupted_training_says_how_to_resume(monkeypatch, capsys):
-    def interrupt(config):
-        raise KeyboardInterrupt
-
-    stand_in = types.ModuleType("grade.commands.train")
-    stand_in.train = interrupt
-    monkeypatch.setitem(sys.modules, "grade.commands.train", stand_in)
-    assert cli.main(["train", "imdb_small", "--train.overwrite", "true", "--seed=3"]) == 130
-    assert "grade train imdb_small --seed=3 --train.resume auto\n" in capsys.readouterr().err
-
-
-def test_unexpected_exceptions_keep_their_traceback(monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_training_ends_with(fake_module, capsys, error):
+    """An interruption says how to resume; what nobody expects keeps its traceback."""
     def fail(config):
-        raise ZeroDivisionError
+        raise error
 
-    stand_in = types.ModuleType("grade.commands.train")
-    stand_in.train = fail
-    monkeypatch.setitem(sys.modules, "grade.commands.train", stand_in)
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["train", "imdb_small"])
+    fake_module("grade.commands.train", "train", fail)
+    line = ["train", "imdb_small", "--train.overwrite", "true", "--seed=3"]
+    if error is ZeroDivisionError:
+        with pytest.raises(ZeroDivisionError):
+            cli.main(line)
+    else:
+        assert cli.main(line) == 130
+        assert "grade train imdb_small --seed=3 --train.resume auto\n" in capsys.readouterr().err
 
 
 # --- in a process of its own -------------------------------------------------------------------------------
@@ -264,13 +229,9 @@ def test_process_exits_with_2_and_one_message():
     result = run_process("train", "imdb_small", "--steps", "10")
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == "grade: error: unknown option --steps; did you mean --train.steps?\n"
-
-
-def test_process_prints_usage_without_a_command():
     result = run_process()
     assert result.returncode == 2 and "commands:" in result.stdout
-    for command in cli.COMMANDS:
-        assert command in result.stdout
+    assert all(command in result.stdout for command in cli.COMMANDS)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "imdb_small", "--print_config"]])

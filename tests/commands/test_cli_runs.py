@@ -6,9 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
+import torch
+from tiny_run import changed
 
 from grade import cli
 from grade.config.reading import config_to_yaml, sealed_yaml
@@ -22,13 +23,13 @@ SHRUNK_DEMO = [
 ]
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def grade(*arguments, cwd, **environment):
+def grade(*arguments, cwd, launcher=(), **environment):
     return subprocess.run(
-        [sys.executable, "-m", "grade", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=200,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **environment},
+        [sys.executable, *launcher, "-m", "grade", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+        timeout=200, env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **environment},
     )
 
 
@@ -70,27 +71,21 @@ def test_two_processes_equal_one_large_batch(tiny_config, tmp_path, method):
     """Two processes of 4 responses take the step of one process with 8. PPO needs the other process the most often:
     for totals, mean KL, whitening, early stopping."""
 
-    def run(name, *launcher, batch_size):
-        ppo = replace(tiny_config.method.ppo, minibatches=1, epochs=2)
-        changed = replace(
-            tiny_config, method=replace(tiny_config.method, name=method, ppo=ppo),
-            train=replace(tiny_config.train, batch_size=batch_size, steps=2, run_dir=str(tmp_path / name)),
-        )
+    def run(name, batch_size):
         config = tmp_path / f"{name}.yaml"
-        config.write_text(config_to_yaml(changed))
-        if launcher:
-            done = subprocess.run(
-                [*launcher, "-m", "grade", "train", str(config)], cwd=tmp_path, capture_output=True, text=True,
-                timeout=200, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            )
+        config.write_text(config_to_yaml(changed(
+            tiny_config, method={"name": method, "ppo": {"minibatches": 1, "epochs": 2}},
+            train={"batch_size": batch_size, "steps": 2, "run_dir": str(tmp_path / name)},
+        )))
+        if name == "two":
+            done = grade("train", config, cwd=tmp_path, launcher=TORCHRUN, OMP_NUM_THREADS="1")
             assert done.returncode == 0, done.stderr
         else:
             assert cli.main(["train", str(config)]) == 0
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         return rows, json.loads((tmp_path / name / "evaluation.json").read_text())["test"]
 
-    one, test_one = run("one", batch_size=8)
-    two, test_two = run("two", *TORCHRUN, batch_size=4)
+    (one, test_one), (two, test_two) = run("one", 8), run("two", 4)
     assert len(one) == len(two)
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
@@ -107,28 +102,15 @@ def test_several_processes_say_once_what_is_wrong(tiny_config, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     config = tmp_path / "config.yaml"
     config.write_text(config_to_yaml(tiny_config))
-    done = subprocess.run(
-        [*TORCHRUN, "-m", "grade", "train", str(config)], cwd=tmp_path, capture_output=True, text=True, timeout=200,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
+    done = grade("train", config, cwd=tmp_path, launcher=TORCHRUN, OMP_NUM_THREADS="1")
     assert done.returncode != 0 and done.stderr.count("grade: error:") == 1, done.stderr
     assert 'grade/commands/train.py", line' not in done.stderr
 
 
-def mistake(tiny_config, tmp_path, capsys, *options):
-    """Run `grade train` in this process; the one message it ends with."""
-    config = tmp_path / "config.yaml"
-    config.write_text(config_to_yaml(tiny_config))
-    assert cli.main(["train", str(config), *map(str, options)]) == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("grade: error:")]
-    assert len(lines) == 1 and "Traceback" not in captured.err
-    assert not (tmp_path / "run").exists()
-    return lines[0]
-
-
 BAD = {
     "missing data": (["--task.dataset", "./nowhere"], "task.dataset"),
+    "empty data": (["--task.dataset", "EMPTY"], "task.dataset"),
+    "a classifier of another vocabulary": ([], "vocabulary"),
     "wrong column": (["--task.text_column", "review"], "task.text_column"),
     "no such label": (["--task.positive_label", "great"], "task.positive_label"),
     "too few rows": (["--task.reward_examples", "5000"], "task.reward_examples"),
@@ -147,26 +129,22 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_mistakes_are_told_in_one_line(case, tiny_config, tmp_path, capsys):
-    import torch
-
+def test_mistakes_are_told_in_one_line(case, tiny_config, tmp_path, capsys, request):
     if case == "no CUDA" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     options, expected = BAD[case]
-    assert expected in mistake(tiny_config, tmp_path, capsys, *options)
-
-
-def test_reward_model_of_another_vocabulary(tiny_config, tmp_path, capsys, stories260k):
-    message = mistake(tiny_config, tmp_path, capsys, "--reward.model", stories260k)
-    assert "reward.model" in message and "vocabulary" in message
-
-
-def test_empty_dataset(tiny_config, tmp_path, capsys):
-    folder = tmp_path / "empty"
-    folder.mkdir()
+    if case == "a classifier of another vocabulary":
+        options = ["--reward.model", str(request.getfixturevalue("stories260k"))]
     for name in ("train", "test"):
-        (folder / f"{name}.csv").write_text("text,label\n")
-    assert "task.dataset" in mistake(tiny_config, tmp_path, capsys, "--task.dataset", folder)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "empty" / f"{name}.csv").write_text("text,label\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(config_to_yaml(tiny_config))
+    options = [option.replace("EMPTY", str(tmp_path / "empty")) for option in options]
+    assert cli.main(["train", str(config), *options]) == 2
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("grade: error:")]
+    assert expected in line and "Traceback" not in captured.err and not (tmp_path / "run").exists()
 
 
 def test_checkpoint_that_is_not_there(tiny_config, tmp_path, capsys):

@@ -11,7 +11,7 @@ import yaml
 from test_config import set_setting
 
 from grade import cli
-from grade.config import NOISE_ROWS, Config, get_setting, validate
+from grade.config import NOISE_ROWS, Config, get_setting, settings_with_role, validate
 from grade.config import reading as config_io
 from grade.config.bounds import Facts, check_text, facts_of, numeric, setting, shown
 from grade.config.number_texts import check_options
@@ -47,6 +47,20 @@ def refusal(config: Config) -> str:
 
 def test_the_declarations_are_those_of_all_settings():
     assert list(FACTS) == list(config_io.setting_types())
+
+
+def test_what_may_change_when_a_run_is_resumed():
+    changing = settings_with_role("resume", "speed", "place")
+    assert {name for name in changing if not name.startswith(("compare.", "variance."))} == {
+        "name", "output_dir", "train.run_dir",
+        "train.resume", "train.overwrite", "train.steps", "train.save_every", "train.keep_adapters",
+        "train.tensorboard", "train.wandb", "train.wandb_project", "train.samples_logged", "train.samples_every",
+        "evaluation.samples", "task.judge_examples",
+        "evaluation.batch_size", "generation.batch_size", "rollout.compile", "method.head_chunk_mib",
+        "method.activation_checkpointing",
+    }
+    assert {name for name in FACTS if name.startswith(("compare.", "variance."))} <= set(changing)
+    assert sorted([*changing, *settings_with_role("identity")]) == sorted(FACTS)
 
 
 @pytest.mark.parametrize("name", NUMBERS)

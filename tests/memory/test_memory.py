@@ -58,6 +58,13 @@ def parts_of(found: Estimate, checkpoint: bool) -> dict:
     return found.checkpointed if checkpoint else found.parts
 
 
+def method_of(policy, reward, config):
+    return make_method(
+        policy, reward, config.method, config.generation, config.train, Services(), seed=0,
+        checkpoint=config.method.checkpoint,
+    )
+
+
 @pytest.mark.parametrize("name, batch, length, attention", [
     ("grade-ste", 1, 30, "sdpa"), ("grade-ste", 2, 85, "sdpa"), ("grade", 2, 30, "eager"), ("ppo", 1, 85, "sdpa"),
     ("ppo", 3, 30, "sdpa"),
@@ -69,7 +76,7 @@ def test_the_estimate_is_what_a_step_holds(name, checkpoint, batch, length, atte
     policy.causal_lm.set_attn_implementation(attention)
     reward = tiny_reward(policy)
     parts = parts_of(estimate(policy, reward, config, PROMPT), checkpoint)
-    method = make_method(policy, reward, config, Services())
+    method = method_of(policy, reward, config)
     ids = torch.randint(4, 60, (batch, PROMPT))
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1:, 0] = False  # of several prompts, most are padded
@@ -80,7 +87,7 @@ def test_the_estimate_is_what_a_step_holds(name, checkpoint, batch, length, atte
     held = sum(t.nbytes for t in (rollout.indices, rollout.weights) if t is not None)
     gc.collect()
     with LiveBytes() as live:
-        method.step([rollout], 0, lambda: policy.model.zero_grad(set_to_none=True))
+        method.step([rollout], 0, lambda: policy.model.zero_grad(set_to_none=True) or 0.0)
     assert 0.75 < (parts["activations"] + parts["head"] - held) / live.peak < 1.5
 
 
@@ -94,7 +101,7 @@ def test_a_packed_head_is_part_of_sampling(packed_heads, monkeypatch):
     config = config_of(batch=4)
     parts = estimate(policy, reward, config, PROMPT).parts
     ids = torch.full((4, PROMPT), 5)
-    sampling = make_method(policy, reward, config, Services()).sampling(0)
+    sampling = method_of(policy, reward, config).sampling(0)
     with LiveBytes() as live:
         sample(policy, ids, torch.ones_like(ids, dtype=torch.bool), sampling, seed=0, first_rows=torch.arange(4) * 24)
     assert packed_heads and size < live.peak < parts["rollout"]
@@ -144,7 +151,7 @@ def test_what_is_kept_is_what_a_checkpointed_pass_saves():
     policy = tiny_policy("llama")
     forward = policy_forward(policy, adapters=True)
     kept = saved_bytes(policy.model, lambda: forward(48))["kept"]
-    policy.enable_checkpointing()
+    policy.enable_activation_checkpointing()
     frozen = (*policy.model.parameters(), *policy.model.buffers())
     saved, constant = {}, {tensor.untyped_storage().data_ptr() for tensor in frozen}
 
@@ -156,7 +163,7 @@ def test_what_is_kept_is_what_a_checkpointed_pass_saves():
         x = torch.zeros(1, length, policy.head.weight.shape[1], requires_grad=True)
         mask = torch.ones(1, length, dtype=torch.bool)
         mask[:, 0] = False
-        with policy.state(adapters=True, checkpoint=True):
+        with policy.state(adapters=True, activation_checkpointing=True):
             return policy.hidden(x, mask)
 
     with saved_tensors_hooks(save, lambda tensor: tensor):
@@ -226,7 +233,7 @@ def test_a_method_made_before_the_decision_does_not_checkpoint():
     config = config_of()
     assert config.method.activation_checkpointing == "auto" and not config.method.checkpoint
     policy = tiny_policy("llama")
-    assert not make_method(policy, tiny_reward(policy), config, Services()).settings(0).checkpoint
+    assert not method_of(policy, tiny_reward(policy), config).settings(0).checkpoint
 
 
 @pytest.mark.parametrize("text, value", [("auto", "auto"), ("true", True), ("false", False)])

@@ -28,6 +28,8 @@ from published import gradients, relative_error
 from tiny import VOCAB, KeepDouble, tiny_policy
 from torch import Tensor
 
+from grade.rewards.base import RewardFunction
+
 KL_COEF = 3.0  # the effect of a token on later KL is then a large part of the gradient
 EXACT = 1e-12
 EQUAL = [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -49,15 +51,13 @@ class Responses(NamedTuple):
         return self.mask.sum(1)
 
 
-class PrefixReward:
+class PrefixReward(RewardFunction):
     """A score for every prefix; responses (0, 1) and (1, 0) tie, so that some groups of equal rewards differ."""
 
-    differentiable = shares_base_pass = False
+    def score(self, rollout):
+        return self.prefix_values(rollout, None)[:, -1]
 
-    def from_tokens(self, rollout):
-        return self.prefix_scores(rollout, None)[:, -1]
-
-    def prefix_scores(self, rollout, base):
+    def prefix_values(self, rollout, base):
         tokens, mask = rollout.tokens.double() * rollout.mask, rollout.mask.double()
         ones, length = tokens.cumsum(1), mask.cumsum(1)
         scores = 0.7 * torch.sin(1.0 + ones) + 0.2 * torch.cos(2.0 * length)
@@ -83,7 +83,7 @@ def cases(policy):
         probability = terms.logprob.sum(1).exp()
         assert probability.sum().item() == pytest.approx(1, abs=1e-12)
         assert (terms.kl[mask] > 0.01).all()
-        out[name] = Responses(tokens, mask, terms, probability, PrefixReward().from_tokens(rollout))
+        out[name] = Responses(tokens, mask, terms, probability, PrefixReward().score(rollout))
     return out
 
 
@@ -291,7 +291,7 @@ def test_grpo(policy, cases, level, scale, loss_reduction, count, which, reducti
     )
     kl = kl_of(of, direction)
     rollout = given_rollout(policy, of.tokens, mask=of.mask)
-    changes = PrefixReward().prefix_scores(rollout, None).diff(dim=1) * of.mask
+    changes = PrefixReward().prefix_values(rollout, None).diff(dim=1) * of.mask
 
     def loss(group, probability):
         tokens, n = int(of.lengths[group].sum()), len(group)

@@ -48,18 +48,19 @@ def test_eos_ids_beyond_the_vocabulary_are_refused(wrong):
 
 
 def test_a_run_says_what_ends_a_response_and_warns_when_nothing_did():
-    config, policy = Config(), policy_around(with_eos([EOS, 9]), tokenizer=TinyTokenizer(unknown=4))
-    line = how_responses_end(config, policy)
+    generation, policy = Config().generation, policy_around(with_eos([EOS, 9]), tokenizer=TinyTokenizer(unknown=4))
+    line = how_responses_end(generation, policy)
     assert line == (
         "a response ends with '3' (id 3, of the tokenizer and the generation config) or '9' (id 9, of the generation "
         "config)"
     )
     late = policy_around(with_eos(VOCAB - 1), tokenizer=TinyTokenizer(unknown=4))
-    assert "never drawn" in how_responses_end(config, late)
-    assert warning_without_ends(config, 0.01) is None
-    assert "generation.max_new_tokens (now 64)" in warning_without_ends(config, 0.0)
-    config.generation.ignore_eos = True
-    assert "nothing ends them" in how_responses_end(config, policy) and warning_without_ends(config, 0.0) is None
+    assert "never drawn" in how_responses_end(generation, late)
+    assert warning_without_ends(generation, 0.01) is None
+    assert "generation.max_new_tokens (now 64)" in warning_without_ends(generation, 0.0)
+    generation.ignore_eos = True
+    assert "nothing ends them" in how_responses_end(generation, policy)
+    assert warning_without_ends(generation, 0.0) is None
 
 
 def test_a_pad_id_outside_the_vocabulary_is_not_used():

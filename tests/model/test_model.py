@@ -9,9 +9,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from tiny import (
-    ATTENTION,
     CONFIGS,
     EOS,
     LLAMA_SIZES,
@@ -22,6 +20,7 @@ from tiny import (
     TinyTokenizer,
     base_model,
     embeddings_of,
+    loaded_policy,
     policy_around,
     tiny_policy,
     tiny_reward,
@@ -34,14 +33,11 @@ from transformers import (
 )
 
 from grade.errors import GradeError
-from grade.model.loading import load_policy, load_tokenizer
-from grade.model.policy import Policy
 from grade.replay.replay import ReplaySettings, replay
 from grade.rollout import pad_prompts
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
 from grade_kernels import vocab_head
-from grade_kernels.reference import head_logits
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -60,17 +56,6 @@ def test_probes_find_embedding_scale_logit_scale_and_cap(name, dtype):
         assert (policy.embedding_scale, policy.head.scale, policy.head.softcap) == (1.0, 1.0, None)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_embed_and_head_are_the_models_own(name):
-    policy = tiny_policy(name)
-    ids = torch.arange(12)[None] * 5 % VOCAB
-    assert torch.equal(policy.embed(ids), policy.causal_lm.get_input_embeddings()(ids))
-    with torch.no_grad():
-        hidden = policy.hidden(policy.embed(ids), torch.ones_like(ids, dtype=torch.bool))
-        expected = policy.causal_lm(input_ids=ids, use_cache=False).logits
-    assert torch.allclose(head_logits(hidden, policy.head), expected, rtol=1e-4, atol=1e-4)
-
-
 SCALED = {
     "cohere": (CohereConfig(**SIZES, **LLAMA_SIZES, num_key_value_heads=2, logit_scale=0.07), 0.07),
     "granite": (
@@ -82,30 +67,26 @@ SCALED = {
 }
 
 
-@pytest.mark.parametrize("name", SCALED)
-def test_logit_scale_is_found_and_used(name):
-    config, scale = SCALED[name]
-    policy = policy_around(base_model(config))
-    assert (policy.head.scale, policy.head.softcap, policy.embedding_scale) == (scale, None, 1.0)
-    _check_vocab_head(policy)
-
-
-def test_bias_of_the_head_is_used():
+def biased():
     base = base_model(PhiConfig(**SIZES, **LLAMA_SIZES))
     torch.nn.init.normal_(base.lm_head.bias)
-    policy = policy_around(base)
-    assert policy.head.scale == 1.0 and policy.head.bias.std() > 0.5
-    _check_vocab_head(policy)
+    return base
 
 
-def _check_vocab_head(policy):
-    """What replay's sweep says of the logits is what the model's own logits say."""
+@pytest.mark.parametrize("name", [*CONFIGS, *SCALED, "biased"])
+def test_embedding_and_head_are_the_models_own(name):
+    """With the logit scale that is found, and the bias: what replay's sweep says is what the model's own logits say."""
+    config, scale = SCALED.get(name, (None, 1.0))
+    base = biased() if name == "biased" else base_model(config or CONFIGS[name]())
+    policy = policy_around(base, TARGETS.get(name))
+    assert policy.head.scale == scale and (policy.head.bias is not None) == (name == "biased")
     ids = torch.arange(10)[None] * 7 % VOCAB
+    assert torch.equal(policy.embed(ids), policy.causal_lm.get_input_embeddings()(ids))
     with torch.no_grad():
         hidden = policy.hidden(policy.embed(ids), torch.ones_like(ids, dtype=torch.bool))
         logits = policy.causal_lm(input_ids=ids, use_cache=False).logits
     out = vocab_head(hidden, policy.head, k=VOCAB, tokens=ids)
-    assert torch.allclose(out.logits, logits.gather(-1, out.indices), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(out.logits, logits.gather(-1, out.indices), rtol=1e-4, atol=1e-4)
     assert torch.allclose(out.logprob, logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0], rtol=1e-4, atol=1e-4)
 
 
@@ -165,6 +146,24 @@ def ignore_positions(base):
     base.transformer.forward = forward
 
 
+def fail_with_a_cache(base):
+    """Its own error becomes one sentence."""
+
+    def hook(module, args, kwargs):
+        if kwargs.get("use_cache"):
+            raise RuntimeError("no cache in this one\nand more")
+
+    base.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def need_ids(base):
+    def hook(module, args, kwargs):
+        if kwargs.get("input_ids") is None:
+            raise AttributeError("'NoneType' object has no attribute 'reshape'")
+
+    base.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 REFUSALS = [
     ("llama", square_logits, "in its head"),
     ("gemma2", square_logits, "in its head"),
@@ -175,6 +174,8 @@ REFUSALS = [
     ("llama", misuse_cache, "KV cache"),
     ("gpt2", ignore_positions, "left padding"),
     ("llama", lose_padded_rows, "left padding"),
+    ("llama", fail_with_a_cache, r"cannot run .*\(no cache in this one and more\)\."),
+    ("llama", need_ids, "reads the ids beside their embeddings"),
 ]
 
 
@@ -186,14 +187,6 @@ def test_models_outside_the_contract_are_refused_by_name(name, spoil, reason, dt
     spoil(base)
     with pytest.raises(GradeError, match=f"{type(base).__name__}.*{reason}"):
         policy_around(base, TARGETS.get(name))
-
-
-def test_probing_can_be_left_out():
-    base = base_model(CONFIGS["llama"]())
-    square_logits(base)
-    base.requires_grad_(False)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=ATTENTION, task_type="CAUSAL_LM"))
-    assert Policy(model, TinyTokenizer(), probe=False).head.scale == 1.0
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -326,7 +319,7 @@ def test_state_never_changes_requires_grad():
 
 def checkpointed(name="llama", **options):
     policy = tiny_policy(name, **options)
-    policy.enable_checkpointing()
+    policy.enable_activation_checkpointing()
     return policy
 
 
@@ -344,47 +337,24 @@ def test_checkpointing_leaves_training_flags_down(name):
     x, mask = embeddings_of(policy)
     before = switches(policy)
     assert not any(before[1])
-    with policy.state(adapters=True, checkpoint=True):
+    with policy.state(adapters=True, activation_checkpointing=True):
         policy.hidden(x.requires_grad_(), mask).sum().backward()
-        with policy.state(adapters=True, checkpoint=False):
+        with policy.state(adapters=True, activation_checkpointing=False):
             assert switches(policy) == before
-        with policy.state(adapters=True, checkpoint=True):
+        with policy.state(adapters=True, activation_checkpointing=True):
             pass
-        assert any(m.training for m in policy._checkpoint_layers)  # an inner state gives the outer one back
+        assert switches(policy) != before  # an inner state gives the outer one back
     assert switches(policy) == before
-    with pytest.raises(RuntimeError), policy.state(adapters=False, checkpoint=True):
+    with pytest.raises(RuntimeError), policy.state(adapters=False, activation_checkpointing=True):
         policy.hidden(x[..., :5], mask)
     assert switches(policy) == before
 
 
 def test_models_without_checkpointed_layers_are_refused():
     policy = tiny_policy()
-    policy._checkpoint_layers = []
+    policy.causal_lm.supports_gradient_checkpointing = False
     with pytest.raises(GradeError, match="activation_checkpointing.*LlamaForCausalLM"):
-        policy.enable_checkpointing()
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_base_recomputed_while_adapters_are_on(name):
-    policy = checkpointed(name)
-    x, mask = embeddings_of(policy)
-    x.requires_grad_()
-    calls = count_recomputations(policy)
-
-    def input_gradient(checkpoint):
-        with policy.state(adapters=False, checkpoint=checkpoint):
-            hidden = policy.hidden(x, mask)
-        with policy.state(adapters=True):
-            (gradient,) = torch.autograd.grad(hidden.square().sum(), [x])
-        return gradient
-
-    plain = input_gradient(False)
-    assert len(calls) == 1
-    assert torch.allclose(input_gradient(True), plain, rtol=1e-6, atol=1e-6 * plain.abs().max().item())
-    assert len(calls) == 3  # checkpointing did recompute
-    with policy.state(adapters=True):
-        (with_adapters,) = torch.autograd.grad(policy.hidden(x, mask).square().sum(), [x])
-    assert (with_adapters - plain).norm() > 0.1 * plain.norm()  # the wrong state would have been seen
+        policy.enable_activation_checkpointing()
 
 
 def test_policy_recomputed_while_adapters_are_off_and_dropout_stands_otherwise():
@@ -396,7 +366,7 @@ def test_policy_recomputed_while_adapters_are_off_and_dropout_stands_otherwise()
 
     def gradients(checkpoint, dropout=True):
         torch.manual_seed(3)
-        with policy.state(adapters=True, dropout=dropout, checkpoint=checkpoint):
+        with policy.state(adapters=True, dropout=dropout, activation_checkpointing=checkpoint):
             hidden = policy.hidden(x, mask)
         torch.manual_seed(99)
         with policy.state(adapters=False):
@@ -409,24 +379,6 @@ def test_policy_recomputed_while_adapters_are_off_and_dropout_stands_otherwise()
     assert (without[0] - plain[0]).norm() > 0.01 * plain[0].norm()
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-def test_repeated_backwards_through_one_checkpointed_graph(dropout):
-    """Hops are vector-Jacobian products through a kept graph: every one recomputes, in the state of the forward."""
-    policy = checkpointed(dropout=0.3)
-    x, mask = embeddings_of(policy)
-    x.requires_grad_()
-    directions = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(0))
-    results = []
-    for checkpoint in (False, True):
-        torch.manual_seed(3)
-        with policy.state(adapters=True, dropout=dropout, checkpoint=checkpoint):
-            hidden = policy.hidden(x, mask)
-        results.append([torch.autograd.grad(hidden, [x], v, retain_graph=True)[0] for v in directions])
-        results[-1] += torch.autograd.grad(hidden.sum(), policy.parameters())
-    for plain, recomputed in zip(*results, strict=True):
-        assert torch.allclose(recomputed, plain, rtol=1e-5, atol=1e-6 * plain.abs().max().item())
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("reads", ["prompt+response", "response"])
 def test_replay_with_and_without_checkpointing(name, reads):
@@ -437,7 +389,7 @@ def test_replay_with_and_without_checkpointing(name, reads):
     rollout = sample(policy, ids, mask, Sampling(6, top_k=7), seed=0, first_rows=torch.tensor([0, 50]))
     vectors = []
     for checkpoint in (False, True):
-        settings = ReplaySettings(tau=1.0, hop_tol=0.0, max_hops=3, checkpoint=checkpoint)
+        settings = ReplaySettings(tau=1.0, hop_tol=0.0, max_hops=3, activation_checkpointing=checkpoint)
         weight = torch.full(rollout.mask.shape, 0.1)
         replay(policy, reward, rollout, settings, reward_weight=torch.full((2,), 0.5), kl_weight=weight)
         vectors.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
@@ -452,56 +404,31 @@ def test_layers_that_call_dropout_themselves_do_not_drop_when_checkpointed():
         alibi=False, parallel_attn=False,
     )
     policy = policy_around(base_model(config), ["query_key_value"])
-    policy.enable_checkpointing()
+    policy.enable_activation_checkpointing()
     x, mask = embeddings_of(policy)
     x.requires_grad_()
     results = []
     for checkpoint in (False, True):
-        with policy.state(adapters=True, checkpoint=checkpoint):
+        with policy.state(adapters=True, activation_checkpointing=checkpoint):
             hidden = policy.hidden(x, mask)
         inside = torch.autograd.grad(hidden.square().sum(), [x], retain_graph=True)[0]
-        with policy.state(adapters=True, checkpoint=True):  # recomputation while the flags are up
+        with policy.state(adapters=True, activation_checkpointing=True):  # recomputation while the flags are up
             results.append((hidden, inside, torch.autograd.grad(hidden.square().sum(), [x])[0]))
     for plain, recomputed in zip(*results, strict=True):
         assert torch.allclose(recomputed, plain, rtol=1e-5, atol=1e-6 * plain.abs().max().item())
-
-
-def test_a_model_that_fails_a_probe_is_refused_by_name():
-    """Its own error becomes one sentence."""
-    base = base_model(CONFIGS["llama"]())
-
-    def hook(module, args, kwargs):
-        if kwargs.get("use_cache"):
-            raise RuntimeError("no cache in this one\nand more")
-
-    base.base_model.register_forward_pre_hook(hook, with_kwargs=True)
-    with pytest.raises(GradeError, match=r"LlamaForCausalLM cannot run .*\(no cache in this one and more\)\."):
-        policy_around(base)
-
-
-def test_a_model_that_needs_ids_is_refused_by_name():
-    base = base_model(CONFIGS["llama"]())
-
-    def hook(module, args, kwargs):
-        if kwargs.get("input_ids") is None:
-            raise AttributeError("'NoneType' object has no attribute 'reshape'")
-
-    base.base_model.register_forward_pre_hook(hook, with_kwargs=True)
-    with pytest.raises(GradeError, match="LlamaForCausalLM reads the ids beside their embeddings"):
-        policy_around(base)
 
 
 def test_nothing_that_a_run_calls_is_deprecated(tiny_config):
     """By transformers and peft, which tell their callers by FutureWarning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        policy = load_policy(tiny_config, load_tokenizer(tiny_config), torch.device("cpu"))
-        policy.enable_checkpointing()
+        policy = loaded_policy(tiny_config)
+        policy.enable_activation_checkpointing()
         reward = tiny_reward(policy)
         ids, mask = pad_prompts([[5, 9, 2], [7]], policy.pad_id)
         rollout = sample(policy, ids, mask, Sampling(6, top_k=7), seed=0, first_rows=torch.tensor([0, 50]))
         for checkpoint in (False, True):
             replay(
-                policy, reward, rollout, ReplaySettings(tau=1.0, checkpoint=checkpoint),
+                policy, reward, rollout, ReplaySettings(tau=1.0, activation_checkpointing=checkpoint),
                 reward_weight=torch.full((2,), 0.5), kl_weight=torch.full(rollout.mask.shape, 0.1),
             )

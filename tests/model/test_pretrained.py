@@ -12,18 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from classifiers import SAME, classifier, save_tokenizer
-from tiny import CONFIGS
+from tiny import CONFIGS, loaded_policy
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MambaConfig, MptConfig
 
 from grade.config import Config
 from grade.errors import GradeError, reason_of
 from grade.hub_names import looks_local
 from grade.model.checkpoint import load_adapter, save_checkpoint
-from grade.model.loading import load_policy, load_tokenizer
+from grade.model.loading import load_tokenizer
 from grade.model.pretrained import Pretrained, context_of
-from grade.rewards.reward import check_classifier
-
-CPU = torch.device("cpu")
+from grade.rewards.classifier import check_classifier
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +57,7 @@ def config_for(name, **model):
 
 
 def load(name, **model):
-    config = config_for(name, **model)
-    return load_policy(config, load_tokenizer(config), CPU)
+    return loaded_policy(config_for(name, **model))
 
 
 def test_a_whole_folder_loads_and_nothing_is_looked_up(folder, asked, monkeypatch):
@@ -201,7 +198,7 @@ def test_no_code_of_a_folder_runs_and_no_question_is_asked(with_code, capsys):
     with pytest.raises(GradeError, match="model.name=.*comes with code of its own.* model.trust_remote_code to true"):
         load(with_code)
     with pytest.raises(GradeError, match="reward.model=.*code of its own. No code of a reward's folder is run"):
-        check_classifier(str(with_code), load_tokenizer(config_for(with_code)), judged=8, positive_label=None)
+        check_classifier(str(with_code), load_tokenizer(config_for(with_code).model), judged=8, positive_label=None)
     assert "own_code_ran" not in sys.modules and "[y/N]" not in "".join(capsys.readouterr())
 
 
@@ -239,13 +236,13 @@ def test_a_tokenizer_of_special_tokens_only_is_refused(folder):
         file.unlink()
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     with pytest.raises(GradeError, match="model.name=.*its tokenizer has no vocabulary, only special tokens"):
-        load_tokenizer(config_for(folder))
+        load_tokenizer(config_for(folder).model)
 
 
 def test_a_complete_classifier_is_read_without_the_hub(tmp_path, folder, asked):
     classifier(labels=1).save_pretrained(tmp_path / "judge")
     save_tokenizer(tmp_path / "judge", SAME)
-    check_classifier(str(tmp_path / "judge"), load_tokenizer(config_for(folder)), judged=8, positive_label=None)
+    check_classifier(str(tmp_path / "judge"), load_tokenizer(config_for(folder).model), judged=8, positive_label=None)
     assert not asked
 
 

@@ -20,6 +20,7 @@ from tiny import (
     TinyTokenizer,
     base_model,
     embeddings_of,
+    loaded_policy,
     needs_qwen,
     policy_around,
     tiny_policy,
@@ -30,10 +31,9 @@ from grade.commands.train import train
 from grade.errors import GradeError
 from grade.memory.activations import cache_bytes
 from grade.memory.estimate import estimate
-from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.model.probe import probe_head
-from grade.rewards.reward import SharedReward
+from grade.rewards.shared import SharedReward
 from grade.rollout import pad_prompts
 from grade.sampling.compiled import CompiledDecoding
 from grade_kernels import Head
@@ -86,9 +86,9 @@ def test_a_run_is_probed_at_its_own_length(tiny_config, tiny_model, tmp_path):
         (folder / "config.json").write_text(json.dumps(settings))
         if refused:
             with pytest.raises(GradeError, match="depends on the length.* 32 positions"):
-                load_policy(config, load_tokenizer(config), torch.device("cpu"))
+                loaded_policy(config)
         else:
-            load_policy(config, load_tokenizer(config), torch.device("cpu"))
+            loaded_policy(config)
 
 
 # -- merging -------------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_layers_that_cannot_be_computed_again_are_refused():
 
     layer.register_forward_hook(hook)
     with pytest.raises(GradeError, match=r"method\.activation_checkpointing: LlamaForCausalLM has other gradients"):
-        policy.enable_checkpointing()
+        policy.enable_activation_checkpointing()
 
 
 def test_a_static_cache_that_decodes_something_else_is_refused(monkeypatch):

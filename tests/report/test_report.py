@@ -19,9 +19,8 @@ from grade.report.data import load_study  # noqa: E402  matplotlib is an extra
 from grade.report.page import write_page  # noqa: E402
 from grade.report.parts import Drawing, Html, Section, Text  # noqa: E402
 from grade.report.sections import all_sections  # noqa: E402
-from grade.report.statistics import Estimate  # noqa: E402
 from grade.report.style import _SETTINGS  # noqa: E402
-from grade.report.tables import Column, Table  # noqa: E402
+from grade.tables import Column, Estimate, Table  # noqa: E402
 
 ANCHORS = [
     "summary", "learning", "validation", "gradients", "efficiency", "final", "temperature", "speed", "statistics",
@@ -42,7 +41,7 @@ class Report:
     def table(self, anchor, name):
         """Rows as {column: cell}."""
         parts = [part.table if isinstance(part, Html) else part for part in self.sections[anchor].parts]
-        (table,) = [part for part in parts if isinstance(part, Table) and part.name == name]
+        (table,) = [part for part in parts if isinstance(part, Table) and part.title == name]
         return [dict(zip((c.title for c in table.columns), row, strict=True)) for row in table.rows]
 
     def figures(self, anchor):
@@ -68,11 +67,6 @@ def test_sections_and_figures_of_a_comparison(comparison):
     assert "n = 3 seeds per method" in report.caption("learning", "learning_reward")
     assert "Not smoothed" in report.caption("learning", "learning_reward")  # four steps
     assert report.said("summary", "warning") == ""
-
-
-def test_smoothing_is_stated(tmp_path):
-    report = Report(write_run(tmp_path / "run", validations=(0.5, 0.6), every=100))
-    assert "centred mean over 5 steps" in report.caption("learning", "learning_reward")
 
 
 def test_numbers_of_a_comparison_by_hand(comparison):
@@ -124,29 +118,33 @@ def test_stability_by_hand(tmp_path):
     assert row["variance of reward"].mean == pytest.approx((50 * 0.05**2 / 49 + 2 * 0.05**2) / 2)
 
 
-def test_one_seed_is_warned_of(tmp_path):
-    report = Report(write_run(tmp_path / "run"))
-    assert "One seed only: grpo" in report.said("summary", "warning")
-    assert "One seed is all there is of grpo" in report.said("statistics", "warning")
-    assert "no spread to show" in report.caption("learning", "learning_reward")
-    assert not [part for part in report.sections["statistics"].parts if getattr(part, "name", "") == "welch"]
+@pytest.mark.parametrize("settings, said", [
+    ({}, [("summary", "warning", "One seed only: grpo"), ("statistics", "warning", "One seed is all there is")]),
+    (
+        {"test": None, "planned": 10},
+        [("summary", "warning", "run (4 of 10 steps)"), ("final", "note", "No test yet"),
+         ("statistics", "warning", "No test yet"), ("efficiency", "note", "may yet reach more: run")],
+    ),
+    (
+        {"validations": (0.5,), "planned": 10},
+        [("learning", "note", "no reward in metrics.jsonl"), ("validation", "note", "has only that of the base model"),
+         ("statistics", "note", "No held-out reward yet"), ("samples", "note", "No samples")],
+    ),
+])
+def test_what_is_said_of_one_run(tmp_path, settings, said):
+    """Finished, going on, and with the base model's evaluation alone."""
+    report = Report(write_run(tmp_path / "run", **settings))
+    for anchor, kind, text in said:
+        assert text in report.said(anchor, kind)
+    names = {getattr(part, "title", "") for section in report.sections.values() for part in section.parts}
+    assert "welch" not in names and ("final_test" in names) == (not settings)
+    assert report.figures("final") == ["final_reward"]
 
 
-def test_a_run_going_on(tmp_path):
-    report = Report(write_run(tmp_path / "run", test=None, planned=10))
-    assert "run (4 of 10 steps)" in report.said("summary", "warning")
-    assert "No test yet" in report.said("final", "note") and "No test yet" in report.said("statistics", "warning")
-    assert [part.name for part in report.sections["final"].parts if isinstance(part, Table)] == ["final_validation"]
-    assert "may yet reach more: run" in report.said("efficiency", "note")
-
-
-def test_a_run_with_one_evaluation(tmp_path):
-    report = Report(write_run(tmp_path / "run", validations=(0.5,), planned=10))
-    assert "no reward in metrics.jsonl" in report.said("learning", "note")
-    assert "has only that of the base model" in report.said("validation", "note")
-    assert report.figures("final") == ["final_reward"]  # the base model
-    assert "No held-out reward yet" in report.said("statistics", "note")
-    assert report.said("samples", "note").startswith("No samples")
+def test_what_lines_are(tmp_path):
+    report = Report(write_run(tmp_path / "run", validations=(0.5, 0.6), every=100))
+    caption = report.caption("learning", "learning_reward")
+    assert "centred mean over 5 steps" in caption and "no spread to show" in caption
 
 
 def test_a_run_with_nothing_yet(tmp_path):
@@ -214,19 +212,13 @@ def test_measurements_beside_a_run_and_by_themselves(tmp_path):
     (measured / "variance.json").write_text(json.dumps(VARIANCE))
     assert "estimator_cosine_8_64" in Report(folder).figures("gradients")
     assert "not recorded" in str(Report(folder).table("summary", "summary")[-1])  # the laboratory's machine is not ours
+    other = {**VARIANCE, "config": {**VARIANCE["config"], "model": {"name": "another_model"}}}
     alone = Report(measured)
     assert alone.figures("variance") == ["estimator_relative_variance_8_64", "estimator_cosine_8_64"]
     assert [row["what"] for row in alone.table("variance", "summary")] == ["model", "task", "parameters", "machine"]
-
-
-def test_measurements_of_another_model_are_left_out(tmp_path):
-    folder, measured = write_run(tmp_path / "run", settings={"name": "synthetic"}), tmp_path / "variance-synthetic"
-    measured.mkdir()
-    other = {**VARIANCE, "config": {**VARIANCE["config"], "model": {"name": "another_model"}}}
     (measured / "variance.json").write_text(json.dumps(other))
-    report = Report(folder)
-    assert report.figures("gradients") == ["gradient_norm"]
-    assert "are of another model or task" in report.said("summary")
+    assert Report(folder).figures("gradients") == ["gradient_norm"]
+    assert "are of another model or task" in Report(folder).said("summary")
 
 
 def test_samples_gains_and_losses(tmp_path):
@@ -287,23 +279,16 @@ def test_the_page_and_its_files(tmp_path, monkeypatch):
     assert len(html) < 1_000_000
 
 
-def test_output_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(GradeError, match="could not be written.*Name another folder with --output"):
-        write_page("title", [Section("summary", "Summary")], tmp_path / "file")
-
-
-def test_what_an_earlier_page_had_more_is_deleted_and_nothing_else(tmp_path):
-    table = Table("numbers", "", [Column("a")], [[1.0]])
+def test_a_page_deletes_what_an_earlier_one_had_more_and_escapes_what_it_says(tmp_path):
+    table = Table("numbers", [Column("a")], [[1.0]])
     write_page("one", [Section("first", "First", [table])], tmp_path)
     (tmp_path / "tables" / "mine.csv").write_text("1\n")
-    write_page("two", [Section("first", "First", [])], tmp_path)
-    assert [path.name for path in (tmp_path / "tables").iterdir()] == ["mine.csv"]
-
-
-def test_a_title_is_escaped(tmp_path):
-    html = write_page("<i>&", [Section("summary", "A & B", [Text("<u>", "note")])], tmp_path / "out").read_text()
+    html = write_page("<i>&", [Section("first", "A & B", [Text("<u>", "note")])], tmp_path).read_text()
     assert "&lt;i&gt;&amp;" in html and "A &amp; B" in html and '<p class="note">&lt;u&gt;</p>' in html
+    assert [path.name for path in (tmp_path / "tables").iterdir()] == ["mine.csv"]
+    (tmp_path / "file").touch()
+    with pytest.raises(GradeError, match="could not be written.*Name another folder with --output"):
+        write_page("title", [], tmp_path / "file")
 
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ from classifiers import LONGROPE, classifier
 from transformers import GemmaConfig, GPT2Config, LlamaConfig
 
 from grade.errors import GradeError
+from grade.rewards.classifier import ClassifierReward
 from grade.rewards.probe import probe_classifier
-from grade.rewards.reward import ClassifierReward
 
 READS = ["prompt+response", "response"]
 

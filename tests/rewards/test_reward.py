@@ -21,17 +21,10 @@ from transformers import (
 
 from grade.errors import GradeError
 from grade.methods.base import kl_weight
-from grade.model.passes import BasePass, base_pass, fed_embeddings
-from grade.replay.replay import ReplaySettings, replay, score
-from grade.rewards.reward import (
-    ClassifierReward,
-    RewardHead,
-    SharedReward,
-    check_same_vocabulary,
-    load_classifier,
-    mean_pool,
-    positive_class,
-)
+from grade.model.passes import base_pass, fed_embeddings
+from grade.replay.replay import ReplaySettings, replay
+from grade.rewards.classifier import ClassifierReward, check_same_vocabulary, load_classifier, positive_class
+from grade.rewards.shared import RewardHead, mean_pool
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
@@ -61,10 +54,8 @@ def rollout_of(responses=RESPONSES, prompts=PROMPTS, *, pad=EOS, wider_prompt=0,
 @torch.no_grad()
 def value(policy, reward, rollout, prompt_cache=True):
     """[B] rewards, the way replay gets them."""
-    if reward.shares_base_pass:
-        x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
-        return reward.from_base(base_pass(policy, rollout, x, prompt_cache=prompt_cache), rollout.mask)
-    return reward.from_embeddings(rollout, fed_embeddings(rollout, reward.table, reward.embedding_scale))
+    x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
+    return reward.value(rollout, base_pass(policy, rollout, x, prompt_cache=prompt_cache), reward.inputs(rollout))
 
 
 @torch.no_grad()
@@ -76,25 +67,6 @@ def pooled_by_hand(policy, head, prompt, response):
 
 
 # -- the shared reward ---------------------------------------------------------------------------------------------
-
-
-class FirstFeature(torch.nn.Module):
-    """Stands in for a reward head: shows what was pooled."""
-
-    def probability(self, features):
-        return features[..., 0]
-
-
-def test_mean_pooling_by_hand():
-    """Prompt states 1 and 3 and response states 5, 7 and 100, of which the last is padding: mean of 1, 3, 5, 7."""
-    reward = SharedReward(tiny_policy(), FirstFeature())
-    base = BasePass(
-        reference=torch.full((2, 3, 1), 1e6), response=torch.tensor([[[5.0], [7.0], [100.0]], [[2.0], [9.0], [9.0]]]),
-        prompt_sum=torch.tensor([[4.0], [10.0]]), prompt_count=torch.tensor([2, 1]),
-    )
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert reward.from_base(base, mask).tolist() == [4.0, 6.0]
-    assert mean_pool(base.response, mask).tolist() == [[6.0], [2.0]]
 
 
 def test_pooling_half_precision_in_float32():
@@ -158,7 +130,7 @@ def test_prompt_cache_changes_nothing(name):
             rollout = rollout_of(prompts=prompts)
             x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale).requires_grad_()
             base = base_pass(policy, rollout, x, prompt_cache=prompt_cache)
-            rewards, real = reward.from_base(base, rollout.mask), rollout.mask[..., None]
+            rewards, real = reward.value(rollout, base), rollout.mask[..., None]
             outputs = [rewards.sum(), (base.reference * real).square().sum()]
             results.append([rewards, base.reference * real, base.response * real, base.prompt_sum])
             results[-1] += [torch.autograd.grad(y, [x], retain_graph=True)[0] * real for y in outputs]
@@ -185,22 +157,6 @@ def test_samples_of_one_prompt_equal_separate_responses(name):
             assert base.prompt_count[i] == one.prompt_count[0] == len(PROMPTS[i // 2])
 
 
-def test_base_pass_is_the_base_whatever_the_adapter_says():
-    policy, fresh = tiny_policy(), tiny_policy(adapter_scale=0.0)
-    rollout = rollout_of()
-    assert torch.equal(value(policy, tiny_reward(policy), rollout), value(fresh, tiny_reward(fresh), rollout))
-
-
-@pytest.mark.parametrize("kind", ["shared", "classifier"])
-def test_input_response_ignores_the_prompt(kind):
-    policy = tiny_policy()
-    other = [[31, 32], [33], [34, 35, 36, 37]]
-    for reads in READS:
-        reward = tiny_reward(policy, reads) if kind == "shared" else ClassifierReward(classifier(), 1, reads)
-        values = value(policy, reward, rollout_of()), value(policy, reward, rollout_of(prompts=other))
-        assert torch.allclose(*values, atol=1e-6) == (reads == "response")
-
-
 # -- a classifier as reward ----------------------------------------------------------------------------------------
 
 CLASSIFIERS = [LlamaConfig, GPT2Config, Gemma2Config]
@@ -223,19 +179,15 @@ def test_classifier_equals_its_own_forward(config_class, reads):
     assert ours.std() > 1e-3
 
 
-def test_single_output_is_used_as_it_is():
-    policy, model = tiny_policy(), classifier(labels=1)
+@pytest.mark.parametrize("kind, activation", [(None, lambda x: x), ("multi_label_classification", torch.sigmoid)])
+def test_a_single_output_is_a_number_or_by_its_kind_a_probability(kind, activation):
+    policy, model = tiny_policy(), classifier(labels=1, problem_type=kind)
     ours = value(policy, ClassifierReward(model, None), rollout_of())
     with torch.no_grad():
         pairs = zip(PROMPTS, RESPONSES, strict=True)
-        expected = [model(input_ids=torch.tensor([p + r])).logits[0, 0] for p, r in pairs]
-    assert torch.allclose(ours, torch.stack(expected), atol=1e-5)
-    assert ours.abs().max() > 1  # no probability
-
-
-def test_classifier_has_no_features_in_the_base_pass():
-    with pytest.raises(TypeError, match="from_embeddings"):
-        ClassifierReward(classifier(), 0).from_base(None, None)
+        expected = torch.stack([model(input_ids=torch.tensor([p + r])).logits[0, 0] for p, r in pairs])
+    assert torch.allclose(ours, activation(expected), atol=1e-5)
+    assert expected.abs().max() > 1  # no probability
 
 
 def test_embedding_modules_that_do_more_than_scale_are_refused():
@@ -311,66 +263,11 @@ def test_replay_freezes_the_rewards():
         )
     assert not any(p.requires_grad for p in frozen) and all(p.grad is None for p in frozen)
     assert all(torch.equal(p, q) for p, q in zip(frozen, before, strict=True))
-    assert not own.table.requires_grad and not own.model.training and not shared.head.training
+    assert not own.table.rows.requires_grad and not own.model.training and not shared.head.training
     assert all(p.grad.abs().sum() > 0 for p in policy.parameters())
 
 
-@pytest.mark.parametrize("kind", ["shared", "classifier"])
-def test_score_gives_the_rewards_of_replay(kind):
-    policy = tiny_policy()
-    rollout = sampled(policy, soft=False, k=7)
-    reward = tiny_reward(policy) if kind == "shared" else ClassifierReward(classifier(), 1)
-    settings = ReplaySettings(tau=1.0, max_hops=0)
-    result = score(policy, reward, rollout, settings)
-    again = replay(
-        policy, reward, rollout, settings, reward_weight=torch.ones(3), kl_weight=torch.zeros(rollout.mask.shape)
-    )
-    assert torch.allclose(result.reward, again.reward, atol=1e-6)
-    assert torch.allclose(result.reward, value(policy, reward, rollout), atol=1e-6)
-
-
 # -- loading -------------------------------------------------------------------------------------------------------
-
-
-class VocabularyTokenizer:
-    """The part of the policy's tokenizer that the check of a reward reads."""
-
-    def __init__(self, vocabulary):
-        self.vocabulary = vocabulary
-
-    def get_vocab(self):
-        return dict(self.vocabulary)
-
-
-def test_classifier_from_a_folder(tmp_path):
-    model = classifier(GPT2Config, labels=2, id2label={0: "NEGATIVE", 1: "POSITIVE"})
-    model.save_pretrained(tmp_path)
-    save_tokenizer(tmp_path, SAME)
-    policy = tiny_policy()
-    reward = load_classifier(str(tmp_path), policy, positive_label=None, reads="response", judged=16)
-    assert (reward.label, reward.reads) == (1, "response")
-    expected = value(policy, ClassifierReward(model, 1, "response"), rollout_of())
-    assert torch.allclose(value(policy, reward, rollout_of()), expected, atol=1e-6)
-    chosen = load_classifier(str(tmp_path), policy, positive_label="negative", reads="response", judged=16)
-    assert torch.allclose(value(policy, chosen, rollout_of()), 1 - expected, atol=1e-6)
-
-
-def test_other_vocabulary_is_refused_before_weights_are_read(tmp_path):
-    """There is no weights file to read, and the complaint is still the vocabulary's."""
-    classifier().config.save_pretrained(tmp_path)
-    swapped = {**SAME, "<4>": 5, "<5>": 4}
-    save_tokenizer(tmp_path, swapped)
-    assert not list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.bin"))
-    with pytest.raises(GradeError, match=r"2 tokens differ, for example '<4>' has id 5 there and 4 here"):
-        load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response", judged=16)
-
-
-def test_missing_weights_and_missing_folders_end_in_words(tmp_path):
-    classifier(labels=2).config.save_pretrained(tmp_path)
-    save_tokenizer(tmp_path, SAME)
-    for name in (str(tmp_path), str(tmp_path / "nothing")):
-        with pytest.raises(GradeError, match="reward.model=.*cannot be loaded"):
-            load_classifier(name, tiny_policy(), positive_label=None, reads="response", judged=16)
 
 
 OWN_LABELS = dict(id2label={0: "toxic", 1: "POSITIVE", 2: "rude"})
@@ -395,54 +292,47 @@ def test_what_an_output_means_is_the_models_problem_type(tmp_path, kind, activat
     assert re.search(words, reward.raises) and reward.raises.endswith(f"of reward.model={tmp_path}")
 
 
-def test_a_single_multi_label_output_is_a_probability():
-    policy, model = tiny_policy(), classifier(labels=1, problem_type="multi_label_classification")
-    values = value(policy, ClassifierReward(model, None), rollout_of())
-    raw = value(policy, ClassifierReward(classifier(labels=1), None), rollout_of())
-    assert torch.allclose(values, raw.sigmoid(), atol=1e-6)
-
-
-def test_which_class_is_raised_is_asked_before_weights_are_read(tmp_path):
+def good_or_bad():
     """{0: good, 1: bad} raised "bad" without a word."""
     config = classifier(labels=2, id2label={0: "good", 1: "bad"}).config
     config.architectures = ["LlamaForSequenceClassification"]
-    config.save_pretrained(tmp_path)
+    return config
+
+
+SMALL = dict(vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2)
+REFUSED = {  # what is saved in the folder, and why it is no reward; a config alone has no weights to be read
+    "another vocabulary": (lambda: classifier().config, "2 tokens differ, .* '<4>' has id 5 there and 4 here"),
+    "no weights": (lambda: classifier(labels=1).config, "reward.model=.*cannot be loaded"),
+    "no folder": (None, "reward.model=.*cannot be loaded"),
+    "which class": (good_or_bad, r"reward.positive_label is not set and .* \['good', 'bad'\].* name the one"),
+    "a short context": (lambda: classifier(GPT2Config, labels=1, n_positions=15), "context is 15 tokens.* up to 16"),
+    # transformers would draw a random `score` layer and go on
+    "a language model": (
+        lambda: AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, num_labels=1)), "no `score` layer.*random",
+    ),
+    "an encoder": (
+        lambda: AutoModelForSequenceClassification.from_config(BertConfig(**SMALL, num_labels=1)),
+        "BertForSequenceClassification has no `score` layer",
+    ),
+    "a short table": (lambda: classifier(labels=1, vocab_size=60, pad_token_id=0), "60 rows, the policy's 61"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_reward_is_refused_in_words(tmp_path, case):
+    make, message = REFUSED[case]
+    if make is not None:
+        make().save_pretrained(tmp_path)
+        save_tokenizer(tmp_path, {**SAME, "<4>": 5, "<5>": 4} if case == "another vocabulary" else SAME)
+    name = str(tmp_path if make is not None else tmp_path / "nothing")
+    with pytest.raises(GradeError, match=message):
+        load_classifier(name, tiny_policy(), positive_label=None, reads="response", judged=16)
+
+
+def test_a_context_as_long_as_what_is_judged_is_enough(tmp_path):
+    classifier(GPT2Config, labels=1, n_positions=16).save_pretrained(tmp_path)
     save_tokenizer(tmp_path, SAME)
-    with pytest.raises(GradeError, match=r"reward.positive_label is not set and .* \['good', 'bad'\].* name the one"):
-        load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response", judged=16)
-
-
-@pytest.mark.parametrize("judged, fits", [(64, True), (65, False)])
-def test_a_context_shorter_than_what_is_judged_is_refused(tmp_path, judged, fits):
-    classifier(GPT2Config, labels=1).save_pretrained(tmp_path)
-    save_tokenizer(tmp_path, SAME)
-    options = dict(positive_label=None, reads="response", judged=judged)
-    if fits:
-        load_classifier(str(tmp_path), tiny_policy(), **options)
-    else:
-        with pytest.raises(GradeError, match="context is 64 tokens, and it would judge texts of up to 65"):
-            load_classifier(str(tmp_path), tiny_policy(), **options)
-
-
-def test_a_language_model_is_no_trained_classifier(tmp_path):
-    """transformers would draw a random `score` layer and go on."""
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, head_dim=12
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    save_tokenizer(tmp_path, SAME)
-    with pytest.raises(GradeError, match="no `score` layer.*random"):
-        load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response", judged=16)
-
-
-def test_encoder_classifiers_are_refused_by_name(tmp_path):
-    config = BertConfig(
-        vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2
-    )
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    save_tokenizer(tmp_path, SAME)
-    with pytest.raises(GradeError, match="BertForSequenceClassification has no `score` layer"):
-        load_classifier(str(tmp_path), tiny_policy(), positive_label="LABEL_1", reads="response", judged=16)
+    assert load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response", judged=16).label is None
 
 
 def test_architectures_without_a_classifier_are_refused(tmp_path):
@@ -452,13 +342,6 @@ def test_architectures_without_a_classifier_are_refused(tmp_path):
     with pytest.raises(GradeError, match="reward.model=.*cannot be loaded: .*CohereConfig") as refusal:
         load_classifier(str(tmp_path), tiny_policy(), positive_label=None, reads="response", judged=16)
     assert "\n" not in str(refusal.value)
-
-
-def test_a_table_shorter_than_the_vocabulary_is_refused(tmp_path):
-    classifier(labels=2, vocab_size=VOCAB - 1, pad_token_id=0).save_pretrained(tmp_path)
-    save_tokenizer(tmp_path, SAME)
-    with pytest.raises(GradeError, match="60 rows, the policy's 61"):
-        load_classifier(str(tmp_path), tiny_policy(), positive_label="LABEL_1", reads="response", judged=16)
 
 
 def test_vocabulary_check_counts_and_names_the_first_difference():

@@ -93,20 +93,6 @@ def test_an_adapter_is_not_rounded_into_16_bit_weights():
         assert weights == [p.data_ptr() for p in policy.model.parameters()]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", list(CONFIGS))
-def test_no_mask_means_that_all_is_real(name):
-    """In one pass, and token by token behind a cache."""
-    with KeepDouble():
-        policy = tiny_policy(name, dtype=torch.float64)
-        x = policy.embed(torch.tensor([PROMPTS[0], PROMPTS[0][::-1]]))
-        expected = policy.hidden(x, torch.ones(x.shape[:2], dtype=torch.bool))
-        torch.testing.assert_close(policy.hidden(x, None), expected, rtol=1e-10, atol=1e-12)
-        cache = policy.new_cache(x.shape[1])
-        parts = [policy.hidden(x[:, t: t + 1], None, cache) for t in range(x.shape[1])]
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-11)
-
-
 # -- the packed head ---------------------------------------------------------------------------------------------
 
 

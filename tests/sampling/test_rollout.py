@@ -10,7 +10,7 @@ from tiny import CONFIGS, EOS, VOCAB, KeepDouble, tiny_policy, tiny_reward
 import grade.sampling.draw
 import grade.sampling.sample
 from grade.model.passes import fed_embeddings, policy_pass
-from grade.replay.replay import ReplaySettings, score
+from grade.replay.score import ScoreSettings, score
 from grade.rollout import pad_prompts
 from grade.sampling.draw import nucleus
 from grade.sampling.sample import support_is_allowed
@@ -88,18 +88,6 @@ def test_equals_a_sampler_without_cache_and_padding(name, soft):
             if soft:
                 assert torch.allclose(rollout.weights[b, :n], mixtures, rtol=1e-9, atol=1e-15)
     assert soft or rollout.weights is None
-
-
-def test_soft_rollouts_feed_the_mixture():
-    """At a high temperature the mixture is far from the token, and so is what follows it."""
-    policy = tiny_policy()
-    policy.eos_ids = NO_EOS
-    soft, hard = draw(policy, soft=True, tau=5.0), draw(policy, soft=False, tau=5.0)
-    assert torch.equal(soft.tokens[:, 0], hard.tokens[:, 0])
-    assert not torch.equal(soft.tokens, hard.tokens)
-    assert [naive_response(policy, p, first_row=100 * b, soft=True, tau=5.0)[0] for b, p in enumerate(PROMPTS)] == (
-        responses(soft)
-    )
 
 
 def test_without_adapters_the_base_is_sampled():
@@ -183,17 +171,6 @@ def test_a_sampled_pad_token_is_a_token():
     assert rollout.mask.all() and torch.equal(rollout.tokens, free.tokens)
 
 
-def test_eos_as_first_token():
-    """A length of 1 is allowed by min_new_tokens 0 and 1, and not by 2."""
-    policy = tiny_policy()
-    first = int(draw(policy, ignore_eos=True).tokens[2, 0])
-    policy.eos_ids, policy.pad_id = torch.tensor([first]), first
-    for minimum in (0, 1):
-        rollout = draw(policy, min_new_tokens=minimum)
-        assert responses(rollout)[2] == [first]
-    assert len(responses(draw(policy, min_new_tokens=2))[2]) >= 2
-
-
 def test_minimum_length_counts_eos():
     policy = tiny_policy()
     policy.eos_ids = torch.arange(0, VOCAB, 2)  # a token in two
@@ -257,10 +234,15 @@ def test_support_is_allowed_knows_the_minimum_length():
 
 
 def rollout_logits(policy, rollout):
-    """[B, S, V] logits that the rollout's tokens were drawn from, without suppression."""
+    """[B, S, V] logits that the rollout's tokens were drawn from, without suppression, by transformers' own model."""
     x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
+    mask = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
     with torch.no_grad():
-        return policy.causal_lm.get_output_embeddings()(policy_pass(policy, rollout, x))
+        logits = policy.causal_lm(
+            inputs_embeds=torch.cat([policy.embed(rollout.prompt_ids), x], 1), attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0), use_cache=False,
+        ).logits
+    return logits[:, rollout.prompt_ids.shape[1] - 1: -1]
 
 
 # -- state ---------------------------------------------------------------------------------------------------------
@@ -273,31 +255,6 @@ def test_dropout_is_off():
     assert torch.equal(first.token_weight, second.token_weight) and torch.equal(first.token_weight, plain.token_weight)
     with with_dropout.state(adapters=True, dropout=True):  # off also inside a state that has it on
         assert torch.equal(draw(with_dropout).token_weight, plain.token_weight)
-
-
-def test_state_is_restored_after_an_exception(monkeypatch):
-    policy = tiny_policy(dropout=0.5)
-    ids, mask = pad_prompts(PROMPTS, policy.pad_id)
-    x = policy.embed(ids)
-
-    def hidden_now():
-        torch.manual_seed(0)
-        with torch.no_grad():
-            return policy.hidden(x, mask)
-
-    def fail(*args, **kwargs):
-        raise RuntimeError("out of memory")
-
-    before = hidden_now()
-    with policy.state(adapters=True, dropout=True):
-        dropped = hidden_now()
-        with monkeypatch.context() as patch:
-            patch.setattr(grade.sampling.draw, "linear_gumbel_topk", fail)
-            with pytest.raises(RuntimeError, match="out of memory"):
-                draw(policy, adapters=False)
-        assert torch.equal(hidden_now(), dropped)
-    assert torch.equal(hidden_now(), before)
-    assert not torch.equal(before, dropped)
 
 
 def test_sampling_leaves_no_graph_and_no_global_randomness():
@@ -353,8 +310,10 @@ def test_importance_ratio_is_one_on_the_first_pass(name, soft, monkeypatch):
         rollout = draw(policy, min_new_tokens=3, soft=soft, top_k=9, max_new_tokens=9)
         at = torch.stack(logits_at_sampling, 1)[:, : rollout.tokens.shape[1]]
         hidden = policy_pass(policy, rollout, fed_embeddings(rollout, policy.embedding, policy.embedding_scale))
-        head = vocab_head(hidden.detach(), policy.head, indices=rollout.indices, tokens=rollout.tokens)
-        result = score(policy, tiny_reward(policy), rollout, ReplaySettings(tau=1.0))
+        head = vocab_head(
+            hidden.detach(), policy.head, indices=rollout.indices, tokens=rollout.tokens
+        )
+        result = score(policy, tiny_reward(policy), rollout, ScoreSettings())
     picked = rollout.indices == rollout.tokens[..., None]
     mask = rollout.mask
     assert (picked.sum(-1) == 1)[mask].all() and not mask.all()
@@ -427,21 +386,10 @@ def test_top_p_never_leaves_the_nucleus(name):
     with KeepDouble():
         policy = tiny_policy(name, dtype=torch.float64)
         rollout = draw(policy, copies=6, top_k=30, top_p=0.7)
-        probabilities = rollout_logits_with_head(policy, rollout).softmax(-1)
+        probabilities = rollout_logits(policy, rollout).softmax(-1)
     ahead = (probabilities * (probabilities > probabilities.gather(-1, rollout.tokens[..., None]))).sum(-1)
     assert (ahead[rollout.mask] < 0.7).all()
     assert (draw(policy, copies=6, top_k=30).tokens != rollout.tokens).any()  # it does restrict something
-
-
-def rollout_logits_with_head(policy, rollout):
-    """[B, S, V] logits of the rollout, from transformers' own model and head on each sequence."""
-    width = rollout.prompt_ids.shape[1]
-    ids = torch.cat([rollout.prompt_ids, rollout.tokens], 1)
-    mask = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
-    with torch.no_grad():
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        logits = policy.causal_lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    return logits[:, width - 1: -1]
 
 
 def test_top_p_of_one_is_no_restriction():
@@ -450,20 +398,6 @@ def test_top_p_of_one_is_no_restriction():
 
 
 # -- nucleus -------------------------------------------------------------------------------------------------------
-
-
-def test_nucleus_by_hand():
-    """Masses 0.5, 0.3, 0.1, 0.06 of a vocabulary whose last entry is no candidate."""
-    logits = torch.tensor([0.5, 0.3, 0.1, 0.06]).log()
-    lse = torch.tensor(0.0)
-    for top_p, kept in ((0.4, 1), (0.7, 2), (0.85, 3), (0.95, 4), (0.99, 4)):
-        assert nucleus(logits, lse, top_p).tolist() == [True] * kept + [False] * (4 - kept), top_p
-
-
-def test_nucleus_keeps_one_of_equals():
-    """Of equal candidates, those with the lower position are taken until the mass is reached."""
-    logits = torch.zeros(4)
-    assert nucleus(logits, logits.logsumexp(-1), 0.6).tolist() == [True, True, True, False]
 
 
 def test_nucleus_of_one_keeps_all():
@@ -516,14 +450,6 @@ def test_micro_batches_trim_padding_and_keep_every_token(size, soft):
         assert part.samples_per_prompt == (2 if start % 2 == 0 and len(part) % 2 == 0 else 1)
         assert (part.seed, part.min_new_tokens, part.ignore_eos) == (0, 0, False)
     assert min(p.tokens.shape[1] for p in parts) < rollout.tokens.shape[1] or size >= 8
-
-
-def test_cut_is_no_copy_of_another_row():
-    policy = tiny_policy()
-    rollout = draw(policy, copies=2)
-    part = rollout.cut(2, 6)
-    assert part.prompt_ids[part.prompt_mask].tolist() == PROMPTS[1] * 2 + PROMPTS[2] * 2
-    assert part.samples_per_prompt == 2 and rollout.cut(1, 5).samples_per_prompt == 1
 
 
 def test_micro_batches_by_length_compute_less_padding():

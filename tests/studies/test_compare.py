@@ -10,22 +10,22 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from comparisons import write_log
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from tiny_run import changed, with_train
 
 import grade.studies.compare.study
 from grade import cli
 from grade.commands.train import train
 from grade.config.reading import config_from_yaml, sealed_yaml
 from grade.errors import GradeError
-from grade.studies.compare import jobs as jobs_module
 from grade.studies.compare.comparison import read_run
 from grade.studies.compare.jobs import Job, locked, run_jobs
-from grade.studies.compare.study import Comparison, _sweep, missing_results, run_comparison
+from grade.studies.compare.study import Comparison, missing_results, run_comparison, swept_rates
 from grade.studies.compare.text import document
 from grade.training.run_folder import adapter_folder, decided, is_finished, mark
 
@@ -33,12 +33,11 @@ from grade.training.run_folder import adapter_folder, decided, is_finished, mark
 @pytest.fixture
 def comparable(tiny_config, tmp_path):
     """A config of two optimizer steps whose comparison lies in a folder of its own."""
-    return replace(
-        tiny_config, output_dir=str(tmp_path / "out"), reward=replace(tiny_config.reward, path=str(tmp_path / "head")),
-        task=replace(tiny_config.task, judge_examples=0),
-        train=replace(tiny_config.train, steps=2, run_dir=None),
-        evaluation=replace(tiny_config.evaluation, every=1, validation_prompts=6, test_prompts=6),
-        compare=replace(tiny_config.compare, sweep_steps=0, samples_per_prompt=2),
+    return changed(
+        tiny_config, output_dir=str(tmp_path / "out"), reward={"path": str(tmp_path / "head")},
+        task={"judge_examples": 0}, train={"steps": 2, "run_dir": None},
+        evaluation={"every": 1, "validation_prompts": 6, "test_prompts": 6},
+        compare={"sweep_steps": 0, "samples_per_prompt": 2},
     )
 
 
@@ -87,17 +86,16 @@ def test_a_comparison_from_runs_to_tables(comparable, in_process):
     del in_process[:]
     again = run_comparison(comparable, ["reinforce", "grpo"], [0])
     assert in_process == [] and again == payload
-    changed = next(key for key in payload["tests"] if key.startswith("grpo"))
-    _scale_adapter(adapter_folder(folder / "grpo-seed0", int(changed.split("/")[2])), 3.0)
+    scaled = next(key for key in payload["tests"] if key.startswith("grpo"))
+    _scale_adapter(adapter_folder(folder / "grpo-seed0", int(scaled.split("/")[2])), 3.0)
     more = run_comparison(comparable, ["reinforce", "grpo"], [0, 1])
     assert in_process == ["reinforce-seed1", "grpo-seed1"]
     assert more["tables"]["tokens"][1]["test/reward"]["n"] == 2
     # The test of an adapter that is another one by now is not the old one's; the others are not made again.
     kept = {key: test for key, test in payload["tests"].items() if more["tests"].get(key) == test}
-    assert "base/None/0" in kept and changed not in kept and more["tests"][changed]["kl"] > 0
-    other = replace(comparable, method=replace(comparable.method, kl_coef=0.5))
+    assert "base/None/0" in kept and scaled not in kept and more["tests"][scaled]["kl"] > 0
     with pytest.raises(GradeError, match="method.kl_coef"):
-        run_comparison(other, ["reinforce", "grpo"], [0])
+        run_comparison(changed(comparable, method={"kl_coef": 0.5}), ["reinforce", "grpo"], [0])
 
 
 def _scale_adapter(folder, factor):
@@ -108,10 +106,10 @@ def _scale_adapter(folder, factor):
 
 def test_jobs_alternate_between_methods_and_validate_as_often_as_asked(comparable, monkeypatch):
     """A run of 71 of 150 steps is judged at 70, not at evaluation.every's 50."""
-    config = replace(comparable, train=replace(comparable.train, steps=150))
+    config = changed(comparable, train={"steps": 150})
     comparison = Comparison(config, ["ppo", "grpo"], [3])
     assert comparison.run_job("ppo", 3, 0.1).config.evaluation.every == 10
-    config = replace(config, compare=replace(config.compare, validations=4, sweep_steps=50))
+    config = changed(config, compare={"validations": 4, "sweep_steps": 50})
     comparison = Comparison(config, ["ppo", "grpo"], [3])
     assert comparison.run_job("ppo", 3, 0.1).config.evaluation.every == 38  # rounded up: never more than asked
     assert comparison.sweep_job("ppo", 1.0).config.evaluation.every == 25
@@ -123,7 +121,7 @@ def test_jobs_alternate_between_methods_and_validate_as_often_as_asked(comparabl
         return {job.name: "not run" for job in jobs}
 
     monkeypatch.setattr(grade.studies.compare.study, "run_jobs", no_run)
-    monkeypatch.setattr(grade.studies.compare.study, "_prepare", lambda config: ({}, {}))
+    monkeypatch.setattr(grade.studies.compare.study, "prepare", lambda config: ({}, {}))
     with pytest.raises(GradeError, match="every run of the comparison failed"):
         run_comparison(comparable, ["ppo", "grpo"], [4, 5])
     assert order == ["ppo-seed4", "grpo-seed4", "ppo-seed5", "grpo-seed5"]
@@ -134,29 +132,14 @@ def test_a_method_that_fails_is_reported_and_left_out(comparable, in_process, mo
 
     def broken(self, method, seed, learning_rate):
         job = run(self, method, seed, learning_rate)
-        return job if method != "grpo" else Job(job.name, replace(job.config, model=replace(
-            job.config.model, lora=replace(job.config.model.lora, target_modules=["no_such_layer"])
-        )))
+        missing = {"lora": {"target_modules": ["no_such_layer"]}}
+        return job if method != "grpo" else Job(job.name, changed(job.config, model=missing))
 
     monkeypatch.setattr(Comparison, "run_job", broken)
     payload = run_comparison(comparable, ["reinforce", "grpo"], [0])
     assert [row["method"] for row in payload["tables"]["tokens"]] == ["base", "reinforce"]
     assert "no_such_layer" in payload["failures"]["grpo-seed0"] and "Failed: grpo-seed0" in document(payload)
     assert list(missing_results(payload)) == ["grpo-seed0"]
-
-
-def test_what_cannot_be_compared_is_refused_before_any_run(comparable, in_process):
-    with pytest.raises(GradeError, match="method.name=grpo .*samples_per_prompt is 1"):
-        alone = replace(comparable, compare=replace(comparable.compare, samples_per_prompt=1))
-        run_comparison(alone, ["reinforce", "grpo"], [0])
-    with pytest.raises(GradeError, match="sweep_seed"):
-        run_comparison(comparable, ["reinforce"], [comparable.compare.sweep_seed])
-    with pytest.raises(GradeError, match="evaluation.test_prompts is 0"):
-        run_comparison(replace(comparable, evaluation=replace(comparable.evaluation, test_prompts=0)), ["ppo"], [0])
-    countdown = replace(comparable, task=replace(comparable.task, name="countdown"))
-    with pytest.raises(GradeError, match="method.name=grade-ste backpropagates.*ppo, reinforce, grpo"):
-        run_comparison(countdown, ["grade-ste", "ppo"], [0])
-    assert in_process == [] and not (Path(comparable.output_dir) / f"compare-{comparable.name}").exists()
 
 
 def trial(peak):
@@ -166,31 +149,21 @@ def trial(peak):
     def run(jobs, at_once, console, *, lock):
         for job in jobs:
             ran.append(job.name)
-            job.run_dir.mkdir(parents=True)
-            (job.run_dir / "config.yaml").write_text(sealed_yaml(job.config), encoding="utf-8")
             distance = abs(math.log(job.config.train.learning_rate / peak))
-            validations = [(0, 0.5, 0.0), (1, 0.9, 0.1 + distance)]  # every rate has the same reward
-            rows = [
-                {"step": step, "validation/reward": reward, "validation/kl": kl, "validation/kl_sequence": 8 * kl,
-                 "validation/entropy": 1.0}
-                for step, reward, kl in validations
-            ]
-            step = {"reward": 0.5, "kl": 0.0, "entropy": 1.0, "grad_norm": 1.0, "tokens": 5, "memory/peak_gib": 1.0}
-            lines = [json.dumps(row) for row in (rows[0], {"step": 0, **step}, rows[1])]
-            (job.run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_log(job.run_dir, [0.5, 0.9], kls=[0.0, 0.1 + distance])  # every rate has the same reward
+            (job.run_dir / "config.yaml").write_text(sealed_yaml(job.config), encoding="utf-8")
         return {}
 
     return run, ran
 
 
 def sweep(comparable, monkeypatch, peak, factors):
-    config = replace(
-        comparable, train=replace(comparable.train, learning_rate=1.0),
-        compare=replace(comparable.compare, sweep_steps=1, learning_rate_factors=factors),
+    config = changed(
+        comparable, train={"learning_rate": 1.0}, compare={"sweep_steps": 1, "learning_rate_factors": factors}
     )
     run, ran = trial(peak)
     monkeypatch.setattr(grade.studies.compare.study, "run_jobs", run)
-    rates, tried, failures = _sweep(Comparison(config, ["ppo", "grpo"], [0]), {}, Console(quiet=True), 0)
+    rates, tried, failures = swept_rates(Comparison(config, ["ppo", "grpo"], [0]), {}, Console(quiet=True), 0)
     assert failures == {} and rates["ppo"] == rates["grpo"]
     assert [t["learning_rate"] for t in tried if t["method"] == "grpo"] == sorted(
         t["learning_rate"] for t in tried if t["method"] == "ppo"
@@ -217,9 +190,9 @@ def test_the_sweep_goes_on_beyond_its_edge(comparable, monkeypatch, peak, rate, 
 
 def test_child_processes_run_and_fail_by_themselves(comparable, tmp_path):
     def job(name, **settings):
-        train = replace(comparable.train, steps=1, run_dir=str(tmp_path / name), tensorboard=False, **settings)
-        evaluation = replace(comparable.evaluation, test_prompts=0, validation_prompts=2)
-        return Job(name, replace(comparable, train=train, evaluation=evaluation))
+        train = {"steps": 1, "run_dir": str(tmp_path / name), "tensorboard": False, **settings}
+        evaluation = {"test_prompts": 0, "validation_prompts": 2}
+        return Job(name, changed(comparable, train=train, evaluation=evaluation))
 
     jobs = [job("good"), job("bad", learning_rate=-1.0)]
     with locked(tmp_path) as lock:
@@ -242,9 +215,8 @@ time.sleep(60)
 """
 
 
-def test_sigterm_stops_the_children_and_waits_for_them(comparable, tmp_path, monkeypatch):
-    jobs = [Job(name, replace(comparable, train=replace(comparable.train, run_dir=str(tmp_path / name))))
-            for name in ("a", "b", "waiting")]
+def test_sigterm_stops_the_children_and_waits_for_them(comparable, tmp_path):
+    jobs = [Job(name, with_train(comparable, run_dir=str(tmp_path / name))) for name in ("a", "b", "waiting")]
     jobs[0].log.write_text("an earlier attempt", encoding="utf-8")
 
     def terminate():
@@ -257,11 +229,10 @@ def test_sigterm_stops_the_children_and_waits_for_them(comparable, tmp_path, mon
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # so that only this test fails where nobody listens
     try:
         with locked(tmp_path) as lock, pytest.raises(KeyboardInterrupt):
-            monkeypatch.setattr(jobs_module, "_command", lambda settings: [
+            thread.start()
+            run_jobs(jobs, 2, Console(quiet=True), lock=lock, command=lambda settings: [
                 sys.executable, "-c", _CHILD, str(settings.with_suffix(".saved")), str(lock)
             ])
-            thread.start()
-            run_jobs(jobs, 2, Console(quiet=True), lock=lock)
     finally:
         thread.join()
         signal.signal(signal.SIGTERM, before)
@@ -288,15 +259,13 @@ def test_a_folder_serves_one_comparison_even_where_only_its_child_is_left(tmp_pa
         pass
 
 
-def test_a_run_goes_on_from_what_an_interrupted_save_left(comparable, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs_module, "_POLL_SECONDS", 0.1)
-    job = Job("run", replace(comparable, train=replace(comparable.train, run_dir=str(tmp_path / "run"))))
-    monkeypatch.setattr(jobs_module, "_command", lambda settings: [sys.executable, "-c", "pass"])
+def test_a_run_goes_on_from_what_an_interrupted_save_left(comparable, tmp_path):
+    job = Job("run", with_train(comparable, run_dir=str(tmp_path / "run")))
     for left, resumes in (("nothing", False), ("last.old", True)):
         (job.run_dir / "checkpoints" / left).mkdir(parents=True)
         mark(job.run_dir)
         with locked(tmp_path) as lock:
-            run_jobs([job], 1, Console(quiet=True), lock=lock)
+            run_jobs([job], 1, Console(quiet=True), lock=lock, command=lambda _: [sys.executable, "-c", "pass"])
         train = decided(config_from_yaml(tmp_path / "run.yaml")).train
         assert train.resume is resumes and train.overwrite is not resumes
 

@@ -6,6 +6,7 @@ import io
 import json
 
 import pytest
+from comparisons import write_log
 from rich.console import Console
 
 from grade.errors import GradeError
@@ -23,30 +24,9 @@ from grade.studies.compare.text import markdown, notes, rich_table
 BASE = 0.5
 
 
-def write_run(
-    folder, rewards, *, tokens=100, seconds=2.0, every=1, planned=None, cut="", solve_rates=None, kls=None, kl_coef=0.0,
-    kl_reduction="token_mean", idle=(),
-):
-    """A run directory: `rewards[i]` is the validation after `i * every` steps, `kls[i]` its KL per token of responses
-    of 10 tokens; every step costs the same. The steps in `idle` make no update."""
-    folder.mkdir()
-    steps = (len(rewards) - 1) * every
-    lines = []
-    for step in range(steps + 1):
-        if step % every == 0:
-            kl = kls[step // every] if kls else 0.01 * step
-            validation = {"reward": rewards[step // every], "kl": kl, "kl_sequence": 10 * kl, "entropy": 3.0}
-            if solve_rates:
-                validation["solve_rate"] = solve_rates[step // every]
-            lines.append({"step": step, **{f"validation/{k}": v for k, v in validation.items()}})
-        if step < steps:
-            lines.append({
-                "step": step, "reward": 0.1 * step, "kl": 0.02, "entropy": 2.5,
-                "grad_norm": 0.0 if step in idle else float(step + 1), "updates": int(step not in idle),
-                "tokens": tokens, "seconds/rollout": seconds / 4, "seconds/update": 3 * seconds / 4,
-                "memory/peak_gib": 1.0 + step,
-            })
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + cut)
+def write_run(folder, rewards, *, planned=None, kl_coef=0.0, kl_reduction="token_mean", **costs):
+    """A run's folder: its log and what a comparison reads of its settings."""
+    steps = write_log(folder, rewards, **costs)
     (folder / "config.yaml").write_text(
         f"method:\n  kl_coef: {kl_coef}\n  kl_reduction: {kl_reduction}\n"
         f"train:\n  steps: {steps if planned is None else planned}\n"
@@ -77,11 +57,6 @@ def test_read_run(runs):
     assert curve.validations[1].kl == 0.02 and curve.validations[1].entropy == 3.0
 
 
-def test_solve_rate_is_the_metric_where_there_is_one(runs):
-    curve = runs("grpo", 0, [0.5, 0.9], solve_rates=[0.0, 0.25])
-    assert curve.metric == "solve_rate" and [v.metric for v in curve.validations] == [0.0, 0.25]
-
-
 def test_read_a_run_in_progress(runs):
     going = runs("ppo", 0, [0.5, 0.6], planned=4, cut='{"step": 1, "reward": 0.')
     assert len(going.tokens) == 1 and not going.complete
@@ -95,24 +70,19 @@ def test_read_a_run_in_progress(runs):
     assert only_base.tokens == [] and only_base.peak_gib is None and not only_base.complete
 
 
-def test_refuses_runs_that_cannot_be_read(tmp_path):
-    with pytest.raises(GradeError, match="no validation of the base model"):
-        read_run(tmp_path / "missing", "ppo", 0)
+@pytest.mark.parametrize("damage, expected", [
+    (lambda lines: [lines[0], lines[1][:9] + "\n", *lines[2:]], "line 2"),
+    (lambda lines: [lines[0], *lines[2:]], "lacks steps"),  # without its first training step
+    (lambda lines: [], "no validation of the base model"), (None, "no config.yaml"),
+])
+def test_refuses_runs_that_cannot_be_read(tmp_path, damage, expected):
     folder = write_run(tmp_path / "run", [0.5, 0.6, 0.7])
-    log = folder / "metrics.jsonl"
-    lines = log.read_text().splitlines(keepends=True)
-    log.write_text("".join([lines[0], lines[1][:9] + "\n", *lines[2:]]))
-    with pytest.raises(GradeError, match="line 2"):
-        read_run(folder, "ppo", 0)
-    log.write_text("".join([lines[0], *lines[2:]]))  # without its first training step
-    with pytest.raises(GradeError, match="lacks steps"):
-        read_run(folder, "ppo", 0)
-    log.write_text("")
-    with pytest.raises(GradeError, match="no validation of the base model"):
-        read_run(folder, "ppo", 0)
-    log.write_text("".join(lines))
-    (folder / "config.yaml").unlink()
-    with pytest.raises(GradeError, match="no config.yaml"):
+    if damage is None:
+        (folder / "config.yaml").unlink()
+    else:
+        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (folder / "metrics.jsonl").write_text("".join(damage(lines)))
+    with pytest.raises(GradeError, match=expected):
         read_run(folder, "ppo", 0)
 
 
@@ -258,6 +228,7 @@ def test_no_run_improves(runs):
 
 def test_solve_rate_table(runs):
     curves = [runs("grpo", 0, [0.5, 0.9], solve_rates=[0.0, 0.25])]
+    assert curves[0].metric == "solve_rate" and [v.metric for v in curves[0].validations] == [0.0, 0.25]
     tests = {("grpo", 0, 1): {"reward": 0.9, "solve_rate": 0.2}, ("base", None, 0): {"reward": 0.5, "solve_rate": 0.0}}
     _, row = table(curves, tests, budget="tokens")
     assert row["metric"] == "solve_rate" and row["test/solve_rate"] == one(0.2) and row["gap"] == one(0.05)
@@ -285,19 +256,14 @@ def test_markdown(compared):
         assert f"within {shown} of training" in markdown(rows, "seconds", Budgets(100, seconds))
 
 
-def test_rich_table(compared):
-    rows, console = table(*compared, budget="tokens"), Console(file=io.StringIO(), width=200)
-    console.print(rich_table(rows, "equal tokens"))
-    text = console.file.getvalue()
-    assert "equal tokens" in text and "0.680 ±0.012" in text and "not reached (2 of 3)" in text
-
-
 def test_rich_table_breaks_no_word_at_80_columns(compared):
     curves, tests = compared
     tests = {key: {**values, "kl_sequence": 1.0} for key, values in tests.items()}
     wide, narrow = (Console(file=io.StringIO(), width=width) for width in (200, 80))
     for console in (wide, narrow):
         console.print(rich_table(table(curves, tests, budget="tokens"), "equal tokens"))
+    text = wide.file.getvalue()
+    assert "equal tokens" in text and "0.680 ±0.012" in text and "not reached (2 of 3)" in text
     words = [sorted(console.file.getvalue().replace("─", "").split()) for console in (wide, narrow)]
     assert words[0] == words[1]
     assert max(len(line) for line in narrow.file.getvalue().splitlines()) <= 80

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from comparisons import METHODS, finish
 from report_runs import write_run
 from rich.console import Console
-from test_compare_errors import METHODS, config, finish, no_models  # noqa: F401
-from test_variance import lab_config  # noqa: F401
+from safetensors import SafetensorError
 
 import grade.studies.compare.study
 import grade.studies.variance.study
@@ -22,8 +22,6 @@ from grade.studies.compare.judge import Judge
 from grade.studies.compare.study import run_comparison
 
 FULL = Path("/dev/full")
-
-
 NO_SPACE = r"could not be written \(No space left on device\)\. "
 
 
@@ -36,63 +34,53 @@ def full(monkeypatch):
     """Makes writing a text or bytes to files of that name fail as on a full disk."""
 
     def fill(name: str) -> None:
-        for method in ("write_text", "write_bytes"):
-            monkeypatch.setattr(Path, method, failing(getattr(Path, method), name))
+        for original in (Path.write_text, Path.write_bytes):
+            def write(path, *args, original=original, **kwargs):
+                if path.name == name:
+                    path.touch()
+                    no_space()
+                return original(path, *args, **kwargs)
 
-    def failing(original, name):
-        def write(path, *args, **kwargs):
-            if path.name == name:
-                path.touch()
-                no_space()
-            return original(path, *args, **kwargs)
-
-        return write
+            monkeypatch.setattr(Path, original.__name__, write)
 
     return fill
 
 
 @pytest.mark.parametrize("name", ["comparison.json", "comparison.md"])
-def test_a_comparison(config, full, monkeypatch, name):  # noqa: F811
-    finish(config, "reinforce"), finish(config, "ppo")
+def test_a_comparison(few, full, monkeypatch, name):
+    finish(few, "reinforce"), finish(few, "ppo")
     full(name)
     if name == "comparison.json":
         monkeypatch.setattr(grade.studies.compare.study, "write_comparison", no_space)
     words = f"^output_dir: .*{name} {NO_SPACE}Make room on its disk: runs and tests are kept, and the same command"
     with pytest.raises(GradeError, match=words):
-        run_comparison(config, METHODS, [0])
+        run_comparison(few, METHODS, [0])
 
 
-def test_test_results(config, no_models, tmp_path, monkeypatch):  # noqa: F811
+def test_test_results(few, no_models, tmp_path, monkeypatch):
     monkeypatch.setattr(final_test, "write_evaluations", no_space)
     with pytest.raises(GradeError, match=f"^output_dir: .*tests.json {NO_SPACE}.* the same command goes on"):
-        final_test.test_checkpoints(config, tmp_path, {}, {}, Console(quiet=True))
+        final_test.evaluate_checkpoints(few, tmp_path, {}, {}, Console(quiet=True))
 
 
-TASK = SimpleNamespace(judge=[SimpleNamespace(label=i, text="a b") for i in (0, 1)], test=[])
-
-
-def test_the_judges_report(config, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(final_test, "train_judge", lambda *_, **__: (Judge(), {"accuracy": {}}))
-    monkeypatch.setattr(final_test, "write_evaluations", no_space)
-    with pytest.raises(GradeError, match=f"^output_dir: .*judge.json {NO_SPACE}.* the same command goes on"):
-        final_test.load_judge(tmp_path, config, dict.fromkeys(["tokenizer", "judge", "data"], "x"), None, TASK)
-
-
-def test_the_judges_weights(config, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("name", ["judge.json", "judge.safetensors"])
+def test_the_judge(few, tmp_path, monkeypatch, name):
     def save(judge, path):
-        from safetensors import SafetensorError
-
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
+    task = SimpleNamespace(judge=[SimpleNamespace(label=i, text="a b") for i in (0, 1)], test=[])
     monkeypatch.setattr(final_test, "train_judge", lambda *_, **__: (Judge(), {"accuracy": {}}))
-    monkeypatch.setattr(Judge, "save", save)
-    with pytest.raises(GradeError, match="^output_dir: .*judge.safetensors could not be written .*No space left"):
-        final_test.load_judge(tmp_path, config, dict.fromkeys(["tokenizer", "judge", "data"], "x"), None, TASK)
+    if name == "judge.json":
+        monkeypatch.setattr(final_test, "write_evaluations", no_space)
+    else:
+        monkeypatch.setattr(Judge, "save", save)
+    with pytest.raises(GradeError, match=f"^output_dir: .*{name} could not be written .*No space left.* goes on"):
+        final_test.load_judge(tmp_path, few, dict.fromkeys(["tokenizer", "judge", "data"], "x"), None, task)
     assert not (tmp_path / "judge.json").exists()  # nothing says that those weights are whole
 
 
 @pytest.mark.parametrize("name", ["variance.json", "variance.md"])
-def test_measurements(lab_config, full, monkeypatch, name):  # noqa: F811
+def test_measurements(lab_config, full, monkeypatch, name):
     monkeypatch.setattr(grade.studies.variance.study, "_measured", lambda *_: [])
     full(name)
     if name == "variance.json":
@@ -106,9 +94,9 @@ def test_a_report(full, tmp_path, monkeypatch, written):
     pytest.importorskip("matplotlib")
     from grade.report.page import write_page
     from grade.report.parts import Section
-    from grade.report.tables import Column, Table
+    from grade.tables import Column, Table
 
-    tables = [Table(name, "", [Column("a")], [["x"]]) for name in ("summary", "runs")]
+    tables = [Table(name, [Column("a")], [["x"]]) for name in ("summary", "runs")]
     page = write_page("before", [Section("s", "S", tables)], tmp_path)
     full(written)
     with pytest.raises(GradeError, match=rf"^--output: .*{written[:-4]} could not be written \(No space left"):

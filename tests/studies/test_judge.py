@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_run import changed
 
 from grade.config import Config
 from grade.errors import GradeError
-from grade.studies.compare import judge as judging
 from grade.studies.compare.final_test import judge_rows, load_judge
-from grade.studies.compare.judge import BUCKETS, Judge, _ngrams, train_judge
+from grade.studies.compare.judge import BUCKETS, Judge, ngrams
+from grade.studies.compare.judge import train_judge as trained
 from grade.tasks.demo import write_reviews
 from grade.tasks.texts import Example
+
+train_judge = partial(trained, least_steps=100)
 
 
 class Words:
@@ -31,11 +34,6 @@ class Words:
         assert not add_special_tokens
         words = [re.findall(r"\w+", text) for text in texts]
         return {"input_ids": [[self.ids.setdefault(word, len(self.ids)) for word in row] for row in words]}
-
-
-@pytest.fixture(autouse=True)
-def _few_steps(monkeypatch):
-    monkeypatch.setattr(judging, "_MIN_STEPS", 100)
 
 
 @pytest.fixture(scope="module")
@@ -82,22 +80,18 @@ def test_probability_does_not_depend_on_the_other_rows():
 
 
 def test_ngrams_count_once_and_do_not_cross_rows():
-    buckets, counts = _ngrams([[5, 0, 5, 0, 5], [5], [], [0]])
+    buckets, counts = ngrams([[5, 0, 5, 0, 5], [5], [], [0]])
     assert counts.tolist() == [4, 1, 0, 1]  # 5, 0, (5, 0), (0, 5); no bigram of two texts
     assert 0 <= int(buckets.min()) and int(buckets.max()) < BUCKETS
-    repeated, _ = _ngrams([[5, 0, 5, 0, 5, 0, 5, 0]])
+    repeated, _ = ngrams([[5, 0, 5, 0, 5, 0, 5, 0]])
     assert torch.equal(repeated, buckets[:4])
 
 
-def test_the_hash_is_fixed():
-    """A saved judge must read the same buckets in every process and version."""
-    assert _ngrams([[0, 1]])[0].tolist() == [0, 52668, 155506]
-
-
-def test_hash_spreads_a_vocabulary():
-    buckets, _ = _ngrams([[token] for token in range(50_000)])
-    expected = BUCKETS * (1 - (1 - 1 / BUCKETS) ** 50_000)  # distinct buckets of 50,000 random draws
-    assert buckets.unique().numel() > 0.98 * expected
+def test_the_hash_is_fixed_and_spreads_a_vocabulary():
+    """A saved judge must read the same buckets in every process and version; 50,000 tokens as random draws would."""
+    assert ngrams([[0, 1]])[0].tolist() == [0, 52668, 155506]
+    buckets, _ = ngrams([[token] for token in range(50_000)])
+    assert buckets.unique().numel() > 0.98 * BUCKETS * (1 - (1 - 1 / BUCKETS) ** 50_000)
 
 
 class Letters:
@@ -135,10 +129,10 @@ def test_a_judge_of_other_settings_is_trained_anew(reviews, tmp_path, monkeypatc
         assert load_judge(tmp_path, config, INPUTS, None, task) is not None
     assert len(trained) == 1
     others = [
-        (replace(config, reward=replace(config.reward, seed=7)), INPUTS, task),
+        (changed(config, reward={"seed": 7}), INPUTS, task),
         (config, {**INPUTS, "judge": "other reviews"}, task),
         (config, {**INPUTS, "tokenizer": "another of that name"}, task),
-        (replace(config, generation=replace(config.generation, max_new_tokens=7)), INPUTS, task),
+        (changed(config, generation={"max_new_tokens": 7}), INPUTS, task),
     ]
     for number, (other, inputs, found) in enumerate(others, start=2):
         load_judge(tmp_path, other, inputs, None, found)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
-from tiny_run import shared_output, tiny_config, tiny_data, tiny_model  # noqa: F401
+from tiny_run import changed
 
-from grade.config.studies import VarianceConfig
 from grade.errors import GradeError
+from grade.studies.variance import study
 from grade.studies.variance.laboratory import CONVERGED
 from grade.studies.variance.statistics import Draws, agreement
 from grade.studies.variance.study import run_variance
 from grade.studies.variance.text import document, name_of
+from grade.training.interrupt import StopRequest
 
 
 def drawn(mean: torch.Tensor, deviation: float, count: int, *, seed: int, batch: int = 1) -> Draws:
@@ -137,17 +137,6 @@ def test_intervals_cover():
     assert inside >= 17
 
 
-@pytest.fixture
-def lab_config(tiny_config):  # noqa: F811
-    variance = VarianceConfig(
-        methods=["grade-ste", "grade", "reinforce", "rloo", "grpo", "ppo"],
-        estimators=["gumbel", "rao", "straight_through"],
-        taus=[2.0, 0.5], hops=[0, 3], lengths=[4], draws=10, responses=4, samples_per_prompt=2, warmup_draws=2,
-        reference_responses=640,
-    )
-    return replace(tiny_config, variance=variance)
-
-
 def test_measures_every_method(lab_config, capsys):
     payload = run_variance(lab_config)
     rows = {name_of(row): row for row in payload["rows"]}
@@ -171,25 +160,26 @@ def test_measures_every_method(lab_config, capsys):
     again = run_variance(lab_config)  # nothing is missing: nothing is measured
     assert again["rows"] == written
     with pytest.raises(GradeError, match="other settings, another checkpoint"):
-        run_variance(replace(lab_config, variance=replace(lab_config.variance, seed=7)))
+        run_variance(changed(lab_config, variance={"seed": 7}))
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"taus": []}, "variance.taus is .*name one or more numbers, none"),
-        ({"taus": [2.0, 2.0]}, "none of them twice"),
-        ({"hops": [-1]}, "variance.hops"),
-        ({"lengths": [0]}, "variance.lengths"),
-        ({"draws": 2}, "variance.draws is 2: it must be at least 10"),
-        ({"responses": 5}, "variance.responses .5. is not a multiple of variance.samples_per_prompt"),
-        ({"reference_responses": 100}, "variance.reference_responses is 100: too few to judge by"),
-        ({"methods": ["dpo"]}, "variance.methods is .*names of grade-ste"),
+        ({"variance": {"taus": []}}, "variance.taus is .*name one or more numbers, none"),
+        ({"variance": {"taus": [2.0, 2.0]}}, "none of them twice"),
+        ({"variance": {"hops": [-1]}}, "variance.hops"),
+        ({"variance": {"lengths": [0]}}, "variance.lengths"),
+        ({"variance": {"draws": 2}}, "variance.draws is 2: it must be at least 10"),
+        ({"variance": {"responses": 5}}, "variance.responses .5. is not a multiple of variance.samples_per_prompt"),
+        ({"variance": {"reference_responses": 100}}, "variance.reference_responses is 100: too few to judge by"),
+        ({"variance": {"methods": ["dpo"]}}, "variance.methods is .*names of grade-ste"),
+        ({"task": {"name": "countdown"}, "method": {"name": "reinforce"}}, "an answer to it must end by itself"),
     ],
 )
 def test_bad_settings_are_refused(lab_config, changes, message):
     with pytest.raises(GradeError, match=message):
-        run_variance(replace(lab_config, variance=replace(lab_config.variance, **changes)))
+        run_variance(changed(lab_config, **changes))
 
 
 def test_a_folder_without_an_adapter_is_refused(lab_config, tmp_path):
@@ -199,22 +189,19 @@ def test_a_folder_without_an_adapter_is_refused(lab_config, tmp_path):
 
 def test_stopping_keeps_the_draws_so_far(lab_config, monkeypatch):
     """Stopped after six draws, the rows say six; a stop that comes earlier does not take their place."""
-    from grade.studies.variance import study as variance
-    from grade.training import interrupt
-
     few = dict(methods=["grade-ste", "grpo"], estimators=["gumbel"], taus=[2.0], hops=[0])
-    config = replace(lab_config, name="stopped", variance=replace(lab_config.variance, **few))
+    config = changed(lab_config, name="stopped", variance=few)
 
     def stopped_after(draws):
-        request = interrupt.StopRequest()
+        request = StopRequest()
         made = []
 
         def tick():
             made.append(1)
             request.asked = len(made) >= draws + config.variance.warmup_draws
 
-        monkeypatch.setattr(variance, "stop_between_steps", lambda first: nullcontext(request))
-        monkeypatch.setattr(variance, "counting", lambda title, total: nullcontext(tick))
+        monkeypatch.setattr(study, "stop_between_steps", lambda first: nullcontext(request))
+        monkeypatch.setattr(study, "counting", lambda title, total: nullcontext(tick))
         with pytest.raises(KeyboardInterrupt):
             run_variance(config)
         return json.load(open(lab_config.output_dir + "/variance-stopped/variance.json"))["rows"]
@@ -222,12 +209,3 @@ def test_stopping_keeps_the_draws_so_far(lab_config, monkeypatch):
     rows = stopped_after(6)
     assert {row["draws"] for row in rows} == {6} and {row["verdict"] for row in rows} == {"not judged"}
     assert stopped_after(4) == rows
-
-
-def test_tasks_that_must_end_are_refused(lab_config):
-    config = replace(
-        lab_config, task=replace(lab_config.task, name="countdown"),
-        method=replace(lab_config.method, name="reinforce"),
-    )
-    with pytest.raises(GradeError, match="an answer to it must end by itself"):
-        run_variance(config)

@@ -15,16 +15,16 @@ from transformers import (
 )
 
 SAME = {f"<{i}>": i for i in range(VOCAB)}
+PAD = 60  # the unused last id, where pad must differ from EOS
+LONGROPE = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[8.0] * 4)
+
+
 def save_tokenizer(folder, vocabulary):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<0>")), unk_token="<0>"
     )
     tokenizer.save_pretrained(folder)
     assert tokenizer.get_vocab() == vocabulary
-LONGROPE = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[8.0] * 4)
-
-
-PAD = 60  # the unused last id, where pad must differ from EOS
 
 
 def classifier(config_class=LlamaConfig, *, labels=3, dtype=torch.float32, seed=5, **options):

@@ -23,8 +23,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
-from grade.rewards.reward import RewardHead, SharedReward
+from grade.rewards.shared import RewardHead, SharedReward
 
 VOCAB = 61
 EOS = 3
@@ -168,3 +169,11 @@ def embeddings_of(policy, length=9, batch=2, seed=0):
     """[B, T, d] of random tokens, and a mask of ones."""
     ids = torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
     return policy.embed(ids), torch.ones(batch, length, dtype=torch.bool)
+
+
+def loaded_policy(config):
+    """The policy that a config names, from its folder."""
+    return load_policy(
+        config.model, load_tokenizer(config.model), torch.device("cpu"), seed=config.seed, task=config.task,
+        generation=config.generation, reward=config.reward,
+    )

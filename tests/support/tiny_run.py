@@ -101,8 +101,16 @@ def adapter_of(policy):
     return torch.cat([p.detach().flatten() for p in policy.parameters()]).clone()
 
 
+def changed(config, **settings):
+    """`config` with some settings changed, those of a section in a dictionary: changed(config, train={"steps": 1})."""
+    return replace(config, **{
+        name: changed(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+    })
+
+
 def with_train(config, **changes):
-    return replace(config, train=replace(config.train, **changes))
+    return changed(config, train=changes)
 
 
 def stopped_after(config, steps=2):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -34,17 +33,6 @@ EOS, PAD = "<eos>", "<pad>"
 # --- puzzles ---
 
 
-def reachable(numbers: tuple[int, ...]) -> set[Fraction]:
-    """All values that some expression over some of the numbers has."""
-    found = set(numbers)
-    for i, j in itertools.permutations(range(len(numbers)), 2):
-        a, b = numbers[i], numbers[j]
-        rest = tuple(n for k, n in enumerate(numbers) if k not in (i, j))
-        for value in [a + b, a - b, a * b] + ([Fraction(a, b)] if b else []):
-            found |= reachable((*rest, value))
-    return found
-
-
 @pytest.mark.parametrize("operands", [2, 3, 4, 6, 9, 12])
 def test_solutions_are_accepted(operands):
     puzzles = write_puzzles(60, seed=3, **difficulty(operands, max_number=30, max_target=120))
@@ -57,12 +45,6 @@ def test_solutions_are_accepted(operands):
             assert not is_solution(puzzle.answer, puzzle.numbers, puzzle.target, max_steps=operands - 2)
         for _, operation, b, result in puzzle.solution:
             assert result > 0 and not (operation in "*/" and b == 1)
-
-
-def test_brute_force_reaches_every_target():
-    for operands, n in ((2, 40), (3, 40), (4, 5)):
-        for puzzle in write_puzzles(n, seed=1, **difficulty(operands)):
-            assert puzzle.target in reachable(puzzle.numbers)
 
 
 def test_parts_are_disjoint_up_to_order():
@@ -220,14 +202,13 @@ def test_reward(partial_credit):
     reward, (first, second) = make_reward(puzzles, tokenizer, partial_credit=partial_credit)
     responses = [[*solution, EOS], solution, ["5", "*", "2", EOS], [*solution, EOS], [*solution, "\n", "!", EOS]]
     rollout = make_rollout([first, first, second, second, first], [tokenizer.encode(r) for r in responses])
-    assert not reward.differentiable and not reward.shares_base_pass
-    found = reward.from_tokens(rollout)
+    found = reward.score(rollout)
     partial = torch.tensor([1.0, 0.2 / 3, 1.0, 0.0, 0.8])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, partial if partial_credit else (partial == 1).float())
     assert reward.details(rollout, found)["solve_rate"].tolist() == [1, 0, 1, 0, 0]
 
-    prefixes = reward.prefix_scores(rollout)
+    prefixes = reward.prefix_values(rollout)
     assert prefixes.shape == (5, 1 + rollout.tokens.shape[1]) and prefixes.dtype == torch.float32
     assert not prefixes[:, 0].any() and (prefixes.diff(dim=1) >= 0).all()
     ends = rollout.mask.sum(1)
@@ -237,7 +218,7 @@ def test_reward(partial_credit):
         assert prefixes.diff(dim=1).nonzero().tolist() == [[0, ends[0] - 1], [2, ends[2] - 1]]
 
     with pytest.raises(ValueError, match="no puzzle has the prompt"):
-        reward.from_tokens(make_rollout([first[:-1]], [tokenizer.encode(solution)]))
+        reward.score(make_rollout([first[:-1]], [tokenizer.encode(solution)]))
 
 
 @pytest.mark.parametrize("response, expected", [  # tokens between bars, and the changes that are not 0
@@ -262,9 +243,9 @@ def test_which_token_gets_what(response, expected):
     tokenizer = PieceTokenizer()
     reward, prompts = make_reward([Puzzle((16, 9, 3), 22, ())], tokenizer)
     rollout = make_rollout(prompts, [tokenizer.encode(response.split("|"))])
-    (changes,) = reward.prefix_scores(rollout).diff(dim=1).tolist()
+    (changes,) = reward.prefix_values(rollout).diff(dim=1).tolist()
     assert {i: pytest.approx(change) for i, change in enumerate(changes) if change} == expected
-    assert sum(changes) == pytest.approx(reward.from_tokens(rollout).item())
+    assert sum(changes) == pytest.approx(reward.score(rollout).item())
 
 
 @examples
@@ -277,8 +258,8 @@ def test_changes_are_never_negative_and_sum_to_the_score(answer, data):
     tokenizer = PieceTokenizer()
     reward, prompts = make_reward([puzzle], tokenizer)
     rollout = make_rollout(prompts, [tokenizer.encode(pieces)])
-    changes = reward.prefix_scores(rollout).diff(dim=1)[0]
-    final = reward.from_tokens(rollout).item()
+    changes = reward.prefix_values(rollout).diff(dim=1)[0]
+    final = reward.score(rollout).item()
     assert (changes >= 0).all() and changes.sum().item() == pytest.approx(final, abs=1e-6)
     assert (final == 1) == (pieces[-1] == EOS and is_solution(text, puzzle.numbers, puzzle.target, max_steps=6))
     for piece, change in zip(pieces, changes.tolist(), strict=False):  # then padding
@@ -295,20 +276,9 @@ def test_special_tokens_are_errors(special):
     responses = [["16+9=25\n25-3=", "2", special, "2", EOS], [special, "16+9-3", EOS], ["16+9-3", special, EOS],
                  ["16+9=25", special, "\n25-3=22", EOS], ["16+9=25\n", "25-3=22", special]]
     rollout = make_rollout(prompts * 5, [tokenizer.encode(r) for r in responses])
-    torch.testing.assert_close(reward.from_tokens(rollout), torch.tensor([0.1, 0, 0, 0.1, 0.8]))
-    changes = reward.prefix_scores(rollout).diff(dim=1)
+    torch.testing.assert_close(reward.score(rollout), torch.tensor([0.1, 0, 0, 0.1, 0.8]))
+    changes = reward.prefix_values(rollout).diff(dim=1)
     assert changes.nonzero().tolist() == [[0, 0], [3, 0], [4, 0], [4, 1]]
-
-
-def test_special_tokens_of_a_real_tokenizer():
-    puzzle = Puzzle((16, 9, 3), 22, ((16, "+", 9, 25), (25, "-", 3, 22)))
-    tokenizer = train_tokenizer([puzzle.prompt + puzzle.answer], {"vocabulary": 384, "context": 128})
-    reward, prompts = make_reward([puzzle], tokenizer)
-    reward.policy.eos_ids = torch.tensor([tokenizer.eos_token_id])
-    first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("16+9=25\n25-3=2", "2"))
-    end, pad = [tokenizer.eos_token_id], [tokenizer.pad_token_id]
-    rollout = make_rollout(prompts * 2, [first + second + end, first + pad + second + end])
-    torch.testing.assert_close(reward.from_tokens(rollout), torch.tensor([1.0, 0.1]))
 
 
 # --- the model ---

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from grade.config import Config
 from grade.errors import GradeError
+from grade.tasks.base import Example
 from grade.tasks.encoding import encode
-from grade.tasks.texts import Example, Task, clean, opening
+from grade.tasks.texts import TextTask, clean, opening
 
 
 def word_tokenizer(template="$A"):
@@ -63,9 +64,7 @@ def test_opening_counts_sentences_and_cuts_at_a_words_end():
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    st.text() | st.text(alphabet="Ab .!?\"'…)<br/>I"), st.integers(1, 4), st.integers(1, 60)
-)  # fmt: skip
+@given(st.text() | st.text(alphabet="Ab .!?\"'…)<br/>I"), st.integers(1, 4), st.integers(1, 60))
 def test_opening_is_a_prefix_within_its_limits(raw, sentences, max_chars):
     text = clean(raw)
     cut = opening(text, sentences, max_chars)
@@ -104,7 +103,7 @@ def test_truncation_side_and_saved_truncation_do_not_matter():
 
 def test_prompts_skip_what_is_empty_and_keep_the_order():
     split = [Example(f"train/{i}", text, i % 2) for i, text in enumerate(["", "b", "z", "c", "d"])]
-    task = Task("here", Config().task, [], split, [], [])
+    task = TextTask("here", Config().task, [], split, [], [])
     tokenizer = word_tokenizer("<e> $A")
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("z", "")  # a text that leaves no token
     assert task.prompts("policy", tokenizer) == [[0, 3], [0, 4], [0, 5]]

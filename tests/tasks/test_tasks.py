@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import replace
 
 import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from grade.config import Config
+from grade.config import TaskConfig
 from grade.errors import GradeError
 from grade.tasks import demo, load_task
-from grade.tasks.texts import SPLITS, Example, Task, cut_splits, shuffled
+from grade.tasks.base import Example
+from grade.tasks.texts import SPLITS, TextTask, cut_splits, shuffled
 
 ROWS = 60
 
@@ -27,10 +27,8 @@ def rows(n=ROWS, part="train"):
 
 
 def config_for(dataset, **task):
-    config = Config()
     sizes = {"reward_examples": 20, "policy_examples": 20, "validation_examples": 10}
-    config.task = replace(config.task, dataset=str(dataset), **{**sizes, **task})
-    return config
+    return TaskConfig(dataset=str(dataset), **{**sizes, **task})
 
 
 def save(folder, kind, parts=("train", "test"), **columns):
@@ -81,7 +79,7 @@ def test_splits_are_disjoint_complete_and_of_the_asked_sizes(folder):
 
 
 def test_sorted_file_is_balanced_after_the_shuffle():
-    task = cut_splits(examples(25000), examples(0), Config().task, "here")
+    task = cut_splits(examples(25000), examples(0), TaskConfig(), "here")
     for split in ("reward", "policy", "validation"):
         labels = [example.label for example in task.examples(split)]
         # 4 standard deviations of a share over at least 2000 rows
@@ -105,11 +103,7 @@ def test_shuffle_is_pinned():
 def test_description_is_json_and_tells_rows_from_contents(folder, tmp_path):
     first = load_task(config_for(folder)).describe()
     assert json.loads(json.dumps(first)) == first
-    assert (
-        first["dataset"] == str(folder)
-        and first["split_seed"] == 0
-        and first["splits"]["reward"]["examples"] == 20
-    )
+    assert (first["dataset"], first["split_seed"]) == (str(folder), 0) and first["splits"]["reward"]["examples"] == 20
     texts = [text.replace("review", "story") for text in rows()["text"]]
     second = load_task(config_for(save(tmp_path / "other", "parquet", text=texts))).describe()
     for split in SPLITS:
@@ -118,28 +112,21 @@ def test_description_is_json_and_tells_rows_from_contents(folder, tmp_path):
 
 
 def test_recorded_hash_is_stable():
-    description = cut_splits(examples(50), [], config_for("x").task, "here").describe()
+    description = cut_splits(examples(50), [], config_for("x"), "here").describe()
     assert description["splits"]["reward"]["ids_sha256"][:16] == "86683fce5a451e7e"
-
-
-def test_too_small_a_file_names_the_settings_and_the_rows(folder):
-    with pytest.raises(GradeError, match=r"task\.reward_examples \+ task\.policy_examples .* "
-                                         r"= 20 \+ 40 \+ 10 = 70, "
-                                         r"but the training data of .* has 60 rows"):  # fmt: skip
-        load_task(config_for(folder, policy_examples=40))
 
 
 def test_reward_examples_of_one_class_are_refused():
     with pytest.raises(GradeError, match=r"same label: raise task\.reward_examples"):
-        cut_splits([Example(str(i), "x", int(i == 49)) for i in range(50)], [], config_for("x").task, "here")
+        cut_splits([Example(str(i), "x", int(i == 49)) for i in range(50)], [], config_for("x"), "here")
 
 
 def test_the_same_row_twice_is_a_bug():
     row = [Example("train/0", "x", 1)]
     with pytest.raises(AssertionError, match="occur twice"):
-        Task("here", Config().task, row, row, [], [])
+        TextTask("here", TaskConfig(), row, row, [], [])
     with pytest.raises(ValueError, match="no split 'dev'"):
-        Task("here", Config().task, row, [], [], []).examples("dev")
+        TextTask("here", TaskConfig(), row, [], [], []).examples("dev")
 
 
 # --- sources ---
@@ -158,9 +145,6 @@ def test_saved_to_disk(tmp_path, folder):
     parts = {part: datasets.Dataset.from_dict(rows(part=part)) for part in ("train", "test")}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     assert load_task(config_for(tmp_path / "saved")).policy == load_task(config_for(folder)).policy
-    parts["train"].save_to_disk(str(tmp_path / "single"))
-    with pytest.raises(GradeError, match="a single saved dataset: save a DatasetDict"):
-        load_task(config_for(tmp_path / "single"))
 
 
 def test_shards_are_read_in_order(tmp_path, folder):
@@ -184,9 +168,7 @@ def test_read_only_folder_stays_untouched(folder):
 def test_hub_dataset(monkeypatch, folder):
     parts = {part: datasets.Dataset.from_dict(rows(part=part)) for part in ("train", "test", "unsupervised")}
     asked = []
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda name: asked.append(name) or datasets.DatasetDict(parts)
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or datasets.DatasetDict(parts))
     assert load_task(config_for("someone/reviews")).reward == load_task(config_for("reviews")).reward
     assert asked == ["someone/reviews", "reviews"]
 
@@ -199,9 +181,7 @@ def test_other_columns_and_labels(tmp_path):
 
 
 def test_shared_reviews(shared_imdb, imdb_lm):
-    config = Config()
-    config.task.dataset = str(shared_imdb)
-    task = load_task(config)
+    task = load_task(TaskConfig(dataset=str(shared_imdb)))
     assert [len(task.examples(split)) for split in SPLITS] == [5000, 10000, 2000, 25000, 8000]
     assert abs(sum(example.label for example in task.test[:2000]) - 1000) < 90  # 4 standard deviations
     prompts = task.prompts("test", AutoTokenizer.from_pretrained(imdb_lm), 200)
@@ -211,10 +191,90 @@ def test_shared_reviews(shared_imdb, imdb_lm):
 # --- data that cannot be used ---
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "a/b/c"])
-def test_missing_path(name):
-    with pytest.raises(GradeError, match=r"task\.dataset is .*no such folder.*save_to_disk"):
-        load_task(config_for(name))
+def saved(data):
+    """Data as `datasets` saves it."""
+    return lambda folder: data.save_to_disk(str(folder)) or folder
+
+
+def with_file(name, content):
+    """Data whose file of this name holds something else."""
+
+    def make(folder):
+        save(folder, name.split(".")[1])
+        (folder / name).write_bytes(content)
+        return folder
+
+    return make
+
+
+def hidden_labels(folder):
+    save(folder, "csv", parts=("train",))
+    return save(folder, "csv", parts=("test",), label=[-1] * ROWS)
+
+
+def parquet(folder, **columns):
+    return save(folder, "parquet", **columns)
+
+
+WHOLE = datasets.Dataset.from_dict(rows())
+UNUSABLE = {  # what is named, settings, and what is said; functions make it in a folder
+    "nowhere": ("./nowhere", {}, "no such folder.*save_to_disk"),
+    "nowhere at all": ("/nowhere/at/all", {}, "no such folder.*save_to_disk"),
+    "nowhere at home": ("~/nowhere-at-all", {}, "no such folder.*save_to_disk"),
+    "no name of the hub": ("a/b/c", {}, "no such folder.*save_to_disk"),
+    "a file": (lambda folder: parquet(folder) / "train.parquet", {}, "a file: name the folder"),
+    "an empty folder": (lambda folder: folder.mkdir() or folder, {}, "which holds nothing: it needs one train"),
+    "one part": (lambda folder: save(folder, "csv", parts=("train",)), {}, r"which holds train\.csv: it needs"),
+    "two kinds": (lambda folder: parquet(save(folder, "csv")), {}, "has both parts as csv and as parquet"),
+    "saved without test": (saved(datasets.DatasetDict(train=WHOLE)), {}, r"no part called test \(it has train\)"),
+    "a single part": (saved(WHOLE), {}, "a single saved dataset: save a DatasetDict"),
+    "saved without rows": (
+        saved(datasets.DatasetDict(train=WHOLE.select([]), test=WHOLE.select([]))), {},
+        "The train data of .* is empty: it has no rows",
+    ),
+    "no rows": (lambda folder: save(folder, "csv", text=[], label=[]), {}, "data of .* is empty: it has no rows"),
+    "no text": (lambda folder: parquet(folder, text=[" <br />"] * ROWS), {}, "empty: no row has text in column 'text'"),
+    "broken parquet": (with_file("train.parquet", b"no such {"), {}, r"data, and its files cannot be read: \w+"),
+    "broken jsonl": (with_file("train.jsonl", b"no such {"), {}, r"data, and its files cannot be read: \w+"),
+    "a part without labels": (
+        with_file("test.csv", b"text\nGood.\n"), {}, "test data .* no column 'label': set task.label_column to .* text",
+    ),
+    "no text column": (parquet, dict(text_column="body"), r"no column 'body': set task\.text_column to one of text, l"),
+    "no label column": (parquet, dict(label_column="body"), r"'body': set task\.label_column to one of text, label"),
+    "numbers as text": (parquet, dict(text_column="label"), r"int values in column 'label': task\.text_column must"),
+    "no positive row": (parquet, dict(positive_label="2"), r"no positive row by task\.positive_label='2'.* holds 0, 1"),
+    "no negative row": (lambda folder: parquet(folder, label=[1] * ROWS), {}, "only positive rows by task.positive_l"),
+    "hidden test labels": (hidden_labels, {}, "The test data .* no positive row .* holds -1"),
+    "a missing label": (
+        lambda folder: parquet(folder, label=[None] + [1] * (ROWS - 1)), {}, "no label in row 0, column 'label'",
+    ),
+    "too few rows": (
+        parquet, dict(policy_examples=40), r"task\.reward_examples \+ task\.policy_examples .* = 20 \+ 40 \+ 10 = 70, "
+        "but the training data of .* has 60 rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_data_that_cannot_be_used_is_told_in_words(tmp_path, case):
+    source, options, message = UNUSABLE[case]
+    name = source if isinstance(source, str) else source(tmp_path / "data")
+    with pytest.raises(GradeError, match=message):
+        load_task(config_for(name, **options))
+
+
+@pytest.mark.parametrize("error, message", [
+    (ConnectionError("Couldn't reach 'a/b' on the Hub"), "task.dataset is a/b.*hub cannot be reached.*folder with"),
+    (datasets.exceptions.DatasetNotFoundError("not there"), "the hub shows no such dataset .*Correct the name"),
+    (ValueError("Config name is missing.\nPick one"), r"\(ValueError: Config name is missing\. Pick one\)\. Save"),
+], ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "")
+def test_hub_datasets_that_cannot_be_had(monkeypatch, error, message):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(GradeError, match=message):
+        load_task(config_for("a/b"))
 
 
 def test_a_folder_that_is_here_is_not_looked_up_at_the_hub(monkeypatch, tmp_path):
@@ -223,83 +283,6 @@ def test_a_folder_that_is_here_is_not_looked_up_at_the_hub(monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GradeError, match="somebody/reviews, which holds nothing"):
         load_task(config_for("somebody/reviews"))
-
-
-def test_file_instead_of_folder(folder):
-    with pytest.raises(GradeError, match="a file: name the folder"):
-        load_task(config_for(folder / "train.parquet"))
-
-
-def test_hub_out_of_reach(monkeypatch):
-    def unreachable(name):
-        raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(GradeError, match=r"task\.dataset is a/b.*hub cannot be reached.*folder with train"):
-        load_task(config_for("a/b"))
-
-
-def test_unknown_and_unusable_hub_datasets(monkeypatch):
-    def unknown(name):
-        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", unknown)
-    with pytest.raises(GradeError, match="the hub shows no such dataset .*Correct the name"):
-        load_task(config_for("a/b"))
-
-    def unusable(name):
-        raise ValueError("Config name is missing.\nPick one")
-
-    monkeypatch.setattr(datasets, "load_dataset", unusable)
-    with pytest.raises(
-        GradeError, match=r"cannot be loaded \(ValueError: Config name is missing\. Pick one\)\. Save it"
-    ):
-        load_task(config_for("a/b"))
-
-
-def test_incomplete_and_ambiguous_folders(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(GradeError, match="which holds nothing: it needs one train"):
-        load_task(config_for(tmp_path / "empty"))
-    with pytest.raises(GradeError, match=r"which holds train\.csv: it needs"):
-        load_task(config_for(save(tmp_path / "half", "csv", parts=("train",))))
-    save(tmp_path / "both", "csv")
-    with pytest.raises(GradeError, match="has both parts as csv and as parquet"):
-        load_task(config_for(save(tmp_path / "both", "parquet")))
-
-
-def test_saved_without_test_part(tmp_path):
-    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows())).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(GradeError, match=r"no part called test \(it has train\)"):
-        load_task(config_for(tmp_path / "saved"))
-
-
-@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
-def test_broken_file(tmp_path, name):
-    folder = save(tmp_path / "broken", name.split(".")[1], parts=("test",))
-    (folder / name).write_bytes(b"no such format {")
-    with pytest.raises(GradeError, match=r"task\.dataset is .*broken, and its files cannot be read: \w+"):
-        load_task(config_for(folder))
-
-
-@pytest.mark.parametrize("setting", ["text_column", "label_column"])
-def test_missing_column_is_named_with_those_there_are(folder, setting):
-    with pytest.raises(GradeError, match=rf"no column 'body': set task\.{setting} to one of text, label"):
-        load_task(config_for(folder, **{setting: "body"}))
-
-
-def test_text_column_of_numbers(folder):
-    with pytest.raises(GradeError, match=r"int values in column 'label': task\.text_column must name"):
-        load_task(config_for(folder, text_column="label"))
-
-
-def test_classes(folder, tmp_path):
-    with pytest.raises(GradeError, match=r"no positive row by task\.positive_label='2'.* holds 0, 1"):
-        load_task(config_for(folder, positive_label="2"))
-    with pytest.raises(GradeError, match=r"only positive rows by task\.positive_label='1'"):
-        load_task(config_for(save(tmp_path / "single", "parquet", label=[1] * ROWS)))
-    with pytest.raises(GradeError, match="no label in row 0, column 'label'"):
-        load_task(config_for(save(tmp_path / "unlabelled", "parquet", label=[None] + [1] * (ROWS - 1))))
 
 
 def labelled(folder, *values):
@@ -342,13 +325,6 @@ def test_more_than_two_labels_need_a_negative_one(tmp_path):
             load_task(config_for(stars, negative_label=wrong, **few))
 
 
-def test_hidden_test_labels_are_no_class(tmp_path):
-    folder = save(tmp_path / "hidden", "csv", parts=("train",))
-    save(folder, "csv", parts=("test",), label=[-1] * ROWS)
-    with pytest.raises(GradeError, match="The test data .* no positive row .* holds -1"):
-        load_task(config_for(folder))
-
-
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_files_may_differ_in_columns_that_are_not_read(tmp_path, kind):
     folder = save(tmp_path / "more", kind, parts=("train",), stars=[5] * ROWS)
@@ -360,13 +336,6 @@ def test_files_may_differ_in_columns_that_are_not_read(tmp_path, kind):
     save(shards, kind, parts=("train",), author=["me"] * ROWS)
     (shards / f"train.{kind}").rename(shards / f"train-00001-of-00002.{kind}")
     assert sum(map(len, split_ids(load_task(config_for(shards))))) == 3 * ROWS
-
-
-def test_a_file_that_lacks_a_column_is_refused(tmp_path):
-    folder = save(tmp_path / "lacks", "csv")
-    (folder / "test.csv").write_text("text\nGood.\n", encoding="utf-8")
-    with pytest.raises(GradeError, match="The test data .* has no column 'label': set task.label_column to .* text"):
-        load_task(config_for(folder))
 
 
 def test_line_separators_of_unicode_end_no_row(tmp_path):
@@ -381,15 +350,7 @@ def test_line_separators_of_unicode_end_no_row(tmp_path):
     assert len(task.test) == ROWS and {e.text for e in task.test} == {" ".join(t.split()) for t in odd}
 
 
-def test_no_rows_and_rows_without_text(tmp_path):
-    empty = datasets.Dataset.from_dict({"text": [], "label": []})
-    datasets.DatasetDict(train=empty, test=empty).save_to_disk(str(tmp_path / "empty"))
-    with pytest.raises(GradeError, match="The train data of .* is empty: it has no rows"):
-        load_task(config_for(tmp_path / "empty"))
-    with pytest.raises(GradeError, match="The (train|test) data of .* is empty: it has no rows"):
-        load_task(config_for(save(tmp_path / "header", "csv", text=[], label=[])))
-    with pytest.raises(GradeError, match="is empty: no row has text in column 'text'"):
-        load_task(config_for(save(tmp_path / "blank", "parquet", text=[" <br />"] * ROWS)))
+def test_rows_without_text_are_in_no_split(tmp_path):
     some = save(tmp_path / "some", "csv", text=[None, " "] + rows()["text"][2:])
     assert {"test/0", "test/1"}.isdisjoint(example.id for example in load_task(config_for(some)).test)
 
@@ -398,37 +359,24 @@ def test_no_rows_and_rows_without_text(tmp_path):
 
 
 def test_demo_task():
-    config = Config()
-    config.task = replace(
-        config.task,
-        name="demo",
-        reward_examples=100,
-        policy_examples=80,
-        validation_examples=40,
-        judge_examples=30,
-        prompt_sentences=1,
-    )
-    task = load_task(config)
+    sizes = dict(reward_examples=100, policy_examples=80, validation_examples=40, judge_examples=30)
+    task = load_task(TaskConfig(name="demo", **sizes, prompt_sentences=1))
     assert [len(task.examples(split)) for split in SPLITS] == [100, 80, 40, demo.TEST_REVIEWS, 30]
-    assert (
-        len({example.text for split in SPLITS for example in task.examples(split)}) == 250 + demo.TEST_REVIEWS
-    )
+    assert len({e.text for split in SPLITS for e in task.examples(split)}) == 250 + demo.TEST_REVIEWS
     assert all(text.count(".") == 1 for text in task.openings("policy"))
     assert task.describe()["dataset"] == "built-in grammar"
 
 
 def test_unknown_task():
-    config = Config()
-    config.task.name = "chess"
     with pytest.raises(GradeError, match="task.name is 'chess'"):
-        load_task(config)
+        load_task(TaskConfig(name="chess"))
 
 
 def test_texts_that_stand_in_two_splits_are_counted():
     """Data may repeat a review under another row number: disjoint as rows, counted as texts."""
     train = [Example(f"train/{i}", f"text {i % 9}", i % 2) for i in range(10)]  # rows 0 and 9 say the same
     test = [Example("test/0", "text 3", 1), Example("test/1", "unseen", 0)]
-    settings = replace(Config().task, reward_examples=4, policy_examples=4, validation_examples=2)
+    settings = TaskConfig(reward_examples=4, policy_examples=4, validation_examples=2)
     task = cut_splits(train, test, settings, "here")
     counts = task.describe()["texts_in_two_splits"]
     assert counts == task.repeated_texts() and len(counts) == 10

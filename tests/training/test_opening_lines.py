@@ -10,36 +10,17 @@ from tiny_run import with_train
 
 from grade.commands.train import train
 from grade.config import Config
-from grade.tasks.texts import Labels
 from grade.training.opening_lines import opening_lines
 from grade.training.progress import training_progress
 
 
-def test_what_is_raised_is_said_for_every_kind_of_reward():
+def test_a_reward_says_what_is_raised_and_trusted_code_is_announced():
     config, policy = Config(), tiny_policy()
-    labels = Labels("stars", "5", "1", {"3": 7})
-    head, program = SimpleNamespace(differentiable=True), SimpleNamespace(differentiable=False)
-    own = SimpleNamespace(differentiable=True, raises="the probability (by softmax) of the class 'good'")
-
-    def first(config, task, reward):
-        return opening_lines(config, task, policy, reward)[0]
-
-    assert first(config, SimpleNamespace(labels=labels), head) == (
-        "reward: the probability of the label '5' of column 'stars' (negative: '1'; rows left out: 7 with '3') "
-        "is raised"
-    )
-    assert first(config, SimpleNamespace(), head) == "reward: the probability of a positive review is raised"
-    with_model = replace(config, reward=replace(config.reward, model="some/classifier"))
-    assert first(with_model, SimpleNamespace(labels=labels), own) == f"reward: {own.raises} is raised"
-    puzzles = replace(config, task=replace(config.task, name="countdown"))
-    assert first(puzzles, SimpleNamespace(), program) == "reward: the score of task.name=countdown is raised"
-
-
-def test_trusted_code_is_announced():
-    config, policy, head = Config(), tiny_policy(), SimpleNamespace(differentiable=True)
-    assert len(opening_lines(config, SimpleNamespace(), policy, head)) == 2
+    reward = SimpleNamespace(raises="the score")
+    assert opening_lines(config, policy, reward)[0] == "reward: the score is raised"
+    assert len(opening_lines(config, policy, reward)) == 2
     config.model.trust_remote_code = True
-    assert "code that comes with Qwen/Qwen3-4B" in opening_lines(config, SimpleNamespace(), policy, head)[2]
+    assert "code that comes with Qwen/Qwen3-4B" in opening_lines(config, policy, reward)[2]
 
 
 def test_what_looks_like_a_tag_is_shown(capsys):

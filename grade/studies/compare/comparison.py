@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -180,18 +180,16 @@ def common_budgets(curves: Sequence[RunCurve]) -> Budgets:
     )
 
 
-def best_within(
-    curve: RunCurve, *, tokens: float | None = None, seconds: float | None = None
-) -> Validation | None:
-    """The validation with the highest objective (the earliest of equals) within the budget; None if there is none.
+def best_within(curve: RunCurve, *, tokens: float | None = None, seconds: float | None = None) -> Validation:
+    """The validation with the highest objective (the earliest of equals) within the budget.
 
     A cost may exceed the budget by `SLACK`: responses differ in length, so runs of equally many steps differ a little
     in tokens, and the smallest total would cut off the last validation of all the others. The base model (step 0) is
-    what a run starts from, not what it found: it counts only where nothing else is within the budget.
+    what a run starts from, not what it found: it is within every budget, and counts only where nothing else is.
     """
     within = _within(curve, tokens=tokens, seconds=seconds)
     trained = [v for v in within if v.step > 0]
-    return max(trained or within, key=lambda v: v.objective, default=None)
+    return max(trained or within, key=lambda v: v.objective)
 
 
 def _within(curve: RunCurve, *, tokens: float | None = None, seconds: float | None = None) -> list[Validation]:
@@ -224,7 +222,7 @@ def table(curves: Sequence[RunCurve], tests: Tests, *, budget: BudgetKind) -> li
         reached it. "grad_norm/median", "grad_norm/p90", "grad_norm/max": over a run's steps. "step_seconds": a run's
         median. "peak_gib".
     """
-    limit = {budget: getattr(common_budgets(curves), budget)}
+    limit: dict[str, float] = {budget: getattr(common_budgets(curves), budget)}
     base = curves[0].validations[0].metric  # fixed prompts and noise: the base model is the same in every run
     peak = max(best_within(curve, **limit).metric for curve in curves)
     threshold = base + THRESHOLD * (peak - base) if peak > base else None
@@ -280,13 +278,17 @@ def _test_numbers(
     metric = runs[0].metric
     return {
         **{f"test/{name}": _stat(test.get(name) for test in found) for name in names},
-        "gap": _stat(v - test[metric] for v, test in zip(best, found, strict=True) if test.get(metric) is not None),
+        "gap": _stat(
+            v - tested for v, test in zip(best, found, strict=True) if (tested := test.get(metric)) is not None
+        ),
     }
 
 
 def _test_objective(run: RunCurve, test: Mapping[str, float | None]) -> float | None:
-    values = [test.get(name) for name in (run.metric, "kl", "kl_sequence")]
-    return None if None in values else objective(*values, run.kl_coef, run.kl_reduction)
+    metric, kl, kl_sequence = (test.get(name) for name in (run.metric, "kl", "kl_sequence"))
+    if metric is None or kl is None or kl_sequence is None:
+        return None
+    return objective(metric, kl, kl_sequence, run.kl_coef, run.kl_reduction)
 
 
 def _differences(sums: Sequence[float]) -> list[float]:
@@ -310,7 +312,7 @@ def write_comparison(path: Path, payload: object) -> None:
     write_evaluations(path, _finite(payload))
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,11 +18,14 @@ from rich.console import Console
 from grade.config import Config, judged_length
 from grade.errors import GradeError, read_json, writing
 from grade.model.checkpoint import adapter_digest, load_adapter
-from grade.model.passes import base_pass, fed_embeddings, per_token
+from grade.model.passes import base_pass, fed_embeddings
+from grade.model.policy import Policy
 from grade.processes import make_accelerator
+from grade.replay.score import RealTokens
 from grade.rollout import Rollout
 from grade.studies.compare.comparison import BASE, Checkpoint
 from grade.studies.compare.judge import Judge, train_judge
+from grade.tasks.base import Task
 from grade.tasks.encoding import encode
 from grade.training.evaluation import evaluate, text_of, write_evaluations
 from grade.training.run_folder import make_again
@@ -31,7 +35,7 @@ from grade_kernels import linear_token_logprob
 _ROOM = "Make room on its disk: what was tested before is kept, and the same command goes on."
 
 
-def test_checkpoints(
+def evaluate_checkpoints(
     config: Config, folder: Path, inputs: Mapping[str, str], adapters: Mapping[Checkpoint, Path], console: Console
 ) -> tuple[dict[Checkpoint, dict], dict[str, str], dict | None]:
     """Test the base model and each adapter, but for what `folder`/tests.json already holds of the same weights.
@@ -50,25 +54,18 @@ def test_checkpoints(
         GradeError: tests.json or judge.json is damaged.
     """
     path = folder / "tests.json"
-    identity = {**_identity(config), "inputs": dict(inputs)}
-    kept = read_json(path, "Delete it: the same command tests again.") if path.is_file() else {}
-    if kept.get("identity") != identity:
-        kept = {"identity": identity, "results": {}}
-        _write(path, kept)  # before a judge of these settings takes the place of those results' own
+    kept = _kept(path, {**_identity(config), "inputs": dict(inputs)})
+    results, failures = kept["results"], {}
     digests = {BASE: None, **{key: adapter_digest(adapter) for key, adapter in adapters.items()}}
     missing = [
-        key for key, digest in digests.items()
-        if kept["results"].get(test_key(key), {}).get("adapter_sha256", "none") != digest
+        key for key, digest in digests.items() if results.get(key_of(key), {}).get("adapter_sha256", "none") != digest
     ]
-    failures: dict[str, str] = {}
     if missing:
         tokenizer, task, policy, reward = set_up(config, make_accelerator(config))
         prompts = task.prompts("test", tokenizer, limit=config.evaluation.test_prompts)
         measure = sample_measures(policy, load_judge(folder, config, inputs, tokenizer, task))
         for number, key in enumerate(missing, start=1):
-            method, seed, step = key
-            name = "the base model" if key == BASE else f"{method}, seed {seed}, step {step}"
-            console.print(f"Test {number} of {len(missing)}: {name}", highlight=False)
+            console.print(f"Test {number} of {len(missing)}: {_named(key)}", highlight=False)
             if key != BASE:
                 try:
                     load_adapter(adapters[key], policy)
@@ -78,11 +75,20 @@ def test_checkpoints(
                     del digests[key]
                     continue
             row = evaluate(
-                policy, reward, prompts, config, split="test", step=step, adapters=key != BASE, measure=measure
+                policy, reward, prompts, config, split="test", step=key[2], adapters=key != BASE, measure=measure
             )
-            kept["results"][test_key(key)] = {**_numbers(asdict(row)), "adapter_sha256": digests[key]}
+            results[key_of(key)] = {**_numbers(asdict(row)), "adapter_sha256": digests[key]}
             _write(path, kept)
-    return {key: kept["results"][test_key(key)] for key in digests}, failures, _judge_report(folder)
+    return {key: results[key_of(key)] for key in digests}, failures, _judge_report(folder)
+
+
+def _kept(path: Path, identity: dict) -> dict:
+    """tests.json, begun anew where it holds results of other settings or inputs."""
+    kept = read_json(path, "Delete it: the same command tests again.") if path.is_file() else {}
+    if kept.get("identity") != identity:
+        kept = {"identity": identity, "results": {}}
+        _write(path, kept)  # before a judge of these settings takes the place of those results' own
+    return kept
 
 
 def _write(path: Path, content: dict) -> None:
@@ -90,7 +96,12 @@ def _write(path: Path, content: dict) -> None:
         write_evaluations(path, content)
 
 
-def test_key(key: Checkpoint) -> str:
+def _named(key: Checkpoint) -> str:
+    method, seed, step = key
+    return "the base model" if key == BASE else f"{method}, seed {seed}, step {step}"
+
+
+def key_of(key: Checkpoint) -> str:
     """A checkpoint as a name in JSON."""
     return "/".join(str(part) for part in key)
 
@@ -109,7 +120,7 @@ def _numbers(row: dict) -> dict:
     return {**row, **details, "perplexity": math.exp(details["base_nll"] / row["mean_length"])}
 
 
-def sample_measures(policy, judge: Judge | None) -> Callable[[Rollout], dict[str, torch.Tensor]]:
+def sample_measures(policy: Policy, judge: Judge | None) -> Callable[[Rollout], dict[str, torch.Tensor]]:
     """Measures of samples that are not the reward: the judge's probability, if there is one, and the base model's
     negative log-probability, nats per response."""
 
@@ -118,7 +129,7 @@ def sample_measures(policy, judge: Judge | None) -> Callable[[Rollout], dict[str
         mask = rollout.mask
         base = base_pass(policy, rollout, fed_embeddings(rollout, policy.embedding, policy.embedding_scale))
         logprob, _ = linear_token_logprob(base.reference[mask], policy.head, rollout.tokens[mask])
-        measures = {"base_nll": -per_token(logprob, mask).sum(1)}
+        measures = {"base_nll": -RealTokens(rollout).dense(logprob).sum(1)}
         if judge is not None:
             measures["judge"] = judge.probability(judge_rows(policy, rollout))
         return measures
@@ -126,7 +137,7 @@ def sample_measures(policy, judge: Judge | None) -> Callable[[Rollout], dict[str
     return measure
 
 
-def judge_rows(policy, rollout: Rollout) -> list[list[int]]:
+def judge_rows(policy: Policy, rollout: Rollout) -> list[list[int]]:
     """Ids of the text of prompt and response, special tokens left out: what the judge reads.
 
     The text is encoded anew, as the judge's training texts were: a policy may spell a word in tokens that the
@@ -138,10 +149,10 @@ def judge_rows(policy, rollout: Rollout) -> list[list[int]]:
     return encode(policy.tokenizer, texts, None, special_tokens=False)
 
 
-def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenizer, task) -> Judge | None:
+def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenizer: Any, task: Task) -> Judge | None:
     """The comparison's judge, trained now unless the one kept there was trained on the same; None for a task without
     texts to learn from."""
-    examples, report, path = getattr(task, "judge", []), folder / "judge.json", folder / "judge.safetensors"
+    examples, report, path = task.examples("judge"), folder / "judge.json", folder / "judge.safetensors"
     if len({example.label for example in examples}) < 2:
         report.unlink(missing_ok=True)
         return None
@@ -151,7 +162,7 @@ def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenize
         return Judge.load(path)
     report.unlink(missing_ok=True)  # written last: it says whose weights these are
     # Reported on the test's own reviews: held-out training reviews flatter it (the same films, perhaps).
-    judge, numbers = train_judge(tokenizer, examples, task.test, lengths=lengths, seed=config.reward.seed)
+    judge, numbers = train_judge(tokenizer, examples, task.examples("test"), lengths=lengths, seed=config.reward.seed)
     with writing(path, "output_dir", _ROOM):
         judge.save(path)
     _write(report, {**numbers, "identity": identity})

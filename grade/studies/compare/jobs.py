@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,7 +87,15 @@ def check_jobs(jobs: Sequence[Job], inputs: Mapping[str, str]) -> None:
             )
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) -> dict[str, str]:
+def train_command(settings: Path) -> list[str]:
+    """What a child runs."""
+    return [sys.executable, "-m", "grade", "train", str(settings)]
+
+
+def run_jobs(
+    jobs: Sequence[Job], at_once: int, console: Console, *, lock: int,
+    command: Callable[[Path], list[str]] = train_command,
+) -> dict[str, str]:
     """Run what is not finished yet, in the order of `jobs`; returns why the failed ones failed, by job name.
 
     Each child gets an equal share of the CPU's threads, so that peak memory and seconds are its own. An interruption
@@ -97,6 +105,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) 
     Args:
         lock: what `locked` gave. The children hold it too: a run that outlives its parent, and still writes there,
             keeps the folder locked.
+        command: of a child, given the file of its settings.
 
     Raises:
         GradeError: a run's evaluation.json is damaged; nothing was started.
@@ -113,7 +122,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) 
             while waiting or running:
                 while waiting and len(running) < at_once:
                     job = waiting.pop(0)
-                    running[job] = _start(job, at_once, lock)
+                    running[job] = _start(job, at_once, lock, command)
                 time.sleep(_POLL_SECONDS)
                 if stop.asked:
                     raise KeyboardInterrupt
@@ -130,7 +139,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, lock: int) 
     return failures
 
 
-def _start(job: Job, at_once: int, lock: int) -> subprocess.Popen:
+def _start(job: Job, at_once: int, lock: int, command: Callable[[Path], list[str]]) -> subprocess.Popen:
     train = replace(job.config.train, resume="auto")
     settings = job.run_dir.with_name(job.run_dir.name + ".yaml")
     with writing(settings, "output_dir"):
@@ -140,13 +149,9 @@ def _start(job: Job, at_once: int, lock: int) -> subprocess.Popen:
     threads = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // at_once, 1)))
     with log:
         return subprocess.Popen(
-            _command(settings), stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,),
+            command(settings), stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,),
             env={**os.environ, "OMP_NUM_THREADS": threads},
         )
-
-
-def _command(settings: Path) -> list[str]:
-    return [sys.executable, "-m", "grade", "train", str(settings)]
 
 
 def _stop(running: dict[Job, subprocess.Popen]) -> None:

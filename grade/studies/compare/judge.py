@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,15 +17,15 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from grade.errors import GradeError
+from grade.tasks.base import Example
 from grade.tasks.encoding import encode
-from grade.tasks.texts import Example
 
 BUCKETS = 2**18
 _MASK = 2**31 - 1  # products of 31 and 32 bits stay below 2**63
 _PAIR = 0x3C6EF372  # keeps bigrams that start with token 0, whose hash is 0, apart from unigrams
 # Chosen on held-out IMDB reviews at 64 and 128 tokens, where the accuracy is flat around them.
 _BATCH, _EPOCHS, _LEARNING_RATE = 64, 2, 1e-3
-_MIN_STEPS = 500  # few texts are read more often: that many steps of _LEARNING_RATE make a confident weight
+LEAST_STEPS = 500  # few texts are read more often: that many steps of _LEARNING_RATE make a confident weight
 
 
 class Judge(torch.nn.Module):
@@ -52,7 +53,7 @@ class Judge(torch.nn.Module):
             rows: B lists of token ids, prompt and response together, without special tokens. An empty one gets what
                 the bias alone says.
         """
-        return torch.sigmoid(self(*_ngrams(rows)))
+        return torch.sigmoid(self(*ngrams(rows)))
 
     def save(self, path: Path) -> None:
         """Write the weights to a safetensors file."""
@@ -74,7 +75,8 @@ class Judge(torch.nn.Module):
 
 
 def train_judge(
-    tokenizer, train: Sequence[Example], held_out: Sequence[Example], *, lengths: Sequence[int], seed: int = 0
+    tokenizer: Any, train: Sequence[Example], held_out: Sequence[Example], *, lengths: Sequence[int], seed: int = 0,
+    least_steps: int = LEAST_STEPS,
 ) -> tuple[Judge, dict[str, object]]:
     """Train on texts cut to several lengths, so that short texts are judged as well as can be.
 
@@ -84,6 +86,7 @@ def train_judge(
         held_out: texts to report the accuracy on.
         lengths: every text is read once for each, cut to that many tokens.
         seed: of the order of the texts.
+        least_steps: of the optimizer, where the texts are few.
 
     Returns:
         (the judge, on CPU, {"accuracy": {"<n> tokens": share}, "trained_on": texts, "held_out": texts}).
@@ -99,7 +102,7 @@ def train_judge(
     lengths = sorted(set(lengths))
     rows, labels = _encode(tokenizer, train)
     judge = Judge()
-    _fit(judge, [row[:n] for n in lengths for row in rows], labels.repeat(len(lengths)), seed)
+    _fit(judge, [row[:n] for n in lengths for row in rows], labels.repeat(len(lengths)), seed, least_steps)
     rows, labels = _encode(tokenizer, held_out)
     accuracy = {
         f"{n} tokens": ((judge.probability([row[:n] for row in rows]) > 0.5) == (labels == 1)).float().mean().item()
@@ -108,19 +111,19 @@ def train_judge(
     return judge, {"accuracy": accuracy, "trained_on": len(train), "held_out": len(held_out)}
 
 
-def _encode(tokenizer, examples: Sequence[Example]) -> tuple[list[list[int]], Tensor]:
+def _encode(tokenizer: Any, examples: Sequence[Example]) -> tuple[list[list[int]], Tensor]:
     """Token ids of whole texts and labels float32 [N]."""
     rows = encode(tokenizer, [e.text for e in examples], None, special_tokens=False)
     return rows, torch.tensor([float(e.label) for e in examples])
 
 
-def _fit(judge: Judge, rows: Sequence[Sequence[int]], labels: Tensor, seed: int) -> None:
+def _fit(judge: Judge, rows: Sequence[Sequence[int]], labels: Tensor, seed: int, least_steps: int) -> None:
     """Minimise cross-entropy; the early stop is the regulariser."""
-    buckets, counts = _ngrams(rows)
+    buckets, counts = ngrams(rows)
     texts = buckets.split(counts.tolist())
     optimizer = torch.optim.AdamW(judge.parameters(), lr=_LEARNING_RATE, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(seed)
-    epochs = max(_EPOCHS, -(-_MIN_STEPS * _BATCH // len(rows)))
+    epochs = max(_EPOCHS, -(-least_steps * _BATCH // len(rows)))
     for _ in range(epochs):
         for batch in torch.randperm(len(rows), generator=generator).split(_BATCH):
             log_odds = judge(torch.cat([texts[i] for i in batch]), counts[batch])
@@ -130,7 +133,7 @@ def _fit(judge: Judge, rows: Sequence[Sequence[int]], labels: Tensor, seed: int)
             optimizer.step()
 
 
-def _ngrams(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def ngrams(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """The distinct buckets of each row's unigrams and bigrams: int64 [total], and how many a row has: int64 [B]."""
     ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
     row = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(r) for r in rows], dtype=torch.int64))

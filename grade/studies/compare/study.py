@@ -40,7 +40,7 @@ from grade.studies.compare.comparison import (
     table,
     write_comparison,
 )
-from grade.studies.compare.final_test import test_checkpoints, test_key
+from grade.studies.compare.final_test import evaluate_checkpoints, key_of
 from grade.studies.compare.jobs import Job, check_jobs, locked, run_jobs
 from grade.studies.compare.text import TITLES, document, notes, rich_table
 from grade.training.log import beginning
@@ -129,8 +129,8 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
     comparison.folder.mkdir(parents=True, exist_ok=True)
     with locked(comparison.folder) as lock:
         console.print("Preparing data and reward", highlight=False)
-        inputs, judged = _prepare(config)
-        rates, sweep, failures = _sweep(comparison, inputs, console, lock)
+        inputs, judged = prepare(config)
+        rates, sweep, failures = swept_rates(comparison, inputs, console, lock)
         jobs = {(m, s): comparison.run_job(m, s, rates[m]) for s in seeds for m in methods if m in rates}
         check_jobs(list(jobs.values()), inputs)
         failures |= run_jobs(list(jobs.values()), config.compare.jobs, console, lock=lock)
@@ -143,7 +143,7 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         if not curves:
             raise GradeError(f"every run of the comparison failed: {failures}")
         chosen = _chosen(comparison, curves)
-        tests, untested, judge = test_checkpoints(config, comparison.folder, {**inputs, **judged}, chosen, console)
+        tests, untested, judge = evaluate_checkpoints(config, comparison.folder, {**inputs, **judged}, chosen, console)
         failures |= untested
         payload = _payload(comparison, rates, sweep, failures, judge, curves, tests)
         with writing(comparison.folder / "comparison.json", "output_dir", _TESTED):
@@ -220,21 +220,21 @@ def _curve(job: Job, method: str, seed: int) -> RunCurve:
     return curve
 
 
-def _prepare(config: Config) -> tuple[dict[str, str], dict[str, str]]:
+def prepare(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     """Find mistakes in data and prompts, and train the reward head, before several runs would each do so; in this
     process, and given back. The fingerprints of what the runs read, and of what only their test reads."""
     accelerator = make_accelerator(config)
     tokenizer, task, policy, reward = set_up(
-        config, accelerator, before_policy=lambda tokenizer, task: load_prompts(config, task, tokenizer)
+        config, accelerator, before_policy=lambda tokenizer, task: load_prompts(config.evaluation, task, tokenizer)
     )
-    inputs = inputs_of(config, policy, task, reward)
+    inputs = inputs_of(policy, task, reward.identity())
     del policy, reward
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     return inputs, {"judge": judge_digest(task)}
 
 
-def _sweep(
+def swept_rates(
     comparison: Comparison, inputs: Mapping[str, str], console: Console, lock: int
 ) -> tuple[dict[str, float], list[dict], dict[str, str]]:
     """(learning rate by method, what was tried, failures). A rate that fails is not chosen.
@@ -282,7 +282,8 @@ def _sweep(
 
 def _best(objectives: Mapping[float, float | None]) -> float | None:
     """The factor with the highest objective, the lowest of equals; None if all failed."""
-    return max((f for f in sorted(objectives) if objectives[f] is not None), key=objectives.get, default=None)
+    known = {factor: found for factor, found in sorted(objectives.items()) if found is not None}
+    return max(known, key=known.__getitem__, default=None)
 
 
 def _beyond(objectives: Mapping[float, float | None]) -> float | None:
@@ -297,12 +298,11 @@ def _beyond(objectives: Mapping[float, float | None]) -> float | None:
 def _chosen(comparison: Comparison, curves: Sequence[RunCurve]) -> dict[Checkpoint, Path]:
     """The adapters that the tables need: the best of each run within either budget."""
     budgets = common_budgets(curves)
-    chosen = {}
+    chosen: dict[Checkpoint, Path] = {}
     for curve in curves:
-        for budget in ({"tokens": budgets.tokens}, {"seconds": budgets.seconds}):
-            best = best_within(curve, **budget)
-            if best is not None and best.step > 0:
-                run_dir = comparison.folder / f"{curve.method}-seed{curve.seed}"
+        run_dir = comparison.folder / f"{curve.method}-seed{curve.seed}"
+        for best in (best_within(curve, tokens=budgets.tokens), best_within(curve, seconds=budgets.seconds)):
+            if best.step > 0:
                 chosen[curve.method, curve.seed, best.step] = adapter_folder(run_dir, best.step)
     return chosen
 
@@ -316,7 +316,7 @@ def _payload(
         "learning_rates": rates, "sweep": sweep, "failures": failures, "judge": judge,
         "machine": machine(), "budgets": asdict(common_budgets(curves)),
         "tables": {budget: table(curves, tests, budget=budget) for budget in ("tokens", "seconds")},
-        "tests": {test_key(key): value for key, value in tests.items()},
+        "tests": {key_of(key): value for key, value in tests.items()},
         "curves": [asdict(curve) for curve in curves],
     }
 

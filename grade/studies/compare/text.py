@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich import box
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from grade.machine import machine_line
 from grade.studies.compare.comparison import THRESHOLD, BudgetKind, Budgets
+from grade.tables import Column, Table, numbers
 
-TITLES = {"tokens": "Equal generated tokens", "seconds": "Equal training time"}
+TITLES: dict[BudgetKind, str] = {"tokens": "Equal generated tokens", "seconds": "Equal training time"}
 # Key of a row's number, title, digits after the point.
 _QUALITY = (
     ("test/reward", "test reward", 3), ("test/objective", "test objective", 3),
@@ -100,26 +102,23 @@ def markdown(rows: Sequence[dict], budget: BudgetKind, budgets: Budgets) -> str:
         f"Best checkpoint by the objective on validation within {_amount(budget, budgets)} per run; mean ± standard "
         f"error over seeds (– for one seed).{_threshold_note(rows)}"
     )
-    return "\n\n".join([note, _markdown_table(rows, _QUALITY), _markdown_table(rows[1:], _COST)]) + "\n"
+    tables = (_table(rows, _QUALITY), _table(rows[1:], _COST))
+    return "\n\n".join([note, *(table.markdown(spaced=True) for table in tables)]) + "\n"
 
 
-def _markdown_table(rows: Sequence[dict], columns: Columns) -> str:
-    columns = _with_values(rows, columns)
-    titles = ["method", "seeds", *(title for _, title, _ in columns)]
-    lines = [titles, ["---", *("---:" for _ in titles[1:])], *(_cells(row, columns) for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def rich_table(rows: Sequence[dict], title: str) -> Table:
+def rich_table(rows: Sequence[dict], title: str) -> RichTable:
     """The main columns of `table`'s rows, for the terminal."""
-    columns = _with_values(rows, _NARROW)
-    shown = Table(title=title, caption="± standard error over seeds." + _threshold_note(rows), box=box.SIMPLE_HEAD)
-    for i, name in enumerate(("method", "seeds", *(title for _, title, _ in columns))):
-        shown.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
-    for row in rows:
-        # Where a line has to be broken, the standard error stands below the mean as a whole.
-        shown.add_row(*(cell.replace("± ", "±") for cell in _cells(row, columns)))
-    return shown
+    shown = _table(rows, _NARROW, title, "± standard error over seeds." + _threshold_note(rows))
+    # Where a line has to be broken, the standard error stands below the mean as a whole.
+    shown = replace(shown, rows=[[str(cell).replace("± ", "±") for cell in row] for row in shown.rows])
+    return shown.rich(box=box.SIMPLE_HEAD)
+
+
+def _table(rows: Sequence[dict], columns: Columns, title: str = "", caption: str = "") -> Table:
+    """Without columns that no row has; a threshold that nobody reached is something to say."""
+    columns = [c for c in columns if c[0].endswith("_to") or any(row.get(c[0]) is not None for row in rows)]
+    heads = [Column("method", whole=True), *numbers(["seeds", *(title for _, title, _ in columns)])]
+    return Table(title, heads, [_cells(row, columns) for row in rows], caption)
 
 
 def _threshold_note(rows: Sequence[dict]) -> str:
@@ -127,11 +126,6 @@ def _threshold_note(rows: Sequence[dict]) -> str:
     if threshold is None:
         return " No run improved on the base model."
     return f" {THRESHOLD:.0%}: of the way from the base model to the best run, a validation of {threshold:.3f}."
-
-
-def _with_values(rows: Sequence[dict], columns: Columns) -> Columns:
-    """Without what no row has; a threshold that nobody reached is something to say."""
-    return [c for c in columns if c[0].endswith("_to") or any(row.get(c[0]) is not None for row in rows)]
 
 
 def _cells(row: dict, columns: Columns) -> list[str]:

@@ -13,7 +13,7 @@ as its settings say, which then stays. The policy never moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -24,11 +24,13 @@ from grade.config import Config, RolloutConfig
 from grade.config.methods import DIFFERENTIATING, method_named
 from grade.methods import make_method
 from grade.methods.base import Method
+from grade.methods.grade import Grade
 from grade.methods.metrics import now
-from grade.methods.services import Services
+from grade.methods.ppo import PPO
+from grade.methods.services import Services, Totals
 from grade.model.policy import Policy
-from grade.replay.replay import prepare
-from grade.rewards.reward import Reward
+from grade.replay.replay import ReplaySettings, prepare
+from grade.rewards.base import Reward
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.sample import sample
 from grade.studies.variance.statistics import Draws
@@ -39,7 +41,7 @@ _REFERENCE = "rloo"
 _REFERENCE_DRAWS = 8  # draws that the reference takes together: short passes are cheap side by side
 
 
-class Estimate(NamedTuple):
+class Estimator(NamedTuple):
     """What is measured: a method and, for those that backpropagate the reward, how."""
 
     method: str
@@ -68,9 +70,10 @@ class Laboratory:
 
     def measure(
         self, names: list[str], stopping: Callable[[], bool], tick: Callable[[], None]
-    ) -> dict[Estimate, Draws]:
+    ) -> dict[Estimator, Draws]:
         """Every estimator of the named methods over the draws of the settings, or those until `stopping`."""
-        settings, found = self.config.variance, {}
+        settings = self.config.variance
+        found: dict[Estimator, Draws] = {}
         others = {name: self._method(name) for name in names if name not in DIFFERENTIATING}
         for number in range(settings.warmup_draws + settings.draws):
             if number == settings.warmup_draws:
@@ -87,10 +90,10 @@ class Laboratory:
 
     def _all(
         self, names: list[str], others: dict[str, Method], number: int, counts: bool
-    ) -> Iterator[tuple[Estimate, list[Tensor], float]]:
+    ) -> Iterator[tuple[Estimator, list[Tensor], float]]:
         """What every estimator makes of a draw. Those that backpropagate the reward need one to warm up."""
         for name, method in others.items():
-            yield Estimate(name), *self._step(method, number, self.config.variance.seed)
+            yield Estimator(name), *self._step(method, number, self.config.variance.seed)
         if counts or number == 0:
             for name in names:
                 if name in DIFFERENTIATING:
@@ -99,7 +102,7 @@ class Laboratory:
     def reference(self, stopping: Callable[[], bool], tick: Callable[[], None]) -> Draws:
         """Leave-one-out REINFORCE, which is unbiased, on draws of its own."""
         method = self._method(_REFERENCE, draws=_REFERENCE_DRAWS)
-        draws = Draws(self.reference_draws, method.config.train.batch_size)
+        draws = Draws(self.reference_draws, method.train.batch_size)
         for number in range(draws.count):
             draws.add(*self._step(method, number, self.config.variance.seed + 1))
             tick()
@@ -112,34 +115,16 @@ class Laboratory:
         settings = self.config.variance
         return -(-settings.reference_responses // (settings.responses * _REFERENCE_DRAWS))
 
-    def of(self, name: str, *, draws: int = 1, tau: float | None = None) -> Config:
-        """The config under which a method meets as many responses as `draws` draws have."""
-        config, settings = self.config, self.config.variance
-        method = method_named(config.method, name)
-        method = replace(
-            method, ppo=replace(method.ppo, epochs=1, minibatches=1, entropy_coef=0.0),
-            grpo=replace(
-                method.grpo, epochs=1, minibatches=1, entropy_reward_coef=0.0, kl_policy_ref_coef=0.0,
-                kl_ref_policy_coef=0.0,
-            ),
+    def _method(self, name: str, *, draws: int = 1, tau: float | None = None) -> Method:
+        config = config_of(self.config, name, self.length, self.top_k, draws=draws, tau=tau)
+        return make_method(
+            self.policy, self.reward, config.method, config.generation, config.train, Services(), seed=config.seed,
+            activation_checkpointing=config.method.checkpoint,
         )
-        if tau is not None:
-            method = replace(method, tau_start=tau, tau_end=tau, estimator="gumbel", replay_dropout=False)
-        return replace(
-            config, method=method, rollout=RolloutConfig(),
-            train=replace(config.train, batch_size=settings.responses * draws, accumulation_steps=1),
-            generation=replace(
-                config.generation, max_new_tokens=self.length, min_new_tokens=self.length, top_k=self.top_k,
-                samples_per_prompt=settings.samples_per_prompt,
-            ),
-        )
-
-    def _method(self, name: str, **options) -> Method:
-        return make_method(self.policy, self.reward, self.of(name, **options), Services())
 
     def _draw(self, method: Method, number: int, seed: int) -> Rollout:
         """The next prompts of the training set, samples_per_prompt responses each."""
-        size, copies = method.config.train.batch_size, method.config.generation.samples_per_prompt
+        size, copies = method.train.batch_size, method.generation.samples_per_prompt
         numbers = prompt_numbers(number, size // copies, len(self.prompts), seed)
         ids, mask = pad_prompts([self.prompts[n] for n in numbers], self.policy.pad_id, self.policy.device)
         responses = number * size + torch.arange(size, device=self.policy.device)
@@ -155,17 +140,18 @@ class Laboratory:
             groups, rate = method.parameter_groups(), self.config.train.learning_rate
             self.value_heads[method] = torch.optim.AdamW(groups, lr=rate) if groups else None
 
-        def update() -> None:
+        def update() -> float:
             taken.append(self._take_gradient())
             if (optimizer := self.value_heads.get(method)) is not None:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            return torch.stack([part.norm() for part in taken[-1]]).norm().item()
 
         method.step([self._draw(method, number, seed)], number, update)
         gradient = taken[0] if taken else self._take_gradient()  # GRPO makes no update of groups without differences
         return gradient, now(self.policy.device) - start
 
-    def _differentiate(self, name: str, number: int) -> Iterator[tuple[Estimate, list[Tensor], float]]:
+    def _differentiate(self, name: str, number: int) -> Iterator[tuple[Estimator, list[Tensor], float]]:
         """(what, gradient, seconds it would take alone) for every setting of `grade` or `grade-ste` on one draw."""
         settings = self.config.variance
         if name == "grade":  # another temperature is another response
@@ -175,29 +161,32 @@ class Laboratory:
             yield from self._replayed(name, number, settings.taus, settings.estimators)
 
     def _replayed(
-        self, name: str, number: int, taus: list[float], estimators: list[str]
-    ) -> Iterator[tuple[Estimate, list[Tensor], float]]:
+        self, name: str, number: int, taus: Sequence[float], estimators: Sequence[str]
+    ) -> Iterator[tuple[Estimator, list[Tensor], float]]:
         """`_differentiate` for settings that share their responses."""
         method = self._method(name, tau=taus[0])
+        assert isinstance(method, Grade)
         start = now(self.policy.device)
         rollout = self._draw(method, number, self.config.variance.seed)
-        weights = method.loss_weights(rollout, int(rollout.mask.sum()), len(rollout))
+        weights = method.loss_weights(rollout, Totals(int(rollout.mask.sum()), len(rollout)))
         prepared = prepare(self.policy, self.reward, rollout, method.settings(0), **weights)
         shared = now(self.policy.device) - start
         for tau, estimator in _rules(taus, estimators):
-            for hops in [*(h for h in self.config.variance.hops if h < self.length - 1), CONVERGED]:
+            settings = replace(method.settings(0), tau=tau or taus[0], estimator=estimator, max_hops=self.length - 1)
+            capped: dict[int | str, ReplaySettings] = {
+                hops: replace(settings, max_hops=hops, hop_tol=0.0)
+                for hops in self.config.variance.hops if hops < self.length - 1
+            }
+            for hops, options in {**capped, CONVERGED: settings}.items():
                 start = now(self.policy.device)
-                capped = {"max_hops": self.length - 1} if hops == CONVERGED else {"max_hops": hops, "hop_tol": 0.0}
-                gradient, _, _ = prepared.hidden_gradient(
-                    replace(method.settings(0), tau=tau or taus[0], estimator=estimator, **capped)
-                )
+                gradient, _, _ = prepared.hidden_gradient(options)
                 prepared.backward(gradient, retain_graph=True)
                 taken = self._take_gradient()
-                yield Estimate(name, estimator, tau, hops), taken, shared + now(self.policy.device) - start
+                yield Estimator(name, estimator, tau, hops), taken, shared + now(self.policy.device) - start
 
     def _freeze_values(self, method: Method) -> None:
         """Leave PPO's value loss out of the gradient: it is no part of the objective, and the value head has learnt."""
-        if method.config.method.name == "ppo":
+        if isinstance(method, PPO):
             method.settings = replace(method.settings, value_coef=0.0)
             self.value_heads[method] = None
 
@@ -210,7 +199,31 @@ class Laboratory:
         return gradients
 
 
-def _rules(taus: list[float], estimators: list[str]) -> Iterator[tuple[float | None, str]]:
+def config_of(
+    config: Config, name: str, length: int, top_k: int, *, draws: int = 1, tau: float | None = None
+) -> Config:
+    """The config under which a method meets as many responses of this length as `draws` draws have."""
+    settings, method = config.variance, method_named(config.method, name)
+    method = replace(
+        method, ppo=replace(method.ppo, epochs=1, minibatches=1, entropy_coef=0.0),
+        grpo=replace(
+            method.grpo, epochs=1, minibatches=1, entropy_reward_coef=0.0, kl_policy_ref_coef=0.0,
+            kl_ref_policy_coef=0.0,
+        ),
+    )
+    if tau is not None:
+        method = replace(method, tau_start=tau, tau_end=tau, estimator="gumbel", replay_dropout=False)
+    return replace(
+        config, method=method, rollout=RolloutConfig(),
+        train=replace(config.train, batch_size=settings.responses * draws, accumulation_steps=1),
+        generation=replace(
+            config.generation, max_new_tokens=length, min_new_tokens=length, top_k=top_k,
+            samples_per_prompt=settings.samples_per_prompt,
+        ),
+    )
+
+
+def _rules(taus: Sequence[float], estimators: Sequence[str]) -> Iterator[tuple[float | None, str]]:
     """(temperature, local rule) to be measured; `straight_through` knows no temperature."""
     for tau in taus:
         yield from ((tau, estimator) for estimator in estimators if estimator != "straight_through")

@@ -42,7 +42,8 @@ class Draws:
         """One draw, as the gradients of the parameter tensors, and the seconds it took."""
         flat = torch.cat([g.detach().flatten().float() for g in gradients]).cpu()
         block = min(self.taken * BLOCKS // self.count, BLOCKS - 1)
-        self._sums[block] = flat if self._sums[block] is None else self._sums[block].add_(flat)
+        so_far = self._sums[block]
+        self._sums[block] = flat if so_far is None else so_far.add_(flat)
         self._squares[block] += float(flat.double().square().sum())
         self._sizes[block] += 1
         self.taken += 1

@@ -23,7 +23,7 @@ from grade.machine import machine
 from grade.model.checkpoint import adapter_digest, load_adapter
 from grade.model.fingerprint import check_made_from, inputs_of, model_inputs
 from grade.processes import make_accelerator
-from grade.studies.variance.laboratory import Estimate, Laboratory
+from grade.studies.variance.laboratory import Estimator, Laboratory, config_of
 from grade.studies.variance.statistics import Draws, agreement, norm_error
 from grade.studies.variance.text import document, rich_table
 from grade.training.evaluation import write_evaluations
@@ -69,7 +69,7 @@ def run_variance(config: Config, checkpoint: Path | None = None) -> dict:
             "responses of one length. Use a task whose reward reads any text."
         )
     for name in names:  # each as it will be run
-        validate(Laboratory(largest, None, None, [], max(lengths), max(top_ks)).of(name))
+        validate(config_of(config, name, max(lengths), max(top_ks)))
     check_writable("output_dir", folder)
     path = folder / "variance.json"
     identity = {"config": asdict(_relevant(config)), "adapter_sha256": weights, "machine": machine()}
@@ -81,7 +81,7 @@ def run_variance(config: Config, checkpoint: Path | None = None) -> dict:
     if checkpoint is not None:
         check_made_from(checkpoint.parents[1], model_inputs(policy))
         load_adapter(latest(checkpoint), policy)
-    payload = _kept(path, {**identity, "inputs": inputs_of(config, policy, task, reward)})
+    payload = _kept(path, {**identity, "inputs": inputs_of(policy, task, reward.identity())})
     prompts = task.prompts("policy", tokenizer)
     with writing(folder, "output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def _measured(laboratory: Laboratory, names: list[str], stop: StopRequest) -> li
     if _judges(laboratory) and not stop.asked:
         with counting(f"{title}: reference", laboratory.reference_draws) as tick:
             reference = laboratory.reference(lambda: stop.asked, tick)
-        found[Estimate("reference")] = reference
+        found[Estimator("reference")] = reference
     rows = (_row(laboratory, key, draws, reference) for key, draws in found.items())
     return [row for row in rows if row is not None]
 
@@ -142,7 +142,7 @@ def _complete(laboratory: Laboratory, rows: list[dict]) -> bool:
     )
 
 
-def _row(laboratory: Laboratory, key: Estimate, draws: Draws, reference: Draws | None) -> dict | None:
+def _row(laboratory: Laboratory, key: Estimator, draws: Draws, reference: Draws | None) -> dict | None:
     """None of too few draws to say anything."""
     spread = draws.spread()
     if spread is None:

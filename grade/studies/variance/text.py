@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 from rich import box
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from grade.machine import machine_line
+from grade.tables import Column, Table, numbers
 
 # Key of a row's number, title, format.
 _COLUMNS = (
@@ -31,13 +35,11 @@ def document(payload: dict) -> str:
     """variance.json as Markdown."""
     parts = [measured(payload)]
     for (length, top_k), rows in _groups(payload).items():
-        titles = ["estimator", "draws", *(title for _, title, _ in _COLUMNS), "verdict"]
-        lines = [f"## {length} tokens, {top_k} candidates", "", "| " + " | ".join(titles) + " |",
-                 "|---|" + "---:|" * (len(titles) - 1)]
-        for row in rows:
-            cells = (_cell(row, key, form) for key, _, form in _COLUMNS)
-            lines.append("| " + " | ".join([name_of(row), str(row["draws"]), *cells, row["verdict"]]) + " |")
-        parts.append("\n".join(lines))
+        titles = numbers(["draws", *(title for _, title, _ in _COLUMNS), "verdict"])
+        shown = Table("", [Column("estimator"), *titles], [
+            [name_of(row), str(row["draws"]), *_cells(row, _COLUMNS), row["verdict"]] for row in rows
+        ])
+        parts.append(f"## {length} tokens, {top_k} candidates\n\n{shown.markdown()}")
     return "\n\n".join([*parts, NOTES, machine_line(payload["machine"])]) + "\n"
 
 
@@ -53,21 +55,20 @@ def measured(payload: dict) -> str:
     )
 
 
-def rich_table(payload: dict) -> Table:
+def rich_table(payload: dict) -> RichTable:
     """The same for the terminal, narrower."""
-    table = Table(title="Gradient estimators at fixed parameters", box=box.SIMPLE_HEAD, caption=NOTES)
     columns = [column for column in _COLUMNS if column[0] in _NARROW]
-    for title in ("S", "k", "estimator"):
-        table.add_column(title)
-    for _, title, _ in columns:
-        table.add_column(title, justify="right")
-    table.add_column("verdict")
-    for (length, top_k), rows in _groups(payload).items():
-        for row in rows:
-            cells = (_cell(row, key, form) for key, _, form in columns)
-            table.add_row(str(length), str(top_k), name_of(row), *cells, row["verdict"])
-        table.add_section()
-    return table
+    groups = _groups(payload)
+    shown = Table(
+        "Gradient estimators at fixed parameters",
+        [Column("S"), Column("k"), Column("estimator"), *numbers(title for _, title, _ in columns), Column("verdict")],
+        [[str(length), str(top_k), name_of(row), *_cells(row, columns), row["verdict"]]
+         for (length, top_k), rows in groups.items() for row in rows],
+        NOTES,
+    ).rich(box=box.SIMPLE_HEAD)
+    for last in accumulate(map(len, groups.values())):
+        shown.rows[last - 1].end_section = True
+    return shown
 
 
 def name_of(row: dict) -> str:
@@ -85,6 +86,10 @@ def _groups(payload: dict) -> dict:
     for row in payload["rows"]:
         groups.setdefault((row["length"], row["top_k"]), []).append(row)
     return groups
+
+
+def _cells(row: dict, columns: Sequence[tuple[str, str, str]]) -> list[str]:
+    return [_cell(row, key, form) for key, _, form in columns]
 
 
 def _cell(row: dict, key: str, form: str) -> str:

@@ -1,177 +1,74 @@
-"""Differentiable rewards on soft tokens, read through the policy's vocabulary.
+"""Classifiers of transformers as rewards: finding and checking them, and reading them on soft tokens.
 
-`SharedReward` is a small head on the frozen base's own hidden states: no second model, and the reference's forward
-and backward serve it too. `ClassifierReward` is any decoder classifier of transformers with the policy's vocabulary
-and its own embedding table. Both pool by position, so padding and whatever follows the end of a response never
-counts, and both give one number per response, in [0, 1] where it is a probability.
+Any decoder classifier with the policy's vocabulary will do; its embeddings are rows of its own table.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from grade.errors import GradeError
-from grade.model.passes import BasePass, accumulation_dtype, fed_embeddings
+from grade.model.fingerprint import model_digest
+from grade.model.passes import BasePass, accumulation_dtype
 from grade.model.policy import Policy
 from grade.model.pretrained import Pretrained, context_of
+from grade.rewards.base import DifferentiableReward, EmbeddingTable
 from grade.rollout import Rollout
 
 
-class Reward(Protocol):
-    """What methods and evaluation ask of a reward that can be differentiated.
-
-    A reward that cannot (`differentiable` False) needs `from_tokens(rollout) -> [B]` instead of the rest. Either kind
-    may have `prefix_scores(rollout, base) -> [B, 1 + S]`, the reward of the prompt alone and after every token, and
-    `details(rollout, scores) -> {name: [B]}`, further measures that evaluation averages.
-
-    Attributes:
-        differentiable: whether gradients reach the response's embeddings.
-        shares_base_pass: its features are those of the reference's pass.
-        table: [V, d_r], the embedding table its inputs come from; `embedding_scale` multiplies the rows.
-    """
-
-    differentiable: bool
-    shares_base_pass: bool
-    table: Tensor
-    embedding_scale: float
-
-    def from_base(self, base: BasePass, mask: Tensor) -> Tensor:
-        """[B] float32 rewards from a base pass; `mask` [B, S] bool are the real tokens."""
-
-    def from_embeddings(self, rollout: Rollout, x: Tensor, *, checkpoint: bool = False) -> Tensor:
-        """[B] float32 rewards from response embeddings `x` [B, S, d_r] in this reward's own table."""
-
-
-def reward_inputs(reward: Reward, rollout: Rollout) -> Tensor | None:
-    """[B, S, d_r] response embeddings for a reward that has a pass of its own, else None."""
-    if not reward.differentiable or reward.shares_base_pass:
-        return None
-    return fed_embeddings(rollout, reward.table, reward.embedding_scale)
-
-
-def reward_of(
-    reward: Reward, rollout: Rollout, base: BasePass, x: Tensor | None, *, checkpoint: bool = False
-) -> Tensor:
-    """[B] float32 rewards of any kind; `x` as `reward_inputs` gives it, gradients flow to it or to the base's input."""
-    if not reward.differentiable:
-        return reward.from_tokens(rollout)
-    if reward.shares_base_pass:
-        return reward.from_base(base, rollout.mask)
-    return reward.from_embeddings(rollout, x, checkpoint=checkpoint)
-
-
-class RewardHead(nn.Module):
-    """Linear-Tanh-Linear on pooled features, in float32: [B, d] -> [B, 2] logits (negative, positive)."""
-
-    def __init__(self, feature_size: int, hidden_size: int):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(feature_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, 2))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features.to(self.layers[0].weight.dtype))
-
-    def probability(self, features: Tensor) -> Tensor:
-        """[B] probability of the positive class."""
-        return self(features).softmax(-1)[..., 1]
-
-
-class SharedReward:
-    """A trained head on the frozen base model that the policy's adapter sits on.
-
-    Args:
-        policy: owner of the base weights.
-        head: trained `RewardHead`; frozen here.
-        reads: "prompt+response" or "response".
-    """
-
-    differentiable = True
-
-    def __init__(self, policy: Policy, head: RewardHead, reads: str = "prompt+response"):
-        self.policy, self.reads = policy, reads
-        self.head = head.to(policy.device).requires_grad_(False).eval()
-        self.shares_base_pass = reads == "prompt+response"
-        self.table, self.embedding_scale = policy.embedding, policy.embedding_scale
-
-    def from_base(self, base: BasePass, mask: Tensor) -> Tensor:
-        states = base.response.to(accumulation_dtype(base.response))
-        total = base.prompt_sum + (states * mask[..., None]).sum(1)
-        return self.head.probability(total / (base.prompt_count + mask.sum(1))[:, None])
-
-    def from_embeddings(self, rollout: Rollout, x: Tensor, *, checkpoint: bool = False) -> Tensor:
-        """The response by itself, from position 0."""
-        with self.policy.state(adapters=False, checkpoint=checkpoint):
-            hidden = self.policy.hidden(x, rollout.mask)
-        return self.head.probability(mean_pool(hidden, rollout.mask))
-
-    @torch.no_grad()
-    def prefix_scores(self, rollout: Rollout, base: BasePass) -> Tensor:
-        """[B, 1 + S] float32, the reward of the prompt alone and after every token; padding repeats the last.
-
-        The base is causal, so the mean over the states up to a token is what the reward would read there. A reward
-        that reads the response alone has nothing to read before it: it starts from an empty mean.
-        """
-        if self.shares_base_pass:
-            states, sums, counts = base.response, base.prompt_sum, base.prompt_count
-        else:
-            with self.policy.state(adapters=False):
-                states = self.policy.hidden(reward_inputs(self, rollout), rollout.mask)
-            sums, counts = torch.zeros_like(base.prompt_sum), torch.zeros_like(base.prompt_count)
-        states = states.to(accumulation_dtype(states)) * rollout.mask[..., None]
-        sums = torch.cat([sums[:, None], states], dim=1).cumsum(1)
-        counts = torch.cat([counts[:, None], rollout.mask.long()], dim=1).cumsum(1)
-        return self.head.probability(sums / counts.clamp_min(1)[..., None])
-
-
-def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """[B, T, d] and [B, T] bool -> [B, d], the mean over real tokens, in float32 (float64 for float64)."""
-    return (hidden.to(accumulation_dtype(hidden)) * mask[..., None]).sum(1) / mask.sum(1).clamp_min(1)[:, None]
-
-
-class ClassifierReward:
+class ClassifierReward(DifferentiableReward):
     """A transformers sequence classifier over the policy's vocabulary, read at the last real token.
 
     What an output means is the model's `problem_type`: classes that exclude each other (a softmax; the default), each a
     question of its own (multi_label_classification, a sigmoid), or numbers (regression, used as they are).
 
     Args:
-        model: decoder with a `score` layer on its last hidden state.
+        model: decoder with a `score` layer on its last hidden state; frozen here.
         label: class index that is the reward; None for a model with a single output.
         reads: "prompt+response" or "response".
-
-    Attributes:
-        raises: what a higher reward means, in words.
+        name: reward.model, the folder or hub name it was loaded from.
     """
 
-    differentiable, shares_base_pass = True, False
-
-    def __init__(self, model, label: int | None, reads: str = "prompt+response"):
-        self.model, self.label, self.reads = model.requires_grad_(False).eval(), label, reads
-        self.table = model.get_input_embeddings().weight.detach()
-        self.embedding_scale = _module_scale(model)
+    def __init__(
+        self, model: PreTrainedModel, label: int | None, reads: str = "prompt+response", name: str | None = None
+    ):
+        self.model, self.label, self.reads, self.name = model.requires_grad_(False).eval(), label, reads, name
+        self.modules = [model]
+        self.table = EmbeddingTable(model.get_input_embeddings().weight.detach(), _module_scale(model))
+        self.tables = (self.table,)
         kind, labels = model.config.problem_type, list(model.config.id2label.values())
         if kind == "multi_label_classification":
-            self._value, what = lambda logits: logits[:, label or 0].sigmoid(), "the probability (by sigmoid)"
+            self._read, what = lambda logits: logits[:, label or 0].sigmoid(), "the probability (by sigmoid)"
         elif label is None or kind == "regression":
-            self._value, what = lambda logits: logits[:, label or 0], "the output"
+            self._read, what = lambda logits: logits[:, label or 0], "the output"
         else:
-            self._value, what = lambda logits: logits.softmax(-1)[:, label], "the probability (by softmax)"
+            self._read, what = lambda logits: logits.softmax(-1)[:, label], "the probability (by softmax)"
         chosen = "" if label is None else f" of the class {model.config.id2label[label]!r} among {labels}"
-        self.raises = f"{what}{chosen}"
+        self.raises = f"{what}{chosen}" + ("" if name is None else f" of reward.model={name}")
 
-    def from_base(self, base: BasePass, mask: Tensor) -> Tensor:
-        raise TypeError("a classifier has features of its own: use from_embeddings")
-
-    def from_embeddings(self, rollout: Rollout, x: Tensor, *, checkpoint: bool = False) -> Tensor:
-        mask = rollout.mask
+    def value(
+        self, rollout: Rollout, base: BasePass | None, fed: Sequence[Tensor] = (), *,
+        activation_checkpointing: bool = False,
+    ) -> Tensor:
+        (x,), mask = fed, rollout.mask
         if self.reads == "prompt+response":
-            prompt = nn.functional.embedding(rollout.prompt_ids, self.table) * self.embedding_scale
+            prompt = nn.functional.embedding(rollout.prompt_ids, self.table.rows) * self.table.scale
             x = torch.cat([prompt, x.to(prompt.dtype)], dim=1)
             mask = torch.cat([rollout.prompt_mask, mask], dim=1)
         logits = self._logits(x, mask)
-        return self._value(logits.to(accumulation_dtype(logits)))
+        return self._read(logits.to(accumulation_dtype(logits)))
+
+    def identity(self) -> str:
+        return model_digest(self.name or self.model.name_or_path, self.model)
 
     def _logits(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, T, d_r] embeddings and [B, T] bool -> [B, labels], read at the last real token."""
@@ -183,7 +80,7 @@ class ClassifierReward:
         return self.model.score(hidden[torch.arange(len(hidden), device=last.device), last])
 
 
-def _module_scale(model) -> float:
+def _module_scale(model: PreTrainedModel) -> float:
     """Factor between a classifier's embedding module and its table (Gemma scales inside the module)."""
     module = model.get_input_embeddings()
     ids = torch.arange(2, 10, device=module.weight.device)
@@ -213,7 +110,9 @@ def check_same_vocabulary(name: str, theirs: dict[str, int], policy_vocabulary: 
     )
 
 
-def check_classifier(name: str, policy_tokenizer, *, judged: int, positive_label: str | None):
+def check_classifier(
+    name: str, policy_tokenizer: PreTrainedTokenizerBase, *, judged: int, positive_label: str | None
+) -> tuple[Pretrained, PretrainedConfig]:
     """The classifier's source and config, if it exists, has the policy's vocabulary, can read `judged` tokens and says
     which class to raise. Reads no weights.
 
@@ -247,8 +146,6 @@ def load_classifier(
         GradeError: not found, other vocabulary, too short a context, no trained score layer on the last hidden state,
             or no such label.
     """
-    from transformers import AutoModelForSequenceClassification
-
     source, config = check_classifier(name, policy.tokenizer, judged=judged, positive_label=positive_label)
     model, found = source.model(AutoModelForSequenceClassification, dtype=policy.dtype, output_loading_info=True)
     if not isinstance(getattr(model, "score", None), nn.Linear) or config.is_encoder_decoder:
@@ -273,9 +170,7 @@ def load_classifier(
             "Resize it (model.resize_token_embeddings) and save it again."
         )
     label = positive_class(name, config.id2label, positive_label)
-    reward = ClassifierReward(model.to(policy.device), label, reads)
-    reward.raises = f"{reward.raises} of reward.model={name}"
-    return reward
+    return ClassifierReward(model.to(policy.device), label, reads, name)
 
 
 def positive_class(name: str, id2label: dict[int, str], wanted: str | None) -> int | None:

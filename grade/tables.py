@@ -1,15 +1,29 @@
-"""One table, written as HTML for the page, as CSV with all digits, and as LaTeX (booktabs)."""
+"""One table in every form that is shown here: for the terminal, as Markdown, HTML, CSV with all digits, and LaTeX
+(booktabs). Each form writes out what would mean something to its reader."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING, Any
 
-from grade.report.latex import OTHER, latex
-from grade.report.statistics import Estimate
+from grade.latex import OTHER, latex
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error over seeds (None for one seed) and their number."""
+
+    mean: float
+    stderr: float | None
+    n: int
+
 
 Cell = str | int | float | Estimate | tuple[float, float] | None
 """Nothing, text, a count, a number, a mean over seeds, or an interval."""
@@ -21,25 +35,65 @@ _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
 @dataclass(frozen=True)
 class Column:
-    """Title with its unit, and digits after the point of its numbers."""
+    """Title with its unit, and digits after the point of its numbers.
+
+    Attributes:
+        right: whether it stands to the right; None: where its cells are not texts.
+        whole: a terminal breaks none of its lines.
+    """
 
     title: str
     digits: int = 3
+    right: bool | None = None
+    whole: bool = False
+
+
+def numbers(titles: Iterable[str], *, whole: bool = False) -> list[Column]:
+    """Columns of numbers that are written out already: texts to the right."""
+    return [Column(title, right=True, whole=whole) for title in titles]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under columns. `name` is that of its files; `caption` says what is shown, and may be empty."""
+    """Rows of cells under columns. `title` also names its files in a report; `caption` says what is shown, and may be
+    empty."""
 
-    name: str
-    caption: str
+    title: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
+    caption: str = ""
 
     def __post_init__(self) -> None:
         wrong = [row for row in self.rows if len(row) != len(self.columns)]
         if wrong:
-            raise ValueError(f"table {self.name}: a row of {len(wrong[0])} cells, {len(self.columns)} columns.")
+            raise ValueError(f"table {self.title}: a row of {len(wrong[0])} cells, {len(self.columns)} columns.")
+
+    def rich(self, **options: Any) -> RichTable:
+        """For the terminal. `options` are those of rich's own table."""
+        from rich.markup import escape
+        from rich.table import Table as RichTable
+
+        shown = RichTable(title=self.title, caption=self.caption or None, **options)
+        for column, right in zip(self.columns, self._right(), strict=True):
+            shown.add_column(
+                column.title, justify="right" if right else "left", no_wrap=column.whole,
+                overflow="ellipsis" if column.whole else "fold",
+            )
+        for row in self.rows:
+            shown.add_row(*map(escape, self.texts(row)))
+        return shown
+
+    def markdown(self, *, spaced: bool = False) -> str:
+        """As GitHub renders it, without title and caption.
+
+        Args:
+            spaced: the line of dashes has spaces, as in pages that comparisons have written.
+        """
+        dashes = ["---:" if right else "---" for right in self._right()]
+        between = " | ".join(dashes) if spaced else "|".join(dashes)
+        lines = [[column.title for column in self.columns], *map(self.texts, self.rows)]
+        head, *rows = ("".join(f"| {_markdown(cell)} " if cell else "| " for cell in cells) + "|" for cells in lines)
+        return "\n".join([head, f"| {between} |" if spaced else f"|{between}|", *rows])
 
     def html(self) -> str:
         """A table that scrolls by itself where it is wider than the page."""
@@ -51,7 +105,7 @@ class Table:
         # Not a <caption>: that would be as wide as the table, and scroll out of sight with it.
         caption = f'<p class="caption">{escape(self.caption)}</p>' if self.caption else ""
         return (
-            f'{caption}<div class="scroll" role="region" tabindex="0" aria-label="table {escape(self.name)}">'
+            f'{caption}<div class="scroll" role="region" tabindex="0" aria-label="table {escape(self.title)}">'
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
 
@@ -82,15 +136,21 @@ class Table:
         """By column, whether it holds text alone."""
         return [all(isinstance(row[i], (str, type(None))) for row in self.rows) for i in range(len(self.columns))]
 
+    def _right(self) -> list[bool]:
+        return [
+            not text if column.right is None else column.right
+            for column, text in zip(self.columns, self._are_texts(), strict=True)
+        ]
+
     def _kind(self, column: int) -> type:
         kinds = {type(row[column]) for row in self.rows}
         return next((kind for kind in (Estimate, tuple) if kind in kinds), object)
 
     def latex(self) -> str:
         """A tabular for \\input: text to the left, in a paragraph where it is long; numbers to the right."""
-        kinds = ["r" if not text else "l" for text in self._are_texts()]
+        kinds = ["r" if right else "l" for right in self._right()]
         for i in range(len(self.columns)):
-            if any(isinstance(row[i], str) and len(row[i]) > 40 for row in self.rows):
+            if any(isinstance(cell := row[i], str) and len(cell) > 40 for row in self.rows):
                 kinds[i] = r"p{0.25\textwidth}"
         # Only a longtable goes on over pages. A row after \\ may not start with what that takes for an option.
         name = "longtable" if self._lines() > _PAGE else "tabular"
@@ -132,6 +192,11 @@ def rounded(value: float, digits: int) -> str:
     if value and abs(value) < 0.5 * 10**-digits:
         return f"{value:.1e}".replace("-", "−")
     return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def _markdown(text: str) -> str:
+    """On one line, with no end of a cell in it."""
+    return " ".join(text.splitlines()).replace("|", "\\|")
 
 
 def _values(cell: Cell, kind: type) -> list[object]:

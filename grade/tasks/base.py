@@ -1,0 +1,107 @@
+"""What a task is: prompts by split, and labelled texts where it has them. Whoever adds a task subclasses `Task`."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text.
+
+    Attributes:
+        id: names the row it came from, for example `train/17`.
+        text: the cleaned text.
+        label: 1 positive, 0 negative.
+    """
+
+    id: str
+    text: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of a data set mean.
+
+    Attributes:
+        column: that holds them.
+        positive, negative: the two values, as text.
+        left_out: how many rows have another value, by value, or, under "", a label and no text; they are in no split.
+    """
+
+    column: str
+    positive: str
+    negative: str | None
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        others = ", ".join(
+            f"{count} with {label!r}" if label else f"{count} without text"
+            for label, count in sorted(self.left_out.items())
+        )
+        return (
+            f"{self.positive!r} of column {self.column!r} (negative: {self.negative!r}"
+            + (f"; rows left out: {others})" if others else ")")
+        )
+
+
+class Task(ABC):
+    """Where prompts come from. The defaults are those of a task that has no labelled texts.
+
+    Attributes:
+        labels: what the labels of its texts mean; None where they were not read from data.
+    """
+
+    labels: Labels | None = None
+
+    @property
+    def name(self) -> str:
+        """As task.name has it, for the record."""
+        return type(self).__name__
+
+    @abstractmethod
+    def prompts(
+        self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+    ) -> list[list[int]]:
+        """Token ids of a split's prompts, in an order that does not change.
+
+        Args:
+            split: "policy" (training), "validation" or "test".
+            tokenizer: the policy's.
+            limit: at most this many prompts (the first ones); None: all.
+
+        Returns:
+            Lists of 1 to task.prompt_max_tokens ids, not padded.
+
+        Raises:
+            GradeError: no prompts can be made with these settings or this tokenizer.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a run records about its data, ready for JSON.
+
+        It holds "task", the name, and "splits", for each split something that changes with its content, such as
+        `sha256_of` its texts: by these a run knows its data again.
+        """
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """Labelled texts: in "reward" to train a reward head on and in "validation" to test it on, in "judge" to train
+        the judge of comparisons on and in "test" to test that on."""
+        return ()
+
+
+def sha256_of(parts: Iterable[str]) -> str:
+    """Hash of a list of strings; a separator that cleaned text cannot hold keeps their borders apart."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogatepass") + b"\x00")
+    return digest.hexdigest()

@@ -1,0 +1,89 @@
+"""What somebody gets who subclasses a reward or a task: gradients wherever it reads, and defaults for the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from classifiers import classifier
+from published import gradients, relative_error
+from rollouts import draw
+from tiny import KeepDouble, tiny_policy, tiny_reward
+
+from grade.errors import GradeError
+from grade.replay.replay import ReplaySettings, replay
+from grade.rewards.base import DifferentiableReward, RewardFunction
+from grade.rewards.classifier import ClassifierReward
+from grade.tasks.base import Task
+
+
+class Sum(DifferentiableReward):
+    """Two rewards in one: what shares the base pass, and what reads the response in a table of its own."""
+
+    shares_base_pass = True
+
+    def __init__(self, parts):
+        self.parts = parts
+        self.tables = [table for part in parts for table in part.tables]
+
+    def value(self, rollout, base, fed=(), *, activation_checkpointing=False):
+        fed = list(fed)
+        own = [[fed.pop(0) for _ in part.tables] for part in self.parts]
+        return sum(part.value(rollout, base, x) for part, x in zip(self.parts, own, strict=True))
+
+
+def test_the_gradient_of_a_sum_is_the_sum_of_the_gradients():
+    """Through the base and through two further models, in one replay without KL."""
+    found = []
+    with KeepDouble():
+        policy = tiny_policy(dtype=torch.float64)
+        rollout = draw(policy, max_new_tokens=5)
+        parts = [ClassifierReward(classifier(dtype=torch.float64, seed=seed), 1, "response") for seed in (5, 6)]
+        parts.insert(1, tiny_reward(policy))
+        settings = ReplaySettings(tau=1.0, max_hops=4, hop_tol=0.0)
+        for reward in (Sum(parts), *parts):
+            weights = dict(reward_weight=torch.ones(len(rollout)), kl_weight=torch.zeros(rollout.mask.shape))
+            replay(policy, reward, rollout, settings, **weights)
+            found.append(gradients(policy))
+    whole, *each = found
+    assert relative_error(whole, sum(each)) < 1e-12 and min(g.norm() for g in each) > 1e-3
+
+
+class Length(RewardFunction):
+    def score(self, rollout):
+        return rollout.mask.sum(1).float()
+
+
+def test_what_a_reward_need_not_say():
+    policy = tiny_policy()
+    rollout, reward = draw(policy), Length()
+    assert not reward.differentiable and reward.inputs(rollout) == [] and reward.identity() == "Length"
+    values = reward.value(rollout, None)
+    assert torch.equal(values, rollout.mask.sum(1).float()) and reward.details(rollout, values) == {}
+    with pytest.raises(GradeError, match="method.grpo.level=token needs .* which Length does not give"):
+        reward.prefix_values(rollout, None)
+    with pytest.raises(TypeError, match="abstract"):
+        RewardFunction()
+
+
+def test_a_reward_is_known_by_its_weights():
+    """Those of all its models; another weight is another reward."""
+    policy = tiny_policy()
+    first, again, other = (tiny_reward(policy, seed=seed) for seed in (1, 1, 2))
+    assert first.identity() == again.identity() != other.identity()
+    both = Sum([first, other])
+    both.modules = [first.head, other.head]
+    assert both.identity() not in (first.identity(), other.identity())
+
+
+def test_what_a_task_need_not_say():
+    class Numbers(Task):
+        def prompts(self, split, tokenizer, limit=None):
+            return [[5], [6]][:limit]
+
+        def describe(self):
+            return {"task": self.name, "splits": {}}
+
+    task = Numbers()
+    assert task.name == "Numbers" and task.labels is None and task.examples("reward") == ()
+    with pytest.raises(TypeError, match="abstract"):
+        Task()
