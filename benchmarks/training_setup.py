@@ -151,19 +151,24 @@ class Bench:
         measured: dict = {}
         start = now(self.device)
 
-        def update() -> None:
+        def update() -> float:
             nonlocal start
             parameters = self.policy.parameters()
             copying = now(self.device)
             measured["gradient"] = torch.cat([p.grad.flatten().float() for p in parameters]).cpu()
             start += now(self.device) - copying  # no part of a step
             with self.phases("update"):
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
+            return norm
 
         if self.algorithm in REPLAYED:
-            method = make_method(self.policy, self.reward, self.config, Services(phase=self.phases))
+            config = self.config
+            method = make_method(
+                self.policy, self.reward, config.method, config.generation, config.train, Services(phase=self.phases),
+                seed=config.seed, checkpoint=config.method.checkpoint,
+            )
             mask = torch.ones_like(self.prompts, dtype=torch.bool)
             with self.phases("rollout"):
                 rollout = sample(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,20 +50,12 @@ class Rollout:
 
     def cut(self, start: int, stop: int) -> Rollout:
         """Responses start..stop, with the columns that hold only padding left out."""
-        part = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            part[f.name] = value[start:stop] if isinstance(value, Tensor) else value
-        prompt = int(part["prompt_mask"].sum(1).max())
-        response = int(part["mask"].sum(1).max())
-        for name in ("prompt_ids", "prompt_mask"):
-            part[name] = part[name][:, part[name].shape[1] - prompt:]
-        for name in ("tokens", "mask", "indices", "token_weight", "rows", "weights", "missed"):
-            if part[name] is not None:
-                part[name] = part[name][:, :response]
+        part = self._at(slice(start, stop))
+        prompt, response = (int(mask.sum(1).max()) for mask in (part.prompt_mask, part.mask))
         if (stop - start) % self.samples_per_prompt or start % self.samples_per_prompt:
-            part["samples_per_prompt"] = 1  # a prompt's samples are split: treat every response by itself
-        return replace(self, **part)
+            part.samples_per_prompt = 1  # a prompt's samples are split: treat every response by itself
+        ids, mask = (tensor[:, tensor.shape[1] - prompt:] for tensor in (part.prompt_ids, part.prompt_mask))
+        return replace(part._at((slice(None), slice(response))), prompt_ids=ids, prompt_mask=mask)
 
     def ended_by(self, eos_ids: Tensor) -> Tensor:
         """[B] bool: responses whose last real token is one of `eos_ids`."""
@@ -81,14 +74,18 @@ class Rollout:
             order = self.mask.sum(1).argsort(descending=True, stable=True)
         for start in range(0, len(self), size):
             stop = min(start + size, len(self))
-            yield self.cut(start, stop) if order is None else self._rows(order[start:stop]).cut(0, stop - start)
+            yield self.cut(start, stop) if order is None else self._at(order[start:stop]).cut(0, stop - start)
 
-    def _rows(self, rows: Tensor) -> Rollout:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: value[rows] for name, value in tensors.items()})
+    def _at(self, index: Any) -> Rollout:
+        """Every tensor at `index`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen: dict[str, Any] = {name: v[index] for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **chosen)
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int, device=None) -> tuple[Tensor, Tensor]:
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
     """Left-pad token lists to [B, P] ids (int64) and their mask (bool)."""
     width = max(len(p) for p in prompts)
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)

@@ -1,19 +1,25 @@
-"""The methods, one readable file each, and which one a config names."""
+"""The methods, one readable file each, and which one a name means."""
 
 from __future__ import annotations
 
-from grade.config import Config
-from grade.config.methods import DIFFERENTIATING
+from grade.config import GenerationConfig, MethodConfig, TrainConfig
 from grade.methods.base import Method
 from grade.methods.grade import Grade
 from grade.methods.grpo import GRPO
 from grade.methods.ppo import PPO
 from grade.methods.reinforce import Reinforce
 from grade.methods.services import Services
+from grade.model.policy import Policy
+from grade.rewards.reward import Reward
+
+_METHODS: dict[str, type[Method]] = {
+    "grade-ste": Grade, "grade": Grade, "ppo": PPO, "reinforce": Reinforce, "grpo": GRPO,
+}
 
 
-def make_method(policy, reward, config: Config, services: Services) -> Method:
-    """The method that method.name names."""
-    policy_gradients = {"ppo": PPO, "reinforce": Reinforce, "grpo": GRPO}
-    method = Grade if config.method.name in DIFFERENTIATING else policy_gradients[config.method.name]
-    return method(policy, reward, config, services)
+def make_method(
+    policy: Policy, reward: Reward, config: MethodConfig, generation: GenerationConfig, train: TrainConfig,
+    services: Services, *, seed: int, checkpoint: bool,
+) -> Method:
+    """The method that method.name names; see `Method` for the arguments."""
+    return _METHODS[config.name](policy, reward, config, generation, train, services, seed, checkpoint)

@@ -1,4 +1,4 @@
-"""The methods, one readable file each, and the little they all share: the objective and what the trainer asks of them.
+"""The little that all methods share: the loss, and what the trainer asks of them.
 
 Every method minimises the same
 
@@ -10,34 +10,60 @@ on the same rollouts, with the same reference and reward; they differ in how the
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from grade.config import Config
-from grade.config.methods import MethodConfig
-from grade.methods.services import Services
+from grade.config import GenerationConfig, MethodConfig, TrainConfig
+from grade.methods.services import Services, Totals
+from grade.model.policy import Policy
+from grade.rewards.reward import Reward
 from grade.rollout import Rollout
 from grade.sampling.draw import Sampling
 
-Update = Callable[[], None]
-"""Takes one optimizer step with the gradients accumulated so far, over all processes, and clears them."""
+Update = Callable[[], float]
+"""Takes one optimizer step with the gradients accumulated so far, over all processes, and clears them; the norm of the
+policy's gradient before it was clipped."""
 
 
+@dataclass(eq=False)
 class Method:
-    """What the trainer asks of a method; one that keeps nothing between steps need only sample and step."""
+    """What the trainer asks of a method; one that keeps nothing between steps need only sample and step.
 
-    def __init__(self, policy, reward, config: Config, services: Services):
-        self.policy, self.reward, self.config, self.services = policy, reward, config, services
-        if config.method.checkpoint:
-            policy.enable_checkpointing()
+    Args:
+        seed: of the run; the order of mini-batches and the masks of dropout follow from it.
+        checkpoint: whether activations are recomputed in the backward passes, as the run has decided.
+    """
+
+    policy: Policy
+    reward: Reward
+    config: MethodConfig
+    generation: GenerationConfig
+    train: TrainConfig
+    services: Services
+    seed: int
+    checkpoint: bool
+
+    def __post_init__(self) -> None:
+        if self.checkpoint:
+            self.policy.enable_checkpointing()
 
     def sampling(self, step: int) -> Sampling:
         """How responses of a step are drawn."""
         raise NotImplementedError
 
     def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
-        """Learn from a step's responses on this process, calling `update` for each optimizer step; its metrics."""
+        """Learn from a step's responses on this process, calling `update` for each optimizer step.
+
+        Returns:
+            All that is logged of it, but for what the trainer measures itself (times, memory, the learning rate).
+        """
         raise NotImplementedError
+
+    def weight_of_kl(self, mask: Tensor, totals: Totals) -> Tensor:
+        """`kl_weight` under this method's settings, for a step or mini-batch with `totals`."""
+        config = self.config
+        return kl_weight(mask, config.kl_reduction, config.kl_coef, totals.tokens, totals.responses)
 
     def parameter_groups(self) -> list[dict]:
         """Trainable parameters besides the policy's, as torch.optim takes them."""
@@ -52,7 +78,7 @@ class Method:
 
 
 def kl_weight(mask: Tensor, reduction: str, kl_coef: float, total_tokens: int, total_responses: int) -> Tensor:
-    """[B, S] float64: what each token's KL counts in the loss.
+    """[B, S] float64: the weight of each token's KL in the loss.
 
     Args:
         mask: [B, S] bool, real tokens.
@@ -63,7 +89,7 @@ def kl_weight(mask: Tensor, reduction: str, kl_coef: float, total_tokens: int, t
     return mask.double() * (kl_coef / total)
 
 
-def objective(method: MethodConfig, metrics: dict[str, float]) -> float:
-    """The loss above from a step's means."""
-    kl = metrics["kl"] if method.kl_reduction == "token_mean" else metrics["kl_sequence"]
-    return -metrics["reward"] + method.kl_coef * kl
+def loss_of(config: MethodConfig, metrics: dict[str, float]) -> float:
+    """The loss above from a step's means; minus it is the objective that studies compare methods by."""
+    kl = metrics["kl"] if config.kl_reduction == "token_mean" else metrics["kl_sequence"]
+    return -metrics["reward"] + config.kl_coef * kl

@@ -19,8 +19,9 @@ from contextlib import contextmanager
 
 import torch
 
-from grade.methods.base import Method, Update, kl_weight, objective
-from grade.methods.metrics import add_sums, step_metrics, step_sums
+from grade.methods.base import Method, Update, loss_of
+from grade.methods.metrics import add_sums, step_metrics, step_sums, update_metrics
+from grade.methods.services import Totals
 from grade.replay.replay import ReplayResult, ReplaySettings, replay
 from grade.rollout import Rollout
 from grade.sampling.draw import Sampling, sampling_of
@@ -36,19 +37,18 @@ class Grade(Method):
     """The method as the trainer sees it: how to sample, and how to turn rollouts into gradients."""
 
     def tau(self, step: int) -> float:
-        method = self.config.method
-        return tau_at(step, method.tau_start, method.tau_end, method.tau_steps)
+        return tau_at(step, self.config.tau_start, self.config.tau_end, self.config.tau_steps)
 
     def sampling(self, step: int) -> Sampling:
-        return sampling_of(self.config.generation, tau=self.tau(step), soft=self.config.method.name == "grade")
+        return sampling_of(self.generation, tau=self.tau(step), soft=self.config.name == "grade")
 
     def settings(self, step: int) -> ReplaySettings:
-        method = self.config.method
+        config = self.config
         return ReplaySettings(
-            tau=self.tau(step), estimator=method.estimator, rao_samples=method.rao_samples,
-            kl_direction=method.kl_direction, kl_prefix_grad=method.kl_prefix_grad, max_hops=method.max_hops,
-            hop_tol=method.hop_tol, dropout=method.replay_dropout, checkpoint=method.checkpoint,
-            prompt_cache=method.prompt_cache, chunk_bytes=method.head_chunk_bytes(self.policy.device.type),
+            tau=self.tau(step), estimator=config.estimator, rao_samples=config.rao_samples,
+            kl_direction=config.kl_direction, kl_prefix_grad=config.kl_prefix_grad, max_hops=config.max_hops,
+            hop_tol=config.hop_tol, dropout=config.replay_dropout, checkpoint=self.checkpoint,
+            prompt_cache=config.prompt_cache, chunk_bytes=config.head_chunk_bytes(self.policy.device.type),
             any_process=self.services.any_process, phase=self.services.phase,
         )
 
@@ -57,42 +57,34 @@ class Grade(Method):
         totals = self.services.totals(r.mask for r in rollouts)
         sums: dict[str, float] = {}
         for rollout in rollouts:
-            for micro_batch in rollout.micro_batches(self.config.train.batch_size, by_length=True):
-                result = self.accumulate(
-                    micro_batch, step, total_tokens=totals.tokens, total_responses=totals.responses
-                )
-                sums = add_sums(sums, self._sums(micro_batch, result))
-        update()
+            for micro_batch in rollout.micro_batches(self.train.batch_size, by_length=True):
+                sums = add_sums(sums, self._sums(micro_batch, self.accumulate(micro_batch, step, totals)))
+        norm = update()
         metrics = step_metrics(self.services.sum(sums))
-        return {"loss": objective(self.config.method, metrics), **metrics, "tau": self.tau(step)}
+        return {"loss": loss_of(self.config, metrics), **metrics, "tau": self.tau(step), **update_metrics([norm])}
 
-    def accumulate(self, micro_batch: Rollout, step: int, *, total_tokens: int, total_responses: int) -> ReplayResult:
-        """Add this micro-batch's share of the step's gradient.
+    def accumulate(self, micro_batch: Rollout, step: int, totals: Totals) -> ReplayResult:
+        """Add this micro-batch's share of the gradient of a step with `totals`."""
+        with self._dropout_of(micro_batch):
+            return replay(
+                self.policy, self.reward, micro_batch, self.settings(step), **self.loss_weights(micro_batch, totals)
+            )
 
-        Args:
-            micro_batch: B responses.
-            total_tokens, total_responses: of the whole step, over micro-batches and processes.
-        """
-        weights = self.loss_weights(micro_batch, total_tokens, total_responses)
-        with self._dropout_of(micro_batch, step):
-            return replay(self.policy, self.reward, micro_batch, self.settings(step), **weights)
-
-    def loss_weights(self, micro_batch: Rollout, total_tokens: int, total_responses: int) -> dict[str, torch.Tensor]:
-        """What each reward and each token's KL counts in the loss, as `grade.replay.replay` takes them."""
-        method = self.config.method
-        weight = kl_weight(micro_batch.mask, method.kl_reduction, method.kl_coef, total_tokens, total_responses)
-        shares = weight.new_full((len(micro_batch),), 1.0 / total_responses)
+    def loss_weights(self, micro_batch: Rollout, totals: Totals) -> dict[str, torch.Tensor]:
+        """The weights of each reward and of each token's KL in the loss, as `grade.replay.replay` takes them."""
+        weight = self.weight_of_kl(micro_batch.mask, totals)
+        shares = weight.new_full((len(micro_batch),), 1.0 / totals.responses)
         return {"reward_weight": shares, "kl_weight": weight}
 
     @contextmanager
-    def _dropout_of(self, micro_batch: Rollout, step: int) -> Iterator[None]:
+    def _dropout_of(self, micro_batch: Rollout) -> Iterator[None]:
         """torch's generators, where dropout masks come from, set by (seed, first noise row): a resumed run repeats."""
-        if not self.config.method.replay_dropout:
+        if not self.config.replay_dropout:
             yield
             return
         device = self.policy.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(derived_seed(self.config.seed, int(micro_batch.rows[0, 0])))
+            torch.manual_seed(derived_seed(self.seed, int(micro_batch.rows[0, 0])))
             yield
 
     def _sums(self, micro_batch: Rollout, result: ReplayResult) -> dict[str, float]:

@@ -1,25 +1,31 @@
 """Group-relative policy optimisation (Shao et al. 2024), on whole responses or token by token.
 
-The responses of a prompt are compared with each other, so nothing has to learn a value. What people argue about is a
-setting: dividing by the group's standard deviation (GRPO) or not (Dr. GRPO, Liu et al. 2025); the mean over tokens of
-all responses (DAPO, Yu et al. 2025), first over those of each (GRPO), or division by a constant (Dr. GRPO).
+    L     = sum over tokens of  w max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))  +  KL terms
+    ratio = pi(token) / pi(token) of the policy that sampled
+    A     = (r - mean of the group's r) / (standard deviation of the group's r + 1e-4)
 
-Token level: a token's reward is the change it makes to the response's score, its advantage the difference from the
-group's mean token, within [-1, 1].
+The responses r of a prompt, a group, are compared with each other, so nothing has to learn a value. Variants differ in
+two choices, which are settings. A may be divided by the deviation (GRPO) or not (Dr. GRPO, Liu et al. 2025). The
+weights w are 1 over all tokens (DAPO, Yu et al. 2025), over the response's tokens and the responses (GRPO), or over a
+constant and the responses (Dr. GRPO).
 
-KL is exact over the vocabulary and a term of the loss, without the effect of a token on later ones. It can be weighed
-in two ways. method.kl_coef means what it means for every method, reward - kl_coef * KL: where GRPO weighs a response's
-reward by more or less (its length, its group's deviation), the KL goes with it. grpo.kl_ref_policy_coef and
-grpo.kl_policy_ref_coef are added beside normalised advantages, as GRPO is usually written, both if both are set.
+At the token level a token has a reward of its own, what it adds to the response's score. Its advantage is the
+difference from the mean of the group's tokens, within [-1, 1].
+
+KL is exact over the vocabulary and a term of the loss; a token's effect on the KL of later ones is left out. There are
+two ways to set its weight. method.kl_coef means what it means for every method, reward - kl_coef * KL: it is multiplied
+with whatever GRPO multiplies a response's reward with (by its length, by its group's deviation).
+grpo.kl_ref_policy_coef and grpo.kl_policy_ref_coef stand beside normalised advantages, as GRPO is usually written; both
+may be set.
 
 TRL's `beta` is grpo.kl_ref_policy_coef. Its estimator of the KL, k3 = q/p - log(q/p) - 1 of policy p and reference q at
 a token drawn from p, has the mean kl(policy‖ref), but is differentiated as a function of log p at the token that was
 drawn: 1 - q/p, whose mean over tokens is the gradient of kl(ref‖policy). Here that gradient is exact, not sampled.
 
-A group whose rewards are all equal has advantages of 0 and stays in every denominator, as in TRL; its KL counts. Two
-differences: where the advantages are divided by the group's deviation there is none to divide by, so such a group is
-left out of the KL of method.kl_coef; and a mini-batch with a gradient of exactly 0 takes no optimizer step, which
-would move by its momentum alone. As in TRL, the divisor is the deviation (with n - 1) + 1e-4.
+A group whose rewards are all equal has advantages of 0. As in TRL it stays in every denominator and its KL is in the
+loss, and the deviation is the one over n - 1. There are two differences from TRL. Where advantages are divided by the
+group's deviation, such a group has none, so it is left out of the KL of method.kl_coef. And a mini-batch with a
+gradient of exactly 0 takes no optimizer step, which would move by its momentum alone.
 """
 
 from __future__ import annotations
@@ -29,10 +35,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grade.methods.base import Update, kl_weight
+from grade.methods.base import Update
 from grade.methods.metrics import add_sums
-from grade.methods.policy_gradient import PolicyGradient, Scored, Terms, TokenMeans, clipped_surrogate
+from grade.methods.policy_gradient import PolicyGradient, Scored, Terms, TokenMeans, Weights, clipped_surrogate
 from grade.methods.services import Totals
+from grade.replay.score import present
 from grade.rollout import Rollout
 
 _STD_OFFSET = 1e-4  # of TRL: a group that hardly differs is not blown up
@@ -65,7 +72,7 @@ def token_advantages(rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_weights(mask: Tensor, reduction: str, tokens: int, responses: int, max_new_tokens: int) -> Tensor:
-    """[B, S] float64: what each token counts in the loss.
+    """[B, S] float64: the weight w of each token in the loss.
 
     Args:
         mask: [B, S] bool, real tokens.
@@ -107,17 +114,18 @@ class Experience:
 class GRPO(PolicyGradient):
     """The method as the trainer sees it."""
 
-    def __init__(self, policy, reward, config, services):
-        self.settings = config.method.grpo
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.settings = self.config.grpo
         self.minibatches = self.settings.minibatches
-        super().__init__(policy, reward, config, services)
         # On the only update the policy is still the one that sampled, and its ratio to itself is 1.
         self.needs_old = self.settings.epochs * self.minibatches > 1 or self.settings.entropy_reward_coef > 0
 
     def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
         settings = self.settings
-        batch = self._experiences(self.score(rollouts, old=self.needs_old, changes=settings.level == "token"))
-        means, sums = TokenMeans(self.services.sum), {}
+        batch = self._experiences(self.score(rollouts, sampled=self.needs_old, gains=settings.level == "token"))
+        means, norms = TokenMeans(self.services.sum), []
+        sums: dict[str, float] = {}
         for epoch in range(settings.epochs):
             for minibatch in self.shuffled_minibatches(batch, step, epoch):
                 totals = self.services.totals(e.mask for e in minibatch)
@@ -128,13 +136,14 @@ class GRPO(PolicyGradient):
                             sums = add_sums(sums, self._sums(experience, terms))
                 # AdamW would move by its momentum even without a gradient.
                 if self.services.any_process(any(bool(e.moves.any()) for e in minibatch)):
-                    update()
+                    norms.append(update())
         average = means.take()  # empty in a step of which nothing moves
-        return self.metrics(sums, {name: average[ours] for name, ours in _TRL_NAMES.items() if ours in average})
+        own = {name: average[ours] for name, ours in _TRL_NAMES.items() if ours in average}
+        return self.metrics(sums, norms, own)
 
     def _experiences(self, scored: list[Scored]) -> list[Experience]:
         """Advantages within each prompt's group, whose responses may lie in several micro-batches."""
-        settings, copies = self.settings, self.config.generation.samples_per_prompt
+        settings, copies = self.settings, self.generation.samples_per_prompt
         sizes, masks = [len(s.reward) for s in scored], [s.rollout.mask for s in scored]
         if settings.level == "sequence":
             rewards = torch.cat([self._shaped(s) for s in scored]).view(-1, copies)  # [U, G]
@@ -146,11 +155,11 @@ class GRPO(PolicyGradient):
                 scale = torch.where(differs, scale, 0.0)
         else:
             mask = _stack(masks).unflatten(0, (-1, copies))  # [U, G, S]
-            rewards = _stack([self._shaped_tokens(s) for s in scored]).unflatten(0, (-1, copies))
+            rewards = _stack([self._shaped(s) for s in scored]).unflatten(0, (-1, copies))
             advantage = token_advantages(rewards, mask)
             differs = (advantage != 0).any(2).any(1)
             advantage, scale = advantage.flatten(0, 1), torch.ones_like(advantage[:, 0, 0])  # [N, S], [U]
-        moves = differs | (self.config.method.kl_coef * scale > 0)
+        moves = differs | (self.config.kl_coef * scale > 0)
         if settings.kl_policy_ref_coef > 0 or settings.kl_ref_policy_coef > 0:
             moves = torch.ones_like(moves)
         of_responses = (x.repeat_interleave(copies).split(sizes) for x in (differs, scale, moves))
@@ -160,18 +169,14 @@ class GRPO(PolicyGradient):
         ]
 
     def _shaped(self, scored: Scored) -> Tensor:
-        """[B]: the reward and, weighted, the mean entropy of the response under the policy that sampled it."""
-        reward = self.settings.preference_coef * scored.reward
-        if self.settings.entropy_reward_coef > 0:
-            entropy = scored.old.entropy.sum(1) / scored.rollout.mask.sum(1)
-            reward = reward + self.settings.entropy_reward_coef * entropy
-        return reward
-
-    def _shaped_tokens(self, scored: Scored) -> Tensor:
-        """[B, S]: what each token changed and, weighted, the entropy it was drawn with."""
-        reward = self.settings.preference_coef * scored.changes
-        if self.settings.entropy_reward_coef > 0:
-            reward = reward + self.settings.entropy_reward_coef * scored.old.entropy
+        """[B, S] of tokens, or [B] of responses: the reward and, weighted, the entropy of the policy that sampled; of a
+        response its mean."""
+        settings, by_token = self.settings, self.settings.level == "token"
+        reward = settings.preference_coef * (present(scored.gains) if by_token else scored.reward)
+        if settings.entropy_reward_coef > 0:
+            entropy = scored.old.entropy
+            entropy = entropy if by_token else entropy.sum(1) / scored.rollout.mask.sum(1)
+            reward = reward + settings.entropy_reward_coef * entropy
         return reward
 
     def _accumulate(self, experience: Experience, totals: Totals, means: TokenMeans) -> Terms:
@@ -179,14 +184,14 @@ class GRPO(PolicyGradient):
         settings, scored, mask = self.settings, experience.scored, experience.mask
         if not experience.moves.any():
             with torch.no_grad():
-                terms = scored.old or self.terms(scored)
+                terms = scored.sampled or self.terms(scored)
             means.add(mask & False, **dict.fromkeys(_TRL_NAMES.values(), torch.zeros_like(terms.logprob)))
             return terms
         counted = token_weights(
-            mask, settings.loss_reduction, totals.tokens, totals.responses, self.config.generation.max_new_tokens
+            mask, settings.loss_reduction, totals.tokens, totals.responses, self.generation.max_new_tokens
         )
-        terms = self.terms(scored, **self._kl_terms(experience, counted, totals))
-        old_logprob = terms.logprob.detach() if scored.old is None else scored.old.logprob
+        terms = self.terms(scored, self._penalties(experience, counted, totals))
+        old_logprob = (scored.sampled or terms).logprob.detach()
         loss = clipped_surrogate(
             terms.logprob, old_logprob, experience.advantage, settings.clip_low, settings.clip_high
         )
@@ -197,21 +202,21 @@ class GRPO(PolicyGradient):
         means.add(mask, low=low, high=high, either=low | high, ratio=ratio, policy_loss=loss)
         return terms
 
-    def _kl_terms(self, experience: Experience, counted: Tensor, totals: Totals) -> dict[str, Tensor]:
-        """[B, S] weights of either KL; `counted` [B, S] are those of the policy loss."""
-        method, settings = self.config.method, self.settings
-        shared = kl_weight(experience.mask, method.kl_reduction, method.kl_coef, totals.tokens, totals.responses)
-        # Where a reward counts 1 / responses elsewhere, here its tokens count `counted`, times the group's scale.
-        weights = self.kl_weights(shared * counted * totals.responses * experience.scale[:, None])
-        own = {"kl_weight": settings.kl_policy_ref_coef, "ref_kl_weight": settings.kl_ref_policy_coef}
+    def _penalties(self, experience: Experience, counted: Tensor, totals: Totals) -> Weights:
+        """Of either KL; `counted` [B, S] are the tokens' weights in the policy loss."""
+        shared = self.weight_of_kl(experience.mask, totals)
+        # Elsewhere a response has the weight 1 / responses; here its tokens have `counted`, times the group's scale.
+        weights = self.in_direction(shared * counted * totals.responses * experience.scale[:, None])
+        own = {"kl": self.settings.kl_policy_ref_coef, "ref_kl": self.settings.kl_ref_policy_coef}
         for name, coefficient in own.items():
             if coefficient > 0:
-                weights[name] = weights.get(name, 0.0) + coefficient * counted
+                before = getattr(weights, name)
+                setattr(weights, name, coefficient * counted + (0.0 if before is None else before))
         return weights
 
     def _sums(self, experience: Experience, terms: Terms) -> dict[str, float]:
         scored = experience.scored
-        return self.sums(scored, scored.old or terms, frac_reward_zero_std=~experience.differs)
+        return self.sums(scored, scored.sampled or terms, frac_reward_zero_std=~experience.differs)
 
 
 _TRL_NAMES = {

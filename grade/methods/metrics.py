@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grade.replay.replay import Scores
+from grade.replay.score import Scores
 from grade.rollout import Rollout
 
 
@@ -105,6 +105,11 @@ def step_metrics(sums: dict[str, float]) -> dict[str, float]:
         "completions/mean_length": tokens / count,
         "tokens": tokens,
     }
+
+
+def update_metrics(norms: list[float]) -> dict[str, float]:
+    """Of a step's optimizer steps: how many, and the mean norm of the policy's gradient before clipping (0 of none)."""
+    return {"grad_norm": sum(norms) / max(len(norms), 1), "updates": len(norms)}
 
 
 def add_sums(total: dict[str, float], part: dict[str, float]) -> dict[str, float]:

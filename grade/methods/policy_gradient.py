@@ -13,23 +13,19 @@ those of the full distribution.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from grade.config import Config
 from grade.config.methods import micro_batch_size
-from grade.methods.base import Method, objective
-from grade.methods.metrics import add_sums, step_metrics, step_sums, to_numbers
-from grade.methods.services import Services
-from grade.model.passes import base_pass, fed_embeddings, per_token, policy_pass
-from grade.replay.replay import Scores
-from grade.rewards.reward import reward_inputs, reward_of
+from grade.methods.base import Method, loss_of
+from grade.methods.metrics import add_sums, step_metrics, step_sums, to_numbers, update_metrics
+from grade.model.passes import fed_embeddings, policy_pass
+from grade.replay.score import RealTokens, Scores, ScoreSettings, frozen_passes, present, sampled_logits
 from grade.rollout import Rollout
 from grade.sampling.draw import Sampling, sampling_of
-from grade.sampling.sample import support_is_allowed
 from grade.seeds import derived_seed
 from grade_kernels import vocab_objective
 
@@ -42,7 +38,7 @@ class Terms:
 
     Args:
         logprob: of the tokens, under the distribution they were drawn from. Differentiable.
-        penalty: scalar, sum of the entropies and KLs with the weights that were asked for. Differentiable.
+        penalty: scalar, the sum of entropies and KLs under the `Weights` that were given. Differentiable.
         hidden: [B, S, d], the states that predict the tokens. Differentiable.
         full_logprob, ref_logprob: of the tokens, under the full distributions of policy and reference.
         entropy, kl, ref_kl: exact; kl(policy‖ref) and kl(ref‖policy), the latter None where nothing asks for it.
@@ -63,21 +59,35 @@ class Terms:
 
 
 @dataclass
+class Weights:
+    """[B, S] weights of each token's entropy, kl(policy‖ref) and kl(ref‖policy) in a loss; None leaves a term out."""
+
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+    ref_kl: Tensor | None = None
+
+
+@dataclass
 class Scored:
     """A micro-batch and what is fixed about it while the policy moves.
 
     Args:
         reward: [B].
-        reference: [B, S, d], the base's hidden states that predict the tokens.
-        changes: [B, S], what each token added to the reward; None unless asked for.
-        old: the terms of the policy that sampled, without a graph; None unless asked for.
+        reference: [n, d], the base's hidden states that predict the n real tokens.
+        gains: [B, S], what each token added to the reward; None unless asked for.
+        sampled: the terms of the policy that sampled, without a graph; None unless asked for.
     """
 
     rollout: Rollout
     reward: Tensor
     reference: Tensor
-    changes: Tensor | None = None
-    old: Terms | None = None
+    gains: Tensor | None = None
+    sampled: Terms | None = None
+
+    @property
+    def old(self) -> Terms:
+        """`sampled`, for a method that has asked for it."""
+        return present(self.sampled)
 
 
 def clipped_surrogate(
@@ -107,77 +117,78 @@ class PolicyGradient(Method):
 
     minibatches = 1
 
-    def __init__(self, policy, reward, config: Config, services: Services):
-        super().__init__(policy, reward, config, services)
-        train = config.train
-        responses = train.batch_size * train.accumulation_steps
-        self.micro_batch = micro_batch_size(config.method, train.batch_size, responses)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        responses = self.train.batch_size * self.train.accumulation_steps
+        self.micro_batch = micro_batch_size(self.config, self.train.batch_size, responses)
 
     def sampling(self, step: int) -> Sampling:
-        return sampling_of(self.config.generation)
+        return sampling_of(self.generation)
 
     @torch.no_grad()
-    def score(self, rollouts: list[Rollout], *, old: bool = False, changes: bool = False) -> list[Scored]:
+    def score(self, rollouts: list[Rollout], *, sampled: bool = False, gains: bool = False) -> list[Scored]:
         """Reward and reference of a step's responses, in micro-batches.
 
         Args:
-            old: also the terms of the policy as it is now.
-            changes: also what each token added to the reward.
+            sampled: also the terms of the policy as it is now.
+            gains: also what each token added to the reward.
         """
-        out = []
+        out, settings = [], ScoreSettings(prompt_cache=self.config.prompt_cache)
         with self.services.phase("score"):
             for rollout in (m for r in rollouts for m in r.micro_batches(self.micro_batch)):
-                x = fed_embeddings(rollout, self.policy.embedding, self.policy.embedding_scale)
-                base = base_pass(self.policy, rollout, x, prompt_cache=self.config.method.prompt_cache)
-                reward = reward_of(self.reward, rollout, base, reward_inputs(self.reward, rollout))
-                scored = Scored(rollout, reward, base.reference)
-                if changes:
-                    scored.changes = self.reward.prefix_scores(rollout, base).diff(dim=1) * rollout.mask
-                out.append(replace(scored, old=self.terms(scored)) if old else scored)
+                frozen = frozen_passes(self.policy, self.reward, rollout, RealTokens(rollout), settings)
+                scored = Scored(rollout, frozen.reward, frozen.reference)
+                if gains:
+                    values = self.reward.prefix_scores(rollout, frozen.base)  # type: ignore[attr-defined]
+                    scored.gains = values.diff(dim=1) * rollout.mask
+                if sampled:
+                    scored.sampled = self.terms(scored)
+                out.append(scored)
         return out
 
-    def terms(
-        self, scored: Scored, *, entropy_weight: Tensor | None = None, kl_weight: Tensor | None = None,
-        ref_kl_weight: Tensor | None = None, reference: bool = True,
-    ) -> Terms:
+    def terms(self, scored: Scored, weights: Weights | None = None, *, reference: bool = True) -> Terms:
         """The policy as it is now, along a micro-batch; with a graph unless gradients are off.
 
         Args:
-            entropy_weight, kl_weight, ref_kl_weight: [B, S], weights of `Terms.penalty`; None leaves a term out.
+            weights: of `Terms.penalty`.
             reference: also what compares the policy with the reference, for a second product with the head.
         """
-        policy, rollout, method = self.policy, scored.rollout, self.config.method
-        mask = rollout.mask
+        policy, rollout, weights = self.policy, scored.rollout, weights or Weights()
+        real = RealTokens(rollout)
         x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
-        checkpoint = method.checkpoint and torch.is_grad_enabled()
-        hidden = policy_pass(policy, rollout, x, checkpoint=checkpoint)
-        weights = {"entropy_weight": entropy_weight, "kl_weight": kl_weight, "ref_kl_weight": ref_kl_weight}
+        hidden = policy_pass(policy, rollout, x, checkpoint=self.checkpoint and torch.is_grad_enabled())
+
+        def rows(weight: Tensor | None) -> Tensor | None:
+            return None if weight is None else real.rows(weight)
+
+        def dense(values: Tensor | None) -> Tensor | None:
+            return None if values is None else real.dense(values)
+
         head = vocab_objective(
-            hidden[mask], policy.head, indices=rollout.indices[mask], tokens=rollout.tokens[mask],
-            ref_hidden=scored.reference[mask] if reference else None, ref_kl=method.kl_direction == "ref_policy",
-            **{name: None if weight is None else weight[mask] for name, weight in weights.items()},
-            chunk_bytes=method.head_chunk_bytes(self.policy.device.type), **policy.head_transform,
+            real.rows(hidden), policy.head, indices=real.indices, tokens=real.tokens,
+            ref_hidden=scored.reference if reference else None, ref_kl=self.config.kl_direction == "ref_policy",
+            entropy_weight=rows(weights.entropy), kl_weight=rows(weights.kl), ref_kl_weight=rows(weights.ref_kl),
+            chunk_bytes=self.config.head_chunk_bytes(self.policy.device.type), **policy.head_transform,
         )
-        allowed = support_is_allowed(policy, rollout)[mask]
-        logits = torch.where(allowed, head.logits, -torch.inf)  # [n, k]
-        chosen = (head.indices == rollout.tokens[mask][:, None]).long().argmax(1, keepdim=True)
-        logprob = logits.log_softmax(-1).gather(1, chosen).squeeze(1)
-        values = (head.logprob, head.entropy, head.mass, head.ref_logprob, head.kl, head.ref_kl)
+        chosen = (head.indices == real.tokens[:, None]).long().argmax(1, keepdim=True)
+        logprob = sampled_logits(policy, rollout, real, head.logits).log_softmax(-1).gather(1, chosen).squeeze(1)
         return Terms(
-            per_token(logprob, mask), logprob.new_zeros(()) if head.objective is None else head.objective.sum(), hidden,
-            *(None if v is None else per_token(v, mask) for v in values),
+            real.dense(logprob), logprob.new_zeros(()) if head.objective is None else head.objective.sum(), hidden,
+            full_logprob=real.dense(present(head.logprob)), entropy=real.dense(head.entropy),
+            mass=real.dense(head.mass), ref_logprob=dense(head.ref_logprob), kl=dense(head.kl),
+            ref_kl=dense(head.ref_kl),
         )
 
-    def kl_weights(self, weight: Tensor) -> dict[str, Tensor]:
-        """The keyword of `terms` that penalises KL in the direction of the settings."""
-        return {"kl_weight" if self.config.method.kl_direction == "policy_ref" else "ref_kl_weight": weight}
+    def in_direction(self, weight: Tensor) -> Weights:
+        """The weight [B, S] for the KL in the direction of the settings."""
+        return Weights(kl=weight) if self.config.kl_direction == "policy_ref" else Weights(ref_kl=weight)
 
     def kl_of(self, terms: Terms) -> Tensor:
         """[B, S], KL in the direction of the settings."""
-        return terms.kl if self.config.method.kl_direction == "policy_ref" else terms.ref_kl
+        return present(terms.kl if self.config.kl_direction == "policy_ref" else terms.ref_kl)
 
     def others_kl(self, scored: list[Scored]) -> list[Tensor]:
-        """[B, 1] float64 per micro-batch: what a token's KL is compared with, nats; needs `Scored.old`.
+        """[B, 1] float64 per micro-batch: what a token's KL is compared with, nats; needs `Scored.sampled`.
 
         With `kl_reduction: token_mean` the step's KL is a ratio of sums, KL / tokens. Minus the same ratio without the
         response, which its tokens do not change, a response with the KL k in n tokens is charged for
@@ -185,7 +196,7 @@ class PolicyGradient(Method):
         nothing. 0 for a sum over responses, to which every token adds.
         """
         sizes = [len(s.reward) for s in scored]
-        if self.config.method.kl_reduction == "sequence_sum":
+        if self.config.kl_reduction == "sequence_sum":
             mean = torch.zeros(sum(sizes), dtype=torch.float64, device=scored[0].reward.device)
         else:
             sums = torch.cat([self.kl_of(s.old).double().sum(1) for s in scored])
@@ -196,7 +207,7 @@ class PolicyGradient(Method):
 
     def shuffled_minibatches(self, batch: Sequence[T], step: int, epoch: int) -> Iterator[list[T]]:
         """`minibatches` lists of micro-batches in an order that follows from (seed, step, epoch)."""
-        generator = torch.Generator().manual_seed(derived_seed(self.config.seed, step, epoch))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, step, epoch))
         order = torch.randperm(len(batch), generator=generator).tolist()
         for i in range(self.minibatches):
             start, stop = (n * len(order) // self.minibatches for n in (i, i + 1))
@@ -208,14 +219,18 @@ class PolicyGradient(Method):
         values = Scores(scored.reward, kl, terms.entropy, terms.full_logprob, terms.mass)
         return step_sums(scored.rollout, values, self.policy.eos_ids, per_response=per_response)
 
-    def metrics(self, sums: dict[str, float], own: dict[str, float]) -> dict[str, float]:
-        """A step's metrics from the sums above, and `own`, by the names of TRL where it has one.
+    def metrics(
+        self, sums: dict[str, float], norms: list[float], own: dict[str, float] | None = None
+    ) -> dict[str, float]:
+        """A step's metrics from the sums above, the `norms` of its updates, and its `own`, by the names of TRL where it
+        has one.
 
         `objective/kl` is the KL of a response, exact where TRL's is sampled.
         """
         metrics = step_metrics(self.services.sum(sums))
         return {
-            "loss": objective(self.config.method, metrics), **metrics, "objective/kl": metrics["kl_sequence"], **own,
+            "loss": loss_of(self.config, metrics), **metrics, "objective/kl": metrics["kl_sequence"], **(own or {}),
+            **update_metrics(norms),
         }
 
 
@@ -223,7 +238,8 @@ class TokenMeans:
     """Means over the real tokens of every pass of a step, over processes: importance ratios, clipping."""
 
     def __init__(self, sum_over_processes: Callable[[dict[str, float]], dict[str, float]]):
-        self._sum, self.sums = sum_over_processes, {}
+        self._sum = sum_over_processes
+        self.sums: dict[str, float] = {}
 
     def add(self, mask: Tensor, **values: Tensor) -> None:
         """Add a pass; `values` are [B, S], entries at padding are ignored."""

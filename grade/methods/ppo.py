@@ -17,15 +17,16 @@ end, and pays the reward there. KL with `kl: reward` is the log-ratio of the dra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from grade.methods.base import Update, kl_weight
+from grade.methods.base import Update
 from grade.methods.metrics import add_sums
-from grade.methods.policy_gradient import PolicyGradient, Scored, TokenMeans, clipped_surrogate
-from grade.methods.services import Totals
+from grade.methods.policy_gradient import PolicyGradient, Scored, TokenMeans, Weights, clipped_surrogate
+from grade.methods.services import Services, Totals
+from grade.replay.score import present
 from grade.rollout import Rollout
 
 
@@ -50,6 +51,26 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
         value_ahead = torch.where(mask[:, s], values[:, s], 0.0)
         advantage[:, s] = ahead
     return advantage
+
+
+def whitened(
+    advantages: list[Tensor], masks: list[Tensor], tokens: int, services: Services
+) -> tuple[list[Tensor], float]:
+    """(advantages with mean 0 and variance 1 over a step's real tokens, what they were divided by).
+
+    The variance is the unbiased one, over n - 1; a single token keeps the divisor of variance 0.
+
+    Args:
+        advantages, masks: [B, S] per micro-batch of this process.
+        tokens: real ones of the step, on all processes.
+    """
+    moments = TokenMeans(services.sum)
+    for advantage, mask in zip(advantages, masks, strict=True):
+        moments.add(mask, mean=advantage.double(), square=advantage.double().square())
+    total = moments.take()
+    variance = max(total["square"] - total["mean"] ** 2, 0.0) * tokens / max(tokens - 1, 1)
+    spread = (variance + 1e-8) ** 0.5  # of equal advantages, rounding is not blown up
+    return [(a - total["mean"]) / spread * mask for a, mask in zip(advantages, masks, strict=True)], spread
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
@@ -96,19 +117,23 @@ class Experience:
 class PPO(PolicyGradient):
     """The method as the trainer sees it."""
 
-    def __init__(self, policy, reward, config, services):
-        self.settings = config.method.ppo
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.settings = self.config.ppo
         self.minibatches = self.settings.minibatches
-        super().__init__(policy, reward, config, services)
-        self.value_head = ValueHead(policy.head.shape[1]).to(policy.device)
+        self.value_head = ValueHead(self.policy.head.shape[1]).to(self.policy.device)
 
     def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
         settings, totals = self.settings, self.services.totals(r.mask for r in rollouts)
-        scored = self.score(rollouts, old=True)
+        scored = self.score(rollouts, sampled=True)
         others_kl = self.others_kl(scored)
         batch = [self._experience(s, totals, mean) for s, mean in zip(scored, others_kl, strict=True)]
-        spread = self._whiten(batch, totals.tokens) if settings.whiten_advantages else 1.0
-        means, updates = TokenMeans(self.services.sum), 0
+        spread = 1.0
+        if settings.whiten_advantages:
+            masks = [s.rollout.mask for s in scored]
+            advantages, spread = whitened([e.advantage for e in batch], masks, totals.tokens, self.services)
+            batch = [replace(e, advantage=advantage) for e, advantage in zip(batch, advantages, strict=True)]
+        means, norms = TokenMeans(self.services.sum), []
         for epoch in range(settings.epochs):
             drift = TokenMeans(self.services.sum)
             for minibatch in self.shuffled_minibatches(batch, step, epoch):
@@ -116,16 +141,16 @@ class PPO(PolicyGradient):
                 with self.services.phase("backward"):
                     for experience in minibatch:
                         self._accumulate(experience, of_minibatch, spread, means, drift)
-                update()
-                updates += 1
+                norms.append(update())
             # The same number on every process, so all of them stop together.
             if settings.target_kl is not None and drift.take()["approxkl"] > settings.target_kl:
                 break
         sums: dict[str, float] = {}
         for experience in batch:
             sums = add_sums(sums, self.sums(experience.scored, experience.scored.old))
-        means = means.take()
-        return self.metrics(sums, {**{name: means[ours] for name, ours in _TRL_NAMES.items()}, "ppo/updates": updates})
+        average = means.take()
+        own = {name: average[ours] for name, ours in _TRL_NAMES.items()}
+        return self.metrics(sums, norms, {**own, "ppo/updates": len(norms)})
 
     def _experience(self, scored: Scored, totals: Totals, others_kl: Tensor) -> Experience:
         """Values, returns and advantages under the policy that sampled; `others_kl` [B, 1] is of the base class."""
@@ -134,27 +159,12 @@ class PPO(PolicyGradient):
             values = self.value_head(old.hidden) * mask
         penalty = torch.zeros_like(values)
         if settings.kl == "reward":  # on the scale of one reward: the loss divides rewards by the responses
-            cost = old.full_logprob - old.ref_logprob - others_kl
-            penalty = totals.responses * self._kl_weight(mask, totals) * cost
+            cost = old.full_logprob - present(old.ref_logprob) - others_kl
+            penalty = totals.responses * self.weight_of_kl(mask, totals) * cost
         rewards = token_rewards(scored.reward, penalty.to(values.dtype), mask)
         advantage = gae(rewards, values, mask, settings.gamma, settings.gae_lambda)
-        old.hidden = None  # [B, S, d], read above for the last time
+        old.hidden = values.new_empty(0)  # [B, S, d], read above for the last time
         return Experience(scored, values, advantage + values, advantage)
-
-    def _whiten(self, batch: list[Experience], tokens: int) -> float:
-        """Mean 0, variance 1 over the step's `tokens` real tokens, on all processes; what advantages were divided by.
-
-        The variance is the unbiased one, over n - 1; a single token keeps the divisor of variance 0.
-        """
-        moments = TokenMeans(self.services.sum)
-        for e in batch:
-            moments.add(e.scored.rollout.mask, mean=e.advantage.double(), square=e.advantage.double().square())
-        total = moments.take()
-        variance = max(total["square"] - total["mean"] ** 2, 0.0) * tokens / max(tokens - 1, 1)
-        spread = (variance + 1e-8) ** 0.5  # of equal advantages, rounding is not blown up
-        for e in batch:
-            e.advantage = (e.advantage - total["mean"]) / spread * e.scored.rollout.mask
-        return spread
 
     def _accumulate(
         self, experience: Experience, totals: Totals, spread: float, means: TokenMeans, drift: TokenMeans
@@ -162,10 +172,11 @@ class PPO(PolicyGradient):
         """Add a micro-batch's share of its mini-batch's gradient."""
         settings, scored = self.settings, experience.scored
         mask, old = scored.rollout.mask, scored.old
-        weights = {"entropy_weight": mask.double() * (-settings.entropy_coef / totals.tokens)}
+        weights = Weights()
         if settings.kl == "loss":  # beside rewards that are divided by the tokens and by the advantages' spread
-            weights |= self.kl_weights(self._kl_weight(mask, totals) * (totals.responses / totals.tokens / spread))
-        terms = self.terms(scored, **weights, reference=settings.kl == "loss")
+            weights = self.in_direction(self.weight_of_kl(mask, totals) * (totals.responses / totals.tokens / spread))
+        weights.entropy = mask.double() * (-settings.entropy_coef / totals.tokens)
+        terms = self.terms(scored, weights, reference=settings.kl == "loss")
         values = self.value_head(terms.hidden) * mask
         policy_loss = clipped_surrogate(
             terms.logprob, old.logprob, experience.advantage, settings.clip, settings.clip
@@ -182,10 +193,6 @@ class PPO(PolicyGradient):
                 clipped=((log_ratio.exp() - 1).abs() > settings.clip).double(),
                 value_clipped=((values - experience.values).abs() > settings.value_clip).double(),
             )
-
-    def _kl_weight(self, mask: Tensor, totals: Totals) -> Tensor:
-        method = self.config.method
-        return kl_weight(mask, method.kl_reduction, method.kl_coef, totals.tokens, totals.responses)
 
     def parameter_groups(self) -> list[dict]:
         rate = self.settings.value_learning_rate

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grade.methods.base import Update, kl_weight
+from grade.methods.base import Update
 from grade.methods.metrics import add_sums
 from grade.methods.policy_gradient import PolicyGradient, Scored
 from grade.methods.services import Totals
@@ -41,7 +41,7 @@ def penalised_return(
     """[B] float64: reward minus what the response adds to the KL term, on the scale of one reward.
 
     Args:
-        reward: [B]; kl: [B, S] nats; weight: [B, S], what each token's KL counts in the loss.
+        reward: [B]; kl: [B, S] nats; weight: [B, S], of each token's KL in the loss.
         responses: of the whole step, by whose number the loss divides rewards.
         mean_kl: number or [B, 1], KL per token of other responses, where the loss takes the mean over tokens: a token
             raises a mean only by what it has above it, so that length as such costs nothing. 0 for a sum.
@@ -79,43 +79,40 @@ class MovingAverage:
 class Reinforce(PolicyGradient):
     """The method as the trainer sees it."""
 
-    def __init__(self, policy, reward, config, services):
-        super().__init__(policy, reward, config, services)
-        self.settings = config.method.reinforce
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.settings = self.config.reinforce
         self.average = MovingAverage(self.settings.ema_decay)
         self.average_kl = MovingAverage(self.settings.ema_decay)  # nats per token
 
     def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
-        method, totals = self.config.method, self.services.totals(r.mask for r in rollouts)
+        config, totals = self.config, self.services.totals(r.mask for r in rollouts)
         # The KL is known before the backward pass where other responses' is asked for: see the top of this file.
-        first = self.average_kl.value is None and method.kl_coef > 0 and method.kl_reduction == "token_mean"
+        first = self.average_kl.value is None and config.kl_coef > 0 and config.kl_reduction == "token_mean"
         known = self.settings.baseline == "leave_one_out" or (first and totals.responses > 1)
-        scored = self.score(rollouts, old=known)
+        scored = self.score(rollouts, sampled=known)
         mean_kl = self._mean_kl(scored)
         baselines = self._baselines(scored, mean_kl, totals)
         sums: dict[str, float] = {}
         with self.services.phase("backward"):
             for s, mean, baseline in zip(scored, mean_kl, baselines, strict=True):
-                weight = kl_weight(
-                    s.rollout.mask, method.kl_reduction, method.kl_coef, totals.tokens, totals.responses
-                )
-                terms = self.terms(s, **self.kl_weights(weight))
+                weight = self.weight_of_kl(s.rollout.mask, totals)
+                terms = self.terms(s, self.in_direction(weight))
                 returns = penalised_return(s.reward, self.kl_of(terms), weight, totals.responses, mean)
                 advantage = (returns - baseline).to(terms.logprob.dtype)
                 (reinforce_loss(terms.logprob, advantage) / totals.responses + terms.penalty).backward()
                 own = {"return": returns, "baseline": baseline, "advantage²": advantage.square()}
                 sums = add_sums(sums, self.sums(s, terms, **own))
-        update()
-        metrics = self.metrics(sums, {})
+        metrics = self.metrics(sums, [update()])
         self.average.update(metrics["return"])
         self.average_kl.update(metrics["kl"])
         return metrics
 
     def _mean_kl(self, scored: list[Scored]) -> list[Tensor]:
         """[B, 1] float64 per micro-batch: what a token's KL is compared with; never its own response's."""
-        if scored[0].old is not None:
+        if scored[0].sampled is not None:
             return self.others_kl(scored)
-        past = 0.0 if self.config.method.kl_reduction == "sequence_sum" else self.average_kl.value or 0.0
+        past = 0.0 if self.config.kl_reduction == "sequence_sum" else self.average_kl.value or 0.0
         return [s.reward.new_full((len(s.reward), 1), past, dtype=torch.float64) for s in scored]
 
     def _baselines(self, scored: list[Scored], mean_kl: list[Tensor], totals: Totals) -> list[Tensor]:
@@ -133,23 +130,23 @@ class Reinforce(PolicyGradient):
         """[n] float64: mean return of the other responses as it would be without the response, nowhere in which it is:
         their rewards minus their part of the KL of a step that had only the others.
 
-        Without `Scored.old` only of their rewards, which is no bias either.
+        Without `Scored.sampled` only of their rewards, which is no bias either.
         """
         baseline = self._mean_of_others(torch.cat([s.reward.double() for s in scored]), totals.responses)
-        if scored[0].old is None:
+        if scored[0].sampled is None:
             return baseline
         kl = torch.cat([self.kl_of(s.old).double().sum(1) for s in scored])
         tokens = torch.cat([s.rollout.mask.sum(1).double() for s in scored])
         kl, length = (self._mean_of_others(x, totals.responses) for x in (kl, tokens))
-        scale = 1.0  # of a sum of KL over a response, to its part of the loss on the scale of one reward
-        if self.config.method.kl_reduction == "token_mean":
-            scale = (totals.responses - 1) / (totals.tokens - tokens)
-        return baseline - self.config.method.kl_coef * scale * (kl - length * mean_kl)
+        # From a sum of KL over a response to its part of the loss, on the scale of one reward.
+        token_mean = self.config.kl_reduction == "token_mean"
+        scale = (totals.responses - 1) / (totals.tokens - tokens) if token_mean else torch.ones_like(tokens)
+        return baseline - self.config.kl_coef * scale * (kl - length * mean_kl)
 
     def _mean_of_others(self, values: Tensor, responses: int) -> Tensor:
         """[n] -> [n]: over the samples of a prompt, or where there is one each, over the step's responses on all
         processes; without the response itself."""
-        copies = self.config.generation.samples_per_prompt
+        copies = self.generation.samples_per_prompt
         if copies > 1:
             return leave_one_out(values.view(-1, copies)).flatten()
         total = self.services.sum({"value": values.sum().item()})["value"]

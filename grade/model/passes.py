@@ -53,11 +53,6 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def per_token(rows: Tensor, mask: Tensor) -> Tensor:
-    """[n, ...] rows of the real tokens, in the order of mask.nonzero() -> [B, S, ...] with zeros at padding."""
-    return rows.new_zeros(*mask.shape, *rows.shape[1:]).index_put((mask,), rows)
-
-
 def policy_pass(
     policy: Policy, rollout: Rollout, x: Tensor, *, dropout: bool = False, checkpoint: bool = False,
     adapters: bool = True,

@@ -18,7 +18,7 @@ from grade.config import Config
 from grade.files import replace_text
 from grade.methods.metrics import unique_token_ratio
 from grade.model.policy import Policy
-from grade.replay.replay import ReplaySettings, score
+from grade.replay.score import ScoreSettings, score
 from grade.rewards.reward import Reward
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.draw import Sampling, sampling_of
@@ -81,11 +81,11 @@ def evaluation_sampling(config: Config) -> Sampling:
     return replace(sampling_of(config.generation), top_p=top_p)
 
 
-def score_settings(config: Config, device: torch.device) -> ReplaySettings:
+def score_settings(config: Config, device: torch.device) -> ScoreSettings:
     """How a response is scored; nothing here depends on the method."""
     method = config.method
-    return ReplaySettings(
-        tau=1.0, kl_direction=method.kl_direction, prompt_cache=method.prompt_cache,
+    return ScoreSettings(
+        kl_direction=method.kl_direction, prompt_cache=method.prompt_cache,
         chunk_bytes=method.head_chunk_bytes(device.type),
     )
 

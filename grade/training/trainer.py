@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -84,9 +84,11 @@ class Trainer:
             self.policy, self.reward, config, longest, free_bytes(accelerator.device, accelerator.num_processes),
             self.services.any_process, evaluated=max(map(len, self.evaluation_prompts.values()), default=0),
         )
-        decided = replace(config.method, activation_checkpointing=self.memory.checkpoint)
-        self.method = make_method(self.policy, self.reward, replace(config, method=decided), self.services)
         train = config.train
+        self.method = make_method(
+            self.policy, self.reward, config.method, config.generation, train, self.services, seed=config.seed,
+            checkpoint=self.memory.checkpoint,
+        )
         self.optimizer = torch.optim.AdamW(
             [{"params": self.policy.parameters()}, *self.method.parameter_groups()],
             lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon,
@@ -103,7 +105,6 @@ class Trainer:
             needed = train.steps * self.responses_per_step
             self.source = RolloutSource(config, self.policy, needed=needed, processes=accelerator.num_processes)
         self.step = 0
-        self.norms: list[float] = []  # of the policy's gradient, per update of the current step
         self.validations = Validations()
         self.stop = StopRequest()
         self.saved: int | None = None  # steps of the checkpoint in checkpoints/last
@@ -151,24 +152,21 @@ class Trainer:
         reset_peak_memory(self.policy.device)
         with self.phases("rollout"):
             rollouts = list(self.rollouts(step))
-        self.norms = []
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule(step)
         metrics = self.method.step(rollouts, step, self._update)
         seconds = self.phases.take()
         if self.accelerator.is_main_process and step % config.train.samples_every == 0:
             self.log.samples(step, self._samples(rollouts[0]))
-        norms = self.norms or [0.0]
         return {
-            **metrics, "grad_norm": sum(norms) / len(norms), "updates": len(self.norms),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            **metrics, "learning_rate": config.train.learning_rate * self.schedule(step),
             "tokens_per_second": metrics["tokens"] / sum(seconds.values()),
             "memory/peak_gib": peak_memory_gib(self.policy.device),
             **{f"seconds/{name}": value for name, value in seconds.items()},
         }
 
-    def _update(self) -> None:
-        """Sum gradients over processes, clip, step, clear.
+    def _update(self) -> float:
+        """Sum gradients over processes, clip, step, clear; the norm of the policy's gradient before it was clipped.
 
         The policy's gradient is clipped by its own norm, and that of a value head by its: an error of the values,
         large at first, would otherwise shrink the policy's steps.
@@ -193,7 +191,7 @@ class Trainer:
                 )
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.norms.append(norms[0])  # the policy's
+        return norms[0]  # the policy's
 
     def _samples(self, rollout: Rollout) -> list[dict]:
         return [

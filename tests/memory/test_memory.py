@@ -57,6 +57,13 @@ def parts_of(found: Estimate, checkpoint: bool) -> dict:
     return found.checkpointed if checkpoint else found.parts
 
 
+def method_of(policy, reward, config):
+    return make_method(
+        policy, reward, config.method, config.generation, config.train, Services(), seed=0,
+        checkpoint=config.method.checkpoint,
+    )
+
+
 @pytest.mark.parametrize("name, batch, length, attention", [
     ("grade-ste", 1, 30, "sdpa"), ("grade-ste", 2, 85, "sdpa"), ("grade", 2, 30, "eager"), ("ppo", 1, 85, "sdpa"),
     ("ppo", 3, 30, "sdpa"),
@@ -68,7 +75,7 @@ def test_the_estimate_is_what_a_step_holds(name, checkpoint, batch, length, atte
     policy.causal_lm.set_attn_implementation(attention)
     reward = tiny_reward(policy)
     parts = parts_of(estimate(policy, reward, config, PROMPT), checkpoint)
-    method = make_method(policy, reward, config, Services())
+    method = method_of(policy, reward, config)
     ids = torch.randint(4, 60, (batch, PROMPT))
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1:, 0] = False  # of several prompts, most are padded
@@ -79,7 +86,7 @@ def test_the_estimate_is_what_a_step_holds(name, checkpoint, batch, length, atte
     held = sum(t.nbytes for t in (rollout.indices, rollout.weights) if t is not None)
     gc.collect()
     with LiveBytes() as live:
-        method.step([rollout], 0, lambda: policy.model.zero_grad(set_to_none=True))
+        method.step([rollout], 0, lambda: policy.model.zero_grad(set_to_none=True) or 0.0)
     assert 0.75 < (parts["activations"] + parts["head"] - held) / live.peak < 1.5
 
 
@@ -92,7 +99,7 @@ def test_a_packed_head_is_part_of_sampling(packed_heads, monkeypatch):
     config = config_of(batch=4)
     parts = estimate(policy, reward, config, PROMPT).parts
     ids = torch.full((4, PROMPT), 5)
-    sampling = make_method(policy, reward, config, Services()).sampling(0)
+    sampling = method_of(policy, reward, config).sampling(0)
     with LiveBytes() as live:
         sample(policy, ids, torch.ones_like(ids, dtype=torch.bool), sampling, seed=0, first_rows=torch.arange(4) * 24)
     assert packed_heads and size < live.peak < parts["rollout"]
@@ -224,7 +231,7 @@ def test_a_method_made_before_the_decision_does_not_checkpoint():
     config = config_of()
     assert config.method.activation_checkpointing == "auto" and not config.method.checkpoint
     policy = tiny_policy("llama")
-    assert not make_method(policy, tiny_reward(policy), config, Services()).settings(0).checkpoint
+    assert not method_of(policy, tiny_reward(policy), config).settings(0).checkpoint
 
 
 @pytest.mark.parametrize("text, value", [("auto", "auto"), ("true", True), ("false", False)])

@@ -10,14 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rollouts import draw
 from tiny import VOCAB, tiny_policy
 
-from grade.config import Config, GenerationConfig, MethodConfig, TrainConfig
+from grade.config import GenerationConfig, MethodConfig, TrainConfig
 from grade.config.methods import COMPARED, PPOConfig, method_named
 from grade.methods import make_method
 from grade.methods.services import Services
-from grade.rollout import pad_prompts
-from grade.sampling.sample import sample
 
 GOOD = torch.arange(20, 40)  # a third of the vocabulary
 STEPS, PROMPT_COUNT, COPIES = 48, 4, 8
@@ -40,13 +39,10 @@ class ShareReward:
         return torch.cat([torch.zeros(len(rollout), 1), good], dim=1).cumsum(1)
 
 
-def draw(policy, method, step, count, copies):
+def responses(policy, method, step, count, copies):
     """A rollout of `count` responses, `copies` of each prompt, as the method samples at a step."""
-    prompts = [[5 + i, 9, 41 + i] for i in range(count // copies)]
-    ids, mask = pad_prompts(prompts, policy.pad_id)
-    sampling = method.sampling(step)
-    rows = torch.arange(count) * sampling.max_new_tokens
-    return sample(policy, ids, mask, sampling, seed=step, first_rows=rows, samples_per_prompt=copies)
+    prompts, rows = [[5 + i, 9, 41 + i] for i in range(count // copies)], torch.arange(count) * 4
+    return draw(policy, prompts, seed=step, rows=rows, copies=copies, **vars(method.sampling(step)))
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -56,28 +52,27 @@ def test_learns(name):
     method = replace(
         method_named(MethodConfig(), name), kl_coef=0.0, tau_start=1.0, tau_end=1.0, ppo=PPOConfig(epochs=2)
     )
-    config = Config(
-        generation=GenerationConfig(
-            max_new_tokens=4, min_new_tokens=0, top_k=VOCAB, ignore_eos=True, samples_per_prompt=COPIES
-        ),
-        method=method, train=TrainConfig(batch_size=size, accumulation_steps=1),
+    generation = GenerationConfig(
+        max_new_tokens=4, min_new_tokens=0, top_k=VOCAB, ignore_eos=True, samples_per_prompt=COPIES
     )
-    method = make_method(policy, ShareReward(), config, Services())
+    train = TrainConfig(batch_size=size, accumulation_steps=1)
+    method = make_method(policy, ShareReward(), method, generation, train, Services(), seed=0, checkpoint=False)
     groups = [{"params": policy.parameters()}, *method.parameter_groups()]
     optimizer = torch.optim.AdamW(groups, lr=4e-2, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
 
     def update():
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return norm.item()
 
     start = None
     for step in range(STEPS):
-        metrics = method.step([draw(policy, method, step, size, COPIES)], step, update)
+        metrics = method.step([responses(policy, method, step, size, COPIES)], step, update)
         start = metrics["reward"] if start is None else start
         schedule.step()
-    fresh = draw(policy, method, 10**6, 240, 240 // PROMPT_COUNT)
+    fresh = responses(policy, method, 10**6, 240, 240 // PROMPT_COUNT)
     final = (torch.isin(fresh.tokens, GOOD) & fresh.mask).sum() / fresh.mask.sum()
     assert start < 0.5
     assert final >= 0.95

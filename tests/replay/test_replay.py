@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from enumeration import full_terms
 from peft import LoraConfig, get_peft_model
 from published import gradients, published_loss, relative_error
-from rollouts import MIN_NEW, PROMPTS, gradient, replayed_gradient, rollout_of
+from rollouts import MIN_NEW, PROMPTS, gradient, rollout_of
 from tiny import CONFIGS, EOS, FURTHER, VOCAB, KeepDouble, tiny_policy, tiny_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grade.model.policy import Policy
-from grade.replay.replay import ReplaySettings, replay, score
+from grade.replay.replay import ReplaySettings, replay
+from grade.replay.score import ScoreSettings, score
 from grade.rollout import pad_prompts
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
@@ -47,25 +49,32 @@ CASES = [
 MATRIX = [(n, c) for n in CONFIGS for c in (CASES if n in ("llama", "gemma2") else CASES[:2])]
 
 
+def error_against_published(
+    policy, rollout, *, tau=1.0, k=7, soft=False, reduction="token_mean", prefix="both", direction="policy_ref",
+    reads="prompt+response", check=True,
+):
+    """Of replay with every hop, relative."""
+    reward = tiny_reward(policy, reads)
+    settings = ReplaySettings(
+        tau=tau, max_hops=rollout.tokens.shape[1], hop_tol=0.0, kl_prefix_grad=prefix, kl_direction=direction
+    )
+    ours = gradient(policy, reward, rollout, settings, kl_reduction=reduction)
+    loss = published_loss(
+        policy, reward.head, rollout, tau=tau, k=k, soft=soft, kl_coef=0.3, kl_reduction=reduction,
+        kl_direction=direction, kl_prefix_grad=prefix, min_new_tokens=MIN_NEW, reads=reads, check=check,
+    )
+    return relative_error(ours, gradients(policy, loss))
+
+
 @pytest.mark.parametrize(
     "name, case", MATRIX, ids=[f"{n}-{'soft' if c[0] else 'ste'}-k{c[1]}-{'-'.join(c[2:])}" for n, c in MATRIX]
 )
 def test_equals_published_algorithm(name, case):
-    soft, k, reduction, prefix, direction, reads = case
+    case = dict(zip(("soft", "k", "reduction", "prefix", "direction", "reads"), case, strict=True))
     with KeepDouble():
         policy = tiny_policy(name, dtype=torch.float64, unknown=2)
-        reward = tiny_reward(policy, reads)
-        rollout = ragged_rollout(policy, k=k, tau=1.3, soft=soft)
-        settings = ReplaySettings(
-            tau=1.3, max_hops=rollout.tokens.shape[1], hop_tol=0.0, kl_prefix_grad=prefix, kl_direction=direction
-        )
-        ours = replayed_gradient(policy, reward, rollout, settings, kl_coef=0.3, kl_reduction=reduction)
-        loss = published_loss(
-            policy, reward.head, rollout, tau=1.3, k=k, soft=soft, kl_coef=0.3, kl_reduction=reduction,
-            kl_direction=direction, kl_prefix_grad=prefix, min_new_tokens=MIN_NEW, reads=reads,
-        )
-        expected = gradients(policy, loss)
-    assert relative_error(ours, expected) < 1e-9
+        rollout = ragged_rollout(policy, k=case["k"], tau=1.3, soft=case["soft"])
+        assert error_against_published(policy, rollout, tau=1.3, **case) < 1e-9
 
 
 @pytest.mark.parametrize("name", FURTHER)
@@ -73,15 +82,8 @@ def test_equals_published_algorithm_whatever_is_kept_of_the_past(name):
     """Recurrent states, keys and values of different widths: sampled in copies, with padding, from a cache."""
     with KeepDouble():
         policy = tiny_policy(name, dtype=torch.float64)
-        reward = tiny_reward(policy)
         rollout = rollout_of(policy, max_new=5, prompts=PROMPTS[:2], copies=2)
-        settings = ReplaySettings(tau=1.0, max_hops=5, hop_tol=0.0)
-        ours = replayed_gradient(policy, reward, rollout, settings, kl_coef=0.3, kl_reduction="token_mean")
-        loss = published_loss(
-            policy, reward.head, rollout, tau=1.0, k=7, soft=False, kl_coef=0.3, kl_reduction="token_mean",
-            min_new_tokens=MIN_NEW,
-        )
-        assert relative_error(ours, gradients(policy, loss)) < 1e-9
+        assert error_against_published(policy, rollout) < 1e-9
 
 
 # Not Gemma-2: its float64 attention mask overflows in transformers' float32 softmax, and padding becomes NaN.
@@ -89,15 +91,7 @@ def test_equals_published_algorithm_whatever_is_kept_of_the_past(name):
 def test_equals_published_algorithm_with_transformers_as_it_is(name):
     """Without the patch transformers rounds to float32 inside, differently in one long pass and in many short."""
     policy = tiny_policy(name, dtype=torch.float64)
-    reward = tiny_reward(policy)
-    rollout = rollout_of(policy, max_new=6)
-    settings = ReplaySettings(tau=1.0, max_hops=6, hop_tol=0.0)
-    ours = replayed_gradient(policy, reward, rollout, settings, kl_coef=0.3, kl_reduction="token_mean")
-    loss = published_loss(
-        policy, reward.head, rollout, tau=1.0, k=7, soft=False, kl_coef=0.3, kl_reduction="token_mean",
-        min_new_tokens=MIN_NEW, check=False,
-    )
-    assert relative_error(ours, gradients(policy, loss)) < 1e-6
+    assert error_against_published(policy, rollout_of(policy, max_new=6), check=False) < 1e-6
 
 
 @pytest.fixture
@@ -168,29 +162,19 @@ def test_kl_of_a_fresh_adapter(name, dtype, bound):
     policy = tiny_policy(name, dtype=dtype, adapter_scale=0.0)
     reward = tiny_reward(policy)
     rollout = rollout_of(policy)
-    same = score(policy, reward, rollout, ReplaySettings(tau=1.0, prompt_cache=False))
+    same = score(policy, reward, rollout, ScoreSettings(prompt_cache=False))
     assert same.kl.abs().max() == 0
-    cached = score(policy, reward, rollout, ReplaySettings(tau=1.0))
+    cached = score(policy, reward, rollout, ScoreSettings())
     assert 0 <= cached.kl.min() and cached.kl[rollout.mask].mean() < bound
 
 
 def test_kl_is_aligned_masked_and_exact(setting):
-    """Against a dense log-softmax over each response by itself."""
+    """Against dense log-softmaxes of transformers' own logits."""
     policy, reward, rollout, settings = setting
-    result = score(policy, reward, rollout, settings)
-    for row in range(len(rollout)):
-        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
-        response = rollout.tokens[row][rollout.mask[row]]
-        ids = torch.cat([prompt, response])[None]
-        with torch.no_grad():
-            p = policy.causal_lm(ids).logits[0, len(prompt) - 1: -1].log_softmax(-1)
-            with policy.state(adapters=False):
-                q = policy.causal_lm(ids).logits[0, len(prompt) - 1: -1].log_softmax(-1)
-        expected = (p.exp() * (p - q)).sum(-1)
-        assert torch.allclose(result.kl[row, : len(response)], expected, atol=1e-5)
-        assert (result.kl[row, len(response):] == 0).all()
-        taken = p.gather(1, response[:, None]).squeeze(1)
-        assert torch.allclose(result.logprob[row, : len(response)], taken, atol=1e-5)
+    result, expected = score(policy, reward, rollout, settings), full_terms(policy, rollout)
+    pairs = (result.kl, expected.kl), (result.logprob, expected.full), (result.entropy, expected.entropy)
+    for found, values in pairs:
+        assert torch.allclose(found, values.detach(), atol=1e-5) and (found[~rollout.mask] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "gemma2"])

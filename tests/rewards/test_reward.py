@@ -22,7 +22,8 @@ from transformers import (
 from grade.errors import GradeError
 from grade.methods.base import kl_weight
 from grade.model.passes import BasePass, base_pass, fed_embeddings
-from grade.replay.replay import ReplaySettings, replay, score
+from grade.replay.replay import ReplaySettings, replay
+from grade.replay.score import score
 from grade.rewards.reward import (
     ClassifierReward,
     RewardHead,

@@ -10,7 +10,7 @@ from tiny import CONFIGS, EOS, VOCAB, KeepDouble, tiny_policy, tiny_reward
 import grade.sampling.draw
 import grade.sampling.sample
 from grade.model.passes import fed_embeddings, policy_pass
-from grade.replay.replay import ReplaySettings, score
+from grade.replay.score import ScoreSettings, score
 from grade.rollout import pad_prompts
 from grade.sampling.draw import nucleus
 from grade.sampling.sample import support_is_allowed
@@ -356,7 +356,7 @@ def test_importance_ratio_is_one_on_the_first_pass(name, soft, monkeypatch):
         head = vocab_head(
             hidden.detach(), policy.head, indices=rollout.indices, tokens=rollout.tokens, **policy.head_transform
         )
-        result = score(policy, tiny_reward(policy), rollout, ReplaySettings(tau=1.0))
+        result = score(policy, tiny_reward(policy), rollout, ScoreSettings())
     picked = rollout.indices == rollout.tokens[..., None]
     mask = rollout.mask
     assert (picked.sum(-1) == 1)[mask].all() and not mask.all()

@@ -1,7 +1,4 @@
-"""A policy small enough to enumerate, and the terms of a response computed from full logits by autograd.
-
-Two tokens of three symbols make nine responses, so every expectation over responses is a sum.
-"""
+"""A policy small enough to enumerate, methods on it, and the terms of a response from full logits by autograd."""
 
 from __future__ import annotations
 
@@ -9,41 +6,23 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from rollouts import draw
 from tiny import VOCAB, tiny_policy
 from torch import Tensor
 
-from grade.config import Config, GenerationConfig, MethodConfig, TrainConfig
+from grade.config import GenerationConfig, MethodConfig, TrainConfig
 from grade.methods import make_method
 from grade.methods.services import Services
-from grade.rollout import Rollout, pad_prompts
-from grade.sampling.draw import Sampling
-from grade.sampling.sample import sample
+from grade.rollout import Rollout
 
-SYMBOLS, LENGTH = 3, 2
-CANDIDATES = 5  # two of them can never be drawn
+CANDIDATES = 5  # more than can be drawn
 PROMPT = [5, 9]
-RESPONSES = torch.cartesian_prod(torch.arange(SYMBOLS), torch.arange(SYMBOLS))  # [9, 2]
+RAGGED_PROMPTS = [[5, 9, 2], [7, 11, 13, 17, 19]]
 
 
-def symbol_policy(*, dtype=torch.float64, symbols=SYMBOLS):
+def symbol_policy(symbols):
     """A tiny Llama that knows a few symbols only: entropy and KL are over 61 ids, sampling is not."""
-    return tiny_policy("llama", dtype=dtype, unknown=VOCAB - symbols)
-
-
-class TableReward:
-    """A program's reward: a table [3, 3] over responses, and [3] over their first token."""
-
-    differentiable = shares_base_pass = False
-
-    def __init__(self, table: Tensor):
-        self.table, self.first = table, table.mean(1)
-
-    def from_tokens(self, rollout: Rollout) -> Tensor:
-        return self.table[rollout.tokens[:, 0], rollout.tokens[:, 1]]
-
-    def prefix_scores(self, rollout: Rollout, base) -> Tensor:
-        first = self.first[rollout.tokens[:, 0]]
-        return torch.stack([torch.zeros_like(first), first, self.from_tokens(rollout)], dim=1)
+    return tiny_policy("llama", dtype=torch.float64, unknown=VOCAB - symbols)
 
 
 class ConstantReward:
@@ -70,21 +49,23 @@ def given_rollout(policy, tokens: Tensor, copies: int = 1, mask: Tensor | None =
     )
 
 
-def drawn_rollout(policy, prompts, *, copies=1, seed=0, **sampling) -> Rollout:
-    """Responses to `prompts`, `copies` of each; noise rows do not overlap."""
-    ids, mask = pad_prompts(prompts, policy.pad_id)
-    options = Sampling(**{"max_new_tokens": LENGTH, "top_k": CANDIDATES, "ignore_eos": True, **sampling})
-    rows = torch.arange(len(prompts) * copies) * options.max_new_tokens
-    return sample(policy, ids, mask, options, seed=seed, first_rows=rows, samples_per_prompt=copies)
+def ragged_rollout(policy, copies=4, prompts=RAGGED_PROMPTS) -> Rollout:
+    """Responses of 1 to 6 tokens to two prompts of different lengths."""
+    policy.eos_ids = torch.arange(10)
+    rollout = draw(policy, prompts, copies=copies, max_new_tokens=6, top_k=9)
+    assert len(set(rollout.mask.sum(1).tolist())) > 2
+    return rollout
 
 
-def method_of(policy, reward, name, *, batch, accumulation=1, copies=1, max_new_tokens=LENGTH, own=None, **common):
+def method_of(
+    policy, reward, name, *, batch, accumulation=1, copies=1, max_new_tokens=6, own=None, checkpoint=False, **common
+):
     """The method `name`; `own` are the settings of its section, `common` those that all methods share."""
     method = MethodConfig(name=name, **common)
     method = replace(method, **{name: replace(getattr(method, name), **(own or {}))})
     generation = GenerationConfig(max_new_tokens=max_new_tokens, min_new_tokens=0, samples_per_prompt=copies)
     train = TrainConfig(batch_size=batch, accumulation_steps=accumulation)
-    return make_method(policy, reward, Config(generation=generation, method=method, train=train), Services())
+    return make_method(policy, reward, method, generation, train, Services(), seed=0, checkpoint=checkpoint)
 
 
 def step_gradients(method, rollout, *, rate=0.0, step=0):
@@ -99,6 +80,7 @@ def step_gradients(method, rollout, *, rate=0.0, step=0):
             if rate and p.grad is not None:
                 p.sub_(rate * p.grad)
             p.grad = None
+        return taken[-1].norm().item()
 
     metrics = method.step([rollout], step, update)
     return taken, metrics

@@ -7,19 +7,10 @@ under test, since a draw can be repeated no other way.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 
 from grade.rollout import Rollout
 from grade_kernels.random import gumbel
-
-
-@contextmanager
-def adapters_off(policy):
-    """Only forwards run in here, so peft's own switch would do; but it drops requires_grad, so switch layers."""
-    with policy.state(adapters=False):
-        yield
 
 
 def published_loss(
@@ -63,16 +54,12 @@ def published_loss(
             dense.append(spread if soft else one_hot + spread - spread.detach())
         policy_logits = torch.stack(policy_logits)
         response = torch.stack(fed)
-        with adapters_off(policy):
+        with policy.state(adapters=False):
             if reward_fn is not None:
                 rewards.append(reward_fn(prompt, torch.stack(dense)))
-            elif reads == "prompt+response":
-                features = policy.backbone(
-                    inputs_embeds=torch.cat([prompt_embeddings, response])[None], use_cache=False
-                ).last_hidden_state[0]
             else:
-                features = policy.backbone(inputs_embeds=response[None], use_cache=False).last_hidden_state[0]
-            if reward_fn is None:
+                read = response if reads == "response" else torch.cat([prompt_embeddings, response])
+                features = policy.backbone(inputs_embeds=read[None], use_cache=False).last_hidden_state[0]
                 rewards.append(torch.softmax(head(features.mean(0, keepdim=True)), -1)[0, 1])
             x_ref = response if kl_prefix_grad == "both" else response.detach()
             whole = torch.cat([prompt_embeddings, x_ref])[None]

@@ -27,23 +27,19 @@ def draw(policy, prompts=PROMPTS, *, seed=0, rows=None, copies=1, adapters=True,
     )
 
 
-def rollout_of(policy, *, k=7, tau=1.0, soft=False, max_new=8, seed=0, prompts=PROMPTS, copies=1, min_new=MIN_NEW):
-    ids, mask = pad_prompts(prompts, policy.pad_id)
-    sampling = Sampling(max_new_tokens=max_new, min_new_tokens=min_new, top_k=k, tau=tau, soft=soft)
-    first_rows = torch.arange(len(prompts) * copies) * max_new
-    return sample(policy, ids, mask, sampling, seed=seed, first_rows=first_rows, samples_per_prompt=copies)
+def rollout_of(policy, *, k=7, max_new=8, prompts=PROMPTS, copies=1, min_new=MIN_NEW, **options):
+    """The same with all that replay's tests vary; responses end late."""
+    rows = torch.arange(len(prompts) * copies) * max_new
+    return draw(
+        policy, prompts, rows=rows, copies=copies, top_k=k, max_new_tokens=max_new, min_new_tokens=min_new, **options
+    )
 
 
-def replayed_gradient(policy, reward, rollout, settings, *, kl_coef, kl_reduction, micro=None):
+def gradient(policy, reward, rollout, settings, *, kl_coef=0.3, kl_reduction="token_mean", micro=None):
+    """All adapter gradients as one vector, from replays of `micro` responses at a time."""
     tokens, responses = int(rollout.mask.sum()), len(rollout)
     for part in rollout.micro_batches(micro or responses):
         weight = kl_weight(part.mask, kl_reduction, kl_coef, tokens, responses)
         share = weight.new_full((len(part),), 1 / responses)
         replay(policy, reward, part, settings, reward_weight=share, kl_weight=weight)
     return gradients(policy)
-
-
-def gradient(policy, reward, rollout, settings, **options):
-    return replayed_gradient(
-        policy, reward, rollout, settings, **{"kl_coef": 0.3, "kl_reduction": "token_mean", **options}
-    )

@@ -20,7 +20,7 @@ from grade.methods.grade import tau_at
 from grade.methods.metrics import add_sums, step_metrics, step_sums, unique_token_ratio
 from grade.model.checkpoint import load_adapter, load_state, save_checkpoint
 from grade.processes import make_accelerator
-from grade.replay.replay import Scores
+from grade.replay.score import Scores
 from grade.rollout import Rollout
 from grade.training.evaluation import evaluate
 from grade.training.run_folder import prepare_run_dir

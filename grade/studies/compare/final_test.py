@@ -17,8 +17,9 @@ from rich.console import Console
 from grade.config import Config, judged_length
 from grade.errors import GradeError, read_json, writing
 from grade.model.checkpoint import adapter_digest, load_adapter
-from grade.model.passes import base_pass, fed_embeddings, per_token
+from grade.model.passes import base_pass, fed_embeddings
 from grade.processes import make_accelerator
+from grade.replay.score import RealTokens
 from grade.rollout import Rollout
 from grade.studies.compare.comparison import BASE, Checkpoint
 from grade.studies.compare.judge import Judge, train_judge
@@ -120,7 +121,7 @@ def sample_measures(policy, judge: Judge | None) -> Callable[[Rollout], dict[str
         logprob, _ = linear_token_logprob(
             base.reference[mask], policy.head, rollout.tokens[mask], **policy.head_transform
         )
-        measures = {"base_nll": -per_token(logprob, mask).sum(1)}
+        measures = {"base_nll": -RealTokens(rollout).dense(logprob).sum(1)}
         if judge is not None:
             measures["judge"] = judge.probability(judge_rows(policy, rollout))
         return measures

@@ -25,7 +25,7 @@ from grade.config.methods import DIFFERENTIATING, method_named
 from grade.methods import make_method
 from grade.methods.base import Method
 from grade.methods.metrics import now
-from grade.methods.services import Services
+from grade.methods.services import Services, Totals
 from grade.model.policy import Policy
 from grade.replay.replay import prepare
 from grade.rewards.reward import Reward
@@ -99,7 +99,7 @@ class Laboratory:
     def reference(self, stopping: Callable[[], bool], tick: Callable[[], None]) -> Draws:
         """Leave-one-out REINFORCE, which is unbiased, on draws of its own."""
         method = self._method(_REFERENCE, draws=_REFERENCE_DRAWS)
-        draws = Draws(self.reference_draws, method.config.train.batch_size)
+        draws = Draws(self.reference_draws, method.train.batch_size)
         for number in range(draws.count):
             draws.add(*self._step(method, number, self.config.variance.seed + 1))
             tick()
@@ -135,11 +135,15 @@ class Laboratory:
         )
 
     def _method(self, name: str, **options) -> Method:
-        return make_method(self.policy, self.reward, self.of(name, **options), Services())
+        config = self.of(name, **options)
+        return make_method(
+            self.policy, self.reward, config.method, config.generation, config.train, Services(), seed=config.seed,
+            checkpoint=config.method.checkpoint,
+        )
 
     def _draw(self, method: Method, number: int, seed: int) -> Rollout:
         """The next prompts of the training set, samples_per_prompt responses each."""
-        size, copies = method.config.train.batch_size, method.config.generation.samples_per_prompt
+        size, copies = method.train.batch_size, method.generation.samples_per_prompt
         numbers = prompt_numbers(number, size // copies, len(self.prompts), seed)
         ids, mask = pad_prompts([self.prompts[n] for n in numbers], self.policy.pad_id, self.policy.device)
         responses = number * size + torch.arange(size, device=self.policy.device)
@@ -155,11 +159,12 @@ class Laboratory:
             groups, rate = method.parameter_groups(), self.config.train.learning_rate
             self.value_heads[method] = torch.optim.AdamW(groups, lr=rate) if groups else None
 
-        def update() -> None:
+        def update() -> float:
             taken.append(self._take_gradient())
             if (optimizer := self.value_heads.get(method)) is not None:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            return torch.stack([part.norm() for part in taken[-1]]).norm().item()
 
         method.step([self._draw(method, number, seed)], number, update)
         gradient = taken[0] if taken else self._take_gradient()  # GRPO makes no update of groups without differences
@@ -181,7 +186,7 @@ class Laboratory:
         method = self._method(name, tau=taus[0])
         start = now(self.policy.device)
         rollout = self._draw(method, number, self.config.variance.seed)
-        weights = method.loss_weights(rollout, int(rollout.mask.sum()), len(rollout))
+        weights = method.loss_weights(rollout, Totals(int(rollout.mask.sum()), len(rollout)))
         prepared = prepare(self.policy, self.reward, rollout, method.settings(0), **weights)
         shared = now(self.policy.device) - start
         for tau, estimator in _rules(taus, estimators):
@@ -197,7 +202,7 @@ class Laboratory:
 
     def _freeze_values(self, method: Method) -> None:
         """Leave PPO's value loss out of the gradient: it is no part of the objective, and the value head has learnt."""
-        if method.config.method.name == "ppo":
+        if method.config.name == "ppo":
             method.settings = replace(method.settings, value_coef=0.0)
             self.value_heads[method] = None
 
