@@ -23,8 +23,6 @@ from transformers import get_scheduler
 from grade.config import Config
 from grade.errors import GradeError, writing
 from grade.files import latest, replace_text
-from grade.machine import free_bytes
-from grade.memory.plan import plan as plan_memory
 from grade.methods import make_method
 from grade.methods.metrics import Phases, peak_memory_gib, reset_peak_memory
 from grade.methods.services import Services
@@ -50,6 +48,7 @@ from grade.training.resuming import best_is_missing, other_schedule, restored
 from grade.training.run_folder import adapter_folder, clear, mark, write_run_config
 from grade.training.setup import set_up
 from grade.training.soundness import broken_measure, broken_policy
+from grade.training.trial import Trial, memory_plan, prompts_together
 from grade.training.validations import Validations, line_of
 
 
@@ -78,16 +77,13 @@ class Trainer:
             config, accelerator, run_dir=run_dir if config.train.resume else None, before_reward=self._decode_with
         )
         self.evaluation_prompts = load_prompts(config, self.task, tokenizer)
-        longest = max(len(prompt) for prompts in self.evaluation_prompts.values() for prompt in prompts)
         self.prompts = self.evaluation_prompts.pop("policy")
-        self.memory = plan_memory(
-            self.policy, self.reward, config, longest, free_bytes(accelerator.device, accelerator.num_processes),
-            self.services.any_process, evaluated=max(map(len, self.evaluation_prompts.values()), default=0),
-        )
+        trial = Trial(self.policy, self.reward, config, self.prompts, max(self.evaluation_prompts.values(), key=len))
+        self.memory = memory_plan(trial, accelerator.num_processes, self.services.any_process)
         train = config.train
         self.method = make_method(
             self.policy, self.reward, config.method, config.generation, train, self.services, seed=config.seed,
-            checkpoint=self.memory.checkpoint,
+            checkpoint=self.memory.recompute,
         )
         self.optimizer = torch.optim.AdamW(
             [{"params": self.policy.parameters()}, *self.method.parameter_groups()],
@@ -124,7 +120,7 @@ class Trainer:
         numbers = prompt_numbers(step, self.responses_per_step // copies, len(self.prompts), self.config.seed)
         share = len(numbers) // accelerator.num_processes
         first = accelerator.process_index * share
-        together = max((generation.batch_size or share * copies) // copies, 1)
+        together = prompts_together(self.config, share * copies)
         if self.source is not None:
             self.source.skip(first * copies)
         for start in range(first, first + share, together):
