@@ -1,8 +1,8 @@
 """Whether a run fits into memory and recomputes its activations: decided by what its steps hold, before the first one.
 
-A trial runs a whole step without its update, and a batch of an evaluation, on responses of a given length. Nothing in
-them grows faster than the square of the length, so a short trial bounds a long one. Where that bound is not well below
-what is free, the length is doubled until it is that of the run; what the next trial will hold is foreseen from those
+A trial runs a step without its update, and a batch of an evaluation, on few short responses. Nothing in them grows
+faster than the square of the length and the number of responses, so a small trial bounds a large one. Where that bound
+is not well below what is free, trials grow to the sizes of the run; what the next will hold is foreseen from those
 before, so that none is tried that would not fit.
 """
 
@@ -21,11 +21,14 @@ from grade.memory.peak import hand_back, is_out_of_memory
 Peaks = dict[str, float]
 """Bytes beside what is loaded, by phase: "rollout", "passes" (that training makes over what was sampled) and
 "evaluation"."""
-Trial = Callable[..., Peaks]
-"""trial(length, recompute=...): the peaks with responses of `length` tokens, activations recomputed or not."""
+Trial = Callable[[int, int], tuple[Peaks, float]]
+"""trial(length, width): (peaks with responses of `length` tokens, about `width` of them together, how many times as
+many the run has)."""
 
 SHORTEST = 16
 """Tokens of the shortest trial: from here on, sampling reads its weights as it does in longer ones."""
+NARROWEST = 8
+"""Responses together in the first trial."""
 SHARE = 0.8
 """Of what is free that a run may take: allocators lose some to fragments."""
 _GIB = 2**30
@@ -70,27 +73,44 @@ class Need:
         return free is None or (self.total <= free and self.how != "more than")
 
 
-def measured(trial: Callable[[int], Peaks], longest: int, free: int | None) -> Need:
-    """What responses of `longest` tokens need, by as short a trial as tells.
+def measured(trial: Trial, longest: int, free: int | None) -> Need:
+    """What the run needs, by as small a trial as tells.
 
     Args:
+        longest: tokens of its responses.
         free: bytes; None where the platform does not tell, and nothing is to be decided.
     """
-    seen: dict[int, Peaks] = {}
-    for length in _lengths(longest):
-        if len(seen) >= 3 and not Need(foreseen(seen, length)).fits(free):
-            return Need(foreseen(seen, longest))
-        try:
-            seen[length] = trial(length)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            hand_back()
-            return Need({Need(seen[max(seen)]).largest if seen else "passes": free or 0}, "more than")
-        bound = Need({name: size * (longest / length) ** 2 for name, size in seen[length].items()}, "at most")
-        if free is None or bound.fits(SHARE * free):
-            break
-    return Need(seen[longest]) if longest in seen else bound
+    first, *longer = _lengths(longest)
+    width, seen, need = NARROWEST, dict[int, Peaks](), Need({"passes": 0})
+    try:
+        while True:  # at the shortest length, until all responses of the run pass together
+            seen[width], times = trial(first, width)
+            need = _times(seen[width], times * (longest / first) ** 2)
+            if free is None or need.fits(SHARE * free):
+                return need
+            if times <= 1:
+                break
+            width = min(4 * width, math.ceil(times * width))
+            if len(seen) >= 2 and not Need(foreseen(seen, width)).fits(free):
+                return Need(foreseen(seen, width), "more than")
+        seen = {first: seen[width]}
+        for length in longer:
+            if len(seen) >= 3 and not Need(foreseen(seen, length)).fits(free):
+                return Need(foreseen(seen, longest))
+            seen[length], _ = trial(length, width)
+            need = _times(seen[length], (longest / length) ** 2)
+            if need.fits(SHARE * free):
+                break
+        return Need(seen[longest]) if longest in seen else need
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hand_back()
+        return Need({need.largest: free or 0}, "more than")
+
+
+def _times(peaks: Peaks, factor: float) -> Need:
+    return Need({name: size * factor for name, size in peaks.items()}, "at most" if factor > 1 else "about")
 
 
 def _lengths(longest: int) -> list[int]:
@@ -218,10 +238,15 @@ def size_of(size: float) -> str:
 
 
 def plan(
-    trial: Trial, config: Config, sizes: Sizes, free: int | None, any_process: Callable[[bool], bool] = bool
+    trial: Callable[..., tuple[Peaks, float]], config: Config, sizes: Sizes, free: int | None,
+    any_process: Callable[[bool], bool] = bool,
 ) -> MemoryPlan:
     """Run trials, and decide where method.activation_checkpointing is `auto`: on if the run would take more than 80 %
-    of what is free on any process, and less with it."""
+    of what is free on any process, and less with it.
+
+    Args:
+        trial: a `Trial` that also takes `recompute`, whether activations are.
+    """
     recompute = config.method.activation_checkpointing is True
     need = measured(partial(trial, recompute=recompute), sizes.response, free)
     if config.method.activation_checkpointing == "auto" and sizes.can_recompute:

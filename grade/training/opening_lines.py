@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from grade.config import Config
 from grade.model.end_of_sequence import how_responses_end
+from grade.model.policy import Policy
 
 
-def opening_lines(config: Config, task, policy, reward) -> list[str]:
+def opening_lines(config: Config, task: Any, policy: Policy, reward: Any) -> list[str]:
     """Lines for the terminal: what a higher reward means, how responses end, whether a model's own code runs."""
     labels = getattr(task, "labels", None)
     if not reward.differentiable:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
 
-from grade.config import Config
-from grade.config.methods import micro_batch_size
+from grade.config import Config, TrainConfig
+from grade.config.methods import DIFFERENTIATING, micro_batch_size
 from grade.machine import free_bytes
 from grade.memory.peak import peak_bytes
 from grade.memory.plan import MemoryPlan, Peaks, Sizes, plan
@@ -22,6 +23,7 @@ from grade.rollout import Rollout, pad_prompts
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
 from grade.training.evaluation import evaluation_sampling, score_settings
+from grade.training.responses import prompts_together
 
 
 class _Enough(Exception):
@@ -44,76 +46,94 @@ class Trial:
 
     @property
     def batches(self) -> dict[str, int]:
-        """Responses that are sampled, differentiated and evaluated together."""
+        """Responses of a step, and those that are sampled, differentiated and evaluated together."""
         config = self.config
         responses = config.train.batch_size * config.train.accumulation_steps
         return {
-            "rollout": prompts_together(config, responses) * config.generation.samples_per_prompt,
+            "step": responses,
+            "rollout": min(
+                prompts_together(config.generation, responses) * config.generation.samples_per_prompt, responses
+            ),
             "passes": micro_batch_size(config.method, config.train.batch_size, responses),
             "evaluation": min(config.evaluation.batch_size, len(self.evaluated)),
         }
 
-    def __call__(self, length: int, *, recompute: bool) -> Peaks:
-        """The peaks of responses that all have `length` tokens. The run goes on as if nothing had happened: torch's
-        generators are put back, and gradients and what a method keeps are dropped."""
+    def __call__(self, length: int, width: int, *, recompute: bool) -> tuple[Peaks, float]:
+        """(peaks of responses that all have `length` tokens and pass together in numbers of about `width` at most, how
+        many times as many there are in the run). The run goes on as if nothing had happened: torch's generators are put
+        back, and gradients and what a method keeps are dropped."""
         device = self.policy.device
         generation = replace(self.config.generation, max_new_tokens=length, min_new_tokens=0, ignore_eos=True)
         # GRPO passes over responses that nothing moves; a KL moves all.
         method = replace(self.config.method, kl_coef=self.config.method.kl_coef or 1.0)
-        config = replace(self.config, generation=generation, method=method)
+        evaluated = mixed(self.evaluated, min(width, self.batches["evaluation"]))
+        config = replace(self.config, generation=generation, method=method, train=self._train(width))
+        few = replace(self, config=config, evaluated=evaluated)
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                found = self._peaks(config, recompute)
+                found = few._peaks(recompute)
         finally:
             for parameter in self.policy.parameters():
                 parameter.grad = None
         moments = 2 * sum(p.nbytes for p in self.policy.parameters())  # of AdamW, beside every step but the first
         # A compiled step keeps its cache.
         always = moments + (found["rollout"] if config.rollout.compile and config.rollout.source is None else 0)
-        return {name: size + (moments if name == "rollout" else always) for name, size in found.items()}
+        found = {name: size + (moments if name == "rollout" else always) for name, size in found.items()}
+        return found, max(count / few.batches[name] for name, count in self.batches.items())
 
-    def _peaks(self, config: Config, recompute: bool) -> Peaks:
-        train, copies, device = config.train, config.generation.samples_per_prompt, self.policy.device
+    def _train(self, width: int) -> TrainConfig:
+        """With fewer responses, in whole groups and micro-batches."""
+        train, method = self.config.train, self.config.method
+        minibatches = getattr(method, method.name).minibatches if method.name in ("ppo", "grpo") else 1
+        batch = min(width, self.batches["passes"])
+        fewest = math.lcm(self.config.generation.samples_per_prompt, minibatches * batch)
+        responses = fewest * max(width // fewest, 1)
+        if responses >= self.batches["step"]:
+            return train
+        return replace(train, batch_size=batch, accumulation_steps=responses // batch)
+
+    def _peaks(self, recompute: bool) -> Peaks:
+        config, device = self.config, self.policy.device
+        train, copies = config.train, config.generation.samples_per_prompt
         method = make_method(
             self.policy, self.reward, config.method, config.generation, train, Services(), seed=config.seed,
             checkpoint=recompute,
         )
         responses = train.batch_size * train.accumulation_steps
-        prompts, together = mixed(self.prompts, responses // copies), prompts_together(config, responses)
+        prompts, at_once = mixed(self.prompts, responses // copies), prompts_together(config.generation, responses)
 
         def sampled() -> list[Rollout]:
-            starts = range(0, len(prompts), together)
-            return [self._sampled(prompts[i: i + together], method.sampling(0), copies) for i in starts]
+            starts = range(0, len(prompts), at_once)
+            return [self._sampled(prompts[i: i + at_once], method.sampling(0), copies) for i in starts]
 
         def enough() -> NoReturn:
             raise _Enough
 
         def passes() -> None:
             try:
-                method.step(rollouts, 0, enough)
+                method.step(together, 0, enough)
             except _Enough:
                 pass
 
         def evaluated() -> None:
             prompts = mixed(self.evaluated, self.batches["evaluation"])
-            score(self.policy, self.reward, self._sampled(prompts, evaluation_sampling(config)),
-                  score_settings(config, device))
+            rollout = self._sampled(prompts, evaluation_sampling(config.evaluation, config.generation))
+            score(self.policy, self.reward, rollout, score_settings(config.method, device))
 
         rollouts, rollout = peak_bytes(sampled, device)
+        # The micro-batches of a method that backpropagates through each for itself are all alike.
+        alone = config.method.name in DIFFERENTIATING
+        together = [rollouts[0].cut(0, min(train.batch_size, len(rollouts[0])))] if alone else rollouts
         waiting = sum(t.nbytes for r in rollouts for t in vars(r).values() if isinstance(t, torch.Tensor))
         passed = waiting + peak_bytes(passes, device)[1]
         rollouts.clear()
+        together.clear()
         return {"rollout": rollout, "passes": passed, "evaluation": peak_bytes(evaluated, device)[1]}
 
     def _sampled(self, prompts: list[list[int]], sampling: Sampling, copies: int = 1) -> Rollout:
         ids, mask = pad_prompts(prompts, self.policy.pad_id, self.policy.device)
         rows = torch.arange(len(prompts) * copies, device=self.policy.device) * sampling.max_new_tokens
         return sample(self.policy, ids, mask, sampling, seed=0, first_rows=rows, samples_per_prompt=copies)
-
-
-def prompts_together(config: Config, responses: int) -> int:
-    """Prompts that a process with `responses` of a step samples responses to at a time."""
-    return max((config.generation.batch_size or responses) // config.generation.samples_per_prompt, 1)
 
 
 def mixed(prompts: Sequence[list[int]], count: int) -> list[list[int]]:
@@ -123,9 +143,7 @@ def mixed(prompts: Sequence[list[int]], count: int) -> list[list[int]]:
     return [order[-1 - turn if number % 2 else turn] for number, turn in enumerate(turns)]
 
 
-def memory_plan(
-    trial: Trial, processes: int, any_process: Callable[[bool], bool]
-) -> MemoryPlan:
+def memory_plan(trial: Trial, processes: int, any_process: Callable[[bool], bool]) -> MemoryPlan:
     """`grade.memory.plan.plan` for a run of this many processes on its machine."""
     config, device = trial.config, trial.policy.device
     longest = max(map(len, [*trial.prompts, *trial.evaluated]))

@@ -75,7 +75,9 @@ def test_a_trial_is_what_a_step_holds(tiny_config, name, recompute):
     trainer = trainer_of(config)
     found = max(trainer.memory.need.peaks[phase] for phase in ("rollout", "passes"))
     assert trainer.memory.need.how == "at most"
-    full = Trial(trainer.policy, trainer.reward, config, trainer.prompts, trainer.prompts)(24, recompute=recompute)
+    trial = Trial(trainer.policy, trainer.reward, config, trainer.prompts, trainer.prompts)
+    full, times = trial(24, 8, recompute=recompute)
+    assert times == 1
     held = peak_bytes(trainer.train_step, CPU)[1]  # the optimizer's moments among it
     assert 0.95 < held / max(full["rollout"], full["passes"]) < 1.02 and held < found
 
@@ -86,7 +88,7 @@ def test_a_trial_is_what_a_step_holds(tiny_config, name, recompute):
 def test_a_short_trial_bounds_a_long_one_and_three_foresee_it(name, batch, recompute):
     trial = trial_of(config_of(name, batch=batch, length=128))
     trial.policy.causal_lm.set_attn_implementation("eager")  # whose scores grow with the square
-    found = {length: trial(length, recompute=recompute) for length in (16, 24, 32, 64, 128)}
+    found = {length: trial(length, 8, recompute=recompute)[0] for length in (16, 24, 32, 64, 128)}
     for phase, held in found.pop(128).items():
         assert held < 64 * found[16][phase]
         assert foreseen(found, 128)[phase] == pytest.approx(held, rel=0.15)  # another part may become the largest
@@ -97,7 +99,7 @@ def test_a_trial_leaves_no_trace():
     policy, model = trial.policy, trial.policy.model
     before = {name: p.clone() for name, p in model.named_parameters()}
     flags, state, random = [m.training for m in model.modules()], policy._state, torch.get_rng_state()
-    trial(8, recompute=False)
+    trial(8, 8, recompute=False)
     assert policy._state == state and torch.equal(torch.get_rng_state(), random)
     assert flags == [m.training for m in model.modules()]
     for name, parameter in model.named_parameters():
@@ -106,10 +108,10 @@ def test_a_trial_leaves_no_trace():
 
 def test_recomputing_saves_and_a_compiled_cache_stays():
     config = config_of(batch=4, length=60)
-    plain = trial_of(config)(60, recompute=False)
-    assert trial_of(config)(60, recompute=True)["passes"] < 0.8 * plain["passes"]
+    plain = trial_of(config)(60, 8, recompute=False)[0]
+    assert trial_of(config)(60, 8, recompute=True)[0]["passes"] < 0.8 * plain["passes"]
     config.rollout.compile = True
-    assert trial_of(config)(60, recompute=False) == {
+    assert trial_of(config)(60, 8, recompute=False)[0] == {
         name: size + (plain["rollout"] - 8 * sum(p.numel() for p in tiny_policy("llama").parameters())
                       if name != "rollout" else 0) for name, size in plain.items()
     }
@@ -120,7 +122,17 @@ def test_padding_is_mixed_in_and_evaluation_has_no_more_prompts_than_there_are()
     config = config_of("grpo", batch=8)
     config.evaluation.batch_size, config.generation.samples_per_prompt, config.generation.batch_size = 64, 2, 5
     config.method.grpo.minibatches = 4
-    assert trial_of(config).batches == {"rollout": 4, "passes": 2, "evaluation": 3}
+    assert trial_of(config).batches == {"step": 8, "rollout": 4, "passes": 2, "evaluation": 3}
+
+
+def test_a_narrow_trial_bounds_a_wide_one():
+    """In parts of the run's size: of a step's responses, of those that pass together, of the evaluation's."""
+    config = config_of("grpo", batch=4)
+    config.generation.samples_per_prompt, config.train.accumulation_steps = 2, 8
+    trial = trial_of(config)
+    (few, times), (many, once) = (trial(16, width, recompute=False) for width in (8, 32))
+    assert (times, once) == (4, 1) and all(many[phase] <= 4 * few[phase] for phase in many)
+    assert trial(16, 2, recompute=False)[1] == 16
 
 
 # -- decision ------------------------------------------------------------------------------------------------
@@ -129,18 +141,19 @@ def test_padding_is_mixed_in_and_evaluation_has_no_more_prompts_than_there_are()
 class Fake:
     """A trial that holds `a + b S + c S^2` bytes in its passes, and fails with more than `most`."""
 
-    def __init__(self, a=0, b=0, c=0, most=float("inf"), recomputed=0.5, **others):
-        self.law, self.most, self.recomputed, self.others, self.tried = (a, b, c), most, recomputed, others, []
+    def __init__(self, a=0, b=0, c=0, most=float("inf"), responses=8, **others):
+        self.law, self.most, self.responses, self.others, self.tried = (a, b, c), most, responses, others, []
 
     def held(self, length, recompute=False):
         a, b, c = self.law
-        return (a + b * length + c * length**2) * (self.recomputed if recompute else 1)
+        return (a + b * length + c * length**2) * (0.5 if recompute else 1)
 
-    def __call__(self, length, *, recompute=False):
-        self.tried.append(length)
-        if self.held(length, recompute) > self.most:
+    def __call__(self, length, width, *, recompute=False):
+        self.tried.append(length if width >= self.responses else width)
+        held = self.held(length, recompute) * min(1, width / self.responses)
+        if held > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return {"rollout": 0, "passes": self.held(length, recompute), "evaluation": 0, **self.others}
+        return {"rollout": 0, "passes": held, "evaluation": 0, **self.others}, max(1, self.responses / width)
 
 
 def test_the_length_grows_until_the_answer_is_known():
@@ -149,7 +162,7 @@ def test_the_length_grows_until_the_answer_is_known():
     assert measured(trial, 512, None).how == "at most" and trial.tried == [64, 64]
     trial = Fake(a=1000, b=100, c=1)
     need = measured(trial, 512, int(trial.held(512) / 0.9))
-    assert trial.tried == [64, 32, 48, 128, 256, 512] and need == Need({**need.peaks, "passes": trial.held(512)}, "about")
+    assert trial.tried == [64, 32, 48, 128, 256, 512] and need.total == trial.held(512) and need.how == "about"
     assert need.fits(trial.held(512) / 0.9) and not need.fits(SHARE * trial.held(512) / 0.9)
 
 
@@ -162,6 +175,10 @@ def test_nothing_is_tried_that_would_not_fit(law):
     assert need.total == pytest.approx(trial.held(512))
     assert [measured(flat := Fake(a=9000), length, 9001).fits(9001) for length in (20, 64, 512)] == [True] * 3
     assert flat.tried[-1] == 512
+    wide = Fake(b=1, responses=2**20)
+    need = measured(wide, 16, 15)
+    assert need.how == "more than" and not need.fits(15) and wide.tried[-1] == 2**19
+    assert measured(wide, 16, 20).fits(20) and wide.tried[-1] == 8
 
 
 def test_a_trial_that_runs_out_of_memory_is_an_answer():
@@ -171,7 +188,7 @@ def test_a_trial_that_runs_out_of_memory_is_an_answer():
     found = plan(Fake(a=10, most=9), config_of(length=64), SIZES, 10)  # recomputing helps
     assert found.recompute and found.need == Need({"rollout": 0, "passes": 5, "evaluation": 0})
     with pytest.raises(ValueError, match="no memory"):
-        measured(lambda length: int("no memory"), 8, 9)
+        measured(lambda length, width: int("no memory"), 8, 9)
 
 
 SIZES = Sizes(16, 64, {"rollout": 8, "passes": 4, "evaluation": 16}, 2**28, True)
@@ -200,7 +217,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(largest, named, absent
     config = replace(config_of(batch=4, length=64), evaluation=EvaluationConfig(batch_size=9))
     peaks = {"rollout": 2**20, "passes": 2**21, "evaluation": 2**22, largest: 3 * GIB}
     found = MemoryPlan(config, SIZES, Need(peaks), 2 * GIB, False)
-    with pytest.raises(GradeError, match="^the run would need about 3.0 GiB .* 2.0 GiB are free: that cannot") as caught:
+    with pytest.raises(GradeError, match="^the run would need about 3.0 GiB .* 2.0 GiB are free: ") as caught:
         found.check()
     said = str(caught.value).replace("would need", "for it:")
     assert all(name in said for name in named) and absent not in said
