@@ -24,7 +24,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from grade.config import Config, get_setting, validate
-from grade.config.bounds import check_text, shown
+from grade.config.bounds import check_text, facts_of, is_section, shown
 from grade.config.number_texts import check_node, check_options, describe_type
 from grade.errors import GradeError, reason_of
 
@@ -133,15 +133,9 @@ def find_config(name_or_path: str) -> Path:
 
 
 @functools.cache
-def setting_types(section: type = Config, prefix: str = "") -> dict[str, Any]:
+def setting_types() -> dict[str, Any]:
     """Dotted name of every setting, with its type; sections themselves are not in it. Read only."""
-    types: dict[str, Any] = {}
-    for name, kind in get_type_hints(section).items():
-        if dataclasses.is_dataclass(kind):
-            types.update(setting_types(kind, f"{prefix}{name}."))
-        else:
-            types[prefix + name] = kind
-    return types
+    return {name: kind for name, kind, _ in facts_of(Config)}
 
 
 def suggest(name: str, known: list[str]) -> list[str]:
@@ -261,7 +255,7 @@ def _add_section(parser: ArgumentParser, section: type, prefix: str) -> None:
     Section by section, in groups of our own: a nested dataclass added as a whole would also get an option
     `--section FILE`, a second way to read files that skips the checks of `read_yaml`.
     """
-    nested = {name: kind for name, kind in get_type_hints(section).items() if dataclasses.is_dataclass(kind)}
+    nested = {name: kind for name, kind in get_type_hints(section).items() if is_section(kind)}
     paragraph = (section.__doc__ or section.__name__).strip().partition("\n\n")[0]
     title = re.split(r"\.(\s|$)", " ".join(paragraph.split()))[0]  # its first sentence
     group = parser.add_argument_group(f"{prefix.rstrip('.')}: {title}" if prefix else title)
@@ -288,7 +282,8 @@ def split_arguments(
     Raises:
         GradeError: an unknown option, with the name that was probably meant; an option without its value.
     """
-    positionals, options = [], []
+    positionals: list[str] = []
+    options: list[str] = []
     waiting = list(argv)
     while waiting:
         argument = waiting.pop(0)
@@ -345,7 +340,7 @@ def build_config(namespace: Any) -> Config:
         filled = {}
         for name, kind in get_type_hints(section).items():
             value = getattr(values, name)
-            if dataclasses.is_dataclass(kind):
+            if is_section(kind):
                 filled[name] = build(kind, value)
             else:
                 # A copy, so that no two configs share one of the parser's default lists.

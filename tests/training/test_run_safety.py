@@ -506,11 +506,11 @@ def test_a_stop_before_the_end_of_the_test_leaves_the_test_to_the_next_call(copi
             signal.raise_signal(signal.SIGINT)
         return step()
 
-    def evaluate_split(split, progress, *, adapters):
+    def evaluate_split(split, progress, step, *, adapters):
         if split == "test":
             assert asked_in == "the test"
             signal.raise_signal(signal.SIGINT)
-        return evaluated(split, progress, adapters=adapters)
+        return evaluated(split, progress, step, adapters=adapters)
 
     trainer.train_step, trainer._evaluate = last_step, evaluate_split
     with pytest.raises(KeyboardInterrupt):
