@@ -1,9 +1,9 @@
 """Packaging: two distributions from one source tree.
 
 `grade-kernels` has the package `grade_kernels` and needs torch and triton only; `grade-align` has the trainer, `grade`,
-and needs `grade-kernels` of the same version. `GRADE_DISTRIBUTION` chooses what is built from a clone. Without it a clone
-installs both packages as one, under the trainer's name, which is for development (`pip install -e .`) and not for an
-index. A source distribution holds the whole tree, with all tests, and knows by its PKG-INFO which of the two it is.
+and needs `grade-kernels` of the same version. `GRADE_DISTRIBUTION` chooses what is built. Without it a clone installs
+both packages as one, under the trainer's name, which is for development (`pip install -e .`) and not for an index. A
+source distribution holds the whole tree, with all tests, and knows by its PKG-INFO which of the two it is.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def read_version() -> str:
 
 
 def chosen() -> str | None:
-    """The distribution to build; None: both packages as one, from a clone.
+    """The distribution to build; None: both packages as one.
 
     Raises:
         SystemExit: GRADE_DISTRIBUTION names no distribution.
     """
-    if (ROOT / "PKG-INFO").is_file():
-        name = re.search(r"^Name: (.+)$", (ROOT / "PKG-INFO").read_text(encoding="utf-8"), re.MULTILINE)
-        return name.group(1).replace("_", "-") if name else None
-    name = os.environ.get("GRADE_DISTRIBUTION") or None
-    if name not in (None, KERNELS, TRAINER):
-        raise SystemExit(f"GRADE_DISTRIBUTION is {name}: it must be {KERNELS} or {TRAINER}.")
-    return name
+    name, unpacked = os.environ.get("GRADE_DISTRIBUTION"), ROOT / "PKG-INFO"
+    if not name and unpacked.is_file():
+        found = re.search(r"^Name: (.+)$", unpacked.read_text(encoding="utf-8"), re.MULTILINE)
+        name = found.group(1).replace("_", "-") if found else None
+    if name and name not in (KERNELS, TRAINER, "both"):
+        raise SystemExit(f"GRADE_DISTRIBUTION is {name}: it must be {KERNELS}, {TRAINER} or both.")
+    return name if name and name != "both" else None
 
 
 def long_description(page: Path) -> str:

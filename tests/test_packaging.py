@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 KERNELS, TRAINER = "grade-kernels", "grade-align"
 PACKAGES = {KERNELS: "grade_kernels", TRAINER: "grade"}
 NOT_CLONED = (  # hidden are environments and caches, and .github
-    "runs", "build", "dist", "wandb", "*.egg-info", "PKG-INFO", "setup.cfg", "__pycache__", ".[!g]*", ".git", ".gitignore",
+    "runs", "build", "dist", "wandb", "*.egg-info", "PKG-INFO", "setup.cfg", "__pycache__", ".[!g]*", ".git",
+    ".gitignore",
 )
 
 
@@ -80,8 +81,8 @@ def test_a_wheel_holds_its_package_whole_and_nothing_else(built, distribution):
 def test_a_source_distribution_holds_what_its_tests_read(built, distribution):
     tree = built[distribution][0]
     for folder in ("grade", "grade_kernels", "benchmarks", "tests", "docs", "examples", ".github"):
-        here = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc"}
-        assert not {path for path in here if not (tree / path).is_file()}, folder
+        here = (path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc")
+        assert not [path for path in here if not (tree / path.relative_to(ROOT)).is_file()]
     files = {path.name for path in ROOT.iterdir() if path.is_file() and not path.name.startswith(".")}
     assert not {name for name in files if not (tree / name).is_file()}
 
@@ -141,18 +142,27 @@ def test_the_wheel_of_the_kernels_works_alone(built, tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
-def test_a_clone_is_both_packages_for_development_only(tmp_path):
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_a_clone_is_both_packages_for_development_only(tmp_path, unpacked):
+    """An unpacked source distribution too, where `make install` asks for both."""
     clone = copy_of_tree(tmp_path)
-    done = build("wheel", clone)
+    if unpacked:
+        (clone / "PKG-INFO").write_text("Name: grade-kernels\n")
+    done = build("wheel", clone, "both" if unpacked else "")
     assert done.returncode == 0, done.stderr
     (wheel,) = (clone / "dist").iterdir()
     with zipfile.ZipFile(wheel) as archive:
         assert {name.split("/")[0] for name in archive.namelist()} >= {"grade", "grade_kernels"}
     said = metadata(wheel)
-    assert said["Name"] == TRAINER and "grade-kernels" not in needed(said) and "triton" in needed(said)
-    assert "Private :: Do Not Upload" in said.get_all("Classifier")
-    for what, distribution, message in (
-        ("sdist", "", "Set GRADE_DISTRIBUTION to"), ("wheel", "grade", "GRADE_DISTRIBUTION is grade: it must be"),
-    ):
-        done = build(what, clone, distribution)
-        assert done.returncode != 0 and message in done.stderr
+    assert said["Name"] == TRAINER and KERNELS not in needed(said) and "triton" in needed(said)
+    assert "Private :: Do Not Upload" in said.get_all("Classifier", [])
+    assert "GRADE_DISTRIBUTION=both " in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("what, distribution, message", [
+    ("sdist", "", "Set GRADE_DISTRIBUTION to grade-kernels or grade-align"),
+    ("wheel", "grade", "GRADE_DISTRIBUTION is grade: it must be"),
+])
+def test_a_build_that_would_be_of_neither_is_refused(tmp_path, what, distribution, message):
+    done = build(what, copy_of_tree(tmp_path), distribution)
+    assert done.returncode != 0 and message in done.stderr

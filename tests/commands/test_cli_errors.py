@@ -60,6 +60,13 @@ def fake_module(monkeypatch):
         ("--max_tokens", "did you mean --reward.max_tokens?"),
         ("--seeds", "did you mean --seed?"),
         ("--print_confg", "did you mean --print_config?"),
+        ("--train.max_steps", "did you mean --train.steps?"),  # not the puzzles'
+        ("--train.seed", "did you mean --seed?"),
+        ("--method.epochs", "did you mean --method.ppo.epochs or --method.grpo.epochs?"),
+        ("--method.tau", "did you mean --method.tau_start or --method.tau_end or --method.tau_steps?"),
+        ("--train.epochs", "`grade train --help` lists them all"),  # the reward's and two methods' are others
+        ("--generation.tau", "`grade train --help` lists them all"),
+        ("--model.rank", "`grade train --help` lists them all"),
         ("--zzz", "`grade train --help` lists them all"),
     ],
 )
