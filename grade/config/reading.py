@@ -141,20 +141,31 @@ def setting_types() -> dict[str, Any]:
 def suggest(name: str, known: list[str]) -> list[str]:
     """The names in `known` that a mistyped `name` probably meant; empty when none is near.
 
-    A name without its section (`steps`, `lora.r`) means every setting that ends so, if any does. Otherwise
-    the nearest counts, by the likeness of the whole plus that of the last part: `method.steps` should find
-    `train.steps`, and `generation.max_tokens` should find `generation.max_new_tokens`.
+    A name without its section (`steps`, `lora.r`) means every setting that ends so, if any does. Otherwise its section
+    counts as much as its last part: of the settings there the nearest is meant, or those that go on where it stops
+    (`method.tau`). A setting elsewhere is meant only if it alone has just this last part: `method.steps` finds
+    `train.steps`, and `train.epochs` finds nothing, though the reward's training and two methods have epochs.
     """
     ends = [key for key in known if key.endswith(f".{name}")]
     if ends:
         return ends
+    *parents, last = name.split(".")
+    sections = {part for key in known for part in key.split(".")[:-1]}
+    section = difflib.get_close_matches(parents[-1], sections, 1) if parents else []
+    inside = [key for key in known if not parents or set(section) & set(key.split(".")[:-1])]
+    words: dict[str, list[str]] = {}  # a setting's last part, or all after its section (`lora.r`): the settings
+    for key in inside:
+        for word in {key.split(".")[-1], key.partition(".")[2] or key}:
+            words.setdefault(word, []).append(key)
 
-    def likeness(key: str) -> float:
-        last = difflib.SequenceMatcher(None, name.rsplit(".")[-1], key.rsplit(".")[-1]).ratio()
-        return last + difflib.SequenceMatcher(None, name, key).ratio()
+    def nearest(cutoff: float) -> list[str]:
+        near = difflib.get_close_matches(last, words, 1, cutoff)
+        return [near[0]] if near and near[0] in known else words[near[0]] if near else []
 
-    best = max(known, key=likeness)
-    return [best] if likeness(best) > 1.2 else []
+    elsewhere = [key for key in known if key.split(".")[-1] == last]
+    alone = [last] if last in known else elsewhere if len(elsewhere) == 1 and elsewhere[0].count(".") == 1 else []
+    longer = [key for word, keys in words.items() if word.startswith(f"{last}_") for key in keys]
+    return longer or nearest(0.75) or alone or nearest(0.7)
 
 
 def did_you_mean(name: str, known: list[str], dashes: str = "", command: str = "grade train") -> str:
@@ -256,9 +267,8 @@ def _add_section(parser: ArgumentParser, section: type, prefix: str) -> None:
     `--section FILE`, a second way to read files that skips the checks of `read_yaml`.
     """
     nested = {name: kind for name, kind in get_type_hints(section).items() if is_section(kind)}
-    paragraph = (section.__doc__ or section.__name__).strip().partition("\n\n")[0]
-    title = re.split(r"\.(\s|$)", " ".join(paragraph.split()))[0]  # its first sentence
-    group = parser.add_argument_group(f"{prefix.rstrip('.')}: {title}" if prefix else title)
+    text = " ".join((section.__doc__ or section.__name__).split())
+    group = parser.add_argument_group(prefix.rstrip(".") or "everything", text)
     key = prefix.rstrip(".") or None
     group.add_class_arguments(section, key, as_group=False, skip=set(nested), instantiate=False)
     for name, kind in nested.items():

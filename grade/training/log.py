@@ -130,16 +130,39 @@ def beginning(path: Path, extent: Extent) -> bytes:
 
 
 def check_loggers(train: TrainConfig) -> None:
-    """Refuse, before anything of an earlier run is deleted, what cannot be logged to.
+    """Refuse, before anything is loaded and anything of an earlier run is deleted, what cannot be logged to.
 
     Raises:
-        GradeError: wandb is asked for and not installed.
+        GradeError: wandb is asked for, and is not installed or has no key; nothing is asked on the terminal.
     """
-    if train.wandb and importlib.util.find_spec("wandb") is None:
-        raise GradeError("train.wandb is true but wandb is not installed: pip install 'grade[wandb]'.")
+    if not train.wandb:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise GradeError("train.wandb is true but wandb is not installed: pip install 'grade-align[wandb]'.")
+    import wandb
+
+    fix = (
+        "Call `wandb login` once, or set WANDB_API_KEY; WANDB_MODE=offline writes files that `wandb sync` sends later, "
+        "and train.wandb false does without."
+    )
+    try:
+        has_key = wandb.setup().settings.mode in ("offline", "disabled") or wandb.login(prompt=False, verify=False)
+    except Exception as error:  # of any class of theirs
+        raise _not_started(error, fix) from error
+    if not has_key:
+        raise GradeError(f"train.wandb is true but wandb has no API key. {fix}")
 
 
 def _start_wandb(config: Config, run_dir: Path) -> Any:
     import wandb
 
-    return wandb.init(project=config.train.wandb_project, name=run_dir.name, dir=str(run_dir), config=asdict(config))
+    try:
+        return wandb.init(
+            project=config.train.wandb_project, name=run_dir.name, dir=str(run_dir), config=asdict(config)
+        )
+    except Exception as error:  # of any class of theirs: the key is not theirs, or the server is not reached
+        raise _not_started(error, "Log in again (`wandb login`), or set WANDB_MODE=offline.") from error
+
+
+def _not_started(error: Exception, fix: str) -> GradeError:
+    return GradeError(f"train.wandb is true but wandb does not start: {reason_of(error).rstrip('.')}. {fix}")

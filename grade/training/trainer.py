@@ -64,6 +64,9 @@ class Trainer:
         self.config, self.accelerator, self.run_dir = config, accelerator, run_dir
         self.phases = Phases(accelerator.device)
         self.services = Services(partial(summed, accelerator), self.phases)
+        with main_process_first(accelerator):
+            if accelerator.is_main_process:
+                check_loggers(config.train)
         tokenizer, self.task, self.policy, self.reward = set_up(
             config, accelerator, run_dir=run_dir if config.train.resume else None, before_reward=self._decode_with
         )
@@ -175,7 +178,6 @@ class Trainer:
         """
         train, every = self.config.train, self.config.evaluation.every
         self.memory.check(self.services.any_process)
-        check_loggers(train)
         notes = [*opening_lines(self.config, self.policy, self.reward), self.memory.line]
         written, resaves_best = None, False
         if train.resume:
