@@ -365,7 +365,8 @@ class Trainer:
                 "best": self.validations.best, "evaluations": self.validations.rows,
                 "steps": self.config.train.steps, "logs": self.log.extents(),
             }
-            save_checkpoint(self.run_dir / "checkpoints" / "last", self.policy, self.step, state, card=self._card(self.step))
+            last, card = self.run_dir / "checkpoints" / "last", self._card(self.step)
+            save_checkpoint(last, self.policy, self.step, state, card=card)
         self.saved = self.step
         if best:
             self._save_best()
