@@ -293,7 +293,7 @@ def test_a_trainer_with_little_memory_recomputes_or_refuses(tiny_config, monkeyp
     needed = trainer_of(tiny_config).memory.need.total
     monkeypatch.setattr("grade.training.trial.free_bytes", lambda *_: needed)
     trainer = trainer_of(tiny_config)
-    assert trainer.method.checkpoint and trainer.config.method.activation_checkpointing == "auto"
+    assert trainer.method.activation_checkpointing and trainer.config.method.activation_checkpointing == "auto"
     assert trainer.train_step()["grad_norm"] > 0
     monkeypatch.setattr("grade.training.trial.free_bytes", lambda *_: 1)
     with pytest.raises(GradeError, match="^the run would need about .*generation.max_new_tokens below 8"):
