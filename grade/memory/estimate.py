@@ -238,11 +238,12 @@ def _replay_activations(
 ) -> Callable[[bool], float]:
     """Of one response: the graphs of policy, base and reward, which replay holds at the same time, their inputs and
     hidden states; as a function of whether they are checkpointed."""
-    own = None
-    if not reward.shares_base_pass:
-        whole = nn.ModuleList([policy.model, *reward.modules])
-        own = measure_pass(whole, reward_forward(policy, reward), shapes.whole)
-        length = shapes.response if reads_response(reward) else shapes.whole
+    own = []  # (bytes, tokens) of every pass that a part of the reward makes by itself
+    for part in reward.summands():
+        if part.differentiable and not part.shares_base_pass:
+            whole = nn.ModuleList([policy.model, *part.modules])
+            length = shapes.response if reads_response(part) else shapes.whole
+            own.append((measure_pass(whole, reward_forward(policy, part), shapes.whole), length))
     states = shapes.width * shapes.item * (2 * shapes.whole + 3 * shapes.response)
 
     def activations(checkpoint: bool) -> float:
@@ -251,7 +252,7 @@ def _replay_activations(
             graphs += base.held(shapes.whole, checkpoint)
         else:  # the graph is that of the response, which reads the prompt's keys and values
             graphs += base.whole.between(shapes.response, shapes.whole) + shapes.cache * shapes.prompt
-        return graphs + (own.held(length, checkpoint) if own else 0)
+        return graphs + sum(taken.held(length, checkpoint) for taken, length in own)
 
     return activations
 

@@ -146,7 +146,7 @@ class Trainer:
             yield sample(
                 self.policy, ids, mask, self.method.sampling(step), samples_per_prompt=copies, decoding=self.decoding,
                 **draw,
-            )
+            ).of("policy", numbers[start:stop])
         if self.source is not None:
             self.source.skip((len(numbers) - first - share) * copies)
 
@@ -403,6 +403,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = {
                 "optimizer": self.optimizer.state_dict(), "method": self.method.state_dict(), "inputs": self.inputs,
+                "reward": self.reward.state_dict(),
                 "best": self.validations.best, "evaluations": self.validations.rows,
                 "steps": self.config.train.steps, "logs": self.log.extents(),
             }
