@@ -49,8 +49,11 @@ class RetokenizedReward(RewardFunction):
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-        # Tokenizers that know no limit have a very large one; some models count positions from their pad token on.
+        # A tokenizer that knows no limit has a very large one; another leaves out positions that are not for texts.
         self.longest = min(tokenizer.model_max_length, context_of(model.config) or tokenizer.model_max_length)
+        # Many tokenizers number a text's parts, and few models have embeddings for that.
+        parts = ["token_type_ids"] if hasattr(model.config, "type_vocab_size") else []
+        self.names = ["input_ids", "attention_mask", *parts]
         self._read, what = reading(model.config, label)
         self.raises = f"{what}" + ("" if name is None else f" of reward.model={name}") + ", without a gradient"
 
@@ -62,7 +65,8 @@ class RetokenizedReward(RewardFunction):
         for start in range(0, len(order), _BATCH):
             rows = order[start: start + _BATCH]
             inputs = self.tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, **self._cut())
-            logits = self.model(**inputs.to(self.model.device)).logits
+            read = {name: inputs[name].to(self.model.device) for name in self.names if name in inputs}
+            logits = self.model(**read).logits
             out[rows] = self._read(logits.to(accumulation_dtype(logits))).to(out)
         return out
 
@@ -78,7 +82,8 @@ class RetokenizedReward(RewardFunction):
         ids = rollout.real_tokens()
         if self.reads == "prompt+response":
             ids = [prompt + row for prompt, row in zip(rollout.real_prompts(), ids, strict=True)]
-        return [self.policy_tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+        # A batch of nothing but empty texts would have no token to read.
+        return [self.policy_tokenizer.decode(row, skip_special_tokens=True) or self.tokenizer.pad_token for row in ids]
 
     def _cut(self) -> dict[str, object]:
         return {"truncation": True, "max_length": self.longest} if self.longest < 10**9 else {}

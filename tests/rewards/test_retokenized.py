@@ -59,8 +59,18 @@ def test_it_scores_as_the_classifier_does(folder, reads):
             expected = model(input_ids=torch.tensor([cut])).logits.softmax(-1)[0, 1].item()
         assert value == pytest.approx(expected, abs=1e-5)
     assert reward.details(rollout, found)["reward_truncated"].tolist() == [float(n > 10) for n in lengths]
+    silent = draw(policy, [[5], [9]], max_new_tokens=1)
+    reward.policy_tokenizer = Silent()
+    assert reward.score(silent).isfinite().all()
     assert max(lengths) > 10 and not reward.differentiable
     assert reward.raises.endswith(f"'good' among ['bad', 'good'] of reward.model={folder}, without a gradient")
+
+
+class Silent:
+    """Of responses that hold special tokens only."""
+
+    def decode(self, ids, skip_special_tokens):
+        return ""
 
 
 class Task:
