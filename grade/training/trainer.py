@@ -362,6 +362,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = {
                 "optimizer": self.optimizer.state_dict(), "method": self.method.state_dict(), "inputs": self.inputs,
+                "reward": self.reward.state_dict(),
                 "best": self.validations.best, "evaluations": self.validations.rows,
                 "steps": self.config.train.steps, "logs": self.log.extents(),
             }
