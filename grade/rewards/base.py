@@ -113,6 +113,10 @@ class Reward(ABC):
         """Continue from `state_dict`."""
         return
 
+    def in_trial(self) -> Reward:
+        """What stands in for it where a step is only tried for its memory: itself, unless it calls somebody's code."""
+        return self
+
     def summands(self) -> Sequence[Reward]:
         """The rewards that it is a sum of; itself where it is none."""
         return (self,)

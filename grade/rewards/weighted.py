@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,9 @@ class WeightedReward(Reward):
         self.modules = [module for reward in rewards for module in reward.modules]
         self.reads = "response" if all(reward.reads == "response" for reward in rewards) else "prompt+response"
         self.raises = " + ".join(map(_words, self.terms))
+
+    def in_trial(self) -> WeightedReward:
+        return WeightedReward([replace(term, reward=term.reward.in_trial()) for term in self.terms])
 
     def summands(self) -> Sequence[Reward]:
         return [term.reward for term in self.terms]

@@ -68,7 +68,7 @@ class Trial:
         method = replace(self.config.method, kl_coef=self.config.method.kl_coef or 1.0)
         evaluated = mixed(self.evaluated, min(width, self.batches["evaluation"]))
         config = replace(self.config, generation=generation, method=method, train=self._train(width))
-        few = replace(self, config=config, evaluated=evaluated)
+        few = replace(self, config=config, evaluated=evaluated, reward=self.reward.in_trial())
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 found = few._peaks(recompute)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from rollouts import draw
 from tiny import tiny_policy
-from tiny_run import changed, stopped_after, timeless, with_train
+from tiny_run import changed, stopped_after, timeless, trainer_of, with_train
 
 from grade.commands.train import train
 from grade.config import validate
 from grade.config.reading import load_config
+from grade.config.schema import FunctionTerm
 from grade.errors import GradeError
 from grade.rewards.function import FunctionReward, load_function
 from grade.tasks.base import Task
@@ -237,6 +238,14 @@ def test_a_resumed_run_of_a_sum_repeats_the_uninterrupted_one(with_functions, tm
     path.write_text(REWARDS + "# another\n")
     with pytest.raises(GradeError, match="was started with something else: the reward"):
         train(with_train(changed(whole, train={"steps": 5}), resume=True))
+
+
+def test_a_function_is_not_called_for_what_is_only_tried(with_functions):
+    """Before its first step a run tries one for its memory."""
+    config, path = with_functions
+    path.write_text("calls = []\ndef f(completions):\n    calls.append(1)\n    return [0.0] * len(completions)\n")
+    trainer_of(changed(config, reward={"functions": [FunctionTerm(function=f"{path}:f")]}))
+    assert load_function(f"{path}:f").function.__globals__["calls"] == []
 
 
 def test_a_mistake_of_a_function_is_told_before_any_update(with_functions):
