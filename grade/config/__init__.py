@@ -16,12 +16,13 @@ from grade.config.schema import (
     get_setting,
     judged_length,
     settings_with_role,
+    trains_head,
     validate,
 )
-from grade.config.tasks import TaskConfig
+from grade.config.tasks import TaskConfig, TokenizerConfig
 
 __all__ = [
     "NOISE_ROWS", "Config", "EvaluationConfig", "GenerationConfig", "LoraSettings", "MethodConfig", "ModelConfig",
-    "RewardConfig", "RolloutConfig", "TaskConfig", "TrainConfig", "default_methods", "flatten", "get_setting",
-    "judged_length", "settings_with_role", "validate",
+    "RewardConfig", "RolloutConfig", "TaskConfig", "TokenizerConfig", "TrainConfig", "default_methods", "flatten",
+    "get_setting", "judged_length", "settings_with_role", "trains_head", "validate",
 ]
