@@ -65,7 +65,7 @@ def published_step(
         whole = torch.cat([prompt, response], dim=1)
         with policy.state(adapters=False):
             base = policy.hidden(whole, None)
-        score = reward.head.probability(base.float().mean(1))
+        score = reward.head.reward(base.float().mean(1))
         before = base[:, prompt_ids.shape[1] - 1: -1]  # [B, S, d]
         kl = [
             _checkpoint(partial(_kl, policy), before[:, here], *logits[here])

@@ -244,7 +244,7 @@ def test_a_function_is_not_called_for_what_is_only_tried(with_functions):
     """Before its first step a run tries one for its memory."""
     config, path = with_functions
     path.write_text("calls = []\ndef f(completions):\n    calls.append(1)\n    return [0.0] * len(completions)\n")
-    trainer_of(changed(config, reward={"functions": [FunctionTerm(function=f"{path}:f")]}))
+    trainer_of(changed(config, reward={"functions": [FunctionTerm(function=f"{path}:f")], "weight": 1.0}))
     assert load_function(f"{path}:f").function.__globals__["calls"] == []
 
 

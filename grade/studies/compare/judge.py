@@ -114,7 +114,7 @@ def train_judge(
 def _encode(tokenizer: Any, examples: Sequence[Example]) -> tuple[list[list[int]], Tensor]:
     """Token ids of whole texts and labels float32 [N]."""
     rows = encode(tokenizer, [e.text for e in examples], None, special_tokens=False)
-    return rows, torch.tensor([float(e.label) for e in examples])
+    return rows, torch.tensor([float(e.label or 0) for e in examples])
 
 
 def _fit(judge: Judge, rows: Sequence[Sequence[int]], labels: Tensor, seed: int, least_steps: int) -> None:
