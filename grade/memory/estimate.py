@@ -245,12 +245,15 @@ def _replay_activations(
         length = shapes.response if reads_response(reward) else shapes.whole
     states = shapes.width * shapes.item * (2 * shapes.whole + 3 * shapes.response)
 
+    frozen = 2 if policy.has_reference and reward.shares_base_pass else 1  # base, and a reference of its own
+
     def activations(checkpoint: bool) -> float:
         graphs = ours.held(shapes.whole, checkpoint) + states
         if checkpoint or not prompt_cache:
-            graphs += base.held(shapes.whole, checkpoint)
+            graphs += frozen * base.held(shapes.whole, checkpoint)
         else:  # the graph is that of the response, which reads the prompt's keys and values
-            graphs += base.whole.between(shapes.response, shapes.whole) + shapes.cache * shapes.prompt
+            one = base.whole.between(shapes.response, shapes.whole) + shapes.cache * shapes.prompt
+            graphs += frozen * one
         return graphs + (own.held(length, checkpoint) if own else 0)
 
     return activations

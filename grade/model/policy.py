@@ -28,6 +28,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grade.errors import GradeError, reason_of
+from grade.model.adapter import REFERENCE, TRAINED
 from grade.model.cache import decoding_cache, is_recurrent
 from grade.model.end_of_sequence import end_ids
 from grade.model.probe import check_finite, probe_embedding, probe_head, probe_passes
@@ -42,12 +43,13 @@ from grade_kernels import Head
 
 
 class State(NamedTuple):
-    """What the next forward of the shared weights is: the policy or the base, with or without adapter dropout, its
-    layers recomputed in backward or not."""
+    """What the next forward of the shared weights is: the policy, the base or, with the second adapter, the reference;
+    with or without adapter dropout; its layers recomputed in backward or not."""
 
     adapters: bool
     dropout: bool
     activation_checkpointing: bool = False
+    reference: bool = False
 
 
 class Policy:
@@ -64,6 +66,9 @@ class Policy:
         backbone: the transformer without its head.
         cache_name: what the backbone calls its cache; None where it takes none, which the probe refuses.
         adapter_layers: the layers that have one.
+        has_reference: whether a second, frozen adapter is the reference (`grade.model.adapter.add_reference`), and not
+            the base.
+        started_from: SHA-256 of the adapter that it went on from; None: it began as the base.
         reads_prompt_cache: whether a pass with a graph may read a prompt's cache (see `grade.model.passes`).
         embedding: [V, d] input table; `embedding_scale` multiplies its rows.
         head: weight [V, d], bias, logit scale and soft cap.
@@ -83,6 +88,8 @@ class Policy:
         # transformers 5.24 renamed `past_key_values`, in Mamba `cache_params`, and warns at the old names.
         self.cache_name = next(filter(self.takes, ("cache", "past_key_values", "cache_params")), None)
         self.adapter_layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self.has_reference = REFERENCE in model.peft_config
+        self.started_from: str | None = None
         self._recomputable = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         self._state = State(adapters=True, dropout=False)
         model.eval()
@@ -90,8 +97,8 @@ class Policy:
         head, table = self.causal_lm.get_output_embeddings(), self.causal_lm.get_input_embeddings()
         if head is None or isinstance(head, BaseTunerLayer) or isinstance(table, BaseTunerLayer):
             raise GradeError(
-                "model.lora.target_modules reaches the head or the embedding (or the model has no head): replay "
-                "shares both with the frozen base. Adapt inner layers only."
+                "model.lora.target_modules (or model.adapter) reaches the head or the embedding, or the model has no "
+                "head: replay shares both with the frozen base. Adapt inner layers only."
             )
         self.embedding, self.embedding_scale = table.weight.detach(), 1.0
         bias = getattr(head, "bias", None)
@@ -202,17 +209,20 @@ class Policy:
 
     @contextmanager
     def state(
-        self, *, adapters: bool, dropout: bool = False, activation_checkpointing: bool = False
+        self, *, adapters: bool, dropout: bool = False, activation_checkpointing: bool = False, reference: bool = False
     ) -> Iterator[None]:
         """Run forwards as the policy (`adapters=True`) or as the frozen base.
 
         Args:
+            reference: run them as what KL is measured to, whatever `adapters` is: the second adapter, or the base.
             dropout: adapter dropout on. Every other dropout is always off.
             activation_checkpointing: recompute these forwards' layers in backward (after
                 `enable_activation_checkpointing`).
         """
         previous = self._state
-        self._apply(State(adapters, dropout, activation_checkpointing))
+        if reference:
+            adapters, dropout = self.has_reference, False
+        self._apply(State(adapters, dropout, activation_checkpointing, reference and self.has_reference))
         try:
             yield
         finally:
@@ -220,8 +230,10 @@ class Policy:
 
     def _apply(self, state: State) -> None:
         previous, self._state = self._state, state
-        if (state.adapters, state.dropout) != (previous.adapters, previous.dropout):
+        if state._replace(activation_checkpointing=previous.activation_checkpointing) != previous:
             for layer in self.adapter_layers:
+                if self.has_reference:  # not set_adapter(), for the same reason
+                    layer._active_adapter = [REFERENCE if state.reference else TRAINED]
                 # Not enable_adapters(): it also flips requires_grad, and autograd drops the gradients of a leaf whose
                 # flag is down while a recomputation of the base runs inside its backward.
                 layer._disable_adapters = not state.adapters

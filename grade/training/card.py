@@ -94,10 +94,13 @@ def _facts(config: Config, record: Mapping[str, Any]) -> Iterator[tuple[str, obj
     """Rows of the table of what was trained on what."""
     model, method, train, task = config.model, config.method, config.train, record.get("task", {})
     yield "base model", model.name + (f", revision {model.revision}" if model.revision else "")
-    yield "adapter", (
-        f"LoRA of rank {model.lora.r}, alpha {model.lora.alpha:g}, on {', '.join(model.lora.target_modules)}; base in "
-        f"{model.dtype}"
-    )
+    if model.adapter is None:
+        adapter = f"LoRA of rank {model.lora.r}, alpha {model.lora.alpha:g}, on {', '.join(model.lora.target_modules)}"
+    else:
+        adapter = f"LoRA, gone on from {model.adapter} with that adapter's settings"
+    yield "adapter", f"{adapter}; base in {model.quantization or model.dtype}"
+    if model.reference == "initial":
+        yield "reference of KL", "the policy as it started"
     yield "task", config.task.name
     yield "data", task.get("dataset", config.task.dataset)
     prompts = task.get("splits", {}).get("policy", {}).get("examples")

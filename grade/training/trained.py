@@ -12,7 +12,7 @@ from grade.config import Config
 from grade.errors import GradeError, read_json
 from grade.files import latest
 from grade.model.checkpoint import load_adapter, verified_step
-from grade.model.fingerprint import check_made_from, model_inputs
+from grade.model.fingerprint import check_made_from, policy_inputs
 from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.tasks.encoding import encode
@@ -53,7 +53,7 @@ def load_trained(config: Config, run_dir: Path, folder: Path, device: torch.devi
         config.model, load_tokenizer(config.model), device, seed=config.seed, task=config.task,
         generation=config.generation, reward=config.reward,
     )
-    check_made_from(run_dir, model_inputs(policy))
+    check_made_from(run_dir, policy_inputs(policy))
     load_adapter(folder, policy)
     return policy
 
