@@ -21,6 +21,7 @@ from grade.config.bounds import (
     check_values,
     facts_of,
     setting,
+    shown,
 )
 from grade.config.methods import DIFFERENTIATING, METHODS, MethodConfig, check_method
 from grade.config.studies import CompareConfig, VarianceConfig, check_studies
@@ -65,6 +66,9 @@ class ModelConfig:
     which begins as the base."""
     reference: Literal["base", "initial"] = "base"
     """What KL is measured to: the frozen base, or the policy as it started, which model.adapter makes another."""
+    finetuning: Literal["lora", "full"] = "lora"
+    """`lora`: an adapter is trained. `full` (in YAML also `lora: null`): every weight is, but head and embedding table,
+    beside a frozen copy."""
     lora: LoraSettings = field(default_factory=LoraSettings)
 
 
@@ -271,6 +275,17 @@ def validate(config: Config) -> None:
     generation, method, train = config.generation, config.method, config.train
     if not config.model.lora.target_modules:
         raise GradeError("model.lora.target_modules is empty: nothing would be trained. Name a layer.")
+    if config.model.finetuning == "full":
+        for name, value, needed in (
+            ("model.dtype", config.model.dtype, "float32"), ("model.quantization", config.model.quantization, None),
+            ("model.adapter", config.model.adapter, None), ("method.replay_dropout", method.replay_dropout, False),
+        ):
+            if value != needed:
+                reason = "16 bits would lose most of a step" if name == "model.dtype" else "there is no adapter"
+                raise GradeError(
+                    f"model.finetuning=full trains the model's own weights, but {name} is {shown(value)}: {reason}. "
+                    f"Set it to {'null' if needed is None else str(needed).lower()}, or model.finetuning to lora."
+                )
     if config.model.quantization == "8bit" and config.model.dtype != "bfloat16":
         raise GradeError(
             "model.quantization=8bit rounds what layers read to 8 bits, so that no two passes agree as those of "

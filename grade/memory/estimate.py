@@ -69,7 +69,7 @@ class Estimate:
         """The phase whose settings decide: "rollout", "passes" (that training makes over what was sampled) or
         "evaluation"."""
         phases = _phases(self._parts(checkpoint))
-        return max(phases, key=phases.get)
+        return max(phases, key=lambda name: phases[name])
 
     def sentence(self, checkpoint: bool) -> str:
         """Total and parts, such as `about 1.3 GiB at B = 8, P = 32, S = 64, k = 256 (weights 102 MiB, ...)`."""
@@ -183,12 +183,11 @@ def estimate(
         piece_rows(vocabulary, torch.float32, policy.device) if in_pieces else 0,
     )
     padded = batch > 1  # one response alone is cut to its own length
-    ours = measure_pass(
-        policy.model, policy_forward(policy, adapters=True, dropout=method.replay_dropout, padded=padded), shapes.whole
-    )
+    forward = policy_forward(policy, adapters=True, dropout=method.replay_dropout, padded=padded)
+    ours = measure_pass(policy.modules, forward, shapes.whole)
     # Sampled responses wait for their turn: ids and, for soft tokens, weights of the candidates.
     waiting = responses * shapes.response * generation.top_k * (12 if method.name == "grade" else 8)
-    modules = [policy.model, *reward.modules]
+    modules = [policy.modules, *reward.modules]
     weights = _bytes(t for m in modules for t in (*m.parameters(), *m.buffers()))
     sampled = config.rollout.source is None
     compiled = config.rollout.compile and sampled
@@ -198,8 +197,8 @@ def estimate(
     def packed(rows: int) -> int:
         return _bytes([policy.head.weight]) if worth_packing(policy.head.weight, rows, shapes.response) else 0
 
-    before = {"weights": weights, "optimizer": 3 * _bytes(policy.parameters())}  # gradients and two moments
-    before["rollout"] = waiting
+    optimizer = 3 * _bytes(policy.parameters())  # gradients and two moments
+    before: dict[str, float] = {"weights": weights, "optimizer": optimizer, "rollout": waiting}
     if sampled:
         before["rollout"] += shapes.rollout(decoded, max(decoded // copies, 1), ours) + merged_here + packed(decoded)
     if compiled:
@@ -211,7 +210,7 @@ def estimate(
     copied = merged + (packed(asked) if config.evaluation.sampler == "policy" else 0)
     after = {"evaluation": candidates + max(shapes.rollout(asked, asked, ours) + copied, shapes.scoring(asked, ours))}
     if method.name in DIFFERENTIATING:
-        base = measure_pass(policy.model, policy_forward(policy, adapters=False), shapes.whole)
+        base = measure_pass(policy.modules, policy_forward(policy, adapters=False), shapes.whole)
         activations = _replay_activations(policy, reward, shapes, ours, base, prompt_cache=prompt_cache)
         held, working = shapes.replay_head(batch * shapes.response)
         terms = {"rao": method.rao_samples, "reinmax": 2}.get(method.estimator, 1)
@@ -240,7 +239,7 @@ def _replay_activations(
     hidden states; as a function of whether they are checkpointed."""
     own = None
     if not reward.shares_base_pass:
-        whole = nn.ModuleList([policy.model, *reward.modules])
+        whole = nn.ModuleList([policy.modules, *reward.modules])
         own = measure_pass(whole, reward_forward(policy, reward), shapes.whole)
         length = shapes.response if reads_response(reward) else shapes.whole
     states = shapes.width * shapes.item * (2 * shapes.whole + 3 * shapes.response)

@@ -91,7 +91,7 @@ def model_inputs(policy: Policy) -> dict[str, str]:
     """The fingerprint of the base model, as it was loaded, and its tokenizer, found once for a policy: a large
     tokenizer takes seconds."""
     if policy not in _KNOWN:
-        base = policy.model.get_base_model()
+        base = policy.causal_lm
         tokenizer = tokenizer_digest(policy.tokenizer)
         bits = quantization_of(base)
         _KNOWN[policy] = {

@@ -105,12 +105,27 @@ def load_policy(
         base.to(device)
     else:
         check_quantized(base, model)
+    if model.finetuning == "full":
+        _check_room(base, model)
+        return Policy(base, tokenizer, length=longest)
     if model.adapter is None:
         return Policy(add_adapter(base, model, seed), tokenizer, length=longest)
     adapter = adapter_folder(model.adapter)
     policy = Policy(go_on_from(base, adapter, model), tokenizer, length=longest)
     policy.started_from = weights_digest(adapter)
     return policy
+
+
+def _check_room(base: PreTrainedModel, model: ModelConfig) -> None:
+    """Refuse to train every weight where there is no room for a copy, gradients and two moments of each."""
+    table = base.get_input_embeddings().weight.numel()
+    needed, free = 4 * 4 * (base.num_parameters() - table), free_bytes(base.device)
+    if free is not None and needed > free:
+        raise GradeError(
+            f"model.finetuning=full: beside its weights, {model.name} would take {needed / 2**30:.1f} GiB to train (a "
+            f"frozen copy, gradients and two moments of each), and {free / 2**30:.1f} GiB are free. Train an adapter "
+            "(model.finetuning lora), or a smaller model."
+        )
 
 
 def go_on_from(base: PreTrainedModel, adapter: Path, model: ModelConfig) -> PeftModel:

@@ -98,7 +98,8 @@ def _frozen_states(
     if not cached:
         with policy.state(adapters=False, activation_checkpointing=activation_checkpointing, reference=reference):
             hidden = policy.hidden(*_whole_sequence(policy, rollout, x))
-        return hidden.tensor_split([rollout.prompt_ids.shape[1]], dim=1)
+        prompt = rollout.prompt_ids.shape[1]
+        return hidden[:, :prompt], hidden[:, prompt:]
     copies = rollout.samples_per_prompt
     with policy.state(adapters=False, reference=reference):
         cache = policy.new_cache()

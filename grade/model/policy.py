@@ -17,13 +17,14 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -56,7 +57,9 @@ class Policy:
     """A peft model with the pieces replay needs.
 
     Args:
-        model: `PeftModel` around a transformers causal language model; only adapter parameters are trainable.
+        model: `PeftModel` around a transformers causal language model, whose adapter is trained; or the language model
+            itself: every weight of its backbone is then trained but head and embedding table, which replay shares with
+            the base, and the base is a frozen copy of the rest.
         tokenizer: its tokenizer.
         probe: measure on a few tokens that the model fits the contract above, and that every way in which a run calls
             it agrees with a parallel pass. Costs a few dozen tiny forwards.
@@ -64,6 +67,8 @@ class Policy:
 
     Attributes:
         backbone: the transformer without its head.
+        frozen_backbone: the base's, where the backbone's own weights are trained; None where an adapter is.
+        modules: all that holds weights.
         cache_name: what the backbone calls its cache; None where it takes none, which the probe refuses.
         adapter_layers: the layers that have one.
         has_reference: whether a second, frozen adapter is the reference (`grade.model.adapter.add_reference`), and not
@@ -79,18 +84,23 @@ class Policy:
         GradeError: the model does something between embedding and logits that replay would get wrong.
     """
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, *, probe: bool = True, length: int = 0):
+    def __init__(
+        self, model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, probe: bool = True,
+        length: int = 0,
+    ):
         self.model, self.tokenizer = model, tokenizer
-        self.causal_lm = model.get_base_model()
+        self.causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.config = self.causal_lm.config
         self.backbone = _backbone(self.causal_lm)
+        self.frozen_backbone = None if isinstance(model, PeftModel) else _frozen_copy(self.causal_lm, self.backbone)
+        self.modules = nn.ModuleList(m for m in (self.model, self.frozen_backbone) if m is not None)
         self._names = frozenset(inspect.signature(self.backbone.forward).parameters)
         # transformers 5.24 renamed `past_key_values`, in Mamba `cache_params`, and warns at the old names.
         self.cache_name = next(filter(self.takes, ("cache", "past_key_values", "cache_params")), None)
         self.adapter_layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        self.has_reference = REFERENCE in model.peft_config
+        self.has_reference = isinstance(model, PeftModel) and REFERENCE in model.peft_config
         self.started_from: str | None = None
-        self._recomputable = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self._recomputable = [m for m in self.modules.modules() if isinstance(m, GradientCheckpointingLayer)]
         self._state = State(adapters=True, dropout=False)
         model.eval()
 
@@ -128,12 +138,17 @@ class Policy:
             if length:
                 probe_length(self, length)
             self.reads_prompt_cache = probe_prompt_cache(self)
-            self._merges = probe_merged(self)
+            self._merges = self.trains_all or probe_merged(self)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
             raise GradeError(
                 f"model.name: {type(self.causal_lm).__name__} cannot run the passes that replay needs "
                 f"({reason_of(error)}). Choose another model."
             ) from error
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether the backbone's own weights are trained, and not an adapter."""
+        return self.frozen_backbone is not None
 
     @property
     def device(self) -> torch.device:
@@ -203,7 +218,10 @@ class Policy:
             given[self.cache_name] = cache
         if self.takes("position_ids"):
             given["position_ids"] = positions
-        return self.backbone(**given).last_hidden_state
+        backbone = self.backbone
+        if self.frozen_backbone is not None and not self._state.adapters:
+            backbone = self.frozen_backbone
+        return backbone(**given).last_hidden_state
 
     # -- state -----------------------------------------------------------------------------------------------
 
@@ -292,14 +310,15 @@ class Policy:
         Raises:
             GradeError: the architecture has no such layers, or they give other gradients.
         """
-        enable = getattr(self.causal_lm, "activation_checkpointing_enable", None)  # transformers >= 5.20
-        enable = enable or self.causal_lm.gradient_checkpointing_enable
         if not self.supports_activation_checkpointing:
             raise GradeError(
                 f"method.activation_checkpointing: {type(self.causal_lm).__name__} has no layers that transformers "
                 "can checkpoint. Set it to false."
             )
-        enable({"use_reentrant": False, "context_fn": self._recomputation_contexts})
+        for part in filter(None, (self.causal_lm, self.frozen_backbone)):
+            enable = getattr(part, "activation_checkpointing_enable", None)  # transformers >= 5.20
+            enable = enable or part.gradient_checkpointing_enable
+            enable({"use_reentrant": False, "context_fn": self._recomputation_contexts})
         probe_recomputation(self)
 
     def _recomputation_contexts(self) -> tuple[_LayerState, _LayerState]:
@@ -321,6 +340,18 @@ class _LayerState:
 
     def __exit__(self, *_: object) -> None:
         self._policy._apply(self._previous.pop())
+
+
+def _frozen_copy(causal_lm: PreTrainedModel, backbone: nn.Module) -> nn.Module:
+    """The backbone as it is now, frozen, with the same embedding table; what is left of the original is trainable."""
+    head, table = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
+    shared = [p for module in (head, table) if module is not None for p in module.parameters()]
+    copied = deepcopy(backbone, {id(p): p for p in shared}).requires_grad_(False).eval()
+    causal_lm.requires_grad_(False)
+    backbone.requires_grad_(True)
+    for parameter in shared:
+        parameter.requires_grad_(False)
+    return copied
 
 
 @torch.no_grad()

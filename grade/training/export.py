@@ -120,6 +120,11 @@ def merge(policy: Policy, prompts: Sequence[Sequence[int]]) -> Merged:
     Raises:
         GradeError: the model does not compute the same with merged weights.
     """
+    if policy.trains_all:
+        raise GradeError(
+            "--merge: model.finetuning=full has no adapter to merge: its checkpoint is a whole model. Export it "
+            "without --merge."
+        )
     bits = quantization_of(policy.causal_lm)
     if bits is not None:
         raise GradeError(

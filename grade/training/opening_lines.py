@@ -13,6 +13,9 @@ def opening_lines(config: Config, policy: Policy, reward: Reward, processes: int
     from, whether a model's own code runs."""
     lines = [f"reward: {reward.raises} is raised", step_line(config, processes)]
     lines.append(how_responses_end(config.generation, policy))
+    if policy.trains_all:
+        count = sum(p.numel() for p in policy.parameters())
+        lines.append(f"model.finetuning: {count:,} weights are trained; head and embedding table stay as they are")
     if config.model.adapter is not None:
         reference = "the policy as it started" if policy.has_reference else "the base without it"
         lines.append(f"model.adapter: goes on from {config.model.adapter}; the reference of KL is {reference}")
