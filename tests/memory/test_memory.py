@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_policy, tiny_reward
+from tiny import tiny_policy, tiny_reward, two_references
 from tiny_run import trainer_of, with_train
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -61,18 +61,19 @@ def parts_of(found: Estimate, checkpoint: bool) -> dict:
 def method_of(policy, reward, config):
     return make_method(
         policy, reward, config.method, config.generation, config.train, Services(), seed=0,
-        checkpoint=config.method.checkpoint,
+        activation_checkpointing=config.method.checkpoint,
     )
 
 
-@pytest.mark.parametrize("name, batch, length, attention", [
-    ("grade-ste", 1, 30, "sdpa"), ("grade-ste", 2, 85, "sdpa"), ("grade", 2, 30, "eager"), ("ppo", 1, 85, "sdpa"),
-    ("ppo", 3, 30, "sdpa"),
+@pytest.mark.parametrize("name, batch, length, attention, make", [
+    ("grade-ste", 1, 30, "sdpa", tiny_policy), ("grade-ste", 2, 85, "sdpa", tiny_policy),
+    ("grade-ste", 2, 85, "sdpa", two_references), ("grade", 2, 30, "eager", tiny_policy),
+    ("ppo", 1, 85, "sdpa", tiny_policy), ("ppo", 3, 30, "sdpa", tiny_policy),
 ])
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_the_estimate_is_what_a_step_holds(name, checkpoint, batch, length, attention):
+def test_the_estimate_is_what_a_step_holds(name, checkpoint, batch, length, attention, make):
     """Of tensors, without what is loaded; 101 tokens are more than were measured."""
-    policy, config = tiny_policy("llama"), config_of(name, checkpoint, batch, length)
+    policy, config = make(), config_of(name, checkpoint, batch, length)
     policy.causal_lm.set_attn_implementation(attention)
     reward = tiny_reward(policy)
     parts = parts_of(estimate(policy, reward, config, PROMPT), checkpoint)

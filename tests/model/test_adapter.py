@@ -8,15 +8,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import embeddings_of, loaded_policy, tiny_policy, tiny_reward
+from tiny import embeddings_of, loaded_policy, tiny_policy, tiny_reward, two_references
 from tiny_run import adapter_of, changed, stopped_after, timeless
 
 from grade.commands.evaluate import evaluate_run
 from grade.config import LoraSettings
 from grade.errors import GradeError
-from grade.model.adapter import REFERENCE, add_reference
+from grade.model.adapter import REFERENCE
 from grade.model.passes import base_pass, fed_embeddings, policy_pass
-from grade.model.policy import Policy
 from grade.model.probe import relative_error
 from grade.processes import make_accelerator
 from grade.replay.replay import ReplaySettings, replay
@@ -36,15 +35,6 @@ def adapter(trained_run):
 def going_on(config, adapter, **model):
     """The tiny run from that adapter, with LoRA's settings left out."""
     return changed(config, model={"adapter": str(adapter), "lora": LoraSettings(), **model})
-
-
-def two_references():
-    """A policy whose second adapter is its first, as it was before it moved."""
-    policy = tiny_policy()
-    add_reference(policy.model)
-    both = Policy(policy.model, policy.tokenizer)
-    assert both.has_reference and len(both.parameters()) == len(policy.parameters())
-    return both
 
 
 def rollout_of(policy, dtype=torch.float32):
@@ -102,6 +92,7 @@ def test_what_is_no_plain_lora_adapter_is_refused(tiny_config, adapter, trained_
 @pytest.mark.parametrize("reads", ["prompt+response", "response"])
 def test_kl_to_the_policy_as_it_started_is_zero_until_it_moves(reads):
     policy = two_references()
+    assert policy.has_reference and len(policy.parameters()) == len(tiny_policy().parameters())
     reward, rollout = tiny_reward(policy, reads), rollout_of(policy)
     settings = ScoreSettings(prompt_cache=False)
     assert (score(policy, reward, rollout, settings).kl == 0).all()
