@@ -27,11 +27,11 @@ help:
 install: $(STAMP)
 
 # The stamp is the last thing written, so an installation that was cut short is repeated, and a finished one is
-# not, until what it was made from changes.
+# not, until what it was made from changes. Both packages: an unpacked source distribution would install its own.
 $(STAMP): setup.py constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	GRADE_DISTRIBUTION=both $(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)

@@ -34,6 +34,7 @@ from benchmarks import kernel_setup
 from benchmarks.kernel_cases import KERNELS, Case, cases
 from benchmarks.kernel_setup import Run, Setup, Sizes
 from benchmarks.measure import Machine, Times
+from grade.memory.peak import peak_bytes
 from grade_kernels.backend import interpreting
 
 COLUMNS = (
@@ -79,7 +80,7 @@ def measure(setup: Setup, run: Run, machine: Machine, seconds: float) -> tuple[T
         if run.compile and not machine.is_gpu:
             outputs, peak = first(), None
         else:
-            outputs, peak = machine.peak_bytes(first)
+            outputs, peak = peak_bytes(first, machine.device)
         error = setup.error(run.view(outputs, setup.rows))
         if not error <= setup.tolerance:
             raise Wrong(f"wrong: relative error {error:.2g} against float64, allowed {setup.tolerance:.0e}; not timed")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import platform
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from grade.machine import free_bytes
+from grade.memory.peak import hand_back
 
 # Written between repetitions on a GPU: more than any L2 (256 MiB on an MI300X), so that every repetition starts cold.
 FLUSH_BYTES = 2**29
@@ -80,8 +76,7 @@ class Machine:
     def clear(self) -> None:
         """Hand unused memory back, so that one measurement's leftovers are not the next one's shortage."""
         if self.is_gpu:
-            gc.collect()  # what an exception's traceback held
-            torch.cuda.empty_cache()
+            hand_back()
 
     def time(self, step: Callable[[], object], seconds: float, least: int = 5, most: int = 100) -> Times:
         """Repeat `step` for about `seconds`.
@@ -142,61 +137,6 @@ class Machine:
         target.copy_(source)
         times = self.time(lambda: target.copy_(source), 0.5, least=5)
         return 2 * source.nbytes / times.median / 1e6
-
-    def peak_bytes(self, call: Callable[[], object]) -> tuple[object, int]:
-        """(result of `call`, its peak memory above what was allocated before).
-
-        GPU: the caching allocator's peak.  CPU: live bytes of the tensors that operators return; what one operator
-        allocates and frees inside itself, and what compiled code allocates, is not seen.
-        """
-        if not self.is_gpu:
-            with LiveBytes() as live:
-                result = call()
-            return result, live.peak
-        self.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = call()
-        self.synchronize()
-        return result, torch.cuda.max_memory_allocated() - before
-
-
-class LiveBytes(TorchDispatchMode):
-    """Peak of the bytes in storages that were made while it is active; views count once, arguments never."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._now = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = {_memory_of(t)[1] for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **kwargs)
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                self._add(*_memory_of(tensor), given)
-        self.peak = max(self.peak, self._now)
-        return out
-
-    def _add(self, owner: object, key: int, size: int, given: set[int]) -> None:
-        if key in given or key in self._known:
-            return
-        self._known.add(key)
-        self._now += size
-        weakref.finalize(owner, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._now -= size
-
-
-def _memory_of(tensor: torch.Tensor) -> tuple[object, int, int]:
-    """(what the memory lives and dies with, its key, its bytes); oneDNN's own layouts have no storage to ask."""
-    if tensor.is_mkldnn:
-        return tensor, id(tensor), tensor.numel() * tensor.element_size()
-    storage = tensor.untyped_storage()
-    return storage, storage._cdata, storage.nbytes()
 
 
 def cpu_name() -> str:

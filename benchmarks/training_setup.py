@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Machine
 from benchmarks.published import published_step
 from grade.config import Config, GenerationConfig, LoraSettings, ModelConfig, TrainConfig
 from grade.config.methods import MethodConfig
+from grade.memory.peak import peak_bytes
 from grade.methods import make_method
 from grade.methods.metrics import Phases, now, peak_memory_gib, reset_peak_memory
 from grade.methods.services import Services
@@ -221,7 +221,7 @@ def measure(setting: Setting, algorithm: str, *, repeats: int, seconds: float, c
     peak, living = max(before, peak_memory_gib(bench.device)), None
     if bench.device.type == "cpu" and algorithm != "compiled" and found["seconds"] <= counted:
         bench.restore(weights)
-        living = Machine(setting.device).peak_bytes(bench.step)[1] / 2**30
+        living = peak_bytes(bench.step, bench.device)[1] / 2**30
     return {
         "steps": taken, "peak_gib": peak, "before_gib": before, "tensors_gib": living,
         "tokens": found["tokens"], "gradient": found["gradient"], "hops": found.get("hops"), "first_seconds": first,

@@ -34,6 +34,13 @@ def shared(accelerator: Accelerator, value: Any) -> Any:
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
+def summed(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """The sum over processes, on CPU."""
+    if accelerator.num_processes == 1:
+        return values
+    return accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu()
+
+
 @contextmanager
 def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     """The block runs in the main process, then in the others; what the first may not do, the others do not try.

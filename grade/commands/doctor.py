@@ -36,8 +36,8 @@ PACKAGES = {
     "tensorboard": "pip install tensorboard",
 }
 OPTIONAL_PACKAGES = {
-    "wandb": "pip install -e '.[wandb]'",
-    "matplotlib": "pip install -e '.[report]'",
+    "wandb": "pip install 'grade-align[wandb]'",
+    "matplotlib": "pip install 'grade-align[report]'",
     "pytest": "pip install -e '.[dev]'",
 }
 HUB_TIMEOUT = 3.0  # seconds

@@ -24,7 +24,7 @@ def run_report(folder: Path, output: Path | None = None) -> Path:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise GradeError(
-            "grade report draws with matplotlib, and matplotlib is not installed: pip install 'grade[report]'."
+            "grade report draws with matplotlib, and matplotlib is not installed: pip install 'grade-align[report]'."
         ) from error
     from grade.report.data import load_study
     from grade.report.page import write_page

@@ -11,7 +11,7 @@ import math
 import os
 import unicodedata
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeGuard, get_type_hints
 
 from grade.errors import GradeError
 
@@ -98,10 +98,15 @@ def facts_of(section: type, prefix: str = "", role: Role = "identity") -> Iterat
     for field in dataclasses.fields(section):
         kind, facts = kinds[field.name], field.metadata.get("facts", Facts())
         facts = facts._replace(role=facts.role or role)
-        if dataclasses.is_dataclass(kind):
+        if is_section(kind):
             yield from facts_of(kind, f"{prefix}{field.name}.", facts.role)
         else:
             yield prefix + field.name, kind, facts
+
+
+def is_section(kind: object) -> TypeGuard[type]:
+    """Whether a setting's type is a dataclass of further settings."""
+    return dataclasses.is_dataclass(kind)
 
 
 def check_values(section: Any, prefix: str = "") -> None:

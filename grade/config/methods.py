@@ -148,7 +148,7 @@ def method_named(method: MethodConfig, name: str) -> MethodConfig:
     """`method` with the name of METHODS or the changes of VARIANTS."""
     base, changes = VARIANTS.get(name, (name, {}))
     sections = {base: replace(getattr(method, base), **changes)} if changes else {}
-    return replace(method, name=base, **sections)
+    return replace(method, **{"name": base, **sections})
 
 
 def micro_batch_size(method: MethodConfig, batch_size: int, responses: int) -> int:

@@ -24,7 +24,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from grade.config import Config, get_setting, validate
-from grade.config.bounds import check_text, shown
+from grade.config.bounds import check_text, facts_of, is_section, shown
 from grade.config.number_texts import check_node, check_options, describe_type
 from grade.errors import GradeError, reason_of
 
@@ -135,34 +135,39 @@ def find_config(name_or_path: str) -> Path:
 
 
 @functools.cache
-def setting_types(section: type = Config, prefix: str = "") -> dict[str, Any]:
+def setting_types() -> dict[str, Any]:
     """Dotted name of every setting, with its type; sections themselves are not in it. Read only."""
-    types: dict[str, Any] = {}
-    for name, kind in get_type_hints(section).items():
-        if dataclasses.is_dataclass(kind):
-            types.update(setting_types(kind, f"{prefix}{name}."))
-        else:
-            types[prefix + name] = kind
-    return types
+    return {name: kind for name, kind, _ in facts_of(Config)}
 
 
 def suggest(name: str, known: list[str]) -> list[str]:
     """The names in `known` that a mistyped `name` probably meant; empty when none is near.
 
-    A name without its section (`steps`, `lora.r`) means every setting that ends so, if any does. Otherwise
-    the nearest counts, by the likeness of the whole plus that of the last part: `method.steps` should find
-    `train.steps`, and `generation.max_tokens` should find `generation.max_new_tokens`.
+    A name without its section (`steps`, `lora.r`) means every setting that ends so, if any does. Otherwise its section
+    counts as much as its last part: of the settings there the nearest is meant, or those that go on where it stops
+    (`method.tau`). A setting elsewhere is meant only if it alone has just this last part: `method.steps` finds
+    `train.steps`, and `train.epochs` finds nothing, though the reward's training and two methods have epochs.
     """
     ends = [key for key in known if key.endswith(f".{name}")]
     if ends:
         return ends
+    *parents, last = name.split(".")
+    sections = {part for key in known for part in key.split(".")[:-1]}
+    section = difflib.get_close_matches(parents[-1], sections, 1) if parents else []
+    inside = [key for key in known if not parents or set(section) & set(key.split(".")[:-1])]
+    words: dict[str, list[str]] = {}  # a setting's last part, or all after its section (`lora.r`): the settings
+    for key in inside:
+        for word in {key.split(".")[-1], key.partition(".")[2] or key}:
+            words.setdefault(word, []).append(key)
 
-    def likeness(key: str) -> float:
-        last = difflib.SequenceMatcher(None, name.rsplit(".")[-1], key.rsplit(".")[-1]).ratio()
-        return last + difflib.SequenceMatcher(None, name, key).ratio()
+    def nearest(cutoff: float) -> list[str]:
+        near = difflib.get_close_matches(last, words, 1, cutoff)
+        return [near[0]] if near and near[0] in known else words[near[0]] if near else []
 
-    best = max(known, key=likeness)
-    return [best] if likeness(best) > 1.2 else []
+    elsewhere = [key for key in known if key.split(".")[-1] == last]
+    alone = [last] if last in known else elsewhere if len(elsewhere) == 1 and elsewhere[0].count(".") == 1 else []
+    longer = [key for word, keys in words.items() if word.startswith(f"{last}_") for key in keys]
+    return longer or nearest(0.75) or alone or nearest(0.7)
 
 
 def did_you_mean(name: str, known: list[str], dashes: str = "", command: str = "grade train") -> str:
@@ -266,10 +271,9 @@ def _add_section(parser: ArgumentParser, section: type, prefix: str) -> None:
     Section by section, in groups of our own: a nested dataclass added as a whole would also get an option
     `--section FILE`, a second way to read files that skips the checks of `read_yaml`.
     """
-    nested = {name: kind for name, kind in get_type_hints(section).items() if dataclasses.is_dataclass(kind)}
-    paragraph = (section.__doc__ or section.__name__).strip().partition("\n\n")[0]
-    title = re.split(r"\.(\s|$)", " ".join(paragraph.split()))[0]  # its first sentence
-    group = parser.add_argument_group(f"{prefix.rstrip('.')}: {title}" if prefix else title)
+    nested = {name: kind for name, kind in get_type_hints(section).items() if is_section(kind)}
+    text = " ".join((section.__doc__ or section.__name__).split())
+    group = parser.add_argument_group(prefix.rstrip(".") or "everything", text)
     key = prefix.rstrip(".") or None
     group.add_class_arguments(section, key, as_group=False, skip=set(nested), instantiate=False)
     for name, kind in nested.items():
@@ -293,7 +297,8 @@ def split_arguments(
     Raises:
         GradeError: an unknown option, with the name that was probably meant; an option without its value.
     """
-    positionals, options = [], []
+    positionals: list[str] = []
+    options: list[str] = []
     waiting = list(argv)
     while waiting:
         argument = waiting.pop(0)
@@ -350,7 +355,7 @@ def build_config(namespace: Any) -> Config:
         filled = {}
         for name, kind in get_type_hints(section).items():
             value = getattr(values, name)
-            if dataclasses.is_dataclass(kind):
+            if is_section(kind):
                 filled[name] = build(kind, value)
             else:
                 # A copy, so that no two configs share one of the parser's default lists.

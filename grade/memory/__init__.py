@@ -1,1 +1,1 @@
-"""What a run will need, before it starts: activations measured on the model, the rest from shapes."""
+"""What a run needs of memory, measured before it starts: whether it fits, and whether activations are recomputed."""

@@ -88,11 +88,17 @@ class Pretrained:
         """Its tokenizer.
 
         Raises:
-            GradeError: there is none; some architectures then get one without any words.
+            GradeError: there is none; some architectures then get one without any words. Or what the hub has is an
+                adapter.
         """
         folder = Path(self.path)
+        if not self.is_local:
+            self._refuse_adapters()
         if self.is_local and not any(file for pattern in _VOCABULARIES for file in folder.glob(pattern)):
-            raise self.refusal(f"{folder} has no tokenizer (tokenizer.json or the vocabulary of another kind).")
+            raise self.refusal(
+                f"{folder} has no tokenizer (tokenizer.json or the vocabulary of another kind). Save one there, by "
+                "AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)."
+            )
         tokenizer = self._load(AutoTokenizer)
         if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
             raise self.refusal("its tokenizer has no vocabulary, only special tokens. Save the whole of it.")
@@ -134,8 +140,8 @@ class Pretrained:
                 base = None
             raise self.refusal(
                 f"it is an adapter (adapter_config.json) of the model {base or 'that it was trained on'}, not a model. "
-                "Name that model; or merge the adapter into it (peft's merge_and_unload), save that, and name its "
-                "folder."
+                "Name that model, and the adapter as model.adapter to go on from it; or merge the adapter into it (peft's "
+                "merge_and_unload), save that, and name its folder."
             )
 
     def _check_folder(self, folder: Path) -> None:

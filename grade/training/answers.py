@@ -41,7 +41,7 @@ class Answers:
         self, config: Config, policy: Policy, *, base: bool = False, samples: int = 1, max_new_tokens: int | None = None
     ):
         self.config, self.policy, self.base, self.samples = config, policy, base, samples
-        sampling = evaluation_sampling(config)
+        sampling = evaluation_sampling(config.evaluation, config.generation)
         longest = max_new_tokens or sampling.max_new_tokens
         least = min(sampling.min_new_tokens, longest)
         self.sampling = replace(sampling, max_new_tokens=longest, min_new_tokens=least)

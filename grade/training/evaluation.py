@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from grade.config import Config
+from grade.config import Config, EvaluationConfig, GenerationConfig, MethodConfig
 from grade.files import replace_text
 from grade.methods.metrics import unique_token_ratio
 from grade.model.policy import Policy
-from grade.replay.score import ScoreSettings, score
+from grade.replay.score import Scores, ScoreSettings, score
 from grade.rewards.base import Reward
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.draw import Sampling, sampling_of
@@ -74,16 +75,14 @@ class Evaluation:
         return self.details.get("solve_rate", self.reward)
 
 
-def evaluation_sampling(config: Config) -> Sampling:
+def evaluation_sampling(settings: EvaluationConfig, generation: GenerationConfig) -> Sampling:
     """Training's sampler, or the nucleus sampler of the paper's evaluation. Tokens are fed back, not mixtures: what
     a user of the trained model would do, and the same for every method."""
-    top_p = config.evaluation.top_p if config.evaluation.sampler == "top_p" else None
-    return replace(sampling_of(config.generation), top_p=top_p)
+    return replace(sampling_of(generation), top_p=settings.top_p if settings.sampler == "top_p" else None)
 
 
-def score_settings(config: Config, device: torch.device) -> ScoreSettings:
+def score_settings(method: MethodConfig, device: torch.device) -> ScoreSettings:
     """How a response is scored; nothing here depends on the method."""
-    method = config.method
     return ScoreSettings(
         kl_direction=method.kl_direction, prompt_cache=method.prompt_cache,
         chunk_bytes=method.head_chunk_bytes(device.type),
@@ -92,7 +91,8 @@ def score_settings(config: Config, device: torch.device) -> ScoreSettings:
 
 def evaluate(
     policy: Policy, reward: Reward, prompts: Sequence[list[int]], config: Config, *, split: str, step: int | None,
-    adapters: bool = True, accelerator=None, tick=None, measure: Callable[[Rollout], Measures] | None = None,
+    adapters: bool = True, accelerator: Accelerator | None = None, tick: Callable[[int], object] | None = None,
+    measure: Callable[[Rollout], Measures] | None = None,
 ) -> Evaluation:
     """Sample a response to every prompt and score it.
 
@@ -106,7 +106,8 @@ def evaluate(
         measure: given a rollout, further [B] measures of it by name; their means are the `details`.
     """
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    sampling, settings = evaluation_sampling(config), score_settings(config, policy.device)
+    sampling = evaluation_sampling(config.evaluation, config.generation)
+    settings = score_settings(config.method, policy.device)
     size, numbers = config.evaluation.batch_size, list(range(process, len(prompts), processes))
     records: list[dict] = []
     for start in range(0, len(numbers), size):
@@ -124,22 +125,24 @@ def evaluate(
     if processes > 1:
         records = gather_object(records)
     records.sort(key=lambda r: r["number"])
-    return _summary(records, config, split=split, step=step, model="policy" if adapters else "base")
+    return _summary(records, config.evaluation.samples, split=split, step=step, model="policy" if adapters else "base")
 
 
-def _records(policy: Policy, rollout: Rollout, result, details: Measures, numbers: Sequence[int]) -> list[dict]:
+def _records(
+    policy: Policy, rollout: Rollout, result: Scores, details: Measures, numbers: Sequence[int]
+) -> list[dict]:
     """Per-response values, small enough to send between processes."""
     mask, unique = rollout.mask, unique_token_ratio(rollout.tokens, rollout.mask)
     columns = {
         "reward": result.reward, "kl": result.kl.sum(1), "entropy": result.entropy.sum(1), "unique": unique,
         "length": mask.sum(1), "ended": rollout.ended_by(policy.eos_ids),
     }
-    columns = {name: values.tolist() for name, values in columns.items()}
-    details = {name: values.double().tolist() for name, values in details.items()}
+    numbers_of = {name: values.tolist() for name, values in columns.items()}
+    further = {name: values.double().tolist() for name, values in details.items()}
     return [
         {
-            "number": number, **{name: values[i] for name, values in columns.items()},
-            "details": {name: values[i] for name, values in details.items()},
+            "number": number, **{name: values[i] for name, values in numbers_of.items()},
+            "details": {name: values[i] for name, values in further.items()},
             "prompt": text_of(policy, rollout.prompt_ids[i], rollout.prompt_mask[i]),
             "response": text_of(policy, rollout.tokens[i], mask[i]),
         }
@@ -152,7 +155,18 @@ def text_of(policy: Policy, ids: torch.Tensor, mask: torch.Tensor) -> str:
     return policy.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
 
 
-def _summary(records: list[dict], config: Config, *, split: str, step: int | None, model: str) -> Evaluation:
+def samples_of(policy: Policy, rollout: Rollout, count: int) -> list[dict[str, str]]:
+    """The first `count` responses of a rollout and their prompts, as text."""
+    return [
+        {
+            "prompt": text_of(policy, rollout.prompt_ids[i], rollout.prompt_mask[i]),
+            "response": text_of(policy, rollout.tokens[i], rollout.mask[i]),
+        }
+        for i in range(min(count, len(rollout)))
+    ]
+
+
+def _summary(records: list[dict], kept: int, *, split: str, step: int | None, model: str) -> Evaluation:
     rewards = torch.tensor([r["reward"] for r in records], dtype=torch.float64)
     count, tokens = len(records), sum(r["length"] for r in records)
     kl = sum(r["kl"] for r in records)
@@ -164,7 +178,7 @@ def _summary(records: list[dict], config: Config, *, split: str, step: int | Non
         eos_rate=sum(r["ended"] for r in records) / count, prompts=count,
         details={name: sum(r["details"][name] for r in records) / count for name in records[0]["details"]},
         samples=[
-            {k: r[k] for k in ("prompt", "response", "reward")} for r in records[: config.evaluation.samples]
+            {k: r[k] for k in ("prompt", "response", "reward")} for r in records[:kept]
         ],
     )
 

@@ -37,7 +37,7 @@ def stop_between_steps(first: str) -> Iterator[StopRequest]:
         yield request
         return
 
-    def ask(number, frame):
+    def ask(number: int, frame: object) -> None:
         if request.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == getattr(signal, "SIGHUP", None):

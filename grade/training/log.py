@@ -11,11 +11,13 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from grade.config import Config
+from grade.config import Config, TrainConfig
 from grade.errors import GradeError, reason_of, writing
 from grade.files import replace_bytes, sync
 from grade.jsonl import append_rows, encode_rows, read_rows
+from grade.replay.score import present
 
 Extent = tuple[int, str]
 """Bytes of a file's beginning, and their SHA-256."""
@@ -100,10 +102,11 @@ class RunLog:
         self._digests[name].update(content)
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
+        board = present(self._tensorboard)
         with writing(self.run_dir / "tensorboard", "train.run_dir", GO_ON):
             for name, value in values.items():
                 if name != "step":
-                    self._tensorboard.add_scalar(name, value, step)
+                    board.add_scalar(name, value, step)
 
 
 def beginning(path: Path, extent: Extent) -> bytes:
@@ -126,17 +129,40 @@ def beginning(path: Path, extent: Extent) -> bytes:
     return content
 
 
-def check_loggers(config: Config) -> None:
-    """Refuse, before anything of an earlier run is deleted, what cannot be logged to.
+def check_loggers(train: TrainConfig) -> None:
+    """Refuse, before anything is loaded and anything of an earlier run is deleted, what cannot be logged to.
 
     Raises:
-        GradeError: wandb is asked for and not installed.
+        GradeError: wandb is asked for, and is not installed or has no key; nothing is asked on the terminal.
     """
-    if config.train.wandb and importlib.util.find_spec("wandb") is None:
-        raise GradeError("train.wandb is true but wandb is not installed: pip install 'grade[wandb]'.")
-
-
-def _start_wandb(config: Config, run_dir: Path):
+    if not train.wandb:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise GradeError("train.wandb is true but wandb is not installed: pip install 'grade-align[wandb]'.")
     import wandb
 
-    return wandb.init(project=config.train.wandb_project, name=run_dir.name, dir=str(run_dir), config=asdict(config))
+    fix = (
+        "Call `wandb login` once, or set WANDB_API_KEY; WANDB_MODE=offline writes files that `wandb sync` sends later, "
+        "and train.wandb false does without."
+    )
+    try:
+        has_key = wandb.setup().settings.mode in ("offline", "disabled") or wandb.login(prompt=False, verify=False)
+    except Exception as error:  # of any class of theirs
+        raise _not_started(error, fix) from error
+    if not has_key:
+        raise GradeError(f"train.wandb is true but wandb has no API key. {fix}")
+
+
+def _start_wandb(config: Config, run_dir: Path) -> Any:
+    import wandb
+
+    try:
+        return wandb.init(
+            project=config.train.wandb_project, name=run_dir.name, dir=str(run_dir), config=asdict(config)
+        )
+    except Exception as error:  # of any class of theirs: the key is not theirs, or the server is not reached
+        raise _not_started(error, "Log in again (`wandb login`), or set WANDB_MODE=offline.") from error
+
+
+def _not_started(error: Exception, fix: str) -> GradeError:
+    return GradeError(f"train.wandb is true but wandb does not start: {reason_of(error).rstrip('.')}. {fix}")

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +24,6 @@ from transformers import get_scheduler
 from grade.config import Config
 from grade.errors import GradeError, writing
 from grade.files import latest, replace_text
-from grade.machine import free_bytes
-from grade.memory.plan import plan as plan_memory
 from grade.methods import make_method
 from grade.methods.metrics import Phases, peak_memory_gib, reset_peak_memory
 from grade.methods.services import Services
@@ -33,37 +32,27 @@ from grade.model.end_of_sequence import warning_without_ends
 from grade.model.fingerprint import inputs_of
 from grade.model.loading import load_prompts
 from grade.model.policy import Policy
-from grade.processes import main_process_first
-from grade.rollout import Rollout, pad_prompts
+from grade.processes import main_process_first, summed
+from grade.replay.score import present
+from grade.rollout import Rollout
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.decode import Decoding
 from grade.sampling.external import RolloutSource
 from grade.sampling.lines import StopAsked
-from grade.sampling.sample import sample
 from grade.training.card import model_card
-from grade.training.evaluation import Evaluation, evaluate, text_of, write_evaluations
+from grade.training.evaluation import Evaluation, evaluate, samples_of, write_evaluations
 from grade.training.interrupt import StopRequest, stop_between_steps
 from grade.training.log import GO_ON, RunLog, check_loggers
 from grade.training.opening_lines import opening_lines
-from grade.training.progress import training_progress
+from grade.training.progress import TrainingProgress, training_progress
+from grade.training.responses import Responses
 from grade.training.resuming import best_is_missing, other_schedule, restored
 from grade.training.run_folder import adapter_folder, clear, mark, write_run_config
 from grade.training.sessions import SESSIONS, begun, earlier, now
 from grade.training.setup import set_up
 from grade.training.soundness import broken_measure, broken_policy
+from grade.training.trial import Trial, memory_plan
 from grade.training.validations import Validations, line_of
-
-
-def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> list[int]:
-    """Numbers of the prompts of a step: a fresh permutation of all `count` in every epoch, from (seed, epoch)."""
-    numbers: list[int] = []
-    position = step * per_step
-    while len(numbers) < per_step:
-        epoch, offset = divmod(position + len(numbers), count)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        numbers += order[offset: offset + per_step - len(numbers)].tolist()
-    return numbers
-
 
 _LOWER = "Start another run with a lower train.learning_rate."
 
@@ -71,24 +60,24 @@ _LOWER = "Start another run with a lower train.learning_rate."
 class Trainer:
     """One run. `fit` trains it; everything it writes is under `run_dir`."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, run_dir: Path):
+    def __init__(self, config: Config, accelerator: Accelerator, run_dir: Path) -> None:
         self.config, self.accelerator, self.run_dir = config, accelerator, run_dir
         self.phases = Phases(accelerator.device)
-        self.services = Services(self._sum, self.phases)
+        self.services = Services(partial(summed, accelerator), self.phases)
+        with main_process_first(accelerator):
+            if accelerator.is_main_process:
+                check_loggers(config.train)
         tokenizer, self.task, self.policy, self.reward = set_up(
             config, accelerator, run_dir=run_dir if config.train.resume else None, before_reward=self._decode_with
         )
         self.evaluation_prompts = load_prompts(config.evaluation, self.task, tokenizer)
-        longest = max(len(prompt) for prompts in self.evaluation_prompts.values() for prompt in prompts)
         self.prompts = self.evaluation_prompts.pop("policy")
-        self.memory = plan_memory(
-            self.policy, self.reward, config, longest, free_bytes(accelerator.device, accelerator.num_processes),
-            self.services.any_process, evaluated=max(map(len, self.evaluation_prompts.values()), default=0),
-        )
+        trial = Trial(self.policy, self.reward, config, self.prompts, max(self.evaluation_prompts.values(), key=len))
+        self.memory = memory_plan(trial, accelerator.num_processes, self.services.any_process)
         train = config.train
         self.method = make_method(
             self.policy, self.reward, config.method, config.generation, train, self.services, seed=config.seed,
-            activation_checkpointing=self.memory.checkpoint,
+            activation_checkpointing=self.memory.recompute,
         )
         self.optimizer = torch.optim.AdamW(
             [{"params": self.policy.parameters()}, *self.method.parameter_groups()],
@@ -108,6 +97,11 @@ class Trainer:
                 Path(config.rollout.source), self.policy, config.generation, timeout=config.rollout.timeout,
                 longest_prompt=config.task.prompt_max_tokens, needed=needed, processes=accelerator.num_processes,
             )
+        self.responses = Responses(
+            self.policy, self.prompts, self.decoding, self.source, config.generation, config.seed,
+            self.responses_per_step, accelerator.process_index, accelerator.num_processes,
+        )
+        self.log = RunLog(run_dir, config, enabled=False)  # until `fit` opens the run's files
         self.step = 0
         self.validations = Validations()
         self.stop = StopRequest()
@@ -123,32 +117,7 @@ class Trainer:
 
     def rollouts(self, step: int) -> Iterator[Rollout]:
         """This process' share of a step's responses, at most generation.batch_size at a time."""
-        generation, accelerator = self.config.generation, self.accelerator
-        copies = generation.samples_per_prompt
-        numbers = prompt_numbers(step, self.responses_per_step // copies, len(self.prompts), self.config.seed)
-        share = len(numbers) // accelerator.num_processes
-        first = accelerator.process_index * share
-        together = max((generation.batch_size or share * copies) // copies, 1)
-        if self.source is not None:
-            self.source.skip(first * copies)
-        for start in range(first, first + share, together):
-            stop = min(start + together, first + share)
-            responses = step * self.responses_per_step + torch.arange(
-                start * copies, stop * copies, device=self.policy.device
-            )
-            draw = dict(seed=self.config.seed, first_rows=responses * generation.max_new_tokens)
-            if self.source is not None:
-                yield self.source.rollout(len(responses), self.method.sampling(step), copies=copies, **draw)
-                continue
-            ids, mask = pad_prompts(
-                [self.prompts[n] for n in numbers[start:stop]], self.policy.pad_id, self.policy.device
-            )
-            yield sample(
-                self.policy, ids, mask, self.method.sampling(step), samples_per_prompt=copies, decoding=self.decoding,
-                **draw,
-            )
-        if self.source is not None:
-            self.source.skip((len(numbers) - first - share) * copies)
+        return self.responses.of_step(step, self.method.sampling(step))
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; its metrics."""
@@ -161,7 +130,7 @@ class Trainer:
         metrics = self.method.step(rollouts, step, self._update)
         seconds = self.phases.take()
         if self.accelerator.is_main_process and step % config.train.samples_every == 0:
-            self.log.samples(step, self._samples(rollouts[0]))
+            self.log.samples(step, samples_of(self.policy, rollouts[0], config.train.samples_logged))
         return {
             **metrics, "learning_rate": config.train.learning_rate * self.schedule(step),
             "tokens_per_second": metrics["tokens"] / sum(seconds.values()),
@@ -197,15 +166,6 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         return norms[0]  # the policy's
 
-    def _samples(self, rollout: Rollout) -> list[dict]:
-        return [
-            {
-                "prompt": text_of(self.policy, rollout.prompt_ids[i], rollout.prompt_mask[i]),
-                "response": text_of(self.policy, rollout.tokens[i], rollout.mask[i]),
-            }
-            for i in range(min(self.config.train.samples_logged, len(rollout)))
-        ]
-
     # -- the run ---------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Evaluation]:
@@ -218,7 +178,6 @@ class Trainer:
         """
         train, every = self.config.train, self.config.evaluation.every
         self.memory.check(self.services.any_process)
-        check_loggers(self.config)
         notes = opening_lines(self.config, self.policy, self.reward, self.accelerator.num_processes)
         notes.append(self.memory.line)
         written, resaves_best = None, False
@@ -281,16 +240,16 @@ class Trainer:
                 self._save(best=self._validate(progress))
             return self._test(progress)
 
-    def _validate(self, progress, *, adapters: bool = True) -> bool:
+    def _validate(self, progress: TrainingProgress, *, adapters: bool = True) -> bool:
         """Whether the policy is the best so far."""
         if adapters:
             self._check_policy()
-        row = self._evaluate("validation", progress, adapters=adapters)
+        row = self._evaluate("validation", progress, self.step, adapters=adapters)
         self._refuse_broken(f"validation after {self.step} steps", broken_measure(row.summary()))
         better = self.validations.add(row)
         self.log.metrics(self.step, {f"validation/{k}": v for k, v in row.summary().items()})
         if self.accelerator.is_main_process and adapters and self.config.train.keep_adapters:
-            save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy, self.step, card=self._card())
+            save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy, self.step, card=self._card(self.step))
         self._write_evaluations()
         progress.say(line_of(row))
         first = len(self.validations.rows) == 1
@@ -300,11 +259,10 @@ class Trainer:
         return better
 
     def _check_policy(self) -> None:
-        if self._sound_at == self.step:
-            return
-        trained = (p for group in self.optimizer.param_groups for p in group["params"])
-        self._refuse_broken(f"after {self.step} steps", broken_policy(self.policy, trained, self.prompts[0]))
-        self._sound_at = self.step
+        if self._sound_at != self.step:
+            trained = (p for group in self.optimizer.param_groups for p in group["params"])
+            self._refuse_broken(f"after {self.step} steps", broken_policy(self.policy, trained, self.prompts[0]))
+            self._sound_at = self.step
 
     def _refuse_broken(self, when: str, broken: str | None) -> None:
         """End the run before a broken policy is saved or chosen.
@@ -326,9 +284,10 @@ class Trainer:
             return "No checkpoint had been written before."
         return f"Kept {'is' if len(kept) == 1 else 'are'} {' and '.join(kept)}."
 
-    def _evaluate(self, split: str, progress, *, adapters: bool) -> Evaluation:
-        """An evaluation. One that a resumed run makes anew, the base model's or the test, is broken off where a stop is
-        asked for; not with several processes, which would wait for each other."""
+    def _evaluate(self, split: str, progress: TrainingProgress, step: int, *, adapters: bool) -> Evaluation:
+        """An evaluation of the policy, as it was after `step` steps, or of the base model. One that a resumed run makes
+        anew, the base model's or the test, is broken off where a stop is asked for; not with several processes, which
+        would wait for each other."""
         prompts, first = self.evaluation_prompts[split], self.stop.first
         breaks_off = self.accelerator.num_processes == 1 and (split == "test" or not adapters)
         if split == "test" or not adapters:
@@ -343,27 +302,27 @@ class Trainer:
             f"the {split} evaluation", "evaluation"
         ):
             row = evaluate(
-                self.policy, self.reward, prompts, self.config, split=split, step=self.step if adapters else 0,
+                self.policy, self.reward, prompts, self.config, split=split, step=step if adapters else 0,
                 adapters=adapters, accelerator=self.accelerator, tick=done,
             )
         self.stop.first = first
         self.phases.take()
         return row
 
-    def _test(self, progress) -> dict[str, Evaluation]:
+    def _test(self, progress: TrainingProgress) -> dict[str, Evaluation]:
         """The held-out test, once: base model and best checkpoint."""
         if not self.evaluation_prompts["test"]:
             return {}
         self.accelerator.wait_for_everyone()
         load_adapter(latest(self.run_dir / "checkpoints" / "best"), self.policy)
-        self.step = self.validations.best["step"]
+        step = present(self.validations.best)["step"]
         rows = {
-            "base": self._evaluate("test", progress, adapters=False),
-            "best": self._evaluate("test", progress, adapters=True),
+            "base": self._evaluate("test", progress, step, adapters=False),
+            "best": self._evaluate("test", progress, step, adapters=True),
         }
         test = {name: asdict(row) for name, row in rows.items()}
         if self.accelerator.is_main_process:  # before the evaluations are written, which say that the run is finished
-            replace_card(self.run_dir / "checkpoints" / "best", self._card(test))
+            replace_card(self.run_dir / "checkpoints" / "best", self._card(step, test))
         self._write_evaluations(test)
         return rows
 
@@ -394,8 +353,8 @@ class Trainer:
             with suppress(OSError):  # a full disk was told of where it mattered
                 self._replace_record()
 
-    def _card(self, test: dict | None = None) -> str:
-        return model_card(self.config, self.record, self.step, self.validations.rows, test)
+    def _card(self, step: int, test: dict | None = None) -> str:
+        return model_card(self.config, self.record, step, self.validations.rows, test)
 
     def _save(self, *, best: bool = False) -> None:
         """The checkpoint to go on from, and then, if the policy is the best so far, the best one. One that no state
@@ -407,7 +366,8 @@ class Trainer:
                 "best": self.validations.best, "evaluations": self.validations.rows,
                 "steps": self.config.train.steps, "logs": self.log.extents(),
             }
-            save_checkpoint(self.run_dir / "checkpoints" / "last", self.policy, self.step, state, card=self._card())
+            last, card = self.run_dir / "checkpoints" / "last", self._card(self.step)
+            save_checkpoint(last, self.policy, self.step, state, card=card)
         self.saved = self.step
         if best:
             self._save_best()
@@ -415,12 +375,4 @@ class Trainer:
     def _save_best(self) -> None:
         """The policy as the best so far, which the checkpoint to go on from says already."""
         if self.accelerator.is_main_process:
-            save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy, self.step, card=self._card())
-
-    # -- processes -------------------------------------------------------------------------------------------
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over processes, on CPU."""
-        if self.accelerator.num_processes == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").cpu()
+            save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy, self.step, card=self._card(self.step))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from grade.replay.score import present
 from grade.training.evaluation import Evaluation
 
 
@@ -29,11 +30,12 @@ class Validations:
 
     def verdict(self) -> str | None:
         """What to say of a run of which no checkpoint was better than the base model; None of any other."""
-        if self.best["beats_base"]:
+        best = present(self.best)
+        if best["beats_base"]:
             return None
         return (
             f"No checkpoint is better than the base model: its validation is {Evaluation(**self.rows[0]).metric:.3f}, "
-            f"the best of the run's {self.best['metric']:.3f} (step {self.best['step']}). A lower train.learning_rate "
+            f"the best of the run's {best['metric']:.3f} (step {best['step']}). A lower train.learning_rate "
             "or more train.steps may help."
         )
 

@@ -225,30 +225,6 @@ def test_goals():
     assert times.met(9) and not times.met(7) and str(times) == ">= 8 x ours"
 
 
-def test_peak_counts_live_storages_once():
-    machine, x = measure.Machine("cpu"), torch.zeros(1000)
-
-    def two_alive_at_a_time():
-        a = x * 2  # 4,000 bytes
-        b = a + 1  # 8,000 bytes
-        del a
-        return b.view(10, 100) * 3  # a view costs nothing; 8,000 bytes again
-
-    result, peak = machine.peak_bytes(two_alive_at_a_time)
-    assert peak == 8000 and result.shape == (10, 100)
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-def test_peak_counts_onednn_layouts():
-    """Which have no storage, while they are held."""
-    machine, x = measure.Machine("cpu"), torch.zeros(100, 10)
-
-    def one_at_a_time():
-        return x.to_mkldnn().to_dense(), x.to_mkldnn()  # 4,000 bytes each
-
-    assert machine.peak_bytes(one_at_a_time)[1] == 8000
-
-
 def test_gpu_script_without_a_gpu_says_so():
     environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)

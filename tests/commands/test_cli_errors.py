@@ -59,6 +59,14 @@ def fake_module(monkeypatch):
     ("train imdb_small --max_tokens 3", "did you mean --reward.max_tokens?"),
     ("train imdb_small --seeds 3", "did you mean --seed?"),
     ("train imdb_small --print_confg 3", "did you mean --print_config?"),
+    ("train imdb_small --train.max_steps 3", "did you mean --train.steps?"),  # not the puzzles'
+    ("train imdb_small --train.seed 3", "did you mean --seed?"),
+    ("train imdb_small --method.epochs 3", "did you mean --method.ppo.epochs or --method.grpo.epochs?"),
+    ("train imdb_small --method.tau 3", "--method.tau_start or --method.tau_end or --method.tau_steps?"),
+    # The epochs of the reward and of two methods are others.
+    ("train imdb_small --train.epochs 3", "--train.epochs; `grade train --help` lists them all"),
+    ("train imdb_small --generation.tau 3", "--generation.tau; `grade train --help` lists them all"),
+    ("train imdb_small --model.rank 3", "--model.rank; `grade train --help` lists them all"),
     ("train imdb_small --zzz 3", "`grade train --help` lists them all"),
     ("train imdb_small --train.steps abc", "train.steps is abc: it must be a whole number."),
     ("train imdb_small --train.steps 1.5", "train.steps is 1.5: it must be a whole number."),

@@ -258,6 +258,17 @@ def test_every_setting_is_documented_in_help(name, help_text, docstrings):
     assert f"default: {shown})" in after.split(text.replace("- ", "-"), 1)[1][:200]
 
 
+def test_help_says_of_every_section_all_that_its_class_says(help_text):
+    def texts(section):
+        yield " ".join(section.__doc__.split())
+        for kind in get_type_hints(section).values():
+            if dataclasses.is_dataclass(kind):
+                yield from texts(kind)
+
+    said = list(texts(Config))
+    assert len(said) > 10 and all(text.endswith(".") and text in help_text for text in said)
+
+
 def test_help_shows_a_named_config_as_defaults(capsys):
     from grade.cli import main
 

@@ -312,9 +312,8 @@ def test_what_is_legal_and_cannot_fit_is_told_before_work(tiny_config, monkeypat
     for name, value in settings.items():
         set_setting(config, name, value)
     validate(config)
-    little = 2**26 if "model.lora.r" in settings else 2**30
-    for module in ("training.trainer", "model.loading"):
-        monkeypatch.setattr(f"grade.{module}.free_bytes", lambda *_: little)
+    for module in ("training.trial", "model.loading"):
+        monkeypatch.setattr(f"grade.{module}.free_bytes", lambda *_: 2**26)
     with pytest.raises(GradeError, match=message):
         Trainer(config, make_accelerator(config), prepare_run_dir(config)).fit()
     assert not Path(config.run_dir).exists()

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from grade_kernels.common.environment import check_triton
-from grade_kernels.common.sample import Support
 from grade_kernels.common.stats import KLStats, TokenStats
 
 try:
@@ -110,7 +109,7 @@ def call_sample(c: Call, device):
 
 
 def call_sample_from_a_support(c: Call, device):
-    support = Support(c.ids(device), c.floats(K, device=device), c.floats(device=device))
+    support = sample.Support(c.ids(device), c.floats(K, device=device), c.floats(device=device))
     drawn = sample.sample(support, c.keys(device), c.seed, c.draw, None, c.tau)
     scatter.weights_vjp(drawn.weights, c.floats(K, device=device), c.tau)
     scatter.scatter(c.ids(device), c.floats(K, device=device), c.vocab, torch.float32)

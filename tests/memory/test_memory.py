@@ -1,46 +1,27 @@
-"""What a run says it will need of memory, against what its steps hold; what it decides by that; running out of it."""
+"""What trials find that a run will need of memory; what it decides by that; running out of it."""
 
 from __future__ import annotations
 
-import gc
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_policy, tiny_reward, two_references
+from tiny import tiny_policy, tiny_reward
 from tiny_run import trainer_of, with_train
-from torch.autograd.graph import saved_tensors_hooks
 
-import grade.memory.estimate
-from benchmarks.measure import LiveBytes
-from grade.config import (
-    Config,
-    EvaluationConfig,
-    GenerationConfig,
-    MethodConfig,
-    RolloutConfig,
-    TrainConfig,
-)
+from grade.config import Config, EvaluationConfig, GenerationConfig, MethodConfig, TrainConfig
 from grade.config.reading import config_from_yaml, load_config
 from grade.errors import GradeError
 from grade.machine import free_bytes
-from grade.memory.activations import measure_pass, policy_forward, saved_bytes
-from grade.memory.estimate import Estimate, estimate
-from grade.memory.plan import MemoryPlan, is_out_of_memory, plan
-from grade.methods import make_method
-from grade.methods.services import Services
+from grade.memory.peak import is_out_of_memory, peak_bytes
+from grade.memory.plan import SHARE, MemoryPlan, Need, Sizes, foreseen, measured, plan
 from grade.model.checkpoint import load_state
-from grade.processes import make_accelerator
-from grade.sampling.sample import sample
-from grade.training.run_folder import prepare_run_dir
-from grade.training.trainer import Trainer
-from grade_kernels import Head
+from grade.training.trial import Trial, mixed
 
-PROMPT = 16
+CPU = torch.device("cpu")
 GIB = 2**30
-BATCHES = {"passes": 4, "rollout": 8, "evaluation": 16}
+PROMPTS = [[5] * 12, [6] * 16, [7] * 9]
 
 
 def config_of(name="grade-ste", checkpoint="auto", batch=2, length=24, **sections) -> Config:
@@ -54,187 +35,205 @@ def config_of(name="grade-ste", checkpoint="auto", batch=2, length=24, **section
     )
 
 
-def parts_of(found: Estimate, checkpoint: bool) -> dict:
-    return found.checkpointed if checkpoint else found.parts
+def trial_of(config: Config, model="llama") -> Trial:
+    policy = tiny_policy(model)
+    return Trial(policy, tiny_reward(policy), config, PROMPTS, PROMPTS)
 
 
-def method_of(policy, reward, config):
-    return make_method(
-        policy, reward, config.method, config.generation, config.train, Services(), seed=0,
-        activation_checkpointing=config.method.checkpoint,
+# -- measuring -----------------------------------------------------------------------------------------------
+
+
+def test_peak_counts_live_storages_once():
+    x = torch.zeros(1000)
+
+    def two_alive_at_a_time():
+        a = x * 2  # 4,000 bytes
+        b = a + 1  # 8,000 bytes
+        del a
+        return b.view(10, 100) * 3  # a view costs nothing; 8,000 bytes again
+
+    result, peak = peak_bytes(two_alive_at_a_time, CPU)
+    assert peak == 8000 and result.shape == (10, 100)
+    assert peak_bytes(lambda: [x.view(10, 100), x.add_(1), torch.stack([x, x])], CPU)[1] == 8000
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_peak_counts_onednn_layouts():
+    """Which have no storage, while they are held."""
+    x = torch.zeros(100, 10)
+    assert peak_bytes(lambda: (x.to_mkldnn().to_dense(), x.to_mkldnn()), CPU)[1] == 8000  # 4,000 bytes each
+
+
+@pytest.mark.parametrize("name, recompute", [("grade-ste", False), ("grade-ste", True), ("grpo", False)])
+def test_a_trial_is_what_a_step_holds(tiny_config, name, recompute):
+    """With the longest prompts, and responses that all are at their longest."""
+    method = replace(tiny_config.method, name=name, activation_checkpointing=recompute, kl_coef=0.0)
+    config = replace(
+        with_train(tiny_config, accumulation_steps=2), method=method,
+        generation=replace(tiny_config.generation, ignore_eos=True, samples_per_prompt=2, max_new_tokens=24),
     )
+    trainer = trainer_of(config)
+    found = max(trainer.memory.need.peaks[phase] for phase in ("rollout", "passes"))
+    assert trainer.memory.need.how == "at most"
+    trial = Trial(trainer.policy, trainer.reward, config, trainer.prompts, trainer.prompts)
+    full, times = trial(24, 8, recompute=recompute)
+    assert times == 1
+    held = peak_bytes(trainer.train_step, CPU)[1]  # the optimizer's moments among it
+    assert 0.95 < held / max(full["rollout"], full["passes"]) < 1.02 and held < found
 
 
-@pytest.mark.parametrize("name, batch, length, attention, make", [
-    ("grade-ste", 1, 30, "sdpa", tiny_policy), ("grade-ste", 2, 85, "sdpa", tiny_policy),
-    ("grade-ste", 2, 85, "sdpa", two_references), ("grade", 2, 30, "eager", tiny_policy),
-    ("ppo", 1, 85, "sdpa", tiny_policy), ("ppo", 3, 30, "sdpa", tiny_policy),
+@pytest.mark.parametrize("name, batch, recompute", [
+    ("grade-ste", 1, False), ("grade", 2, False), ("ppo", 3, False), ("ppo", 2, True), ("reinforce", 2, False),
 ])
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_the_estimate_is_what_a_step_holds(name, checkpoint, batch, length, attention, make):
-    """Of tensors, without what is loaded; 101 tokens are more than were measured."""
-    policy, config = make(), config_of(name, checkpoint, batch, length)
-    policy.causal_lm.set_attn_implementation(attention)
-    reward = tiny_reward(policy)
-    parts = parts_of(estimate(policy, reward, config, PROMPT), checkpoint)
-    method = method_of(policy, reward, config)
-    ids = torch.randint(4, 60, (batch, PROMPT))
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1:, 0] = False  # of several prompts, most are padded
-    first = torch.arange(batch) * length
-    with LiveBytes() as live:
-        rollout = sample(policy, ids, mask, method.sampling(0), seed=0, first_rows=first)
-    assert 0.7 < parts["rollout"] / live.peak < 1.6
-    held = sum(t.nbytes for t in (rollout.indices, rollout.weights) if t is not None)
-    gc.collect()
-    with LiveBytes() as live:
-        method.step([rollout], 0, lambda: policy.model.zero_grad(set_to_none=True) or 0.0)
-    assert 0.75 < (parts["activations"] + parts["head"] - held) / live.peak < 1.5
+def test_a_short_trial_bounds_a_long_one_and_three_foresee_it(name, batch, recompute):
+    trial = trial_of(config_of(name, batch=batch, length=128))
+    trial.policy.causal_lm.set_attn_implementation("eager")  # whose scores grow with the square
+    found = {length: trial(length, 8, recompute=recompute)[0] for length in (16, 24, 32, 64, 128)}
+    for phase, held in found.pop(128).items():
+        assert held < 64 * found[16][phase]
+        assert foreseen(found, 128)[phase] == pytest.approx(held, rel=0.15)  # another part may become the largest
 
 
-def test_a_packed_head_is_part_of_sampling(packed_heads, monkeypatch):
-    """Of four responses or more in training, and of prompts in evaluation."""
-    policy = tiny_policy("llama")
-    # A head that is nearly all that sampling holds.
-    policy.embedding = torch.zeros(400 * policy.vocab_size, policy.head.weight.shape[1])
-    policy.head = Head(policy.embedding)
-    reward, size = tiny_reward(policy), policy.embedding.nbytes
-    config = config_of(batch=4)
-    parts = estimate(policy, reward, config, PROMPT).parts
-    ids = torch.full((4, PROMPT), 5)
-    sampling = method_of(policy, reward, config).sampling(0)
-    with LiveBytes() as live:
-        sample(policy, ids, torch.ones_like(ids, dtype=torch.bool), sampling, seed=0, first_rows=torch.arange(4) * 24)
-    assert packed_heads and size < live.peak < parts["rollout"]
-    fewer = estimate(policy, reward, config_of(batch=3), PROMPT).parts
-    assert size < parts["rollout"] - fewer["rollout"] < 1.5 * size
-    config.evaluation.batch_size = 4
-    asked = estimate(policy, reward, config, PROMPT).parts["evaluation"]
-    assert asked - parts["evaluation"] > size
-    monkeypatch.setattr(grade.memory.estimate._Shapes, "scoring", lambda *_: 0)  # which takes more, with so wide a head
-    asked = estimate(policy, reward, config, PROMPT).parts["evaluation"]
-    config.evaluation.sampler = "top_p"
-    assert asked - estimate(policy, reward, config, PROMPT).parts["evaluation"] == size
-
-
-def test_what_another_engine_samples_takes_no_memory_here():
-    policy = tiny_policy("llama")
-    here, elsewhere = (
-        estimate(policy, tiny_reward(policy), config_of(rollout=rollout), PROMPT).parts
-        for rollout in (RolloutConfig(), RolloutConfig(source="responses.jsonl"))
-    )
-    assert 0 < elsewhere["rollout"] == 2 * 24 * 32 * 8 < here["rollout"]  # the candidates' ids wait for their turn
-    assert elsewhere == {**here, "rollout": elsewhere["rollout"]}
-
-
-@pytest.mark.parametrize("name, attention", [
-    ("llama", "sdpa"), ("llama", "eager"), ("qwen3", "sdpa"), ("gemma2", "eager"), ("gpt-neox", "sdpa"),
-])
-def test_lengths_beyond_the_measured_follow_the_polynomial(name, attention):
-    policy = tiny_policy(name)
-    policy.causal_lm.set_attn_implementation(attention)
-    forward = policy_forward(policy, adapters=True)
-    law, found = measure_pass(policy.model, forward, 1000), saved_bytes(policy.model, lambda: forward(200))
-    assert law.whole(200) == pytest.approx(found["whole"], rel=1e-6)
-    assert law.kept(200) == pytest.approx(found["kept"], rel=1e-6)
-    assert found["kept"] + 2 * found["layer"] >= found["whole"] > found["kept"] + found["layer"]  # of two layers
-
-
-def test_attention_that_keeps_its_scores_is_seen():
-    policy = tiny_policy("llama")  # 2 layers of 4 heads
-    policy.causal_lm.set_attn_implementation("eager")
-    law = measure_pass(policy.model, policy_forward(policy, adapters=True), 1000)
-    assert law.whole.quadratic >= 2 * 4 * 4 and law.layer.quadratic >= 4 * 4
-    assert law.kept.quadratic < 8  # the mask
-
-
-def test_what_is_kept_is_what_a_checkpointed_pass_saves():
-    policy = tiny_policy("llama")
-    forward = policy_forward(policy, adapters=True)
-    kept = saved_bytes(policy.model, lambda: forward(48))["kept"]
-    policy.enable_activation_checkpointing()
-    frozen = (*policy.model.parameters(), *policy.model.buffers())
-    saved, constant = {}, {tensor.untyped_storage().data_ptr() for tensor in frozen}
-
-    def save(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    def checkpointed(length):
-        x = torch.zeros(1, length, policy.head.weight.shape[1], requires_grad=True)
-        mask = torch.ones(1, length, dtype=torch.bool)
-        mask[:, 0] = False
-        with policy.state(adapters=True, activation_checkpointing=True):
-            return policy.hidden(x, mask)
-
-    with saved_tensors_hooks(save, lambda tensor: tensor):
-        hidden = checkpointed(48)
-    found = sum(size for key, size in saved.items() if key not in constant)
-    arguments = 48 * 48 + 2 * 48 * 8 * 4 + 48 * 8  # the mask, the rotary angles and the positions: held, not saved
-    assert hidden.requires_grad and kept == found + arguments
-
-
-@pytest.mark.parametrize("reads", ["prompt+response", "response"])
-def test_estimating_changes_nothing(reads):
-    policy = tiny_policy("qwen3")
-    reward, state = tiny_reward(policy, reads), policy._state
-    before = {name: p.clone() for name, p in policy.model.named_parameters()}
-    flags = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in policy.model.modules()]
-    random = torch.get_rng_state()
-    estimate(policy, reward, config_of(), PROMPT)
+def test_a_trial_leaves_no_trace():
+    trial = trial_of(config_of("ppo"), "qwen3")
+    policy, model = trial.policy, trial.policy.model
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    flags, state, random = [m.training for m in model.modules()], policy._state, torch.get_rng_state()
+    trial(8, 8, recompute=False)
     assert policy._state == state and torch.equal(torch.get_rng_state(), random)
-    assert flags == [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in policy.model.modules()]
-    for name, parameter in policy.model.named_parameters():
+    assert flags == [m.training for m in model.modules()]
+    for name, parameter in model.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, before[name])
 
 
-def test_a_reward_with_a_pass_of_its_own_costs_one():
-    policy = tiny_policy("llama")
-    both, alone = (
-        estimate(policy, tiny_reward(policy, reads), config_of(), PROMPT).parts["activations"]
-        for reads in ("prompt+response", "response")
-    )
-    assert alone > 1.2 * both
+def test_recomputing_saves_and_a_compiled_cache_stays():
+    config = config_of(batch=4, length=60)
+    plain = trial_of(config)(60, 8, recompute=False)[0]
+    assert trial_of(config)(60, 8, recompute=True)[0]["passes"] < 0.8 * plain["passes"]
+    config.rollout.compile = True
+    assert trial_of(config)(60, 8, recompute=False)[0] == {
+        name: size + (plain["rollout"] - 8 * sum(p.numel() for p in tiny_policy("llama").parameters())
+                      if name != "rollout" else 0) for name, size in plain.items()
+    }
+
+
+def test_padding_is_mixed_in_and_evaluation_has_no_more_prompts_than_there_are():
+    assert [len(prompt) for prompt in mixed(PROMPTS, 7)] == [16, 9, 12, 12, 9, 16, 16]
+    config = config_of("grpo", batch=8)
+    config.evaluation.batch_size, config.generation.samples_per_prompt, config.generation.batch_size = 64, 2, 5
+    config.method.grpo.minibatches = 4
+    assert trial_of(config).batches == {"step": 8, "rollout": 4, "passes": 2, "evaluation": 3}
+
+
+def test_a_narrow_trial_bounds_a_wide_one():
+    """In parts of the run's size: of a step's responses, of those that pass together, of the evaluation's."""
+    config = config_of("grpo", batch=4)
+    config.generation.samples_per_prompt, config.train.accumulation_steps = 2, 8
+    trial = trial_of(config)
+    (few, times), (many, once) = (trial(16, width, recompute=False) for width in (8, 32))
+    assert (times, once) == (4, 1) and all(many[phase] <= 4 * few[phase] for phase in many)
+    assert trial(16, 2, recompute=False)[1] == 16
 
 
 # -- decision ------------------------------------------------------------------------------------------------
 
 
+class Fake:
+    """A trial that holds `a + b S + c S^2` bytes in its passes, and fails with more than `most`."""
+
+    def __init__(self, a=0, b=0, c=0, most=float("inf"), responses=8, **others):
+        self.law, self.most, self.responses, self.others, self.tried = (a, b, c), most, responses, others, []
+
+    def held(self, length, recompute=False):
+        a, b, c = self.law
+        return (a + b * length + c * length**2) * (0.5 if recompute else 1)
+
+    def __call__(self, length, width, *, recompute=False):
+        self.tried.append(length if width >= self.responses else width)
+        held = self.held(length, recompute) * min(1, width / self.responses)
+        if held > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return {"rollout": 0, "passes": held, "evaluation": 0, **self.others}, max(1, self.responses / width)
+
+
+def test_the_length_grows_until_the_answer_is_known():
+    trial = Fake(b=100)
+    assert measured(trial, 512, 10**9) == Need({"rollout": 0, "passes": 64 * 6400, "evaluation": 0}, "at most")
+    assert measured(trial, 512, None).how == "at most" and trial.tried == [64, 64]
+    trial = Fake(a=1000, b=100, c=1)
+    need = measured(trial, 512, int(trial.held(512) / 0.9))
+    assert trial.tried == [64, 32, 48, 128, 256, 512] and need.total == trial.held(512) and need.how == "about"
+    assert need.fits(trial.held(512) / 0.9) and not need.fits(SHARE * trial.held(512) / 0.9)
+
+
+@pytest.mark.parametrize("law", [dict(b=100), dict(a=5000, b=100), dict(b=10, c=2)])
+def test_nothing_is_tried_that_would_not_fit(law):
+    trial = Fake(**law)
+    free = trial.held(512) // 3
+    need = measured(trial, 512, free)
+    assert not need.fits(free) and max(map(trial.held, trial.tried)) < free
+    assert need.total == pytest.approx(trial.held(512))
+    assert [measured(flat := Fake(a=9000), length, 9001).fits(9001) for length in (20, 64, 512)] == [True] * 3
+    assert flat.tried[-1] == 512
+    wide = Fake(b=1, responses=2**20)
+    need = measured(wide, 16, 15)
+    assert need.how == "more than" and not need.fits(15) and wide.tried[-1] == 2**19
+    assert measured(wide, 16, 20).fits(20) and wide.tried[-1] == 8
+
+
+def test_a_trial_that_runs_out_of_memory_is_an_answer():
+    trial = Fake(b=1, most=100)
+    assert measured(trial, 512, 600) == Need({"passes": 600}, "more than") and trial.tried == [64, 32, 48, 128]
+    assert not measured(Fake(a=1, most=0), 512, 7).fits(7)
+    found = plan(Fake(a=10, most=9), config_of(length=64), SIZES, 10)  # recomputing helps
+    assert found.recompute and found.need == Need({"rollout": 0, "passes": 5, "evaluation": 0})
+    with pytest.raises(ValueError, match="no memory"):
+        measured(lambda length, width: int("no memory"), 8, 9)
+
+
+SIZES = Sizes(16, 64, {"rollout": 8, "passes": 4, "evaluation": 16}, 2**28, True)
+
+
 def test_auto_follows_free_memory():
-    policy = tiny_policy("llama")
-    reward = tiny_reward(policy)
+    def recomputes(free, asked="auto", any_process=bool, can=True, **others):
+        sizes = replace(SIZES, response=16, can_recompute=can)
+        return plan(Fake(a=1000, **others), config_of(checkpoint=asked), sizes, free, any_process).recompute
 
-    def checkpoints(free, asked="auto", any_process=bool):
-        return plan(policy, reward, config_of(checkpoint=asked), PROMPT, free, any_process).checkpoint
-
-    needed = estimate(policy, reward, config_of(), PROMPT).more(checkpoint=False)
-    assert not checkpoints(int(needed / 0.79)) and checkpoints(int(needed / 0.81))
-    assert not checkpoints(None)
-    assert checkpoints(100 * needed, any_process=lambda tight: True)  # another process has less
-    assert checkpoints(100 * needed, asked=True) and not checkpoints(1, asked=False)
-    policy.causal_lm.supports_gradient_checkpointing = False
-    assert not checkpoints(1)
+    assert not recomputes(1251) and recomputes(1249) and not recomputes(None)
+    assert recomputes(10**6, any_process=lambda tight: True)  # another process has less
+    assert recomputes(10**6, asked=True) and not recomputes(1, asked=False) and not recomputes(1, can=False)
+    assert not recomputes(1100, rollout=1000)  # where sampling takes as much, it would only take time
 
 
-def test_checkpointing_saves_memory_and_the_line_says_so():
-    policy = tiny_policy("llama")
-    config = config_of(batch=4, length=60)
-    roomy, tight = (plan(policy, tiny_reward(policy), config, PROMPT, free) for free in (20 * GIB, 1))
-    assert tight.estimate.total(True) < 0.8 * roomy.estimate.total(False)
-    assert re.fullmatch(
-        r"memory: about \d MiB at B = 4, P = 16, S = 60, k = 32 \(weights 1 MiB, optimizer 1 MiB; and the "
-        r"largest of rollout \d MiB, activations \d MiB \+ head \d MiB, evaluation \d MiB\); 20.0 GiB free; "
-        r"activation checkpointing off \(auto\)",
-        roomy.line,
-    )
-    assert "checkpointing on (auto). That may not fit. Set train.batch_size below 4" in tight.line
-
-
-def test_a_method_made_before_the_decision_does_not_checkpoint():
-    config = config_of()
-    assert config.method.activation_checkpointing == "auto" and not config.method.checkpoint
-    policy = tiny_policy("llama")
-    assert not method_of(policy, tiny_reward(policy), config).settings(0).checkpoint
+@pytest.mark.parametrize("largest, named, absent", [
+    ("passes", ["for it: about 3.0 GiB beside what is loaded, at B = 4, P = 16, S = 64, k = 32 (",
+                "Set method.activation_checkpointing to true, train.batch_size below 4 (with train.accumulation_steps "
+                "above 1 ", "generation.batch_size below 8", "generation.max_new_tokens below 64"], "evaluation.batch"),
+    ("rollout", ["in sampling at B = 8", "Set generation.batch_size below 8, "], "evaluation.batch"),
+    ("evaluation", ["in evaluation at B = 16", "Set evaluation.batch_size below 9, method.head_chunk_mib below 256"],
+     "train.batch_size"),
+])
+def test_what_does_not_fit_is_refused_with_what_to_change(largest, named, absent):
+    config = replace(config_of(batch=4, length=64), evaluation=EvaluationConfig(batch_size=9))
+    peaks = {"rollout": 2**20, "passes": 2**21, "evaluation": 2**22, largest: 3 * GIB}
+    found = MemoryPlan(config, SIZES, Need(peaks), 2 * GIB, False)
+    with pytest.raises(GradeError, match="^the run would need about 3.0 GiB .* 2.0 GiB are free: ") as caught:
+        found.check()
+    said = str(caught.value).replace("would need", "for it:")
+    assert all(name in said for name in named) and absent not in said
+    with pytest.raises(GradeError):
+        replace(found, free=None).check(any_process=lambda wanted: True)
+    replace(found, free=None).check()
+    assert "3.0 GiB free; activation checkpointing off (auto). That is tight. Set" in replace(found, free=3 * GIB).line
+    assert replace(found, free=4 * GIB).line.endswith("4.0 GiB free; activation checkpointing off (auto)")
+    with pytest.raises(GradeError) as caught, found.explained("step 7", "evaluation"):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
+    text = str(caught.value)
+    assert "out of memory in step 7" in text and "Set evaluation.batch_size below 9" in text and "\n" not in text
+    with pytest.raises(GradeError, match="out of memory in step 8"), found.explained("step 8", "train"):
+        torch.empty(2**55)  # what the allocator really says
+    with pytest.raises(RuntimeError, match="shapes"), found.explained("step 7", "train"):
+        raise RuntimeError("shapes differ")
 
 
 @pytest.mark.parametrize("text, value", [("auto", "auto"), ("true", True), ("false", False)])
@@ -245,102 +244,35 @@ def test_the_setting_has_three_values(tmp_path, text, value):
     ):
         found = config.method.activation_checkpointing
         assert found == value and type(found) is type(value)
-
-
-@pytest.mark.parametrize("text", ["maybe", "2", "null"])
-def test_other_values_are_refused(text):
-    with pytest.raises(GradeError, match=f"^method.activation_checkpointing is {text}: .* be auto or true or false"):
-        load_config("demo", [f"--method.activation_checkpointing={text}"])
-
-
-@pytest.mark.parametrize("rollout, expected", [(1, True), (9, False)])
-def test_auto_leaves_off_what_would_not_help(monkeypatch, rollout, expected):
-    """Where sampling takes the most, recomputed activations would only take time; and sampling is what to change."""
-    policy, config = tiny_policy(), config_of(batch=4)
-    parts = dict(weights=0, optimizer=0, rollout=rollout * GIB, activations=4 * GIB, head=GIB, evaluation=0)
-    less = {**parts, "activations": GIB}
-    monkeypatch.setattr("grade.memory.plan.estimate", lambda *_: Estimate({}, BATCHES, 0, parts, less))
-    found = plan(policy, tiny_reward(policy), config, 8, free=1)
-    assert found.checkpoint is expected
-    assert ("Set generation.batch_size below 4" in found.line) is (rollout == 9)
+    with pytest.raises(GradeError, match="^method.activation_checkpointing is maybe: .* be auto or true or false"):
+        load_config("demo", ["--method.activation_checkpointing=maybe"])
 
 
 def test_what_a_container_has_left(monkeypatch, tmp_path):
     for name, text in (("max", "3000"), ("current", "2500"), ("stat", "anon 9\ninactive_file 400\nactive_file 7\n")):
         (tmp_path / f"memory.{name}").write_text(text)
     monkeypatch.setattr("grade.machine.CONTROL_GROUP", tmp_path)
-    assert free_bytes(torch.device("cpu")) == 900 and free_bytes(torch.device("cpu"), 2) == 450
+    assert free_bytes(CPU) == 900 and free_bytes(CPU, 2) == 450
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes(torch.device("cpu")) > 2**20
-
-
-def test_free_memory_is_a_number_of_this_machine():
-    free = free_bytes(torch.device("cpu"))
-    assert free is None or 2**20 < free < 2**50
-
-
-@pytest.mark.parametrize("largest, at", [
-    ("activations", "3.0 GiB at B = 4,"), ("rollout", "3.0 GiB in sampling at B = 8,"),
-    ("evaluation", "3.0 GiB in evaluation at B = 16,"),
-])
-def test_the_sentence_names_the_phase_that_decides(largest, at):
-    parts = dict(weights=GIB, optimizer=0, rollout=2**20, activations=0, head=0, evaluation=2**20 + 1)
-    found = Estimate({"P": 2, "S": 2048, "k": 32}, BATCHES, 0, {**parts, largest: 2 * GIB}, None)
-    said = found.sentence(checkpoint=True)
-    assert said.startswith(f"about {at} P = 2, S = 2,048, k = 32 (weights 1.0 GiB, optimizer 0 MiB; and ")
-    assert largest == "rollout" or "rollout 1 MiB" in said
-    assert largest == "evaluation" or "evaluation 2 MiB" in said
-
-
-def test_no_more_prompts_are_evaluated_together_than_there_are():
-    policy = tiny_policy("llama")
-    config = config_of()
-    config.evaluation.batch_size = 64
-    few, many, some = (
-        estimate(policy, tiny_reward(policy), config, PROMPT, evaluated) for evaluated in (1, 600, None)
-    )
-    assert few.batches["evaluation"] == 1 and few.largest(False) != "evaluation"
-    assert many == some and many.batches["evaluation"] == 64 and many.largest(False) == "evaluation"
+    assert 2**20 < free_bytes(CPU) < 2**50
 
 
 # -- running out ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error, expected", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), True),
-    (MemoryError(), True),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), True), (MemoryError(), True),
     (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
     (RuntimeError("could not create a primitive"), True),
-    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-    (ValueError("can't allocate"), False),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False), (ValueError("can't allocate"), False),
 ])
 def test_what_is_out_of_memory(error, expected):
     assert is_out_of_memory(error) is expected
 
 
-@pytest.mark.parametrize("section, named, absent", [
-    ("train", ["activation_checkpointing to true", "train.batch_size below 4 (with train.accumulation_steps above 1 ",
-               "generation.batch_size below 4", "generation.max_new_tokens below 24"], "evaluation.batch_size"),
-    ("evaluation", ["evaluation.batch_size below 8", "method.head_chunk_mib below 256"], "train.batch_size"),
-])
-def test_running_out_names_the_step_and_what_to_change(section, named, absent):
-    config = replace(config_of(batch=4), evaluation=EvaluationConfig(batch_size=8))
-    parts = dict.fromkeys(("weights", "optimizer", "rollout", "activations", "head", "evaluation"), GIB)
-    memory = MemoryPlan(config, Estimate({"P": 2, "S": 2048, "k": 32}, BATCHES, 0, parts, parts), None, False, 2**28)
-    with pytest.raises(GradeError) as caught, memory.explained("step 7", section):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
-    text = str(caught.value)
-    assert "in step 7" in text and "about 4.0 GiB at B = 4, P = 2, S = 2,048, k = 32" in text and "\n" not in text
-    assert all(name in text for name in named) and absent not in text
-    with pytest.raises(GradeError, match="out of memory in step 8"), memory.explained("step 8", section):
-        torch.empty(2**55)  # what the allocator really says
-    with pytest.raises(RuntimeError, match="shapes"), memory.explained("step 7", section):
-        raise RuntimeError("shapes differ")
-
-
 def test_a_run_that_is_out_of_memory_keeps_its_checkpoint(tiny_config, capfd):
     config = with_train(tiny_config, save_every=1)
-    trainer = Trainer(config, make_accelerator(config), prepare_run_dir(config))
+    trainer = trainer_of(config)
     step = trainer.method.step
 
     def second_step_fails(rollouts, number, update):
@@ -357,18 +289,13 @@ def test_a_run_that_is_out_of_memory_keeps_its_checkpoint(tiny_config, capfd):
     assert said.count("memory: about") == 1 and "activation checkpointing off (auto)" in said
 
 
-def test_a_validation_that_is_out_of_memory_says_so(tiny_config, monkeypatch):
-    def fails(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
+def test_a_trainer_with_little_memory_recomputes_or_refuses(tiny_config, monkeypatch):
+    needed = trainer_of(tiny_config).memory.need.total
+    monkeypatch.setattr("grade.training.trial.free_bytes", lambda *_: needed)
     trainer = trainer_of(tiny_config)
-    monkeypatch.setattr("grade.training.trainer.evaluate", fails)
-    with pytest.raises(GradeError, match="the validation evaluation, .*evaluation.batch_size below 8"):
-        trainer.fit()
-
-
-def test_a_trainer_with_little_memory_checkpoints(tiny_config, monkeypatch):
-    monkeypatch.setattr("grade.training.trainer.free_bytes", lambda *_: 1)
-    trainer = trainer_of(tiny_config)
-    assert trainer.method.settings(0).checkpoint and trainer.config.method.activation_checkpointing == "auto"
+    assert trainer.method.checkpoint and trainer.config.method.activation_checkpointing == "auto"
     assert trainer.train_step()["grad_norm"] > 0
+    monkeypatch.setattr("grade.training.trial.free_bytes", lambda *_: 1)
+    with pytest.raises(GradeError, match="^the run would need about .*generation.max_new_tokens below 8"):
+        trainer_of(tiny_config).fit()
+    assert not Path(tiny_config.run_dir).exists()

@@ -84,7 +84,7 @@ def test_what_looks_like_a_path(name, local, monkeypatch, tmp_path):
 MISSING = {
     "config.json": "has no config.json",
     "model.safetensors": "has no weights .model.safetensors or pytorch_model.bin.*not looked up at the hub",
-    "tokenizer": "has no tokenizer",
+    "tokenizer": "has no tokenizer .*save_pretrained.FOLDER",
 }
 
 
@@ -130,6 +130,15 @@ def test_an_adapter_given_as_a_model_says_so(folder, asked, whole):
     for setting in ("model.name", "reward.model"):
         with pytest.raises(GradeError, match=f"{setting}=.*it is an adapter .* of the model some/base, not a model"):
             Pretrained(setting, str(folder))
+    assert not asked
+
+
+def test_an_adapter_on_the_hub_is_told_before_its_tokenizer_is_read(tmp_path, asked, monkeypatch):
+    found = tmp_path / "adapter_config.json"
+    found.write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    monkeypatch.setattr("grade.model.pretrained.find_adapter_config_file", lambda name, **_: str(found))
+    with pytest.raises(GradeError, match="model.name=org/adapter .* it is an adapter .* of the model some/base"):
+        load_tokenizer(config_for("org/adapter"))
     assert not asked
 
 

@@ -29,11 +29,8 @@ from transformers import AutoTokenizer, BartConfig, LlamaConfig, RecurrentGemmaC
 
 from grade.commands.train import train
 from grade.errors import GradeError
-from grade.memory.activations import cache_bytes
-from grade.memory.estimate import estimate
 from grade.model.policy import Policy
 from grade.model.probe import probe_head
-from grade.rewards.shared import SharedReward
 from grade.rollout import pad_prompts
 from grade.sampling.compiled import CompiledDecoding
 from grade_kernels import Head
@@ -175,22 +172,6 @@ def test_a_cache_that_mixes_up_its_rows_is_found(spoil, monkeypatch):
     spoil(monkeypatch)
     with pytest.raises(GradeError, match="LlamaForCausalLM gives other hidden states from its KV cache"):
         Policy(policy.model, TinyTokenizer())
-
-
-@needs_qwen
-def test_memory_counts_recurrent_states_once_and_keys_by_position(tiny_config):
-    """Of Qwen3.5: keys and values in one layer of four, states in three."""
-    policy = tiny_policy("qwen3.5")
-    reward = SharedReward(policy, torch.nn.Linear(1, 1), "prompt+response")
-    sizes = []
-    for tokens in (8, 9):
-        config = replace(tiny_config, generation=replace(tiny_config.generation, max_new_tokens=tokens))
-        sizes.append(estimate(policy, reward, config, prompt_length=12).parts["rollout"])
-        each, largest, states = cache_bytes(policy)
-    assert (each, largest) == (2 * 2 * 8 * 4, 2 * 2 * 8 * 4)
-    kernel, channels = policy.config.linear_conv_kernel_dim, 2 * 2 * 8 + 4 * 8
-    assert states == 3 * 4 * (4 * 8 * 8 + channels * kernel)
-    assert sizes[1] > sizes[0] > 2 * states * tiny_config.train.batch_size
 
 
 @needs_qwen

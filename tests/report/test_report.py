@@ -293,7 +293,7 @@ def test_a_page_deletes_what_an_earlier_one_had_more_and_escapes_what_it_says(tm
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(GradeError, match=r"matplotlib is not installed: pip install 'grade\[report\]'"):
+    with pytest.raises(GradeError, match=r"matplotlib is not installed: pip install 'grade-align\[report\]'"):
         run_report(tmp_path)
 
 

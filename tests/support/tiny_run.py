@@ -93,17 +93,8 @@ def keyboard():
     signal.signal(signal.SIGINT, before)
 
 
-class NullLog:
-    """A trainer's step outside `fit`."""
-
-    def samples(self, *args):
-        pass
-
-
 def trainer_of(config):
-    trainer = Trainer(config, make_accelerator(config), Path(config.run_dir))
-    trainer.log = NullLog()
-    return trainer
+    return Trainer(config, make_accelerator(config), Path(config.run_dir))
 
 
 def adapter_of(policy):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
+import types
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -506,11 +509,11 @@ def test_a_stop_before_the_end_of_the_test_leaves_the_test_to_the_next_call(copi
             signal.raise_signal(signal.SIGINT)
         return step()
 
-    def evaluate_split(split, progress, *, adapters):
+    def evaluate_split(split, progress, step, *, adapters):
         if split == "test":
             assert asked_in == "the test"
             signal.raise_signal(signal.SIGINT)
-        return evaluated(split, progress, adapters=adapters)
+        return evaluated(split, progress, step, adapters=adapters)
 
     trainer.train_step, trainer._evaluate = last_step, evaluate_split
     with pytest.raises(KeyboardInterrupt):
@@ -528,6 +531,46 @@ def test_an_overwrite_that_cannot_start_deletes_nothing(copied, monkeypatch):
     monkeypatch.undo()
     inside = replace(over, reward=replace(over.reward, path=str(Path(copied.run_dir) / "reward")))
     refused(inside, "whose head would be deleted")
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """In the place of wandb one that has no key and does not start; what would load a run says that it was asked."""
+    stand_in = types.ModuleType("wandb")
+    stand_in.__spec__ = ModuleSpec("wandb", None)
+    stand_in.settings = types.SimpleNamespace(mode="online")
+    stand_in.setup = lambda: stand_in
+    stand_in.login = lambda *, prompt, verify: prompt
+    stand_in.init = failing("server is not reached")
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    return stand_in
+
+
+def failing(text: str):
+    def fail(*_, **__):
+        raise RuntimeError(text)
+
+    return fail
+
+
+def test_wandb_without_a_key_is_told_before_anything_is_loaded(copied, wandb, monkeypatch):
+    asks = with_train(copied, wandb=True)
+    monkeypatch.setattr("grade.training.trainer.set_up", failing("loading"))
+    refused(asks, "train.wandb is true but wandb has no API key.*wandb login.*WANDB_MODE=offline.*train.wandb false")
+    wandb.login = failing("API key must have 40+ characters, has 5")
+    refused(asks, "train.wandb is true but wandb does not start: API key must have 40.*WANDB_API_KEY")
+    wandb.settings.mode = "offline"
+    with pytest.raises(RuntimeError, match="loading"):
+        train(asks)
+    wandb.settings.mode, wandb.login = "online", lambda **_: True
+    with pytest.raises(RuntimeError, match="loading"):
+        train(asks)
+
+
+def test_wandb_that_does_not_start_is_told_in_words(copied, wandb):
+    wandb.login = lambda **_: True
+    with pytest.raises(GradeError, match="train.wandb is true but wandb does not start: server is not reached"):
+        train(with_train(copied, wandb=True))
 
 
 def test_the_config_of_a_run_neither_resumes_nor_overwrites(copied):

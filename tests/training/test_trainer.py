@@ -23,8 +23,9 @@ from grade.processes import make_accelerator
 from grade.replay.score import Scores
 from grade.rollout import Rollout
 from grade.training.evaluation import evaluate
+from grade.training.responses import prompt_numbers
 from grade.training.run_folder import prepare_run_dir
-from grade.training.trainer import Trainer, prompt_numbers
+from grade.training.trainer import Trainer
 
 
 def one_step(config):

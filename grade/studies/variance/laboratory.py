@@ -34,7 +34,7 @@ from grade.rewards.base import Reward
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.sample import sample
 from grade.studies.variance.statistics import Draws
-from grade.training.trainer import prompt_numbers
+from grade.training.responses import prompt_numbers
 
 CONVERGED = "converged"
 _REFERENCE = "rloo"

@@ -1,0 +1,154 @@
+"""One step of a run and one batch of its evaluation, for what they hold in memory: nothing is updated or kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import torch
+
+from grade.config import Config, TrainConfig
+from grade.config.methods import DIFFERENTIATING, micro_batch_size
+from grade.machine import free_bytes
+from grade.memory.peak import peak_bytes
+from grade.memory.plan import MemoryPlan, Peaks, Sizes, plan
+from grade.methods import make_method
+from grade.methods.services import Services
+from grade.model.policy import Policy
+from grade.replay.score import score
+from grade.rewards.base import Reward
+from grade.rollout import Rollout, pad_prompts
+from grade.sampling.draw import Sampling
+from grade.sampling.sample import sample
+from grade.training.evaluation import evaluation_sampling, score_settings
+from grade.training.responses import prompts_together
+
+
+class _Enough(Exception):
+    """A step has come as far as its first update."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The longest step that a run may have, as `grade.memory.plan` asks for it.
+
+    Args:
+        prompts, evaluated: token ids of the prompts of training, and of the largest split that is evaluated.
+    """
+
+    policy: Policy
+    reward: Reward
+    config: Config
+    prompts: Sequence[list[int]]
+    evaluated: Sequence[list[int]]
+
+    @property
+    def batches(self) -> dict[str, int]:
+        """Responses of a step, and those that are sampled, differentiated and evaluated together."""
+        config = self.config
+        responses = config.train.batch_size * config.train.accumulation_steps
+        return {
+            "step": responses,
+            "rollout": min(
+                prompts_together(config.generation, responses) * config.generation.samples_per_prompt, responses
+            ),
+            "passes": micro_batch_size(config.method, config.train.batch_size, responses),
+            "evaluation": min(config.evaluation.batch_size, len(self.evaluated)),
+        }
+
+    def __call__(self, length: int, width: int, *, recompute: bool) -> tuple[Peaks, float]:
+        """(peaks of responses that all have `length` tokens and pass together in numbers of about `width` at most, how
+        many times as many there are in the run). The run goes on as if nothing had happened: torch's generators are put
+        back, and gradients and what a method keeps are dropped."""
+        device = self.policy.device
+        generation = replace(self.config.generation, max_new_tokens=length, min_new_tokens=0, ignore_eos=True)
+        # GRPO passes over responses that nothing moves; a KL moves all.
+        method = replace(self.config.method, kl_coef=self.config.method.kl_coef or 1.0)
+        evaluated = mixed(self.evaluated, min(width, self.batches["evaluation"]))
+        config = replace(self.config, generation=generation, method=method, train=self._train(width))
+        few = replace(self, config=config, evaluated=evaluated)
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                found = few._peaks(recompute)
+        finally:
+            for parameter in self.policy.parameters():
+                parameter.grad = None
+        moments = 2 * sum(p.nbytes for p in self.policy.parameters())  # of AdamW, beside every step but the first
+        # A compiled step keeps its cache.
+        always = moments + (found["rollout"] if config.rollout.compile and config.rollout.source is None else 0)
+        found = {name: size + (moments if name == "rollout" else always) for name, size in found.items()}
+        return found, max(count / few.batches[name] for name, count in self.batches.items())
+
+    def _train(self, width: int) -> TrainConfig:
+        """With fewer responses, in whole groups and micro-batches."""
+        train, method = self.config.train, self.config.method
+        minibatches = getattr(method, method.name).minibatches if method.name in ("ppo", "grpo") else 1
+        batch = min(width, self.batches["passes"])
+        fewest = math.lcm(self.config.generation.samples_per_prompt, minibatches * batch)
+        responses = fewest * max(width // fewest, 1)
+        if responses >= self.batches["step"]:
+            return train
+        return replace(train, batch_size=batch, accumulation_steps=responses // batch)
+
+    def _peaks(self, recompute: bool) -> Peaks:
+        config, device = self.config, self.policy.device
+        train, copies = config.train, config.generation.samples_per_prompt
+        method = make_method(
+            self.policy, self.reward, config.method, config.generation, train, Services(), seed=config.seed,
+            activation_checkpointing=recompute,
+        )
+        responses = train.batch_size * train.accumulation_steps
+        prompts, at_once = mixed(self.prompts, responses // copies), prompts_together(config.generation, responses)
+
+        def sampled() -> list[Rollout]:
+            starts = range(0, len(prompts), at_once)
+            return [self._sampled(prompts[i: i + at_once], method.sampling(0), copies) for i in starts]
+
+        def enough() -> NoReturn:
+            raise _Enough
+
+        def passes() -> None:
+            try:
+                method.step(together, 0, enough)
+            except _Enough:
+                pass
+
+        def evaluated() -> None:
+            prompts = mixed(self.evaluated, self.batches["evaluation"])
+            rollout = self._sampled(prompts, evaluation_sampling(config.evaluation, config.generation))
+            score(self.policy, self.reward, rollout, score_settings(config.method, device))
+
+        rollouts, rollout = peak_bytes(sampled, device)
+        # The micro-batches of a method that backpropagates through each for itself are all alike.
+        alone = config.method.name in DIFFERENTIATING
+        together = [rollouts[0].cut(0, min(train.batch_size, len(rollouts[0])))] if alone else rollouts
+        waiting = sum(t.nbytes for r in rollouts for t in vars(r).values() if isinstance(t, torch.Tensor))
+        passed = waiting + peak_bytes(passes, device)[1]
+        rollouts.clear()
+        together.clear()
+        return {"rollout": rollout, "passes": passed, "evaluation": peak_bytes(evaluated, device)[1]}
+
+    def _sampled(self, prompts: list[list[int]], sampling: Sampling, copies: int = 1) -> Rollout:
+        ids, mask = pad_prompts(prompts, self.policy.pad_id, self.policy.device)
+        rows = torch.arange(len(prompts) * copies, device=self.policy.device) * sampling.max_new_tokens
+        return sample(self.policy, ids, mask, sampling, seed=0, first_rows=rows, samples_per_prompt=copies)
+
+
+def mixed(prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+    """`count` prompts, long and short ones by turns: padding, where there is any, costs some kernels of attention."""
+    order = sorted(prompts, key=len, reverse=True)
+    turns = [(number // 2) % len(order) for number in range(count)]
+    return [order[-1 - turn if number % 2 else turn] for number, turn in enumerate(turns)]
+
+
+def memory_plan(trial: Trial, processes: int, any_process: Callable[[bool], bool]) -> MemoryPlan:
+    """`grade.memory.plan.plan` for a run of this many processes on its machine."""
+    config, device = trial.config, trial.policy.device
+    longest = max(map(len, [*trial.prompts, *trial.evaluated]))
+    sizes = Sizes(
+        longest, config.generation.max_new_tokens, trial.batches, config.method.head_chunk_bytes(device.type),
+        trial.policy.supports_activation_checkpointing,
+    )
+    return plan(trial, config, sizes, free_bytes(device, processes), any_process)
