@@ -30,7 +30,8 @@ def export_run(config: Config, run_dir: Path, checkpoint: str, merged: bool, tar
     target = target or run_dir / "export" / f"{folder.name.removesuffix('.old')}{'-merged' if merged else ''}"
     check_target(target)
     done = write_export(config, run_dir, folder, merged, target)
-    Console().print("\n".join([*described(done), f"Folder: {target}"]), soft_wrap=True, highlight=False, markup=False)
+    lines = [*described(done, config), f"Folder: {target}"]
+    Console().print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
     return target
 
 
@@ -62,8 +63,10 @@ def write_export(config: Config, run_dir: Path, folder: Path, merged: bool, targ
     )
 
 
-def described(done: Merged | None) -> list[str]:
+def described(done: Merged | None, config: Config) -> list[str]:
     """What an export is, in lines for the terminal."""
+    if done is None and config.model.finetuning == "full":
+        return ["A whole model, its tokenizer and its card; AutoModelForCausalLM loads it."]
     if done is None:
         return ["An adapter, its tokenizer and its card; AutoPeftModelForCausalLM loads it."]
     lines = [

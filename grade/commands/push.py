@@ -37,7 +37,8 @@ def push_run(
     folder = exported_checkpoint(run_dir, checkpoint)
     api, console = HfApi(), Console()
     _check_access(api)
-    if not merged and (looks_local(config.model.name) or ":" in config.model.name):
+    needs_base = not merged and config.model.finetuning == "lora"
+    if needs_base and (looks_local(config.model.name) or ":" in config.model.name):
         console.print(
             f"warning: the base, {config.model.name}, is a folder here: without it nobody can load the adapter. With "
             "--merge the whole model is uploaded.", soft_wrap=True, highlight=False, markup=False,
@@ -53,7 +54,8 @@ def push_run(
                 repo_id=place.repo_id, folder_path=target, revision=revision,
                 commit_message=f"{config.name}, checkpoint {folder.name}, by grade push",
             )
-    console.print("\n".join([*described(done), f"Uploaded: {place}"]), soft_wrap=True, highlight=False, markup=False)
+    lines = [*described(done, config), f"Uploaded: {place}"]
+    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
 
 
 def _check_name(repo: str) -> None:

@@ -29,6 +29,8 @@ from grade.config.bounds import check_text, facts_of, is_section, shown
 from grade.config.number_texts import check_node, check_options, describe_type, entry_section
 from grade.errors import GradeError, reason_of
 
+_NULL = ("null", "Null", "NULL", "~")
+"""Written out, unlike the nothing of an empty section."""
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
 
 # A field's help is the string under it. A setting of the whole process, made before the first parser.
@@ -238,6 +240,9 @@ def _flatten(
         elif is_section and isinstance(value_node, yaml.MappingNode):
             yield from _flatten(value_node, loader, known, f"{name}.")
         elif is_section:
+            if name == "model.lora" and isinstance(value_node, yaml.ScalarNode) and value_node.value in _NULL:
+                yield "model.finetuning", line, "full"
+                continue
             # `train:` with every line under it commented out is an empty section.
             if loader.construct_object(value_node) is not None:
                 raise GradeError(f"line {line}: {name} is a section: write its settings below it, indented.")

@@ -34,7 +34,8 @@ MODEL_TERM = "model"
 
 @dataclass
 class LoraSettings:
-    """The trainable adapter (peft LoRA). Everything else stays frozen."""
+    """The trainable adapter (peft LoRA). Everything else stays frozen. With model.adapter, r, alpha and target_modules
+    at their defaults mean the adapter's own."""
 
     r: int = setting(16, ge=1, le=8192)
     """Rank."""
@@ -50,16 +51,27 @@ class LoraSettings:
 class ModelConfig:
     """The policy: a causal language model, frozen, with an adapter."""
 
-    name: str = "Qwen/Qwen3-4B"
+    name: str = "Qwen/Qwen3-0.6B"
     """Hub name or folder of a transformers causal language model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the frozen weights. Adapters are float32. Not float16: small gradients would vanish in it."""
     attn_implementation: str | None = None
     """Attention as transformers names it (sdpa, eager, flash_attention_2); null: transformers' choice."""
     trust_remote_code: bool = False
     """Let code that comes with the model's files (auto_map) run here. Look at it first: it may do anything."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Linear layers of the frozen base in so many bits (bitsandbytes); head and embedding table keep model.dtype. 8bit
+    needs bfloat16."""
+    adapter: str | None = None
+    """Folder or hub name of a LoRA adapter to go on from, whose rank, alpha and target modules hold; null: a new one,
+    which begins as the base."""
+    reference: Literal["base", "initial"] = "base"
+    """What KL is measured to: the frozen base, or the policy as it started, which model.adapter makes another."""
+    finetuning: Literal["lora", "full"] = "lora"
+    """`lora`: an adapter is trained. `full` (in YAML also `lora: null`): every weight is, but head and embedding table,
+    beside a frozen copy."""
     lora: LoraSettings = field(default_factory=LoraSettings)
 
 
@@ -192,13 +204,13 @@ class RolloutConfig:
 class TrainConfig:
     """The optimizer and the run."""
 
-    steps: int = setting(250, ge=1, le=COUNT, role="resume")
+    steps: int = setting(200, ge=1, le=COUNT, role="resume")
     """Optimizer steps."""
-    batch_size: int = setting(1, ge=1, le=BATCH)
+    batch_size: int = setting(16, ge=1, le=BATCH)
     """Responses replayed together on one process (a micro-batch)."""
-    accumulation_steps: int = setting(16, ge=1, le=BATCH)
+    accumulation_steps: int = setting(1, ge=1, le=BATCH)
     """Micro-batches per optimizer step; the gradient equals that of the one large batch."""
-    learning_rate: float = setting(1e-5, ge=0, le=RATE)
+    learning_rate: float = setting(1e-4, ge=0, le=RATE)
     """AdamW step size."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
@@ -243,9 +255,9 @@ class EvaluationConfig:
 
     every: int = setting(25, ge=1, le=COUNT)
     """Optimizer steps between validations; the base model is validated first and the last step always."""
-    validation_prompts: int = setting(500, ge=1, le=ROWS)
+    validation_prompts: int = setting(200, ge=1, le=ROWS)
     """Validation prompts, the same ones each time."""
-    test_prompts: int = setting(2000, ge=0, le=ROWS)
+    test_prompts: int = setting(500, ge=0, le=ROWS)
     """Test prompts, used once, with the best checkpoint and the base model; 0: no test."""
     sampler: Literal["policy", "top_p"] = "policy"
     """`policy`: the sampler of training. `top_p`: the fewest candidates that hold top_p of the mass."""
@@ -336,6 +348,27 @@ def validate(config: Config) -> None:
     generation, method, train = config.generation, config.method, config.train
     if not config.model.lora.target_modules:
         raise GradeError("model.lora.target_modules is empty: nothing would be trained. Name a layer.")
+    if config.model.finetuning == "full":
+        for name, value, needed in (
+            ("model.dtype", config.model.dtype, "float32"), ("model.quantization", config.model.quantization, None),
+            ("model.adapter", config.model.adapter, None), ("method.replay_dropout", method.replay_dropout, False),
+        ):
+            if value != needed:
+                reason = "16 bits would lose most of a step" if name == "model.dtype" else "there is no adapter"
+                raise GradeError(
+                    f"model.finetuning=full trains the model's own weights, but {name} is {shown(value)}: {reason}. "
+                    f"Set it to {'null' if needed is None else str(needed).lower()}, or model.finetuning to lora."
+                )
+    if config.model.quantization == "8bit" and config.model.dtype != "bfloat16":
+        raise GradeError(
+            "model.quantization=8bit rounds what layers read to 8 bits, so that no two passes agree as those of "
+            f"model.dtype={config.model.dtype} must. Set model.dtype to bfloat16, or use 4bit."
+        )
+    if config.model.quantization is not None and config.rollout.compile:
+        raise GradeError(
+            f"rollout.compile records the weights' own products, which model.quantization={config.model.quantization} "
+            "replaces. Set one of them to its default."
+        )
     if generation.max_new_tokens < generation.min_new_tokens:
         raise GradeError(
             f"generation.max_new_tokens ({generation.max_new_tokens}) is below generation.min_new_tokens "

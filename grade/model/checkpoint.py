@@ -1,6 +1,7 @@
 """Checkpoints: a saved adapter, with the trainer's state where a run can be continued from it, and their checksums.
 
     adapter_config.json, adapter_model.safetensors    as peft writes them; the base by a name that holds anywhere
+    config.json, model.safetensors, ...               instead, a whole model that was trained
     tokenizer.json, chat_template.jinja, ...          the policy's tokenizer as transformers writes it
     README.md                                         the model card, if there is one
     trainer_state.json, trainer_state.safetensors     numbers and tensors of the state, if there is one (`grade.tree`)
@@ -16,16 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from grade import tree
 from grade.errors import GradeError, read_json, reason_of, writing
 from grade.files import latest, replaced_folder, sha256
+from grade.model.adapter import TRAINED
 from grade.model.policy import Policy
 
 MANIFEST_FILE = "manifest.json"
 CARD_FILE = "README.md"
+ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
 _STATE_STEM = "trainer_state"
 _LOADED = ("is_local", "local_files_only")
 _FORMAT = 1
@@ -35,8 +39,8 @@ _GO_ON = "Make room, and go on from the checkpoint before, if there is one, with
 def save_checkpoint(
     directory: Path, policy: Policy, step: int, state: dict | None = None, *, card: str | None = None
 ) -> None:
-    """Write the adapter as peft does (`AutoPeftModelForCausalLM.from_pretrained` loads it from any directory), its
-    tokenizer and, for resuming, the trainer's state.
+    """Write the adapter as peft does (`AutoPeftModelForCausalLM.from_pretrained` loads it from any directory), or where
+    every weight is trained the model as transformers does, its tokenizer and, for resuming, the trainer's state.
 
     An interruption leaves the earlier checkpoint or the new one, never half of either and never neither.
 
@@ -49,15 +53,22 @@ def save_checkpoint(
         GradeError: it could not be written.
     """
     with writing(directory, "train.run_dir", _GO_ON), replaced_folder(directory) as fresh:
-        settings = policy.model.peft_config["default"]
-        if settings.base_model_name_or_path:  # a model that was made in memory has none
-            settings.base_model_name_or_path = name_anywhere(settings.base_model_name_or_path)
-        # The embeddings are the base's. `auto` would look for its config, at the hub where no folder has it.
-        policy.model.save_pretrained(str(fresh), save_embedding_layers=False)
+        if isinstance(policy.model, PeftModel):
+            _save_adapter(policy.model, fresh)
+        else:
+            policy.causal_lm.save_pretrained(str(fresh), max_shard_size="10000GB")  # one file, whose name is known
         save_tokenizer(policy.tokenizer, fresh)
         if state is not None:
             tree.save(fresh / _STATE_STEM, state)
         _finish(fresh, step, card)
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    settings = model.peft_config[TRAINED]
+    if settings.base_model_name_or_path:  # a model that was made in memory has none
+        settings.base_model_name_or_path = name_anywhere(settings.base_model_name_or_path)
+    # The embeddings are the base's. `auto` would look for its config, at the hub where no folder has it.
+    model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=[TRAINED])
 
 
 def replace_card(directory: Path, card: str) -> None:
@@ -142,56 +153,102 @@ def verified_step(directory: Path) -> int:
 
 
 def load_adapter(directory: Path, policy: Policy) -> None:
-    """Put a saved adapter's weights into the policy.
+    """Put a checkpoint's weights into the policy.
 
     Raises:
-        GradeError: the folder holds no adapter, a damaged one, or one of another shape.
+        GradeError: the folder holds no such weights, damaged ones, or of another shape.
     """
-    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+    if not isinstance(policy.model, PeftModel):
+        _put_model(directory, policy.causal_lm)
+        return
+    put_adapter(directory, policy.model, f"checkpoint {directory}", "Use the config the run was made with.")
 
+
+def _put_model(directory: Path, model: Any) -> None:
+    """Put the weights of a whole model's checkpoint into a model of the same kind."""
+    if not (directory / MODEL_FILE).is_file():
+        raise GradeError(
+            f"checkpoint {directory}: {MODEL_FILE} is missing, but model.finetuning is full. Use the config the run "
+            "was made with."
+        )
+    if (directory / MANIFEST_FILE).is_file():
+        verified_step(directory)
+    try:  # by its own class, which may write other names than it has
+        saved = type(model).from_pretrained(str(directory), local_files_only=True, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise GradeError(f"checkpoint {directory}: its model cannot be read ({reason_of(error)}).") from error
+    weights, ours = dict(saved.named_parameters()), dict(model.named_parameters())
+    if {n: p.shape for n, p in weights.items()} != {n: p.shape for n, p in ours.items()}:
+        raise GradeError(f"checkpoint {directory} holds a model of another shape than model.name.")
+    wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if wrong is not None:
+        raise GradeError(f"checkpoint {directory}: its model is broken, {wrong} is not finite. Use another one.")
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(weights[name])
+
+
+def put_adapter(directory: Path, model: PeftModel, what: str, fix: str) -> None:
+    """Put a saved adapter's weights into the trained one.
+
+    Args:
+        what: what names the folder, such as "model.adapter=..."; for messages, as is `fix` for one that does not fit.
+
+    Raises:
+        GradeError: as `load_adapter`.
+    """
     if not (directory / "adapter_config.json").is_file():
-        raise GradeError(f"checkpoint {directory}: no adapter is saved there (adapter_config.json is missing).")
+        raise GradeError(f"{what}: no adapter is saved there (adapter_config.json is missing).")
     if not any((directory / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
         raise GradeError(  # peft would look for the folder's name at the hub
-            f"checkpoint {directory}: no adapter is saved there (adapter_model.safetensors is missing)."
+            f"{what}: no adapter is saved there (adapter_model.safetensors is missing)."
         )
     if (directory / MANIFEST_FILE).is_file():  # an adapter from elsewhere has none
         verified_step(directory)
     try:
-        saved, ours = LoraConfig.from_pretrained(str(directory)), policy.model.peft_config["default"]
+        saved, ours = LoraConfig.from_pretrained(str(directory)), model.peft_config[TRAINED]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GradeError(f"checkpoint {directory}: adapter_config.json is damaged ({reason_of(error)}).") from error
+        raise GradeError(f"{what}: adapter_config.json is damaged ({reason_of(error)}).") from error
     for name in ("r", "lora_alpha", "use_rslora"):
         if getattr(saved, name) != getattr(ours, name):
             raise GradeError(
-                f"checkpoint {directory} was trained with {name}={getattr(saved, name)}, model.lora gives "
-                f"{getattr(ours, name)}: its weights would mean something else. Use the config the run was made with."
+                f"{what} was trained with {name}={getattr(saved, name)}, model.lora gives {getattr(ours, name)}: its "
+                f"weights would mean something else. {fix}"
             )
     try:
-        weights = load_peft_weights(str(directory), device=str(policy.device))
+        weights = load_peft_weights(str(directory), device=str(model.device))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise GradeError(f"checkpoint {directory}: its adapter cannot be read ({reason_of(error)}).") from error
+        raise GradeError(f"{what}: its adapter cannot be read ({reason_of(error)}).") from error
     wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
     if wrong is not None:
-        raise GradeError(f"checkpoint {directory}: its adapter is broken, {wrong} is not finite. Use another one.")
+        raise GradeError(f"{what}: its adapter is broken, {wrong} is not finite. Use another one.")
     try:
-        outcome = set_peft_model_state_dict(policy.model, weights)
+        outcome = set_peft_model_state_dict(model, weights)
     except RuntimeError as error:
-        reason = reason_of(error)
-        raise GradeError(f"checkpoint {directory} does not fit model.name and model.lora: {reason}") from error
-    expected = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+        raise GradeError(f"{what} does not fit model.name and model.lora: {reason_of(error)}") from error
+    expected = {name for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for name in outcome.missing_keys if name in expected]
     if missing or outcome.unexpected_keys:
         raise GradeError(
-            f"checkpoint {directory} does not fit model.lora: {len(missing)} adapter tensors are missing from it and "
-            f"{len(outcome.unexpected_keys)} have no place here. Use the config the run was made with."
+            f"{what} does not fit model.name and model.lora: {len(missing)} adapter tensors are missing from it and "
+            f"{len(outcome.unexpected_keys)} have no place here. {fix}"
         )
 
 
 def adapter_digest(directory: Path) -> str | None:
-    """SHA-256 of a saved adapter's weights, which a folder's name does not tell. None if there are none."""
-    weights = directory / "adapter_model.safetensors"
-    return sha256(weights) if weights.is_file() else None
+    """SHA-256 of a checkpoint's weights, which a folder's name does not tell. None if there are none."""
+    weights = [path for name in (ADAPTER_FILE, MODEL_FILE) if (path := directory / name).is_file()]
+    return sha256(weights[0]) if weights else None
+
+
+def holds_weights(directory: Path) -> bool:
+    """Whether a folder is that of an adapter, or of a whole model as a run saves one."""
+    return (directory / "adapter_config.json").is_file() or (directory / MODEL_FILE).is_file()
+
+
+def weights_digest(adapter: Path) -> str:
+    """SHA-256 of the files that hold an adapter's weights, in any of peft's formats."""
+    return hashlib.sha256("".join(map(sha256, sorted(adapter.glob("adapter_model.*")))).encode()).hexdigest()
 
 
 def load_state(directory: Path) -> dict[str, Any]:

@@ -18,13 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grade.errors import GradeError, read_json, reason_of
 from grade.files import remembered_sha256
 from grade.model.policy import Policy
+from grade.model.quantization import quantization_of
 from grade.tasks.base import Task
 
 _MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "*.py")
 _KNOWN: WeakKeyDictionary[Policy, dict[str, str]] = WeakKeyDictionary()
 _WORDS = {
     "model": "the base model's weights or settings", "tokenizer": "the tokenizer", "data": "the data of task.dataset",
-    "reward": "the reward", "responses_per_step": "the responses of a step, over all processes",
+    "reward": "the reward", "adapter": "the adapter of model.adapter",
+    "quantization": "model.quantization", "responses_per_step": "the responses of a step, over all processes",
 }
 
 
@@ -82,16 +84,27 @@ def judge_digest(task: Task) -> str:
 
 def inputs_of(policy: Policy, task: Task, reward: str) -> dict[str, str]:
     """The fingerprint of what a run reads: model, tokenizer, data and reward, by its `Reward.identity`."""
-    return {**model_inputs(policy), "data": data_digest(task), "reward": reward}
+    return {**policy_inputs(policy), "data": data_digest(task), "reward": reward}
 
 
 def model_inputs(policy: Policy) -> dict[str, str]:
-    """The fingerprint of the base model and its tokenizer, found once for a policy: a large tokenizer takes seconds."""
+    """The fingerprint of the base model, as it was loaded, and its tokenizer, found once for a policy: a large
+    tokenizer takes seconds."""
     if policy not in _KNOWN:
-        base = policy.model.get_base_model()
+        base = policy.causal_lm
         tokenizer = tokenizer_digest(policy.tokenizer)
-        _KNOWN[policy] = {"model": model_digest(base.name_or_path, base), "tokenizer": tokenizer}
+        bits = quantization_of(base)
+        _KNOWN[policy] = {
+            "model": model_digest(base.name_or_path, base), "tokenizer": tokenizer,
+            **({} if bits is None else {"quantization": bits}),
+        }
     return _KNOWN[policy]
+
+
+def policy_inputs(policy: Policy) -> dict[str, str]:
+    """`model_inputs`, and the adapter that the policy went on from."""
+    adapter = {} if policy.started_from is None else {"adapter": policy.started_from}
+    return {**model_inputs(policy), **adapter}
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

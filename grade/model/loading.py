@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,10 +14,13 @@ from transformers.utils import logging as transformers_logging
 from grade.built_in.countdown_model import countdown_model
 from grade.built_in.demo_model import demo_model
 from grade.config import EvaluationConfig, GenerationConfig, ModelConfig, RewardConfig, TaskConfig, trains_head
-from grade.errors import GradeError
+from grade.errors import GradeError, reason_of
 from grade.machine import free_bytes
+from grade.model.adapter import adapter_folder, add_reference, settings_of
+from grade.model.checkpoint import put_adapter, weights_digest
 from grade.model.policy import Policy
 from grade.model.pretrained import Pretrained, context_of
+from grade.model.quantization import check_quantized, loading_options
 from grade.tasks.base import Task
 
 
@@ -66,12 +70,15 @@ def load_policy(
     model: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, seed: int, task: TaskConfig,
     generation: GenerationConfig, reward: RewardConfig,
 ) -> Policy:
-    """The base model, frozen, with a fresh adapter initialised from `seed`; it must fit what the other sections ask.
+    """The base model, frozen, with the adapter of model.adapter or a fresh one initialised from `seed`; it must fit
+    what the other sections ask.
 
     Raises:
         GradeError: the model cannot be found or used, its context is too short, it has no such target modules, or
             generation.top_k exceeds its vocabulary.
     """
+    if model.adapter is not None:  # before weights are read
+        settings_of(model.adapter, adapter_folder(model.adapter), model.lora)
     source = policy_source(model)
     prompt_and_response = task.prompt_max_tokens + generation.max_new_tokens
     head = trains_head(task, reward)
@@ -79,7 +86,7 @@ def load_policy(
     transformers_logging.disable_progress_bar()  # one line per file of weights says less than it costs to read
     base, found = source.model(
         AutoModelForCausalLM, dtype=getattr(torch, model.dtype),
-        attn_implementation=model.attn_implementation, output_loading_info=True,
+        attn_implementation=model.attn_implementation, output_loading_info=True, **loading_options(model, device),
     )
     if found["missing_keys"]:
         raise GradeError(
@@ -93,7 +100,48 @@ def load_policy(
             f"{base.get_input_embeddings().weight.shape[0]} rows. Resize it with model.resize_token_embeddings."
         )
     longest = max(prompt_and_response, reward.max_tokens) if head else prompt_and_response
-    return Policy(add_adapter(base.to(device), model, seed), tokenizer, length=longest)
+    if model.quantization is None:
+        base.to(device)
+    else:
+        check_quantized(base, model)
+    if model.finetuning == "full":
+        _check_room(base, model)
+        return Policy(base, tokenizer, length=longest)
+    if model.adapter is None:
+        return Policy(add_adapter(base, model, seed), tokenizer, length=longest)
+    adapter = adapter_folder(model.adapter)
+    policy = Policy(go_on_from(base, adapter, model), tokenizer, length=longest)
+    policy.started_from = weights_digest(adapter)
+    return policy
+
+
+def _check_room(base: PreTrainedModel, model: ModelConfig) -> None:
+    """Refuse to train every weight where there is no room for a copy, gradients and two moments of each."""
+    table = base.get_input_embeddings().weight.numel()
+    needed, free = 4 * 4 * (base.num_parameters() - table), free_bytes(base.device)
+    if free is not None and needed > free:
+        raise GradeError(
+            f"model.finetuning=full: beside its weights, {model.name} would take {needed / 2**30:.1f} GiB to train (a "
+            f"frozen copy, gradients and two moments of each), and {free / 2**30:.1f} GiB are free. Train an adapter "
+            "(model.finetuning lora), or a smaller model."
+        )
+
+
+def go_on_from(base: PreTrainedModel, adapter: Path, model: ModelConfig) -> PeftModel:
+    """The frozen base with a trained adapter and, if model.reference says so, a frozen copy of it.
+
+    Raises:
+        GradeError: it is no LoRA adapter, is damaged, does not fit the base, or model.lora contradicts it.
+    """
+    settings, name = settings_of(str(model.adapter), adapter, model.lora), f"model.adapter={model.adapter}"
+    try:
+        wrapped = _wrapped(base, settings, model)
+    except ValueError as error:  # no layer of these names
+        raise GradeError(f"{name} does not fit model.name={model.name}: {reason_of(error)}") from error
+    put_adapter(adapter, wrapped, name, "Name the model that it was trained on as model.name.")
+    if model.reference == "initial":
+        add_reference(wrapped)
+    return wrapped
 
 
 def add_adapter(base: PreTrainedModel, model: ModelConfig, seed: int) -> PeftModel:
@@ -110,7 +158,8 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, seed: int) -> PeftMod
         m for name, m in base.named_modules()
         if name.rsplit(".", 1)[-1] in lora.target_modules and isinstance(m, (torch.nn.Linear, Conv1D))
     ]
-    needed = 16 * lora.r * sum(sum(m.weight.shape) for m in layers)  # float32: weights, gradients and two moments
+    sizes = (m.weight.shape if isinstance(m, Conv1D) else (m.in_features, m.out_features) for m in layers)
+    needed = 16 * lora.r * sum(map(sum, sizes))  # float32: weights, gradients and two moments
     free = free_bytes(base.device)
     if free is not None and needed > free:
         raise GradeError(
@@ -121,13 +170,17 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, seed: int) -> PeftMod
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
         task_type="CAUSAL_LM", fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()),
     )
-    base.requires_grad_(False)
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        with warnings.catch_warnings():
-            # peft asks a property that transformers has renamed; users can do nothing about it.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            return get_peft_model(base, settings, revision=model.revision)
+        return _wrapped(base, settings, model)
+
+
+def _wrapped(base: PreTrainedModel, settings: LoraConfig, model: ModelConfig) -> PeftModel:
+    base.requires_grad_(False)
+    with warnings.catch_warnings():
+        # peft asks a property that transformers has renamed; users can do nothing about it.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(base, settings, revision=model.revision)
 
 
 def load_prompts(

@@ -1,8 +1,8 @@
 """The two parallel passes over prompt + response: the policy's, and the frozen base's.
 
-The base pass serves two readers at once. Its hidden states one position early give the reference logits; those of
-the response, with the prompt's, are the features of a reward that shares the base. So one forward gives both values,
-and one backward both gradients with respect to the response's embeddings.
+The base pass serves two readers at once, where the base is the reference. Its hidden states one position early give
+the reference logits; those of the response, with the prompt's, are the features of a reward that shares the base. So
+one forward gives both values, and one backward both gradients with respect to the response's embeddings.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from grade_kernels import SparseTokens, soft_embedding
 
 @dataclass
 class BasePass:
-    """Hidden states of the frozen base.
+    """Hidden states of the frozen base, and of the reference.
 
     Args:
-        reference: [B, S, d], the states whose logits predict the response's tokens.
+        reference: [B, S, d], the states whose logits predict the response's tokens: the base's, or those of the
+            policy's own reference where it has one (`Policy.has_reference`).
         response: [B, S, d], the states at the response's tokens.
         prompt_sum, prompt_count: [B, d] float32 (float64 for float64 models) and [B], the prompt's states summed over
             real tokens.
@@ -66,35 +67,49 @@ def policy_pass(
 
 def base_pass(
     policy: Policy, rollout: Rollout, x: Tensor, *, prompt_cache: bool = True, activation_checkpointing: bool = False,
+    reads_base: bool = True,
 ) -> BasePass:
-    """The frozen base over prompt + response.
+    """The frozen base over prompt + response, and in a pass of its own a reference that is not the base.
 
     Args:
         x: [B, S, d], the response's embeddings; gradients flow to them.
         prompt_cache: compute each distinct prompt once, without a graph, and let its samples read its KV cache.
             Exact up to rounding: nothing before the response depends on `x`. Not with `activation_checkpointing`,
             whose recomputation would write the cache twice, nor where the model cannot (`Policy.reads_prompt_cache`).
+        reads_base: whether anyone reads states of the base. If not, a reference that is not the base saves its pass,
+            and all states are the reference's.
     """
-    prompt = rollout.prompt_ids.shape[1]
-    if activation_checkpointing or not (prompt_cache and policy.reads_prompt_cache):
-        with policy.state(adapters=False, activation_checkpointing=activation_checkpointing):
-            hidden = policy.hidden(*_whole_sequence(policy, rollout, x))
-        before, response, last = hidden[:, :prompt], hidden[:, prompt:], hidden[:, prompt - 1]
-    else:
-        copies = rollout.samples_per_prompt
-        with policy.state(adapters=False):
-            cache = policy.new_cache()
-            with torch.no_grad():
-                embeddings = policy.embed(rollout.prompt_ids[::copies])
-                before = policy.hidden(embeddings, rollout.prompt_mask[::copies], cache)
-                before = before.repeat_interleave(copies, dim=0)
-            if copies > 1:
-                repeat_rows(cache, copies)
-            response = policy.hidden(x, torch.cat([rollout.prompt_mask, rollout.mask], dim=1), cache)
-        last = before[:, -1]
-    reference = torch.cat([last[:, None], response[:, :-1]], dim=1)
+    cached = prompt_cache and policy.reads_prompt_cache and not activation_checkpointing
+    before, response = _frozen_states(
+        policy, rollout, x, cached, activation_checkpointing, reference=not reads_base
+    )
+    others = (before, response)
+    if policy.has_reference and reads_base:
+        others = _frozen_states(policy, rollout, x, cached, activation_checkpointing, reference=True)
+    reference = torch.cat([others[0][:, -1:], others[1][:, :-1]], dim=1)
     prompt_sum = (before.to(accumulation_dtype(before)) * rollout.prompt_mask[..., None]).sum(1)
     return BasePass(reference, response, prompt_sum, rollout.prompt_mask.sum(1))
+
+
+def _frozen_states(
+    policy: Policy, rollout: Rollout, x: Tensor, cached: bool, activation_checkpointing: bool, *, reference: bool
+) -> tuple[Tensor, Tensor]:
+    """States of prompt [B, P, d] and response [B, S, d], of the reference or of the base."""
+    if not cached:
+        with policy.state(adapters=False, activation_checkpointing=activation_checkpointing, reference=reference):
+            hidden = policy.hidden(*_whole_sequence(policy, rollout, x))
+        prompt = rollout.prompt_ids.shape[1]
+        return hidden[:, :prompt], hidden[:, prompt:]
+    copies = rollout.samples_per_prompt
+    with policy.state(adapters=False, reference=reference):
+        cache = policy.new_cache()
+        with torch.no_grad():
+            embeddings = policy.embed(rollout.prompt_ids[::copies])
+            before = policy.hidden(embeddings, rollout.prompt_mask[::copies], cache)
+            before = before.repeat_interleave(copies, dim=0)
+        if copies > 1:
+            repeat_rows(cache, copies)
+        return before, policy.hidden(x, torch.cat([rollout.prompt_mask, rollout.mask], dim=1), cache)
 
 
 def _whole_sequence(policy: Policy, rollout: Rollout, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,17 +17,19 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grade.errors import GradeError, reason_of
+from grade.model.adapter import REFERENCE, TRAINED
 from grade.model.cache import decoding_cache, is_recurrent
 from grade.model.end_of_sequence import end_ids
 from grade.model.probe import check_finite, probe_embedding, probe_head, probe_passes
@@ -42,19 +44,22 @@ from grade_kernels import Head
 
 
 class State(NamedTuple):
-    """What the next forward of the shared weights is: the policy or the base, with or without adapter dropout, its
-    layers recomputed in backward or not."""
+    """What the next forward of the shared weights is: the policy, the base or, with the second adapter, the reference;
+    with or without adapter dropout; its layers recomputed in backward or not."""
 
     adapters: bool
     dropout: bool
     activation_checkpointing: bool = False
+    reference: bool = False
 
 
 class Policy:
     """A peft model with the pieces replay needs.
 
     Args:
-        model: `PeftModel` around a transformers causal language model; only adapter parameters are trainable.
+        model: `PeftModel` around a transformers causal language model, whose adapter is trained; or the language model
+            itself: every weight of its backbone is then trained but head and embedding table, which replay shares with
+            the base, and the base is a frozen copy of the rest.
         tokenizer: its tokenizer.
         probe: measure on a few tokens that the model fits the contract above, and that every way in which a run calls
             it agrees with a parallel pass. Costs a few dozen tiny forwards.
@@ -62,8 +67,13 @@ class Policy:
 
     Attributes:
         backbone: the transformer without its head.
+        frozen_backbone: the base's, where the backbone's own weights are trained; None where an adapter is.
+        modules: all that holds weights.
         cache_name: what the backbone calls its cache; None where it takes none, which the probe refuses.
         adapter_layers: the layers that have one.
+        has_reference: whether a second, frozen adapter is the reference (`grade.model.adapter.add_reference`), and not
+            the base.
+        started_from: SHA-256 of the adapter that it went on from; None: it began as the base.
         reads_prompt_cache: whether a pass with a graph may read a prompt's cache (see `grade.model.passes`).
         embedding: [V, d] input table; `embedding_scale` multiplies its rows.
         head: weight [V, d], bias, logit scale and soft cap.
@@ -74,24 +84,31 @@ class Policy:
         GradeError: the model does something between embedding and logits that replay would get wrong.
     """
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, *, probe: bool = True, length: int = 0):
+    def __init__(
+        self, model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, probe: bool = True,
+        length: int = 0,
+    ):
         self.model, self.tokenizer = model, tokenizer
-        self.causal_lm = model.get_base_model()
+        self.causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.config = self.causal_lm.config
         self.backbone = _backbone(self.causal_lm)
+        self.frozen_backbone = None if isinstance(model, PeftModel) else _frozen_copy(self.causal_lm, self.backbone)
+        self.modules = nn.ModuleList(m for m in (self.model, self.frozen_backbone) if m is not None)
         self._names = frozenset(inspect.signature(self.backbone.forward).parameters)
         # transformers 5.24 renamed `past_key_values`, in Mamba `cache_params`, and warns at the old names.
         self.cache_name = next(filter(self.takes, ("cache", "past_key_values", "cache_params")), None)
         self.adapter_layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        self._recomputable = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.has_reference = isinstance(model, PeftModel) and REFERENCE in model.peft_config
+        self.started_from: str | None = None
+        self._recomputable = [m for m in self.modules.modules() if isinstance(m, GradientCheckpointingLayer)]
         self._state = State(adapters=True, dropout=False)
         model.eval()
 
         head, table = self.causal_lm.get_output_embeddings(), self.causal_lm.get_input_embeddings()
         if head is None or isinstance(head, BaseTunerLayer) or isinstance(table, BaseTunerLayer):
             raise GradeError(
-                "model.lora.target_modules reaches the head or the embedding (or the model has no head): replay "
-                "shares both with the frozen base. Adapt inner layers only."
+                "model.lora.target_modules (or model.adapter) reaches the head or the embedding, or the model has no "
+                "head: replay shares both with the frozen base. Adapt inner layers only."
             )
         self.embedding, self.embedding_scale = table.weight.detach(), 1.0
         bias = getattr(head, "bias", None)
@@ -121,12 +138,17 @@ class Policy:
             if length:
                 probe_length(self, length)
             self.reads_prompt_cache = probe_prompt_cache(self)
-            self._merges = probe_merged(self)
+            self._merges = self.trains_all or probe_merged(self)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
             raise GradeError(
                 f"model.name: {type(self.causal_lm).__name__} cannot run the passes that replay needs "
                 f"({reason_of(error)}). Choose another model."
             ) from error
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether the backbone's own weights are trained, and not an adapter."""
+        return self.frozen_backbone is not None
 
     @property
     def device(self) -> torch.device:
@@ -196,23 +218,29 @@ class Policy:
             given[self.cache_name] = cache
         if self.takes("position_ids"):
             given["position_ids"] = positions
-        return self.backbone(**given).last_hidden_state
+        backbone = self.backbone
+        if self.frozen_backbone is not None and not self._state.adapters:
+            backbone = self.frozen_backbone
+        return backbone(**given).last_hidden_state
 
     # -- state -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def state(
-        self, *, adapters: bool, dropout: bool = False, activation_checkpointing: bool = False
+        self, *, adapters: bool, dropout: bool = False, activation_checkpointing: bool = False, reference: bool = False
     ) -> Iterator[None]:
         """Run forwards as the policy (`adapters=True`) or as the frozen base.
 
         Args:
+            reference: run them as what KL is measured to, whatever `adapters` is: the second adapter, or the base.
             dropout: adapter dropout on. Every other dropout is always off.
             activation_checkpointing: recompute these forwards' layers in backward (after
                 `enable_activation_checkpointing`).
         """
         previous = self._state
-        self._apply(State(adapters, dropout, activation_checkpointing))
+        if reference:
+            adapters, dropout = self.has_reference, False
+        self._apply(State(adapters, dropout, activation_checkpointing, reference and self.has_reference))
         try:
             yield
         finally:
@@ -220,8 +248,10 @@ class Policy:
 
     def _apply(self, state: State) -> None:
         previous, self._state = self._state, state
-        if (state.adapters, state.dropout) != (previous.adapters, previous.dropout):
+        if state._replace(activation_checkpointing=previous.activation_checkpointing) != previous:
             for layer in self.adapter_layers:
+                if self.has_reference:  # not set_adapter(), for the same reason
+                    layer._active_adapter = [REFERENCE if state.reference else TRAINED]
                 # Not enable_adapters(): it also flips requires_grad, and autograd drops the gradients of a leaf whose
                 # flag is down while a recomputation of the base runs inside its backward.
                 layer._disable_adapters = not state.adapters
@@ -280,14 +310,15 @@ class Policy:
         Raises:
             GradeError: the architecture has no such layers, or they give other gradients.
         """
-        enable = getattr(self.causal_lm, "activation_checkpointing_enable", None)  # transformers >= 5.20
-        enable = enable or self.causal_lm.gradient_checkpointing_enable
         if not self.supports_activation_checkpointing:
             raise GradeError(
                 f"method.activation_checkpointing: {type(self.causal_lm).__name__} has no layers that transformers "
                 "can checkpoint. Set it to false."
             )
-        enable({"use_reentrant": False, "context_fn": self._recomputation_contexts})
+        for part in filter(None, (self.causal_lm, self.frozen_backbone)):
+            enable = getattr(part, "activation_checkpointing_enable", None)  # transformers >= 5.20
+            enable = enable or part.gradient_checkpointing_enable
+            enable({"use_reentrant": False, "context_fn": self._recomputation_contexts})
         probe_recomputation(self)
 
     def _recomputation_contexts(self) -> tuple[_LayerState, _LayerState]:
@@ -309,6 +340,18 @@ class _LayerState:
 
     def __exit__(self, *_: object) -> None:
         self._policy._apply(self._previous.pop())
+
+
+def _frozen_copy(causal_lm: PreTrainedModel, backbone: nn.Module) -> nn.Module:
+    """The backbone as it is now, frozen, with the same embedding table; what is left of the original is trainable."""
+    head, table = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
+    shared = [p for module in (head, table) if module is not None for p in module.parameters()]
+    copied = deepcopy(backbone, {id(p): p for p in shared}).requires_grad_(False).eval()
+    causal_lm.requires_grad_(False)
+    backbone.requires_grad_(True)
+    for parameter in shared:
+        parameter.requires_grad_(False)
+    return copied
 
 
 @torch.no_grad()

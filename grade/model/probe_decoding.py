@@ -184,7 +184,10 @@ def probe_merged(policy: Any) -> bool:
             for name in layer.active_adapters:
                 matrix = layer.lora_B[name].weight
                 matrix.data = torch.randn(matrix.shape, generator=generator).to(matrix)
-                share = layer.get_delta_weight(name).norm() / layer.get_base_layer().weight.norm().clamp_min(1e-30)
+                weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(name)
+                # Packed numbers have no norm: taken is that of a layer that keeps lengths.
+                size = weight.norm() if weight.is_floating_point() else delta.new_tensor(layer.out_features).sqrt()
+                share = delta.norm() / size.clamp_min(1e-30)
                 matrix.data = matrix.data * (_ADAPTER_SHARE / share.clamp_min(1e-30))
         beside = policy.hidden(embeddings, None)
         with policy.state(adapters=False):
@@ -194,6 +197,8 @@ def probe_merged(policy: Any) -> bool:
                 f"model.lora.target_modules: no adapter there changes what this {type(policy.causal_lm).__name__} "
                 "computes, so nothing would be trained. Name other layers."
             )
+        if not all(layer.get_base_layer().weight.is_floating_point() for layer in layers):
+            return False  # there is nothing to add to
         with policy.merged():
             merged = policy.hidden(embeddings, None)
     finally:

@@ -182,7 +182,7 @@ def frozen_passes(
     fed = fed_to_policy(policy, rollout, real, grad=grad)
     base = base_pass(
         policy, rollout, real.dense(fed.x), prompt_cache=settings.prompt_cache,
-        activation_checkpointing=settings.activation_checkpointing
+        activation_checkpointing=settings.activation_checkpointing, reads_base=reward.shares_base_pass,
     )
     fed_reward = [
         Fed(real.rows(x).requires_grad_(grad), table)

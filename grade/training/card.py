@@ -55,6 +55,8 @@ def model_card(
     """
     base, method = config.model.name, config.method.name
     kind = "The whole model: base weights with the trained adapter added" if merged else "A LoRA adapter"
+    if config.model.finetuning == "full":
+        kind, merged = "The whole model, every weight of its layers trained", True
     sessions = record.get(SESSIONS) or [{}]
     parts = [
         _metadata(config, merged),
@@ -94,10 +96,21 @@ def _facts(config: Config, record: Mapping[str, Any]) -> Iterator[tuple[str, obj
     """Rows of the table of what was trained on what."""
     model, method, train, task = config.model, config.method, config.train, record.get("task", {})
     yield "base model", model.name + (f", revision {model.revision}" if model.revision else "")
-    yield "adapter", (
-        f"LoRA of rank {model.lora.r}, alpha {model.lora.alpha:g}, on {', '.join(model.lora.target_modules)}; base in "
-        f"{model.dtype}"
-    )
+    if model.finetuning == "full":
+        yield "trained", f"every weight but head and embedding table, in {model.dtype}"
+    elif model.adapter is None:
+        targets = ", ".join(model.lora.target_modules)
+        yield "adapter", (
+            f"LoRA of rank {model.lora.r}, alpha {model.lora.alpha:g}, on {targets}; base in "
+            f"{model.quantization or model.dtype}"
+        )
+    else:
+        yield "adapter", (
+            f"LoRA, gone on from {model.adapter} with that adapter's settings; base in "
+            f"{model.quantization or model.dtype}"
+        )
+    if model.reference == "initial":
+        yield "reference of KL", "the policy as it started"
     yield "task", config.task.name
     yield "data", task.get("dataset", config.task.dataset)
     prompts = task.get("splits", {}).get("policy", {}).get("examples")

@@ -14,6 +14,7 @@ from grade.errors import GradeError, reason_of, writing
 from grade.files import check_writable, replaced_folder
 from grade.model.checkpoint import CARD_FILE, copy_adapter, save_tokenizer, verified_step
 from grade.model.policy import Policy
+from grade.model.quantization import quantization_of
 
 
 class Merged(NamedTuple):
@@ -119,6 +120,17 @@ def merge(policy: Policy, prompts: Sequence[Sequence[int]]) -> Merged:
     Raises:
         GradeError: the model does not compute the same with merged weights.
     """
+    if policy.trains_all:
+        raise GradeError(
+            "--merge: model.finetuning=full has no adapter to merge: its checkpoint is a whole model. Export it "
+            "without --merge."
+        )
+    bits = quantization_of(policy.causal_lm)
+    if bits is not None:
+        raise GradeError(
+            f"--merge: the base is quantized (model.quantization={bits}), and its weights have no room for an adapter. "
+            "Export the adapter without --merge, or merge it into the whole weights with --model.quantization null."
+        )
     if not policy.merges:
         raise GradeError(
             f"--merge: {type(policy.causal_lm).__name__} shares the adapted weights between modules, or reads them "

@@ -30,7 +30,7 @@ _CLEARING = ".grade-clearing"
 _IN_CHECKPOINT = (
     r"README\.md|(adapter_config|trainer_state|manifest)\.json|(adapter_model|trainer_state)\.safetensors"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|processor_config)\.json"
-    r"|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.(model|tiktoken)"
+    r"|(generation_)?config\.json|model\.safetensors|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.(model|tiktoken)"
 )
 _TEMPLATES = "additional_chat_templates"
 _WRITTEN = {  # names of what a run writes, by the folder it lies in

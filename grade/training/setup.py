@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from grade.config import Config, judged_length
-from grade.model.fingerprint import check_made_from, model_inputs
+from grade.model.fingerprint import check_made_from, policy_inputs
 from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.processes import main_process_first
@@ -56,7 +56,7 @@ def set_up(
         generation=longest.generation, reward=longest.reward,
     )
     if run_dir is not None:
-        check_made_from(run_dir, model_inputs(policy))
+        check_made_from(run_dir, policy_inputs(policy))
     before_reward(policy)
     with main_process_first(accelerator):
         settings = config.reward if run_dir is None else with_kept_head(config.reward, run_dir)

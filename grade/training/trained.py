@@ -11,8 +11,8 @@ import torch
 from grade.config import Config
 from grade.errors import GradeError, read_json
 from grade.files import latest
-from grade.model.checkpoint import load_adapter, verified_step
-from grade.model.fingerprint import check_made_from, model_inputs
+from grade.model.checkpoint import holds_weights, load_adapter, verified_step
+from grade.model.fingerprint import check_made_from, policy_inputs
 from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.tasks.encoding import encode
@@ -30,8 +30,8 @@ def checkpoint_folder(run_dir: Path, checkpoint: str) -> Path:
     """
     own = re.fullmatch(r"best|last|step-\d+", checkpoint) is not None
     folder = latest(run_dir / "checkpoints" / checkpoint) if own else Path(checkpoint)
-    if not (folder / "adapter_config.json").is_file():
-        there = sorted(path.parent.name for path in run_dir.glob("checkpoints/*/adapter_config.json"))
+    if not holds_weights(folder):
+        there = sorted(path.name for path in run_dir.glob("checkpoints/*") if holds_weights(path))
         known = f"{run_dir} has {', '.join(there)}" if there else f"{run_dir} has no checkpoint yet"
         raise GradeError(
             f"--checkpoint {checkpoint}: {folder} holds no adapter (adapter_config.json is missing); {known}."
@@ -53,7 +53,7 @@ def load_trained(config: Config, run_dir: Path, folder: Path, device: torch.devi
         config.model, load_tokenizer(config.model), device, seed=config.seed, task=config.task,
         generation=config.generation, reward=config.reward,
     )
-    check_made_from(run_dir, model_inputs(policy))
+    check_made_from(run_dir, policy_inputs(policy))
     load_adapter(folder, policy)
     return policy
 

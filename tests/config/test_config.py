@@ -42,7 +42,7 @@ def test_defaults_are_valid():
         ({"generation__max_new_tokens": 4}, r"max_new_tokens \(4\) is below generation.min_new_tokens \(8\)"),
         ({"method__name": "grade", "method__replay_dropout": True}, "replay_dropout cannot be true"),
         ({"method__name": "grade", "method__estimator": "rao"}, "estimator=rao needs method.name=grade-ste"),
-        ({"train__accumulation_steps": 3, "generation__samples_per_prompt": 2}, r"\(3\) is not a multiple"),
+        ({"train__batch_size": 3, "generation__samples_per_prompt": 2}, r"\(3\) is not a multiple"),
         ({"train__resume": True, "train__overwrite": True}, "choose one"),
     ],
 )
@@ -175,6 +175,30 @@ def test_gpt2_config_is_the_first_experiment():
     assert train.learning_rate == 1e-4
     assert (generation.max_new_tokens, generation.min_new_tokens) == (48, 16)
     assert (method.tau_steps, method.kl_reduction) == (1000, "sequence_sum")
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("countdown_qwen2.5_1.5b", ("Qwen/Qwen2.5-1.5B-Instruct", "bfloat16", 500, 16, 4, 1e-5, 500, 2000)),
+    ("countdown_small", ("built-in:countdown", "float32", 100, 128, 1, 1e-3, 500, 2000)),
+    ("demo", ("made-by-grade-demo", "float32", 40, 16, 1, 1e-3, 200, 400)),
+    ("imdb_gpt2_medium", ("openai-community/gpt2-medium", "float32", 2000, 4, 4, 1e-4, 500, 2000)),
+    ("imdb_qwen3_4b", ("Qwen/Qwen3-4B", "bfloat16", 250, 1, 16, 1e-5, 500, 2000)),
+    ("imdb_small", ("../shared/models/imdb-lm", "float32", 150, 16, 1, 1e-3, 500, 2000)),
+])
+def test_what_a_shipped_config_says_of_its_scale_is_its_own(name, expected):
+    """None of it is left to the defaults, which are for a small model on one device and may change."""
+    settings = ("model.name", "model.dtype", "train.steps", "train.batch_size", "train.accumulation_steps",
+                "train.learning_rate", "evaluation.validation_prompts", "evaluation.test_prompts")
+    own = config_io.read_yaml(config_io.find_config(name))
+    assert tuple(own[setting] for setting in settings) == expected
+
+
+def test_settings_left_out_are_those_of_a_small_model(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train:\n  batch_size: 8\n")
+    config = config_io.load_config(path)
+    assert config.train.batch_size * config.train.accumulation_steps == 8
+    assert "4B" not in config.model.name
 
 
 # --- documentation -----------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from grade.model.adapter import add_reference
 from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.rewards.shared import RewardHead, SharedReward
@@ -115,6 +116,13 @@ def tiny_policy(name: str = "llama", *, dtype=torch.float32, seed=0, adapter_sca
             if "lora_B" in key:
                 parameter.normal_(std=adapter_scale) if adapter_scale else parameter.zero_()
     return Policy(model.to(dtype), TinyTokenizer(unknown))
+
+
+def two_references() -> Policy:
+    """A tiny policy whose second adapter, the reference, is its first as it is now."""
+    policy = tiny_policy()
+    add_reference(policy.model)
+    return Policy(policy.model, policy.tokenizer)
 
 
 def tiny_reward(policy: Policy, reads: str = "prompt+response", seed: int = 1) -> SharedReward:

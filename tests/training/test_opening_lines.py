@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 from tiny import tiny_policy
 from tiny_run import with_train
 
 from grade.commands.train import train
-from grade.config import Config
-from grade.training.opening_lines import opening_lines
+from grade.config import Config, GenerationConfig, TrainConfig
+from grade.training.opening_lines import opening_lines, step_line
 from grade.training.progress import training_progress
 
 
@@ -18,9 +19,20 @@ def test_a_reward_says_what_is_raised_and_trusted_code_is_announced():
     config, policy = Config(), tiny_policy()
     reward = SimpleNamespace(raises="the score")
     assert opening_lines(config, policy, reward)[0] == "reward: the score is raised"
-    assert len(opening_lines(config, policy, reward)) == 2
+    assert len(opening_lines(config, policy, reward)) == 3
     config.model.trust_remote_code = True
-    assert "code that comes with Qwen/Qwen3-4B" in opening_lines(config, policy, reward)[2]
+    assert "code that comes with Qwen/Qwen3-0.6B" in opening_lines(config, policy, reward)[3]
+
+
+@pytest.mark.parametrize("train, samples, processes, line", [
+    ({}, 1, 1, "a step: 16 prompts × 1 sample = 16 responses (train.batch_size 16 × train.accumulation_steps 1), 1,024 "
+     "tokens at most"),
+    ({"batch_size": 8, "accumulation_steps": 64}, 4, 2, "a step: 256 prompts × 4 samples = 1,024 responses "
+     "(train.batch_size 8 × train.accumulation_steps 64 × 2 processes), 65,536 tokens at most"),
+])
+def test_what_a_step_is(train, samples, processes, line):
+    config = Config(train=TrainConfig(**train), generation=GenerationConfig(samples_per_prompt=samples))
+    assert step_line(config, processes) == line
 
 
 def test_what_looks_like_a_tag_is_shown(capsys):

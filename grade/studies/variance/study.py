@@ -21,7 +21,7 @@ from grade.errors import GradeError, printing, read_json, writing
 from grade.files import check_writable, latest
 from grade.machine import machine
 from grade.model.checkpoint import adapter_digest, load_adapter
-from grade.model.fingerprint import check_made_from, inputs_of, model_inputs
+from grade.model.fingerprint import check_made_from, inputs_of, policy_inputs
 from grade.processes import make_accelerator
 from grade.studies.variance.laboratory import Estimator, Laboratory, config_of
 from grade.studies.variance.statistics import Draws, agreement, norm_error
@@ -79,7 +79,7 @@ def run_variance(config: Config, checkpoint: Path | None = None) -> dict:
         raise GradeError("grade variance runs in one process: start it without torchrun or accelerate.")
     tokenizer, task, policy, reward = set_up(config, accelerator, policy_config=largest)
     if checkpoint is not None:
-        check_made_from(checkpoint.parents[1], model_inputs(policy))
+        check_made_from(checkpoint.parents[1], policy_inputs(policy))
         load_adapter(latest(checkpoint), policy)
     payload = _kept(path, {**identity, "inputs": inputs_of(policy, task, reward.identity())})
     prompts = task.prompts("policy", tokenizer)
