@@ -64,8 +64,9 @@ class Trial:
         back, and gradients and what a method keeps are dropped."""
         device = self.policy.device
         generation = replace(self.config.generation, max_new_tokens=length, min_new_tokens=0, ignore_eos=True)
-        # GRPO passes over responses that nothing moves; a KL moves all.
-        method = replace(self.config.method, kl_coef=self.config.method.kl_coef or 1.0)
+        method = self.config.method
+        # GRPO passes over groups of equal rewards, whatever kl_coef is; this KL, known anyway, moves every response.
+        method = replace(method, grpo=replace(method.grpo, **{f"kl_{method.kl_direction}_coef": 1.0}))
         evaluated = mixed(self.evaluated, min(width, self.batches["evaluation"]))
         config = replace(self.config, generation=generation, method=method, train=self._train(width))
         few = replace(self, config=config, evaluated=evaluated, reward=self.reward.in_trial())
@@ -113,7 +114,8 @@ class Trial:
             try:
                 method.step(together, 0, enough)
             except _Enough:
-                pass
+                return
+            raise RuntimeError(f"a trial of method.name={config.method.name} has come to no update, nor to its memory")
 
         def evaluated() -> None:
             prompts = mixed(self.evaluated, self.batches["evaluation"])

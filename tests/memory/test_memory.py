@@ -16,6 +16,7 @@ from grade.errors import GradeError
 from grade.machine import free_bytes
 from grade.memory.peak import is_out_of_memory, peak_bytes
 from grade.memory.plan import SHARE, MemoryPlan, Need, Sizes, foreseen, measured, plan
+from grade.methods.grpo import GRPO
 from grade.model.checkpoint import load_state
 from grade.training.trial import Trial, mixed
 
@@ -92,6 +93,22 @@ def test_a_short_trial_bounds_a_long_one_and_three_foresee_it(name, batch, recom
     for phase, held in found.pop(128).items():
         assert held < 64 * found[16][phase]
         assert foreseen(found, 128)[phase] == pytest.approx(held, rel=0.15)  # another part may become the largest
+
+
+def test_a_trial_comes_to_an_update_though_rewards_are_equal(monkeypatch):
+    """GRPO's deviation of a group is then 0."""
+    def passes(scale: str) -> float:
+        config = config_of("grpo", batch=4)
+        config.generation.samples_per_prompt, config.method.grpo.advantage_scale = 2, scale
+        trial = trial_of(config)
+        for parameter in trial.reward.head.parameters():
+            parameter.data.zero_()
+        return trial(24, 8, recompute=False)[0]["passes"]
+
+    assert passes("std") == passes("none")
+    monkeypatch.setattr(GRPO, "step", lambda *_: {})
+    with pytest.raises(RuntimeError, match="no update"):
+        passes("std")
 
 
 def test_a_trial_leaves_no_trace():
