@@ -21,8 +21,8 @@ from grade.memory.peak import hand_back, is_out_of_memory
 Peaks = dict[str, float]
 """Bytes beside what is loaded, by phase: "rollout", "passes" (that training makes over what was sampled) and
 "evaluation"."""
-Trial = Callable[[int, int], tuple[Peaks, float]]
-"""trial(length, width): (peaks with responses of `length` tokens, about `width` of them together, how many times as
+Measurement = Callable[[int, int], tuple[Peaks, float]]
+"""measurement(length, width) by a trial: (peaks with responses of `length` tokens, about `width` of them together, how many times as
 many the run has)."""
 
 SHORTEST = 16
@@ -55,7 +55,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Need:
-    """What trials found: `how` is "about" if in full length, "at most" if bounded, "more than" if memory ran out."""
+    """What trials found: `how` is "about" if in full length, "at most" if bounded, "more than" if memory ran out, or
+    was foreseen to before all responses passed together."""
 
     peaks: Peaks
     how: str = "about"
@@ -70,10 +71,11 @@ class Need:
         return max(sorted(self.peaks, key=lambda name: name != "passes"), key=lambda name: self.peaks[name])
 
     def fits(self, free: float | None) -> bool:
-        return free is None or (self.total <= free and self.how != "more than")
+        """Whether it is within `free` bytes, None where the platform does not tell; what ran out does not fit."""
+        return self.how != "more than" and (free is None or self.total <= free)
 
 
-def measured(trial: Trial, longest: int, free: int | None) -> Need:
+def measured(trial: Measurement, longest: int, free: int | None) -> Need:
     """What the run needs, by as small a trial as tells.
 
     Args:
@@ -180,10 +182,8 @@ class MemoryPlan:
             GradeError: it needs more than is free.
         """
         if any_process(not self.need.fits(self.free)):
-            raise GradeError(
-                f"the run would need {self.sentence}, and {size_of(self.free or 0)} are free: that cannot fit. "
-                f"{self._change()}"
-            )
+            free = "trials ran out of memory" if self.free is None else f"{size_of(self.free)} are free"
+            raise GradeError(f"the run would need {self.sentence}, and {free}: that cannot fit. {self._change()}")
 
     @contextmanager
     def explained(self, what: str, section: str) -> Iterator[None]:
@@ -242,16 +242,16 @@ def plan(
     any_process: Callable[[bool], bool] = bool,
 ) -> MemoryPlan:
     """Run trials, and decide where method.activation_checkpointing is `auto`: on if the run would take more than 80 %
-    of what is free on any process, and less with it.
+    of what is free on any process, and less with it or nobody knows how much without.
 
     Args:
-        trial: a `Trial` that also takes `recompute`, whether activations are.
+        trial: a `Measurement` that also takes `recompute`, whether activations are.
     """
     recompute = config.method.activation_checkpointing is True
     need = measured(partial(trial, recompute=recompute), sizes.response, free)
     if config.method.activation_checkpointing == "auto" and sizes.can_recompute:
-        if any_process(free is not None and not need.fits(SHARE * free)):
+        if any_process(not need.fits(None if free is None else SHARE * free)):
             less = measured(partial(trial, recompute=True), sizes.response, free)
-            if any_process(less.total < need.total):
+            if any_process(need.how == "more than" or less.total < need.total):
                 need, recompute = less, True
     return MemoryPlan(config, sizes, need, free, recompute)

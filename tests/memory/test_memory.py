@@ -204,6 +204,16 @@ def test_a_trial_that_runs_out_of_memory_is_an_answer():
     assert not measured(Fake(a=1, most=0), 512, 7).fits(7)
     found = plan(Fake(a=10, most=9), config_of(length=64), SIZES, 10)  # recomputing helps
     assert found.recompute and found.need == Need({"rollout": 0, "passes": 5, "evaluation": 0})
+    found = plan(Fake(a=2200, most=1150), config_of(), replace(SIZES, response=16), 1000)  # but not enough
+    assert found.recompute and found.need == Need({"rollout": 0, "passes": 1100, "evaluation": 0})
+    with pytest.raises(GradeError, match="Set train.batch_size below"):
+        found.check()
+    unknown = plan(Fake(a=10, most=9), config_of(length=64), SIZES, None)
+    assert unknown.recompute and unknown.need.how == "at most"
+    unknown = plan(Fake(a=10, most=4), config_of(length=64), SIZES, None)
+    assert unknown.recompute and unknown.need.how == "more than" and not unknown.need.fits(None)
+    with pytest.raises(GradeError, match="and trials ran out of memory: "):
+        unknown.check()
     with pytest.raises(ValueError, match="no memory"):
         measured(lambda length, width: int("no memory"), 8, 9)
 
