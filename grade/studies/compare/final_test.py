@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from grade.config import Config, judged_length
+from grade.config import Config, flatten, judged_length, settings_with_role
 from grade.errors import GradeError, read_json, writing
 from grade.model.checkpoint import adapter_digest, load_adapter
 from grade.model.passes import base_pass, fed_embeddings
@@ -32,6 +32,10 @@ from grade.training.run_folder import make_again
 from grade.training.setup import set_up
 from grade_kernels import linear_token_logprob
 
+_TESTED = ("task", "model", "reward", "generation", "evaluation")
+"""Sections whose settings may change what a test finds."""
+_UNTESTED = ("evaluation.every", "evaluation.validation_prompts")
+"""Settings of those that choose the checkpoints, and leave the test of one what it is."""
 _ROOM = "Make room on its disk: what was tested before is kept, and the same command goes on."
 
 
@@ -108,10 +112,11 @@ def key_of(key: Checkpoint) -> str:
 
 def _identity(config: Config) -> dict:
     """What test results depend on beside the checkpoint."""
-    identity = {name: asdict(getattr(config, name)) for name in ("task", "model", "reward", "generation", "evaluation")}
-    for name in ("samples", "batch_size", "every", "validation_prompts"):
-        del identity["evaluation"][name]
-    return {**identity, "kl_direction": config.method.kl_direction}
+    settings = flatten(asdict(config))
+    return {
+        name: settings[name] for name in settings_with_role("identity")
+        if name == "method.kl_direction" or (name.partition(".")[0] in _TESTED and name not in _UNTESTED)
+    }
 
 
 def _numbers(row: dict) -> dict:
