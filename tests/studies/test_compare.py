@@ -121,7 +121,7 @@ def test_jobs_alternate_between_methods_and_validate_as_often_as_asked(comparabl
         return {job.name: "not run" for job in jobs}
 
     monkeypatch.setattr(grade.studies.compare.study, "run_jobs", no_run)
-    monkeypatch.setattr(grade.studies.compare.study, "prepare", lambda config: ({}, {}))
+    monkeypatch.setattr(grade.studies.compare.study, "prepared_inputs", lambda config: ({}, {}))
     with pytest.raises(GradeError, match="every run of the comparison failed"):
         run_comparison(comparable, ["ppo", "grpo"], [4, 5])
     assert order == ["ppo-seed4", "grpo-seed4", "ppo-seed5", "grpo-seed5"]

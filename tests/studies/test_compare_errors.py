@@ -86,7 +86,7 @@ def test_prompts_are_looked_at_before_models(few, monkeypatch):
     untested = changed(few, evaluation={"test_prompts": 0})
     assert load_prompts(untested.evaluation, NoPrompts(), None) == {"policy": [[1]], "validation": [[1]], "test": []}
 
-    monkeypatch.undo()  # the real `prepare`
+    monkeypatch.undo()  # the real `prepared_inputs`
     monkeypatch.setattr(setup, "load_tokenizer", lambda config: None)
     monkeypatch.setattr(setup, "load_task", lambda config: NoPrompts())
     monkeypatch.setattr(setup, "load_policy", lambda *_, **__: pytest.fail("too late"))
@@ -167,6 +167,20 @@ def test_an_adapter_that_cannot_be_read_fails_alone(few, no_models, tmp_path, mo
     assert str(adapter) in failures["ppo-seed0"] and f"Delete {adapter.parents[1]}: " in failures["ppo-seed0"]
 
 
+@pytest.mark.parametrize("section, settings, again", [
+    ("generation", {"batch_size": 3}, False), ("task", {"judge_examples": 9}, False), ("train", {"steps": 99}, False),
+    ("evaluation", {"every": 9, "validation_prompts": 9, "batch_size": 9}, False),
+    ("generation", {"top_k": 7}, True), ("evaluation", {"test_prompts": 1}, True),
+    ("method", {"kl_direction": "ref_policy"}, True),
+])
+def test_only_what_changes_a_test_is_tested_again(few, no_models, tmp_path, section, settings, again):
+    found = []
+    for config in (few, changed(few, **{section: settings})):
+        final_test.evaluate_checkpoints(config, tmp_path, INPUTS, {}, Console(quiet=True))
+        found.append(read_json(tmp_path / "tests.json", "")["identity"])
+    assert (found[0] != found[1]) is again
+
+
 @pytest.mark.parametrize("name", ["tests.json", "judge.json"])
 def test_damaged_results_are_told_in_words(few, no_models, tmp_path, name):
     final_test.evaluate_checkpoints(few, tmp_path, INPUTS, {}, Console(quiet=True))
@@ -208,6 +222,6 @@ def test_runs_made_from_something_else_are_not_counted(few, monkeypatch):
     """Finished runs under the same settings, whose base model was another one then."""
     for method in METHODS:
         finish(few, method)
-    monkeypatch.setattr(study, "prepare", lambda config: ({**INPUTS, "model": "another"}, {}))
+    monkeypatch.setattr(study, "prepared_inputs", lambda config: ({**INPUTS, "model": "another"}, {}))
     with pytest.raises(GradeError, match="reinforce-seed0 was started with other .*the base model's weights"):
         run_comparison(few, METHODS, [0])

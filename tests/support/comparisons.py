@@ -25,7 +25,7 @@ INPUTS = {"model": "m", "tokenizer": "t", "data": "d", "reward": "r"}
 @pytest.fixture
 def few(tmp_path, monkeypatch):
     """A comparison of two steps whose data, reward and test are never needed."""
-    monkeypatch.setattr(study, "prepare", lambda config: (INPUTS, {}))
+    monkeypatch.setattr(study, "prepared_inputs", lambda config: (INPUTS, {}))
     monkeypatch.setattr(study, "evaluate_checkpoints", lambda *_: ({}, {}, None))
     return changed(
         Config(name="few", output_dir=str(tmp_path), device="cpu"), train={"steps": 2},

@@ -129,7 +129,7 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
     comparison.folder.mkdir(parents=True, exist_ok=True)
     with locked(comparison.folder) as lock:
         console.print("Preparing data and reward", highlight=False)
-        inputs, judged = prepare(config)
+        inputs, judged = prepared_inputs(config)
         rates, sweep, failures = swept_rates(comparison, inputs, console, lock)
         jobs = {(m, s): comparison.run_job(m, s, rates[m]) for s in seeds for m in methods if m in rates}
         check_jobs(list(jobs.values()), inputs)
@@ -220,7 +220,7 @@ def _curve(job: Job, method: str, seed: int) -> RunCurve:
     return curve
 
 
-def prepare(config: Config) -> tuple[dict[str, str], dict[str, str]]:
+def prepared_inputs(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     """Find mistakes in data and prompts, and train the reward head, before several runs would each do so; in this
     process, and given back. The fingerprints of what the runs read, and of what only their test reads."""
     accelerator = make_accelerator(config)
