@@ -1,4 +1,4 @@
-"""Seeds for torch's generators, derived from a run's seed and what tells one use from another."""
+"""Seeds for torch's generators, from a run's seed and what tells one use from another."""
 
 from __future__ import annotations
 
@@ -13,3 +13,13 @@ def derived_seed(seed: int, *parts: int) -> int:
     """
     text = ",".join(str(int(part)) for part in (seed, *parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") % 2**63
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of an epoch's order of the prompts: seed * 1,000,003 + epoch.
+
+    Two runs share no order before their epoch 1,000,003, and the bounds of `seed` keep it within 63 bits. It is not
+    made a `derived_seed`, since the prompts of every run follow from it: a run would no longer repeat the metrics of an
+    earlier one, and one that was saved would go on with other prompts than it was to have.
+    """
+    return seed * 1_000_003 + epoch

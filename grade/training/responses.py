@@ -18,6 +18,7 @@ from grade.sampling.decode import Decoding
 from grade.sampling.draw import Sampling
 from grade.sampling.external import RolloutSource
 from grade.sampling.sample import sample
+from grade.seeds import epoch_seed
 
 
 def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> list[int]:
@@ -26,7 +27,7 @@ def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> list[int]
     position = step * per_step
     while len(numbers) < per_step:
         epoch, offset = divmod(position + len(numbers), count)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch_seed(seed, epoch)))
         numbers += order[offset: offset + per_step - len(numbers)].tolist()
     return numbers
 

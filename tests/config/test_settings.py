@@ -17,6 +17,7 @@ from grade.config.bounds import Facts, check_text, facts_of, numeric, setting, s
 from grade.config.number_texts import check_options
 from grade.errors import GradeError
 from grade.processes import make_accelerator
+from grade.seeds import epoch_seed
 from grade.training.run_folder import prepare_run_dir
 from grade.training.trainer import Trainer
 
@@ -131,7 +132,7 @@ def test_what_is_too_much_together(settings, message):
 
 def test_noise_rows_of_the_largest_run_fit_into_64_bits():
     assert NOISE_ROWS * 2**10 < 2**63  # among a thousand processes
-    assert FACTS["seed"][1].le * 1_000_003 + FACTS["train.steps"][1].le < 2**63
+    assert epoch_seed(FACTS["seed"][1].le, FACTS["train.steps"][1].le) < 2**63
 
 
 # --- the same values as texts ------------------------------------------------------------------------------
