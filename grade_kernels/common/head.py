@@ -50,7 +50,7 @@ def _mm_float32(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(x, weight, out_dtype=torch.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one answer
 class Head:
     """The head of a language model: logits = softcap * tanh((scale * hidden @ weight.T + bias) / softcap).
 
