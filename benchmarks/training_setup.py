@@ -168,7 +168,7 @@ class Bench:
             config = self.config
             method = make_method(
                 self.policy, self.reward, config.method, config.generation, config.train, Services(phase=self.phases),
-                seed=config.seed, activation_checkpointing=config.method.checkpoint,
+                seed=config.seed, activation_checkpointing=config.method.activation_checkpointing is True,
             )
             mask = torch.ones_like(self.prompts, dtype=torch.bool)
             with self.phases("rollout"):

@@ -192,7 +192,7 @@ def _number(bound: int | float) -> str:
 
 
 def numeric(kind: Any) -> list[type]:
-    """The number types in a setting's type: [int] of Optional[int] and of List[int], [] of a text."""
+    """The number types in a setting's type: [int] of int | None and of list[int], [] of a text."""
     found: list[type] = [kind] if kind in (int, float) else []
     for part in getattr(kind, "__args__", ()):
         found += numeric(part) if not isinstance(part, (str, bool)) else []

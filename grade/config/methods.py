@@ -125,8 +125,8 @@ class MethodConfig:
     replay_dropout: bool = False
     """Adapter dropout during replay. Breaks the fixed point of `grade`, which refuses it."""
     activation_checkpointing: Literal["auto"] | bool = setting("auto", role="speed")
-    """Recompute activations in the backward passes: less memory, more time. `auto`: only if the run's estimate would
-    otherwise exceed 80 % of the free memory."""
+    """Recompute activations in the backward passes: less memory, more time. `auto`: only if trials of a
+    step find that the run would otherwise exceed 80 % of the free memory."""
     prompt_cache: bool = True
     """The frozen pass reads prompts from a KV cache, one per distinct prompt; off with checkpointing, and for models
     that keep recurrent states."""
@@ -137,9 +137,9 @@ class MethodConfig:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
 
     @property
-    def checkpoint(self) -> bool:
-        """Whether activations are recomputed; `auto` is off until it is decided."""
-        return self.activation_checkpointing is True
+    def minibatches(self) -> int:
+        """Parts of a step's responses that are updates of their own: of PPO and GRPO, 1 of the others."""
+        return getattr(getattr(self, self.name, None), "minibatches", 1)
 
     def head_chunk_bytes(self, device: str) -> int:
         """`head_chunk_mib` on this type of device, bytes."""
@@ -161,8 +161,7 @@ def micro_batch_size(method: MethodConfig, batch_size: int, responses: int) -> i
         batch_size: train.batch_size.
         responses: of a step, on one process.
     """
-    minibatches = getattr(method, method.name).minibatches if method.name in ("ppo", "grpo") else 1
-    return math.gcd(batch_size, responses // minibatches)
+    return math.gcd(batch_size, responses // method.minibatches)
 
 
 def check_method(
@@ -233,10 +232,8 @@ def check_method(
             "method.reinforce.baseline=leave_one_out needs other responses, but a step has one. Raise "
             "train.batch_size or train.accumulation_steps, or use the baseline ema."
         )
-    if method.name in ("ppo", "grpo"):
-        minibatches = getattr(method, method.name).minibatches
-        if responses % minibatches:
-            raise GradeError(
-                f"method.{method.name}.minibatches ({minibatches}) does not divide the {responses} responses of a step "
-                "(train.batch_size * train.accumulation_steps). Change one of them."
-            )
+    if responses % method.minibatches:
+        raise GradeError(
+            f"method.{method.name}.minibatches ({method.minibatches}) does not divide the {responses} responses of a "
+            "step (train.batch_size * train.accumulation_steps). Change one of them."
+        )

@@ -274,8 +274,8 @@ class Policy:
     def merged_weights(self) -> list[torch.nn.Parameter]:
         """The weights of which `merged` makes copies.
 
-        None if they are 16-bit, since rounding to them would lose what a small adapter changes, or if the model does
-        not compute the same with them (`merges`).
+        An empty list if they are 16-bit, since rounding to them would lose what a small adapter changes, or if the
+        model does not compute the same with them (`merges`).
         """
         weights = [layer.get_base_layer().weight for layer in self.adapter_layers]
         return weights if self.merges and all(weight.dtype.itemsize >= 4 for weight in weights) else []

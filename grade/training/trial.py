@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -66,7 +66,8 @@ class Trial:
         generation = replace(self.config.generation, max_new_tokens=length, min_new_tokens=0, ignore_eos=True)
         method = self.config.method
         # GRPO passes over groups of equal rewards, whatever kl_coef is; this KL, known anyway, moves every response.
-        method = replace(method, grpo=replace(method.grpo, **{f"kl_{method.kl_direction}_coef": 1.0}))
+        coefficient: dict[str, Any] = {f"kl_{method.kl_direction}_coef": 1.0}
+        method = replace(method, grpo=replace(method.grpo, **coefficient))
         evaluated = mixed(self.evaluated, min(width, self.batches["evaluation"]))
         config = replace(self.config, generation=generation, method=method, train=self._train(width))
         few = replace(self, config=config, evaluated=evaluated, reward=self.reward.in_trial())
@@ -84,10 +85,9 @@ class Trial:
 
     def _train(self, width: int) -> TrainConfig:
         """With fewer responses, in whole groups and micro-batches."""
-        train, method = self.config.train, self.config.method
-        minibatches = getattr(method, method.name).minibatches if method.name in ("ppo", "grpo") else 1
+        train = self.config.train
         batch = min(width, self.batches["passes"])
-        fewest = math.lcm(self.config.generation.samples_per_prompt, minibatches * batch)
+        fewest = math.lcm(self.config.generation.samples_per_prompt, self.config.method.minibatches * batch)
         responses = fewest * max(width // fewest, 1)
         if responses >= self.batches["step"]:
             return train

@@ -119,7 +119,7 @@ class Laboratory:
         config = config_of(self.config, name, self.length, self.top_k, draws=draws, tau=tau)
         return make_method(
             self.policy, self.reward, config.method, config.generation, config.train, Services(), seed=config.seed,
-            activation_checkpointing=config.method.checkpoint,
+            activation_checkpointing=config.method.activation_checkpointing is True,
         )
 
     def _draw(self, method: Method, number: int, seed: int) -> Rollout:
