@@ -1,5 +1,5 @@
-"""The error that a user can mend, how other libraries' errors are quoted in it, and files that may be damaged or
-may not be written."""
+"""The error that a user can mend, how other libraries' errors are quoted in it, files that may be damaged or may not be
+written, and values that must be there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class GradeError(Exception):
@@ -23,6 +26,17 @@ _CHOICE = re.compile(r"\(\d\) ")
 
 class NothingLeft(GradeError):
     """A run that is to go on has had all its steps; to one that goes on where it can, that is no mistake."""
+
+
+def present(value: T | None) -> T:
+    """`value`, for what is None only where the caller has not asked for it, or not yet.
+
+    Raises:
+        ValueError: it is None.
+    """
+    if value is None:
+        raise ValueError("a value is missing that was to be there by now")
+    return value
 
 
 def reason_of(error: BaseException) -> str:

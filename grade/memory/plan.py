@@ -22,8 +22,8 @@ Peaks = dict[str, float]
 """Bytes beside what is loaded, by phase: "rollout", "passes" (that training makes over what was sampled) and
 "evaluation"."""
 Measurement = Callable[[int, int], tuple[Peaks, float]]
-"""measurement(length, width) by a trial: (peaks with responses of `length` tokens, about `width` of them together, how many times as
-many the run has)."""
+"""measurement(length, width) by a trial: (peaks with responses of `length` tokens, about `width` of them together, how
+many times as many the run has)."""
 
 SHORTEST = 16
 """Tokens of the shortest trial: from here on, sampling reads its weights as it does in longer ones."""

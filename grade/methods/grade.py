@@ -23,13 +23,12 @@ from dataclasses import replace
 import torch
 
 from grade.config.methods import BY_VALUE
-from grade.errors import GradeError
+from grade.errors import GradeError, present
 from grade.methods.base import Method, Update, loss_of
 from grade.methods.metrics import add_sums, step_sums, update_metrics
 from grade.methods.score_function import advantages
 from grade.methods.services import Totals
 from grade.replay.replay import ReplayResult, ReplaySettings, replay
-from grade.replay.score import present
 from grade.rewards.weighted import WeightedReward
 from grade.rollout import Rollout
 from grade.sampling.draw import Sampling, sampling_of

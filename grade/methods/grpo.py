@@ -35,11 +35,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grade.errors import present
 from grade.methods.base import Update
 from grade.methods.metrics import add_sums
 from grade.methods.policy_gradient import PolicyGradient, Scored, Terms, TokenMeans, Weights, clipped_surrogate
 from grade.methods.services import Totals
-from grade.replay.score import present
 from grade.rollout import Rollout
 
 _STD_OFFSET = 1e-4  # of TRL: a group that hardly differs is not blown up

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from grade.config.methods import micro_batch_size
+from grade.errors import present
 from grade.methods.base import Method, loss_of
 from grade.methods.metrics import add_sums, step_sums, to_numbers, update_metrics
 from grade.model.passes import fed_embeddings, policy_pass
-from grade.replay.score import RealTokens, Scores, ScoreSettings, frozen_passes, present, sampled_logits
+from grade.replay.score import RealTokens, Scores, ScoreSettings, frozen_passes, sampled_logits
 from grade.rollout import Rollout
 from grade.sampling.draw import Sampling, sampling_of
 from grade.seeds import derived_seed

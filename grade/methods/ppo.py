@@ -22,11 +22,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from grade.errors import present
 from grade.methods.base import Update
 from grade.methods.metrics import add_sums
 from grade.methods.policy_gradient import PolicyGradient, Scored, TokenMeans, Weights, clipped_surrogate
 from grade.methods.services import Services, Totals
-from grade.replay.score import present
 from grade.rollout import Rollout
 
 

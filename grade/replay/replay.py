@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grade.errors import present
 from grade.model.policy import Policy
 from grade.replay.score import (
     Forward,
@@ -35,7 +36,6 @@ from grade.replay.score import (
     Scores,
     ScoreSettings,
     forward,
-    present,
     sampled_logits,
     vjp,
 )

@@ -11,26 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from grade.errors import present
 from grade.model.passes import BasePass, base_pass, fed_embeddings, policy_pass
 from grade.model.policy import Policy
 from grade.rewards.base import EmbeddingTable, Reward
 from grade.rollout import Rollout
 from grade.sampling.sample import support_is_allowed
 from grade_kernels import VocabHead, vocab_head
-
-T = TypeVar("T")
-
-
-def present(value: T | None) -> T:
-    """`value`, for what is None only where the caller did not ask for it."""
-    if value is None:
-        raise ValueError("this was not asked for when the responses were scored")
-    return value
 
 
 @dataclass(kw_only=True)

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from grade.config import Config, TrainConfig
-from grade.errors import GradeError, reason_of, writing
+from grade.errors import GradeError, present, reason_of, writing
 from grade.files import replace_bytes, sync
 from grade.jsonl import append_rows, encode_rows, read_rows
-from grade.replay.score import present
 
 Extent = tuple[int, str]
 """Bytes of a file's beginning, and their SHA-256."""

@@ -35,7 +35,7 @@ def begun(step: int, processes: int) -> dict[str, Any]:
     """The entry of a session that starts now."""
     here = machine()
     return {
-        "command": command_line(), "started": now(), "ended": None, "after_step": step, "processes": processes,
+        "command": command_line(), "started": utc_now(), "ended": None, "after_step": step, "processes": processes,
         "versions": {"grade": __version__, "python": here["python"], **_versions()},
         "machine": {name: here[name] for name in ("cpu", "device")}, "git_commit": git_commit(Path(__file__).parent),
     }
@@ -50,7 +50,7 @@ def earlier(record: Path) -> list[dict[str, Any]]:
     return [session for session in found if isinstance(session, dict)] if isinstance(found, list) else []
 
 
-def now() -> str:
+def utc_now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 

@@ -16,13 +16,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers import get_scheduler
 
 from grade.config import Config
-from grade.errors import GradeError, writing
+from grade.errors import GradeError, present, writing
 from grade.files import latest, replace_text
 from grade.methods import make_method
 from grade.methods.metrics import Phases, peak_memory_gib, reset_peak_memory
@@ -33,7 +34,6 @@ from grade.model.fingerprint import inputs_of
 from grade.model.loading import load_prompts
 from grade.model.policy import Policy
 from grade.processes import main_process_first, summed
-from grade.replay.score import present
 from grade.rollout import Rollout
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.decode import Decoding
@@ -48,7 +48,7 @@ from grade.training.progress import TrainingProgress, training_progress
 from grade.training.responses import Responses
 from grade.training.resuming import best_is_missing, other_schedule, restored
 from grade.training.run_folder import adapter_folder, clear, mark, write_run_config
-from grade.training.sessions import SESSIONS, begun, earlier, now
+from grade.training.sessions import SESSIONS, begun, earlier, utc_now
 from grade.training.setup import set_up
 from grade.training.soundness import broken_measure, broken_policy
 from grade.training.trial import Trial, memory_plan
@@ -64,6 +64,8 @@ class Trainer:
         self.config, self.accelerator, self.run_dir = config, accelerator, run_dir
         self.phases = Phases(accelerator.device)
         self.services = Services(partial(summed, accelerator), self.phases)
+        self.decoding: Decoding  # by `_decode_with`, from the policy and before there is a reward
+        self.record: dict[str, Any] = {}  # what run.json holds, once `fit` has begun
         with main_process_first(accelerator):
             if accelerator.is_main_process:
                 check_loggers(config.train)
@@ -349,7 +351,7 @@ class Trainer:
 
     def _end_session(self) -> None:
         if self.accelerator.is_main_process:
-            self.record[SESSIONS][-1]["ended"] = now()
+            self.record[SESSIONS][-1]["ended"] = utc_now()
             with suppress(OSError):  # a full disk was told of where it mattered
                 self._replace_record()
 

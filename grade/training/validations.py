@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from grade.replay.score import present
+from grade.errors import present
 from grade.training.evaluation import Evaluation
 
 
