@@ -140,8 +140,8 @@ class Pretrained:
                 base = None
             raise self.refusal(
                 f"it is an adapter (adapter_config.json) of the model {base or 'that it was trained on'}, not a model. "
-                "Name that model, and the adapter as model.adapter to go on from it; or merge the adapter into it (peft's "
-                "merge_and_unload), save that, and name its folder."
+                "Name that model, and the adapter as model.adapter to go on from it; or merge the adapter into it "
+                "(peft's merge_and_unload), save that, and name its folder."
             )
 
     def _check_folder(self, folder: Path) -> None:

@@ -138,7 +138,7 @@ def test_an_adapter_on_the_hub_is_told_before_its_tokenizer_is_read(tmp_path, as
     found.write_text(json.dumps({"base_model_name_or_path": "some/base"}))
     monkeypatch.setattr("grade.model.pretrained.find_adapter_config_file", lambda name, **_: str(found))
     with pytest.raises(GradeError, match="model.name=org/adapter .* it is an adapter .* of the model some/base"):
-        load_tokenizer(config_for("org/adapter"))
+        load_tokenizer(config_for("org/adapter").model)
     assert not asked
 
 
