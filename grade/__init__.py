@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from grade.config.reading import load_config
     from grade.errors import GradeError
     from grade.rewards.base import DifferentiableReward, EmbeddingTable, Reward, RewardFunction
+    from grade.rewards.weighted import Term
     from grade.training.api import GradeTrainer, TrainResult
     from grade.training.callbacks import Callback
 
@@ -33,11 +34,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Callback", "DifferentiableReward", "EmbeddingTable", "EvaluationConfig", "GenerationConfig", "GradeConfig",
     "GradeError", "GradeTrainer", "LoraSettings", "MethodConfig", "ModelConfig", "Reward", "RewardConfig",
-    "RewardFunction", "RolloutConfig", "TaskConfig", "TrainConfig", "TrainResult", "load_config",
+    "RewardFunction", "RolloutConfig", "TaskConfig", "Term", "TrainConfig", "TrainResult", "load_config",
 ]
 
 _ELSEWHERE = {
     "Callback": "grade.training.callbacks", "GradeError": "grade.errors", "load_config": "grade.config.reading",
+    "Term": "grade.rewards.weighted",
     **dict.fromkeys(("DifferentiableReward", "EmbeddingTable", "Reward", "RewardFunction"), "grade.rewards.base"),
     **dict.fromkeys(("GradeTrainer", "TrainResult"), "grade.training.api"),
 }

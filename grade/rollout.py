@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_OF_TOKENS = ("tokens", "mask", "indices", "token_weight", "rows", "weights", "missed")
+"""Tensors [B, S, ...] of a rollout."""
+
 
 @dataclass
 class Rollout:
@@ -29,6 +32,12 @@ class Rollout:
         rows: [B, S] int64, noise rows.
         missed: [B, S] bool, tokens from elsewhere that were not among the policy's candidates; None if sampled here.
         min_new_tokens, seed, samples_per_prompt: of the draw. Samples of one prompt stand next to each other.
+        split: of the task that the prompts come from; None where they come from elsewhere (rollout.source).
+        prompt_index: [B] int64, the numbers of the prompts in that split; None likewise.
+        judged: [B, T] float64, what the T functions of the reward have said, NaN where one does not apply; None where
+            they have not been asked.
+        advantage: [B] float64, the weight of the response's score in a gradient that is followed by the score function;
+            None where none is.
     """
 
     prompt_ids: Tensor
@@ -44,6 +53,10 @@ class Rollout:
     ignore_eos: bool = False
     seed: int = 0
     samples_per_prompt: int = 1
+    split: str | None = None
+    prompt_index: Tensor | None = None
+    judged: Tensor | None = None
+    advantage: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -55,7 +68,23 @@ class Rollout:
         if (stop - start) % self.samples_per_prompt or start % self.samples_per_prompt:
             part.samples_per_prompt = 1  # a prompt's samples are split: treat every response by itself
         ids, mask = (tensor[:, tensor.shape[1] - prompt:] for tensor in (part.prompt_ids, part.prompt_mask))
-        return replace(part._at((slice(None), slice(response))), prompt_ids=ids, prompt_mask=mask)
+        of_tokens: dict[str, Any] = {
+            name: values[:, :response] for name, values in part._tensors() if name in _OF_TOKENS
+        }
+        return replace(part, prompt_ids=ids, prompt_mask=mask, **of_tokens)
+
+    def of(self, split: str, numbers: Sequence[int]) -> Rollout:
+        """The same, with the numbers of its prompts in a split of the task, one a prompt."""
+        index = torch.tensor(numbers, device=self.tokens.device).repeat_interleave(self.samples_per_prompt)
+        return replace(self, split=split, prompt_index=index)
+
+    def real_prompts(self) -> list[list[int]]:
+        """The prompts' token ids, without padding."""
+        return [ids[mask].tolist() for ids, mask in zip(self.prompt_ids, self.prompt_mask, strict=True)]
+
+    def real_tokens(self) -> list[list[int]]:
+        """The responses' token ids, without padding."""
+        return [ids[mask].tolist() for ids, mask in zip(self.tokens, self.mask, strict=True)]
 
     def ended_by(self, eos_ids: Tensor) -> Tensor:
         """[B] bool: responses whose last real token is one of `eos_ids`."""
@@ -78,9 +107,13 @@ class Rollout:
 
     def _at(self, index: Any) -> Rollout:
         """Every tensor at `index`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen: dict[str, Any] = {name: v[index] for name, v in values.items() if isinstance(v, Tensor)}
+        chosen: dict[str, Any] = {name: values[index] for name, values in self._tensors()}
         return replace(self, **chosen)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for f in fields(self):
+            if isinstance(values := getattr(self, f.name), Tensor):
+                yield f.name, values
 
 
 def pad_prompts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from grade.config import Config, judged_length
+from grade.config import Config, judged_length, trains_head
 from grade.config.tasks import JUDGED_BY_PROGRAM
 from grade.errors import GradeError
 from grade.model.loading import load_policy, load_tokenizer
@@ -21,6 +21,8 @@ def train_reward(config: Config) -> dict[str, float]:
         raise GradeError("reward.model names a trained classifier: there is no head to train. Set it to null.")
     if config.task.name in JUDGED_BY_PROGRAM:
         raise GradeError(f"task.name={config.task.name} is judged by a program: there is no head to train.")
+    if not trains_head(config.task, config.reward):
+        raise GradeError("the reward is a function alone: there is no head to train. Set reward.weight for one.")
     tokenizer = load_tokenizer(config.model)
     task = load_task(config.task)
     policy = load_policy(

@@ -5,6 +5,7 @@ from grade.config.schema import (
     NOISE_ROWS,
     Config,
     EvaluationConfig,
+    FunctionTerm,
     GenerationConfig,
     LoraSettings,
     ModelConfig,
@@ -16,12 +17,14 @@ from grade.config.schema import (
     get_setting,
     judged_length,
     settings_with_role,
+    trains_head,
     validate,
+    without_gradient,
 )
 from grade.config.tasks import TaskConfig
 
 __all__ = [
-    "NOISE_ROWS", "Config", "EvaluationConfig", "GenerationConfig", "LoraSettings", "MethodConfig", "ModelConfig",
-    "RewardConfig", "RolloutConfig", "TaskConfig", "TrainConfig", "default_methods", "flatten", "get_setting",
-    "judged_length", "settings_with_role", "validate",
+    "NOISE_ROWS", "Config", "EvaluationConfig", "FunctionTerm", "GenerationConfig", "LoraSettings", "MethodConfig",
+    "ModelConfig", "RewardConfig", "RolloutConfig", "TaskConfig", "TrainConfig", "default_methods", "flatten",
+    "get_setting", "judged_length", "settings_with_role", "trains_head", "validate", "without_gradient",
 ]

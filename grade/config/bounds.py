@@ -121,8 +121,10 @@ def check_values(section: Any, prefix: str = "") -> None:
             check_values(value, f"{name}.")
             continue
         facts = field.metadata.get("facts", Facts())
-        for entry in value if isinstance(value, list) else [value]:
-            if isinstance(entry, str):
+        for place, entry in enumerate(value if isinstance(value, list) else [value]):
+            if dataclasses.is_dataclass(entry):
+                check_values(entry, f"{name}[{place}].")
+            elif isinstance(entry, str):
                 check_text(name, entry, facts.text)
             elif facts.numeric and entry is not None and not facts.allow(entry):
                 each = "each must be" if isinstance(value, list) else "it must be"

@@ -12,6 +12,8 @@ from grade.errors import GradeError
 METHODS = ("grade-ste", "grade", "ppo", "reinforce", "grpo")
 DIFFERENTIATING = ("grade-ste", "grade")
 """Methods that backpropagate the reward, and so need one with a gradient."""
+BY_VALUE = tuple(name for name in METHODS if name not in DIFFERENTIATING)
+"""Methods that need no more of the reward than its value."""
 VARIANTS = {"grpo-token": ("grpo", {"level": "token"}), "rloo": ("reinforce", {"baseline": "leave_one_out"})}
 """Names that `grade compare` knows beside METHODS: a method, and what is changed in its section."""
 COMPARED = (*METHODS, *VARIANTS)
@@ -164,23 +166,29 @@ def micro_batch_size(method: MethodConfig, batch_size: int, responses: int) -> i
 
 
 def check_method(
-    method: MethodConfig, *, samples_per_prompt: int, responses: int, reward_has_gradient: bool, own_sampling: bool
+    method: MethodConfig, *, samples_per_prompt: int, responses: int, own_sampling: bool,
+    no_gradient: str | None = None, functions: bool = False,
 ) -> None:
     """Refuse a method that cannot work with the rest of the settings.
 
     Args:
         responses: of a step, on one process.
-        reward_has_gradient: whether the task's reward can be backpropagated.
         own_sampling: whether responses are sampled here, so that their noise is known.
+        no_gradient: what the reward is, if it cannot be backpropagated.
+        functions: whether functions are a part of the reward.
 
     Raises:
         GradeError: naming the setting, the reason and the fix.
     """
-    if method.name in DIFFERENTIATING and not reward_has_gradient:
-        others = ", ".join(name for name in METHODS if name not in DIFFERENTIATING)
+    if method.name in DIFFERENTIATING and no_gradient is not None:
         raise GradeError(
-            f"method.name={method.name} backpropagates the reward, and this task's reward is a program without a "
-            f"gradient. Use a method that only needs its value: {others}."
+            f"method.name={method.name} backpropagates the reward, and {no_gradient} without a gradient. Use a method "
+            f"that only needs its value: {', '.join(BY_VALUE)}."
+        )
+    if method.name in DIFFERENTIATING and functions and method.replay_dropout:
+        raise GradeError(
+            "method.replay_dropout is true, and reward.functions are followed by the probabilities of the sampled "
+            "tokens, which dropout would change. Set it to false."
         )
     if method.name not in DIFFERENTIATING and method.replay_dropout:
         raise GradeError(

@@ -7,10 +7,11 @@ number is worse than one that is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -34,6 +35,9 @@ def describe_type(kind: Any) -> str:
         return " or ".join(describe_type(part) for part in get_args(kind))
     if get_origin(kind) is list:
         kind = get_args(kind)[0]
+        if dataclasses.is_dataclass(kind):
+            names = [field.name for field in dataclasses.fields(kind)]
+            return f"a list of entries with {', '.join(names)}, written [{{{names[0]}: ...}}]"
         choices = get_args(kind)  # of a Literal
         words = {int: "whole numbers", float: "numbers"}.get(kind, " or ".join(choices) or "texts")
         return f"a list of {words}, written [{'1, 2' if kind in (int, float) else 'a, b'}]"
@@ -58,12 +62,52 @@ def check_options(options: list[str], kinds: Mapping[str, Any]) -> None:
             text = waiting.pop(0)
         kind = kinds.get(name.removesuffix("+"))
         node: yaml.Node | None = yaml.ScalarNode("", text)
-        if not name.endswith("+") and list in (get_origin(kind), *map(get_origin, get_args(kind))):
+        if entry_section(kind) is not None or (
+            not name.endswith("+") and list in (get_origin(kind), *map(get_origin, get_args(kind)))
+        ):
             try:
                 node = yaml.compose(text, Loader=yaml.SafeLoader)
             except (yaml.YAMLError, RecursionError):
                 continue  # what is wrong is told where it is parsed
+        if name.endswith("+") and entry_section(kind) is not None:
+            node = yaml.SequenceNode("", [node])
         check_node(name.removesuffix("+"), node, kind)
+
+
+def entry_section(kind: Any) -> type | None:
+    """The dataclass that a setting is a list of; None where it is none."""
+    entry = get_args(kind)[0] if get_origin(kind) is list else None
+    return entry if dataclasses.is_dataclass(entry) and isinstance(entry, type) else None
+
+
+def _check_entries(name: str, node: yaml.Node | None, section: type) -> None:
+    """Refuse what is no list of such entries: no path, no code, no unknown field.
+
+    Raises:
+        GradeError: naming the setting, the entry and its field.
+    """
+    kinds, defaults = get_type_hints(section), {f.name: f.default for f in dataclasses.fields(section)}
+    if not isinstance(node, yaml.SequenceNode):
+        raise GradeError(f"{name}: it must be {describe_type(list[section])}.")  # type: ignore[valid-type]
+    for place, entry in enumerate(node.value):
+        here = f"{name}[{place}]"
+        if not isinstance(entry, yaml.MappingNode):
+            raise GradeError(f"{here}: {name} must be {describe_type(list[section])}.")  # type: ignore[valid-type]
+        given = {key.value: value for key, value in entry.value}
+        unknown = [key for key in given if key not in kinds]
+        if unknown:
+            raise GradeError(f"unknown setting {here}.{shown(unknown[0])}: an entry has {', '.join(kinds)}.")
+        missing = [key for key in kinds if key not in given and defaults[key] is dataclasses.MISSING]
+        if missing:
+            raise GradeError(f"{here} has no {missing[0]}: it must be given.")
+        for key, value in given.items():
+            kind = kinds[key]
+            check_node(f"{here}.{key}", value, kind)
+            allowed = tuple(get_args(kind)) or (kind,)
+            if numeric(kind) and isinstance(value, yaml.ScalarNode) and value.value not in _NULL:
+                continue  # checked above
+            if not isinstance(yaml.safe_load(yaml.serialize(value)), allowed):
+                raise GradeError(f"{here}.{key} is {shown(value.value)}: it must be {describe_type(kind)}.")
 
 
 def check_node(name: str, node: yaml.Node | None, kind: Any) -> None:
@@ -72,6 +116,9 @@ def check_node(name: str, node: yaml.Node | None, kind: Any) -> None:
     Args:
         kind: the setting's type; anything but numbers passes.
     """
+    section = entry_section(kind)
+    if section is not None:
+        return _check_entries(name, node, section)
     numbers = numeric(kind)
     entries = node.value if isinstance(node, yaml.SequenceNode) else [node]
     for entry in entries if numbers else []:

@@ -25,7 +25,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from grade.config import Config, get_setting, validate
 from grade.config.bounds import check_text, facts_of, is_section, shown
-from grade.config.number_texts import check_node, check_options, describe_type
+from grade.config.number_texts import check_node, check_options, describe_type, entry_section
 from grade.errors import GradeError, reason_of
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
@@ -352,6 +352,8 @@ def build_config(namespace: Any) -> Config:
             value = getattr(values, name)
             if is_section(kind):
                 filled[name] = build(kind, value)
+            elif (entry := entry_section(kind)) is not None:
+                filled[name] = [one if isinstance(one, entry) else entry(**vars(one)) for one in value]
             else:
                 # A copy, so that no two configs share one of the parser's default lists.
                 filled[name] = list(value) if isinstance(value, list) else value

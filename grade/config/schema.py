@@ -21,11 +21,15 @@ from grade.config.bounds import (
     check_values,
     facts_of,
     setting,
+    shown,
 )
-from grade.config.methods import DIFFERENTIATING, METHODS, MethodConfig, check_method
+from grade.config.methods import BY_VALUE, METHODS, MethodConfig, check_method
 from grade.config.studies import CompareConfig, VarianceConfig, check_studies
 from grade.config.tasks import JUDGED_BY_PROGRAM, WRITTEN, WRITTEN_EXAMPLES, TaskConfig
 from grade.errors import GradeError
+
+MODEL_TERM = "model"
+"""What the log calls the head, the classifier or the task's program beside functions."""
 
 
 @dataclass
@@ -60,8 +64,31 @@ class ModelConfig:
 
 
 @dataclass
+class FunctionTerm:
+    """A Python function as a term of the reward: weight * (scale * f + offset)."""
+
+    function: str
+    """FILE.py:NAME."""
+    name: str | None = None
+    """In the log, rewards/<name>/mean; null: that of the function."""
+    weight: float = setting(1.0, ge=-WEIGHT, le=WEIGHT)
+    """Weight of the term in the reward."""
+    scale: float = setting(1.0, ge=-WEIGHT, le=WEIGHT)
+    """What the function's values are multiplied with."""
+    offset: float = setting(0.0, ge=-WEIGHT, le=WEIGHT)
+    """What is added to them then."""
+    normalize: bool = False
+    """First shift and scale the values to mean 0 and deviation 1 over the steps before."""
+
+    @property
+    def called(self) -> str:
+        return self.name or self.function.rpartition(":")[2]
+
+
+@dataclass
 class RewardConfig:
-    """The differentiable reward, in [0, 1]: the probability that the text is positive."""
+    """What is maximised: a differentiable model of the text, by default the probability that it is positive, or Python
+    functions, or both as a weighted sum."""
 
     model: str | None = None
     """Classifier with the policy's vocabulary (hub name or folder); null: a head on the frozen base."""
@@ -85,6 +112,46 @@ class RewardConfig:
     """Reviews are cut to this many tokens for the head's training."""
     seed: int = setting(0, ge=0, le=SEED)
     """Seed of the head's initial weights and of its batches."""
+    function: str | None = None
+    """FILE.py:NAME, a function f(prompts, completions, **columns) -> list of numbers or None; the file is run. A
+    function has no gradient: alone it is for ppo, reinforce and grpo, and no head is trained; beside a head or a
+    classifier grade and grade-ste follow it by the score function."""
+    functions: list[FunctionTerm] = field(default_factory=list)
+    """Several of them: [{function: FILE.py:NAME, name: null, weight: 1, scale: 1, offset: 0, normalize: false}]."""
+    weight: float | None = setting(None, ge=-WEIGHT, le=WEIGHT)
+    """Weight of the head, of the classifier or of the task's program beside functions; null: 1, but without a head
+    where there are functions."""
+    scale: float = setting(1.0, ge=-WEIGHT, le=WEIGHT)
+    """What the values of the head, classifier or program are multiplied with."""
+    offset: float = setting(0.0, ge=-WEIGHT, le=WEIGHT)
+    """What is added to them then."""
+    normalize: bool = False
+    """First shift and scale them to mean 0 and deviation 1 over the steps before; evaluations take them as they are."""
+    bridge: Literal["retokenize"] | None = None
+    """`retokenize`: reward.model may have any vocabulary and reads the written text, without a gradient."""
+
+    @property
+    def terms(self) -> list[FunctionTerm]:
+        """All functions."""
+        return [*([FunctionTerm(self.function)] if self.function is not None else []), *self.functions]
+
+
+def trains_head(task: TaskConfig, reward: RewardConfig) -> bool:
+    """Whether the reward has a head on the frozen base, which is trained on labelled texts."""
+    if task.name in JUDGED_BY_PROGRAM or reward.model is not None:
+        return False
+    return not reward.terms or reward.weight is not None
+
+
+def without_gradient(task: TaskConfig, reward: RewardConfig) -> str | None:
+    """What the reward is if no part of it can be backpropagated, in words; None if one can."""
+    if task.name in JUDGED_BY_PROGRAM:
+        return "this task's reward is a program"
+    if trains_head(task, reward) or reward.model is not None and reward.bridge is None:
+        return None
+    if reward.model is not None:
+        return f"reward.bridge={reward.bridge} scores the text"
+    return f"the reward is a function alone ({reward.terms[0].function})"
 
 
 @dataclass
@@ -194,9 +261,10 @@ class EvaluationConfig:
 
 def default_methods(config: Config) -> list[str]:
     """What `grade compare` compares unless told: the methods that can use the task's reward."""
-    if config.task.name in JUDGED_BY_PROGRAM:
-        return [name for name in METHODS if name not in DIFFERENTIATING] + ["grpo-token"]
-    return list(METHODS)
+    if without_gradient(config.task, config.reward) is None:
+        return list(METHODS)
+    by_program = config.task.name in JUDGED_BY_PROGRAM and not config.reward.terms
+    return [*BY_VALUE, *(["grpo-token"] if by_program else [])]
 
 
 @dataclass
@@ -289,8 +357,10 @@ def validate(config: Config) -> None:
         )
     check_method(
         method, samples_per_prompt=generation.samples_per_prompt, responses=per_step,
-        reward_has_gradient=config.task.name not in JUDGED_BY_PROGRAM, own_sampling=config.rollout.source is None,
+        own_sampling=config.rollout.source is None, no_gradient=without_gradient(config.task, config.reward),
+        functions=bool(config.reward.terms),
     )
+    _check_reward(config.reward)
     if config.task.name in JUDGED_BY_PROGRAM and config.reward.model is not None:
         raise GradeError(
             f"reward.model is {config.reward.model}, but the task {config.task.name} brings its own reward. Set it to "
@@ -311,8 +381,34 @@ def validate(config: Config) -> None:
             "method.grpo.level=token needs the reward after every token, which a classifier (reward.model) does not "
             "give. Use level sequence, or leave reward.model null for the trained head."
         )
+    if method.name == "grpo" and method.grpo.level == "token" and config.reward.terms:
+        raise GradeError(
+            "method.grpo.level=token needs the reward after every token, which a function (reward.function) does not "
+            "give. Use level sequence."
+        )
     if train.resume and train.overwrite:
         raise GradeError(f"train.resume is {train.resume} and train.overwrite is true: choose one.")
+
+
+def _check_reward(reward: RewardConfig) -> None:
+    """Functions that are named as such, each by a name of its own; a bridge to something."""
+    for term in reward.terms:
+        file, _, name = term.function.rpartition(":")
+        if not file or not name.isidentifier():
+            raise GradeError(
+                f"reward.function is {shown(term.function)}: write FILE.py:NAME, such as rewards.py:is_correct."
+            )
+        if not term.called or any(c in term.called for c in "/\\") or not term.called.isprintable():
+            raise GradeError(f"reward.functions: the name {shown(term.called)} stands in the log: use a plain word.")
+    names = [MODEL_TERM, *(term.called for term in reward.terms)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise GradeError(
+            f"reward.functions: two terms of the reward are called {twice} ({MODEL_TERM} is the head or classifier). "
+            "Give one of them another name."
+        )
+    if reward.bridge is not None and reward.model is None:
+        raise GradeError(f"reward.bridge is {reward.bridge}, but reward.model is null. Name a classifier.")
 
 
 def judged_length(config: Config) -> int:

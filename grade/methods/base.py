@@ -10,11 +10,12 @@ on the same rollouts, with the same reference and reward; they differ in how the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from grade.config import GenerationConfig, MethodConfig, TrainConfig
+from grade.methods.metrics import moments, step_metrics
 from grade.methods.services import Services, Totals
 from grade.model.policy import Policy
 from grade.rewards.base import Reward
@@ -59,6 +60,16 @@ class Method:
             All that is logged of it, but for what the trainer measures itself (times, memory, the learning rate).
         """
         raise NotImplementedError
+
+    def judged(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """The rollouts with what the reward's functions say of them, which are asked once a step."""
+        return [replace(rollout, judged=self.reward.judge(rollout)) for rollout in rollouts]
+
+    def observed(self, sums: dict[str, float]) -> dict[str, float]:
+        """A step's means from this process' sums; the reward hears what its terms gave."""
+        total = self.services.sum(sums)
+        self.reward.observe(moments(total))
+        return step_metrics(total)
 
     def weight_of_kl(self, mask: Tensor, totals: Totals) -> Tensor:
         """`kl_weight` under this method's settings, for a step or mini-batch with `totals`."""

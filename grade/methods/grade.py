@@ -3,7 +3,9 @@
     L = - mean over responses of r(x, Y)  +  kl_coef * KL
 
 One optimizer step: sample (no graph), count the real tokens of the whole batch, then replay each micro-batch, which
-adds its share of dL/dtheta to the adapter's gradients. Where this departs from the published code:
+adds its share of dL/dtheta to the adapter's gradients. Functions beside the reward, which have no gradient, are
+followed on the same responses by the score function (`grade.methods.score_function`). Where this departs from the
+published code:
 
 - the KL is in the loss, exact over the vocabulary, aligned with the token it belongs to, and its gradient runs
   through earlier tokens of both models;
@@ -16,13 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
+from grade.config.methods import BY_VALUE
+from grade.errors import GradeError
 from grade.methods.base import Method, Update, loss_of
-from grade.methods.metrics import add_sums, step_metrics, step_sums, update_metrics
+from grade.methods.metrics import add_sums, step_sums, update_metrics
+from grade.methods.score_function import advantages
 from grade.methods.services import Totals
 from grade.replay.replay import ReplayResult, ReplaySettings, replay
+from grade.replay.score import present
+from grade.rewards.weighted import WeightedReward
 from grade.rollout import Rollout
 from grade.sampling.draw import Sampling, sampling_of
 from grade.seeds import derived_seed
@@ -34,7 +42,19 @@ def tau_at(step: int, start: float, end: float, steps: int) -> float:
 
 
 class Grade(Method):
-    """The method as the trainer sees it: how to sample, and how to turn rollouts into gradients."""
+    """The method as the trainer sees it: how to sample, and how to turn rollouts into gradients.
+
+    Raises:
+        GradeError: no part of the reward has a gradient.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.reward.differentiable:
+            raise GradeError(
+                f"method.name={self.config.name} backpropagates the reward, and {type(self.reward).__name__} has no "
+                f"gradient. Use a method that only needs its value: {', '.join(BY_VALUE)}."
+            )
 
     def tau(self, step: int) -> float:
         return tau_at(step, self.config.tau_start, self.config.tau_end, self.config.tau_steps)
@@ -48,7 +68,7 @@ class Grade(Method):
             tau=self.tau(step), estimator=config.estimator, rao_samples=config.rao_samples,
             kl_direction=config.kl_direction, kl_prefix_grad=config.kl_prefix_grad, max_hops=config.max_hops,
             hop_tol=config.hop_tol, dropout=config.replay_dropout,
-            activation_checkpointing=self.activation_checkpointing,
+            activation_checkpointing=self.activation_checkpointing, training=True,
             prompt_cache=config.prompt_cache, chunk_bytes=config.head_chunk_bytes(self.policy.device.type),
             any_process=self.services.any_process, phase=self.services.phase,
         )
@@ -57,12 +77,23 @@ class Grade(Method):
         # The KL's token mean divides by all real tokens of the step, so they are counted before the first pull-back.
         totals = self.services.totals(r.mask for r in rollouts)
         sums: dict[str, float] = {}
-        for rollout in rollouts:
+        for rollout in self.judged(rollouts):
             for micro_batch in rollout.micro_batches(self.train.batch_size, by_length=True):
                 sums = add_sums(sums, self._sums(micro_batch, self.accumulate(micro_batch, step, totals)))
         norm = update()
-        metrics = step_metrics(self.services.sum(sums))
+        metrics = self.observed(sums)
         return {"loss": loss_of(self.config, metrics), **metrics, "tau": self.tau(step), **update_metrics([norm])}
+
+    def judged(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """With what the reward's functions say of them, and the weights of their scores that follow from that."""
+        if not isinstance(self.reward, WeightedReward) or not self.reward.functions:
+            return rollouts
+        with self.services.phase("score"):
+            rollouts = super().judged(rollouts)
+        shares = torch.cat([self.reward.function_shares(present(r.judged)) for r in rollouts])
+        weights = advantages(shares, self.generation.samples_per_prompt, self.services.reduce)
+        split = weights.split([len(r) for r in rollouts])
+        return [replace(r, advantage=own) for r, own in zip(rollouts, split, strict=True)]
 
     def accumulate(self, micro_batch: Rollout, step: int, totals: Totals) -> ReplayResult:
         """Add this micro-batch's share of the gradient of a step with `totals`."""
@@ -72,10 +103,14 @@ class Grade(Method):
             )
 
     def loss_weights(self, micro_batch: Rollout, totals: Totals) -> dict[str, torch.Tensor]:
-        """The weights of each reward and of each token's KL in the loss, as `grade.replay.replay` takes them."""
+        """The weights of each reward, of each token's KL and of each response's score in the loss, as
+        `grade.replay.replay` takes them."""
         weight = self.weight_of_kl(micro_batch.mask, totals)
         shares = weight.new_full((len(micro_batch),), 1.0 / totals.responses)
-        return {"reward_weight": shares, "kl_weight": weight}
+        found = {"reward_weight": shares, "kl_weight": weight}
+        if micro_batch.advantage is not None:
+            found["score_weight"] = micro_batch.advantage / totals.responses
+        return found
 
     @contextmanager
     def _dropout_of(self, micro_batch: Rollout) -> Iterator[None]:

@@ -74,9 +74,25 @@ def step_sums(
     }
     if rollout.missed is not None:
         of_tokens["off_support"] = rollout.missed
+    for name, values in scores.terms.items():
+        applies = ~values.isnan()
+        value = torch.where(applies, values.double(), 0.0)
+        sums |= {
+            f"{_COUNT}/{name}": applies.sum(), f"{_SUM}/{name}": value.sum(), f"{_SQUARES}/{name}": value.square().sum()
+        }
     sums |= {f"response/{name}": values.double().sum() for name, values in of_responses.items()}
     sums |= {f"token/{name}": values.double().sum() for name, values in of_tokens.items()}
     return {"responses": float(len(rollout)), **to_numbers(sums)}
+
+
+_COUNT, _SUM, _SQUARES = "term-count", "term-sum", "term-squares"
+"""Before the name of a term of the reward: of how many responses, the sum of its values and of their squares."""
+
+
+def moments(sums: dict[str, float]) -> dict[str, tuple[float, float, float]]:
+    """Of each term of the reward by name: of how many responses, the sum of its values and of their squares."""
+    names = [name.removeprefix(f"{_COUNT}/") for name in sums if name.startswith(f"{_COUNT}/")]
+    return {name: (sums[f"{_COUNT}/{name}"], sums[f"{_SUM}/{name}"], sums[f"{_SQUARES}/{name}"]) for name in names}
 
 
 def to_numbers(sums: dict[str, Tensor]) -> dict[str, float]:
@@ -90,14 +106,18 @@ def step_metrics(sums: dict[str, float]) -> dict[str, float]:
     `kl`, `entropy` and `logprob` are nats per token; `kl_sequence` is nats per response, with `kl_sequence_std` over
     responses; `topk_mass` is the candidates' share of probability; `off_support` is the share of tokens from elsewhere
     that were not among the candidates; `eos_rate` is the share of responses that ended by themselves; `tokens` is the
-    number of tokens generated.
+    number of tokens generated. `rewards/<name>/mean` and `/std` are those of a term of the reward over the responses to
+    which it applies, before it is weighted; none of a term that applies to no response.
     """
     count, tokens = sums["responses"], sums["tokens"]
     means = {}
     for name, value in sums.items():
         kind, _, measure = name.partition("/")
-        if measure:
+        if kind in ("response", "token"):
             means[measure] = value / (count if kind == "response" else tokens)
+    for name, (applied, total, squares) in moments(sums).items():
+        if applied:
+            means |= {f"rewards/{name}/mean": total / applied, f"rewards/{name}/std": _std(applied, total, squares)}
     return {
         **means,
         "reward_std": _std(count, sums["response/reward"], sums["reward²"]),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grade.config.methods import micro_batch_size
 from grade.methods.base import Method, loss_of
-from grade.methods.metrics import add_sums, step_metrics, step_sums, to_numbers, update_metrics
+from grade.methods.metrics import add_sums, step_sums, to_numbers, update_metrics
 from grade.model.passes import fed_embeddings, policy_pass
 from grade.replay.score import RealTokens, Scores, ScoreSettings, frozen_passes, present, sampled_logits
 from grade.rollout import Rollout
@@ -73,6 +73,7 @@ class Scored:
 
     Args:
         reward: [B].
+        reward_terms: as `Scores.terms`.
         reference: [n, d], the base's hidden states that predict the n real tokens.
         gains: [B, S], what each token added to the reward; None unless asked for.
         sampled: the terms of the policy that sampled, without a graph; None unless asked for.
@@ -80,6 +81,7 @@ class Scored:
 
     rollout: Rollout
     reward: Tensor
+    reward_terms: dict[str, Tensor]
     reference: Tensor
     gains: Tensor | None = None
     sampled: Terms | None = None
@@ -133,11 +135,11 @@ class PolicyGradient(Method):
             sampled: also the terms of the policy as it is now.
             gains: also what each token added to the reward.
         """
-        out, settings = [], ScoreSettings(prompt_cache=self.config.prompt_cache)
+        out, settings = [], ScoreSettings(prompt_cache=self.config.prompt_cache, training=True)
         with self.services.phase("score"):
-            for rollout in (m for r in rollouts for m in r.micro_batches(self.micro_batch)):
+            for rollout in (m for r in self.judged(rollouts) for m in r.micro_batches(self.micro_batch)):
                 frozen = frozen_passes(self.policy, self.reward, rollout, RealTokens(rollout), settings)
-                scored = Scored(rollout, frozen.reward, frozen.reference)
+                scored = Scored(rollout, frozen.reward, frozen.terms, frozen.reference)
                 if gains:
                     scored.gains = self.reward.prefix_values(rollout, frozen.base).diff(dim=1) * rollout.mask
                 if sampled:
@@ -216,7 +218,8 @@ class PolicyGradient(Method):
     def sums(self, scored: Scored, terms: Terms, **per_response: Tensor) -> dict[str, float]:
         """A micro-batch's contribution to the metrics that every method logs, and its own."""
         kl = self.kl_of(terms)
-        values = Scores(scored.reward, kl, terms.entropy, terms.full_logprob, terms.mass)
+        own = scored.reward_terms
+        values = Scores(scored.reward, kl, terms.entropy, terms.full_logprob, terms.mass, terms=own)
         return step_sums(scored.rollout, values, self.policy.eos_ids, per_response=per_response)
 
     def metrics(
@@ -227,7 +230,7 @@ class PolicyGradient(Method):
 
         `objective/kl` is the KL of a response, exact where TRL's is sampled.
         """
-        metrics = step_metrics(self.services.sum(sums))
+        metrics = self.observed(sums)
         return {
             "loss": loss_of(self.config, metrics), **metrics, "objective/kl": metrics["kl_sequence"], **(own or {}),
             **update_metrics(norms),

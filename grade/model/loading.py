@@ -12,8 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from grade.built_in.countdown_model import countdown_model
 from grade.built_in.demo_model import demo_model
-from grade.config import EvaluationConfig, GenerationConfig, ModelConfig, RewardConfig, TaskConfig
-from grade.config.tasks import JUDGED_BY_PROGRAM
+from grade.config import EvaluationConfig, GenerationConfig, ModelConfig, RewardConfig, TaskConfig, trains_head
 from grade.errors import GradeError
 from grade.machine import free_bytes
 from grade.model.policy import Policy
@@ -75,8 +74,8 @@ def load_policy(
     """
     source = policy_source(model)
     prompt_and_response = task.prompt_max_tokens + generation.max_new_tokens
-    trains_head = reward.model is None and task.name not in JUDGED_BY_PROGRAM
-    check_fits(model.name, source.config(), task, generation, reward.max_tokens if trains_head else None)
+    head = trains_head(task, reward)
+    check_fits(model.name, source.config(), task, generation, reward.max_tokens if head else None)
     transformers_logging.disable_progress_bar()  # one line per file of weights says less than it costs to read
     base, found = source.model(
         AutoModelForCausalLM, dtype=getattr(torch, model.dtype),
@@ -88,7 +87,7 @@ def load_policy(
             f"as {min(found['missing_keys'])}), which transformers fills with random numbers. Name a complete model."
         )
     check_vocabulary(model.name, tokenizer, base)
-    longest = max(prompt_and_response, reward.max_tokens) if trains_head else prompt_and_response
+    longest = max(prompt_and_response, reward.max_tokens) if head else prompt_and_response
     return Policy(add_adapter(base.to(device), model, seed), tokenizer, length=longest)
 
 

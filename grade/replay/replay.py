@@ -10,6 +10,9 @@ vector-Jacobian product is D (`grade_kernels.SoftTokenRule`). A moves gradients 
 g = sum_h A^h g_direct is finite: exact after S - 1 hops, close long before. Each hop is one backward pass with
 respect to X; the parameters are touched once, at the end.
 
+A term that is followed by the score function, a weight times the log-probability of the sampled tokens, holds those
+tokens fixed: its gradient at h is added to g, and never travels through A.
+
 g_direct holds the KL gradient at each step's logits, and through D the gradients that reach a token's embedding from
 outside the policy: the reward's, and KL's through the reference.
 
@@ -38,7 +41,7 @@ from grade.replay.score import (
 )
 from grade.rewards.base import Reward
 from grade.rollout import Rollout
-from grade_kernels import SoftTokenRule
+from grade_kernels import SoftTokenRule, pull_back
 
 
 @dataclass(kw_only=True)
@@ -81,6 +84,7 @@ class Prepared:
     Args:
         incoming: gradients at the tokens' embeddings from outside the policy.
         kl_gradient: [n, d], KL's at the hidden states of its own steps.
+        score_gradient: [n, d], of the weighted log-probabilities at the hidden states; None where there are none.
     """
 
     policy: Policy
@@ -88,6 +92,7 @@ class Prepared:
     done: Forward
     incoming: Incoming
     kl_gradient: Tensor
+    score_gradient: Tensor | None = None
 
     def equation(self, settings: ReplaySettings) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """(g_direct [n, d], A) of  g = g_direct + A g; one call of A is one backward pass, which keeps the graph."""
@@ -122,6 +127,8 @@ class Prepared:
         gradient, hops, residual = solve_hops(*self.equation(settings), self.done.real, settings)
         if settings.kl_prefix_grad == "none":
             gradient = gradient + self.kl_gradient
+        if self.score_gradient is not None:
+            gradient = gradient + self.score_gradient
         return gradient, hops, residual
 
     def backward(self, gradient: Tensor, *, retain_graph: bool = False) -> None:
@@ -134,7 +141,7 @@ class Prepared:
 
 def prepare(
     policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings, *,
-    reward_weight: Tensor, kl_weight: Tensor,
+    reward_weight: Tensor, kl_weight: Tensor, score_weight: Tensor | None = None,
 ) -> Prepared:
     """The forward of a replay, and the gradients that reach the tokens from outside the policy; see `replay`."""
     done = forward(policy, reward, rollout, settings, grad=True)
@@ -145,7 +152,20 @@ def prepare(
         incoming = _outside_gradients(
             done, reward, at_reward, weight * at_reference if settings.kl_prefix_grad == "both" else None
         )
-    return Prepared(policy, rollout, done, incoming, weight * at_hidden)
+    by_score = None if score_weight is None else _score_gradient(policy, rollout, done, score_weight)
+    return Prepared(policy, rollout, done, incoming, weight * at_hidden, by_score)
+
+
+def _score_gradient(policy: Policy, rollout: Rollout, done: Forward, weight: Tensor) -> Tensor:
+    """[n, d], of  - sum(weight * log-probability of the response)  at the hidden states; `weight` is [B].
+
+    The log-probabilities are those of what the tokens were drawn from: softmax over the candidates.
+    """
+    real, logits = done.real, present(done.swept.logits)
+    probability = sampled_logits(policy, rollout, real, logits).softmax(-1)
+    drawn = (real.indices == real.tokens[:, None]).to(probability.dtype)
+    of_tokens = weight.to(probability.dtype)[real.sequence][:, None]
+    return pull_back(of_tokens * (probability - drawn), real.indices, policy.head, logits)
 
 
 def _outside_gradients(done: Forward, reward: Reward, at_reward: Tensor, at_reference: Tensor | None) -> Incoming:
@@ -166,15 +186,19 @@ def _outside_gradients(done: Forward, reward: Reward, at_reward: Tensor, at_refe
 
 def replay(
     policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings, *,
-    reward_weight: Tensor, kl_weight: Tensor,
+    reward_weight: Tensor, kl_weight: Tensor, score_weight: Tensor | None = None,
 ) -> ReplayResult:
-    """Add the gradient of  sum(kl_weight * kl) - sum(reward_weight * reward)  to the policy's parameters.
+    """Add the gradient of  sum(kl_weight * kl) - sum(reward_weight * reward) - sum(score_weight * logprob)  to the
+    policy's parameters; the log-probability is that of a response as it was sampled, and its tokens stay fixed in it.
 
     Args:
         reward_weight: [B], usually 1 over the responses of the global batch.
         kl_weight: [B, S]; entries at padding are ignored.
+        score_weight: [B]; None: there is no such term.
     """
-    prepared = prepare(policy, reward, rollout, settings, reward_weight=reward_weight, kl_weight=kl_weight)
+    prepared = prepare(
+        policy, reward, rollout, settings, reward_weight=reward_weight, kl_weight=kl_weight, score_weight=score_weight
+    )
     with settings.phase("hops"):
         gradient, hops, residual = prepared.hidden_gradient(settings)
     with settings.phase("policy_backward"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -40,6 +40,7 @@ class ScoreSettings:
     Args:
         dropout: the adapter's, in the policy's pass.
         activation_checkpointing: recompute activations in the backward passes.
+        training: of a step, where the reward's running means count, and not in an evaluation.
         phase: given the name of a phase, a context that times it: "policy_forward", "base_forward" (reference and
             reward), "head" (the vocabulary sweep), and in replay "base_backward", "hops", "policy_backward".
     """
@@ -48,6 +49,7 @@ class ScoreSettings:
     prompt_cache: bool = True
     dropout: bool = False
     activation_checkpointing: bool = False
+    training: bool = False
     chunk_bytes: int = 2**28
     phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
 
@@ -59,6 +61,7 @@ class Scores:
     Args:
         reward: [B].
         kl, entropy, logprob, mass: nats, nats, nats, and the share of probability on the candidates.
+        terms: of a reward that is a sum, each term [B] by name, NaN where it does not apply.
     """
 
     reward: Tensor
@@ -66,6 +69,7 @@ class Scores:
     entropy: Tensor
     logprob: Tensor
     mass: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
 
 
 class RealTokens:
@@ -128,12 +132,14 @@ class Frozen:
     Args:
         reference: [n, d], the base's hidden states that predict the tokens.
         reward: [B].
+        terms: as `Scores` has them, but for their graph.
         fed, fed_reward: of the base, and of the reward's own model where it has one.
     """
 
     base: BasePass
     reference: Tensor
     reward: Tensor
+    terms: dict[str, Tensor]
     fed: Fed
     fed_reward: list[Fed]
 
@@ -156,7 +162,7 @@ class Forward:
     def scores(self) -> Scores:
         swept = self.swept
         per_token = (present(swept.kl), swept.entropy, present(swept.logprob), present(swept.mass))
-        return Scores(self.frozen.reward.detach(), *map(self.real.dense, per_token))
+        return Scores(self.frozen.reward.detach(), *map(self.real.dense, per_token), terms=self.frozen.terms)
 
 
 def fed_to_policy(policy: Policy, rollout: Rollout, real: RealTokens, *, grad: bool) -> Fed:
@@ -182,9 +188,12 @@ def frozen_passes(
         Fed(real.rows(x).requires_grad_(grad), table)
         for x, table in zip(reward.inputs(rollout), reward.tables, strict=True)
     ]
-    value = reward.value(rollout, base, [real.dense(f.x) for f in fed_reward],
-        activation_checkpointing=settings.activation_checkpointing)
-    return Frozen(base, real.rows(base.reference), value, fed, fed_reward)
+    total, terms = reward.valued(
+        rollout, base, [real.dense(f.x) for f in fed_reward],
+        activation_checkpointing=settings.activation_checkpointing, training=settings.training,
+    )
+    terms = {name: values.detach() for name, values in terms.items()}
+    return Frozen(base, real.rows(base.reference), total, terms, fed, fed_reward)
 
 
 def forward(

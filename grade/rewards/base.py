@@ -1,8 +1,10 @@
 """What a run maximises: one number a response. Whoever adds a reward subclasses one of the two kinds here.
 
-A `DifferentiableReward` reads embeddings of the response, and gradients flow back to them: GRADE's methods follow it. A
-`RewardFunction` is any program that reads texts or token ids; it has no gradient, and is for the policy gradients.
-`grade.rewards.loading` makes the one that the settings ask for.
+A `DifferentiableReward` reads embeddings of the response, and gradients flow back to them: GRADE's methods follow it.
+A `RewardFunction` is any program that reads texts or token ids; it has no gradient, and is followed by the score
+function.
+`grade.rewards.weighted` makes one reward of several of either kind, `grade.rewards.function` a `RewardFunction` of a
+plain Python function, and `grade.rewards.loading` the reward that the settings ask for.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from grade.errors import GradeError
@@ -31,6 +34,18 @@ class EmbeddingTable(NamedTuple):
 
     rows: Tensor
     scale: float = 1.0
+
+
+class Valued(NamedTuple):
+    """What a reward says of B responses.
+
+    Args:
+        total: [B], what is maximised.
+        terms: of a reward that is a sum, each term by name: [B], before it is weighted, NaN where it does not apply.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
 
 
 class Reward(ABC):
@@ -64,6 +79,46 @@ class Reward(ABC):
             activation_checkpointing: of its own models, where they can: recompute their layers in backward.
         """
 
+    def valued(
+        self, rollout: Rollout, base: BasePass, fed: Sequence[Tensor] = (), *, activation_checkpointing: bool = False,
+        training: bool = False,
+    ) -> Valued:
+        """`value`, with the terms of a sum; arguments as there.
+
+        Args:
+            training: of a step, where running means count, and not in an evaluation.
+
+        Raises:
+            GradeError: `value` gives something else than a number a response.
+        """
+        value = self.value(rollout, base, fed, activation_checkpointing=activation_checkpointing)
+        return Valued(checked(self, value, len(rollout)), {})
+
+    def judge(self, rollout: Rollout) -> Tensor | None:
+        """[B, T] float64, what T functions say, NaN where one does not apply; methods ask once a step and keep it in
+        `Rollout.judged`. None: nothing is asked beforehand."""
+        return None
+
+    def observe(self, moments: Mapping[str, tuple[float, float, float]]) -> None:
+        """Hear what a step's responses were given, over all processes.
+
+        Args:
+            moments: of each term by name: of how many responses, the sum of its values and of their squares.
+        """
+        return
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of it."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        return
+
+    def summands(self) -> Sequence[Reward]:
+        """The rewards that it is a sum of; itself where it is none."""
+        return (self,)
+
     def inputs(self, rollout: Rollout) -> list[Tensor]:
         """The response's embeddings [B, S, d_r] in each of `tables`; padding is zero."""
         return [fed_embeddings(rollout, *table) for table in self.tables]
@@ -82,6 +137,10 @@ class Reward(ABC):
     def details(self, rollout: Rollout, values: Tensor) -> dict[str, Tensor]:
         """Further measures [B] of responses with these rewards [B], by name, for evaluation to average."""
         return {}
+
+    def measures(self, rollout: Rollout, values: Tensor, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`details` of a reward that may be a sum, whose `Valued.terms` are given."""
+        return self.details(rollout, values)
 
     def identity(self) -> str:
         """Tells by content which reward this is: runs continue, and checkpoints are judged, with an equal one only. The
@@ -114,12 +173,28 @@ class RewardFunction(Reward):
 
     @abstractmethod
     def score(self, rollout: Rollout) -> Tensor:
-        """[B] float32, the reward of every response."""
+        """[B] float32, the reward of every response; NaN where it does not apply, which counts as 0."""
 
     def value(
         self, rollout: Rollout, base: BasePass, fed: Sequence[Tensor] = (), *, activation_checkpointing: bool = False
     ) -> Tensor:
-        return self.score(rollout)
+        score = self.score(rollout)
+        return torch.where(score.isnan(), 0.0, score)
+
+
+def checked(reward: Reward, value: Any, responses: int) -> Tensor:
+    """What a reward has given, if it is a number a response.
+
+    Raises:
+        GradeError: it is something else; with the reward's name.
+    """
+    if not isinstance(value, Tensor) or value.shape != (responses,) or not value.is_floating_point():
+        found = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise GradeError(
+            f"the reward {type(reward).__name__} gave {found} for {responses} responses: it must be a float tensor of "
+            f"shape [{responses}], one number a response. Mend the reward."
+        )
+    return value
 
 
 def source_of(code: type | Callable[..., Any]) -> str:

@@ -5,7 +5,7 @@ Any decoder classifier with the policy's vocabulary will do; its embeddings are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +45,8 @@ class ClassifierReward(DifferentiableReward):
         self.modules = [model]
         self.table = EmbeddingTable(model.get_input_embeddings().weight.detach(), _module_scale(model))
         self.tables = (self.table,)
-        kind, labels = model.config.problem_type, list(model.config.id2label.values())
-        if kind == "multi_label_classification":
-            self._read, what = lambda logits: logits[:, label or 0].sigmoid(), "the probability (by sigmoid)"
-        elif label is None or kind == "regression":
-            self._read, what = lambda logits: logits[:, label or 0], "the output"
-        else:
-            self._read, what = lambda logits: logits.softmax(-1)[:, label], "the probability (by softmax)"
-        chosen = "" if label is None else f" of the class {model.config.id2label[label]!r} among {labels}"
-        self.raises = f"{what}{chosen}" + ("" if name is None else f" of reward.model={name}")
+        self._read, what = reading(model.config, label)
+        self.raises = what + ("" if name is None else f" of reward.model={name}")
 
     def value(
         self, rollout: Rollout, base: BasePass | None, fed: Sequence[Tensor] = (), *,
@@ -78,6 +71,21 @@ class ClassifierReward(DifferentiableReward):
         ).last_hidden_state
         last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)  # [B], position of the last real token
         return self.model.score(hidden[torch.arange(len(hidden), device=last.device), last])
+
+
+def reading(config: PretrainedConfig, label: int | None) -> tuple[Callable[[Tensor], Tensor], str]:
+    """How a classifier's outputs [B, labels] become a reward [B], and what that is, in words.
+
+    Args:
+        label: class index; None for a model with a single output.
+    """
+    kind = config.problem_type
+    chosen = "" if label is None else f" of the class {config.id2label[label]!r} among {list(config.id2label.values())}"
+    if kind == "multi_label_classification":
+        return lambda logits: logits[:, label or 0].sigmoid(), f"the probability (by sigmoid){chosen}"
+    if label is None or kind == "regression":
+        return lambda logits: logits[:, label or 0], f"the output{chosen}"
+    return lambda logits: logits.softmax(-1)[:, label], f"the probability (by softmax){chosen}"
 
 
 def _module_scale(model: PreTrainedModel) -> float:
@@ -106,7 +114,9 @@ def check_same_vocabulary(name: str, theirs: dict[str, int], policy_vocabulary: 
         f"reward.model={name}: its vocabulary ({len(theirs)} tokens) is not the policy's ({len(policy_vocabulary)} "
         f"tokens): {len(differing)} tokens differ, for example {example!r} has id {theirs.get(example)} there and "
         f"{policy_vocabulary.get(example)} here. Soft tokens mix rows of the reward's own embedding table, so every "
-        "id must mean the same token. Choose a classifier with the policy's tokenizer, or leave reward.model null."
+        "id must mean the same token. Choose a classifier with the policy's tokenizer; or set reward.bridge to "
+        "retokenize, which scores the written text without a gradient, for methods that only need the reward's value; "
+        "or leave reward.model null."
     )
 
 

@@ -66,7 +66,10 @@ class HeadTraining:
     def _deciding(self) -> dict[str, Any]:
         """The settings that decide a trained head."""
         chosen = asdict(self.settings)
-        del chosen["path"], chosen["model"], chosen["positive_label"]
+        for name in ("path", "model", "positive_label", "bridge"):  # which head, and which other model instead
+            del chosen[name]
+        for name in ("function", "functions", "weight", "scale", "offset", "normalize"):  # how it counts in a sum
+            del chosen[name]
         return chosen
 
     @property

@@ -1,4 +1,4 @@
-"""The reward that the settings ask for. A new kind is named in `PROGRAMS`, or gets a line in `load_reward`."""
+"""The reward that the settings ask for. A new kind is named in `PROGRAMS`, or gets a line in `_model`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from grade.config import RewardConfig
+from grade.config.schema import MODEL_TERM
 from grade.model.policy import Policy
 from grade.rewards.base import Reward
 from grade.rewards.classifier import check_classifier, load_classifier
 from grade.rewards.countdown import CountdownReward
+from grade.rewards.function import FunctionReward, load_function
 from grade.rewards.head_training import HeadTraining
 from grade.rewards.probe import probe_classifier
+from grade.rewards.retokenized import check_retokenized, load_retokenized
 from grade.rewards.shared import SharedReward
+from grade.rewards.weighted import Term, WeightedReward
 from grade.tasks.base import Task
 
 PROGRAMS: dict[str, Callable[..., Reward]] = {"countdown": CountdownReward}
@@ -21,24 +25,50 @@ PROGRAMS: dict[str, Callable[..., Reward]] = {"countdown": CountdownReward}
 
 
 def check_reward(settings: RewardConfig, tokenizer: PreTrainedTokenizerBase, *, judged: int) -> None:
-    """Find mistakes in `reward.model` before any weights are read: the policy may be large.
+    """Find mistakes in `reward.model` and in functions before any weights are read: the policy may be large.
 
     Raises:
-        GradeError: it cannot be found, has another vocabulary, a context that is too short, or no such class.
+        GradeError: the model cannot be found, has another vocabulary, a context that is too short, or no such class; a
+            function is not there or is none.
     """
-    if settings.model is not None:
+    for term in settings.terms:
+        load_function(term.function)
+    if settings.model is not None and settings.bridge is not None:
+        check_retokenized(settings.model, positive_label=settings.positive_label)
+    elif settings.model is not None:
         check_classifier(settings.model, tokenizer, judged=judged, positive_label=settings.positive_label)
 
 
 def load_reward(settings: RewardConfig, policy: Policy, task: Task, *, judged: int, output_dir: str) -> Reward:
-    """The task's own program, a classifier, or the trained head (trained now if there is none yet).
+    """The task's own program, a classifier, or the trained head (trained now if there is none yet), alone or in a sum
+    with functions; or functions alone.
 
     Args:
         judged: tokens of the text that it will judge in training.
         output_dir: of the config, for heads without a `reward.path`.
     """
+    terms = []
+    if task.name in PROGRAMS or settings.model is not None or not settings.terms or settings.weight is not None:
+        weight = 1.0 if settings.weight is None else settings.weight
+        model = _model(settings, policy, task, judged=judged, output_dir=output_dir)
+        terms.append(Term(model, MODEL_TERM, weight, settings.scale, settings.offset, settings.normalize))
+        if not settings.terms and terms == [Term(model, MODEL_TERM)]:
+            return model
+    for term in settings.terms:
+        loaded = load_function(term.function)
+        function = FunctionReward(loaded.function, policy.tokenizer, task, loaded=loaded)
+        terms.append(Term(function, term.called, term.weight, term.scale, term.offset, term.normalize))
+    return WeightedReward(terms)
+
+
+def _model(settings: RewardConfig, policy: Policy, task: Task, *, judged: int, output_dir: str) -> Reward:
+    """What stands beside functions."""
     if task.name in PROGRAMS:
         return PROGRAMS[task.name](policy, task)
+    if settings.model is not None and settings.bridge is not None:
+        return load_retokenized(
+            settings.model, policy, positive_label=settings.positive_label, reads=settings.input
+        )
     if settings.model is not None:
         classifier = load_classifier(
             settings.model, policy, positive_label=settings.positive_label, reads=settings.input, judged=judged

@@ -93,6 +93,18 @@ class Task(ABC):
         `sha256_of` its texts: by these a run knows its data again.
         """
 
+    def columns(self, split: str, index: Sequence[int]) -> dict[str, list]:
+        """The data's other columns at prompts of a split, by name; one value for each of `index`.
+
+        Args:
+            index: numbers of prompts, in the order of `prompts`; may repeat.
+        """
+        return {}
+
+    def conversations(self, split: str, index: Sequence[int]) -> list[list[dict[str, str]]] | None:
+        """The messages of prompts of a split, one list for each of `index`; None where prompts are plain texts."""
+        return None
+
     def examples(self, split: str) -> Sequence[Example]:
         """Labelled texts: in "reward" to train a reward head on and in "validation" to test it on, in "judge" to train
         the judge of comparisons on and in "test" to test that on."""

@@ -69,7 +69,9 @@ class GradeTrainer:
     Args:
         model: hub name or folder of a causal language model; a model of transformers, which gets a LoRA adapter by
             `config.model.lora` and is changed by that; or a peft model, whose own LoRA adapter is trained on.
-        reward: a `grade.DifferentiableReward` or `grade.RewardFunction`; or a function `reward(policy)` that makes one.
+        reward: a `grade.DifferentiableReward` or `grade.RewardFunction`; a function of the one parameter `policy` that
+            makes one; a plain function `f(prompts, completions, **columns) -> list[float | None]` as TRL has it; or a
+            list of these, each by itself, with a weight as (reward, weight), or as a `grade.Term`.
         prompts: strings, lists of token ids, conversations (lists of {"role", "content"}, written by the tokenizer's
             chat template), or a `datasets.Dataset` with a column `prompt` or `messages`. They are not cut.
         config: settings; None: the defaults. Its sections `task` and `reward` are not used: prompts and reward are

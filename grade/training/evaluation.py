@@ -7,6 +7,7 @@ differences between two models are paired: same prompts, same noise.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -43,7 +44,8 @@ class Evaluation:
         mean_length: tokens per response.
         eos_rate: share of responses that ended by themselves.
         prompts: how many.
-        details: further measures of the reward or the caller, means over prompts; `solve_rate` where there is one.
+        details: further measures of the reward or the caller, means over prompts; `solve_rate` where there is one, and
+            `rewards/<name>/mean` and `/std` of the terms of a sum, before they are weighted.
         samples: the first few, as text.
     """
 
@@ -116,9 +118,10 @@ def evaluate(
         rows = SPLIT_ROWS[split] + torch.tensor(chosen, device=policy.device) * sampling.max_new_tokens
         rollout = sample(
             policy, ids, mask, sampling, seed=config.evaluation.seed, first_rows=rows, adapters=adapters
-        )
+        ).of(split, chosen)
         scores = score(policy, reward, rollout, settings, adapters=adapters)
-        details = {**reward.details(rollout, scores.reward), **(measure(rollout) if measure is not None else {})}
+        details = reward.measures(rollout, scores.reward, scores.terms)
+        details |= measure(rollout) if measure is not None else {}
         records += _records(policy, rollout, scores, details, chosen)
         if tick is not None:
             tick(len(chosen) * processes)
@@ -139,10 +142,12 @@ def _records(
     }
     numbers_of = {name: values.tolist() for name, values in columns.items()}
     further = {name: values.double().tolist() for name, values in details.items()}
+    terms = {name: values.double().tolist() for name, values in result.terms.items()}
     return [
         {
             "number": number, **{name: values[i] for name, values in numbers_of.items()},
             "details": {name: values[i] for name, values in further.items()},
+            "terms": {name: values[i] for name, values in terms.items()},
             "prompt": text_of(policy, rollout.prompt_ids[i], rollout.prompt_mask[i]),
             "response": text_of(policy, rollout.tokens[i], mask[i]),
         }
@@ -176,11 +181,25 @@ def _summary(records: list[dict], kept: int, *, split: str, step: int | None, mo
         kl_sequence=kl / count, entropy=sum(r["entropy"] for r in records) / tokens,
         unique_token_ratio=sum(r["unique"] for r in records) / count, mean_length=tokens / count,
         eos_rate=sum(r["ended"] for r in records) / count, prompts=count,
-        details={name: sum(r["details"][name] for r in records) / count for name in records[0]["details"]},
+        details={
+            **{name: sum(r["details"][name] for r in records) / count for name in records[0]["details"]},
+            **_of_terms([r["terms"] for r in records]),
+        },
         samples=[
             {k: r[k] for k in ("prompt", "response", "reward")} for r in records[:kept]
         ],
     )
+
+
+def _of_terms(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean and deviation of every term of the reward over the responses to which it applies, if there are any."""
+    found = {}
+    for name in rows[0]:
+        values = torch.tensor([row[name] for row in rows if not math.isnan(row[name])], dtype=torch.float64)
+        if len(values):
+            found[f"rewards/{name}/mean"] = values.mean().item()
+            found[f"rewards/{name}/std"] = values.std().item() if len(values) > 1 else 0.0
+    return found
 
 
 def write_evaluations(path: Path, evaluations: dict[str, object]) -> None:

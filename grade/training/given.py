@@ -24,6 +24,8 @@ from grade.model.fingerprint import remember_inputs, tensors_digest
 from grade.model.loading import add_adapter, check_fits, check_vocabulary, load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.rewards.base import Reward
+from grade.rewards.function import FunctionReward
+from grade.rewards.weighted import Term, WeightedReward
 from grade.tasks.given import GivenTask, read_prompts
 from grade.training.setup import SetUp
 
@@ -154,17 +156,38 @@ def as_reward(reward: Any, policy: Policy, task: GivenTask) -> Reward:
     """A reward of what a program calls one.
 
     Args:
-        reward: a `Reward`, or a factory: a class of rewards, or a function with one parameter called `policy` that
-            returns one.
+        reward: a `Reward`; a plain function `f(prompts, completions, **columns)`; a factory, which is a class of
+            rewards or a function of the one parameter `policy` that returns one; or a list of these, each by itself,
+            as (reward, weight), or as a `Term`.
 
     Raises:
         GradeError: it is something else, or does not fit the policy.
     """
+    if not isinstance(reward, (list, tuple)):
+        return _one(reward, policy, task)
+    terms: list[Term] = []
+    for entry in reward:
+        if not isinstance(entry, Term):
+            given, weight = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (entry, 1.0)
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise GradeError(f"reward: {entry!r} is no pair of a reward and a weight.")
+            entry = Term(given, "", float(weight))
+        made = _one(entry.reward, policy, task)
+        name = entry.name or (made.name if isinstance(made, FunctionReward) else type(made).__name__)
+        same = sum(term.name == name or term.name.startswith(f"{name}-") for term in terms)
+        terms.append(replace(entry, reward=made, name=f"{name}-{same + 1}" if same and not entry.name else name))
+    return WeightedReward(terms)
+
+
+def _one(reward: Any, policy: Policy, task: GivenTask) -> Reward:
+    """A reward that is no list."""
     made = _made(reward, policy)
+    if callable(made) and not isinstance(made, (Reward, type)):
+        return FunctionReward(made, policy.tokenizer, task)
     if not isinstance(made, Reward):
         raise GradeError(
-            f"reward is {reward!r}: give a grade.DifferentiableReward or grade.RewardFunction, or a function of one "
-            "parameter called policy that returns one."
+            f"reward is {reward!r}: give a function of prompts and completions, a grade.DifferentiableReward or "
+            "grade.RewardFunction, or a list of these."
         )
     for table in made.tables:
         if table.rows.shape[0] < policy.vocab_size:
@@ -183,7 +206,7 @@ def as_reward(reward: Any, policy: Policy, task: GivenTask) -> Reward:
 def _made(reward: Any, policy: Policy) -> Any:
     """What a factory makes; anything else as it is."""
     is_class = inspect.isclass(reward) and issubclass(reward, Reward)
-    if isinstance(reward, Reward) or not (is_class or inspect.isroutine(reward)):
+    if not (is_class or inspect.isroutine(reward)):
         return reward
     needed = [name for name, p in inspect.signature(reward).parameters.items() if p.default is p.empty]
     if needed == ["policy"]:

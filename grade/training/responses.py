@@ -77,6 +77,6 @@ class Responses:
             yield sample(
                 self.policy, ids, mask, sampling, samples_per_prompt=copies, decoding=self.decoding, seed=self.seed,
                 first_rows=rows,
-            )
+            ).of("policy", numbers[start:stop])
         if source is not None:
             source.skip((len(numbers) - first - share) * copies)

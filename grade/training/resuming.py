@@ -45,6 +45,7 @@ def restored(
         load_adapter(folder, policy)
         optimizer.load_state_dict(state["optimizer"])
         method.load_state_dict(state["method"])
+        method.reward.load_state_dict(state.get("reward", {}))  # checkpoints of earlier versions have none
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise GradeError(
             f"train.resume: the trainer's state in {folder} does not fit this run ({reason_of(error)}). Start again "

@@ -87,7 +87,12 @@ class Trainer:
         tokenizer, self.task, self.policy, self.reward = self.loaded = loaded
         self.evaluation_prompts = load_prompts(config.evaluation, self.task, tokenizer)
         self.prompts = self.evaluation_prompts.pop("policy")
-        trial = Trial(self.policy, self.reward, config, self.prompts, max(self.evaluation_prompts.values(), key=len))
+        split = max(self.evaluation_prompts, key=lambda name: len(self.evaluation_prompts[name]))
+        evaluated = self.evaluation_prompts[split]
+        # One list may be in two splits: training's come last, so that all of its prompts are found there.
+        places = {id(row): (name, n) for name, rows in ((split, evaluated), ("policy", self.prompts))
+                  for n, row in enumerate(rows)}
+        trial = Trial(self.policy, self.reward, config, self.prompts, evaluated, places)
         self.memory = memory_plan(trial, accelerator.num_processes, self.services.any_process)
         train = config.train
         self.method = make_method(
@@ -388,6 +393,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = {
                 "optimizer": self.optimizer.state_dict(), "method": self.method.state_dict(), "inputs": self.inputs,
+                "reward": self.reward.state_dict(),
                 "best": self.validations.best, "evaluations": self.validations.rows,
                 "steps": self.config.train.steps, "logs": self.log.extents(),
             }

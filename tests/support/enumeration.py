@@ -62,7 +62,8 @@ def method_of(
 ):
     """The method `name`; `own` are the settings of its section, `common` those that all methods share."""
     method = MethodConfig(name=name, **common)
-    method = replace(method, **{name: replace(getattr(method, name), **(own or {}))})
+    if own:
+        method = replace(method, **{name: replace(getattr(method, name), **own)})
     generation = GenerationConfig(max_new_tokens=max_new_tokens, min_new_tokens=0, samples_per_prompt=copies)
     train = TrainConfig(batch_size=batch, accumulation_steps=accumulation)
     return make_method(

@@ -211,6 +211,40 @@ def test_a_reward_function_is_followed_by_a_policy_gradient(tiny_model, config):
     assert make(tiny_model, config, reward=Length).train().step == 2
 
 
+def test_a_plain_function_reads_texts_and_columns(tiny_model, config):
+    seen = []
+
+    def short(prompts, completions, wanted, completion_ids):
+        seen.append((prompts, completions, wanted))
+        return [-abs(len(ids) - want) if want else None for ids, want in zip(completion_ids, wanted, strict=True)]
+
+    config = changed(config, method={"name": "reinforce"}, train={"steps": 2})
+    rows = datasets.Dataset.from_dict({"prompt": PROMPTS, "wanted": [2, 4, 6, 0]})
+    trainer = make(tiny_model, config, reward=short, prompts=rows)
+    trainer.train()
+    wanted = dict(zip(PROMPTS, rows["wanted"], strict=True))
+    assert all([wanted[p] for p in prompts] == given for prompts, _, given in seen)
+    seen.clear()
+    trainer.evaluate([{"prompt": PROMPTS[0], "wanted": 7}])
+    assert seen[-1][2] == [7]
+
+
+def test_several_rewards_with_weights_are_logged_by_name(tiny_model, config):
+    def length(prompts, completions):
+        return [float(len(text)) for text in completions]
+
+    rewards = [Towards, (length, 0.01), grade.Term(length, "scaled", scale=0.1, normalize=True), (Length(), 0)]
+    result = make(tiny_model, config, reward=rewards).train()
+    row = timeless(result.metrics)[1]
+    names = {name.split("/")[1] for name in row if name.startswith("rewards/")}
+    assert names == {"Towards", "length", "scaled", "Length"}
+    parts = result.base.details
+    expected = parts["rewards/Towards/mean"] + 0.11 * parts["rewards/length/mean"]
+    assert result.base.reward == pytest.approx(expected)
+    with pytest.raises(grade.GradeError, match="no pair of a reward and a weight"):
+        make(tiny_model, config, reward=[(Towards, "much")])
+
+
 class Listener(grade.Callback):
     def __init__(self, stop_at=None, fails_at=None):
         self.heard, self.stop_at, self.fails_at = [], stop_at, fails_at

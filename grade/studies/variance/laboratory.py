@@ -131,7 +131,7 @@ class Laboratory:
         return sample(
             self.policy, ids, mask, method.sampling(0), seed=seed, first_rows=responses * self.length,
             samples_per_prompt=copies,
-        )
+        ).of("policy", numbers)
 
     def _step(self, method: Method, number: int, seed: int) -> tuple[list[Tensor], float]:
         """(the gradient of a policy-gradient method's step, seconds); the policy stays, a value head learns."""
@@ -167,7 +167,7 @@ class Laboratory:
         method = self._method(name, tau=taus[0])
         assert isinstance(method, Grade)
         start = now(self.policy.device)
-        rollout = self._draw(method, number, self.config.variance.seed)
+        (rollout,) = method.judged([self._draw(method, number, self.config.variance.seed)])
         weights = method.loss_weights(rollout, Totals(int(rollout.mask.sum()), len(rollout)))
         prepared = prepare(self.policy, self.reward, rollout, method.settings(0), **weights)
         shared = now(self.policy.device) - start
