@@ -67,7 +67,7 @@ def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase, argument: str
         ids = [list(map(int, value)) for value in values]
         _check_ids(ids, tokenizer, argument)
     else:
-        conversations = [[dict(message) for message in value] for value in values]
+        conversations = [_asked(value) for value in values]
         ids = encode_chats(tokenizer, conversations)
     empty = next((number for number, row in enumerate(ids) if not row), None)
     if empty is not None:
@@ -102,6 +102,14 @@ def _kind(value: Any) -> str:
         return "chat" if all({"role", "content"} <= set(part) for part in value) else ""
     integers = hasattr(value, "__iter__") and not isinstance(value, (bytes, Mapping))
     return "ids" if integers and all(type(part) is int or _is_scalar(part) for part in value) else ""
+
+
+def _asked(conversation: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """A conversation up to where the assistant is to answer: a last answer of data for fine-tuning is left off."""
+    messages = [dict(message) for message in conversation]
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages
 
 
 def _is_scalar(value: Any) -> bool:
