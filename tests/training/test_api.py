@@ -164,7 +164,8 @@ def test_prompts_of_every_kind_have_the_ids_of_the_tokenizer(tokenizer):
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     expected = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     answered = [[*chat, {"role": "assistant", "content": "Fine."}] for chat in chats]  # as data for fine-tuning is
-    for given in (chats, answered, datasets.Dataset.from_dict({"messages": chats}), [{"prompt": chat} for chat in chats]):
+    rows = [{"prompt": chat} for chat in chats]
+    for given in (chats, answered, rows, datasets.Dataset.from_dict({"messages": chats})):
         read = read_prompts(given, tokenizer)
         assert read.ids == expected and read.conversations == chats
 
