@@ -151,7 +151,7 @@ def without_gradient(task: TaskConfig, reward: RewardConfig) -> str | None:
         return None
     if reward.model is not None:
         return f"reward.bridge={reward.bridge} scores the text"
-    return f"the reward is a function alone ({reward.terms[0].function})"
+    return f"the reward is a function alone ({reward.terms[0].function}; reward.weight sets a head beside it)"
 
 
 @dataclass
@@ -355,12 +355,12 @@ def validate(config: Config) -> None:
             f"generation.samples_per_prompt ({generation.samples_per_prompt}): a prompt's samples would "
             "be split over two steps. Change one of the three."
         )
+    _check_reward(config.reward)
     check_method(
         method, samples_per_prompt=generation.samples_per_prompt, responses=per_step,
         own_sampling=config.rollout.source is None, no_gradient=without_gradient(config.task, config.reward),
         functions=bool(config.reward.terms),
     )
-    _check_reward(config.reward)
     if config.task.name in JUDGED_BY_PROGRAM and config.reward.model is not None:
         raise GradeError(
             f"reward.model is {config.reward.model}, but the task {config.task.name} brings its own reward. Set it to "
