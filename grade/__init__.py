@@ -20,11 +20,13 @@ if TYPE_CHECKING:
         RewardConfig,
         RolloutConfig,
         TaskConfig,
+        TokenizerConfig,
         TrainConfig,
     )
     from grade.config.reading import load_config
     from grade.errors import GradeError
     from grade.rewards.base import DifferentiableReward, EmbeddingTable, Reward, RewardFunction
+    from grade.rewards.reward_model import RewardModel
     from grade.rewards.weighted import Term
     from grade.training.api import GradeTrainer, TrainResult
     from grade.training.callbacks import Callback
@@ -34,12 +36,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Callback", "DifferentiableReward", "EmbeddingTable", "EvaluationConfig", "GenerationConfig", "GradeConfig",
     "GradeError", "GradeTrainer", "LoraSettings", "MethodConfig", "ModelConfig", "Reward", "RewardConfig",
-    "RewardFunction", "RolloutConfig", "TaskConfig", "Term", "TrainConfig", "TrainResult", "load_config",
+    "RewardFunction", "RewardModel", "RolloutConfig", "TaskConfig", "Term", "TokenizerConfig", "TrainConfig",
+    "TrainResult", "load_config",
 ]
 
 _ELSEWHERE = {
     "Callback": "grade.training.callbacks", "GradeError": "grade.errors", "load_config": "grade.config.reading",
-    "Term": "grade.rewards.weighted",
+    "RewardModel": "grade.rewards.reward_model", "Term": "grade.rewards.weighted",
     **dict.fromkeys(("DifferentiableReward", "EmbeddingTable", "Reward", "RewardFunction"), "grade.rewards.base"),
     **dict.fromkeys(("GradeTrainer", "TrainResult"), "grade.training.api"),
 }

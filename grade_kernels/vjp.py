@@ -125,7 +125,6 @@ class SoftTokenRule:
         self._keep_bytes = keep_bytes
         self._kept: dict[torch.dtype, list[tuple[float, Tensor]]] = {}
 
-    @torch.no_grad()
     def __call__(
         self, grad_embedding: Tensor | Sequence[Tensor], embedding: Tensor | Sequence[Tensor]
     ) -> SoftTokenGrad:
@@ -143,6 +142,12 @@ class SoftTokenRule:
         TypeError, ValueError
             On wrong dtypes, shapes or devices.
         """
+        with torch.no_grad():
+            return self._apply(grad_embedding, embedding)
+
+    def _apply(
+        self, grad_embedding: Tensor | Sequence[Tensor], embedding: Tensor | Sequence[Tensor]
+    ) -> SoftTokenGrad:
         grads, tables, ids = _pairs(grad_embedding, embedding, self._indices)
         values, head, shape = self._values, self._head, self._indices.shape
         sides = [*grads, *tables, *([] if head is None else [head.weight])]

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from grade.config import Config
-from grade.errors import GradeError, printing
+from grade.errors import GradeError, printing, read_json
 from grade.processes import make_accelerator
 from grade.training.answers import Answer, Answers
 from grade.training.trained import checkpoint_folder, load_trained
@@ -40,7 +40,11 @@ def generate_from(
     if not all(prompt.strip() for prompt in prompts):
         raise GradeError("a prompt is empty: write some text.")
     policy = load_trained(config, run_dir, folder, make_accelerator(config).device)
-    answers = Answers(config, policy, base=base or asked, samples=samples, max_new_tokens=max_new_tokens)
+    record = read_json(run_dir / "run.json", "Name the folder of a whole run.")
+    answers = Answers(
+        config, policy, base=base or asked, samples=samples, max_new_tokens=max_new_tokens,
+        chat=record.get("task", {}).get("prompts") == "conversations",
+    )
     console = Console(highlight=False)
     if asked:
         _converse(answers, console)

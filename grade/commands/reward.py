@@ -10,12 +10,13 @@ from grade.errors import GradeError
 from grade.model.loading import load_policy, load_tokenizer
 from grade.processes import make_accelerator
 from grade.rewards.head_training import HeadTraining
-from grade.rewards.shared import head_report
+from grade.rewards.shared import head_lines, head_report
 from grade.tasks import load_task
 
 
 def train_reward(config: Config) -> dict[str, float]:
-    """`grade reward`: train the head of a config (or find it trained) and print its accuracy."""
+    """`grade reward`: train the head of a config (or find it trained), print and return its held-out accuracy, or of
+    numbers its R²."""
 
     if config.reward.model is not None:
         raise GradeError("reward.model names a trained classifier: there is no head to train. Set it to null.")
@@ -24,7 +25,7 @@ def train_reward(config: Config) -> dict[str, float]:
     if not trains_head(config.task, config.reward):
         raise GradeError("the reward is a function alone: there is no head to train. Set reward.weight for one.")
     tokenizer = load_tokenizer(config.model)
-    task = load_task(config.task)
+    task = load_task(config.task, config.tokenizer)
     policy = load_policy(
         config.model, tokenizer, make_accelerator(config).device, seed=config.seed, task=config.task,
         generation=config.generation, reward=config.reward,
@@ -34,7 +35,6 @@ def train_reward(config: Config) -> dict[str, float]:
     report = head_report(training.folder)
     console = Console()
     console.print(f"Reward head: {training.folder}")
-    for text, value in report["accuracy"].items():
-        judged = " (the length it will judge)" if text == f"{report['judged_length']} tokens" else ""
-        console.print(f"  held-out accuracy on the first {text}{judged}: {value:.3f} of {report['held_out']} reviews")
-    return report["accuracy"]
+    for line in head_lines(report):
+        console.print(f"  {line}")
+    return report["accuracy"] if "accuracy" in report else report["r2"]

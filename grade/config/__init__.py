@@ -21,10 +21,10 @@ from grade.config.schema import (
     validate,
     without_gradient,
 )
-from grade.config.tasks import TaskConfig
+from grade.config.tasks import TaskConfig, TokenizerConfig
 
 __all__ = [
     "NOISE_ROWS", "Config", "EvaluationConfig", "FunctionTerm", "GenerationConfig", "LoraSettings", "MethodConfig",
-    "ModelConfig", "RewardConfig", "RolloutConfig", "TaskConfig", "TrainConfig", "default_methods", "flatten",
-    "get_setting", "judged_length", "settings_with_role", "trains_head", "validate", "without_gradient",
+    "ModelConfig", "RewardConfig", "RolloutConfig", "TaskConfig", "TokenizerConfig", "TrainConfig", "default_methods",
+    "flatten", "get_setting", "judged_length", "settings_with_role", "trains_head", "validate", "without_gradient",
 ]

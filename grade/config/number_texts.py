@@ -41,6 +41,8 @@ def describe_type(kind: Any) -> str:
         choices = get_args(kind)  # of a Literal
         words = {int: "whole numbers", float: "numbers"}.get(kind, " or ".join(choices) or "texts")
         return f"a list of {words}, written [{'1, 2' if kind in (int, float) else 'a, b'}]"
+    if get_origin(kind) is dict:
+        return "names with values, written {a: 1, b: true}"
     simple = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return simple[kind]
 

@@ -7,6 +7,7 @@ mistyped one deserves its line in the file and the name that was meant. Nothing 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -356,7 +357,7 @@ def build_config(namespace: Any) -> Config:
                 filled[name] = [one if isinstance(one, entry) else entry(**vars(one)) for one in value]
             else:
                 # A copy, so that no two configs share one of the parser's default lists.
-                filled[name] = list(value) if isinstance(value, list) else value
+                filled[name] = copy.deepcopy(value) if isinstance(value, (list, dict)) else value
         return section(**filled)
 
     config = build(Config, namespace)

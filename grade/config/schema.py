@@ -7,7 +7,7 @@ docstring here is what `grade train --help` prints. Nothing heavy is imported: `
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 from grade.config.bounds import (
     BATCH,
@@ -25,7 +25,7 @@ from grade.config.bounds import (
 )
 from grade.config.methods import BY_VALUE, METHODS, MethodConfig, check_method
 from grade.config.studies import CompareConfig, VarianceConfig, check_studies
-from grade.config.tasks import JUDGED_BY_PROGRAM, WRITTEN, WRITTEN_EXAMPLES, TaskConfig
+from grade.config.tasks import JUDGED_BY_PROGRAM, WRITTEN, WRITTEN_EXAMPLES, TaskConfig, TokenizerConfig
 from grade.errors import GradeError
 
 MODEL_TERM = "model"
@@ -151,7 +151,7 @@ def without_gradient(task: TaskConfig, reward: RewardConfig) -> str | None:
         return None
     if reward.model is not None:
         return f"reward.bridge={reward.bridge} scores the text"
-    return f"the reward is a function alone ({reward.terms[0].function})"
+    return f"the reward is a function alone ({reward.terms[0].function}; reward.weight sets a head beside it)"
 
 
 @dataclass
@@ -281,6 +281,7 @@ class Config:
     """Folder for run directories and trained reward heads."""
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -299,6 +300,10 @@ NOISE_ROWS = 2**52
 """Most tokens that one process may sample in a run: their noise is keyed by 64 bits, which many processes share."""
 
 
+_DICTS = frozenset(name for name, kind, _ in facts_of(Config) if get_origin(kind) is dict)
+"""Settings whose values are dicts."""
+
+
 def settings_with_role(*roles: Role) -> list[str]:
     """Dotted names of the settings that play one of these roles."""
     return [name for name, _, facts in facts_of(Config) if facts.role in roles]
@@ -313,10 +318,11 @@ def get_setting(config: Config, dotted: str) -> Any:
 
 
 def flatten(settings: dict, prefix: str = "") -> dict[str, object]:
-    """{"train": {"steps": 1}} -> {"train.steps": 1}."""
+    """{"train": {"steps": 1}} -> {"train.steps": 1}; a setting that is itself a dict stays one."""
     flat: dict[str, object] = {}
     for name, value in settings.items():
-        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+        inner = isinstance(value, dict) and prefix + name not in _DICTS
+        flat.update(flatten(value, f"{prefix}{name}.") if inner else {prefix + name: value})
     return flat
 
 
@@ -355,12 +361,13 @@ def validate(config: Config) -> None:
             f"generation.samples_per_prompt ({generation.samples_per_prompt}): a prompt's samples would "
             "be split over two steps. Change one of the three."
         )
+    _check_reward(config.reward)
+    _check_data(config)
     check_method(
         method, samples_per_prompt=generation.samples_per_prompt, responses=per_step,
         own_sampling=config.rollout.source is None, no_gradient=without_gradient(config.task, config.reward),
         functions=bool(config.reward.terms),
     )
-    _check_reward(config.reward)
     if config.task.name in JUDGED_BY_PROGRAM and config.reward.model is not None:
         raise GradeError(
             f"reward.model is {config.reward.model}, but the task {config.task.name} brings its own reward. Set it to "
@@ -409,6 +416,34 @@ def _check_reward(reward: RewardConfig) -> None:
         )
     if reward.bridge is not None and reward.model is None:
         raise GradeError(f"reward.bridge is {reward.bridge}, but reward.model is null. Name a classifier.")
+
+
+def _check_data(config: Config) -> None:
+    """Refuse what the task cannot use of labels and of a chat template."""
+    task, chat = config.task, config.tokenizer
+    if task.label_type == "pairs" and task.name != "prompts":
+        raise GradeError(f"task.label_type=pairs needs task.name=prompts, and it is {task.name}. Change one of them.")
+    if task.label_type not in (None, "pairs") and task.name == "prompts":
+        raise GradeError(
+            f"task.label_type={task.label_type} is for labelled texts, but task.name=prompts has none: set the first "
+            "to pairs or null, or task.name to sentiment."
+        )
+    if task.label_type == "numbers" and task.name != "sentiment":
+        raise GradeError(f"task.label_type=numbers needs task.name=sentiment, and it is {task.name}. Set it to null.")
+    taken = sorted(_TEMPLATE_ARGUMENTS & chat.chat_template_kwargs.keys())
+    if taken:
+        raise GradeError(f"tokenizer.chat_template_kwargs has {taken[0]!r}, which is set by GRADE. Leave it out.")
+    if chat != TokenizerConfig() and task.name not in ("prompts", "countdown"):
+        raise GradeError(
+            f"tokenizer.chat, tokenizer.system_prompt and tokenizer.chat_template_kwargs are for conversations, and "
+            f"task.name={task.name} continues texts. Leave them out, or use task.name=prompts."
+        )
+
+
+_TEMPLATE_ARGUMENTS = frozenset((
+    "conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict",
+    "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length", "tokenizer_kwargs",
+))
 
 
 def judged_length(config: Config) -> int:

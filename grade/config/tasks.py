@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from grade.config.bounds import ROWS, SEED, TOKENS, setting
 
@@ -32,18 +32,43 @@ class CountdownConfig:
 
 
 @dataclass
+class TokenizerConfig:
+    """How conversations become token ids: by the chat template of the policy's tokenizer."""
+
+    chat: bool = False
+    """Prompts that are strings are a user's message too, and go through the chat template."""
+    system_prompt: str | None = None
+    """A system message in front of conversations that have none; null: none."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is given besides the messages, such as {enable_thinking: false}."""
+
+
+@dataclass
 class TaskConfig:
     """Where prompts come from and how they are cut."""
 
-    name: Literal["sentiment", "demo", "countdown"] = "sentiment"
+    name: Literal["sentiment", "demo", "countdown", "prompts"] = "sentiment"
     """`sentiment`: labelled reviews, continued to turn positive. `demo`: the same, written by a grammar. `countdown`:
-    arithmetic puzzles, judged by a program."""
+    arithmetic puzzles, judged by a program. `prompts`: prompts as they are, for any reward."""
     dataset: str = "stanfordnlp/imdb"
-    """Hub dataset, `save_to_disk` folder, or folder with train.* and test.* (parquet, csv or jsonl)."""
+    """Hub dataset, `save_to_disk` folder, or folder with train.* and test.* (parquet, csv or jsonl). `prompts` needs no
+    test part, and takes txt (a prompt a line) and a file by itself."""
+    prompt_column: str = "prompt"
+    """Of `prompts`: column with strings, lists of token ids or conversations; `messages` is found too."""
+    long_prompts: Literal["leave_out", "cut"] = "leave_out"
+    """Of `prompts`, with more than prompt_max_tokens: left out and counted, or cut to their last tokens, which
+    conversations cannot be."""
+    label_type: Literal["classes", "numbers", "pairs"] | None = None
+    """What a reward head learns: two classes or numbers, of each review, or which answer of a pair was chosen, with
+    `prompts`. null: classes, and nothing with `prompts`."""
+    chosen_column: str = "chosen"
+    """Of pairs: column with the better answer, or with the prompt and the better answer."""
+    rejected_column: str = "rejected"
+    """Of pairs: column with the worse answer, as the better one is written."""
     text_column: str = "text"
     """Column with the review, a string."""
     label_column: str = "label"
-    """Column with the label: integers or strings."""
+    """Column with the label: integers or strings; numbers where label_type is numbers."""
     positive_label: str = "1"
     """Value of the label column that means 'positive' (compared as text)."""
     negative_label: str | None = None
@@ -51,11 +76,15 @@ class TaskConfig:
     split_seed: int = setting(0, ge=0, le=SEED)
     """Seed of the one shuffle before the training file is cut into splits."""
     reward_examples: int = setting(5000, ge=2, le=ROWS)
-    """Reviews that train the reward head: the first of the shuffled training file."""
+    """Reviews or pairs that train the reward head: the first of the shuffled training file. Of `prompts` at most two
+    fifths of it."""
     policy_examples: int = setting(10000, ge=1, le=ROWS)
-    """Reviews whose openings are training prompts: the next ones."""
+    """Reviews whose openings are training prompts: the next ones. Of `prompts` what is left, up to this."""
     validation_examples: int = setting(2000, ge=1, le=ROWS)
-    """Reviews held out for validation prompts and the head's accuracy: the next ones."""
+    """Reviews held out for validation prompts and the head's accuracy: the next ones. Of `prompts` at most a fifth of
+    the training file, or up to this many of a validation part."""
+    test_examples: int = setting(2000, ge=1, le=ROWS)
+    """Of `prompts` without a test part: held out for the test, at most a fifth of the training file."""
     judge_examples: int = setting(8000, ge=0, le=ROWS, role="resume")
     """Reviews that train the judge of `grade compare`: the next ones, as many as are left up to this; 0: no judge."""
     prompt_sentences: int = setting(2, ge=1, le=TOKENS)

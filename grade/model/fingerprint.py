@@ -24,7 +24,7 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json
 _KNOWN: WeakKeyDictionary[Policy, dict[str, str]] = WeakKeyDictionary()
 _WORDS = {
     "model": "the base model's weights or settings", "tokenizer": "the tokenizer", "data": "the data of task.dataset",
-    "reward": "the reward model", "responses_per_step": "the responses of a step, over all processes",
+    "reward": "the reward", "responses_per_step": "the responses of a step, over all processes",
 }
 
 

@@ -74,7 +74,7 @@ def load_function(called: str, setting: str = "reward.function") -> Loaded:
         raise GradeError(f"{where}: {path} cannot be run ({_shown(error, str(path.absolute()))}). Mend it.") from error
     found = getattr(module, name, None)
     if found is None:
-        names = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
+        names = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
         listed = f"It has {', '.join(names)}." if names else "It has no function."
         raise GradeError(f"{where}: {path} has nothing called {name}. {listed}")
     check_function(found, where)

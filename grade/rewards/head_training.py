@@ -1,38 +1,26 @@
-"""Train the reward head: frozen base features once, then a small classifier on them.
-
-The base is causal, so the mean over a review's first n states is the feature of its first n tokens: one pass gives
-the features of the whole (cut) review and of the shorter text that the policy's responses will really be. The head
-is trained on both and its accuracy is reported on both, on reviews it has not seen.
-"""
+"""The reward head of a config: kept in a folder named by what it was trained on, and trained where there is none."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from grade.config import RewardConfig
+from grade.config import Config, RewardConfig, trains_head
 from grade.errors import GradeError, writing
 from grade.files import check_writable, locked, replaced_folder, sha256
 from grade.model.fingerprint import differing, model_inputs
-from grade.model.passes import accumulation_dtype
 from grade.model.policy import Policy
+from grade.rewards.head_fitting import HeadData, fit_head
 from grade.rewards.shared import HEAD_FILE, KEPT_FOLDER, REPORT_FILE, RewardHead, head_report
-from grade.tasks.base import Example, Task
-from grade.tasks.encoding import encode
-
-_FEATURE_BATCH = 32
+from grade.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -43,7 +31,7 @@ class HeadTraining:
         settings: section `reward`.
         judged: tokens of the text that the reward will judge in training.
         output_dir: of the config, for heads without a `reward.path`.
-        task: has labelled texts in "reward", to learn from, and in "validation", for the accuracy.
+        task: has labelled texts or pairs in "reward", to learn from, and in "validation", for the accuracy.
     """
 
     settings: RewardConfig
@@ -121,6 +109,7 @@ class HeadTraining:
         try:
             weights = load_file(folder / HEAD_FILE)
             hidden, features = weights["layers.0.weight"].shape
+            outputs = len(weights["layers.2.weight"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise GradeError(f"reward.path={folder}: {HEAD_FILE} is no reward head ({error}).") from error
         report = head_report(folder)
@@ -148,39 +137,45 @@ class HeadTraining:
                 f"reward.path={folder}: its head reads {features} features, the model has {width}. Name the head of "
                 "this model, or leave reward.path null to train one."
             )
-        head = RewardHead(features, hidden)
+        label_type = report.get("label_type", "classes")  # heads of earlier versions know no other
+        if label_type not in RewardHead.OUTPUTS or outputs != RewardHead.OUTPUTS[label_type]:
+            raise GradeError(
+                f"the reward head {folder}: {HEAD_FILE} has {outputs} outputs, and {REPORT_FILE} says that it learnt "
+                f"{label_type!r}. Delete the folder: the head is then trained again."
+            )
+        head = RewardHead(features, hidden, label_type)
         head.load_state_dict(weights)
         return head
 
     def train(self) -> tuple[RewardHead, dict[str, Any]]:
-        """Learn from the texts of "reward", and report on those of "validation".
+        """Learn from what is labelled in "reward", and report on "validation"; as `fit_head`.
 
-        Returns:
-            (head in float32 on the policy's device, {"accuracy": {"<n> tokens": share}, "loss": nats, ...}).
+        Raises:
+            GradeError: the task has nothing labelled.
         """
-        settings, policy = self.settings, self.policy
-        learnt, held_out = self.task.examples("reward"), self.task.examples("validation")
-        lengths = sorted({self.judged, settings.max_tokens})
-        marks = settings.input == "prompt+response"  # a response by itself has no token that opens a text
-        train_x, train_y = features_of(policy, learnt, lengths, "Reward features", special_tokens=marks)
-        held_x, held_y = features_of(policy, held_out, lengths, "Held-out features", special_tokens=marks)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            head = RewardHead(train_x.shape[-1], settings.hidden_size)
-        head.to(policy.device)
-        loss = _fit(head, train_x.flatten(0, 1), train_y.repeat(len(lengths)), settings)
-        accuracy = {
-            f"{n} tokens": ((head(held_x[i])[:, 1] > head(held_x[i])[:, 0]).long() == held_y).float().mean().item()
-            for i, n in enumerate(lengths)
-        }
-        return head, {
-            "accuracy": accuracy, "loss": loss, "judged_length": self.judged, "trained_on": len(learnt),
-            "held_out": len(held_out),
-        }
+        task = self.task
+        if task.label_type is None:
+            raise GradeError(
+                f"task.name={task.name} has no labels here that a reward head could learn. Name a trained head with "
+                "reward.path or a classifier with reward.model, set task.label_type to pairs for data with chosen and "
+                "rejected answers, or use another reward."
+            )
+        if task.label_type == "pairs":
+            learnt, held_out = (task.pairs(split, self.policy.tokenizer) for split in ("reward", "validation"))
+            data = HeadData("pairs", learnt, held_out)
+        else:
+            data = HeadData(task.label_type, task.examples("reward"), task.examples("validation"))
+        return fit_head(self.policy, self.settings, data, judged=self.judged)
 
 
 def _say_waiting() -> None:
     Console(stderr=True).print("Another process trains this reward head: waiting for it.")
+
+
+def needs_labels(config: Config) -> bool:
+    """Whether a head must be trained for a config: none is named that was trained already."""
+    path = config.reward.path
+    return trains_head(config.task, config.reward) and not (path is not None and (Path(path) / HEAD_FILE).is_file())
 
 
 def with_kept_head(settings: RewardConfig, run_dir: Path) -> RewardConfig:
@@ -189,61 +184,3 @@ def with_kept_head(settings: RewardConfig, run_dir: Path) -> RewardConfig:
     if settings.model is not None or not (kept / HEAD_FILE).is_file():
         return settings
     return replace(settings, path=str(kept))
-
-
-def _fit(head: RewardHead, features: Tensor, labels: Tensor, settings: RewardConfig) -> float:
-    """Minimise cross-entropy with AdamW; the mean loss of the last epoch, nats."""
-    optimizer = torch.optim.AdamW(
-        head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    generator = torch.Generator().manual_seed(settings.seed)
-    total = 0.0
-    for _ in range(settings.epochs):
-        total = 0.0
-        for batch in torch.randperm(len(features), generator=generator).split(settings.batch_size):
-            batch = batch.to(features.device)
-            loss = torch.nn.functional.cross_entropy(head(features[batch]), labels[batch])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.item() * len(batch)
-    return total / len(features)
-
-
-@torch.no_grad()
-def features_of(
-    policy: Policy, examples: Sequence[Example], lengths: list[int], title: str, *, special_tokens: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Mean-pooled base states of the first n tokens of each text, for each n in `lengths`.
-
-    Args:
-        special_tokens: start texts with the token the tokenizer puts there, if it does.
-
-    Returns:
-        (features [len(lengths), N, d] float32, labels [N] int64) of the N texts that have any tokens.
-    """
-    limit = max(lengths)
-    texts = [e.text for e in examples]
-    encoded = encode(policy.tokenizer, texts, limit, special_tokens=special_tokens)
-    readable = [i for i, row in enumerate(encoded) if row]
-    examples, encoded = [examples[i] for i in readable], [encoded[i] for i in readable]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # equal lengths together: little padding
-    out = torch.empty(len(lengths), len(encoded), policy.embedding.shape[1], device=policy.device)
-    starts = range(0, len(order), _FEATURE_BATCH)
-    for start in track(starts, description=title, console=Console(stderr=True), transient=True):
-        rows = order[start: start + _FEATURE_BATCH]
-        width = len(encoded[rows[-1]])
-        ids = torch.full((len(rows), width), policy.pad_id)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(encoded[row])] = torch.tensor(encoded[row])
-            mask[i, : len(encoded[row])] = True
-        ids, mask = ids.to(policy.device), mask.to(policy.device)
-        with policy.state(adapters=False):
-            hidden = policy.hidden(policy.embed(ids), mask)
-        sums = (hidden.to(accumulation_dtype(hidden)) * mask[..., None]).cumsum(1)  # [b, T, d]
-        for i, length in enumerate(lengths):
-            counts = mask[:, :length].sum(1)
-            out[i, rows] = sums[torch.arange(len(rows)), counts - 1] / counts[:, None]
-    labels = torch.tensor([e.label for e in examples], device=policy.device)
-    return out, labels

@@ -76,7 +76,6 @@ def _model(settings: RewardConfig, policy: Policy, task: Task, *, judged: int, o
         probe_classifier(classifier, settings.model, judged)
         return classifier
     training = HeadTraining(settings, judged, output_dir, policy, task)
-    raised = "a positive review" if task.labels is None else f"the label {task.labels}"
-    return SharedReward(
-        policy, training.head(), settings.input, raises=f"the probability of {raised}", folder=training.folder
-    )
+    head = training.head()
+    raised = f"the probability of the label {task.labels}" if head.label_type == "classes" and task.labels else None
+    return SharedReward(policy, head, settings.input, raises=raised, folder=training.folder)

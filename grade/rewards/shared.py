@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +16,49 @@ from grade.model.passes import BasePass, accumulation_dtype
 from grade.model.policy import Policy
 from grade.rewards.base import DifferentiableReward, EmbeddingTable
 from grade.rollout import Rollout
+from grade.tasks.base import LabelType
 
 HEAD_FILE, REPORT_FILE = "head.safetensors", "reward.json"
 KEPT_FOLDER = "reward"
 """Of a run, where its head is kept."""
 
 
-class RewardHead(nn.Module):
-    """Linear-Tanh-Linear on pooled features, in float32: [B, d] -> [B, 2] logits (negative, positive)."""
+_RAISED: dict[LabelType, str] = {
+    "classes": "the probability of a positive review", "numbers": "the number that the reward head estimates",
+    "pairs": "the sigmoid of the score by which the reward head prefers answers",
+}
 
-    def __init__(self, feature_size: int, hidden_size: int):
+
+class RewardHead(nn.Module):
+    """Linear-Tanh-Linear on pooled features, in float32: [B, d] -> [B, 2] logits (negative, positive) of classes, or
+    [B, 1] scores.
+
+    Args:
+        label_type: what it learns: "classes", "numbers" or "pairs".
+    """
+
+    OUTPUTS = {"classes": 2, "numbers": 1, "pairs": 1}
+
+    def __init__(self, feature_size: int, hidden_size: int, label_type: LabelType = "classes"):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(feature_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, 2))
+        self.label_type = label_type
+        last = nn.Linear(hidden_size, self.OUTPUTS[label_type])
+        self.layers = nn.Sequential(nn.Linear(feature_size, hidden_size), nn.Tanh(), last)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features.to(next(self.parameters()).dtype))
 
-    def probability(self, features: Tensor) -> Tensor:
-        """[B] probability of the positive class."""
-        return self(features).softmax(-1)[..., 1]
+    @property
+    def last(self) -> nn.Linear:
+        return cast(nn.Linear, self.layers[-1])
+
+    def reward(self, features: Tensor) -> Tensor:
+        """[B] probability of the positive class, in (0, 1); of numbers the estimate, unbounded; of pairs the sigmoid of
+        the score, in (0, 1)."""
+        scores = self(features)
+        if self.label_type == "classes":
+            return scores.softmax(-1)[..., 1]
+        return scores[..., 0] if self.label_type == "numbers" else scores[..., 0].sigmoid()
 
 
 class SharedReward(DifferentiableReward):
@@ -46,15 +70,16 @@ class SharedReward(DifferentiableReward):
         policy: owner of the base weights.
         head: trained `RewardHead`; frozen here.
         reads: "prompt+response", from the base pass; or "response", a pass of its own from position 0.
-        raises: as of every `Reward`.
+        raises: as of every `Reward`; None: what the head has learnt, in general words.
         folder: that keeps the head and the report of its training.
     """
 
     def __init__(
         self, policy: Policy, head: RewardHead, reads: str = "prompt+response", *,
-        raises: str = "the probability of a positive review", folder: Path | None = None,
+        raises: str | None = None, folder: Path | None = None,
     ):
-        self.policy, self.reads, self.raises, self.folder = policy, reads, raises, folder
+        self.policy, self.reads, self.folder = policy, reads, folder
+        self.raises = raises or _RAISED[head.label_type]
         self.head = head.to(policy.device).requires_grad_(False).eval()
         self.modules = [self.head]
         self.shares_base_pass = reads == "prompt+response"
@@ -67,9 +92,9 @@ class SharedReward(DifferentiableReward):
         if self.shares_base_pass:
             states = base.response.to(accumulation_dtype(base.response))
             total = base.prompt_sum + (states * mask[..., None]).sum(1)
-            return self.head.probability(total / (base.prompt_count + mask.sum(1))[:, None])
+            return self.head.reward(total / (base.prompt_count + mask.sum(1))[:, None])
         states = self._states(rollout, fed[0], activation_checkpointing)
-        return self.head.probability(mean_pool(states, mask))
+        return self.head.reward(mean_pool(states, mask))
 
     @torch.no_grad()
     def prefix_values(self, rollout: Rollout, base: BasePass) -> Tensor:
@@ -86,7 +111,7 @@ class SharedReward(DifferentiableReward):
         states = states.to(accumulation_dtype(states)) * rollout.mask[..., None]
         sums = torch.cat([sums[:, None], states], dim=1).cumsum(1)
         counts = torch.cat([counts[:, None], rollout.mask.long()], dim=1).cumsum(1)
-        return self.head.probability(sums / counts.clamp_min(1)[..., None])
+        return self.head.reward(sums / counts.clamp_min(1)[..., None])
 
     def _states(self, rollout: Rollout, x: Tensor, activation_checkpointing: bool = False) -> Tensor:
         """[B, S, d], the base's of the response by itself."""
@@ -101,6 +126,23 @@ class SharedReward(DifferentiableReward):
                 for name in (HEAD_FILE, REPORT_FILE):
                     shutil.copyfile(self.folder / name, fresh / name)
         return {"reward_head": head_report(kept)}
+
+
+def head_lines(report: Mapping[str, Any]) -> list[str]:
+    """What a head's report says of data that it has not seen, a line for each length of text."""
+    unit = "pairs" if report.get("label_type") == "pairs" else "texts"
+    names = {"accuracy": "share ranked right" if unit == "pairs" else "accuracy", "r2": "R²",
+             "mean_absolute_error": "mean absolute error"}
+    measured = {name: values for name, values in report.items() if name in names}
+    lines = []
+    for text in next(iter(measured.values()), {}):
+        found = ", ".join(
+            f"{names[name]} {'undefined (all are equal)' if values[text] is None else format(values[text], '.3f')}"
+            for name, values in measured.items()
+        )
+        judged = " (the length it will judge)" if text == f"{report['judged_length']} tokens" else ""
+        lines.append(f"held-out {found} on the first {text}{judged}, {report['held_out']} {unit}")
+    return lines
 
 
 def head_report(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a task is: prompts by split, and labelled texts where it has them. Whoever adds a task subclasses `Task`."""
+"""What a task is: prompts by split, and labelled data where it has some. Whoever adds a task subclasses `Task`."""
 
 from __future__ import annotations
 
@@ -6,25 +6,38 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LabelType = Literal["classes", "numbers", "pairs"]
+Message = dict[str, Any]
+"""Of a conversation: "role" and "content", both strings, and what else a chat template may read."""
+
+
 @dataclass(frozen=True)
 class Example:
-    """One labelled text.
+    """One text, labelled or not.
 
     Attributes:
         id: names the row it came from, for example `train/17`.
         text: the cleaned text.
-        label: 1 positive, 0 negative.
+        label: 1 positive, 0 negative; or a number to learn; None: unlabelled.
     """
 
     id: str
     text: str
-    label: int
+    label: float | None
+
+
+class PairIds(NamedTuple):
+    """Two answers to a prompt as token ids, of which the first was preferred."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
 
 
 @dataclass(frozen=True)
@@ -58,9 +71,11 @@ class Task(ABC):
 
     Attributes:
         labels: what the labels of its texts mean; None where they were not read from data.
+        label_type: what a reward head can learn here; None: nothing.
     """
 
     labels: Labels | None = None
+    label_type: LabelType | None = None
 
     @property
     def name(self) -> str:
@@ -93,22 +108,30 @@ class Task(ABC):
         `sha256_of` its texts: by these a run knows its data again.
         """
 
-    def columns(self, split: str, index: Sequence[int]) -> dict[str, list]:
-        """The data's other columns at prompts of a split, by name; one value for each of `index`.
-
-        Args:
-            index: numbers of prompts, in the order of `prompts`; may repeat.
-        """
-        return {}
-
-    def conversations(self, split: str, index: Sequence[int]) -> list[list[dict[str, str]]] | None:
-        """The messages of prompts of a split, one list for each of `index`; None where prompts are plain texts."""
-        return None
-
     def examples(self, split: str) -> Sequence[Example]:
         """Labelled texts: in "reward" to train a reward head on and in "validation" to test it on, in "judge" to train
         the judge of comparisons on and in "test" to test that on."""
         return ()
+
+    def pairs(self, split: str, tokenizer: PreTrainedTokenizerBase) -> Sequence[PairIds]:
+        """Answers of which one was preferred: in "reward" to train a reward head on, in "validation" to test it on."""
+        return ()
+
+    def columns(self, split: str, index: Sequence[int]) -> dict[str, list[Any]]:
+        """The data's other columns, for reward functions: by name, one value for each entry of `index`.
+
+        Args:
+            index: positions in the list that `prompts` has last given of this split, in any order, repeated or not.
+        """
+        return {}
+
+    def conversations(self, split: str, index: Sequence[int]) -> list[list[Message]] | None:
+        """The prompts at these positions as lists of messages; None: this task's prompts are texts."""
+        return None
+
+    def notes(self) -> list[str]:
+        """What a person should know of the data, a line each: what was cut from what, and what was left out."""
+        return []
 
 
 def sha256_of(parts: Iterable[str]) -> str:

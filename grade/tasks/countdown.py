@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from grade.config import TaskConfig
+from grade.config import TaskConfig, TokenizerConfig
 from grade.errors import GradeError
 from grade.tasks.base import Task, sha256_of
 from grade.tasks.encoding import encode, encode_chats
@@ -167,7 +167,7 @@ def _part(puzzle: Puzzle) -> str:
     return PARTS[hashlib.sha256(puzzle.key.encode()).digest()[0] % len(PARTS)]
 
 
-def load(settings: TaskConfig) -> CountdownTask:
+def load(settings: TaskConfig, chat: TokenizerConfig | None = None) -> CountdownTask:
     """The puzzles that the settings ask for, and `TEST_PUZZLES` for the test.
 
     Raises:
@@ -187,7 +187,7 @@ def load(settings: TaskConfig) -> CountdownTask:
         )
         for split, size in zip(SPLITS, sizes, strict=True)
     )
-    return CountdownTask("built-in generator", settings, policy, validation, test)
+    return CountdownTask("built-in generator", settings, policy, validation, test, chat=chat)
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,7 @@ class CountdownTask(Task):
         settings: the `task` section of the configuration.
         policy, validation, test: puzzles for training, for choosing a checkpoint, and for the final evaluation.
         by_prompt: the puzzle of every prompt that `prompts` has given out, by its token ids.
+        chat: how the chat template is used, where the tokenizer has one.
     """
 
     source: str
@@ -207,6 +208,7 @@ class CountdownTask(Task):
     validation: list[Puzzle]
     test: list[Puzzle]
     by_prompt: dict[tuple[int, ...], Puzzle] = field(default_factory=dict, repr=False, compare=False)
+    chat: TokenizerConfig | None = None
 
     @property
     def name(self) -> str:
@@ -231,7 +233,8 @@ class CountdownTask(Task):
         puzzles = self.puzzles(split)[:limit]
         longest = self.settings.prompt_max_tokens
         if getattr(tokenizer, "chat_template", None):  # a tokenizer of one's own need not have the attribute
-            rows = encode_chats(tokenizer, [[{"role": "user", "content": self._rules(p)}] for p in puzzles])
+            chats = [[{"role": "user", "content": self._rules(p)}] for p in puzzles]
+            rows = encode_chats(tokenizer, chats, self.chat)
         else:
             rows = encode(tokenizer, [puzzle.prompt for puzzle in puzzles], longest + 1)
         for puzzle, row in zip(puzzles, rows, strict=True):

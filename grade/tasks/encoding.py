@@ -8,9 +8,10 @@ piece, a word tokenizer as a word) the spelling is cut in two before it is read 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from grade.config import TokenizerConfig
 from grade.errors import GradeError, reason_of
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def encode(
     for start in range(0, len(texts), _ROWS_PER_BATCH):
         rows += _text_ids(tokenizer, list(texts[start: start + _ROWS_PER_BATCH]))
     sample = next((text for text, row in zip(texts, rows, strict=True) if row), None)
-    before = _opening_ids(tokenizer, sample) if special_tokens and sample is not None else []
+    before = opening_ids(tokenizer, sample) if special_tokens and sample is not None else []
     if max_tokens is not None and max_tokens <= len(before):
         raise GradeError(
             f"A limit of {max_tokens} tokens leaves no room for text: the tokenizer starts every text with "
@@ -56,17 +57,25 @@ def encode(
 
 
 def encode_chats(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, str]]]
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Mapping[str, Any]]],
+    settings: TokenizerConfig | None = None,
 ) -> list[list[int]]:
     """Token ids of conversations by the tokenizer's chat template, up to where the assistant's answer begins.
 
     Args:
         conversations: messages with "role" and "content".
+        settings: section `tokenizer`, with a system prompt and what else the template is given; None: the defaults.
 
     Raises:
-        GradeError: there are several templates and none is the default, or the template cannot be used.
+        GradeError: there is no template, there are several and none is the default, or it cannot be used.
     """
-    template = tokenizer.chat_template
+    settings = settings or TokenizerConfig()
+    template = getattr(tokenizer, "chat_template", None)  # a tokenizer of one's own need not have the attribute
+    if template is None:
+        raise GradeError(
+            "model.name: its tokenizer has no chat template, and prompts are conversations. Name an instruct model, "
+            "give its tokenizer a template (tokenizer.chat_template), or use prompts that are texts."
+        )
     if isinstance(template, dict) and "default" not in template:
         raise GradeError(
             f"model.name: its tokenizer has the chat templates {', '.join(sorted(template))}, and none called "
@@ -75,7 +84,10 @@ def encode_chats(
         )
     try:
         return [
-            list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            list(tokenizer.apply_chat_template(
+                with_system(messages, settings.system_prompt), add_generation_prompt=True, return_dict=False,
+                **settings.chat_template_kwargs,
+            ))
             for messages in conversations
         ]
     except Exception as error:  # a template is a program of its author; jinja2 keeps it in a sandbox
@@ -83,6 +95,13 @@ def encode_chats(
             f"model.name: its chat template cannot write a prompt ({type(error).__name__}: {reason_of(error)}). "
             "Mend the template in the model's folder, or choose another model."
         ) from error
+
+
+def with_system(messages: Sequence[Mapping[str, Any]], prompt: str | None) -> list[dict[str, Any]]:
+    """A conversation as the template gets it, with the system prompt in front unless it has one of its own."""
+    own = bool(messages) and messages[0].get("role") == "system"
+    first = [] if prompt is None or own else [{"role": "system", "content": prompt}]
+    return [*first, *map(dict, messages)]
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -120,7 +139,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return special
 
 
-def _opening_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def opening_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """What the tokenizer puts before every text, told by a text that has tokens."""
     if not tokenizer.is_fast and hasattr(tokenizer, "build_inputs_with_special_tokens"):
         built = tokenizer.build_inputs_with_special_tokens([_TEXT])

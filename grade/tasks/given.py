@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from grade.config import TokenizerConfig
 from grade.errors import GradeError
 from grade.tasks.base import Task, sha256_of
 from grade.tasks.encoding import encode, encode_chats
@@ -37,13 +38,16 @@ class Prompts(NamedTuple):
     columns: dict[str, list]
 
 
-def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase, argument: str = "prompts") -> Prompts:
+def read_prompts(
+    prompts: Any, tokenizer: PreTrainedTokenizerBase, argument: str = "prompts", chat: TokenizerConfig | None = None
+) -> Prompts:
     """Token ids of what a program calls prompts.
 
     Args:
         prompts: strings, lists of ids, conversations, dictionaries with a key `prompt` or `messages`, or a
             `datasets.Dataset` with such a column.
         argument: what it was given as, for messages.
+        chat: how conversations, and with `chat.chat` strings too, go through the chat template; None: the defaults.
 
     Raises:
         GradeError: it is something else, empty, or of several kinds.
@@ -61,6 +65,8 @@ def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase, argument: str
         odd = f"unlike the first ({type(values[0]).__name__})" if _kind(wrong) else "which is no prompt"
         raise GradeError(f"{argument}[{number}] is {_short(wrong)}, {odd}. {FORMS}, all of one kind.")
     conversations, kind = None, kinds.pop()
+    if kind == "text" and chat is not None and chat.chat:
+        values, kind = [[{"role": "user", "content": value}] for value in values], "chat"
     if kind == "text":
         ids = encode(tokenizer, values, None)
     elif kind == "ids":
@@ -68,7 +74,7 @@ def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase, argument: str
         _check_ids(ids, tokenizer, argument)
     else:
         conversations = [_asked(value) for value in values]
-        ids = encode_chats(tokenizer, conversations)
+        ids = encode_chats(tokenizer, conversations, chat)
     empty = next((number for number, row in enumerate(ids) if not row), None)
     if empty is not None:
         raise GradeError(f"{argument}[{empty}] has no tokens: there is nothing to continue. Leave it out.")

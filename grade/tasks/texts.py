@@ -12,16 +12,17 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grade.config import TaskConfig
 from grade.errors import GradeError
-from grade.tasks.base import Example, Labels, Task, sha256_of
+from grade.tasks.base import Example, Labels, LabelType, Task, sha256_of
 from grade.tasks.encoding import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_Row = TypeVar("_Row")
 SPLITS = ("reward", "policy", "validation", "test", "judge")
 
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
@@ -71,7 +72,7 @@ def opening(text: str, sentences: int, max_chars: int) -> str:
     return text[:end].rstrip()
 
 
-def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
+def shuffled(examples: Sequence[_Row], seed: int) -> list[_Row]:
     """`examples` in an order that depends on `seed` and their number only.
 
     Sorted by `random()` keys: of Python's generators, that sequence alone is promised to stay the same in
@@ -95,6 +96,7 @@ class TextTask(Task):
         test: prompts and texts for the final evaluation.
         judge: trains the judge of `grade compare`, which no method sees; may be empty.
         labels: what the labels of the data mean; None where they were not read from data.
+        label_type: None where the texts are unlabelled: `reward` and `judge` are of no use then.
     """
 
     source: str
@@ -105,6 +107,7 @@ class TextTask(Task):
     test: list[Example]
     judge: list[Example] = field(default_factory=list)
     labels: Labels | None = None
+    label_type: LabelType | None = "classes"
 
     def __post_init__(self) -> None:
         ids = [example.id for split in SPLITS for example in self.examples(split)]
@@ -155,14 +158,17 @@ class TextTask(Task):
             examples = self.examples(name)
             splits[name] = {
                 "examples": len(examples),
-                "positive": sum(example.label for example in examples),
+                **({"positive": sum(e.label or 0 for e in examples)} if self.label_type == "classes" else {}),
                 "ids_sha256": sha256_of(example.id for example in examples),
-                "texts_sha256": sha256_of(f"{example.label} {example.text}" for example in examples),
+                "texts_sha256": sha256_of(
+                    example.text if example.label is None else f"{example.label} {example.text}" for example in examples
+                ),
             }
         return {
             "task": self.name,
             "dataset": self.source,
             "split_seed": self.settings.split_seed,
+            **({} if self.label_type == "classes" else {"label_type": self.label_type}),
             **({} if self.labels is None else {"labels": asdict(self.labels)}),
             "splits": splits,
             "texts_in_two_splits": self.repeated_texts(),
@@ -176,31 +182,39 @@ class TextTask(Task):
 
 
 def cut_splits(
-    train: Sequence[Example], test: Sequence[Example], settings: TaskConfig, source: str, labels: Labels | None = None
+    train: Sequence[Example], test: Sequence[Example], settings: TaskConfig, source: str, labels: Labels | None = None,
+    *, trains_head: bool = True,
 ) -> TextTask:
     """Cut a task from the rows of a training and a test file.
 
     One shuffle of the training rows (files are often sorted by label), then consecutive stretches, so
     no row can be in two. The test rows are shuffled by the same seed: their first n are a random subset.
 
+    Args:
+        trains_head: false: reward examples are as many as are left beside the other splits, and need no labels.
+
     Raises:
-        GradeError: too few training rows, or reward examples of a single class.
+        GradeError: too few training rows, or reward examples with a single label.
     """
-    sizes = (settings.reward_examples, settings.policy_examples, settings.validation_examples)
+    others = settings.policy_examples + settings.validation_examples
+    learnt = settings.reward_examples if trains_head else max(0, min(settings.reward_examples, len(train) - others))
+    sizes = (learnt, settings.policy_examples, settings.validation_examples)
     if sum(sizes) > len(train):
         raise GradeError(
-            "task.reward_examples + task.policy_examples + task.validation_examples = "
-            f"{sizes[0]} + {sizes[1]} + {sizes[2]} = {sum(sizes)}, but the training data of {source} has "
-            f"{len(train)} rows. Lower one of the three or use more data."
+            f"{'task.reward_examples + ' if trains_head else ''}task.policy_examples + task.validation_examples = "
+            f"{' + '.join(map(str, sizes if trains_head else sizes[1:]))} = {sum(sizes)}, but the training data of "
+            f"{source} has {len(train)} rows. Lower one of the {'three' if trains_head else 'two'} or use more data."
         )
     rows = shuffled(train, settings.split_seed)
     first, second, third = sizes[0], sizes[0] + sizes[1], sum(sizes)
     reward = rows[:first]
-    if len({example.label for example in reward}) < 2:
+    if trains_head and len({example.label for example in reward}) < 2:
         raise GradeError(
             f"All {len(reward)} reward examples have the same label: raise task.reward_examples "
             "or change task.split_seed."
         )
+    label_type = (settings.label_type or "classes") if any(row.label is not None for row in train) else None
+    judged = settings.judge_examples if label_type == "classes" else 0
     return TextTask(
         source=source,
         settings=settings,
@@ -208,6 +222,7 @@ def cut_splits(
         policy=rows[first:second],
         validation=rows[second:third],
         test=shuffled(test, settings.split_seed),
-        judge=rows[third : third + settings.judge_examples],
+        judge=rows[third : third + judged],
         labels=labels,
+        label_type=label_type if label_type != "pairs" else None,
     )

@@ -14,8 +14,9 @@ from grade.model.policy import Policy
 from grade.model.pretrained import context_of
 from grade.rollout import pad_prompts
 from grade.sampling.sample import sample
+from grade.tasks.conversations import as_messages
 from grade.tasks.countdown import CountdownTask, puzzle_of
-from grade.tasks.encoding import encode
+from grade.tasks.encoding import encode, encode_chats
 from grade.training.evaluation import evaluation_sampling, text_of
 
 
@@ -35,11 +36,14 @@ class Answers:
         base: let the base model answer too.
         samples: responses per prompt.
         max_new_tokens: longest response; None: as in training.
+        chat: a prompt is a user's message, for the chat template.
     """
 
     def __init__(
-        self, config: Config, policy: Policy, *, base: bool = False, samples: int = 1, max_new_tokens: int | None = None
+        self, config: Config, policy: Policy, *, base: bool = False, samples: int = 1,
+        max_new_tokens: int | None = None, chat: bool = False,
     ):
+        self.chat = chat or config.tokenizer.chat
         self.config, self.policy, self.base, self.samples = config, policy, base, samples
         sampling = evaluation_sampling(config.evaluation, config.generation)
         longest = max_new_tokens or sampling.max_new_tokens
@@ -85,9 +89,14 @@ class Answers:
     def _ids(self, prompt: str) -> list[int]:
         """A prompt as the run's task writes it."""
         if self.config.task.name == "countdown":
-            puzzle = CountdownTask("a person", self.config.task, [puzzle_of(prompt)], [], [])
+            puzzle = CountdownTask(
+                "a person", self.config.task, [puzzle_of(prompt)], [], [], chat=self.config.tokenizer
+            )
             return puzzle.prompts("policy", self.policy.tokenizer)[0]
-        (ids,) = encode(self.policy.tokenizer, [prompt], None)
+        if self.chat:
+            (ids,) = encode_chats(self.policy.tokenizer, [as_messages(prompt)], self.config.tokenizer)
+        else:
+            (ids,) = encode(self.policy.tokenizer, [prompt], None)
         if not ids:
             raise GradeError(f"the prompt {prompt!r} has no text that the model could continue.")
         context = context_of(self.policy.config)

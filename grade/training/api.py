@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ class GradeTrainer:
             `config.model.lora` and is changed by that; or a peft model, whose own LoRA adapter is trained on.
         reward: a `grade.DifferentiableReward` or `grade.RewardFunction`; a function of the one parameter `policy` that
             makes one; a plain function `f(prompts, completions, **columns) -> list[float | None]` as TRL has it; or a
-            list of these, each by itself, with a weight as (reward, weight), or as a `grade.Term`.
+            list of these, each by itself, with a weight as (reward, weight), or as a `grade.Term`. A
+            `grade.RewardModel` trains a head on its own data.
         prompts: strings, lists of token ids, conversations (lists of {"role", "content"}, written by the tokenizer's
             chat template), or a `datasets.Dataset` with a column `prompt` or `messages`. They are not cut.
         config: settings; None: the defaults. Its sections `task` and `reward` are not used: prompts and reward are
@@ -99,7 +100,8 @@ class GradeTrainer:
         tokenizer: PreTrainedTokenizerBase | None = None, eval_prompts: Any = None, test_prompts: Any = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self._begin(config or Config(), callbacks)
+        config = config or Config()
+        self._begin(replace(config, task=replace(config.task, name="prompts", label_type=None)), callbacks)
         self.config, self._loaded = given_set_up(
             self.config, self.accelerator, model, reward, prompts, tokenizer=tokenizer, eval_prompts=eval_prompts,
             test_prompts=test_prompts,
@@ -191,7 +193,7 @@ class GradeTrainer:
             if prompts is not None:
                 if not isinstance(task, GivenTask):  # a reward may read the task's own rows
                     raise GradeError("prompts: this trainer has those of its settings. Make one by GradeTrainer(...).")
-                given, limit = read_prompts(prompts, self.tokenizer), None
+                given, limit = read_prompts(prompts, self.tokenizer, chat=config.tokenizer), None
                 self._check_length(max(map(len, given.ids)))
                 stack.enter_context(task.replaced(split, given))
             rows = task.prompts(split, self.tokenizer, limit=limit)
@@ -213,7 +215,7 @@ class GradeTrainer:
             samples: responses to every prompt, next to each other.
             max_new_tokens: longest response; None: as in training.
         """
-        rows = read_prompts(prompts, self.tokenizer).ids
+        rows = read_prompts(prompts, self.tokenizer, chat=self.config.tokenizer).ids
         answers = Answers(self.config, self.policy, samples=samples, max_new_tokens=max_new_tokens)
         self._check_length(max(map(len, rows)), answers.sampling.max_new_tokens)
         return answers.texts(rows, adapters=not base)

@@ -25,6 +25,7 @@ from grade.model.loading import add_adapter, check_fits, check_vocabulary, load_
 from grade.model.policy import Policy
 from grade.rewards.base import Reward
 from grade.rewards.function import FunctionReward
+from grade.rewards.reward_model import RewardModel
 from grade.rewards.weighted import Term, WeightedReward
 from grade.tasks.given import GivenTask, read_prompts
 from grade.training.setup import SetUp
@@ -44,13 +45,13 @@ def given_set_up(
         GradeError: one of them cannot be used, with the argument's name.
     """
     tokenizer = _tokenizer_of(config, model, tokenizer)
-    splits = {"policy": read_prompts(prompts, tokenizer)}
+    splits = {"policy": read_prompts(prompts, tokenizer, chat=config.tokenizer)}
     # Without others, what is trained on is validated on too: the best checkpoint is then the best on these.
     splits["validation"] = splits["policy"]
     if eval_prompts is not None:
-        splits["validation"] = read_prompts(eval_prompts, tokenizer, "eval_prompts")
+        splits["validation"] = read_prompts(eval_prompts, tokenizer, "eval_prompts", config.tokenizer)
     if test_prompts is not None:
-        splits["test"] = read_prompts(test_prompts, tokenizer, "test_prompts")
+        splits["test"] = read_prompts(test_prompts, tokenizer, "test_prompts", config.tokenizer)
     task = GivenTask(splits)
     tested = config.evaluation.test_prompts if test_prompts is not None else 0
     config = replace(
@@ -156,9 +157,9 @@ def as_reward(reward: Any, policy: Policy, task: GivenTask) -> Reward:
     """A reward of what a program calls one.
 
     Args:
-        reward: a `Reward`; a plain function `f(prompts, completions, **columns)`; a factory, which is a class of
-            rewards or a function of the one parameter `policy` that returns one; or a list of these, each by itself,
-            as (reward, weight), or as a `Term`.
+        reward: a `Reward`; a `RewardModel`; a plain function `f(prompts, completions, **columns)`; a factory, which is
+            a class of rewards or a function of the one parameter `policy` that returns one; or a list of these, each by
+            itself, as (reward, weight), or as a `Term`.
 
     Raises:
         GradeError: it is something else, or does not fit the policy.
@@ -204,7 +205,9 @@ def _one(reward: Any, policy: Policy, task: GivenTask) -> Reward:
 
 
 def _made(reward: Any, policy: Policy) -> Any:
-    """What a factory makes; anything else as it is."""
+    """What a factory makes, or the head that data trains; anything else as it is."""
+    if isinstance(reward, RewardModel):
+        return reward.fit(policy)
     is_class = inspect.isclass(reward) and issubclass(reward, Reward)
     if not (is_class or inspect.isroutine(reward)):
         return reward

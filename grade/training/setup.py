@@ -15,7 +15,7 @@ from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.processes import main_process_first
 from grade.rewards.base import Reward
-from grade.rewards.head_training import with_kept_head
+from grade.rewards.head_training import needs_labels, with_kept_head
 from grade.rewards.loading import check_reward, load_reward
 from grade.tasks import load_task
 from grade.tasks.base import Task
@@ -49,7 +49,7 @@ def set_up(
     judged, longest = judged_length(config), policy_config or config
     tokenizer = load_tokenizer(config.model)
     check_reward(config.reward, tokenizer, judged=judged)
-    task = load_task(config.task)
+    task = load_task(config.task, config.tokenizer, labels=needs_labels(config))
     before_policy(tokenizer, task)
     policy = load_policy(
         config.model, tokenizer, accelerator.device, seed=config.seed, task=longest.task,

@@ -198,7 +198,7 @@ class Trainer:
         """
         train, every = self.config.train, self.config.evaluation.every
         self.memory.check(self.services.any_process)
-        notes = [*opening_lines(self.config, self.policy, self.reward), self.memory.line]
+        notes = [*opening_lines(self.config, self.policy, self.reward), *self.task.notes(), self.memory.line]
         written, resaves_best = None, False
         if train.resume:
             state = restored(self.run_dir, self.inputs, self.policy, self.optimizer, self.method)

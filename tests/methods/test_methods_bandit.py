@@ -18,6 +18,8 @@ from grade.config.methods import COMPARED, PPOConfig, method_named
 from grade.methods import make_method
 from grade.methods.services import Services
 from grade.rewards.base import DifferentiableReward, EmbeddingTable
+from grade.rewards.function import FunctionReward
+from grade.rewards.weighted import Term, WeightedReward
 
 GOOD = torch.arange(20, 40)  # a third of the vocabulary
 STEPS, PROMPT_COUNT, COPIES = 48, 4, 8
@@ -44,8 +46,8 @@ def responses(policy, method, step, count, copies):
     return draw(policy, prompts, seed=step, rows=rows, copies=copies, **vars(method.sampling(step)))
 
 
-@pytest.mark.parametrize("name", COMPARED)
-def test_learns(name):
+def learnt(name, reward_of):
+    """(reward of the first step, tokens [n] of responses after the last) of a method under `reward_of(policy)`."""
     policy = tiny_policy(adapter_scale=0.0)
     size = PROMPT_COUNT * COPIES
     method = replace(
@@ -56,7 +58,7 @@ def test_learns(name):
     )
     train = TrainConfig(batch_size=size, accumulation_steps=1)
     method = make_method(
-        policy, ShareReward(), method, generation, train, Services(), seed=0, activation_checkpointing=False
+        policy, reward_of(policy), method, generation, train, Services(), seed=0, activation_checkpointing=False
     )
     groups = [{"params": policy.parameters()}, *method.parameter_groups()]
     optimizer = torch.optim.AdamW(groups, lr=4e-2, weight_decay=0.0)
@@ -74,6 +76,33 @@ def test_learns(name):
         start = metrics["reward"] if start is None else start
         schedule.step()
     fresh = responses(policy, method, 10**6, 240, 240 // PROMPT_COUNT)
-    final = (torch.isin(fresh.tokens, GOOD) & fresh.mask).sum() / fresh.mask.sum()
+    return start, fresh.tokens[fresh.mask]
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_learns(name):
+    start, tokens = learnt(name, lambda policy: ShareReward())
     assert start < 0.5
-    assert final >= 0.95
+    assert torch.isin(tokens, GOOD).float().mean() >= 0.95
+
+
+def late(completions):
+    """Share of the tokens that are 30 to 49: half of GOOD, and as many others."""
+    return [sum(30 <= int(word) < 50 for word in text.split()) / 4 for text in completions]
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+def test_learns_a_function(name):
+    start, tokens = learnt(name, lambda policy: WeightedReward([Term(FunctionReward(late, policy.tokenizer), "late")]))
+    assert start < 0.5
+    assert ((tokens >= 30) & (tokens < 50)).float().mean() >= 0.95
+
+
+@pytest.mark.parametrize("name", ["grade-ste", "grade"])
+def test_learns_a_function_beside_a_reward_with_a_gradient(name):
+    """What both of them like: either alone is content with twice as many tokens."""
+    start, tokens = learnt(name, lambda policy: WeightedReward([
+        Term(ShareReward(), "good"), Term(FunctionReward(late, policy.tokenizer), "late")
+    ]))
+    assert start < 1.0
+    assert ((tokens >= 30) & (tokens < 40)).float().mean() >= 0.9

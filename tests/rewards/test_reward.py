@@ -81,7 +81,7 @@ def test_head_is_a_two_class_softmax():
     features = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     hidden = torch.tanh(features @ head.layers[0].weight.T + head.layers[0].bias)
     logits = hidden @ head.layers[2].weight.T + head.layers[2].bias
-    assert torch.allclose(head.probability(features), torch.sigmoid(logits[:, 1] - logits[:, 0]))
+    assert torch.allclose(head.reward(features), torch.sigmoid(logits[:, 1] - logits[:, 0]))
     assert head(features.to(torch.bfloat16)).dtype == torch.float32
 
 

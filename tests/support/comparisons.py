@@ -45,7 +45,7 @@ def no_models(monkeypatch):
     monkeypatch.setattr(final_test, "load_judge", lambda *_: None)
     alone = SimpleNamespace(device=torch.device("cpu"), is_main_process=True, num_processes=1)
     monkeypatch.setattr(final_test, "make_accelerator", lambda config: alone)
-    monkeypatch.setattr(setup, "load_task", lambda config: SimpleNamespace(prompts=lambda *_, **__: [[1]]))
+    monkeypatch.setattr(setup, "load_task", lambda *_, **__: SimpleNamespace(prompts=lambda *_, **__: [[1]]))
     monkeypatch.setattr(final_test, "evaluate", lambda *_, **__: row)
 
 

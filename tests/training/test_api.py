@@ -168,6 +168,17 @@ def test_prompts_of_every_kind_have_the_ids_of_the_tokenizer(tokenizer):
     for given in (chats, answered, rows, datasets.Dataset.from_dict({"messages": chats})):
         read = read_prompts(given, tokenizer)
         assert read.ids == expected and read.conversations == chats
+    chat = grade.TokenizerConfig(chat=True, system_prompt="Be brief.")
+    chats = [[{"role": "system", "content": "Be brief."}, *chat_] for chat_ in chats]
+    expected = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+    assert read_prompts(PROMPTS, tokenizer, chat=chat).ids == expected
+
+
+def test_a_head_is_trained_on_data_of_ones_own(tiny_model, config):
+    texts = [f"{prompt} The plot was {word}." for prompt in PROMPTS for word in ("great", "awful")]
+    settings = grade.RewardConfig(epochs=2, hidden_size=8, max_tokens=32)
+    reward = grade.RewardModel(texts, labels=[1, 0] * 4, settings=settings)
+    assert 0 < make(tiny_model, config, reward=reward).evaluate().reward < 1
 
 
 @pytest.mark.parametrize(
