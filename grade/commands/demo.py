@@ -13,13 +13,12 @@ from pathlib import Path
 from rich.console import Console
 
 from grade.built_in.demo_model import demo_model
-from grade.commands.train import started
 from grade.config import Config
 from grade.errors import NothingLeft
 from grade.processes import make_accelerator
 from grade.training.evaluation import Evaluation
 from grade.training.evaluation_tables import evaluation_table, samples_table
-from grade.training.run_folder import prepare_run_dir
+from grade.training.run_folder import prepare_run_dir, started
 from grade.training.trainer import Trainer
 
 PRINTED_SAMPLES = 3
