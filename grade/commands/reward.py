@@ -12,6 +12,7 @@ from grade.processes import make_accelerator
 from grade.rewards.head_training import HeadTraining
 from grade.rewards.shared import head_report
 from grade.tasks import load_task
+from grade.training.opening_lines import head_lines
 
 
 def train_reward(config: Config) -> dict[str, float]:
@@ -31,8 +32,7 @@ def train_reward(config: Config) -> dict[str, float]:
     training.head()
     report = head_report(training.folder)
     console = Console()
-    console.print(f"Reward head: {training.folder}")
-    for text, value in report["accuracy"].items():
-        judged = " (the length it will judge)" if text == f"{report['judged_length']} tokens" else ""
-        console.print(f"  held-out accuracy on the first {text}{judged}: {value:.3f} of {report['held_out']} reviews")
+    console.print(f"Reward head: {training.folder}", soft_wrap=True)
+    for line in head_lines(report):
+        console.print(line, soft_wrap=True)
     return report["accuracy"]

@@ -14,7 +14,7 @@ from grade.config import Config
 from grade.errors import NothingLeft
 from grade.processes import main_process_first, make_accelerator, shared
 from grade.training.evaluation import Evaluation
-from grade.training.evaluation_tables import evaluation_table
+from grade.training.evaluation_tables import result_tables
 from grade.training.run_folder import run_folder
 from grade.training.trainer import Trainer
 
@@ -51,8 +51,8 @@ def train(config: Config) -> dict[str, Evaluation]:
     if accelerator.is_main_process:
         console = Console()
         if rows:
-            title = f"test, {rows['best'].prompts} prompts, best checkpoint by validation"
-            console.print(evaluation_table(list(rows.values()), title))
+            for table in result_tables(rows):
+                console.print(table)
         if (verdict := trainer.validations.verdict()) is not None:
             console.print(verdict, soft_wrap=True)
         console.print(f"Run directory: {run_dir}", soft_wrap=True)

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,6 +29,7 @@ from grade.model.policy import Policy
 from grade.rewards.shared import HEAD_FILE, KEPT_FOLDER, REPORT_FILE, RewardHead, head_report
 from grade.tasks.base import Example, Task
 from grade.tasks.encoding import encode
+from grade.terminal import counted, say
 
 _FEATURE_BATCH = 32
 
@@ -159,8 +158,8 @@ class HeadTraining:
         learnt, held_out = self.task.examples("reward"), self.task.examples("validation")
         lengths = sorted({self.judged, settings.max_tokens})
         marks = settings.input == "prompt+response"  # a response by itself has no token that opens a text
-        train_x, train_y = features_of(policy, learnt, lengths, "Reward features", special_tokens=marks)
-        held_x, held_y = features_of(policy, held_out, lengths, "Held-out features", special_tokens=marks)
+        train_x, train_y = features_of(policy, learnt, lengths, "Reward features, texts", special_tokens=marks)
+        held_x, held_y = features_of(policy, held_out, lengths, "Held-out features, texts", special_tokens=marks)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             head = RewardHead(train_x.shape[-1], settings.hidden_size)
@@ -177,7 +176,7 @@ class HeadTraining:
 
 
 def _say_waiting() -> None:
-    Console(stderr=True).print("Another process trains this reward head: waiting for it.")
+    say("Another process trains this reward head: waiting for it.")
 
 
 def with_kept_head(settings: RewardConfig, run_dir: Path) -> RewardConfig:
@@ -195,7 +194,7 @@ def _fit(head: RewardHead, features: Tensor, labels: Tensor, settings: RewardCon
     )
     generator = torch.Generator().manual_seed(settings.seed)
     total = 0.0
-    for _ in range(settings.epochs):
+    for _ in counted("Reward head, epochs", range(settings.epochs)):
         total = 0.0
         for batch in torch.randperm(len(features), generator=generator).split(settings.batch_size):
             batch = batch.to(features.device)
@@ -226,9 +225,8 @@ def features_of(
     examples, encoded = [examples[i] for i in readable], [encoded[i] for i in readable]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # equal lengths together: little padding
     out = torch.empty(len(lengths), len(encoded), policy.embedding.shape[1], device=policy.device)
-    starts = range(0, len(order), _FEATURE_BATCH)
-    for start in track(starts, description=title, console=Console(stderr=True), transient=True):
-        rows = order[start: start + _FEATURE_BATCH]
+    batches = [order[start: start + _FEATURE_BATCH] for start in range(0, len(order), _FEATURE_BATCH)]
+    for rows in counted(title, batches, len):
         width = len(encoded[rows[-1]])
         ids = torch.full((len(rows), width), policy.pad_id)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from grade.config import TaskConfig
 from grade.errors import GradeError, reason_of
+from grade.hub import without_waiting
 from grade.hub_names import looks_local
 from grade.tasks.base import Example, Labels
 from grade.tasks.texts import TextTask, clean, cut_splits
@@ -119,7 +120,8 @@ def _load_hub(name: str, settings: TaskConfig) -> Labelled:
     import datasets
 
     try:
-        data = datasets.load_dataset(name)
+        with without_waiting():
+            data = datasets.load_dataset(name)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise GradeError(
             f"task.dataset is {name}: there is no such folder here, and the hub shows no such dataset "

@@ -43,7 +43,7 @@ from grade.training.card import model_card
 from grade.training.evaluation import Evaluation, evaluate, samples_of, write_evaluations
 from grade.training.interrupt import StopRequest, stop_between_steps
 from grade.training.log import GO_ON, RunLog, check_loggers
-from grade.training.opening_lines import opening_lines
+from grade.training.opening_lines import head_lines, opening_lines
 from grade.training.progress import TrainingProgress, training_progress
 from grade.training.responses import Responses
 from grade.training.resuming import best_is_missing, other_schedule, restored
@@ -199,6 +199,7 @@ class Trainer:
             if main:
                 write_run_config(self.run_dir, self.config)
                 self._write_record()
+                notes += head_lines(self.record.get("reward_head", {}))
                 if train.resume and not (self.run_dir / "evaluation.json").is_file():
                     self._write_evaluations()
         if resaves_best:
@@ -208,7 +209,9 @@ class Trainer:
         with ExitStack() as stack:
             stack.callback(self.log.close)
             stack.callback(self._end_session)
-            progress = stack.enter_context(training_progress(train.steps, self.step, enabled=main))
+            progress = stack.enter_context(training_progress(
+                train.steps, self.step, every=train.log_every, enabled=main
+            ))
             self.stop = stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
             for note in notes:
                 progress.say(note)
@@ -254,7 +257,7 @@ class Trainer:
         first = len(self.validations.rows) == 1
         warning = warning_without_ends(self.config.generation, row.eos_rate) if first else None
         if warning is not None:
-            progress.say(warning)
+            progress.warn(warning)
         return better
 
     def _check_policy(self) -> None:
