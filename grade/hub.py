@@ -7,6 +7,7 @@ import os
 import ssl
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from typing import Any
 HUB_TIMEOUT = 3.0  # seconds
 _PATIENCE = 8.0
 """Seconds after which a hub that is silent is not asked for files either."""
+_REMEMBERED = 60.0
+"""Seconds for which an answer, or none, is remembered."""
+_asked: dict[str, tuple[float, bool]] = {}
 
 
 def check_hub(timeout: float = HUB_TIMEOUT) -> dict[str, Any]:
@@ -74,17 +78,19 @@ def _endpoint() -> str | None:
 
 
 def _connects(endpoint: str) -> bool:
-    """Whether anything is there. An answer of any kind counts, and so does what the libraries may do otherwise: a
-    certificate that is not known here, an address of another form."""
-    try:
-        _ask(endpoint, _PATIENCE)
-    except urllib.error.HTTPError:
-        return True
-    except OSError as error:
-        return isinstance(getattr(error, "reason", error), ssl.SSLError)
-    except ValueError:
-        return True
-    return True
+    """Whether anything is there, as far as is known of the last minute. An answer of any kind counts, and so does what
+    the libraries may do otherwise: a certificate that is not known here, an address of another form."""
+    asked = _asked.get(endpoint)
+    if asked is None or time.monotonic() - asked[0] > _REMEMBERED:
+        connects = True
+        try:
+            _ask(endpoint, _PATIENCE)
+        except (urllib.error.HTTPError, ValueError):
+            pass
+        except OSError as error:
+            connects = isinstance(getattr(error, "reason", error), ssl.SSLError)
+        asked = _asked[endpoint] = time.monotonic(), connects
+    return asked[1]
 
 
 def _ask(endpoint: str, timeout: float) -> None:

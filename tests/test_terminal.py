@@ -72,7 +72,7 @@ def test_heads_and_built_in_models_are_announced(capsys, clock):
 
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_a_bar_keeps_steps_and_time_left_readable(monkeypatch, width):
-    shown = on_a_terminal(monkeypatch, width)
+    on_a_terminal(monkeypatch, width)
     with training_progress(25000, 12000, enabled=True) as progress:
         progress.advance(METRICS)
         bars = progress.shown.bars
