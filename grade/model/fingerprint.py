@@ -107,6 +107,12 @@ def policy_inputs(policy: Policy) -> dict[str, str]:
     return {**model_inputs(policy), **adapter}
 
 
+def remember_inputs(policy: Policy, model: str) -> None:
+    """Say what a policy is made of that was loaded from no file: `model` is a digest of the weights as they were given.
+    """
+    _KNOWN[policy] = {"model": model, "tokenizer": tokenizer_digest(policy.tokenizer)}
+
+
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between two fingerprints, as words; empty if nothing does."""
     names = [name for name in now if then.get(name) != now[name]]

@@ -82,7 +82,7 @@ def load_policy(
     source = policy_source(model)
     prompt_and_response = task.prompt_max_tokens + generation.max_new_tokens
     head = trains_head(task, reward)
-    _check_fits(model.name, source.config(), task, generation, reward.max_tokens if head else None)
+    check_fits(model.name, source.config(), task, generation, reward.max_tokens if head else None)
     transformers_logging.disable_progress_bar()  # one line per file of weights says less than it costs to read
     base, found = source.model(
         AutoModelForCausalLM, dtype=getattr(torch, model.dtype),
@@ -93,12 +93,7 @@ def load_policy(
             f"model.name={model.name}: its files lack {len(found['missing_keys'])} of the model's tensors (such "
             f"as {min(found['missing_keys'])}), which transformers fills with random numbers. Name a complete model."
         )
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= base.get_input_embeddings().weight.shape[0]:
-        raise GradeError(
-            f"model.name={model.name}: its tokenizer knows id {largest}, its embedding has only "
-            f"{base.get_input_embeddings().weight.shape[0]} rows. Resize it with model.resize_token_embeddings."
-        )
+    check_vocabulary(model.name, tokenizer, base)
     longest = max(prompt_and_response, reward.max_tokens) if head else prompt_and_response
     if model.quantization is None:
         base.to(device)
@@ -201,7 +196,7 @@ def load_prompts(
     return prompts
 
 
-def _check_fits(
+def check_fits(
     name: str, model: PretrainedConfig, task: TaskConfig, generation: GenerationConfig, head_tokens: int | None
 ) -> None:
     """Refuse what exceeds the model's context or vocabulary.
@@ -223,4 +218,14 @@ def _check_fits(
     if generation.top_k > vocabulary:
         raise GradeError(
             f"generation.top_k ({generation.top_k}) exceeds the vocabulary of {name}, {vocabulary} tokens. Lower it."
+        )
+
+
+def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel) -> None:
+    """Refuse a tokenizer with ids that the model has no row for."""
+    largest, rows = max(tokenizer.get_vocab().values()), base.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise GradeError(
+            f"model.name={name}: its tokenizer knows id {largest}, its embedding has only {rows} rows. Resize it with "
+            "model.resize_token_embeddings."
         )

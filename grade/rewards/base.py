@@ -9,8 +9,10 @@ plain Python function, and `grade.rewards.loading` the reward that the settings 
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,11 +147,15 @@ class Reward(ABC):
         return self.details(rollout, values)
 
     def identity(self) -> str:
-        """Tells by content which reward this is: runs continue, and checkpoints are judged, with an equal one only."""
+        """Tells by content which reward this is: runs continue, and checkpoints are judged, with an equal one only. The
+        content is the weights of `modules` and, of a class that is not this package's, its source; a reward that
+        depends on more (a threshold, a word list) adds that."""
+        code = source_of(type(self))
         if not self.modules:
-            return type(self).__name__
+            return code
         whole = self.modules[0] if len(self.modules) == 1 else nn.ModuleList(self.modules)
-        return tensors_digest(whole.state_dict())
+        digest = tensors_digest(whole.state_dict())
+        return digest if code == type(self).__name__ else f"{code} {digest}"
 
     def keep(self, run_dir: Path) -> dict[str, Any]:
         """Copy into the run's folder what could change outside it; what run.json records of the reward."""
@@ -193,3 +199,16 @@ def checked(reward: Reward, value: Any, responses: int) -> Tensor:
             f"shape [{responses}], one number a response. Mend the reward."
         )
     return value
+
+
+def source_of(code: type | Callable[..., Any]) -> str:
+    """What tells a class or function again: its name in this package, elsewhere its qualified name and its source's
+    SHA-256, or no hash where there is no source (a prompt of Python)."""
+    module, name = code.__module__, code.__qualname__
+    if module.split(".")[0] == __name__.split(".")[0]:
+        return name
+    try:
+        source = inspect.getsource(code)
+    except (OSError, TypeError):
+        return f"{module}.{name}"
+    return f"{module}.{name} {hashlib.sha256(source.encode()).hexdigest()}"

@@ -67,6 +67,15 @@ class Answers:
             repeated = [prompt for prompt in prompts[chosen] for _ in range(self.samples)]
             yield from map(Answer, repeated, trained, untrained)
 
+    def texts(self, rows: Sequence[list[int]], *, adapters: bool) -> list[str]:
+        """Responses to prompts of token ids, `samples` after each other for each, of the policy or of the base model.
+        """
+        together, found = max(self.config.evaluation.batch_size // self.samples, 1), []
+        for start in range(0, len(rows), together):
+            found += self._sampled(list(rows[start: start + together]), adapters=adapters)
+            self.drawn = len(found)
+        return found
+
     def _sampled(self, rows: list[list[int]], *, adapters: bool) -> list[str]:
         policy = self.policy
         ids, mask = pad_prompts(rows, policy.pad_id, policy.device)

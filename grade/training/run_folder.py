@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+
+from accelerate import Accelerator
 
 from grade.config import Config, flatten, settings_with_role
 from grade.config.methods import DIFFERENTIATING
@@ -19,6 +21,7 @@ from grade.config.reading import config_from_sealed, sealed_yaml
 from grade.errors import GradeError, NothingLeft, read_json, writing
 from grade.files import check_writable, latest, locked, replace_text, sync
 from grade.model.checkpoint import load_state
+from grade.processes import main_process_first, shared
 
 MARKER = ".grade-run"
 _MARKER_TEXT = (
@@ -120,6 +123,22 @@ def run_folder(config: Config) -> Iterator[Config]:
                 (run_dir / MARKER).unlink(missing_ok=True)
                 if missing:
                     run_dir.rmdir()
+
+
+@contextmanager
+def started(config: Config, accelerator: Accelerator) -> Iterator[tuple[Config, Path]]:
+    """Hold the run's folder, in the main process for all; yields the config as it is decided and the folder.
+
+    Raises:
+        GradeError: in every process, if the folder cannot be used.
+    """
+    with ExitStack() as stack:
+        with main_process_first(accelerator):
+            if accelerator.is_main_process:
+                config = stack.enter_context(run_folder(config))
+        decided = shared(accelerator, (config.train.resume, config.train.overwrite))
+        train = replace(config.train, resume=decided[0], overwrite=decided[1])
+        yield replace(config, train=train), Path(config.run_dir)
 
 
 def decided(config: Config) -> Config:

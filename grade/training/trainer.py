@@ -34,11 +34,13 @@ from grade.model.fingerprint import inputs_of
 from grade.model.loading import load_prompts
 from grade.model.policy import Policy
 from grade.processes import main_process_first, summed
+from grade.rewards.shared import head_lines
 from grade.rollout import Rollout
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.decode import Decoding
 from grade.sampling.external import RolloutSource
 from grade.sampling.lines import StopAsked
+from grade.training.callbacks import Callbacks
 from grade.training.card import model_card
 from grade.training.evaluation import Evaluation, evaluate, samples_of, write_evaluations
 from grade.training.interrupt import StopRequest, stop_between_steps
@@ -49,7 +51,7 @@ from grade.training.responses import Responses
 from grade.training.resuming import best_is_missing, other_schedule, restored
 from grade.training.run_folder import adapter_folder, clear, mark, write_run_config
 from grade.training.sessions import SESSIONS, begun, earlier, utc_now
-from grade.training.setup import set_up
+from grade.training.setup import SetUp, set_up
 from grade.training.soundness import broken_measure, broken_policy
 from grade.training.trial import Trial, memory_plan
 from grade.training.validations import Validations, line_of
@@ -58,10 +60,19 @@ _LOWER = "Start another run with a lower train.learning_rate."
 
 
 class Trainer:
-    """One run. `fit` trains it; everything it writes is under `run_dir`."""
+    """One run. `fit` trains it; everything it writes is under `run_dir`.
 
-    def __init__(self, config: Config, accelerator: Accelerator, run_dir: Path) -> None:
+    Args:
+        loaded: tokenizer, task, policy and reward; None: what the config names is loaded now.
+        callbacks: hear of the run's steps.
+    """
+
+    def __init__(
+        self, config: Config, accelerator: Accelerator, run_dir: Path, loaded: SetUp | None = None,
+        callbacks: Callbacks | None = None,
+    ) -> None:
         self.config, self.accelerator, self.run_dir = config, accelerator, run_dir
+        self.callbacks = callbacks or Callbacks()
         self.phases = Phases(accelerator.device)
         self.services = Services(partial(summed, accelerator), self.phases)
         self.decoding: Decoding  # by `_decode_with`, from the policy and before there is a reward
@@ -69,12 +80,22 @@ class Trainer:
         with main_process_first(accelerator):
             if accelerator.is_main_process:
                 check_loggers(config.train)
-        tokenizer, self.task, self.policy, self.reward = set_up(
-            config, accelerator, run_dir=run_dir if config.train.resume else None, before_reward=self._decode_with
-        )
+        self.callbacks.begin(accelerator.is_main_process, self.services.any_process)
+        if loaded is None:
+            loaded = set_up(
+                config, accelerator, run_dir=run_dir if config.train.resume else None, before_reward=self._decode_with
+            )
+        else:
+            self._decode_with(loaded.policy)
+        tokenizer, self.task, self.policy, self.reward = self.loaded = loaded
         self.evaluation_prompts = load_prompts(config.evaluation, self.task, tokenizer)
         self.prompts = self.evaluation_prompts.pop("policy")
-        trial = Trial(self.policy, self.reward, config, self.prompts, max(self.evaluation_prompts.values(), key=len))
+        split = max(self.evaluation_prompts, key=lambda name: len(self.evaluation_prompts[name]))
+        evaluated = self.evaluation_prompts[split]
+        # One list may be in two splits: training's come last, so that all of its prompts are found there.
+        places = {id(row): (name, n) for name, rows in ((split, evaluated), ("policy", self.prompts))
+                  for n, row in enumerate(rows)}
+        trial = Trial(self.policy, self.reward, config, self.prompts, evaluated, places)
         self.memory = memory_plan(trial, accelerator.num_processes, self.services.any_process)
         train = config.train
         self.method = make_method(
@@ -202,6 +223,7 @@ class Trainer:
             if main:
                 write_run_config(self.run_dir, self.config)
                 self._write_record()
+                notes += [f"reward head: {line}" for line in head_lines(self.record.get("reward_head", {}))]
                 if train.resume and not (self.run_dir / "evaluation.json").is_file():
                     self._write_evaluations()
         if resaves_best:
@@ -211,12 +233,15 @@ class Trainer:
         with ExitStack() as stack:
             stack.callback(self.log.close)
             stack.callback(self._end_session)
-            progress = stack.enter_context(training_progress(train.steps, self.step, enabled=main))
+            progress = stack.enter_context(training_progress(
+                train.steps, self.step, every=train.log_every, enabled=main
+            ))
             self.stop = stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
             for note in notes:
                 progress.say(note)
             if self.step == 0 and not self.validations.rows:
                 self._validate(progress, adapters=False)
+            self.callbacks.check(self._kept())
             if self.source is not None:
                 self.source.should_stop = lambda: stop.asked
             while self.step < train.steps:
@@ -230,17 +255,24 @@ class Trainer:
                 self.log.metrics(self.step, metrics)
                 progress.advance(metrics)
                 self.step += 1
-                better = False
-                if self.step % every == 0 or self.step == train.steps:
+                self.callbacks("on_step", self.step, metrics)
+                better, last = False, self.callbacks.stopping() or self.step == train.steps
+                if self.step % every == 0 or last:
                     better = self._validate(progress)
                 stopping = self.services.any_process(stop.asked)
-                if better or stopping or self.step % train.save_every == 0 or self.step == train.steps:
+                if better or stopping or self.step % train.save_every == 0 or last:
                     self._save(best=better)
+                self.callbacks.check(self._kept())
+                if last and self.step < train.steps and not stopping:
+                    break
                 if stopping and (self.step < train.steps or self.evaluation_prompts["test"]):
                     raise KeyboardInterrupt
             if self.validations.rows[-1]["step"] != self.step:  # resumed with no more steps than it had had
                 self._save(best=self._validate(progress))
-            return self._test(progress)
+            rows = self._test(progress)
+            self.callbacks("on_end")
+            self.callbacks.check(self._kept())
+            return rows
 
     def _validate(self, progress: TrainingProgress, *, adapters: bool = True) -> bool:
         """Whether the policy is the best so far."""
@@ -251,13 +283,14 @@ class Trainer:
         better = self.validations.add(row)
         self.log.metrics(self.step, {f"validation/{k}": v for k, v in row.summary().items()})
         if self.accelerator.is_main_process and adapters and self.config.train.keep_adapters:
-            save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy, self.step, card=self._card(self.step))
+            save_checkpoint(adapter_folder(self.run_dir, self.step), self.policy, self.step, card=self.card(self.step))
         self._write_evaluations()
         progress.say(line_of(row))
+        self.callbacks("on_validation", row)
         first = len(self.validations.rows) == 1
         warning = warning_without_ends(self.config.generation, row.eos_rate) if first else None
         if warning is not None:
-            progress.say(warning)
+            progress.warn(warning)
         return better
 
     def _check_policy(self) -> None:
@@ -324,7 +357,7 @@ class Trainer:
         }
         test = {name: asdict(row) for name, row in rows.items()}
         if self.accelerator.is_main_process:  # before the evaluations are written, which say that the run is finished
-            replace_card(self.run_dir / "checkpoints" / "best", self._card(step, test))
+            replace_card(self.run_dir / "checkpoints" / "best", self.card(step, test))
         self._write_evaluations(test)
         return rows
 
@@ -355,13 +388,15 @@ class Trainer:
             with suppress(OSError):  # a full disk was told of where it mattered
                 self._replace_record()
 
-    def _card(self, step: int, test: dict | None = None) -> str:
-        return model_card(self.config, self.record, step, self.validations.rows, test)
+    def card(self, step: int, test: dict | None = None, *, merged: bool = False) -> str:
+        """The model card of the policy after `step` steps; of a run that `fit` has begun."""
+        return model_card(self.config, self.record, step, self.validations.rows, test, merged=merged)
 
     def _save(self, *, best: bool = False) -> None:
         """The checkpoint to go on from, and then, if the policy is the best so far, the best one. One that no state
         names would be lost by the next kill, and so would the one whose place it took."""
         self._check_policy()
+        last = self.run_dir / "checkpoints" / "last"
         if self.accelerator.is_main_process:
             state = {
                 "optimizer": self.optimizer.state_dict(), "method": self.method.state_dict(), "inputs": self.inputs,
@@ -369,13 +404,15 @@ class Trainer:
                 "best": self.validations.best, "evaluations": self.validations.rows,
                 "steps": self.config.train.steps, "logs": self.log.extents(),
             }
-            last, card = self.run_dir / "checkpoints" / "last", self._card(self.step)
-            save_checkpoint(last, self.policy, self.step, state, card=card)
+            save_checkpoint(last, self.policy, self.step, state, card=self.card(self.step))
         self.saved = self.step
+        self.callbacks("on_save", last)
         if best:
             self._save_best()
 
     def _save_best(self) -> None:
         """The policy as the best so far, which the checkpoint to go on from says already."""
         if self.accelerator.is_main_process:
-            save_checkpoint(self.run_dir / "checkpoints" / "best", self.policy, self.step, card=self._card(self.step))
+            folder = self.run_dir / "checkpoints" / "best"
+            save_checkpoint(folder, self.policy, self.step, card=self.card(self.step))
+            self.callbacks("on_save", folder)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -36,6 +36,7 @@ class Trial:
 
     Args:
         prompts, evaluated: token ids of the prompts of training, and of the largest split that is evaluated.
+        places: split and number of a prompt by the id() of its list, for rewards that read the data's other columns.
     """
 
     policy: Policy
@@ -43,6 +44,7 @@ class Trial:
     config: Config
     prompts: Sequence[list[int]]
     evaluated: Sequence[list[int]]
+    places: Mapping[int, tuple[str, int]] = field(default_factory=dict)
 
     @property
     def batches(self) -> dict[str, int]:
@@ -135,7 +137,11 @@ class Trial:
     def _sampled(self, prompts: list[list[int]], sampling: Sampling, copies: int = 1) -> Rollout:
         ids, mask = pad_prompts(prompts, self.policy.pad_id, self.policy.device)
         rows = torch.arange(len(prompts) * copies, device=self.policy.device) * sampling.max_new_tokens
-        return sample(self.policy, ids, mask, sampling, seed=0, first_rows=rows, samples_per_prompt=copies)
+        rollout = sample(self.policy, ids, mask, sampling, seed=0, first_rows=rows, samples_per_prompt=copies)
+        if self.config.rollout.source is not None or not all(id(prompt) in self.places for prompt in prompts):
+            return rollout
+        places = [self.places[id(prompt)] for prompt in prompts]
+        return rollout.of(places[0][0], [number for _, number in places])
 
 
 def mixed(prompts: Sequence[list[int]], count: int) -> list[list[int]]:

@@ -59,7 +59,8 @@ def expected(trained, prompts, adapters, rows):
     ids, mask = pad_prompts(encode(policy.tokenizer, prompts, None), policy.pad_id, policy.device)
     first_rows = torch.tensor(rows) * config.generation.max_new_tokens
     rollout = sample(
-        policy, ids, mask, evaluation_sampling(config), seed=config.seed, first_rows=first_rows, adapters=adapters,
+        policy, ids, mask, evaluation_sampling(config.evaluation, config.generation), seed=config.seed,
+        first_rows=first_rows, adapters=adapters,
     )
     return [text_of(policy, rollout.tokens[i], rollout.mask[i]) for i in range(len(rollout))]
 

@@ -68,7 +68,8 @@ def test_the_judge(few, tmp_path, monkeypatch, name):
     def save(judge, path):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    task = SimpleNamespace(judge=[SimpleNamespace(label=i, text="a b") for i in (0, 1)], test=[])
+    reviews = [SimpleNamespace(label=i, text="a b") for i in (0, 1)]
+    task = SimpleNamespace(examples={"judge": reviews, "test": []}.get)
     monkeypatch.setattr(final_test, "train_judge", lambda *_, **__: (Judge(), {"accuracy": {}}))
     if name == "judge.json":
         monkeypatch.setattr(final_test, "write_evaluations", no_space)

@@ -124,7 +124,7 @@ def test_a_judge_of_other_settings_is_trained_anew(reviews, tmp_path, monkeypatc
     monkeypatch.setattr("grade.studies.compare.final_test.train_judge", lambda *args, **settings: (
         trained.append(settings) or Judge(), {"accuracy": {}}
     ))
-    task, config = SimpleNamespace(judge=reviews[0], test=reviews[1]), Config()
+    task, config = SimpleNamespace(examples={"judge": reviews[0], "test": reviews[1]}.get), Config()
     for _ in range(2):
         assert load_judge(tmp_path, config, INPUTS, None, task) is not None
     assert len(trained) == 1
@@ -139,7 +139,7 @@ def test_a_judge_of_other_settings_is_trained_anew(reviews, tmp_path, monkeypatc
         assert len(trained) == number
     report = json.loads((tmp_path / "judge.json").read_text(encoding="utf-8"))
     assert report["accuracy"] == {} and report["identity"]["lengths"] == trained[-1]["lengths"]
-    assert load_judge(tmp_path, config, INPUTS, None, SimpleNamespace(judge=[], test=[])) is None
+    assert load_judge(tmp_path, config, INPUTS, None, SimpleNamespace(examples={"judge": [], "test": []}.get)) is None
     assert not (tmp_path / "judge.json").exists()
 
 

@@ -1,0 +1,312 @@
+"""Training from Python: models, rewards and prompts as objects, callbacks, and what is left in hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from tiny_run import adapter_of, changed, timeless
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import grade
+from grade.config.reading import config_from_sealed
+from grade.tasks.given import read_prompts
+
+PROMPTS = ["I watched this film last night.", "We saw it at home.", "This is a comedy.", "It tells the story."]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}answer: {% endif %}"
+)
+
+
+class Towards(grade.DifferentiableReward):
+    """How far a response's mean embedding points along a direction, in the policy's own table."""
+
+    raises = "the mean embedding's component"
+
+    def __init__(self, policy, sign=1.0):
+        self.tables = [grade.EmbeddingTable(policy.embedding, policy.embedding_scale)]
+        self.direction = sign * torch.ones(policy.embedding.shape[1])
+
+    def value(self, rollout, base, fed=(), *, activation_checkpointing=False):
+        return (fed[0].float() @ self.direction).sum(1) / rollout.mask.sum(1)
+
+
+class Backwards(Towards):
+    def __init__(self, policy):
+        super().__init__(policy, -1.0)
+
+
+class Length(grade.RewardFunction):
+    def score(self, rollout):
+        return rollout.mask.sum(1).float()
+
+
+@pytest.fixture
+def config(tiny_config):
+    """Of a run of four steps; what objects decide is left at the defaults."""
+    unnamed = {"name": grade.ModelConfig().name}
+    return changed(tiny_config, task=grade.TaskConfig(), model=unnamed, reward=grade.RewardConfig())
+
+
+@pytest.fixture
+def model(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def make(model, config, reward=Towards, prompts=PROMPTS, **rest):
+    return grade.GradeTrainer(model, reward, prompts, config=config, **rest)
+
+
+def test_importing_grade_is_light_and_offers_everything():
+    code = (
+        "import sys, grade; heavy = {'torch', 'transformers', 'yaml', 'rich'} & set(sys.modules); "
+        "assert not heavy, heavy; assert set(grade.__all__) <= set(dir(grade)); "
+        "grade.GradeConfig(); assert 'torch' not in sys.modules; "
+        "assert all(getattr(grade, name) is not None for name in grade.__all__); "
+        "assert not hasattr(grade, 'nothing')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_from_python(tiny_model, config, tmp_path):
+    trainer = make(tiny_model, config, eval_prompts=PROMPTS[:2], test_prompts=PROMPTS[2:])
+    before = adapter_of(trainer.policy)
+    result = trainer.train()
+    assert result.step == 4 and result.best_step in (2, 4) and result.run_dir == tmp_path / "run"
+    assert len(timeless(result.metrics)) == 4 + 3  # steps and validations
+    assert (result.base.split, result.best.split, result.best.prompts) == ("test", "test", 2)
+    assert result.best.reward > result.base.reward and not torch.equal(adapter_of(trainer.policy), before)
+    record = json.loads((result.run_dir / "run.json").read_text())
+    assert record["reward"] == Towards.raises and record["task"]["splits"]["test"]["examples"] == 2
+    with pytest.raises(grade.GradeError, match="trained already"):
+        trainer.train()
+    # Evaluation repeats itself, and the best checkpoint is what is in hand.
+    assert trainer.evaluate(split="test").reward == result.best.reward
+    assert trainer.evaluate(split="test", base=True).reward == result.base.reward
+    assert trainer.evaluate(PROMPTS[:3]).prompts == 3
+    answers = trainer.generate(PROMPTS[:2], samples=2)
+    assert len(answers) == 4 and answers == trainer.generate(PROMPTS[:2], samples=2)
+    assert answers[::2] != trainer.generate(PROMPTS[:2], base=True)
+
+    ids = torch.tensor([trainer.tokenizer(PROMPTS[0])["input_ids"]])
+    with torch.no_grad():
+        expected = trainer.policy.model(ids).logits
+        adapter = AutoPeftModelForCausalLM.from_pretrained(trainer.save(tmp_path / "adapter"))
+        merged = AutoModelForCausalLM.from_pretrained(trainer.save(tmp_path / "merged", merge=True))
+        torch.testing.assert_close(adapter(ids).logits, expected)
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(trainer.policy.model(ids).logits, expected)  # merging was done on a copy
+    assert "optimizer steps" in (tmp_path / "adapter" / "README.md").read_text()
+    with pytest.raises(grade.GradeError, match="not empty"):
+        trainer.save(tmp_path / "merged")
+
+
+def test_a_model_given_as_an_object_trains_as_its_folder_does(tiny_model, model, config, tmp_path):
+    results = [
+        make(given, changed(config, train={"run_dir": str(tmp_path / name)})).train()
+        for name, given in (("folder", tiny_model), ("object", model))
+    ]
+    assert timeless(results[0].metrics) == timeless(results[1].metrics)
+    assert results[0].best.split == "validation"  # there is no test
+
+
+def test_a_peft_model_keeps_its_adapter(model, tokenizer, config):
+    given = get_peft_model(model, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in given.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    given.requires_grad_(False)  # as it is loaded for inference
+    before = adapter_of_names(given)
+    trainer = make(given, changed(config, train={"steps": 1}), tokenizer=tokenizer)
+    assert torch.equal(adapter_of_names(trainer.policy.model), before)
+    result = trainer.train()
+    assert abs(result.base.kl) < 1e-9 and not torch.equal(adapter_of_names(trainer.policy.model), before)
+    kept = config_from_sealed(result.run_dir / "config.yaml").model.lora
+    assert (kept.r, kept.alpha, kept.target_modules) == (3, 5, ["down_proj", "q_proj"])
+
+
+def adapter_of_names(model):
+    return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "lora_" in name]).clone()
+
+
+def test_a_model_with_another_adapter_is_refused(model, tokenizer, config):
+    given = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="mine")
+    with pytest.raises(grade.GradeError, match="called default"):
+        make(given, config, tokenizer=tokenizer)
+    with pytest.raises(grade.GradeError, match="float16"):
+        make(AutoModelForCausalLM.from_config(model.config).half(), config, tokenizer=tokenizer)
+    with pytest.raises(grade.GradeError, match="no name by which to find its tokenizer"):
+        make(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=2)), config)
+
+
+def test_prompts_of_every_kind_have_the_ids_of_the_tokenizer(tokenizer):
+    texts = read_prompts(PROMPTS, tokenizer)
+    assert texts.ids == tokenizer(PROMPTS)["input_ids"] and texts.conversations is None
+    assert read_prompts(texts.ids, tokenizer).ids == texts.ids
+    assert read_prompts([torch.tensor(row) for row in texts.ids], tokenizer).ids == texts.ids
+    rows = datasets.Dataset.from_dict({"prompt": PROMPTS, "answer": [3, 1, 4, 1]})
+    read = read_prompts(rows, tokenizer)
+    assert read.ids == texts.ids and read.columns == {"answer": [3, 1, 4, 1]}
+    tokenizer.chat_template = TEMPLATE
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    expected = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+    answered = [[*chat, {"role": "assistant", "content": "Fine."}] for chat in chats]  # as data for fine-tuning is
+    rows = [{"prompt": chat} for chat in chats]
+    for given in (chats, answered, rows, datasets.Dataset.from_dict({"messages": chats})):
+        read = read_prompts(given, tokenizer)
+        assert read.ids == expected and read.conversations == chats
+    chat = grade.TokenizerConfig(chat=True, system_prompt="Be brief.")
+    chats = [[{"role": "system", "content": "Be brief."}, *chat_] for chat_ in chats]
+    expected = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+    assert read_prompts(PROMPTS, tokenizer, chat=chat).ids == expected
+
+
+def test_a_head_is_trained_on_data_of_ones_own(tiny_model, config):
+    texts = [f"{prompt} The plot was {word}." for prompt in PROMPTS for word in ("great", "awful")]
+    settings = grade.RewardConfig(epochs=2, hidden_size=8, max_tokens=32)
+    reward = grade.RewardModel(texts, labels=[1, 0] * 4, settings=settings)
+    assert 0 < make(tiny_model, config, reward=reward).evaluate().reward < 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "why"),
+    [
+        ("one text", "not a sequence"), ([], "is empty"), (["a", [1]], "unlike the first"), ([1.5], "no prompt"),
+        ([[10**6]], "does not know"), ([{"text": "a"}], "none called prompt"), (["fine", ""], "no tokens"),
+    ],
+)
+def test_prompts_that_are_none(tokenizer, prompts, why):
+    with pytest.raises(grade.GradeError, match=why):
+        read_prompts(prompts, tokenizer)
+
+
+def test_a_reward_is_known_again_by_its_source_and_prompts_by_their_content(tiny_model, config):
+    half = changed(config, train={"steps": 2})
+    make(tiny_model, half).train()
+    go_on = changed(config, train={"resume": "auto"})
+    with pytest.raises(grade.GradeError, match="something else: the reward"):
+        make(tiny_model, go_on, reward=Backwards).train()
+    with pytest.raises(grade.GradeError, match="something else: the data"):
+        make(tiny_model, go_on, prompts=PROMPTS[::-1]).train()
+    record = json.loads((make(tiny_model, go_on).train().run_dir / "run.json").read_text())
+    assert record["inputs"]["reward"].startswith("test_api.Towards ")
+    assert [session["after_step"] for session in record["sessions"]] == [0, 2]
+
+
+def test_a_reward_that_is_none(tiny_model, config):
+    with pytest.raises(grade.GradeError, match="^reward is 3"):
+        make(tiny_model, config, reward=3)
+
+    def of_another_vocabulary(policy):
+        made = Towards(policy)
+        made.tables = [grade.EmbeddingTable(policy.embedding[:-1])]
+        return made
+
+    with pytest.raises(grade.GradeError, match="same vocabulary"):
+        make(tiny_model, config, reward=of_another_vocabulary)
+
+
+def test_a_reward_function_is_followed_by_a_policy_gradient(tiny_model, config):
+    config = changed(config, method={"name": "reinforce"}, train={"steps": 2})
+    assert make(tiny_model, config, reward=Length).train().step == 2
+
+
+def test_a_plain_function_reads_texts_and_columns(tiny_model, config):
+    seen = []
+
+    def short(prompts, completions, wanted, completion_ids):
+        seen.append((prompts, completions, wanted))
+        return [-abs(len(ids) - want) if want else None for ids, want in zip(completion_ids, wanted, strict=True)]
+
+    config = changed(config, method={"name": "reinforce"}, train={"steps": 2})
+    rows = datasets.Dataset.from_dict({"prompt": PROMPTS, "wanted": [2, 4, 6, 0]})
+    trainer = make(tiny_model, config, reward=short, prompts=rows)
+    trainer.train()
+    wanted = dict(zip(PROMPTS, rows["wanted"], strict=True))
+    assert all([wanted[p] for p in prompts] == given for prompts, _, given in seen)
+    seen.clear()
+    trainer.evaluate([{"prompt": PROMPTS[0], "wanted": 7}])
+    assert seen[-1][2] == [7]
+
+
+def test_several_rewards_with_weights_are_logged_by_name(tiny_model, config):
+    def length(prompts, completions):
+        return [float(len(text)) for text in completions]
+
+    rewards = [Towards, (length, 0.01), grade.Term(length, "scaled", scale=0.1, normalize=True), (Length(), 0)]
+    result = make(tiny_model, config, reward=rewards).train()
+    row = timeless(result.metrics)[1]
+    names = {name.split("/")[1] for name in row if name.startswith("rewards/")}
+    assert names == {"Towards", "length", "scaled", "Length"}
+    parts = result.base.details
+    expected = parts["rewards/Towards/mean"] + 0.11 * parts["rewards/length/mean"]
+    assert result.base.reward == pytest.approx(expected)
+    with pytest.raises(grade.GradeError, match="no pair of a reward and a weight"):
+        make(tiny_model, config, reward=[(Towards, "much")])
+
+
+class Listener(grade.Callback):
+    def __init__(self, stop_at=None, fails_at=None):
+        self.heard, self.stop_at, self.fails_at = [], stop_at, fails_at
+
+    def on_step(self, trainer, step, metrics):
+        self.heard.append(("step", step, metrics["reward"], len(trainer.generate(PROMPTS[:1]))))
+        if step == self.fails_at:
+            raise ValueError("of my own")
+        return "stop" if step == self.stop_at else None
+
+    def on_validation(self, trainer, evaluation):
+        self.heard.append(("validation", evaluation.step, evaluation.model))
+
+    def on_save(self, trainer, folder):
+        self.heard.append(("save", folder.name, (folder / "adapter_config.json").is_file()))
+
+    def on_end(self, trainer):
+        self.heard.append(("end",))
+
+
+def test_callbacks_hear_of_a_run_and_change_nothing_of_it(tiny_model, config, tmp_path):
+    quiet = make(tiny_model, changed(config, train={"run_dir": str(tmp_path / "quiet")})).train()
+    listener = Listener()
+    result = make(tiny_model, config, callbacks=[listener]).train()
+    assert timeless(result.metrics) == timeless(quiet.metrics)
+    kinds = [heard[0] for heard in listener.heard]
+    assert kinds.count("step") == 4 and kinds.count("validation") == 3 and kinds[0] == "validation"
+    assert kinds[-1] == "end" and ("save", "last", True) in listener.heard and ("save", "best", True) in listener.heard
+
+
+def test_a_callback_ends_a_run_which_goes_on_later(tiny_model, config):
+    listener = Listener(stop_at=3)
+    result = make(tiny_model, config, callbacks=[listener]).train()
+    assert result.step == 3 and listener.heard[-1] == ("end",)
+    assert ("validation", 3, "policy") in listener.heard
+    assert make(tiny_model, changed(config, train={"resume": "auto"})).train().step == 4
+
+
+def test_a_callback_that_raises_ends_a_run_in_words_after_saving(tiny_model, config):
+    with pytest.raises(grade.GradeError, match="Listener.on_step raised ValueError: of my own. Kept .*step 1"):
+        make(tiny_model, config, callbacks=[Listener(fails_at=1)]).train()
+    assert make(tiny_model, changed(config, train={"resume": "auto"})).train().step == 4
+    with pytest.raises(grade.GradeError, match="is no grade.Callback"):
+        make(tiny_model, config, callbacks=[print])
+
+
+def test_from_config_is_what_the_command_line_runs(tiny_config):
+    trainer = grade.GradeTrainer.from_config(tiny_config)
+    result = trainer.train()
+    assert result.best.split == "test" and result.best.reward == trainer.evaluate(split="test").reward
+    with pytest.raises(grade.GradeError, match="those of its settings"):
+        trainer.evaluate(PROMPTS)
