@@ -84,6 +84,7 @@ def test_a_merged_model_is_plain_transformers_and_the_policy_to_the_bit(trained_
 def test_merged_weights_have_the_dtype_of_the_base_and_are_rounded_once(trained_run, tmp_path, capsys):
     target = tmp_path / "merged"
     assert export(trained_run, "--merge", "--to", target, "--model.dtype", "bfloat16") == 0
+    assert "base in float32" in (target / "README.md").read_text()  # as it was trained
     name = "model.layers.0.self_attn.q_proj.weight"
     found = AutoModelForCausalLM.from_pretrained(target)
     assert found.dtype == torch.bfloat16
@@ -132,8 +133,10 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(trained_ru
     (full / "kept").touch()
     empty.mkdir()
     shutil.copy(trained_run / "config.yaml", empty)
-    damaged, foreign = tmp_path / "damaged", tmp_path / "foreign"
-    for folder in (damaged, foreign):
+    run, elsewhere = tmp_path / "copy", tmp_path / "elsewhere"
+    damaged, foreign = run / "damaged", run / "foreign"
+    shutil.copytree(trained_run, run)
+    for folder in (damaged, foreign, elsewhere):
         shutil.copytree(trained_run / "checkpoints" / "best", folder)
     (damaged / "adapter_model.safetensors").write_bytes(b"")
     (foreign / "manifest.json").unlink()
@@ -142,8 +145,10 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(trained_ru
         ([trained_run, "--to", full / "kept"], "is a file"),
         ([empty], "has no checkpoint yet"),
         ([trained_run, "--checkpoint", "step-3"], "has best, last, step-2, step-4"),
-        ([trained_run, "--checkpoint", damaged], "is damaged"),
-        ([trained_run, "--checkpoint", foreign], "no checkpoint of a run"),
+        ([run, "--checkpoint", damaged], "is damaged"),
+        ([run, "--checkpoint", foreign], "no checkpoint of a run"),
+        ([run, "--checkpoint", elsewhere], "does not lie in"),
+        ([run, "--checkpoint", trained_run / "checkpoints" / "best"], "does not lie in"),
         ([full], "is not a run directory"),
         ([], "RUN_DIR is missing"),
         ([trained_run, "more"], "unexpected argument 'more'"),
