@@ -90,6 +90,8 @@ def fake_module(monkeypatch):
     ("demo --cache-dir x", "did you mean --cache_dir?"),
     ("doctor more", "unexpected argument 'more'"),
     ("doctor --jsn", "did you mean --json?"),
+    ("doctor --json=1", "--json is a switch and takes no value: leave '1' out."),
+    ("generate runs/x --base True words", "--base is a switch and takes no value: leave 'True' out."),
     ("compare demo --seeds 0,00,1", "--seeds names 0 twice: leave one of them out."),
     ("compare demo --seeds ,", "--seeds is ',': write whole numbers"),
     ("compare demo --methods ppo,grpo,ppo", "--methods names ppo twice: leave one of them out."),
