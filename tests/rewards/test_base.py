@@ -76,14 +76,19 @@ def test_a_reward_is_known_by_its_weights():
 
 
 def test_what_a_task_need_not_say():
-    class Numbers(Task):
+    class Nameless(Task):
         def prompts(self, split, tokenizer, limit=None):
             return [[5], [6]][:limit]
 
         def describe(self):
             return {"task": self.name, "splits": {}}
 
+    class Numbers(Nameless):
+        name = "numbers"
+
+    with pytest.raises(TypeError, match="abstract .*name"):
+        Nameless()
     task = Numbers()
-    assert task.name == "Numbers" and task.labels is None and task.examples("reward") == ()
+    assert task.labels is None and task.examples("reward") == ()
     with pytest.raises(TypeError, match="abstract"):
         Task()
