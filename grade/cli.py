@@ -24,6 +24,7 @@ from grade.commands.arguments import HELP, emit
 from grade.commands.verbs import COMMANDS
 from grade.config import reading as config_io
 from grade.errors import GradeError
+from grade.terminal import silence_libraries
 
 _PATIENCE = 10.0
 """Seconds that a process other than the first waits before it says what went wrong: where the first says it, the
@@ -42,6 +43,8 @@ commands:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code. `argv` defaults to the process's arguments."""
+    if argv is None:
+        silence_libraries()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return run(argv)

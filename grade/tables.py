@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from grade.fitting import Fitting
 from grade.latex import OTHER, latex
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True)
@@ -38,19 +36,17 @@ class Column:
     """Title with its unit, and digits after the point of its numbers.
 
     Attributes:
-        right: whether it stands to the right; None: where its cells are not texts.
-        whole: a terminal breaks none of its lines.
+        right: whether it stands to the right, and is broken nowhere; None: where its cells are not texts.
     """
 
     title: str
     digits: int = 3
     right: bool | None = None
-    whole: bool = False
 
 
-def numbers(titles: Iterable[str], *, whole: bool = False) -> list[Column]:
+def numbers(titles: Iterable[str]) -> list[Column]:
     """Columns of numbers that are written out already: texts to the right."""
-    return [Column(title, right=True, whole=whole) for title in titles]
+    return [Column(title, right=True) for title in titles]
 
 
 @dataclass(frozen=True)
@@ -68,20 +64,17 @@ class Table:
         if wrong:
             raise ValueError(f"table {self.title}: a row of {len(wrong[0])} cells, {len(self.columns)} columns.")
 
-    def rich(self, **options: Any) -> RichTable:
-        """For the terminal. `options` are those of rich's own table."""
-        from rich.markup import escape
-        from rich.table import Table as RichTable
+    def rich(self, *, keys: int = 1, ends: Collection[int] = (), **options: Any) -> Fitting:
+        """For the terminal: as many tables below each other as its width asks for, and no number broken or cut.
 
-        shown = RichTable(title=self.title, caption=self.caption or None, **options)
-        for column, right in zip(self.columns, self._right(), strict=True):
-            shown.add_column(
-                column.title, justify="right" if right else "left", no_wrap=column.whole,
-                overflow="ellipsis" if column.whole else "fold",
-            )
-        for row in self.rows:
-            shown.add_row(*map(escape, self.texts(row)))
-        return shown
+        Args:
+            keys: columns that each of these tables begins with.
+            ends: rows that a line follows.
+            options: of rich's own table.
+        """
+        rows = [self.texts(row) for row in self.rows]
+        titles = [column.title for column in self.columns]
+        return Fitting(self.title, titles, self._right(), rows, self.caption, keys, ends, options)
 
     def markdown(self, *, spaced: bool = False) -> str:
         """As GitHub renders it, without title and caption.
@@ -180,8 +173,7 @@ def _text(cell: Cell, digits: int) -> str:
     if isinstance(cell, str):
         return cell
     if isinstance(cell, Estimate):
-        stderr = NOTHING if cell.stderr is None else rounded(cell.stderr, digits)
-        return f"{rounded(cell.mean, digits)} ± {stderr}"
+        return rounded(cell.mean, digits) + ("" if cell.stderr is None else f" ± {rounded(cell.stderr, digits)}")
     if isinstance(cell, tuple):
         return f"{rounded(cell[0], digits)} to {rounded(cell[1], digits)}"
     return f"{cell:,}" if isinstance(cell, int) else rounded(cell, digits)

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the roof down; rooms of one floor do not know each other
     ("__main__",), ("cli",), ("commands",), ("report",), ("studies",), ("training",), ("methods",),
     ("replay", "memory"), ("rewards", "sampling"), ("model",), ("built_in",), ("tasks", "processes"), ("config",),
-    ("rollout",), ("files", "jsonl", "tables", "tree"), ("errors", "hub_names", "latex", "machine", "seeds"),
+    ("rollout",), ("files", "jsonl", "tables", "tree"),
+    ("errors", "fitting", "hub", "hub_names", "latex", "machine", "seeds", "terminal"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

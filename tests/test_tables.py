@@ -24,14 +24,14 @@ TABLE = Table(
 def test_html():
     html = TABLE.html()
     assert "Reward &amp; &lt;KL&gt;." in html and "<b>" not in html and "grade_ste &lt;b&gt;[x]|" in html
-    for text in ("0.812 ± 0.010", "0.500 ± –", "0.2 to 0.8", "12,345"):
+    for text in ("0.812 ± 0.010", "0.500", "0.2 to 0.8", "12,345"):
         assert f">{text}</td>" in html
 
 
 def test_markdown():
     assert TABLE.markdown().splitlines() == [
         "| method | reward | interval | tokens |", "|---|---:|---:|---:|",
-        "| grade_ste <b>[x]\\| | 0.812 ± 0.010 | 0.2 to 0.8 | 12,345 |", "| ppo ppo | 0.500 ± – | – | – |",
+        "| grade_ste <b>[x]\\| | 0.812 ± 0.010 | 0.2 to 0.8 | 12,345 |", "| ppo ppo | 0.500 | – | – |",
     ]
     text = Table("", [Column("a"), *numbers(["b"])], [["", "1"]]).markdown(spaced=True)
     assert text.splitlines() == ["| a | b |", "| --- | ---: |", "| | 1 |"]
@@ -43,6 +43,29 @@ def test_the_terminal():
     shown = console.file.getvalue()
     for text in ("example", "grade_ste <b>[x]|", "0.812 ± 0.010", "Reward & <KL>."):
         assert text in shown
+
+
+@pytest.mark.parametrize("width", [34, 60, 80])
+def test_a_narrow_terminal_gets_more_tables_and_whole_cells(width):
+    names = [f"measure of number {i}" for i in range(8)]
+    table = Table(
+        "wide", [Column("run"), *numbers(names), Column("remark")],
+        [["a_name", *(f"{i}.123 ± 0.456" for i in range(8)), "a remark of several words that may be broken"]], "About.",
+    )
+    console = Console(file=io.StringIO(), width=width)  # 16 characters a number, 10 for the run and the edge
+    console.print(table.rich())
+    lines = console.file.getvalue().splitlines()
+    shown = "\n".join(lines)
+    assert max(map(len, lines)) <= width and "…" not in shown
+    assert shown.count("a_name") == shown.count(" run ") == {34: 9, 60: 4, 80: 3}[width]
+    assert all(f" {i}.123 ± 0.456 " in shown for i in range(8)) and shown.count("wide") == shown.count("About.") == 1
+    assert [word for word in "a remark of several words that may be broken".split() if word not in shown] == []
+
+
+def test_what_fits_nowhere_is_broken_and_not_cut():
+    console = Console(file=io.StringIO(), width=20)
+    console.print(Table("t", [Column("key"), Column("number", right=True)], [["k" * 9, "1" * 40]]).rich())
+    assert console.file.getvalue().count("1") == 40 and "…" not in console.file.getvalue()
 
 
 def test_csv_keeps_all_digits():

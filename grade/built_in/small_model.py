@@ -13,11 +13,13 @@ import math
 import os
 import random
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grade.errors import GradeError
+from grade.terminal import counting
 
 if TYPE_CHECKING:
     import torch
@@ -143,8 +145,7 @@ def train_model(
         prompt_end: the first token with this id ends a row's prompt, which has no loss; None: there is loss everywhere.
     """
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from transformers.utils import logging
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings["seed"])
@@ -160,12 +161,8 @@ def train_model(
     )
     batches = _batches(rows, settings)
     losses: list[float] = []
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task(title, total=settings["steps"], loss=math.nan)
+    started = time.monotonic()
+    with counting(title, settings["steps"], enabled=progress) as tick:
         for _ in range(settings["steps"]):
             ids, labels = _pad(next(batches), tokenizer.pad_token_id, prompt_end)
             # Padding is on the right of a causal model: nothing real reads it, so no attention mask is
@@ -178,15 +175,15 @@ def train_model(
             schedule.step()
             losses.append(loss.item())
             recent = losses[-20:]
-            bar.update(task, advance=1, loss=sum(recent) / len(recent))
-        seconds = bar.tasks[0].elapsed
+            tick(note=f"loss {sum(recent) / len(recent):.3f}")
+    logging.disable_progress_bar()  # of the one file that is written now
     tokenizer.save_pretrained(folder)
     model.eval().save_pretrained(folder)
     report = {
         "settings": settings,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "loss": sum(recent) / len(recent),
-        "seconds": seconds,
+        "seconds": time.monotonic() - started,
     }
     (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

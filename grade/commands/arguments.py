@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from grade.config import Config
 from grade.config import reading as config_io
-from grade.config.bounds import check_text
+from grade.config.bounds import check_text, shown
 from grade.errors import GradeError, printing
+from grade.terminal import LEVELS, Level, set_level
 
 HELP = ("-h", "--help")
 _FLAGS = ["help", "h", "print_config"]
@@ -24,6 +25,16 @@ class Own(NamedTuple):
     default: Any
     metavar: str
     help: str
+
+
+_TERMINAL = {
+    "quiet": Own(None, False, "", "Say nothing but results and what is wrong: --log_level warning."),
+    "log_level": Own(
+        Level, "info", "|".join(LEVELS),
+        "What is said on standard error: what is wrong; progress too; also what other libraries warn of.",
+    ),
+}
+"""Of every command that has settings."""
 
 
 class Resolved(NamedTuple):
@@ -71,10 +82,10 @@ def resolve(
         more: what may come after it, for the help.
         most: how many words there may be, `positional` included; None: any number.
     """
-    own, configs = own or {}, ", ".join(config_io.shipped_configs())
+    own, configs = {**(own or {}), **_TERMINAL}, ", ".join(config_io.shipped_configs())
     called = " ".join([
         f"grade {command}", *filter(None, (positional, more)),
-        *(f"[--{name} {option.metavar}]".replace(" ]", "]") for name, option in own.items()),
+        *(f"[--{name} {option.metavar}]".replace(" ]", "]") for name, option in own.items() if name not in _TERMINAL),
         "[--section.field VALUE ...]",
     ])
     if positional == "CONFIG":
@@ -117,6 +128,7 @@ def resolve(
         raise GradeError(f"{positional} is missing: {called}.{hint}")
     given = positionals[0] if positionals else "demo"
     path = _config_of_run(given) if positional == "RUN_DIR" else config_io.find_config(given)
+    _check_choices(own, options)
     namespace = config_io.parse_settings(parser, path, options, kinds)
     if wants_help:
         emit(parser.format_help())
@@ -125,7 +137,24 @@ def resolve(
     if wants_config:
         emit(config_io.config_to_yaml(config))
         return None
+    if "quiet" in set_here and "--log_level" in (option.partition("=")[0] for option in options):
+        raise GradeError("--quiet is --log_level warning: leave one of the two out.")
+    set_level("warning" if "quiet" in set_here else namespace.log_level)
     return Resolved(config, namespace, given, positionals[1:], set_here)
+
+
+def _check_choices(own: Mapping[str, Own], options: list[str]) -> None:
+    """Refuse what is none of an option's choices; the settings' parser would name its types.
+
+    Raises:
+        GradeError: naming the option and its choices.
+    """
+    for i, option in enumerate(options):
+        name, equals, value = option.removeprefix("--").partition("=")
+        choices = get_args(own[name].kind) if name in own and get_origin(own[name].kind) is Literal else ()
+        value = value if equals or i + 1 == len(options) else options[i + 1]
+        if choices and value not in choices:
+            raise GradeError(f"--{name} is {shown(repr(value))}: it must be one of {', '.join(choices)}.")
 
 
 def emit(text: str) -> None:

@@ -12,16 +12,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from grade import terminal
 from grade.built_in.demo_model import demo_model
 from grade.config import Config
 from grade.errors import NothingLeft
 from grade.processes import make_accelerator
 from grade.training.evaluation import Evaluation
-from grade.training.evaluation_tables import evaluation_table, samples_table
+from grade.training.evaluation_tables import result_tables
 from grade.training.run_folder import prepare_run_dir, started
 from grade.training.trainer import Trainer
-
-PRINTED_SAMPLES = 3
 
 
 def run_demo(
@@ -34,23 +33,22 @@ def run_demo(
         cache_dir: where the demo's model is kept; None: the user's cache directory.
         pretrain_steps: optimizer steps of the model's own training; None: its default.
     """
-    console = Console(stderr=True)
     if config.train.run_dir is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         own = f"{config.output_dir}/{config.name}-seed{config.seed}-{stamp}"
         config = replace(config, train=replace(config.train, run_dir=own))
     if not config.train.resume:
         prepare_run_dir(config)  # before the model is trained
-    console.print("[bold]1/3[/bold] A language model that writes reviews (cached after the first time)")
+    terminal.say("1/3 A language model that writes reviews (cached after the first time)")
     config = replace(config, model=replace(config.model, name=str(demo_model(cache_dir, steps=pretrain_steps))))
     accelerator = make_accelerator(config)
     out, resume = Console(), config.train.resume
     try:
         with started(config, accelerator) as (config, run_dir):
-            console.print("[bold]2/3[/bold] A reward: the probability that a review is positive")
+            terminal.say("2/3 A reward: the probability that a review is positive")
             trainer = Trainer(config, accelerator, run_dir)
             name = config.method.name.upper()
-            console.print(f"[bold]3/3[/bold] {name}: backpropagate the reward through sampled tokens")
+            terminal.say(f"3/3 {name}: backpropagate the reward through sampled tokens")
             rows = trainer.fit()
     except NothingLeft as error:
         if resume != "auto":
@@ -58,7 +56,7 @@ def run_demo(
         out.print(str(error), soft_wrap=True, highlight=False, markup=False)
         return {}
     if rows:
-        out.print(evaluation_table(list(rows.values()), f"test, {rows['best'].prompts} prompts"))
-        out.print(samples_table(rows["base"].samples, rows["best"].samples, PRINTED_SAMPLES))
+        for table in result_tables(rows):
+            out.print(table)
     out.print(f"Run directory: {run_dir}", soft_wrap=True)
     return rows

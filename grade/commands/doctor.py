@@ -12,15 +12,13 @@ import json
 import os
 import platform
 import sys
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from grade import __version__
+from grade.hub import check_hub
 
 # Distributions whose versions decide how a run behaves; the second column is what installs a missing one.
 PACKAGES = {
@@ -40,7 +38,6 @@ OPTIONAL_PACKAGES = {
     "matplotlib": "pip install 'grade-align[report]'",
     "pytest": "pip install -e '.[dev]'",
 }
-HUB_TIMEOUT = 3.0  # seconds
 
 
 def run_doctor(as_json: bool = False) -> None:
@@ -87,35 +84,6 @@ def examine() -> dict[str, Any]:
     report["caches"] = _caches()
     report["problems"] = problems
     return report
-
-
-def check_hub(timeout: float = HUB_TIMEOUT) -> dict[str, Any]:
-    """Whether the hub answers: {"reachable": bool, or None in offline mode, "detail": text}.
-
-    Never takes longer than `timeout` seconds: looking a name up has no timeout of its own, so the request
-    runs in a thread that is left behind when it does not come back.
-    """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return {"reachable": None, "detail": "HF_HUB_OFFLINE is set: not asked"}
-    endpoint = _hub_endpoint()
-    if endpoint is None:
-        return {"reachable": False, "detail": "huggingface_hub is missing: pip install huggingface_hub"}
-    answer: list[dict[str, Any]] = []
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout):
-                answer.append({"reachable": True, "detail": endpoint})
-        except urllib.error.HTTPError as error:
-            answer.append({"reachable": False, "detail": f"{endpoint} answers {error.code} {error.reason}"})
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            answer.append({"reachable": False, "detail": f"{endpoint}: {reason}"})
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return answer[0] if answer else {"reachable": False, "detail": f"{endpoint}: no answer in {timeout:g} s"}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -211,15 +179,6 @@ def _kernels(torch: Any, kinds: list[str], problems: list[str]) -> dict[str, dic
                 if problem not in problems:
                     problems.append(problem)
     return table
-
-
-def _hub_endpoint() -> str | None:
-    """Address of the hub: HF_ENDPOINT, or what huggingface_hub was built with."""
-    if importlib.util.find_spec("huggingface_hub") is None:
-        return None
-    from huggingface_hub import constants
-
-    return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
 
 
 def _caches() -> dict[str, str]:

@@ -34,7 +34,7 @@ def train_reward(config: Config) -> dict[str, float]:
     training.head()
     report = head_report(training.folder)
     console = Console()
-    console.print(f"Reward head: {training.folder}")
+    console.print(f"Reward head: {training.folder}", soft_wrap=True)
     for line in head_lines(report):
-        console.print(f"  {line}")
+        console.print(f"  {line}", soft_wrap=True)
     return report["accuracy"] if "accuracy" in report else report["r2"]

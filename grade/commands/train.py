@@ -8,7 +8,7 @@ from grade.config import Config
 from grade.errors import NothingLeft
 from grade.training.api import GradeTrainer
 from grade.training.evaluation import Evaluation
-from grade.training.evaluation_tables import evaluation_table
+from grade.training.evaluation_tables import result_tables
 
 
 def train(config: Config) -> dict[str, Evaluation]:
@@ -27,8 +27,8 @@ def train(config: Config) -> dict[str, Evaluation]:
     if main:
         console = Console()
         if rows:
-            title = f"test, {result.best.prompts} prompts, best checkpoint by validation"
-            console.print(evaluation_table(list(rows.values()), title))
+            for table in result_tables(rows):
+                console.print(table)
         if result.warning is not None:
             console.print(result.warning, soft_wrap=True)
         console.print(f"Run directory: {result.run_dir}", soft_wrap=True)

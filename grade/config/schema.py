@@ -243,6 +243,8 @@ class TrainConfig:
     """Log to Weights & Biases (needs the extra `wandb`)."""
     wandb_project: str = setting("grade", role="resume")
     """Project name on Weights & Biases."""
+    log_every: int = setting(10, ge=1, le=COUNT, role="resume")
+    """Steps between two lines where progress goes to no terminal; after a minute there is one in any case."""
     samples_logged: int = setting(4, ge=0, le=BATCH, role="resume")
     """Responses written to samples.jsonl at each logged step."""
     samples_every: int = setting(10, ge=1, le=COUNT, role="resume")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from grade.errors import GradeError, reason_of
+from grade.hub import without_waiting
 from grade.hub_names import looks_local
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -112,7 +113,8 @@ class Pretrained:
     def explained(self) -> Iterator[None]:
         """Whatever goes wrong in reading somebody's files is told in words: the readers raise errors of any class."""
         try:
-            yield
+            with nullcontext() if self.is_local else without_waiting():
+                yield
         except GradeError:
             raise
         except pickle.UnpicklingError as error:

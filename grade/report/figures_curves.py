@@ -38,6 +38,7 @@ def over_steps(
         axes.axhline(level[0], color=INK, linewidth=1, linestyle="--", label=level[1])
     if log:
         axes.set_yscale("log")
+    axes.locator_params(axis="x", integer=True)
     add_legend(figure, axes)
     return figure
 
@@ -64,6 +65,7 @@ def validation(groups: Sequence[Group], curves: dict[str, Curve]) -> Figure:
                     run.best, best, color=style.colour, marker="*", markersize=13, markeredgecolor=INK,
                     markeredgewidth=0.8, linestyle="", zorder=5,
                 )
+    axes.locator_params(axis="x", integer=True)
     axes.plot([], [], color="none", marker="*", markersize=11, markeredgecolor=INK, linestyle="", label="best")
     add_legend(figure, axes)
     return figure
@@ -92,8 +94,8 @@ def against_cost(groups: Sequence[Group], cost: str) -> Figure:
         if min(rewards) < threshold and threshold not in above[1:]:
             axes.axhline(threshold, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
             axes.annotate(
-                f"{threshold:g}", (1, threshold), xycoords=("axes fraction", "data"), fontsize=8, color=INK,
-                ha="right", va="bottom",
+                f"{threshold:g}", (1, threshold), (3, 0), xycoords=("axes fraction", "data"),
+                textcoords="offset points", fontsize=8, color=INK, ha="left", va="center",
             )
     axes.ticklabel_format(axis="x", style="plain")
     axes.xaxis.set_major_formatter(_thousands)

@@ -40,8 +40,8 @@ def efficiency(view: View) -> Section:
         "efficiency", [Column("method"), Column("cost"), *(Column(f"{threshold:g}", 0) for threshold in THRESHOLDS)],
         [[group.label, cost, *(_reached(group, t, cost) for t in THRESHOLDS)] for group in validated for cost in COSTS],
         "Cost in training of the first validation whose reward is at least the threshold; mean ± standard error over "
-        f"seeds where all of them reached it (– for one seed). Validations are {' or '.join(every)} steps apart, and "
-        f"no cost is known more finely. 0: the base model is there already. {view.seeds}.",
+        f"seeds where all of them reached it (none for one seed). Validations are {' or '.join(every)} steps apart, "
+        f"and no cost is known more finely. 0: the base model is there already. {view.seeds}.",
     ))
     going_on = [run.name for run in view.unfinished()]
     if going_on:
@@ -95,7 +95,7 @@ def speed(view: View) -> Section:
              *_phase_cells(phases.get(group.label, {}), names)]
             for i, group in enumerate(view.groups)
         ],
-        f"Mean ± standard error over seeds (– for one seed); phases: mean over all steps; {view.seeds}.",
+        f"Mean ± standard error over seeds (none for one seed); phases: mean over all steps; {view.seeds}.",
     ))
     jobs = view.study.comparison.get("config", {}).get("compare", {}).get("jobs") or 1
     if jobs > 1:

@@ -105,7 +105,7 @@ def _measures(view: View, split: str) -> Table:
             *([g.label, sum(_row(run, split) is not None for run in g.runs), *cells(g)] for g in view.groups),
         ],
         f"The best checkpoint on {f'{prompts[0]} ' if len(prompts) == 1 else ''}{split} prompts: mean ± standard error "
-        "over seeds (– for one seed).",
+        "over seeds (none for one seed).",
     )
 
 
@@ -209,13 +209,16 @@ def _stability(view: View, section: Section) -> None:
     curves = view.curves(section, variance_curve, "no reward over two steps, so no stability")
     if not curves:
         return
-    section.add(Drawing(
-        "stability",
-        over_steps(curves, view.styles, "Stability", f"variance of reward in {WINDOW} steps"),
-        f"Sample variance of the training reward within windows of {WINDOW} steps, at the window's first step; the "
-        f"last window is as long as what is left. {view.band}",
-        "Variance of reward by window.",
-    ))
+    if max(len(curve.x) for curve in curves.values()) > 1:
+        section.add(Drawing(
+            "stability",
+            over_steps(curves, view.styles, "Stability", f"variance of reward in {WINDOW} steps"),
+            f"Sample variance of the training reward within windows of {WINDOW} steps, at the window's first step; the "
+            f"last window is as long as what is left. {view.band}",
+            "Variance of reward by window.",
+        ))
+    else:
+        section.note(f"Stability: training has had one window of {WINDOW} steps or less, and a point is no curve.")
     section.add(Table(
         "stability", [Column("method"), Column("windows", 0), Column("variance of reward", 5)],
         [

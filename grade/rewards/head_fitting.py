@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from grade.config import RewardConfig
@@ -23,6 +21,7 @@ from grade.model.policy import Policy
 from grade.rewards.shared import RewardHead
 from grade.tasks.base import Example, LabelType, PairIds
 from grade.tasks.encoding import encode
+from grade.terminal import counted
 
 _FEATURE_BATCH = 32
 
@@ -156,7 +155,7 @@ def _minimise(head: RewardHead, rows: int, settings: RewardConfig, loss_of: Call
     device = next(head.parameters()).device
     generator = torch.Generator().manual_seed(settings.seed)
     total = 0.0
-    for _ in range(settings.epochs):
+    for _ in counted("Reward head, epochs", range(settings.epochs)):
         total = 0.0
         for batch in torch.randperm(rows, generator=generator).split(settings.batch_size):
             loss = loss_of(batch.to(device))
@@ -179,9 +178,8 @@ def features_of(policy: Policy, rows: Sequence[list[int]], lengths: list[int], t
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # equal lengths together: little padding
     out = torch.empty(len(lengths), len(rows), policy.embedding.shape[1], device=policy.device)
-    starts = range(0, len(order), _FEATURE_BATCH)
-    for start in track(starts, description=title, console=Console(stderr=True), transient=True):
-        chosen = order[start: start + _FEATURE_BATCH]
+    batches = [order[start: start + _FEATURE_BATCH] for start in range(0, len(order), _FEATURE_BATCH)]
+    for chosen in counted(title, batches, len):
         width = len(rows[chosen[-1]])
         ids = torch.full((len(chosen), width), policy.pad_id)
         mask = torch.zeros(len(chosen), width, dtype=torch.bool)

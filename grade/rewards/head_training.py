@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +20,7 @@ from grade.model.policy import Policy
 from grade.rewards.head_fitting import HeadData, fit_head
 from grade.rewards.shared import HEAD_FILE, KEPT_FOLDER, REPORT_FILE, RewardHead, head_report
 from grade.tasks.base import Task
+from grade.terminal import say
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class HeadTraining:
 
 
 def _say_waiting() -> None:
-    Console(stderr=True).print("Another process trains this reward head: waiting for it.")
+    say("Another process trains this reward head: waiting for it.")
 
 
 def needs_labels(config: Config) -> bool:

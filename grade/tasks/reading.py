@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from grade.errors import GradeError, reason_of
+from grade.hub import without_waiting
 from grade.hub_names import looks_local
 
 _READERS = {"parquet": "parquet", "csv": "csv", "json": "json", "jsonl": "json", "txt": "text"}
@@ -172,7 +173,8 @@ def _of_hub(name: str, parts: Parts) -> dict[str, list]:
     import datasets
 
     try:
-        data = datasets.load_dataset(name)
+        with without_waiting():
+            data = datasets.load_dataset(name)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise GradeError(
             f"task.dataset is {name}: there is no such folder here, and the hub shows no such dataset "

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from rich.table import Table as RichTable
+from rich.console import RenderableType
 
 from grade.tables import Column, Table, numbers
 from grade.training.evaluation import Evaluation
 
 
-def evaluation_table(rows: Sequence[Evaluation], title: str) -> RichTable:
+def evaluation_table(rows: Sequence[Evaluation], title: str) -> RenderableType:
     """Evaluations side by side, one model a row."""
     titles = ("reward", "KL", "entropy", "distinct", "length", "ended")
     return Table(
-        title, [Column("model"), *numbers(titles, whole=True)],
+        title, [Column("model"), *numbers(titles)],
         [
             [
                 row.model if row.step is None or row.model == "base" else f"{row.model}, step {row.step}",
@@ -28,13 +28,22 @@ def evaluation_table(rows: Sequence[Evaluation], title: str) -> RichTable:
     ).rich()
 
 
-def samples_table(before: Sequence[dict], after: Sequence[dict], count: int = 3) -> RichTable:
-    """The first responses of two evaluations on the same prompts, with their rewards."""
-    pairs = list(zip(before, after, strict=True))[:count]
-    return Table(
-        "the same prompts, before and after", [Column("prompt"), Column("base model"), Column("trained")],
-        [
-            [pair[0]["prompt"], *(f"{sample['response'].strip()} ({sample['reward']:.2f})" for sample in pair)]
-            for pair in pairs
-        ],
-    ).rich(show_lines=True)
+def result_tables(rows: Mapping[str, Evaluation], samples: int = 3) -> list[RenderableType]:
+    """What a run came to: its test of base model and best checkpoint, and their first responses with rewards.
+
+    Args:
+        rows: {"base": ..., "best": ...}.
+        samples: prompts shown, as far as evaluation.samples has kept any.
+    """
+    base, best = rows["base"], rows["best"]
+    tables = [evaluation_table([base, best], f"test, {best.prompts} prompts, best checkpoint by validation")]
+    pairs = list(zip(base.samples, best.samples, strict=True))[:samples]
+    if pairs:
+        tables.append(Table(
+            "the same prompts, before and after", [Column("prompt"), Column("base model"), Column("trained")],
+            [
+                [pair[0]["prompt"], *(f"{sample['response'].strip()} ({sample['reward']:.2f})" for sample in pair)]
+                for pair in pairs
+            ],
+        ).rich(show_lines=True))
+    return tables

@@ -34,6 +34,7 @@ from grade.model.loading import load_prompts
 from grade.model.policy import Policy
 from grade.processes import main_process_first, summed
 from grade.replay.score import present
+from grade.rewards.shared import head_lines
 from grade.rollout import Rollout
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.decode import Decoding
@@ -220,6 +221,7 @@ class Trainer:
             if main:
                 write_run_config(self.run_dir, self.config)
                 self._write_record()
+                notes += [f"reward head: {line}" for line in head_lines(self.record.get("reward_head", {}))]
                 if train.resume and not (self.run_dir / "evaluation.json").is_file():
                     self._write_evaluations()
         if resaves_best:
@@ -229,7 +231,9 @@ class Trainer:
         with ExitStack() as stack:
             stack.callback(self.log.close)
             stack.callback(self._end_session)
-            progress = stack.enter_context(training_progress(train.steps, self.step, enabled=main))
+            progress = stack.enter_context(training_progress(
+                train.steps, self.step, every=train.log_every, enabled=main
+            ))
             self.stop = stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
             for note in notes:
                 progress.say(note)
@@ -284,7 +288,7 @@ class Trainer:
         first = len(self.validations.rows) == 1
         warning = warning_without_ends(self.config.generation, row.eos_rate) if first else None
         if warning is not None:
-            progress.say(warning)
+            progress.warn(warning)
         return better
 
     def _check_policy(self) -> None:

@@ -4,11 +4,12 @@ import shlex
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
 
-from grade import cli
+from grade import cli, terminal
 from grade.config import Config
 from grade.config import reading as config_io
 
@@ -88,6 +89,8 @@ def fake_module(monkeypatch):
     ("demo more", "unexpected argument 'more'"),
     ("demo --pretrain_steps 0", "pretrain_steps is 0"),
     ("demo --cache-dir x", "did you mean --cache_dir?"),
+    ("train demo --log_level loud", "--log_level is 'loud': it must be one of warning, info, debug."),
+    ("train demo --quiet --log_level=debug", "--quiet is --log_level warning: leave one of the two out."),
     ("doctor more", "unexpected argument 'more'"),
     ("doctor --jsn", "did you mean --json?"),
     ("doctor --json=1", "--json is a switch and takes no value: leave '1' out."),
@@ -202,7 +205,21 @@ def test_evaluate_reads_the_run(fake_module, tmp_path, capsys):
     assert cli.main(["evaluate", str(tmp_path), *options]) == 0
     assert calls[0][0] == (config, tmp_path, "best", "test")
     assert calls[1][0] == (Config(name="mine", seed=5), tmp_path, "last", "validation")
-    assert "split" in run_error(capsys, "evaluate", tmp_path, "--split", "train")
+    assert run_error(capsys, "evaluate", tmp_path, "--split", "train") == (
+        "--split is 'train': it must be one of test, validation."
+    )
+
+
+@pytest.mark.parametrize("options, level", [
+    ([], "info"), (["--quiet"], "warning"), (["--log_level", "debug"], "debug"), (["--log_level=warning"], "warning"),
+])
+def test_how_much_a_command_says(fake_module, options, level):
+    fake_module("grade.commands.train", "train", lambda config: levels.append(terminal._level))
+    levels: list[str] = []
+    with warnings.catch_warnings():
+        assert cli.main(["train", "demo", *options]) == 0
+    assert levels == [level]
+    terminal.set_level("info")
 
 
 def test_print_config_is_a_config(capsys, tmp_path):

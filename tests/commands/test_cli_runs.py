@@ -39,6 +39,10 @@ def test_demo_from_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "base" in done.stdout and "policy, step 2" in done.stdout
     assert "the same prompts, before and after" in done.stdout
+    ours = ("1/3 ", "2/3 ", "3/3 ", "Training the demo model", "Reward ", "Held-out features", "reward", "a response ",
+            "memory: ", "step ", "training ", "warning: no response")
+    assert [line for line in done.stderr.splitlines() if not line.startswith(ours)] == []
+    assert "Training the demo model, once: 20\n" in done.stderr and "training 2/2  " in done.stderr
     (run_dir,) = (tmp_path / "runs").glob("demo-seed0-*")
     assert run_dir.name in done.stdout.replace("\n", "")
     rows = json.loads((run_dir / "evaluation.json").read_text())["test"]
@@ -53,9 +57,10 @@ def test_train_evaluate_and_reload(tiny_config, tmp_path, capsys):
     config.write_text(config_to_yaml(tiny_config))
     trained = grade("train", config, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
+    assert "the same prompts, before and after" in trained.stdout
     run_dir = tmp_path / "run"
-    evaluated = grade("evaluate", run_dir, "--checkpoint", "best", cwd=tmp_path)
-    assert evaluated.returncode == 0, evaluated.stderr
+    evaluated = grade("evaluate", run_dir, "--checkpoint", "best", "--quiet", cwd=tmp_path)
+    assert evaluated.returncode == 0 and evaluated.stderr == ""
     assert "policy" in evaluated.stdout
     test = json.loads((run_dir / "evaluation.json").read_text())["test"]
     again = json.loads((run_dir / "evaluation-test-best.json").read_text())["rows"]

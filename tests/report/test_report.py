@@ -116,6 +116,29 @@ def test_stability_by_hand(tmp_path):
     (row,) = report.table("statistics", "stability")
     assert row["windows"] == 2
     assert row["variance of reward"].mean == pytest.approx((50 * 0.05**2 / 49 + 2 * 0.05**2) / 2)
+    assert "stability" in report.figures("statistics")
+
+
+def test_a_short_run_has_no_curve_of_one_point_and_no_error_that_is_none(tmp_path):
+    sections = all_sections(load_study(write_run(tmp_path / "run", taus=[2.0, 1.5, 1.0, 0.5])))
+    drawings = {part.name: part for section in sections for part in section.parts if isinstance(part, Drawing)}
+    assert "stability" not in drawings
+    assert "one window of 50 steps or less" in Report(tmp_path / "run").said("statistics", "note")
+    tables = [part for section in sections for part in section.parts if isinstance(part, Table)]
+    assert tables and not any("±" in cell for table in tables for row in table.rows for cell in table.texts(row))
+
+
+def test_legends_and_labels_stand_off_the_curves(tmp_path):
+    study = load_study(write_comparison(tmp_path / "compare-x", {"grade-ste": [0.8], "ppo": [0.6]}))
+    drawings = [part for section in all_sections(study) for part in section.parts if isinstance(part, Drawing)]
+    with_legend = [part for part in drawings if part.figure.legends]
+    assert len(with_legend) > 8
+    for part in with_legend:
+        part.figure.draw_without_rendering()
+        panel = part.figure.axes[0].get_window_extent()
+        assert not part.figure.axes[0].get_legend() and not part.figure.legends[0].get_window_extent().overlaps(panel)
+        for label in part.figure.axes[0].texts:
+            assert not label.get_window_extent().overlaps(panel), part.name
 
 
 @pytest.mark.parametrize("settings, said", [
@@ -261,7 +284,7 @@ def test_the_page_and_its_files(tmp_path, monkeypatch):
     html = path.read_text(encoding="utf-8")
     report = Report(tmp_path / "runs")
     figures = [name for anchor in ANCHORS for name in report.figures(anchor)]
-    assert len(figures) == 19
+    assert len(figures) == 18
     for name in figures:
         assert (path.parent / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (path.parent / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")

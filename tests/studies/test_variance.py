@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from contextlib import nullcontext
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_run import changed
 
 from grade.errors import GradeError
@@ -15,7 +17,7 @@ from grade.studies.variance import study
 from grade.studies.variance.laboratory import CONVERGED
 from grade.studies.variance.statistics import Draws, agreement
 from grade.studies.variance.study import run_variance
-from grade.studies.variance.text import document, name_of
+from grade.studies.variance.text import document, name_of, rich_table
 from grade.training.interrupt import StopRequest
 
 
@@ -156,6 +158,13 @@ def test_measures_every_method(lab_config, capsys):
     assert json.load(open(f"{folder}/variance.json"))["rows"] == written
     assert "reference" in document(payload) and "std of tensor norms" in open(f"{folder}/variance.md").read()
     assert "relative variance" in " ".join(capsys.readouterr().out.split())
+    for width in (60, 80):  # as many tables as it takes, each with the estimators' names, and no number is broken
+        console = Console(file=io.StringIO(), width=width)
+        console.print(rich_table(payload))
+        shown = console.file.getvalue()
+        assert "…" not in shown and max(map(len, shown.splitlines())) <= width
+        assert shown.count("reinforce") == shown.count("estimator ") > 1
+        assert all(f"{row['scale']:.2f} [" in shown for row in payload["rows"] if row.get("scale_interval"))
 
     again = run_variance(lab_config)  # nothing is missing: nothing is measured
     assert again["rows"] == written

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from grade import terminal
 from grade.config import Config, validate
 from grade.config.methods import method_named
 from grade.errors import GradeError, printing, writing
@@ -110,7 +111,7 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
             more steps, or are damaged; another comparison uses the folder; or every run failed.
         KeyboardInterrupt: Ctrl-C, or SIGTERM while runs go on; the same call goes on where it was.
     """
-    comparison, console = Comparison(config, methods, seeds), Console(stderr=True, soft_wrap=True)
+    comparison, console = Comparison(config, methods, seeds), terminal.console(soft_wrap=True)
     if config.compare.sweep_seed in seeds:
         raise GradeError(f"compare.sweep_seed ({config.compare.sweep_seed}) is one of --seeds: choose another.")
     if config.rollout.source is not None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rich import box
-from rich.table import Table as RichTable
+from rich.console import RenderableType
 
 from grade.machine import machine_line
 from grade.studies.compare.comparison import THRESHOLD, BudgetKind, Budgets
@@ -27,7 +27,7 @@ _COST = (
     ("step_seconds", "s/step", 2), ("peak_gib", "peak GiB", 2), ("grad_norm/median", "gradient norm, median", 3),
     ("grad_norm/p90", "90%", 3), ("grad_norm/max", "max", 3),
 )
-# What fits a terminal of 80 columns; every word of a title is as short as a cell's.
+# What the terminal shows.
 _NARROW = (
     ("test/reward", "test reward", 3), ("test/objective", "test obj.", 3), ("test/solve_rate", "solve rate", 3),
     ("best", "best valid.", 3), ("test/judge", "judge", 3), ("test/kl", "KL / token", 3),
@@ -106,18 +106,17 @@ def markdown(rows: Sequence[dict], budget: BudgetKind, budgets: Budgets) -> str:
     return "\n\n".join([note, *(table.markdown(spaced=True) for table in tables)]) + "\n"
 
 
-def rich_table(rows: Sequence[dict], title: str) -> RichTable:
+def rich_table(rows: Sequence[dict], title: str) -> RenderableType:
     """The main columns of `table`'s rows, for the terminal."""
     shown = _table(rows, _NARROW, title, "± standard error over seeds." + _threshold_note(rows))
-    # Where a line has to be broken, the standard error stands below the mean as a whole.
-    shown = replace(shown, rows=[[str(cell).replace("± ", "±") for cell in row] for row in shown.rows])
+    shown = replace(shown, rows=[[str(cell).removesuffix(" ± –") for cell in row] for row in shown.rows])
     return shown.rich(box=box.SIMPLE_HEAD)
 
 
 def _table(rows: Sequence[dict], columns: Columns, title: str = "", caption: str = "") -> Table:
     """Without columns that no row has; a threshold that nobody reached is something to say."""
     columns = [c for c in columns if c[0].endswith("_to") or any(row.get(c[0]) is not None for row in rows)]
-    heads = [Column("method", whole=True), *numbers(["seeds", *(title for _, title, _ in columns)])]
+    heads = [Column("method"), *numbers(["seeds", *(title for _, title, _ in columns)])]
     return Table(title, heads, [_cells(row, columns) for row in rows], caption)
 
 

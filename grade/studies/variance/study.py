@@ -26,9 +26,9 @@ from grade.processes import make_accelerator
 from grade.studies.variance.laboratory import Estimator, Laboratory, config_of
 from grade.studies.variance.statistics import Draws, agreement, norm_error
 from grade.studies.variance.text import document, rich_table
+from grade.terminal import counting
 from grade.training.evaluation import write_evaluations
 from grade.training.interrupt import StopRequest, stop_between_steps
-from grade.training.progress import counting
 from grade.training.setup import set_up
 
 JUDGED_LENGTH = 8

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from rich import box
-from rich.table import Table as RichTable
+from rich.console import RenderableType
 
 from grade.machine import machine_line
 from grade.tables import Column, Table, numbers
@@ -55,20 +55,17 @@ def measured(payload: dict) -> str:
     )
 
 
-def rich_table(payload: dict) -> RichTable:
+def rich_table(payload: dict) -> RenderableType:
     """The same for the terminal, narrower."""
     columns = [column for column in _COLUMNS if column[0] in _NARROW]
     groups = _groups(payload)
-    shown = Table(
+    return Table(
         "Gradient estimators at fixed parameters",
         [Column("S"), Column("k"), Column("estimator"), *numbers(title for _, title, _ in columns), Column("verdict")],
         [[str(length), str(top_k), name_of(row), *_cells(row, columns), row["verdict"]]
          for (length, top_k), rows in groups.items() for row in rows],
         NOTES,
-    ).rich(box=box.SIMPLE_HEAD)
-    for last in accumulate(map(len, groups.values())):
-        shown.rows[last - 1].end_section = True
-    return shown
+    ).rich(keys=3, ends=[after - 1 for after in accumulate(map(len, groups.values()))], box=box.SIMPLE_HEAD)
 
 
 def name_of(row: dict) -> str:
