@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM
 import grade.commands.export
 import grade.training.export
 from grade import cli
+from grade.commands.export import described
+from grade.config import Config
 from grade.config.reading import config_from_yaml
 from grade.errors import GradeError
 from grade.model.checkpoint import verified_step
-from grade.training.export import logits_of, merge
+from grade.training.export import Merged, logits_of, merge
 from grade.training.trained import load_trained, sampled_prompts
 
 LOADED = """
@@ -81,7 +83,7 @@ def test_a_merged_model_is_plain_transformers_and_the_policy_to_the_bit(trained_
     assert "library_name: transformers" in card and "| test | trained" in card and "More Information" not in card
 
 
-def test_merged_weights_have_the_dtype_of_the_base_and_are_rounded_once(trained_run, tmp_path, capsys):
+def test_merged_weights_have_the_dtype_of_the_base_and_are_rounded_once(trained_run, tmp_path):
     target = tmp_path / "merged"
     assert export(trained_run, "--merge", "--to", target, "--model.dtype", "bfloat16") == 0
     assert "base in float32" in (target / "README.md").read_text()  # as it was trained
@@ -91,7 +93,12 @@ def test_merged_weights_have_the_dtype_of_the_base_and_are_rounded_once(trained_
     layer = loaded(trained_run, "best", dtype="bfloat16").causal_lm.model.layers[0].self_attn.q_proj
     exact = layer.get_base_layer().weight.double() + layer.get_delta_weight("default").double()
     assert torch.equal(found.state_dict()[name], exact.to(torch.bfloat16))
-    assert "warning: rounding" in capsys.readouterr().out  # four steps change less than bfloat16 tells apart
+
+
+@pytest.mark.parametrize("lost, warned", [(0.05, False), (0.2, True)])
+def test_what_rounding_loses_is_told(lost, warned):
+    lines = described(Merged([], from_adapter=lost, of_training=1.0), Config())
+    assert f"{lost} between adapter and merged weights" in lines[1] and ("warning: rounding" in lines[-1]) == warned
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gpt-neox", "gemma2", "mamba"])
