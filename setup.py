@@ -3,7 +3,8 @@
 `grade-kernels` has the package `grade_kernels` and needs torch and triton only; `grade-align` has the trainer, `grade`,
 and needs `grade-kernels` of the same version. `GRADE_DISTRIBUTION` chooses what is built. Without it a clone installs
 both packages as one, under the trainer's name, which is for development (`pip install -e .`) and not for an index. A
-source distribution holds the whole tree, with all tests, and knows by its PKG-INFO which of the two it is.
+source distribution holds what `SourceDistribution` lists, with all tests, and knows by its PKG-INFO which of the two it
+is.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def long_description(page: Path) -> str:
 
 
 class SourceDistribution(sdist):
-    """The whole tree: setuptools by itself would leave out what the tests and the pages read."""
+    """These folders and files whole: setuptools by itself would leave out what the tests and the pages read."""
 
     FOLDERS = ("grade", "grade_kernels", "benchmarks", "tests", "docs", "examples", ".github")
     FILES = (
@@ -67,6 +68,9 @@ class SourceDistribution(sdist):
         if chosen() is None:
             raise SystemExit(f"Set GRADE_DISTRIBUTION to {KERNELS} or {TRAINER}: a clone is two distributions.")
         os.chdir(ROOT)
+        missing = [name for name in (*self.FOLDERS, *self.FILES) if not Path(name).exists()]
+        if missing:
+            raise SystemExit(f"{', '.join(missing)}: named in setup.py, and not there.")
         inside = (path for folder in self.FOLDERS for path in Path(folder).rglob("*") if path.is_file())
         self.filelist.extend([*self.FILES, *(str(path) for path in inside if path.suffix != ".pyc")])
         self.filelist.sort()

@@ -81,8 +81,8 @@ def test_a_wheel_holds_its_package_whole_and_nothing_else(built, distribution):
 def test_a_source_distribution_holds_what_its_tests_read(built, distribution):
     tree = built[distribution][0]
     for folder in ("grade", "grade_kernels", "benchmarks", "tests", "docs", "examples", ".github"):
-        here = (path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc")
-        assert not [path for path in here if not (tree / path.relative_to(ROOT)).is_file()]
+        here = [path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        assert here and not [path for path in here if not (tree / path.relative_to(ROOT)).is_file()]
     files = {path.name for path in ROOT.iterdir() if path.is_file() and not path.name.startswith(".")}
     assert not {name for name in files if not (tree / name).is_file()}
 

@@ -19,7 +19,7 @@ def export_run(config: Config, run_dir: Path, checkpoint: str, merged: bool, tar
 
     Args:
         config: the run's, with overrides.
-        checkpoint: "best", "last", "step-N", or the folder of a checkpoint.
+        checkpoint: "best", "last", "step-N", or the folder of a checkpoint in the run's folder.
         merged: a whole model instead of an adapter.
         target: missing or empty; None: one in the run's folder.
 
@@ -42,6 +42,12 @@ def exported_checkpoint(run_dir: Path, checkpoint: str) -> Path:
         GradeError: there is none, or it is an adapter of something else.
     """
     folder = checkpoint_folder(run_dir, checkpoint)
+    # The folder of checkpoints may be a link to another disk.
+    if not any(folder.resolve().is_relative_to(place.resolve()) for place in (run_dir, run_dir / "checkpoints")):
+        raise GradeError(
+            f"--checkpoint {checkpoint}: {folder} does not lie in {run_dir}, and the card of that run would not be its "
+            "own. Name the run that it is of, or one of this run's: best, last or step-N."
+        )
     if not (folder / MANIFEST_FILE).is_file():
         raise GradeError(
             f"--checkpoint {checkpoint}: {folder} is no checkpoint of a run ({MANIFEST_FILE} is missing), and its card "
@@ -55,7 +61,7 @@ def write_export(config: Config, run_dir: Path, folder: Path, merged: bool, targ
     if not merged:
         export_adapter(folder, target)
         return None
-    card = card_of(config, run_dir, folder, merged=True)
+    card = card_of(run_dir, folder, merged=True)
     device = make_accelerator(config).device
     return export_merged(
         lambda: load_trained(config, run_dir, folder, device), target,

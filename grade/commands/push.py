@@ -28,7 +28,7 @@ def push_run(
     Args:
         config: the run's, with overrides.
         repo: NAME or OWNER/NAME.
-        checkpoint: "best", "last", "step-N", or the folder of a checkpoint.
+        checkpoint: "best", "last", "step-N", or the folder of a checkpoint in the run's folder.
         merged: a whole model instead of an adapter.
         private: a repository that is made is for its owner alone.
         revision: branch, made if it is missing; None: the main one.

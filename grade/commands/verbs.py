@@ -36,6 +36,9 @@ _OF_RUN = " RUN_DIR: the folder of a run; its config.yaml gives the settings, an
 _CHECKPOINT = Own(
     str, "best", "best|last|step-N|DIR", "`best` by validation, `last`, `step-N`, or the folder of a checkpoint."
 )
+_OF_THE_RUN = _CHECKPOINT._replace(
+    help="`best` by validation, `last`, `step-N`, or the folder of a checkpoint in RUN_DIR, whose card it gets."
+)
 _MERGE = Own(
     None, False, "", "A whole model, with the adapter added to the weights; its logits are compared at the end."
 )
@@ -139,7 +142,7 @@ def export(argv: list[str]) -> int:
         "export", argv,
         "Write a checkpoint of a run for other programs: the adapter with its tokenizer and card, or with --merge a "
         "whole model that transformers and vLLM load by themselves." + _OF_RUN, {
-            "checkpoint": _CHECKPOINT, "merge": _MERGE,
+            "checkpoint": _OF_THE_RUN, "merge": _MERGE,
             "to": Own(str | None, None, "DIR", "A folder, missing or empty; null: one in RUN_DIR/export."),
         }, positional="RUN_DIR",
     )
@@ -161,7 +164,7 @@ def push(argv: list[str]) -> int:
         "push", argv,
         "Upload what `grade export` writes to the hub. REPO: NAME or OWNER/NAME; made if it is missing. Needs a token: "
         "`hf auth login`, or HF_TOKEN." + _OF_RUN, {
-            "checkpoint": _CHECKPOINT, "merge": _MERGE,
+            "checkpoint": _OF_THE_RUN, "merge": _MERGE,
             "private": Own(None, False, "", "Make the repository for you alone, if it is made."),
             "revision": Own(str | None, None, "NAME", "Branch; null: the main one."),
         }, positional="RUN_DIR", more="REPO", most=2,

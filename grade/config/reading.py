@@ -296,7 +296,8 @@ def split_arguments(
         command: whose help an error points to.
 
     Raises:
-        GradeError: an unknown option, with the name that was probably meant; an option without its value.
+        GradeError: an unknown option, with the name that was probably meant; an option without its value; a switch
+            with one.
     """
     positionals: list[str] = []
     options: list[str] = []
@@ -309,7 +310,13 @@ def split_arguments(
             positionals.append(argument)
             continue
         name, equals, _ = argument.lstrip("-").partition("=")
-        if name in flags and not equals:
+        if name in flags:
+            value = argument.partition("=")[2] if equals else next(iter(waiting), "")
+            if equals or value.lower() in ("true", "false"):
+                raise GradeError(
+                    f"{argument.partition('=')[0]} is a switch and takes no value: leave {value!r} out. An argument "
+                    "that reads so comes before the switch, or after --."
+                )
             options.append(argument)
             continue
         if not argument.startswith("--") or name.removesuffix("+") not in known:

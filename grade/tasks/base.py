@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from grade.config import TaskConfig, TokenizerConfig
+from grade.tasks.encoding import encode, encode_chats
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -78,9 +81,9 @@ class Task(ABC):
     label_type: LabelType | None = None
 
     @property
+    @abstractmethod
     def name(self) -> str:
-        """As task.name has it, for the record."""
-        return type(self).__name__
+        """As task.name has it: rewards are chosen by it, and a run records it."""
 
     @abstractmethod
     def prompts(
@@ -107,6 +110,22 @@ class Task(ABC):
         It holds "task", the name, and "splits", for each split something that changes with its content, such as
         `sha256_of` its texts: by these a run knows its data again.
         """
+
+    @classmethod
+    def prompt_of(
+        cls, text: str, tokenizer: PreTrainedTokenizerBase, settings: TaskConfig, chat: TokenizerConfig
+    ) -> list[int]:
+        """Token ids of a prompt that a person writes to a model trained on this task, not cut; no data is read.
+
+        Args:
+            chat: section `tokenizer`; with `chat` true the text is a user's message.
+
+        Raises:
+            GradeError: it is no prompt of this task, or cannot be encoded.
+        """
+        if chat.chat:
+            return encode_chats(tokenizer, [[{"role": "user", "content": text}]], chat)[0]
+        return encode(tokenizer, [text], None)[0]
 
     def examples(self, split: str) -> Sequence[Example]:
         """Labelled texts: in "reward" to train a reward head on and in "validation" to test it on, in "judge" to train

@@ -214,6 +214,13 @@ class CountdownTask(Task):
     def name(self) -> str:
         return self.settings.name
 
+    @classmethod
+    def prompt_of(
+        cls, text: str, tokenizer: PreTrainedTokenizerBase, settings: TaskConfig, chat: TokenizerConfig
+    ) -> list[int]:
+        """As of every `Task`, of a puzzle as `puzzle_of` reads it, under the limit of `prompts`."""
+        return cls("a person", settings, [puzzle_of(text)], [], [], chat=chat).prompts("policy", tokenizer)[0]
+
     def puzzles(self, split: str) -> list[Puzzle]:
         """The puzzles of a split named in `SPLITS`; any other name raises ValueError."""
         if split not in SPLITS:

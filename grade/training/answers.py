@@ -14,9 +14,7 @@ from grade.model.policy import Policy
 from grade.model.pretrained import context_of
 from grade.rollout import pad_prompts
 from grade.sampling.sample import sample
-from grade.tasks.conversations import as_messages
-from grade.tasks.countdown import CountdownTask, puzzle_of
-from grade.tasks.encoding import encode, encode_chats
+from grade.tasks import task_of
 from grade.training.evaluation import evaluation_sampling, text_of
 
 
@@ -58,45 +56,45 @@ class Answers:
             GradeError: a prompt is empty, too long for the model, or not of the run's task.
         """
         rows = [self._ids(prompt) for prompt in prompts]
-        together = max(self.config.evaluation.batch_size // self.samples, 1)
-        for start in range(0, len(rows), together):
-            chosen = slice(start, start + together)
-            trained = self._sampled(rows[chosen], adapters=True)
-            untrained = self._sampled(rows[chosen], adapters=False) if self.base else [None] * len(trained)
+        for chosen, copies in self._batches(len(rows)):
+            trained = self._sampled(rows[chosen], copies, adapters=True)
+            untrained = self._sampled(rows[chosen], copies, adapters=False) if self.base else [None] * len(trained)
             self.drawn += len(trained)
-            repeated = [prompt for prompt in prompts[chosen] for _ in range(self.samples)]
+            repeated = [prompt for prompt in prompts[chosen] for _ in range(copies)]
             yield from map(Answer, repeated, trained, untrained)
 
     def texts(self, rows: Sequence[list[int]], *, adapters: bool) -> list[str]:
         """Responses to prompts of token ids, `samples` after each other for each, of the policy or of the base model.
         """
-        together, found = max(self.config.evaluation.batch_size // self.samples, 1), []
-        for start in range(0, len(rows), together):
-            found += self._sampled(list(rows[start: start + together]), adapters=adapters)
-            self.drawn = len(found)
+        found: list[str] = []
+        for chosen, copies in self._batches(len(rows)):
+            some = self._sampled(rows[chosen], copies, adapters=adapters)
+            self.drawn += len(some)
+            found += some
         return found
 
-    def _sampled(self, rows: list[list[int]], *, adapters: bool) -> list[str]:
+    def _batches(self, prompts: int) -> Iterator[tuple[slice, int]]:
+        """Which prompts are answered together, and how often: evaluation.batch_size responses at most."""
+        most = self.config.evaluation.batch_size
+        together = max(most // self.samples, 1)
+        for start in range(0, prompts, together):
+            for done in range(0, self.samples, most):
+                yield slice(start, start + together), min(most, self.samples - done)
+
+    def _sampled(self, rows: Sequence[list[int]], copies: int, *, adapters: bool) -> list[str]:
         policy = self.policy
         ids, mask = pad_prompts(rows, policy.pad_id, policy.device)
-        numbers = self.drawn + torch.arange(len(rows) * self.samples, device=policy.device)
+        numbers = self.drawn + torch.arange(len(rows) * copies, device=policy.device)
         rollout = sample(
             policy, ids, mask, self.sampling, seed=self.config.seed, adapters=adapters,
-            first_rows=numbers * self.sampling.max_new_tokens, samples_per_prompt=self.samples,
+            first_rows=numbers * self.sampling.max_new_tokens, samples_per_prompt=copies,
         )
         return [text_of(policy, rollout.tokens[i], rollout.mask[i]) for i in range(len(rollout))]
 
     def _ids(self, prompt: str) -> list[int]:
         """A prompt as the run's task writes it."""
-        if self.config.task.name == "countdown":
-            puzzle = CountdownTask(
-                "a person", self.config.task, [puzzle_of(prompt)], [], [], chat=self.config.tokenizer
-            )
-            return puzzle.prompts("policy", self.policy.tokenizer)[0]
-        if self.chat:
-            (ids,) = encode_chats(self.policy.tokenizer, [as_messages(prompt)], self.config.tokenizer)
-        else:
-            (ids,) = encode(self.policy.tokenizer, [prompt], None)
+        settings, chat = self.config.task, replace(self.config.tokenizer, chat=self.chat)
+        ids = task_of(settings.name).task.prompt_of(prompt, self.policy.tokenizer, settings, chat)
         if not ids:
             raise GradeError(f"the prompt {prompt!r} has no text that the model could continue.")
         context = context_of(self.policy.config)

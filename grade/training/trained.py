@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from grade.config import Config
+from grade.config.reading import config_from_sealed
 from grade.errors import GradeError, read_json
 from grade.files import latest
 from grade.model.checkpoint import holds_weights, load_adapter, verified_step
@@ -58,12 +59,13 @@ def load_trained(config: Config, run_dir: Path, folder: Path, device: torch.devi
     return policy
 
 
-def card_of(config: Config, run_dir: Path, folder: Path, *, merged: bool) -> str:
-    """The model card of a run's checkpoint, made anew from the run's files.
+def card_of(run_dir: Path, folder: Path, *, merged: bool) -> str:
+    """The model card of a run's checkpoint, made anew from the run's files: its own settings, without overrides.
 
     Raises:
         GradeError: one of them, or the checkpoint, is damaged.
     """
+    config = config_from_sealed(run_dir / "config.yaml")
     step = verified_step(folder)
     record, found = (_read(run_dir / name) for name in ("run.json", "evaluation.json"))
     tested = found.get("test") if (found.get("best") or {}).get("step") == step else None

@@ -93,6 +93,8 @@ def fake_module(monkeypatch):
     ("train demo --quiet --log_level=debug", "--quiet is --log_level warning: leave one of the two out."),
     ("doctor more", "unexpected argument 'more'"),
     ("doctor --jsn", "did you mean --json?"),
+    ("doctor --json=1", "--json is a switch and takes no value: leave '1' out."),
+    ("generate runs/x --base True words", "--base is a switch and takes no value: leave 'True' out."),
     ("compare demo --seeds 0,00,1", "--seeds names 0 twice: leave one of them out."),
     ("compare demo --seeds ,", "--seeds is ',': write whole numbers"),
     ("compare demo --methods ppo,grpo,ppo", "--methods names ppo twice: leave one of them out."),

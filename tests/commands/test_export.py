@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM
 import grade.commands.export
 import grade.training.export
 from grade import cli
+from grade.commands.export import described
+from grade.config import Config
 from grade.config.reading import config_from_yaml
 from grade.errors import GradeError
 from grade.model.checkpoint import verified_step
-from grade.training.export import logits_of, merge
+from grade.training.export import Merged, logits_of, merge
 from grade.training.trained import load_trained, sampled_prompts
 
 LOADED = """
@@ -81,16 +83,22 @@ def test_a_merged_model_is_plain_transformers_and_the_policy_to_the_bit(trained_
     assert "library_name: transformers" in card and "| test | trained" in card and "More Information" not in card
 
 
-def test_merged_weights_have_the_dtype_of_the_base_and_are_rounded_once(trained_run, tmp_path, capsys):
+def test_merged_weights_have_the_dtype_of_the_base_and_are_rounded_once(trained_run, tmp_path):
     target = tmp_path / "merged"
     assert export(trained_run, "--merge", "--to", target, "--model.dtype", "bfloat16") == 0
+    assert "base in float32" in (target / "README.md").read_text()  # as it was trained
     name = "model.layers.0.self_attn.q_proj.weight"
     found = AutoModelForCausalLM.from_pretrained(target)
     assert found.dtype == torch.bfloat16
     layer = loaded(trained_run, "best", dtype="bfloat16").causal_lm.model.layers[0].self_attn.q_proj
     exact = layer.get_base_layer().weight.double() + layer.get_delta_weight("default").double()
     assert torch.equal(found.state_dict()[name], exact.to(torch.bfloat16))
-    assert "warning: rounding" in capsys.readouterr().out  # four steps change less than bfloat16 tells apart
+
+
+@pytest.mark.parametrize("lost, warned", [(0.05, False), (0.2, True)])
+def test_what_rounding_loses_is_told(lost, warned):
+    lines = described(Merged([], from_adapter=lost, of_training=1.0), Config())
+    assert f"{lost} between adapter and merged weights" in lines[1] and ("warning: rounding" in lines[-1]) == warned
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gpt-neox", "gemma2", "mamba"])
@@ -132,8 +140,10 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(trained_ru
     (full / "kept").touch()
     empty.mkdir()
     shutil.copy(trained_run / "config.yaml", empty)
-    damaged, foreign = tmp_path / "damaged", tmp_path / "foreign"
-    for folder in (damaged, foreign):
+    run, elsewhere = tmp_path / "copy", tmp_path / "elsewhere"
+    damaged, foreign = run / "damaged", run / "foreign"
+    shutil.copytree(trained_run, run)
+    for folder in (damaged, foreign, elsewhere):
         shutil.copytree(trained_run / "checkpoints" / "best", folder)
     (damaged / "adapter_model.safetensors").write_bytes(b"")
     (foreign / "manifest.json").unlink()
@@ -142,8 +152,10 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(trained_ru
         ([trained_run, "--to", full / "kept"], "is a file"),
         ([empty], "has no checkpoint yet"),
         ([trained_run, "--checkpoint", "step-3"], "has best, last, step-2, step-4"),
-        ([trained_run, "--checkpoint", damaged], "is damaged"),
-        ([trained_run, "--checkpoint", foreign], "no checkpoint of a run"),
+        ([run, "--checkpoint", damaged], "is damaged"),
+        ([run, "--checkpoint", foreign], "no checkpoint of a run"),
+        ([run, "--checkpoint", elsewhere], "does not lie in"),
+        ([run, "--checkpoint", trained_run / "checkpoints" / "best"], "does not lie in"),
         ([full], "is not a run directory"),
         ([], "RUN_DIR is missing"),
         ([trained_run, "more"], "unexpected argument 'more'"),

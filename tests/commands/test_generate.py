@@ -86,6 +86,26 @@ def test_samples_and_prompts_have_noise_of_their_own_and_the_base_has_the_same(t
     assert [next(one_by_one.to([prompt])).policy for prompt in twice] == [answer.policy for answer in answers]
 
 
+@pytest.mark.parametrize("most", [2, 3])
+def test_no_more_responses_are_sampled_together_than_in_an_evaluation(trained, monkeypatch, most):
+    config, policy = trained
+    together = []
+
+    def counted(*arguments, **options):
+        together.append(len(rollout := sample(*arguments, **options)))
+        return rollout
+
+    monkeypatch.setattr("grade.training.answers.sample", counted)
+    config = replace(config, evaluation=replace(config.evaluation, batch_size=most))
+    prompts = ["the film was", "this movie"]
+    answers = list(Answers(config, policy, samples=5).to(prompts))
+    five = [prompt for prompt in prompts for _ in range(5)]
+    assert [(answer.prompt, answer.policy) for answer in answers] == list(
+        zip(five, expected(trained, five, True, range(10)), strict=True)
+    )
+    assert sum(together) == 10 and max(together) == most
+
+
 @pytest.mark.parametrize("arguments", [[], ["-"]])
 def test_lines_of_a_pipe_are_prompts(trained, trained_run, capsys, monkeypatch, arguments):
     monkeypatch.setattr(sys, "stdin", io.StringIO("the film was\n\nthis [b]movie[/b]\n"))
@@ -125,6 +145,8 @@ def test_a_puzzle_is_asked_as_the_task_asks_it(trained):
         assert Answers(config, policy)._ids(text) == row
     with pytest.raises(GradeError, match="write one such as numbers=3,5,7 target=22"):
         list(Answers(config, policy).to(["make 22 of 3, 5 and 7"]))
+    with pytest.raises(GradeError, match="exceed the context"):
+        list(Answers(config, policy, max_new_tokens=4000).to(["numbers=3,5,7 target=22"]))
 
 
 def test_mistakes_are_told_before_anything_is_loaded(trained_run, capsys, monkeypatch):

@@ -24,6 +24,8 @@ from grade.tasks.base import Task
 class Questions(Task):
     """Two prompts with a column, as conversations where asked."""
 
+    name = "questions"
+
     def __init__(self, chat=False):
         self.chat = chat
 

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import socket
+from typing import get_args, get_type_hints
 
 import datasets
 import pytest
 from transformers import AutoTokenizer
 
 from grade.config import TaskConfig
+from grade.config.tasks import JUDGED_BY_PROGRAM, WRITTEN
 from grade.errors import GradeError
-from grade.tasks import demo, load_task
+from grade.rewards.loading import PROGRAMS
+from grade.tasks import TASKS, demo, load_task
 from grade.tasks.base import Example
 from grade.tasks.texts import SPLITS, TextTask, cut_splits, shuffled
 
 ROWS = 60
+
+
+def test_a_task_is_declared_everywhere():
+    """As docs/development.md lists the places."""
+    assert get_args(get_type_hints(TaskConfig)["name"]) == tuple(TASKS)
+    assert set(PROGRAMS) == set(JUDGED_BY_PROGRAM) and set(JUDGED_BY_PROGRAM) | set(WRITTEN) <= set(TASKS)
 
 
 def rows(n=ROWS, part="train"):
