@@ -66,7 +66,7 @@ def test_settings_exist(page):
     """`section.field`, or with a star at its end some of them."""
     named = {word.strip(",:").removeprefix("--").partition("=")[0] for word in code_of(page)}
     named = {word for word in named if re.fullmatch(rf"({SECTIONS})(\.[a-z_0-9]+)+(\.?\*)?", word)}
-    files = {word for word in named if re.search(r"\.(py|json|jsonl|yaml|md)$", word)}
+    files = {word for word in named if re.search(r"\.(py|json|jsonl|yaml|md|safetensors)$", word)}
     sections = {name.rpartition(".")[0] for name in SETTINGS}
     unknown = [
         word for word in named - files - sections
