@@ -56,7 +56,7 @@ def test_what_may_change_when_a_run_is_resumed():
         "name", "output_dir", "train.run_dir",
         "train.resume", "train.overwrite", "train.steps", "train.save_every", "train.keep_adapters",
         "train.tensorboard", "train.wandb", "train.wandb_project", "train.samples_logged", "train.samples_every",
-        "evaluation.samples", "task.judge_examples",
+        "train.log_every", "evaluation.samples", "task.judge_examples",
         "evaluation.batch_size", "generation.batch_size", "rollout.compile", "method.head_chunk_mib",
         "method.activation_checkpointing",
     }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from comparisons import INPUTS, METHODS, finish
 from rich.console import Console
+from tiny import tiny_policy
 from tiny_run import changed
 
 from benchmarks import comparison as benchmark
@@ -88,7 +88,7 @@ def test_prompts_are_looked_at_before_models(few, monkeypatch):
 
     monkeypatch.undo()  # the real `prepared_inputs`
     monkeypatch.setattr(setup, "load_tokenizer", lambda config: None)
-    monkeypatch.setattr(setup, "load_task", lambda config: NoPrompts())
+    monkeypatch.setattr(setup, "load_task", lambda *_, **__: NoPrompts())
     monkeypatch.setattr(setup, "load_policy", lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(GradeError, match="nothing in the test split"):
         run_comparison(few, METHODS, [0])
@@ -159,7 +159,7 @@ def test_an_adapter_that_cannot_be_read_fails_alone(few, no_models, tmp_path, mo
     adapter.mkdir(parents=True)
     if settings is not None:
         (adapter / "adapter_config.json").write_text(settings)
-    policy = SimpleNamespace(model=SimpleNamespace(peft_config={"default": SimpleNamespace(r=4)}))
+    policy = tiny_policy()
     monkeypatch.setattr(setup, "load_policy", lambda *_, **__: policy)
     adapters = {("ppo", 0, 2): adapter}
     results, failures, _ = final_test.evaluate_checkpoints(few, tmp_path, INPUTS, adapters, Console(quiet=True))

@@ -58,7 +58,12 @@ def test_accumulated_gradient_is_the_large_batch_gradient(tiny_config, reduction
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
         kept = []
-        trainer._update = lambda: kept.append(torch.cat([p.grad.flatten() for p in trainer.policy.parameters()]))
+
+        def update():
+            kept.append(torch.cat([p.grad.flatten() for p in trainer.policy.parameters()]))
+            return kept[0].norm().item()
+
+        trainer._update = update
         metrics = trainer.train_step()
         assert metrics["kl"] > 1e-3
         return kept[0]
