@@ -51,6 +51,6 @@ def test_a_run_says_it(tiny_config, capsys):
     assert said.index("reward: the probability of the label '1' of column 'label' (negative: '0') is raised") < (
         said.index("a response ends with")
     )
-    judged = r"reward head: held-out accuracy [01]\.\d{3} on the first \d+ tokens \(the length it will judge\), 30 texts"
+    judged = r"reward head: held-out accuracy [01]\.\d{3} on the first \d+ tokens \(the length it will judge\), 30 "
     assert re.search(judged, said)
     assert said.count("warning: no response of the first validation ended by itself") == 1
