@@ -60,8 +60,15 @@ class SourceDistribution(sdist):
 
     FOLDERS = ("grade", "grade_kernels", "benchmarks", "tests", "docs", "examples", ".github")
     FILES = (
-        "setup.py", "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE", "CHANGELOG.md",
-        "CONTRIBUTING.md", "CITATION.cff",
+        "setup.py",
+        "pyproject.toml",
+        "constraints.txt",
+        "Makefile",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "CITATION.cff",
     )
 
     def make_distribution(self) -> None:
@@ -116,7 +123,13 @@ PARTS = {
         ],
         "extras_require": {
             "dev": [
-                "pytest", "pytest-benchmark", "hypothesis", "matplotlib<4", "mypy", "ruff", "setuptools>=77",
+                "pytest",
+                "pytest-benchmark",
+                "hypothesis",
+                "matplotlib<4",
+                "mypy",
+                "ruff",
+                "setuptools>=77",
                 "types-PyYAML",
             ],
             "report": ["matplotlib<4"],

@@ -50,13 +50,30 @@ _TOKENS, _CANDIDATES, _KL_COEF = 5, 8, 0.1
 _LARGEST_ERROR = 1e-3
 # Layers of attention as the architectures call them; where a model has none of these, every linear layer is adapted.
 _TARGETS = (
-    "q_proj", "v_proj", "q_b_proj", "kv_b_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "query", "value",
-    "in_proj", "in_proj_qkv", "in_proj_qkvz", "q_lin", "v_lin",
+    "q_proj",
+    "v_proj",
+    "q_b_proj",
+    "kv_b_proj",
+    "qkv_proj",
+    "query_key_value",
+    "c_attn",
+    "Wqkv",
+    "query",
+    "value",
+    "in_proj",
+    "in_proj_qkv",
+    "in_proj_qkvz",
+    "q_lin",
+    "v_lin",
 )
 _LONGEST_REASON = 200
 _COLUMNS = (
-    Column("architecture"), *numbers(["gradient, relative error"]), Column("checkpointing"), Column("adapter merged"),
-    Column("prompt's cache in replay"), Column("rollout.compile"),
+    Column("architecture"),
+    *numbers(["gradient, relative error"]),
+    Column("checkpointing"),
+    Column("adapter merged"),
+    Column("prompt's cache in replay"),
+    Column("rollout.compile"),
 )
 
 
@@ -100,10 +117,16 @@ def _adapted(base: Any) -> Any:
     others = sorted(name for name in linear if not name.isdigit() and name != head.rsplit(".", 1)[-1])
     targets = [name for name in _TARGETS if name in linear] or others
     base.requires_grad_(False)
-    model = get_peft_model(base, LoraConfig(
-        r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM",
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()),
-    ))
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+            fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()),
+        ),
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -123,8 +146,11 @@ def _checks(policy: Policy) -> dict:
     except GradeError:
         compiled = False
     return {
-        "gradient_error": _gradient_error(policy), "checkpointing": checkpointed,
-        "merged": bool(policy.merged_weights()), "prompt_cache": policy.reads_prompt_cache, "compile": compiled,
+        "gradient_error": _gradient_error(policy),
+        "checkpointing": checkpointed,
+        "merged": bool(policy.merged_weights()),
+        "prompt_cache": policy.reads_prompt_cache,
+        "compile": compiled,
     }
 
 
@@ -135,8 +161,17 @@ def _gradient_error(policy: Policy) -> float:
     prompts = torch.arange(10, 18).view(2, 4)
     rows = torch.arange(2)[:, None] * _TOKENS + torch.arange(_TOKENS)
     published_step(
-        policy, reward, prompts, length=_TOKENS, k=_CANDIDATES, tau=1.0, seed=0, rows=rows, kl_coef=_KL_COEF,
-        cached=False, phase=lambda name: nullcontext(),
+        policy,
+        reward,
+        prompts,
+        length=_TOKENS,
+        k=_CANDIDATES,
+        tau=1.0,
+        seed=0,
+        rows=rows,
+        kl_coef=_KL_COEF,
+        cached=False,
+        phase=lambda name: nullcontext(),
     )
     expected = _take_gradient(policy)
     sampling = Sampling(max_new_tokens=_TOKENS, top_k=_CANDIDATES, ignore_eos=True)
@@ -144,7 +179,11 @@ def _gradient_error(policy: Policy) -> float:
     rollout = sample(policy, prompts, real, sampling, seed=0, first_rows=rows[:, 0])
     settings = ReplaySettings(tau=1.0, max_hops=_TOKENS, hop_tol=0.0)
     replay(
-        policy, reward, rollout, settings, reward_weight=torch.full((2,), 0.5),
+        policy,
+        reward,
+        rollout,
+        settings,
+        reward_weight=torch.full((2,), 0.5),
         kl_weight=torch.full(rollout.mask.shape, _KL_COEF / rollout.mask.numel()),
     )
     found = _take_gradient(policy)
@@ -164,13 +203,23 @@ def document(saved: dict) -> str:
     rows = saved["rows"]
     counts = Counter(row["status"] for row in rows)
     works = [row for row in rows if row["status"] == "works"]
-    parts = [", ".join(f"{counts[status]} {status}" for status in ("works", "refused", "fails", "not tried"))
-             .replace("works", "work", 1).replace("fails", "fail", 1) + "."]
+    parts = [
+        ", ".join(f"{counts[status]} {status}" for status in ("works", "refused", "fails", "not tried"))
+        .replace("works", "work", 1)
+        .replace("fails", "fail", 1)
+        + "."
+    ]
     checks = ("checkpointing", "merged", "prompt_cache", "compile")
-    parts.append(Table("", _COLUMNS, [
-        [_name(row, rows), f"{row['gradient_error']:.0e}", *("yes" if row[name] else "no" for name in checks)]
-        for row in works
-    ]).markdown())
+    parts.append(
+        Table(
+            "",
+            _COLUMNS,
+            [
+                [_name(row, rows), f"{row['gradient_error']:.0e}", *("yes" if row[name] else "no" for name in checks)]
+                for row in works
+            ],
+        ).markdown()
+    )
     for status, title in (("refused", "Refused"), ("fails", "Fails"), ("not tried", "Not tried")):
         part = [row for row in rows if row["status"] == status]
         if part:
@@ -207,9 +256,7 @@ def _measured(options: argparse.Namespace) -> dict:
 def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--only", default="", help="beginnings of names, separated by commas; empty: all")
-    command(
-        parser, arguments, _measured, document, "date", "machine", "rows", of_rows=("architecture", "reason")
-    )
+    command(parser, arguments, _measured, document, "date", "machine", "rows", of_rows=("architecture", "reason"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The tables of a comparison that `grade compare` has made, as Markdown.
 
-    python -m benchmarks.comparison runs/compare-imdb_small/comparison.json        # of your own
-    python -m benchmarks.comparison benchmarks/results/compare_imdb_small.json
-    python -m benchmarks.comparison benchmarks/results/compare_imdb_small.json --budget tokens    # one of its tables
+python -m benchmarks.comparison runs/compare-imdb_small/comparison.json        # of your own
+python -m benchmarks.comparison benchmarks/results/compare_imdb_small.json
+python -m benchmarks.comparison benchmarks/results/compare_imdb_small.json --budget tokens    # one of its tables
 """
 
 from __future__ import annotations

@@ -50,11 +50,21 @@ def symbol_policy(symbols: int, spread: float, seed: int) -> Policy:
             larger, the less a derivative at one token says about the others: near 0 the model is linear in the choice.
     """
     torch.manual_seed(seed)
-    base = LlamaForCausalLM(LlamaConfig(
-        vocab_size=symbols, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=32, initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-        tie_word_embeddings=False,
-    )).requires_grad_(False)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=symbols,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+            tie_word_embeddings=False,
+        )
+    ).requires_grad_(False)
     table = base.get_input_embeddings().weight
     table.copy_((torch.randn(table.shape[1]) + spread * torch.randn_like(table)) / (1 + spread**2) ** 0.5)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -106,9 +116,16 @@ class Problem:
         """Responses `tokens` [B, S] as if they had been drawn with the noise of `rows` [B, S]."""
         ids = torch.tensor([PROMPT]).expand(len(tokens), -1)
         return Rollout(
-            ids, torch.ones_like(ids, dtype=torch.bool), tokens, torch.ones_like(tokens, dtype=torch.bool),
+            ids,
+            torch.ones_like(ids, dtype=torch.bool),
+            tokens,
+            torch.ones_like(tokens, dtype=torch.bool),
             torch.arange(self.policy.vocab_size).expand(*tokens.shape, -1),
-            torch.ones(tokens.shape), rows, ignore_eos=True, seed=seed, samples_per_prompt=len(tokens),
+            torch.ones(tokens.shape),
+            rows,
+            ignore_eos=True,
+            seed=seed,
+            samples_per_prompt=len(tokens),
         )
 
     def drawn(self, count: int, seed: int) -> Rollout:
@@ -116,15 +133,20 @@ class Problem:
         ids = torch.tensor([PROMPT])
         sampling = Sampling(max_new_tokens=self.length, top_k=self.policy.vocab_size, ignore_eos=True)
         return sample(
-            self.policy, ids, torch.ones_like(ids, dtype=torch.bool), sampling, seed=seed,
-            first_rows=torch.arange(count) * self.length, samples_per_prompt=count,
+            self.policy,
+            ids,
+            torch.ones_like(ids, dtype=torch.bool),
+            sampling,
+            seed=seed,
+            first_rows=torch.arange(count) * self.length,
+            samples_per_prompt=count,
         )
 
     def logits(self, tokens: Tensor, *, adapters: bool = True) -> Tensor:
         """[B, S, V] of the policy, or of the reference, from transformers' own forward over prompt and response."""
         ids = torch.cat([torch.tensor([PROMPT]).expand(len(tokens), -1), tokens], dim=1)
         with self.policy.state(adapters=adapters):
-            return self.policy.causal_lm(input_ids=ids, use_cache=False).logits[:, len(PROMPT) - 1: -1]
+            return self.policy.causal_lm(input_ids=ids, use_cache=False).logits[:, len(PROMPT) - 1 : -1]
 
     def terms(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(log-probability, reward, sum of KL) of responses `tokens`, [B] each; differentiable but for the reward."""
@@ -150,15 +172,14 @@ class Problem:
         """[B, P], the gradient of every response by itself, from one `replay` of them all."""
         ones = torch.ones(rollout.tokens.shape, dtype=self.policy.dtype)
         weights = dict(reward_weight=ones[:, 0], kl_weight=self.kl_coef * ones)
-        return response_gradients(
-            self.policy, lambda: replay(self.policy, self.reward, rollout, settings, **weights)
-        )
+        return response_gradients(self.policy, lambda: replay(self.policy, self.reward, rollout, settings, **weights))
 
     def score_function(self) -> tuple[Tensor, Tensor]:
         """Per response, (kl_coef * KL - r) * grad log pi + kl_coef * grad KL, and grad log pi; [Y, P] each.
 
         The first minus b times the second is REINFORCE's gradient with the baseline -b.
         """
+
         def of(loss: Callable[..., Tensor]) -> Tensor:
             return response_gradients(self.policy, lambda: loss(*self.terms(self.responses)).sum().backward())
 

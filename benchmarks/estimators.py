@@ -77,9 +77,12 @@ def enumerated(gradients: Tensor, probability: Tensor, exact: Tensor) -> Expecta
     squares = (gradients - mean).square().sum(-1)
     norm2 = mean @ mean - noise
     return Expectation(
-        norm2.item(), ((gap @ gap - noise).clamp_min(0).sqrt() / size).item(),
-        (error2(gradients @ (gap / gap.norm())).sqrt() / size).item(), (mean @ exact / norm2.sqrt() / size).item(),
-        ((squares @ probability).mean() + noise).item(), error2(squares).sqrt().item(),
+        norm2.item(),
+        ((gap @ gap - noise).clamp_min(0).sqrt() / size).item(),
+        (error2(gradients @ (gap / gap.norm())).sqrt() / size).item(),
+        (mean @ exact / norm2.sqrt() / size).item(),
+        ((squares @ probability).mean() + noise).item(),
+        error2(squares).sqrt().item(),
     )
 
 
@@ -107,8 +110,14 @@ def figures(name: str, tau: float | None, hops: int, of: Expectation, trace: flo
     """A row: the expectation from `of`, the variance from the trace of a covariance, of another estimate maybe."""
     variance = trace / of.norm2
     return {
-        "estimator": name, "tau": tau, "hops": hops, "bias": of.bias, "bias_error": of.bias_error,
-        "cosine": of.cosine, "variance": variance, "variance_error": trace_error / of.norm2,
+        "estimator": name,
+        "tau": tau,
+        "hops": hops,
+        "bias": of.bias,
+        "bias_error": of.bias_error,
+        "cosine": of.cosine,
+        "variance": variance,
+        "variance_error": trace_error / of.norm2,
         "batch": of.cosine / (1 + variance / BATCH) ** 0.5,
     }
 
@@ -158,6 +167,7 @@ def table(rows: list[dict]) -> str:
 
 def summary(rows: list[dict]) -> str:
     """Who is best after all hops, problem by problem, and how far the noise of the measurement reaches."""
+
     def winners(quantity: str, best: Callable, contenders: list[dict]) -> str:
         names: list[str] = []
         for problem in problems:

@@ -74,8 +74,13 @@ def system(model: str, length: int, tau: float, seed: int) -> System:
     """The system of one sampled response of `length` tokens."""
     config = load_config("imdb_small", [f"--model.name={model}", f"--generation.max_new_tokens={length}"])
     policy = load_policy(
-        config.model, load_tokenizer(config.model), torch.device("cpu"), seed=config.seed, task=config.task,
-        generation=config.generation, reward=config.reward,
+        config.model,
+        load_tokenizer(config.model),
+        torch.device("cpu"),
+        seed=config.seed,
+        task=config.task,
+        generation=config.generation,
+        reward=config.reward,
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -124,7 +129,7 @@ def gmres_vjps(terms: list[Tensor], exact: Tensor) -> int:
     """The same with the combination of terms that has the smallest residual."""
     flat = torch.stack([term.flatten().double() for term in terms])
     for vjps in range(1, len(terms)):
-        basis, mapped = flat[:vjps], flat[1: vjps + 1]
+        basis, mapped = flat[:vjps], flat[1 : vjps + 1]
         weights = torch.linalg.lstsq((basis - mapped).T, flat[0][:, None], driver="gelsd").solution[:, 0]
         improved = flat[0] + weights @ mapped  # direct + A g
         if error(improved.view_as(exact), exact) < TOLERANCE:
@@ -195,7 +200,9 @@ def document(saved: dict) -> str:
 def _measured(options: argparse.Namespace) -> dict:
     rows = [
         asdict(measure(model, length, tau, options.seeds))
-        for model in options.models for length in options.lengths for tau in options.taus
+        for model in options.models
+        for length in options.lengths
+        for tau in options.taus
     ]
     return {"machine": machine(), "rows": rows}
 

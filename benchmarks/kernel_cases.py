@@ -93,14 +93,31 @@ def gumbel_topk_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *,
         return {"dense": price.expand(n, v).contiguous()}
 
     shared: dict[str, Any] = {"mode": mode, "wrt": ("logits",) if backward else ()}
-    ours = Run("ours", backend_name("gumbel_topk", logits), partial(our_gumbel_topk, k=k, tau=TAU), **shared,
-               cotangents=our_price if backward else dict)
-    dense = Run("ours, dense", ours.backend, partial(our_gumbel_topk, k=k, tau=TAU, dense=True), **shared,
-                cotangents=textbook_price if backward else dict, needs=plane(sizes, 2),
-                note="with the dense one-hot made from the sparse result")
-    textbook = Run("textbook", "torch", partial(dense_gumbel_topk, k=k, tau=TAU), **shared,
-                   cotangents=textbook_price if backward else dict, needs=plane(sizes, 6 if backward else 4),
-                   note="top-k, noise, softmax, dense one-hot")
+    ours = Run(
+        "ours",
+        backend_name("gumbel_topk", logits),
+        partial(our_gumbel_topk, k=k, tau=TAU),
+        **shared,
+        cotangents=our_price if backward else dict,
+    )
+    dense = Run(
+        "ours, dense",
+        ours.backend,
+        partial(our_gumbel_topk, k=k, tau=TAU, dense=True),
+        **shared,
+        cotangents=textbook_price if backward else dict,
+        needs=plane(sizes, 2),
+        note="with the dense one-hot made from the sparse result",
+    )
+    textbook = Run(
+        "textbook",
+        "torch",
+        partial(dense_gumbel_topk, k=k, tau=TAU),
+        **shared,
+        cotangents=textbook_price if backward else dict,
+        needs=plane(sizes, 6 if backward else 4),
+        note="top-k, noise, softmax, dense one-hot",
+    )
     if decode:
         ours.goal = Goal("ms", 0.030)
         graph = replace(ours, name="ours, graph", graph=True, note="replay of a CUDA graph: no launches")
@@ -139,8 +156,11 @@ def logits_kl_setup(
         return worst(got, {"kl": kl, "d_logits": grads[0], "d_ref_logits": grads[1], "d_mean": mean_grad})
 
     backward = mode != "forward"
-    shared: dict[str, Any] = {"mode": mode, "wrt": sides if backward else (),
-                              "cotangents": lambda: {"kl": arrive} if backward else {}}
+    shared: dict[str, Any] = {
+        "mode": mode,
+        "wrt": sides if backward else (),
+        "cotangents": lambda: {"kl": arrive} if backward else {},
+    }
 
     def our_kl(logits: Tensor, ref_logits: Tensor) -> Outputs:
         return {"kl": logits_kl(logits, ref_logits)}
@@ -176,9 +196,18 @@ def liger_kl(n: int, device: torch.device, needs: int) -> Run:
         pair = (x.float().log_softmax(-1) for x in (logits, ref_logits))
         return {"mean": found(*pair, None, 1.0)}
 
-    return Run("liger", "triton", fn, "forward+backward", ("logits",), lambda: {"mean": torch.ones((), device=device)},
-               lambda got, rows: {"d_mean": got["d_logits"][rows].double() * n}, needs=needs,
-               missing=missing or needs_gpu(device), note="liger_jsd, beta=1")
+    return Run(
+        "liger",
+        "triton",
+        fn,
+        "forward+backward",
+        ("logits",),
+        lambda: {"mean": torch.ones((), device=device)},
+        lambda got, rows: {"d_mean": got["d_logits"][rows].double() * n},
+        needs=needs,
+        missing=missing or needs_gpu(device),
+        note="liger_jsd, beta=1",
+    )
 
 
 def needs_gpu(device: torch.device) -> str:
@@ -204,8 +233,11 @@ def token_logprob_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, 
         return worst(got, {"logprob": logprob, "entropy": entropy, "d_logits": d_logits, "d_nll": d_nll})
 
     backward = mode != "forward"
-    shared: dict[str, Any] = {"mode": mode, "wrt": ("logits",) if backward else (),
-              "cotangents": lambda: {"logprob": arrive, "entropy": -arrive / 2} if backward else {}}
+    shared: dict[str, Any] = {
+        "mode": mode,
+        "wrt": ("logits",) if backward else (),
+        "cotangents": lambda: {"logprob": arrive, "entropy": -arrive / 2} if backward else {},
+    }
 
     def ours(logits: Tensor, tokens: Tensor) -> Outputs:
         logprob, entropy = token_logprob(logits, tokens)
@@ -241,8 +273,19 @@ def liger_nll(mode: str, device: torch.device, needs: int) -> Run:
         return {"logprob": -got["nll"][rows]} if forward else {"d_nll": got["d_logits"][rows]}
 
     ones = {} if forward else {"nll": torch.ones((), device=device)}
-    return Run("liger", "triton", fn, mode, () if forward else ("logits",), lambda: ones, view, ("logits",), needs,
-               missing=missing or needs_gpu(device), note="liger_cross_entropy: no entropy, in place")
+    return Run(
+        "liger",
+        "triton",
+        fn,
+        mode,
+        () if forward else ("logits",),
+        lambda: ones,
+        view,
+        ("logits",),
+        needs,
+        missing=missing or needs_gpu(device),
+        note="liger_cross_entropy: no entropy, in place",
+    )
 
 
 # vocab_head
@@ -279,8 +322,15 @@ def vocab_head_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, 
         return found | ({"d_hidden": out.grad_hidden, "d_ref_hidden": out.grad_ref_hidden} if grad else {})
 
     mode, wrt = ("forward+backward", ("hidden", "ref_hidden")) if grad else ("forward", ())
-    textbook = Run("textbook", "torch", dense, mode, wrt, needs=plane(sizes, 12 if grad else 9),
-                   cotangents=lambda: {"kl": torch.ones(n, device=device)} if grad else {})
+    textbook = Run(
+        "textbook",
+        "torch",
+        dense,
+        mode,
+        wrt,
+        needs=plane(sizes, 12 if grad else 9),
+        cotangents=lambda: {"kl": torch.ones(n, device=device)} if grad else {},
+    )
     runs = [Run("ours", backend_name("vocab_head", hidden), ours), *with_compiled(textbook)]
     if grad:
         runs.append(liger_head(n, device, plane(sizes, 3)))
@@ -288,8 +338,19 @@ def vocab_head_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, 
     moved = (2 * n * d + v * d) * size + n * k * 12 + n * 28 + (2 * n * d * 4 if grad else 0)
     formula = "hidden states and head read once, sparse results" + (", both gradients written" if grad else "")
     arguments = {"hidden": hidden, "ref_hidden": ref_hidden, "weight": weight, "tokens": tokens}
-    return Setup("vocab_head", mode, shape_of(sizes, "d", "k"), dtype, arguments, rows, error, moved, formula, runs,
-                 flops=2 * n * v * d * (4 if grad else 2))
+    return Setup(
+        "vocab_head",
+        mode,
+        shape_of(sizes, "d", "k"),
+        dtype,
+        arguments,
+        rows,
+        error,
+        moved,
+        formula,
+        runs,
+        flops=2 * n * v * d * (4 if grad else 2),
+    )
 
 
 def liger_head(n: int, device: torch.device, needs: int) -> Run:
@@ -299,9 +360,18 @@ def liger_head(n: int, device: torch.device, needs: int) -> Run:
     def fn(hidden: Tensor, ref_hidden: Tensor, weight: Tensor, tokens: Tensor) -> Outputs:
         return {"mean": found(hidden, weight, ref_hidden, weight, None, 1.0)}
 
-    return Run("liger", "triton", fn, "forward+backward", ("hidden",), lambda: {"mean": torch.ones((), device=device)},
-               lambda got, rows: {"d_hidden": got["d_hidden"][rows].double() * n}, needs=needs,
-               missing=missing or needs_gpu(device), note="liger_fused_linear_jsd, beta=1: one side, no top-k")
+    return Run(
+        "liger",
+        "triton",
+        fn,
+        "forward+backward",
+        ("hidden",),
+        lambda: {"mean": torch.ones((), device=device)},
+        lambda got, rows: {"d_hidden": got["d_hidden"][rows].double() * n},
+        needs=needs,
+        missing=missing or needs_gpu(device),
+        note="liger_fused_linear_jsd, beta=1: one side, no top-k",
+    )
 
 
 # All of them
@@ -335,5 +405,11 @@ def cases(sizes: Sizes) -> list[Case]:
 
 
 KERNELS = (
-    "gumbel_topk", "logits_kl", "token_logprob", "vocab_head", "soft_embedding", "soft_token_vjp", "scatter_tokens",
+    "gumbel_topk",
+    "logits_kl",
+    "token_logprob",
+    "vocab_head",
+    "soft_embedding",
+    "soft_token_vjp",
+    "scatter_tokens",
 )

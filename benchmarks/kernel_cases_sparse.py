@@ -54,13 +54,19 @@ def soft_embedding_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device,
             exact["d_weight"] = torch.stack(shares) @ arrive.double()
         return worst(got, exact)
 
-    shared: dict[str, Any] = {"mode": "forward+backward", "wrt": ("weights", "weight") if table else ("weights",),
-              "cotangents": lambda: {"embedding": arrive}, "view": view}
+    shared: dict[str, Any] = {
+        "mode": "forward+backward",
+        "wrt": ("weights", "weight") if table else ("weights",),
+        "cotangents": lambda: {"embedding": arrive},
+        "view": view,
+    }
     size = weight.element_size()
     # [N, k, d] gathered, and again as the gradient of the gathered rows where the table wants one
     needs = n * k * d * size * (3 if table else 2)
-    runs = [Run("ours", backend_name("soft_embedding", weight), ours, **shared),
-            *with_compiled(Run("textbook", "torch", textbook, **shared, needs=needs))]
+    runs = [
+        Run("ours", backend_name("soft_embedding", weight), ours, **shared),
+        *with_compiled(Run("textbook", "torch", textbook, **shared, needs=needs)),
+    ]
     forward = n * d * size * (2 if hard else 1 + k)  # the token's row, or every candidate's; the result
     backward = n * k * d * size + n * d * size + n * k * 16  # candidates' rows, gradient; ids, weights, their gradient
     formula = f"forward: {'one row' if hard else 'k rows'} a position; backward: k rows a position"
@@ -97,8 +103,17 @@ def soft_token_vjp_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device,
         return {"dlogits": reference.soft_token_vjp(estimator, logits, v, TAU, z, one_hot)}
 
     def ours(grad: Tensor, table: Tensor, logits: Tensor, ids: Tensor, tokens: Tensor, z: Tensor) -> Outputs:
-        out = soft_token_vjp(grad, table, logits=logits, indices=ids, tokens=tokens, tau=TAU, estimator=estimator,
-                             seed=SEED, samples=sizes.samples)
+        out = soft_token_vjp(
+            grad,
+            table,
+            logits=logits,
+            indices=ids,
+            tokens=tokens,
+            tau=TAU,
+            estimator=estimator,
+            seed=SEED,
+            samples=sizes.samples,
+        )
         return {"dlogits": out.dlogits}
 
     def error(got: Outputs) -> float:
@@ -111,8 +126,10 @@ def soft_token_vjp_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device,
     size = table.element_size()
     # [N, k, d] gathered; the Jacobian [N, k, k] with two temporaries
     needs = max(n * k * d * size, 3 * n * k * k * 4) + n * k * d * size
-    runs = [Run("ours", backend_name("soft_token_vjp", table, logits), ours),
-            *with_compiled(Run("textbook", "torch", textbook, needs=needs, note="the noise is given, not drawn"))]
+    runs = [
+        Run("ours", backend_name("soft_token_vjp", table, logits), ours),
+        *with_compiled(Run("textbook", "torch", textbook, needs=needs, note="the noise is given, not drawn")),
+    ]
     moved = n * k * d * size + n * d * size + n * k * (8 + 4 + 4) + n * 8
     formula = "k embedding rows a position; incoming gradient, ids, logits; result"
     shape = f"N={n} V={v} d={d} k={k}" + (f" M={draws}" if estimator == "rao" else "")
@@ -138,8 +155,10 @@ def scatter_setup(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, har
         picked = {name: x[rows] for name, x in arguments.items()}
         return worst(got, textbook(picked["ids"], picked["weights"].double(), picked["tokens"]))
 
-    runs = [Run("ours", backend_name("scatter_tokens", arguments["weights"]), ours, needs=4 * n * v),
-            *with_compiled(Run("textbook", "torch", textbook, needs=4 * n * v * (4 if hard else 2)))]
+    runs = [
+        Run("ours", backend_name("scatter_tokens", arguments["weights"]), ours, needs=4 * n * v),
+        *with_compiled(Run("textbook", "torch", textbook, needs=4 * n * v * (4 if hard else 2))),
+    ]
     moved = 4 * n * v + (8 * n if hard else 12 * n * k)
     formula = "dense fp32 written; " + ("tokens read" if hard else "ids int64 and weights fp32 read")
     variant = f"{'hard' if hard else 'soft'} forward"

@@ -38,9 +38,29 @@ from grade.memory.peak import peak_bytes
 from grade_kernels.backend import interpreting
 
 COLUMNS = (
-    "kernel", "variant", "implementation", "backend", "shape", "dtype", "device", "ms", "ms_p20", "ms_p80",
-    "repetitions", "bytes", "bytes_formula", "gb_s", "copy_percent", "tflop_s", "peak_mb", "ratio", "error", "goal",
-    "goal_met", "status", "note",
+    "kernel",
+    "variant",
+    "implementation",
+    "backend",
+    "shape",
+    "dtype",
+    "device",
+    "ms",
+    "ms_p20",
+    "ms_p80",
+    "repetitions",
+    "bytes",
+    "bytes_formula",
+    "gb_s",
+    "copy_percent",
+    "tflop_s",
+    "peak_mb",
+    "ratio",
+    "error",
+    "goal",
+    "goal_met",
+    "status",
+    "note",
 )
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Share of the free memory that an estimate may take.
@@ -101,9 +121,17 @@ def rows_of(setup: Setup, machine: Machine, copy: float, seconds: float) -> Iter
     ours = None
     for run in setup.runs:
         row: Row = dict.fromkeys(COLUMNS, "") | {
-            "kernel": setup.kernel, "variant": setup.variant, "implementation": run.name, "backend": run.backend,
-            "shape": setup.shape, "dtype": name_of(setup.dtype), "device": machine.name, "bytes": setup.moved,
-            "bytes_formula": setup.formula, "goal": str(run.goal or "") if machine.is_gpu else "", "note": run.note,
+            "kernel": setup.kernel,
+            "variant": setup.variant,
+            "implementation": run.name,
+            "backend": run.backend,
+            "shape": setup.shape,
+            "dtype": name_of(setup.dtype),
+            "device": machine.name,
+            "bytes": setup.moved,
+            "bytes_formula": setup.formula,
+            "goal": str(run.goal or "") if machine.is_gpu else "",
+            "note": run.note,
         }
         if run.missing:
             yield row | {"status": f"skipped: {run.missing}"}
@@ -120,10 +148,17 @@ def rows_of(setup: Setup, machine: Machine, copy: float, seconds: float) -> Iter
             ours = times.median if run.name == "ours" else ours
             rate = setup.moved / times.median / 1e6
             row |= {
-                "ms": times.median, "ms_p20": times.p20, "ms_p80": times.p80, "repetitions": times.n, "gb_s": rate,
-                "copy_percent": 100 * rate / copy, "peak_mb": "" if peak is None else peak / 1e6, "error": error,
+                "ms": times.median,
+                "ms_p20": times.p20,
+                "ms_p80": times.p80,
+                "repetitions": times.n,
+                "gb_s": rate,
+                "copy_percent": 100 * rate / copy,
+                "peak_mb": "" if peak is None else peak / 1e6,
+                "error": error,
                 "tflop_s": setup.flops / times.median / 1e9 if setup.flops else "",
-                "ratio": times.median / ours if ours else "", "status": "ok",
+                "ratio": times.median / ours if ours else "",
+                "status": "ok",
             }
             if run.goal is not None and machine.is_gpu and row[run.goal.column] != "":
                 row["goal_met"] = "met" if run.goal.met(row[run.goal.column]) else "missed"
@@ -168,7 +203,10 @@ def build(case: Case, sizes: Sizes, dtype: torch.dtype, machine: Machine, compil
 
 def failure(case: Case, dtype: torch.dtype, machine: Machine, reason: str) -> Row:
     return dict.fromkeys(COLUMNS, "") | {
-        "kernel": case.kernel, "dtype": name_of(dtype), "device": machine.name, "status": reason,
+        "kernel": case.kernel,
+        "dtype": name_of(dtype),
+        "device": machine.name,
+        "status": reason,
     }
 
 
@@ -194,13 +232,21 @@ class Table:
         if row["status"] != "ok":
             line += str(row["status"])
         else:
-            line += " ".join(
-                f"{row[name]:>{width}.{digits}f}" if row[name] != "" else f"{'':{width}}"
-                for name, width, digits in (
-                    ("ms", 9, 3), ("ms_p20", 9, 3), ("ms_p80", 9, 3), ("gb_s", 7, 1), ("copy_percent", 6, 1),
-                    ("peak_mb", 9, 2), ("ratio", 7, 2),
+            line += (
+                " ".join(
+                    f"{row[name]:>{width}.{digits}f}" if row[name] != "" else f"{'':{width}}"
+                    for name, width, digits in (
+                        ("ms", 9, 3),
+                        ("ms_p20", 9, 3),
+                        ("ms_p80", 9, 3),
+                        ("gb_s", 7, 1),
+                        ("copy_percent", 6, 1),
+                        ("peak_mb", 9, 2),
+                        ("ratio", 7, 2),
+                    )
                 )
-            ) + f" {row['error']:7.0e}"
+                + f" {row['error']:7.0e}"
+            )
         if row["goal_met"]:
             line += f"  goal {row['goal']}: {row['goal_met']}"
         print(line, flush=True)
@@ -243,7 +289,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     known = ", ".join(KERNELS)
     parser.add_argument("--kernel", action="append", metavar="NAME", help=f"one of {known}; may be repeated")
     parser.add_argument(
-        "--dtype", action="append", choices=DTYPES,
+        "--dtype",
+        action="append",
+        choices=DTYPES,
         help="may be repeated; default: bfloat16 and float32 on a GPU, else float32; scatter_tokens: always float32",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one (also ROCm)")
@@ -311,8 +359,13 @@ def plan(chosen: list[Case], dtypes: list[torch.dtype]) -> list[tuple[Case, torc
 
 
 def every_row(
-    chosen: list[tuple[Case, torch.dtype]], sizes: Sizes, machine: Machine, copy: float, seconds: float,
-    options: argparse.Namespace, began: float,
+    chosen: list[tuple[Case, torch.dtype]],
+    sizes: Sizes,
+    machine: Machine,
+    copy: float,
+    seconds: float,
+    options: argparse.Namespace,
+    began: float,
 ) -> Iterator[Row]:
     """All rows of the chosen (case, dtype) pairs; past the time limit a row that says so."""
     for case, dtype in chosen:

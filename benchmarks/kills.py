@@ -43,16 +43,63 @@ def small_run(folder: Path) -> Config:
         rows = [json.dumps({"text": review.text, "label": review.label}) for review in part]
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     model = demo_model(folder / "cache", steps=10, progress=False)
-    return load_config("demo", [
-        "--name", "kills", "--device", "cpu", "--output_dir", str(folder), "--task.name", "sentiment",
-        "--task.dataset", str(folder), "--task.reward_examples", "60", "--task.policy_examples", "50",
-        "--task.validation_examples", "20", "--task.judge_examples", "0", "--model.name", str(model),
-        "--model.lora.r", "4", "--reward.epochs", "2", "--reward.max_tokens", "16", "--generation.max_new_tokens", "4",
-        "--generation.min_new_tokens", "1", "--generation.top_k", "16", "--train.steps", "6", "--train.batch_size", "4",
-        "--train.accumulation_steps", "1", "--train.save_every", "2", "--train.keep_adapters", "true",
-        "--train.samples_every", "1", "--evaluation.every", "3", "--evaluation.validation_prompts", "4",
-        "--evaluation.test_prompts", "4", "--train.resume", "auto",
-    ])
+    return load_config(
+        "demo",
+        [
+            "--name",
+            "kills",
+            "--device",
+            "cpu",
+            "--output_dir",
+            str(folder),
+            "--task.name",
+            "sentiment",
+            "--task.dataset",
+            str(folder),
+            "--task.reward_examples",
+            "60",
+            "--task.policy_examples",
+            "50",
+            "--task.validation_examples",
+            "20",
+            "--task.judge_examples",
+            "0",
+            "--model.name",
+            str(model),
+            "--model.lora.r",
+            "4",
+            "--reward.epochs",
+            "2",
+            "--reward.max_tokens",
+            "16",
+            "--generation.max_new_tokens",
+            "4",
+            "--generation.min_new_tokens",
+            "1",
+            "--generation.top_k",
+            "16",
+            "--train.steps",
+            "6",
+            "--train.batch_size",
+            "4",
+            "--train.accumulation_steps",
+            "1",
+            "--train.save_every",
+            "2",
+            "--train.keep_adapters",
+            "true",
+            "--train.samples_every",
+            "1",
+            "--evaluation.every",
+            "3",
+            "--evaluation.validation_prompts",
+            "4",
+            "--evaluation.test_prompts",
+            "4",
+            "--train.resume",
+            "auto",
+        ],
+    )
 
 
 def in_child(work: Callable[[], None], log: Path) -> int:
@@ -80,6 +127,7 @@ def training(config: Config, kill_before: int | None = None, counted: Path | Non
         kill_before: n, from 1; None: not killed.
         counted: gets the number of such operations.
     """
+
     def work() -> None:
         seen = 0
         place = str(config.run_dir)
@@ -107,7 +155,9 @@ def ended(child: int) -> int:
 def differences(run: Path, undisturbed: Path) -> list[str]:
     """Files of two runs, relative to their folders, that do not say the same."""
     names = {
-        path.relative_to(folder) for folder in (run, undisturbed) for path in folder.rglob("*")
+        path.relative_to(folder)
+        for folder in (run, undisturbed)
+        for path in folder.rglob("*")
         if path.is_file() and "tfevents" not in path.name
     }
     return [str(name) for name in sorted(names) if _content(run / name) != _content(undisturbed / name)]

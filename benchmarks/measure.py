@@ -53,13 +53,17 @@ class Machine:
         """What the header of a result says beside the device's name."""
         try:
             import triton
+
             found = triton.__version__
         except ImportError:
             found = "not installed"
         runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         versions = {
-            "device": self.name, "torch": torch.__version__, "triton": found,
-            "runtime": runtime if self.is_gpu else "no GPU", "python": platform.python_version(),
+            "device": self.name,
+            "torch": torch.__version__,
+            "triton": found,
+            "runtime": runtime if self.is_gpu else "no GPU",
+            "python": platform.python_version(),
         }
         if self.is_gpu:
             versions["GPU memory"] = f"{torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB"

@@ -21,8 +21,10 @@ from benchmarks.saved import new_parser
 
 PAGES = ("*.md", "docs/**/*.md", "benchmarks/**/*.md")
 """Where pages are, from the repository's root."""
-_BLOCK = re.compile(r"^(<!-- python -m (benchmarks\.\w+)([^\n|]*?)(?: \| rows (\d+)-(\d+))? -->\n)(.*?)^<!-- end -->$",
-                    re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"^(<!-- python -m (benchmarks\.\w+)([^\n|]*?)(?: \| rows (\d+)-(\d+))? -->\n)(.*?)^<!-- end -->$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def pages_in(root: Path) -> list[Path]:
@@ -67,7 +69,7 @@ def _block(match: re.Match) -> str:
         importlib.import_module(module).main(shlex.split(arguments))
     lines = out.getvalue().strip("\n").split("\n")
     if first:
-        lines = lines[int(first) - 1: int(last)]
+        lines = lines[int(first) - 1 : int(last)]
     return head + "\n" + "\n".join(lines) + "\n\n<!-- end -->"
 
 

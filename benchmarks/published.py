@@ -33,8 +33,18 @@ _KL_POSITIONS = 16
 
 
 def published_step(
-    policy: Policy, reward: SharedReward, prompt_ids: Tensor, *, length: int, k: int, tau: float, seed: int,
-    rows: Tensor, kl_coef: float, cached: bool, phase: Callable[[str], AbstractContextManager],
+    policy: Policy,
+    reward: SharedReward,
+    prompt_ids: Tensor,
+    *,
+    length: int,
+    k: int,
+    tau: float,
+    seed: int,
+    rows: Tensor,
+    kl_coef: float,
+    cached: bool,
+    phase: Callable[[str], AbstractContextManager],
 ) -> Tensor:
     """Sample `length` tokens and add the gradient of  -mean reward + kl_coef * mean KL  to the policy's parameters.
 
@@ -66,7 +76,7 @@ def published_step(
         with policy.state(adapters=False):
             base = policy.hidden(whole, None)
         score = reward.head.reward(base.float().mean(1))
-        before = base[:, prompt_ids.shape[1] - 1: -1]  # [B, S, d]
+        before = base[:, prompt_ids.shape[1] - 1 : -1]  # [B, S, d]
         kl = [
             _checkpoint(partial(_kl, policy), before[:, here], *logits[here])
             for here in (slice(start, start + _KL_POSITIONS) for start in range(0, length, _KL_POSITIONS))

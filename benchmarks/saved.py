@@ -41,8 +41,12 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def command(
-    parser: argparse.ArgumentParser, arguments: list[str] | None, measure: Callable[[argparse.Namespace], dict],
-    document: Callable[[dict], str], *keys: str, of_rows: Sequence[str] = (),
+    parser: argparse.ArgumentParser,
+    arguments: list[str] | None,
+    measure: Callable[[argparse.Namespace], dict],
+    document: Callable[[dict], str],
+    *keys: str,
+    of_rows: Sequence[str] = (),
 ) -> None:
     """Measure, or with --table read what was kept; with --save keep it; print the document.
 

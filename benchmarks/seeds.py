@@ -49,7 +49,11 @@ def read_run(run_dir: Path) -> dict:
     peak = max(row["memory/peak_gib"] for row in steps if "loss" in row)
     record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     return {
-        "run": run_dir.name, "best_step": best, "rows": rows, "step_seconds": seconds, "peak_gib": peak,
+        "run": run_dir.name,
+        "best_step": best,
+        "rows": rows,
+        "step_seconds": seconds,
+        "peak_gib": peak,
         "reward_head": record.get("reward_head", {}).get("accuracy", {}),
     }
 

@@ -1,7 +1,7 @@
 """Settings as a Markdown table, from the dataclasses that declare them.
 
-    python -m benchmarks.settings method.ppo                         # a section
-    python -m benchmarks.settings method.estimator method.max_hops   # single ones
+python -m benchmarks.settings method.ppo                         # a section
+python -m benchmarks.settings method.estimator method.max_hops   # single ones
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="+", metavar="NAME", help="a section or a setting")
     rows = [
         [f"`{setting}`", f"`{default}`", meaning]
-        for name in parser.parse_args(arguments).names for setting, default, meaning in settings(name)
+        for name in parser.parse_args(arguments).names
+        for setting, default, meaning in settings(name)
     ]
     print(Table("", [Column("setting"), Column("default"), Column("meaning")], rows).markdown())
 

@@ -14,12 +14,8 @@ MOST_WEIGHTS = 4_000_000
 
 # What sizes are called in the configs; names that a config does not have are not given to it.
 _SIZES: dict[int, str] = {
-    VOCABULARY: (
-        "unpadded_vocab_size vocab_size vocab_size_per_layer_input"
-    ),
-    CONTEXT: (
-        "index_topk max_position_embeddings max_seq_len max_target_positions model_max_length n_ctx n_positions"
-    ),
+    VOCABULARY: ("unpadded_vocab_size vocab_size vocab_size_per_layer_input"),
+    CONTEXT: ("index_topk max_position_embeddings max_seq_len max_target_positions model_max_length n_ctx n_positions"),
     48: (
         "decoder_ffn_dim dense_intermediate_size dff dim_ff encoder_ffn_dim feed_forward_size ffn_dim "
         "ffn_hidden_size intermediate_size intermediate_size_mlp n_inner prefix_dense_intermediate_size"
@@ -58,8 +54,16 @@ _SIZES: dict[int, str] = {
         "n_shared_experts num_expert_group num_nextn_predict_layers num_shared_experts o_groups topk_group"
     ),
 }
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
-           "num_decoder_layers", "num_encoder_layers")
+_LAYERS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "num_decoder_layers",
+    "num_encoder_layers",
+)
 # A deviation of the weights at which layers do something and rounding is not amplified.
 _SPREAD = {"initializer_range": 0.08, "init_std": 0.08}
 # What an architecture needs beside, or in the place of, those.

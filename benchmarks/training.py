@@ -66,8 +66,15 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("--device cuda, but torch sees no CUDA or ROCm device. Use --device cpu.")
     lengths = sorted(set(options.lengths))
     setting = Setting(
-        shape=options.shape, batch=options.batch, prompt=options.prompt, length=0, k=options.top_k, tau=options.tau,
-        hop_tol=options.hop_tol, dtype=options.dtype, device=options.device,
+        shape=options.shape,
+        batch=options.batch,
+        prompt=options.prompt,
+        length=0,
+        k=options.top_k,
+        tau=options.tau,
+        hop_tol=options.hop_tol,
+        dtype=options.dtype,
+        device=options.device,
     )
     payload = {"setting": asdict(setting), "machine": Machine(options.device).versions(), "rows": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -89,8 +96,12 @@ def main(arguments: list[str] | None = None) -> None:
 def _check_options(options: argparse.Namespace) -> None:
     """Refuse numbers with which nothing can run."""
     whole = (
-        ("--lengths", min(options.lengths), 2), ("--batch", options.batch, 1), ("--prompt", options.prompt, 1),
-        ("--top-k", options.top_k, 1), ("--repeats", options.repeats, 1), ("--rounds", options.rounds, 1),
+        ("--lengths", min(options.lengths), 2),
+        ("--batch", options.batch, 1),
+        ("--prompt", options.prompt, 1),
+        ("--top-k", options.top_k, 1),
+        ("--repeats", options.repeats, 1),
+        ("--rounds", options.rounds, 1),
     )
     for name, value, least in whole:
         if value < least:
@@ -147,7 +158,12 @@ def rows_of(setting: Setting, options: argparse.Namespace, before: list[dict], f
     for turn in range(options.rounds):
         for name in active:
             result = run_apart(
-                setting, name, folder, repeats=options.repeats, seconds=options.seconds, limit=1.5 * options.time_limit,
+                setting,
+                name,
+                folder,
+                repeats=options.repeats,
+                seconds=options.seconds,
+                limit=1.5 * options.time_limit,
                 counted=0.0 if turn else _COUNTED * options.time_limit,
             )
             found[name] = _joined(found[name], result) if turn else result
@@ -203,11 +219,18 @@ def _summary(result: dict, setting: Setting) -> dict:
     times = Times.of([1e3 * step["seconds"] for step in steps])
     phases = {name: sum(step["phases"][name] for step in steps) / len(steps) for name in steps[0]["phases"]}
     return {
-        "status": "ok", "steps": len(steps), "seconds": times.median / 1e3, "seconds_p20": times.p20 / 1e3,
-        "seconds_p80": times.p80 / 1e3, "phases": phases,
-        "tokens_per_second": 1e3 * setting.batch * setting.length / times.median, "peak_gib": result["peak_gib"],
-        "step_gib": result["peak_gib"] - result["before_gib"], "tensors_gib": result["tensors_gib"],
-        "hops": result["hops"], "first_seconds": result["first_seconds"],
+        "status": "ok",
+        "steps": len(steps),
+        "seconds": times.median / 1e3,
+        "seconds_p20": times.p20 / 1e3,
+        "seconds_p80": times.p80 / 1e3,
+        "phases": phases,
+        "tokens_per_second": 1e3 * setting.batch * setting.length / times.median,
+        "peak_gib": result["peak_gib"],
+        "step_gib": result["peak_gib"] - result["before_gib"],
+        "tensors_gib": result["tensors_gib"],
+        "hops": result["hops"],
+        "first_seconds": result["first_seconds"],
     }
 
 
@@ -237,7 +260,9 @@ def run_apart(
     path = folder / "result.pt"
     path.unlink(missing_ok=True)
     task = {
-        "setting": asdict(setting), "algorithm": algorithm, "path": str(path),
+        "setting": asdict(setting),
+        "algorithm": algorithm,
+        "path": str(path),
         "limits": {"repeats": repeats, "seconds": seconds, "counted": counted},
     }
     command = [sys.executable, "-m", "benchmarks.training", "--child", json.dumps(task)]

@@ -41,7 +41,8 @@ def plot(path: Path, payload: dict) -> None:
     setting = payload["setting"]
     figure.suptitle(
         f"{setting['shape']}, B = {setting['batch']}, P = {setting['prompt']}, {payload['machine']['device']}"
-        " (hollow: extrapolated)", fontsize=10,
+        " (hollow: extrapolated)",
+        fontsize=10,
     )
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -24,30 +24,43 @@ from grade.sampling.decode import Decoding
 from grade.sampling.sample import sample
 
 ALGORITHMS = {
-    "published": "published", "cached": "published, KV cache", "replay": "replay",
-    "checkpointed": "replay, activation checkpointing", "compiled": "replay, rollout.compile",
+    "published": "published",
+    "cached": "published, KV cache",
+    "replay": "replay",
+    "checkpointed": "replay, activation checkpointing",
+    "compiled": "replay, rollout.compile",
 }
 REPLAYED = ("replay", "checkpointed", "compiled")
 _EOS = 2
 _LORA = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _LLAMA_15M = dict(
-    vocab_size=32_000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6,
+    vocab_size=32_000,
+    hidden_size=288,
+    intermediate_size=768,
+    num_hidden_layers=6,
+    num_attention_heads=6,
     num_key_value_heads=6,
 )
 _QWEN3 = dict(vocab_size=151_936, num_key_value_heads=8, head_dim=128, rope_theta=1_000_000.0)
 _LLAMA_260K = dict(
-    vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=172,
+    num_hidden_layers=5,
+    num_attention_heads=8,
     num_key_value_heads=4,
 )
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-260k": ("llama", _LLAMA_260K),
     "llama-15m": ("llama", _LLAMA_15M),
-    "qwen3-0.6b": ("qwen3", dict(
-        _QWEN3, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-    )),
-    "qwen3-4b": ("qwen3", dict(
-        _QWEN3, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-    )),
+    "qwen3-0.6b": (
+        "qwen3",
+        dict(_QWEN3, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
+    ),
+    "qwen3-4b": (
+        "qwen3",
+        dict(_QWEN3, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
+    ),
 }
 
 
@@ -93,14 +106,19 @@ class Bench:
     def __init__(self, setting: Setting, algorithm: str):
         self.setting, self.algorithm = setting, algorithm
         self.config = Config(
-            seed=setting.seed, device=setting.device,
+            seed=setting.seed,
+            device=setting.device,
             model=ModelConfig(name=setting.shape, dtype=setting.dtype, lora=LoraSettings(target_modules=_LORA)),
             generation=GenerationConfig(
                 max_new_tokens=setting.length, min_new_tokens=0, top_k=setting.k, ignore_eos=True
             ),
             method=MethodConfig(
-                tau_start=setting.tau, tau_end=setting.tau, hop_tol=setting.hop_tol, max_hops=setting.max_hops,
-                kl_coef=setting.kl_coef, activation_checkpointing=algorithm == "checkpointed",
+                tau_start=setting.tau,
+                tau_end=setting.tau,
+                hop_tol=setting.hop_tol,
+                max_hops=setting.max_hops,
+                kl_coef=setting.kl_coef,
+                activation_checkpointing=algorithm == "checkpointed",
             ),
             train=TrainConfig(batch_size=setting.batch, accumulation_steps=1),
         )
@@ -120,8 +138,13 @@ class Bench:
         setting, (kind, sizes) = self.setting, SHAPES[self.setting.shape]
         context = max(4096, setting.prompt + setting.length)
         config = AutoConfig.for_model(
-            kind, **sizes, max_position_embeddings=context, tie_word_embeddings=True, bos_token_id=1,
-            eos_token_id=_EOS, pad_token_id=_EOS,
+            kind,
+            **sizes,
+            max_position_embeddings=context,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=_EOS,
+            pad_token_id=_EOS,
         )
         torch.manual_seed(setting.seed)
         with self.device:  # billions of weights are drawn where they will stay
@@ -167,22 +190,41 @@ class Bench:
         if self.algorithm in REPLAYED:
             config = self.config
             method = make_method(
-                self.policy, self.reward, config.method, config.generation, config.train, Services(phase=self.phases),
-                seed=config.seed, activation_checkpointing=config.method.activation_checkpointing is True,
+                self.policy,
+                self.reward,
+                config.method,
+                config.generation,
+                config.train,
+                Services(phase=self.phases),
+                seed=config.seed,
+                activation_checkpointing=config.method.activation_checkpointing is True,
             )
             mask = torch.ones_like(self.prompts, dtype=torch.bool)
             with self.phases("rollout"):
                 rollout = sample(
-                    self.policy, self.prompts, mask, method.sampling(0), seed=self.setting.seed,
-                    first_rows=self.rows()[:, 0], decoding=self.decoding,
+                    self.policy,
+                    self.prompts,
+                    mask,
+                    method.sampling(0),
+                    seed=self.setting.seed,
+                    first_rows=self.rows()[:, 0],
+                    decoding=self.decoding,
                 )
             measured["tokens"] = rollout.tokens.cpu()
             measured["hops"] = method.step([rollout], 0, update)["hops"]
         else:
             setting = self.setting
             measured["tokens"] = published_step(
-                self.policy, self.reward, self.prompts, length=setting.length, k=setting.k, tau=setting.tau,
-                seed=setting.seed, rows=self.rows(), kl_coef=setting.kl_coef, cached=self.algorithm == "cached",
+                self.policy,
+                self.reward,
+                self.prompts,
+                length=setting.length,
+                k=setting.k,
+                tau=setting.tau,
+                seed=setting.seed,
+                rows=self.rows(),
+                kl_coef=setting.kl_coef,
+                cached=self.algorithm == "cached",
                 phase=self.phases,
             ).cpu()
             update()
@@ -223,6 +265,12 @@ def measure(setting: Setting, algorithm: str, *, repeats: int, seconds: float, c
         bench.restore(weights)
         living = peak_bytes(bench.step, bench.device)[1] / 2**30
     return {
-        "steps": taken, "peak_gib": peak, "before_gib": before, "tensors_gib": living,
-        "tokens": found["tokens"], "gradient": found["gradient"], "hops": found.get("hops"), "first_seconds": first,
+        "steps": taken,
+        "peak_gib": peak,
+        "before_gib": before,
+        "tensors_gib": living,
+        "tokens": found["tokens"],
+        "gradient": found["gradient"],
+        "hops": found.get("hops"),
+        "first_seconds": first,
     }

@@ -11,8 +11,21 @@ from benchmarks.training_setup import ALGORITHMS
 from grade.tables import Column, Table, numbers
 
 _CSV = (
-    "algorithm", "length", "status", "steps", "seconds", "seconds_p20", "seconds_p80", "tokens_per_second", "peak_gib",
-    "step_gib", "tensors_gib", "hops", "gradient_error", "extrapolated_seconds", "extrapolated_peak_gib",
+    "algorithm",
+    "length",
+    "status",
+    "steps",
+    "seconds",
+    "seconds_p20",
+    "seconds_p80",
+    "tokens_per_second",
+    "peak_gib",
+    "step_gib",
+    "tensors_gib",
+    "hops",
+    "gradient_error",
+    "extrapolated_seconds",
+    "extrapolated_peak_gib",
     "extrapolated_tensors_gib",
 )
 
@@ -41,7 +54,14 @@ def checked(check: dict[str, float]) -> str:
 def comparison(rows: list[dict]) -> str:
     """Time and memory, and both against the first algorithm's, which is the published one unless it was left out."""
     titles = (
-        "s / step", "tokens/s", "peak, GiB", "tensors, GiB", "hops", "gradient, error", "times faster", "memory, peak",
+        "s / step",
+        "tokens/s",
+        "peak, GiB",
+        "tensors, GiB",
+        "hops",
+        "gradient, error",
+        "times faster",
+        "memory, peak",
         "memory, tensors",
     )
     lines = []
@@ -63,9 +83,14 @@ def _cells(row: dict, base: dict) -> list[str]:
     spread = f" ({row['seconds_p20']:.3g}–{row['seconds_p80']:.3g})" if row["steps"] > 2 else ""
     error, hops = row.get("gradient_error"), row["hops"]
     return [
-        f"{row['seconds']:.3g}{spread}", f"{row['tokens_per_second']:.3g}", *memory,
-        "–" if hops is None else f"{hops:.1f}", "–" if error is None else f"{error:.1e}",
-        _ratio(base, row, "seconds", ""), _ratio(base, row, "peak_gib", "1/"), _ratio(base, row, "tensors_gib", "1/"),
+        f"{row['seconds']:.3g}{spread}",
+        f"{row['tokens_per_second']:.3g}",
+        *memory,
+        "–" if hops is None else f"{hops:.1f}",
+        "–" if error is None else f"{error:.1e}",
+        _ratio(base, row, "seconds", ""),
+        _ratio(base, row, "peak_gib", "1/"),
+        _ratio(base, row, "tensors_gib", "1/"),
     ]
 
 

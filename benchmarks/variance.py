@@ -1,7 +1,7 @@
 """The tables of measurements that `grade variance` has made, as Markdown.
 
-    python -m benchmarks.variance runs/variance-imdb_small/variance.json                # of your own
-    python -m benchmarks.variance benchmarks/results/variance-imdb_small/variance.json
+python -m benchmarks.variance runs/variance-imdb_small/variance.json                # of your own
+python -m benchmarks.variance benchmarks/results/variance-imdb_small/variance.json
 """
 
 from __future__ import annotations

@@ -58,7 +58,10 @@ def main(run_dir: str) -> None:
     config.train.batch_size, config.train.accumulation_steps = 16, 1
     config.evaluation.every = 4
     trainer = GradeTrainer(
-        model, lambda policy: Words(policy, ["comedy", "funny", "jokes"]), CONVERSATIONS, config=config,
+        model,
+        lambda policy: Words(policy, ["comedy", "funny", "jokes"]),
+        CONVERSATIONS,
+        config=config,
         tokenizer=tokenizer,
     )
     result = trainer.train()

@@ -57,7 +57,10 @@ def main(run_dir: str) -> None:
     config.train.batch_size, config.train.accumulation_steps = 16, 1
     config.evaluation.every = 6
     trainer = GradeTrainer(
-        MODEL, lambda policy: Nearness(policy, "a funny comedy with good jokes"), PROMPTS, config=config,
+        MODEL,
+        lambda policy: Nearness(policy, "a funny comedy with good jokes"),
+        PROMPTS,
+        config=config,
         callbacks=[Print()],
     )
     result = trainer.train()

@@ -18,8 +18,10 @@ from grade import DifferentiableReward, EmbeddingTable, GradeConfig, GradeTraine
 
 MODEL = os.environ.get("MODEL", "built-in:demo")
 ROWS = [
-    {"prompt": "I watched this film with", "word": "comedy"}, {"prompt": "The story is set in", "word": "the"},
-    {"prompt": "It is a comedy about", "word": "funny"}, {"prompt": "We saw it at home and", "word": "was"},
+    {"prompt": "I watched this film with", "word": "comedy"},
+    {"prompt": "The story is set in", "word": "the"},
+    {"prompt": "It is a comedy about", "word": "funny"},
+    {"prompt": "We saw it at home and", "word": "was"},
 ]
 
 

@@ -34,15 +34,36 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Callback", "DifferentiableReward", "EmbeddingTable", "EvaluationConfig", "GenerationConfig", "GradeConfig",
-    "GradeError", "GradeTrainer", "LoraSettings", "MethodConfig", "ModelConfig", "Reward", "RewardConfig",
-    "RewardFunction", "RewardModel", "RolloutConfig", "TaskConfig", "Term", "TokenizerConfig", "TrainConfig",
-    "TrainResult", "load_config",
+    "Callback",
+    "DifferentiableReward",
+    "EmbeddingTable",
+    "EvaluationConfig",
+    "GenerationConfig",
+    "GradeConfig",
+    "GradeError",
+    "GradeTrainer",
+    "LoraSettings",
+    "MethodConfig",
+    "ModelConfig",
+    "Reward",
+    "RewardConfig",
+    "RewardFunction",
+    "RewardModel",
+    "RolloutConfig",
+    "TaskConfig",
+    "Term",
+    "TokenizerConfig",
+    "TrainConfig",
+    "TrainResult",
+    "load_config",
 ]
 
 _ELSEWHERE = {
-    "Callback": "grade.training.callbacks", "GradeError": "grade.errors", "load_config": "grade.config.reading",
-    "RewardModel": "grade.rewards.reward_model", "Term": "grade.rewards.weighted",
+    "Callback": "grade.training.callbacks",
+    "GradeError": "grade.errors",
+    "load_config": "grade.config.reading",
+    "RewardModel": "grade.rewards.reward_model",
+    "Term": "grade.rewards.weighted",
     **dict.fromkeys(("DifferentiableReward", "EmbeddingTable", "Reward", "RewardFunction"), "grade.rewards.base"),
     **dict.fromkeys(("GradeTrainer", "TrainResult"), "grade.training.api"),
 }

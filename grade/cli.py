@@ -35,7 +35,7 @@ USAGE = f"""usage: grade COMMAND ...
 Align language models by backpropagating a reward through generated tokens. Version {__version__}.
 
 commands:
-{chr(10).join(f'  {name:<10} {text}' for name, text in COMMANDS.items())}
+{chr(10).join(f"  {name:<10} {text}" for name, text in COMMANDS.items())}
 
 `grade COMMAND --help` documents every option. Shipped configs: {{configs}}.
 """

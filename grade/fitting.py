@@ -44,8 +44,7 @@ class Fitting:
             shown = RichTable(title=None if number else self.title, **self.options)
             for column, width in zip(columns, widths, strict=True):
                 shown.add_column(
-                    self.titles[column], justify="right" if self.right[column] else "left", width=width,
-                    overflow="fold",
+                    self.titles[column], justify="right" if self.right[column] else "left", width=width, overflow="fold"
                 )
             for i, row in enumerate(self.rows):
                 shown.add_row(*(escape(row[column]) for column in columns), end_section=i in self.ends)

@@ -61,7 +61,7 @@ def append_rows(path: Path, rows: Iterable[dict]) -> None:
     with path.open("ab", buffering=0) as file:
         left = memoryview(encode_rows(rows))
         while left:
-            left = left[file.write(left):]
+            left = left[file.write(left) :]
 
 
 def encode_rows(rows: Iterable[dict]) -> bytes:

@@ -16,16 +16,43 @@ LONGEST = 2000
 """Characters of a cell; a page, and so a row, may be 5.7 metres high. The CSV has all of them."""
 _BREAK = 20  # characters without a space after which a line may be broken
 _WRITTEN = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "`": r"\textasciigrave{}", "�": "?", "±": r"$\pm$", "−": "$-$", "–": "--", "…": r"\dots{}",
-    "→": r"$\to$", "≥": r"$\geq$", "≤": r"$\leq$", "×": r"$\times$", "‖": r"$\|$", "·": r"$\cdot$", "τ": r"$\tau$",
-    "\u00a0": "~", "\u00ad": r"\-",
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "`": r"\textasciigrave{}",
+    "�": "?",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "…": r"\dots{}",
+    "→": r"$\to$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "×": r"$\times$",
+    "‖": r"$\|$",
+    "·": r"$\cdot$",
+    "τ": r"$\tau$",
+    "\u00a0": "~",
+    "\u00ad": r"\-",
 }
 # Latin letters and signs that LaTeX knows without a package and in its oldest encoding of fonts.
-_PLAIN = frozenset(string.printable).difference(string.whitespace).union(
-    "¡¢£¤¥¦§¨©ª¬®¯°²³´µ¶¸¹º¼½¾¿ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝßàáâãäåæçèéêëìíîïñòóôõö÷øùúûüýÿĀāĂăĆćĈĉĊċČčĎďĒēĔĕĖėĚěĜĝĞğĠġĢģĤĥ"
-    "ĨĩĪīĬĭİıĴĵĶķĹĺĻļĽľŁłŃńŅņŇňŌōŎŏŐőŒœŔŕŖŗŘřŚśŜŝŞşŠšŢţŤťŨũŪūŬŭŮůŰűŴŵŶŷŸŹźŻżŽž‘’“”—†‡•€™"
+_PLAIN = (
+    frozenset(string.printable)
+    .difference(string.whitespace)
+    .union(
+        "¡¢£¤¥¦§¨©ª¬®¯°²³´µ¶¸¹º¼½¾¿ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝßàáâãäåæçèéêëìíîïñòóôõö÷øùúûüýÿĀāĂăĆćĈĉĊċČčĎďĒēĔĕĖėĚěĜĝĞğĠġĢģĤĥ"
+        "ĨĩĪīĬĭİıĴĵĶķĹĺĻļĽľŁłŃńŅņŇňŌōŎŏŐőŒœŔŕŖŗŘřŚśŜŝŞşŠšŢţŤťŨũŪūŬŭŮůŰűŴŵŶŷŸŹźŻżŽž‘’“”—†‡•€™"
+    )
 )
 
 

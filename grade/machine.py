@@ -23,7 +23,10 @@ def machine() -> dict[str, object]:
         cpu = f"{names[0]}, {len(names)} cores" if names else cpu
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
-        "cpu": cpu, "device": device, "python": platform.python_version(), "torch": torch.__version__,
+        "cpu": cpu,
+        "device": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
 
@@ -56,8 +59,11 @@ def _left_to_container() -> list[int]:
     """Bytes until this control group's limit, where it has one (cgroup v2); file caches give way."""
     try:
         limit, used = ((CONTROL_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        cached = [line.split()[1] for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines()
-                  if line.startswith("inactive_file ")]
+        cached = [
+            line.split()[1]
+            for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        ]
     except OSError:
         return []
     return [] if limit == "max" else [int(limit) - int(used) + sum(map(int, cached))]

@@ -67,7 +67,7 @@ class Rollout:
         prompt, response = (int(mask.sum(1).max()) for mask in (part.prompt_mask, part.mask))
         if (stop - start) % self.samples_per_prompt or start % self.samples_per_prompt:
             part.samples_per_prompt = 1  # a prompt's samples are split: treat every response by itself
-        ids, mask = (tensor[:, tensor.shape[1] - prompt:] for tensor in (part.prompt_ids, part.prompt_mask))
+        ids, mask = (tensor[:, tensor.shape[1] - prompt :] for tensor in (part.prompt_ids, part.prompt_mask))
         of_tokens: dict[str, Any] = {
             name: values[:, :response] for name, values in part._tensors() if name in _OF_TOKENS
         }
@@ -124,6 +124,6 @@ def pad_prompts(
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(prompts), width, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt):] = torch.tensor(prompt, dtype=torch.int64)
-        mask[row, width - len(prompt):] = True
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
+        mask[row, width - len(prompt) :] = True
     return ids.to(device), mask.to(device)

@@ -147,15 +147,25 @@ class Table:
                 kinds[i] = r"p{0.25\textwidth}"
         # Only a longtable goes on over pages. A row after \\ may not start with what that takes for an option.
         name = "longtable" if self._lines() > _PAGE else "tabular"
-        rows = ["{}" + " & ".join(map(latex, cells)) + r" \\" for cells in
-                ([column.title for column in self.columns], *map(self.texts, self.rows))]
-        return "\n".join([
-            f"% needs \\usepackage{{booktabs}}{' and {longtable}' if name == 'longtable' else ''}",
-            f"% {latex(' '.join(self.caption.split()))}",
-            *([OTHER] if any(r"\othercharacter" in row for row in rows) else []),
-            f"\\begin{{{name}}}{{{''.join(kinds)}}}", r"\toprule", rows[0], r"\midrule",
-            *rows[1:], r"\bottomrule", f"\\end{{{name}}}", "",
-        ])
+        rows = [
+            "{}" + " & ".join(map(latex, cells)) + r" \\"
+            for cells in ([column.title for column in self.columns], *map(self.texts, self.rows))
+        ]
+        return "\n".join(
+            [
+                f"% needs \\usepackage{{booktabs}}{' and {longtable}' if name == 'longtable' else ''}",
+                f"% {latex(' '.join(self.caption.split()))}",
+                *([OTHER] if any(r"\othercharacter" in row for row in rows) else []),
+                f"\\begin{{{name}}}{{{''.join(kinds)}}}",
+                r"\toprule",
+                rows[0],
+                r"\midrule",
+                *rows[1:],
+                r"\bottomrule",
+                f"\\end{{{name}}}",
+                "",
+            ]
+        )
 
     def _lines(self) -> int:
         """About how many lines the rows take in LaTeX."""

@@ -136,10 +136,19 @@ class Counter:
         self.console = console() if enabled else Console(stderr=True, quiet=True)
         self.enabled = enabled
         shows = self.console.is_interactive and not self.console.quiet
-        self.bars = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), NoteColumn(Column(no_wrap=False)), console=self.console,
-        ) if shows else None
+        self.bars = (
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                NoteColumn(Column(no_wrap=False)),
+                console=self.console,
+            )
+            if shows
+            else None
+        )
 
     def say(self, line: str) -> None:
         """A line of progress that stays, above the bars."""

@@ -87,9 +87,7 @@ def softmax_jacobian(q: Tensor) -> Tensor:
     return q.diag_embed() - q.unsqueeze(-1) * q.unsqueeze(-2)
 
 
-def soft_token_vjp(
-    estimator: str, logits: Tensor, v: Tensor, tau: float, z: Tensor, one_hot: Tensor
-) -> Tensor:
+def soft_token_vjp(estimator: str, logits: Tensor, v: Tensor, tau: float, z: Tensor, one_hot: Tensor) -> Tensor:
     """The four rules of `vjp.SoftTokenRule`; z [M, ..., k] holds the noisy logits of M draws."""
 
     def apply(q: Tensor) -> Tensor:

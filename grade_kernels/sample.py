@@ -153,7 +153,15 @@ class _GumbelTopk(torch.autograd.Function):
         ctx: Any, logits: Tensor, args: SampleArgs, suppress: Tensor | None, backend: str
     ) -> tuple[Tensor, ...]:
         ids, sample = implementation(backend).sample.select_and_sample(
-            rows_of(logits), args.k, args.tau, args.keys, args.seed, args.draw, suppress, args.indices, args.chosen,
+            rows_of(logits),
+            args.k,
+            args.tau,
+            args.keys,
+            args.seed,
+            args.draw,
+            suppress,
+            args.indices,
+            args.chosen,
             checks.compute_dtype(logits),
         )
         ctx.save_for_backward(ids, sample.weights)

@@ -145,9 +145,7 @@ class SoftTokenRule:
         with torch.no_grad():
             return self._apply(grad_embedding, embedding)
 
-    def _apply(
-        self, grad_embedding: Tensor | Sequence[Tensor], embedding: Tensor | Sequence[Tensor]
-    ) -> SoftTokenGrad:
+    def _apply(self, grad_embedding: Tensor | Sequence[Tensor], embedding: Tensor | Sequence[Tensor]) -> SoftTokenGrad:
         grads, tables, ids = _pairs(grad_embedding, embedding, self._indices)
         values, head, shape = self._values, self._head, self._indices.shape
         sides = [*grads, *tables, *([] if head is None else [head.weight])]

@@ -10,9 +10,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the roof down; rooms of one floor do not know each other
-    ("__main__",), ("cli",), ("commands",), ("report",), ("studies",), ("training",), ("methods",),
-    ("replay", "memory"), ("rewards", "sampling"), ("model",), ("built_in",), ("tasks", "processes"), ("config",),
-    ("rollout",), ("files", "jsonl", "tables", "tree"),
+    ("__main__",),
+    ("cli",),
+    ("commands",),
+    ("report",),
+    ("studies",),
+    ("training",),
+    ("methods",),
+    ("replay", "memory"),
+    ("rewards", "sampling"),
+    ("model",),
+    ("built_in",),
+    ("tasks", "processes"),
+    ("config",),
+    ("rollout",),
+    ("files", "jsonl", "tables", "tree"),
     ("errors", "fitting", "hub", "hub_names", "latex", "machine", "seeds", "terminal"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -57,6 +69,7 @@ def test_imports_point_down(module):
 @pytest.mark.parametrize("module", sorted(set(KERNELS) - {"grade_kernels"}))
 def test_imports_of_the_kernels_point_down(module):
     """Public operations need the two backends, and these `common`; the ahead-of-time compiler is on top."""
+
     def floor(name):
         return KERNEL_FLOORS.get(room(name), 1)
 
@@ -93,9 +106,13 @@ def test_no_import_inside_a_function_but_of_heavy_libraries(module):
         return
     tree = ast.parse(GRADE[module].read_text(encoding="utf-8"))
     inner = [
-        node for function in ast.walk(tree) if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
         for node in ast.walk(function)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "grade"
-        or isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "grade" for alias in node.names)
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").split(".")[0] == "grade"
+        or isinstance(node, ast.Import)
+        and any(alias.name.split(".")[0] == "grade" for alias in node.names)
     ]
     assert not inner, f"{module}, line {inner[0].lineno}: an import of ours inside a function"

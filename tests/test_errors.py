@@ -19,10 +19,16 @@ FULL = Path("/dev/full")
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded", "Make room on its disk, or name"),
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied", "Name"),
         (OSError("nothing but words\nand more"), "nothing but words", "Name"),
-        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-         "No space left on device (os error 28)", "Make room on its disk, or name"),
-        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
-         "unexpected pos 576 vs 534", "Make room on its disk, or name"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "No space left on device (os error 28)",
+            "Make room on its disk, or name",
+        ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+            "unexpected pos 576 vs 534",
+            "Make room on its disk, or name",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

@@ -19,7 +19,11 @@ def test_an_example_runs_and_its_reward_rises(name, tiny_model, tmp_path):
     environment = {**os.environ, "MODEL": str(tiny_model), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name), *([] if name == "kernels_alone.py" else ["run"])],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     before, after = re.search(r"(-?\d+\.\d+) before, (-?\d+\.\d+) after", done.stdout).groups()

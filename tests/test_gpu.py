@@ -16,9 +16,7 @@ from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
 from grade_kernels import Head, gumbel_topk, soft_embedding, vocab_head
 
-pytestmark = [
-    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
 
 
 def to_device(rollout: Rollout, device: str) -> Rollout:

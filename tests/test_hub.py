@@ -44,11 +44,18 @@ def test_a_name_of_the_hub_is_refused_within_seconds(tmp_path):
     assert said[2].startswith("task.dataset is some/data, a dataset on the hub, and the hub cannot be reached.")
 
 
-@pytest.mark.parametrize("error, offline", [
-    (None, False), (hub.urllib.error.HTTPError("u", 403, "no", {}, None), False), (ValueError("no address"), False),
-    (hub.urllib.error.URLError(hub.ssl.SSLError("unknown")), False), (ConnectionRefusedError(), True),
-    (hub.urllib.error.URLError(OSError("no such name")), True), (TimeoutError(), True),
-])
+@pytest.mark.parametrize(
+    "error, offline",
+    [
+        (None, False),
+        (hub.urllib.error.HTTPError("u", 403, "no", {}, None), False),
+        (ValueError("no address"), False),
+        (hub.urllib.error.URLError(hub.ssl.SSLError("unknown")), False),
+        (ConnectionRefusedError(), True),
+        (hub.urllib.error.URLError(OSError("no such name")), True),
+        (TimeoutError(), True),
+    ],
+)
 def test_only_silence_counts(monkeypatch, error, offline):
     def ask(endpoint, timeout):
         asked.append(endpoint)

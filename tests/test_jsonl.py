@@ -44,8 +44,9 @@ def test_a_cut_last_line_is_told_from_broken_ones(tmp_path):
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         found = read_rows(path)
-        assert found.rows == [json.loads(line) for line in (b'{"step": 0}', '{"text": "ü"}'.encode())
-                              if whole[:cut].find(line) >= 0]
+        assert found.rows == [
+            json.loads(line) for line in (b'{"step": 0}', '{"text": "ü"}'.encode()) if whole[:cut].find(line) >= 0
+        ]
         # A row that lacks only its line's end is whole.
         assert found.broken == [] and found.cut == (cut not in (0, 11, 12, len(whole) - 1, len(whole)))
     path.write_bytes(b'{"step": 0}\n{"st\n[1]\n7\n\n\xff\n' + b"[" * 200_000 + b'\n{"step": 1}\n{"st\n')

@@ -21,7 +21,16 @@ ROOT = Path(__file__).parents[1]
 KERNELS, TRAINER = "grade-kernels", "grade-align"
 PACKAGES = {KERNELS: "grade_kernels", TRAINER: "grade"}
 NOT_CLONED = (  # hidden are environments and caches, and .github
-    "runs", "build", "dist", "wandb", "*.egg-info", "PKG-INFO", "setup.cfg", "__pycache__", ".[!g]*", ".git",
+    "runs",
+    "build",
+    "dist",
+    "wandb",
+    "*.egg-info",
+    "PKG-INFO",
+    "setup.cfg",
+    "__pycache__",
+    ".[!g]*",
+    ".git",
     ".gitignore",
 )
 
@@ -101,7 +110,7 @@ def test_the_kernels_need_torch_and_triton_and_the_trainer_needs_these_kernels(b
     kernels, trainer = (metadata(built[name][1]) for name in PACKAGES)
     assert needed(kernels) == {"torch", "triton"} and not kernels.get_all("Provides-Extra")
     (triton,) = (line for line in kernels.get_all("Requires-Dist") if line.startswith("triton"))
-    assert "platform_system == \"Linux\"" in triton
+    assert 'platform_system == "Linux"' in triton
     assert f"grade-kernels=={__version__}" in trainer.get_all("Requires-Dist")
     assert set(trainer.get_all("Provides-Extra")) == {"dev", "report", "wandb"}
     lines = [*kernels.get_all("Requires-Dist"), *trainer.get_all("Requires-Dist")]
@@ -159,10 +168,13 @@ def test_a_clone_is_both_packages_for_development_only(tmp_path, unpacked):
     assert "GRADE_DISTRIBUTION=both " in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("what, distribution, message", [
-    ("sdist", "", "Set GRADE_DISTRIBUTION to grade-kernels or grade-align"),
-    ("wheel", "grade", "GRADE_DISTRIBUTION is grade: it must be"),
-])
+@pytest.mark.parametrize(
+    "what, distribution, message",
+    [
+        ("sdist", "", "Set GRADE_DISTRIBUTION to grade-kernels or grade-align"),
+        ("wheel", "grade", "GRADE_DISTRIBUTION is grade: it must be"),
+    ],
+)
 def test_a_build_that_would_be_of_neither_is_refused(tmp_path, what, distribution, message):
     done = build(what, copy_of_tree(tmp_path), distribution)
     assert done.returncode != 0 and message in done.stderr

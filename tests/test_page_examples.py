@@ -22,15 +22,15 @@ BLOCKS = [
     for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
     for language, code in BLOCK.findall(path.read_text(encoding="utf-8"))
 ]
-EXAMPLES = [
-    (page, code) for page, language, code in BLOCKS if language == "python" and page != "docs/using_a_run.md"
-]
+EXAMPLES = [(page, code) for page, language, code in BLOCKS if language == "python" and page != "docs/using_a_run.md"]
 LINES = [
     (page, shlex.split(line, comments=True))
-    for page, language, code in BLOCKS if language in ("", "bash")
-    for line in code.replace("\\\n", " ").splitlines() if re.search(r"(^| )grade [a-z]+ ", line)
+    for page, language, code in BLOCKS
+    if language in ("", "bash")
+    for line in code.replace("\\\n", " ").splitlines()
+    if re.search(r"(^| )grade [a-z]+ ", line)
 ]
-COMMAND_LINES = [(page, words[words.index("grade") + 1:]) for page, words in LINES]
+COMMAND_LINES = [(page, words[words.index("grade") + 1 :]) for page, words in LINES]
 OF_A_FOLDER = ("evaluate", "generate", "export", "push", "report")
 """Commands whose argument is the folder of a run, which is not there: their options are looked up in their help."""
 

@@ -69,7 +69,8 @@ def test_settings_exist(page):
     files = {word for word in named if re.search(r"\.(py|json|jsonl|yaml|md|safetensors)$", word)}
     sections = {name.rpartition(".")[0] for name in SETTINGS}
     unknown = [
-        word for word in named - files - sections
+        word
+        for word in named - files - sections
         if not any(name == word or word.endswith("*") and name.startswith(word[:-1]) for name in SETTINGS)
     ]
     assert not unknown

@@ -12,7 +12,8 @@ from grade.latex import latex
 from grade.tables import Column, Estimate, Table, numbers, rounded
 
 TABLE = Table(
-    "example", [Column("method"), Column("reward"), Column("interval", 1), Column("tokens", 0)],
+    "example",
+    [Column("method"), Column("reward"), Column("interval", 1), Column("tokens", 0)],
     [
         ["grade_ste <b>[x]|", Estimate(0.81234, 0.01, 3), (0.25, 0.75), 12345],
         ["ppo\nppo", Estimate(0.5, None, 1), None, None],
@@ -30,8 +31,10 @@ def test_html():
 
 def test_markdown():
     assert TABLE.markdown().splitlines() == [
-        "| method | reward | interval | tokens |", "|---|---:|---:|---:|",
-        "| grade_ste <b>[x]\\| | 0.812 ± 0.010 | 0.2 to 0.8 | 12,345 |", "| ppo ppo | 0.500 | – | – |",
+        "| method | reward | interval | tokens |",
+        "|---|---:|---:|---:|",
+        "| grade_ste <b>[x]\\| | 0.812 ± 0.010 | 0.2 to 0.8 | 12,345 |",
+        "| ppo ppo | 0.500 | – | – |",
     ]
     text = Table("", [Column("a"), *numbers(["b"])], [["", "1"]]).markdown(spaced=True)
     assert text.splitlines() == ["| a | b |", "| --- | ---: |", "| | 1 |"]
@@ -49,8 +52,10 @@ def test_the_terminal():
 def test_a_narrow_terminal_gets_more_tables_and_whole_cells(width):
     names = [f"measure of number {i}" for i in range(8)]
     table = Table(
-        "wide", [Column("run"), *numbers(names), Column("remark")],
-        [["a_name", *(f"{i}.123 ± 0.456" for i in range(8)), "a remark of several words that may be broken"]], "About.",
+        "wide",
+        [Column("run"), *numbers(names), Column("remark")],
+        [["a_name", *(f"{i}.123 ± 0.456" for i in range(8)), "a remark of several words that may be broken"]],
+        "About.",
     )
     console = Console(file=io.StringIO(), width=width)  # 16 characters a number, 10 for the run and the edge
     console.print(table.rich())

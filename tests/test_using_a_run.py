@@ -21,7 +21,10 @@ def test_the_examples_run_on_what_the_commands_write(trained_run, tmp_path, monk
         assert cli.main([str(trained_run) if word == "runs/demo" else word for word in command[1:]]) == 0
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=200,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0 and "The film was" in done.stdout, done.stderr

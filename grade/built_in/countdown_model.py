@@ -42,16 +42,23 @@ def countdown_model(cache_dir: Path | None = None, *, steps: int | None = None, 
 def _train(folder: Path, settings: dict, progress: bool) -> None:
     """Train tokenizer and model and save both in `folder`."""
     puzzles = countdown.write_puzzles(
-        settings["puzzles"], seed=settings["seed"], operands=settings["operands"],
-        max_number=settings["max_number"], max_target=settings["max_target"], part="pretraining",
+        settings["puzzles"],
+        seed=settings["seed"],
+        operands=settings["operands"],
+        max_number=settings["max_number"],
+        max_target=settings["max_target"],
+        part="pretraining",
     )
     tokenizer = train_tokenizer([puzzle.prompt + puzzle.answer for puzzle in puzzles], settings)
     prompts = tokenizer([puzzle.prompt for puzzle in puzzles])["input_ids"]  # BOS comes from the tokenizer
     answers = tokenizer([puzzle.answer for puzzle in puzzles], add_special_tokens=False)["input_ids"]
-    rows = [
-        prompt + answer + [tokenizer.eos_token_id] for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    rows = [prompt + answer + [tokenizer.eos_token_id] for prompt, answer in zip(prompts, answers, strict=True)]
     train_model(
-        folder, tokenizer, rows, settings, title="Training the Countdown model, once", progress=progress,
+        folder,
+        tokenizer,
+        rows,
+        settings,
+        title="Training the Countdown model, once",
+        progress=progress,
         prompt_end=prompts[0][-1],
     )

@@ -38,9 +38,5 @@ def _train(folder: Path, settings: dict, progress: bool) -> None:
     """Train tokenizer and model and save both in `folder`."""
     texts = [review.text for review in demo.pretraining_reviews()]
     tokenizer = train_tokenizer(texts, settings)
-    rows = [
-        ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]
-    ]  # BOS comes from the tokenizer
-    train_model(
-        folder, tokenizer, rows, settings, title="Training the demo model, once", progress=progress
-    )
+    rows = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]  # BOS comes from the tokenizer
+    train_model(folder, tokenizer, rows, settings, title="Training the demo model, once", progress=progress)

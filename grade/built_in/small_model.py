@@ -31,8 +31,13 @@ _BATCHES_SORTED = 8  # rows of this many batches are sorted by length, so that a
 
 
 def cached_model(
-    name: str, settings: dict, files: Sequence[str], train: Callable[[Path, dict, bool], None], cache_dir: Path | None,
-    steps: int | None, progress: bool,
+    name: str,
+    settings: dict,
+    files: Sequence[str],
+    train: Callable[[Path, dict, bool], None],
+    cache_dir: Path | None,
+    steps: int | None,
+    progress: bool,
 ) -> Path:
     """The folder of a built-in model, trained now unless the cache holds it.
 
@@ -123,17 +128,19 @@ def train_tokenizer(texts: list[str], settings: dict) -> PreTrainedTokenizerFast
         single=f"{EOS} $A", pair=f"{EOS} $A {EOS} $B", special_tokens=[(EOS, bpe.token_to_id(EOS))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=EOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        model_max_length=settings["context"],
+        tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, pad_token=PAD, model_max_length=settings["context"]
     )
 
 
 def train_model(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, rows: list[list[int]], settings: dict, *, title: str,
-    progress: bool, prompt_end: int | None = None,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: list[list[int]],
+    settings: dict,
+    *,
+    title: str,
+    progress: bool,
+    prompt_end: int | None = None,
 ) -> None:
     """Train a model and save it in `folder` with its tokenizer and `training.json` (settings, parameters, final loss
     in nats per token, seconds).
@@ -151,14 +158,9 @@ def train_model(
         torch.manual_seed(settings["seed"])
         model = _new_model(tokenizer, settings)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings["learning_rate"],
-        betas=(0.9, 0.95),
-        weight_decay=settings["weight_decay"],
+        model.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.95), weight_decay=settings["weight_decay"]
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _learning_rate_factor(step, settings)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, settings))
     batches = _batches(rows, settings)
     losses: list[float] = []
     started = time.monotonic()

@@ -30,7 +30,9 @@ class Own(NamedTuple):
 _TERMINAL = {
     "quiet": Own(None, False, "", "Say nothing but results and what is wrong: --log_level warning."),
     "log_level": Own(
-        Level, "info", "|".join(LEVELS),
+        Level,
+        "info",
+        "|".join(LEVELS),
         "What is said on standard error: what is wrong; progress too; also what other libraries warn of.",
     ),
 }
@@ -70,9 +72,14 @@ def path_of(resolved: Resolved, name: str) -> Path | None:
 
 
 def resolve(
-    command: str, argv: list[str], description: str, own: Mapping[str, Own] | None = None, *,
+    command: str,
+    argv: list[str],
+    description: str,
+    own: Mapping[str, Own] | None = None,
+    *,
     positional: Literal["CONFIG", "RUN_DIR"] | None = "CONFIG",
-    more: str = "", most: int | None = 1,
+    more: str = "",
+    most: int | None = 1,
 ) -> Resolved | None:
     """What a command line says; None when it asked for help or for the settings, which are then printed.
 
@@ -83,11 +90,18 @@ def resolve(
         most: how many words there may be, `positional` included; None: any number.
     """
     own, configs = {**(own or {}), **_TERMINAL}, ", ".join(config_io.shipped_configs())
-    called = " ".join([
-        f"grade {command}", *filter(None, (positional, more)),
-        *(f"[--{name} {option.metavar}]".replace(" ]", "]") for name, option in own.items() if name not in _TERMINAL),
-        "[--section.field VALUE ...]",
-    ])
+    called = " ".join(
+        [
+            f"grade {command}",
+            *filter(None, (positional, more)),
+            *(
+                f"[--{name} {option.metavar}]".replace(" ]", "]")
+                for name, option in own.items()
+                if name not in _TERMINAL
+            ),
+            "[--section.field VALUE ...]",
+        ]
+    )
     if positional == "CONFIG":
         description += (
             f" CONFIG: a YAML file or a shipped config ({configs}); named beside --help, its values are shown as "

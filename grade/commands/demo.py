@@ -23,9 +23,7 @@ from grade.training.run_folder import prepare_run_dir, started
 from grade.training.trainer import Trainer
 
 
-def run_demo(
-    config: Config, cache_dir: Path | None = None, pretrain_steps: int | None = None
-) -> dict[str, Evaluation]:
+def run_demo(config: Config, cache_dir: Path | None = None, pretrain_steps: int | None = None) -> dict[str, Evaluation]:
     """Train the demo's model if it is not cached, align it, print what changed.
 
     Args:

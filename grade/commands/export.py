@@ -64,8 +64,10 @@ def write_export(config: Config, run_dir: Path, folder: Path, merged: bool, targ
     card = card_of(run_dir, folder, merged=True)
     device = make_accelerator(config).device
     return export_merged(
-        lambda: load_trained(config, run_dir, folder, device), target,
-        lambda tokenizer: sampled_prompts(run_dir, tokenizer), card,
+        lambda: load_trained(config, run_dir, folder, device),
+        target,
+        lambda tokenizer: sampled_prompts(run_dir, tokenizer),
+        card,
     )
 
 

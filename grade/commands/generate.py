@@ -22,8 +22,14 @@ SIDE_BY_SIDE = 80
 
 
 def generate_from(
-    config: Config, run_dir: Path, prompts: Sequence[str], *, checkpoint: str = "best", base: bool = False,
-    samples: int = 1, max_new_tokens: int | None = None,
+    config: Config,
+    run_dir: Path,
+    prompts: Sequence[str],
+    *,
+    checkpoint: str = "best",
+    base: bool = False,
+    samples: int = 1,
+    max_new_tokens: int | None = None,
 ) -> None:
     """`grade generate`: print responses to prompts, to lines of standard input, or to what a person types.
 
@@ -42,7 +48,11 @@ def generate_from(
     policy = load_trained(config, run_dir, folder, make_accelerator(config).device)
     record = read_json(run_dir / "run.json", "Name the folder of a whole run.")
     answers = Answers(
-        config, policy, base=base or asked, samples=samples, max_new_tokens=max_new_tokens,
+        config,
+        policy,
+        base=base or asked,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
         chat=record.get("task", {}).get("prompts") == "conversations",
     )
     console = Console(highlight=False)

@@ -41,7 +41,10 @@ def push_run(
     if needs_base and (looks_local(config.model.name) or ":" in config.model.name):
         console.print(
             f"warning: the base, {config.model.name}, is a folder here: without it nobody can load the adapter. With "
-            "--merge the whole model is uploaded.", soft_wrap=True, highlight=False, markup=False,
+            "--merge the whole model is uploaded.",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
         )
     with tempfile.TemporaryDirectory(prefix="grade-push-") as temporary:
         target = Path(temporary) / "export"
@@ -51,7 +54,9 @@ def push_run(
             if revision is not None:
                 api.create_branch(place.repo_id, branch=revision, exist_ok=True)
             api.upload_folder(
-                repo_id=place.repo_id, folder_path=target, revision=revision,
+                repo_id=place.repo_id,
+                folder_path=target,
+                revision=revision,
                 commit_message=f"{config.name}, checkpoint {folder.name}, by grade push",
             )
     lines = [*described(done, config), f"Uploaded: {place}"]

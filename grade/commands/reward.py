@@ -27,8 +27,13 @@ def train_reward(config: Config) -> dict[str, float]:
     tokenizer = load_tokenizer(config.model)
     task = load_task(config.task, config.tokenizer)
     policy = load_policy(
-        config.model, tokenizer, make_accelerator(config).device, seed=config.seed, task=config.task,
-        generation=config.generation, reward=config.reward,
+        config.model,
+        tokenizer,
+        make_accelerator(config).device,
+        seed=config.seed,
+        task=config.task,
+        generation=config.generation,
+        reward=config.reward,
     )
     training = HeadTraining(config.reward, judged_length(config), config.output_dir, policy, task)
     training.head()

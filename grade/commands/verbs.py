@@ -67,14 +67,18 @@ def reward(argv: list[str]) -> int:
 def demo(argv: list[str]) -> int:
     """`grade demo [--cache_dir DIR] [--pretrain_steps N] [--section.field VALUE ...]`."""
     resolved = resolve(
-        "demo", argv, "Write reviews with a grammar, train a tiny model on them, then do the real job on it.", {
+        "demo",
+        argv,
+        "Write reviews with a grammar, train a tiny model on them, then do the real job on it.",
+        {
             "cache_dir": Own(
                 str | None, None, "DIR", "Folder that keeps the tiny model; null: one under the user's cache directory."
             ),
             "pretrain_steps": Own(
                 int | None, None, "N", "Optimizer steps of the tiny model's own training; null: as many as it needs."
             ),
-        }, positional=None,
+        },
+        positional=None,
     )
     if resolved is None:
         return 0
@@ -90,34 +94,41 @@ def demo(argv: list[str]) -> int:
 def evaluate(argv: list[str]) -> int:
     """`grade evaluate RUN_DIR [--checkpoint best|last|step-N|DIR] [--split test|validation] [overrides]`."""
     resolved = resolve(
-        "evaluate", argv, "Evaluate a checkpoint and the base model on the same prompts." + _OF_RUN, {
+        "evaluate",
+        argv,
+        "Evaluate a checkpoint and the base model on the same prompts." + _OF_RUN,
+        {
             "checkpoint": _CHECKPOINT,
             "split": Own(Literal["test", "validation"], "test", "test|validation", "Whose prompts."),
-        }, positional="RUN_DIR",
+        },
+        positional="RUN_DIR",
     )
     if resolved is not None:
         from grade.commands.evaluate import evaluate_run
 
         check_text("--checkpoint", resolved.options.checkpoint, "path")
-        evaluate_run(
-            resolved.config, Path(resolved.positional), resolved.options.checkpoint, resolved.options.split
-        )
+        evaluate_run(resolved.config, Path(resolved.positional), resolved.options.checkpoint, resolved.options.split)
     return 0
 
 
 def generate(argv: list[str]) -> int:
     """`grade generate RUN_DIR [PROMPT ...] [--base] [--samples N] [--max_new_tokens N] [overrides]`."""
     resolved = resolve(
-        "generate", argv,
+        "generate",
+        argv,
         "Answer prompts with a checkpoint of a run, sampled as in its evaluation with the noise of --seed. A PROMPT of "
         "- reads them from standard input, a line each; so does a pipe without PROMPT. On a terminal without PROMPT "
         "you are asked for them, and base model and policy answer side by side. A prompt that starts with a dash comes "
-        "after --." + _OF_RUN, {
+        "after --." + _OF_RUN,
+        {
             "checkpoint": _CHECKPOINT,
             "base": Own(None, False, "", "Let the base model answer too, with the same noise."),
             "samples": Own(int, 1, "N", "Responses per prompt."),
             "max_new_tokens": Own(int | None, None, "N", "Longest response; null: generation.max_new_tokens."),
-        }, positional="RUN_DIR", more="[PROMPT ...]", most=None,
+        },
+        positional="RUN_DIR",
+        more="[PROMPT ...]",
+        most=None,
     )
     if resolved is None:
         return 0
@@ -130,8 +141,13 @@ def generate(argv: list[str]) -> int:
     from grade.commands.generate import generate_from
 
     generate_from(
-        resolved.config, Path(resolved.positional), resolved.more, checkpoint=options.checkpoint,
-        base="base" in resolved.switches, samples=options.samples, max_new_tokens=options.max_new_tokens,
+        resolved.config,
+        Path(resolved.positional),
+        resolved.more,
+        checkpoint=options.checkpoint,
+        base="base" in resolved.switches,
+        samples=options.samples,
+        max_new_tokens=options.max_new_tokens,
     )
     return 0
 
@@ -139,12 +155,16 @@ def generate(argv: list[str]) -> int:
 def export(argv: list[str]) -> int:
     """`grade export RUN_DIR [--checkpoint best|last|step-N|DIR] [--merge] [--to DIR] [overrides]`."""
     resolved = resolve(
-        "export", argv,
+        "export",
+        argv,
         "Write a checkpoint of a run for other programs: the adapter with its tokenizer and card, or with --merge a "
-        "whole model that transformers and vLLM load by themselves." + _OF_RUN, {
-            "checkpoint": _OF_THE_RUN, "merge": _MERGE,
+        "whole model that transformers and vLLM load by themselves." + _OF_RUN,
+        {
+            "checkpoint": _OF_THE_RUN,
+            "merge": _MERGE,
             "to": Own(str | None, None, "DIR", "A folder, missing or empty; null: one in RUN_DIR/export."),
-        }, positional="RUN_DIR",
+        },
+        positional="RUN_DIR",
     )
     if resolved is None:
         return 0
@@ -161,13 +181,19 @@ def export(argv: list[str]) -> int:
 def push(argv: list[str]) -> int:
     """`grade push RUN_DIR REPO [--checkpoint best|last|step-N|DIR] [--merge] [--private] [--revision NAME]`."""
     resolved = resolve(
-        "push", argv,
+        "push",
+        argv,
         "Upload what `grade export` writes to the hub. REPO: NAME or OWNER/NAME; made if it is missing. Needs a token: "
-        "`hf auth login`, or HF_TOKEN." + _OF_RUN, {
-            "checkpoint": _OF_THE_RUN, "merge": _MERGE,
+        "`hf auth login`, or HF_TOKEN." + _OF_RUN,
+        {
+            "checkpoint": _OF_THE_RUN,
+            "merge": _MERGE,
             "private": Own(None, False, "", "Make the repository for you alone, if it is made."),
             "revision": Own(str | None, None, "NAME", "Branch; null: the main one."),
-        }, positional="RUN_DIR", more="REPO", most=2,
+        },
+        positional="RUN_DIR",
+        more="REPO",
+        most=2,
     )
     if resolved is None:
         return 0
@@ -177,8 +203,12 @@ def push(argv: list[str]) -> int:
     from grade.commands.push import push_run
 
     push_run(
-        resolved.config, Path(resolved.positional), resolved.more[0], checkpoint=resolved.options.checkpoint,
-        merged="merge" in resolved.switches, private="private" in resolved.switches,
+        resolved.config,
+        Path(resolved.positional),
+        resolved.more[0],
+        checkpoint=resolved.options.checkpoint,
+        merged="merge" in resolved.switches,
+        private="private" in resolved.switches,
         revision=resolved.options.revision,
     )
     return 0
@@ -187,14 +217,15 @@ def push(argv: list[str]) -> int:
 def compare(argv: list[str]) -> int:
     """`grade compare CONFIG [--methods A,B] [--seeds 0,1] [--section.field VALUE ...]`; 1 where a run failed."""
     resolved = resolve(
-        "compare", argv,
+        "compare",
+        argv,
         "Train methods over seeds on the same prompts; tables at equal tokens and at equal training time. "
         "The comparison itself sets seed, method.name, generation.samples_per_prompt, evaluation.every, train.run_dir, "
         "train.resume, train.overwrite, train.tensorboard and train.wandb of its runs, and scales train.learning_rate "
-        "(see --compare.*).", {
+        "(see --compare.*).",
+        {
             "methods": Own(
-                str | None, None, "A,B,...",
-                f"Of {', '.join(COMPARED)}; null: those that can use the task's reward.",
+                str | None, None, "A,B,...", f"Of {', '.join(COMPARED)}; null: those that can use the task's reward."
             ),
             "seeds": Own(str, "0,1,2", "0,1,...", "Seeds of the runs."),
         },
@@ -245,12 +276,16 @@ def _listed(text: str) -> list[str]:
 def variance(argv: list[str]) -> int:
     """`grade variance CONFIG [--checkpoint DIR] [--section.field VALUE ...]`."""
     resolved = resolve(
-        "variance", argv, "Measure bias and variance of the gradient estimators at fixed parameters; what is measured: "
-        "--variance.*.", {
+        "variance",
+        argv,
+        "Measure bias and variance of the gradient estimators at fixed parameters; what is measured: --variance.*.",
+        {
             "checkpoint": Own(
-                str | None, None, "DIR",
+                str | None,
+                None,
+                "DIR",
                 "Folder of an adapter, such as runs/NAME/checkpoints/best; null: the adapter's initial state.",
-            ),
+            )
         },
     )
     if resolved is not None:

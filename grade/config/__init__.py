@@ -24,7 +24,25 @@ from grade.config.schema import (
 from grade.config.tasks import TaskConfig, TokenizerConfig
 
 __all__ = [
-    "NOISE_ROWS", "Config", "EvaluationConfig", "FunctionTerm", "GenerationConfig", "LoraSettings", "MethodConfig",
-    "ModelConfig", "RewardConfig", "RolloutConfig", "TaskConfig", "TokenizerConfig", "TrainConfig", "default_methods",
-    "flatten", "get_setting", "judged_length", "settings_with_role", "trains_head", "validate", "without_gradient",
+    "NOISE_ROWS",
+    "Config",
+    "EvaluationConfig",
+    "FunctionTerm",
+    "GenerationConfig",
+    "LoraSettings",
+    "MethodConfig",
+    "ModelConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "TaskConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "default_methods",
+    "flatten",
+    "get_setting",
+    "judged_length",
+    "settings_with_role",
+    "trains_head",
+    "validate",
+    "without_gradient",
 ]

@@ -70,15 +70,23 @@ class Facts(NamedTuple):
         """Whether a number is finite and within the bounds."""
         return not (
             (isinstance(number, float) and not math.isfinite(number))
-            or (self.ge is not None and number < self.ge) or (self.gt is not None and number <= self.gt)
-            or (self.le is not None and number > self.le) or (self.lt is not None and number >= self.lt)
+            or (self.ge is not None and number < self.ge)
+            or (self.gt is not None and number <= self.gt)
+            or (self.le is not None and number > self.le)
+            or (self.lt is not None and number >= self.lt)
         )
 
 
 def setting(
-    default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING, ge: float | None = None,
-    gt: float | None = None, le: float | None = None, lt: float | None = None,
-    text: Literal["any", "name", "path"] = "any", role: Role | None = None,
+    default: Any = dataclasses.MISSING,
+    *,
+    default_factory: Any = dataclasses.MISSING,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    text: Literal["any", "name", "path"] = "any",
+    role: Role | None = None,
 ) -> Any:
     """A dataclass field with the facts that `Facts` lists in its metadata; None is allowed where the type says so."""
     facts = Facts(ge=ge, gt=gt, le=le, lt=lt, text=text, role=role)

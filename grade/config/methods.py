@@ -165,8 +165,13 @@ def micro_batch_size(method: MethodConfig, batch_size: int, responses: int) -> i
 
 
 def check_method(
-    method: MethodConfig, *, samples_per_prompt: int, responses: int, own_sampling: bool,
-    no_gradient: str | None = None, functions: bool = False,
+    method: MethodConfig,
+    *,
+    samples_per_prompt: int,
+    responses: int,
+    own_sampling: bool,
+    no_gradient: str | None = None,
+    functions: bool = False,
 ) -> None:
     """Refuse a method that cannot work with the rest of the settings.
 

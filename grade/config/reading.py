@@ -15,11 +15,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import (
-    Any,
-    get_args,
-    get_type_hints,
-)
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -333,9 +329,7 @@ def split_arguments(
     return positionals, options
 
 
-def parse_settings(
-    parser: ArgumentParser, path: Path, options: list[str], own: Mapping[str, Any] | None = None
-) -> Any:
+def parse_settings(parser: ArgumentParser, path: Path, options: list[str], own: Mapping[str, Any] | None = None) -> Any:
     """Namespace of `parser`'s values: defaults, then the file at `path`, then `options`.
 
     The file's values become the parser's defaults, so that its help shows them.

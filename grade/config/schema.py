@@ -352,8 +352,10 @@ def validate(config: Config) -> None:
         raise GradeError("model.lora.target_modules is empty: nothing would be trained. Name a layer.")
     if config.model.finetuning == "full":
         for name, value, needed in (
-            ("model.dtype", config.model.dtype, "float32"), ("model.quantization", config.model.quantization, None),
-            ("model.adapter", config.model.adapter, None), ("method.replay_dropout", method.replay_dropout, False),
+            ("model.dtype", config.model.dtype, "float32"),
+            ("model.quantization", config.model.quantization, None),
+            ("model.adapter", config.model.adapter, None),
+            ("method.replay_dropout", method.replay_dropout, False),
         ):
             if value != needed:
                 reason = "16 bits would lose most of a step" if name == "model.dtype" else "there is no adapter"
@@ -399,8 +401,11 @@ def validate(config: Config) -> None:
     _check_reward(config.reward)
     _check_data(config)
     check_method(
-        method, samples_per_prompt=generation.samples_per_prompt, responses=per_step,
-        own_sampling=config.rollout.source is None, no_gradient=without_gradient(config.task, config.reward),
+        method,
+        samples_per_prompt=generation.samples_per_prompt,
+        responses=per_step,
+        own_sampling=config.rollout.source is None,
+        no_gradient=without_gradient(config.task, config.reward),
         functions=bool(config.reward.terms),
     )
     if config.task.name in JUDGED_BY_PROGRAM and config.reward.model is not None:
@@ -475,10 +480,22 @@ def _check_data(config: Config) -> None:
         )
 
 
-_TEMPLATE_ARGUMENTS = frozenset((
-    "conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict",
-    "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length", "tokenizer_kwargs",
-))
+_TEMPLATE_ARGUMENTS = frozenset(
+    (
+        "conversation",
+        "messages",
+        "tokenize",
+        "add_generation_prompt",
+        "continue_final_message",
+        "return_dict",
+        "return_tensors",
+        "return_assistant_tokens_mask",
+        "padding",
+        "truncation",
+        "max_length",
+        "tokenizer_kwargs",
+    )
+)
 
 
 def judged_length(config: Config) -> int:

@@ -238,7 +238,10 @@ def size_of(size: float) -> str:
 
 
 def plan(
-    trial: Callable[..., tuple[Peaks, float]], config: Config, sizes: Sizes, free: int | None,
+    trial: Callable[..., tuple[Peaks, float]],
+    config: Config,
+    sizes: Sizes,
+    free: int | None,
     any_process: Callable[[bool], bool] = bool,
 ) -> MemoryPlan:
     """Run trials, and decide where method.activation_checkpointing is `auto`: on if the run would take more than 80 %

@@ -13,13 +13,24 @@ from grade.model.policy import Policy
 from grade.rewards.base import Reward
 
 _METHODS: dict[str, type[Method]] = {
-    "grade-ste": Grade, "grade": Grade, "ppo": PPO, "reinforce": Reinforce, "grpo": GRPO,
+    "grade-ste": Grade,
+    "grade": Grade,
+    "ppo": PPO,
+    "reinforce": Reinforce,
+    "grpo": GRPO,
 }
 
 
 def make_method(
-    policy: Policy, reward: Reward, config: MethodConfig, generation: GenerationConfig, train: TrainConfig,
-    services: Services, *, seed: int, activation_checkpointing: bool,
+    policy: Policy,
+    reward: Reward,
+    config: MethodConfig,
+    generation: GenerationConfig,
+    train: TrainConfig,
+    services: Services,
+    *,
+    seed: int,
+    activation_checkpointing: bool,
 ) -> Method:
     """The method that method.name names; see `Method` for the arguments."""
     return _METHODS[config.name](policy, reward, config, generation, train, services, seed, activation_checkpointing)

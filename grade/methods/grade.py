@@ -64,12 +64,20 @@ class Grade(Method):
     def settings(self, step: int) -> ReplaySettings:
         config = self.config
         return ReplaySettings(
-            tau=self.tau(step), estimator=config.estimator, rao_samples=config.rao_samples,
-            kl_direction=config.kl_direction, kl_prefix_grad=config.kl_prefix_grad, max_hops=config.max_hops,
-            hop_tol=config.hop_tol, dropout=config.replay_dropout,
-            activation_checkpointing=self.activation_checkpointing, training=True,
-            prompt_cache=config.prompt_cache, chunk_bytes=config.head_chunk_bytes(self.policy.device.type),
-            any_process=self.services.any_process, phase=self.services.phase,
+            tau=self.tau(step),
+            estimator=config.estimator,
+            rao_samples=config.rao_samples,
+            kl_direction=config.kl_direction,
+            kl_prefix_grad=config.kl_prefix_grad,
+            max_hops=config.max_hops,
+            hop_tol=config.hop_tol,
+            dropout=config.replay_dropout,
+            activation_checkpointing=self.activation_checkpointing,
+            training=True,
+            prompt_cache=config.prompt_cache,
+            chunk_bytes=config.head_chunk_bytes(self.policy.device.type),
+            any_process=self.services.any_process,
+            phase=self.services.phase,
         )
 
     def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
@@ -126,7 +134,9 @@ class Grade(Method):
         """With GRADE's own measures: hops and their last change, and the relaxed weight that is not on the sampled
         token (0: the straight-through step is exact)."""
         return step_sums(
-            micro_batch, result, self.policy.eos_ids,
+            micro_batch,
+            result,
+            self.policy.eos_ids,
             per_response={"hops": result.hops, "hop_residual": result.residual},
             per_token={"soft_hard_gap": (1 - micro_batch.token_weight) * micro_batch.mask},
         )

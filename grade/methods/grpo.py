@@ -220,8 +220,11 @@ class GRPO(PolicyGradient):
 
 
 _TRL_NAMES = {
-    "clip_ratio/low_mean": "low", "clip_ratio/high_mean": "high", "clip_ratio/region_mean": "either",
-    "val/ratio": "ratio", "loss/policy_avg": "policy_loss",
+    "clip_ratio/low_mean": "low",
+    "clip_ratio/high_mean": "high",
+    "clip_ratio/region_mean": "either",
+    "val/ratio": "ratio",
+    "loss/policy_avg": "policy_loss",
 }
 
 

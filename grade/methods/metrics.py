@@ -54,7 +54,11 @@ def unique_token_ratio(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def step_sums(
-    rollout: Rollout, scores: Scores, eos_ids: Tensor, *, per_response: dict[str, Tensor] | None = None,
+    rollout: Rollout,
+    scores: Scores,
+    eos_ids: Tensor,
+    *,
+    per_response: dict[str, Tensor] | None = None,
     per_token: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """One micro-batch's contribution to `step_metrics`: sums, which micro-batches and processes can add.
@@ -66,11 +70,18 @@ def step_sums(
     reward, kl = scores.reward.double(), scores.kl.double()
     sums = {"tokens": mask.sum(), "reward²": reward.square().sum(), "kl²": kl.sum(1).square().sum()}
     of_responses = {
-        "reward": reward, "kl_sequence": kl.sum(1), "unique_token_ratio": unique_token_ratio(rollout.tokens, mask),
-        "eos_rate": rollout.ended_by(eos_ids), **(per_response or {}),
+        "reward": reward,
+        "kl_sequence": kl.sum(1),
+        "unique_token_ratio": unique_token_ratio(rollout.tokens, mask),
+        "eos_rate": rollout.ended_by(eos_ids),
+        **(per_response or {}),
     }
     of_tokens = {
-        "kl": kl, "entropy": scores.entropy, "logprob": scores.logprob, "topk_mass": scores.mass, **(per_token or {}),
+        "kl": kl,
+        "entropy": scores.entropy,
+        "logprob": scores.logprob,
+        "topk_mass": scores.mass,
+        **(per_token or {}),
     }
     if rollout.missed is not None:
         of_tokens["off_support"] = rollout.missed
@@ -78,7 +89,9 @@ def step_sums(
         applies = ~values.isnan()
         value = torch.where(applies, values.double(), 0.0)
         sums |= {
-            f"{_COUNT}/{name}": applies.sum(), f"{_SUM}/{name}": value.sum(), f"{_SQUARES}/{name}": value.square().sum()
+            f"{_COUNT}/{name}": applies.sum(),
+            f"{_SUM}/{name}": value.sum(),
+            f"{_SQUARES}/{name}": value.square().sum(),
         }
     sums |= {f"response/{name}": values.double().sum() for name, values in of_responses.items()}
     sums |= {f"token/{name}": values.double().sum() for name, values in of_tokens.items()}

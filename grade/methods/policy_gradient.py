@@ -168,17 +168,28 @@ class PolicyGradient(Method):
             return None if values is None else real.dense(values)
 
         head = vocab_objective(
-            real.rows(hidden), policy.head, indices=real.indices, tokens=real.tokens,
-            ref_hidden=scored.reference if reference else None, ref_kl=self.config.kl_direction == "ref_policy",
-            entropy_weight=rows(weights.entropy), kl_weight=rows(weights.kl), ref_kl_weight=rows(weights.ref_kl),
+            real.rows(hidden),
+            policy.head,
+            indices=real.indices,
+            tokens=real.tokens,
+            ref_hidden=scored.reference if reference else None,
+            ref_kl=self.config.kl_direction == "ref_policy",
+            entropy_weight=rows(weights.entropy),
+            kl_weight=rows(weights.kl),
+            ref_kl_weight=rows(weights.ref_kl),
             chunk_bytes=self.config.head_chunk_bytes(self.policy.device.type),
         )
         chosen = (head.indices == real.tokens[:, None]).long().argmax(1, keepdim=True)
         logprob = sampled_logits(policy, rollout, real, head.logits).log_softmax(-1).gather(1, chosen).squeeze(1)
         return Terms(
-            real.dense(logprob), logprob.new_zeros(()) if head.objective is None else head.objective.sum(), hidden,
-            full_logprob=real.dense(present(head.logprob)), entropy=real.dense(head.entropy),
-            mass=real.dense(head.mass), ref_logprob=dense(head.ref_logprob), kl=dense(head.kl),
+            real.dense(logprob),
+            logprob.new_zeros(()) if head.objective is None else head.objective.sum(),
+            hidden,
+            full_logprob=real.dense(present(head.logprob)),
+            entropy=real.dense(head.entropy),
+            mass=real.dense(head.mass),
+            ref_logprob=dense(head.ref_logprob),
+            kl=dense(head.kl),
             ref_kl=dense(head.ref_kl),
         )
 
@@ -233,7 +244,10 @@ class PolicyGradient(Method):
         """
         metrics = self.observed(sums)
         return {
-            "loss": loss_of(self.config, metrics), **metrics, "objective/kl": metrics["kl_sequence"], **(own or {}),
+            "loss": loss_of(self.config, metrics),
+            **metrics,
+            "objective/kl": metrics["kl_sequence"],
+            **(own or {}),
             **update_metrics(norms),
         }
 

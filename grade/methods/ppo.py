@@ -86,8 +86,12 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
 
 
 _TRL_NAMES = {
-    "loss/policy_avg": "policy_loss", "loss/value_avg": "value_loss", "policy/approxkl_avg": "approxkl",
-    "policy/clipfrac_avg": "clipped", "val/clipfrac_avg": "value_clipped", "val/ratio": "ratio",
+    "loss/policy_avg": "policy_loss",
+    "loss/value_avg": "value_loss",
+    "policy/approxkl_avg": "approxkl",
+    "policy/clipfrac_avg": "clipped",
+    "val/clipfrac_avg": "value_clipped",
+    "val/ratio": "ratio",
 }
 
 
@@ -178,9 +182,7 @@ class PPO(PolicyGradient):
         weights.entropy = mask.double() * (-settings.entropy_coef / totals.tokens)
         terms = self.terms(scored, weights, reference=settings.kl == "loss")
         values = self.value_head(terms.hidden) * mask
-        policy_loss = clipped_surrogate(
-            terms.logprob, old.logprob, experience.advantage, settings.clip, settings.clip
-        )
+        policy_loss = clipped_surrogate(terms.logprob, old.logprob, experience.advantage, settings.clip, settings.clip)
         error = value_loss(values, experience.values, experience.returns, settings.value_clip)
         per_token = (policy_loss + settings.value_coef * error) * mask
         (per_token.sum() / totals.tokens + terms.penalty).backward()
@@ -189,7 +191,11 @@ class PPO(PolicyGradient):
             approxkl = 0.5 * log_ratio.square()
             drift.add(mask, approxkl=approxkl)
             means.add(
-                mask, policy_loss=policy_loss, value_loss=error, approxkl=approxkl, ratio=log_ratio.exp(),
+                mask,
+                policy_loss=policy_loss,
+                value_loss=error,
+                approxkl=approxkl,
+                ratio=log_ratio.exp(),
                 clipped=((log_ratio.exp() - 1).abs() > settings.clip).double(),
                 value_clipped=((values - experience.values).abs() > settings.value_clip).double(),
             )

@@ -35,10 +35,13 @@ def advantages(shares: Tensor, copies: int, reduce: Callable[[Tensor], Tensor]) 
     applies = ~shares.isnan()
     values, counts = torch.where(applies, shares, 0.0), applies.double()
     if copies > 1:
+
         def whole(x: Tensor) -> Tensor:
             return x.unflatten(0, (-1, copies)).sum(1).repeat_interleave(copies, dim=0)
     else:
+
         def whole(x: Tensor) -> Tensor:
             return reduce(x.sum(0).cpu()).to(x.device)
+
     others, compared = whole(values) - values, whole(counts) - counts
     return (values - torch.where(compared > 0, others / compared.clamp_min(1), 0.0)).sum(1)

@@ -21,13 +21,31 @@ TRAINED, REFERENCE = "default", "reference"
 """Names of the adapters in a policy's peft model; the second is there with `model.reference: initial` only."""
 
 _KEPT = (
-    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
-    "alpha_pattern", "use_rslora", "fan_in_fan_out",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "fan_in_fan_out",
 )
 """What decides where an adapter's weights go and how they count."""
 _REFUSED = (
-    "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "use_dora", "lora_bias",
-    "use_qalora", "alora_invocation_tokens", "use_bdlora", "kasa_config", "monteclora_config", "velora_config",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
     "megatron_config",
 )
 """What changes more of a model than linear layers, or otherwise than by a product."""
@@ -87,9 +105,14 @@ def settings_of(name: str, folder: Path, lora: LoraSettings) -> LoraConfig:
         )
     default, theirs = LoraSettings(), saved.target_modules
     for setting, ours, own, unset in (
-        ("r", lora.r, saved.r, default.r), ("alpha", lora.alpha, saved.lora_alpha, default.alpha),
-        ("target_modules", set(lora.target_modules), theirs if isinstance(theirs, str) else set(theirs or ()),
-         set(default.target_modules)),
+        ("r", lora.r, saved.r, default.r),
+        ("alpha", lora.alpha, saved.lora_alpha, default.alpha),
+        (
+            "target_modules",
+            set(lora.target_modules),
+            theirs if isinstance(theirs, str) else set(theirs or ()),
+            set(default.target_modules),
+        ),
     ):
         if ours not in (unset, own):
             shown = [", ".join(sorted(x)) if isinstance(x, set) else x for x in (ours, own)]

@@ -30,9 +30,7 @@ class ReservedLayer(DynamicLayer):
         self._rooms: list[Tensor] | None = None  # keys' and values', each [B, heads, capacity, size]
         self._view: Tensor | None = None  # the keys in it, as long as nobody has put others in their place
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()

@@ -1,11 +1,11 @@
 """Checkpoints: a saved adapter, with the trainer's state where a run can be continued from it, and their checksums.
 
-    adapter_config.json, adapter_model.safetensors    as peft writes them; the base by a name that holds anywhere
-    config.json, model.safetensors, ...               instead, a whole model that was trained
-    tokenizer.json, chat_template.jinja, ...          the policy's tokenizer as transformers writes it
-    README.md                                         the model card, if there is one
-    trainer_state.json, trainer_state.safetensors     numbers and tensors of the state, if there is one (`grade.tree`)
-    manifest.json                                     step, and the SHA-256 of every other file
+adapter_config.json, adapter_model.safetensors    as peft writes them; the base by a name that holds anywhere
+config.json, model.safetensors, ...               instead, a whole model that was trained
+tokenizer.json, chat_template.jinja, ...          the policy's tokenizer as transformers writes it
+README.md                                         the model card, if there is one
+trainer_state.json, trainer_state.safetensors     numbers and tensors of the state, if there is one (`grade.tree`)
+manifest.json                                     step, and the SHA-256 of every other file
 """
 
 from __future__ import annotations

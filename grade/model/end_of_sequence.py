@@ -25,8 +25,11 @@ def end_ids(causal_lm: PreTrainedModel, tokenizer: Any, vocab_size: int) -> dict
     generation = getattr(getattr(causal_lm, "generation_config", None), "eos_token_id", None)
     named = {
         "the tokenizer": getattr(tokenizer, "eos_token_id", None),
-        **({"the model's config": getattr(causal_lm.config, "eos_token_id", None)} if generation is None else
-           {"the generation config": generation}),
+        **(
+            {"the model's config": getattr(causal_lm.config, "eos_token_id", None)}
+            if generation is None
+            else {"the generation config": generation}
+        ),
     }
     found: dict[int, list[str]] = {}
     for source, ids in named.items():

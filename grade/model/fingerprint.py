@@ -24,9 +24,13 @@ from grade.tasks.base import Task
 _MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "*.py")
 _KNOWN: WeakKeyDictionary[Policy, dict[str, str]] = WeakKeyDictionary()
 _WORDS = {
-    "model": "the base model's weights or settings", "tokenizer": "the tokenizer", "data": "the data of task.dataset",
-    "reward": "the reward", "adapter": "the adapter of model.adapter",
-    "quantization": "model.quantization", "responses_per_step": "the responses of a step, over all processes",
+    "model": "the base model's weights or settings",
+    "tokenizer": "the tokenizer",
+    "data": "the data of task.dataset",
+    "reward": "the reward",
+    "adapter": "the adapter of model.adapter",
+    "quantization": "model.quantization",
+    "responses_per_step": "the responses of a step, over all processes",
 }
 
 
@@ -95,7 +99,8 @@ def model_inputs(policy: Policy) -> dict[str, str]:
         tokenizer = tokenizer_digest(policy.tokenizer)
         bits = quantization_of(base)
         _KNOWN[policy] = {
-            "model": model_digest(base.name_or_path, base), "tokenizer": tokenizer,
+            "model": model_digest(base.name_or_path, base),
+            "tokenizer": tokenizer,
             **({} if bits is None else {"quantization": bits}),
         }
     return _KNOWN[policy]
@@ -108,8 +113,7 @@ def policy_inputs(policy: Policy) -> dict[str, str]:
 
 
 def remember_inputs(policy: Policy, model: str) -> None:
-    """Say what a policy is made of that was loaded from no file: `model` is a digest of the weights as they were given.
-    """
+    """Say what a policy from no file is made of: `model` is a digest of the weights as they were given."""
     _KNOWN[policy] = {"model": model, "tokenizer": tokenizer_digest(policy.tokenizer)}
 
 
@@ -117,8 +121,10 @@ def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between two fingerprints, as words; empty if nothing does."""
     names = [name for name in now if then.get(name) != now[name]]
     return ", ".join(
-        _WORDS[name] if name in _WORDS and isinstance(now[name], str)
-        else f"{_WORDS.get(name, name)} ({then.get(name)} then, {now[name]} now)" for name in names
+        _WORDS[name]
+        if name in _WORDS and isinstance(now[name], str)
+        else f"{_WORDS.get(name, name)} ({then.get(name)} then, {now[name]} now)"
+        for name in names
     )
 
 

@@ -46,7 +46,10 @@ def policy_source(model: ModelConfig) -> Pretrained:
         GradeError: model.name is a path without a model.
     """
     return Pretrained(
-        "model.name", model.name, path=model_path(model.name), revision=model.revision,
+        "model.name",
+        model.name,
+        path=model_path(model.name),
+        revision=model.revision,
         trust_remote_code=model.trust_remote_code,
     )
 
@@ -67,8 +70,14 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_policy(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, seed: int, task: TaskConfig,
-    generation: GenerationConfig, reward: RewardConfig,
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    *,
+    seed: int,
+    task: TaskConfig,
+    generation: GenerationConfig,
+    reward: RewardConfig,
 ) -> Policy:
     """The base model, frozen, with the adapter of model.adapter or a fresh one initialised from `seed`; it must fit
     what the other sections ask.
@@ -85,8 +94,11 @@ def load_policy(
     check_fits(model.name, source.config(), task, generation, reward.max_tokens if head else None)
     transformers_logging.disable_progress_bar()  # one line per file of weights says less than it costs to read
     base, found = source.model(
-        AutoModelForCausalLM, dtype=getattr(torch, model.dtype),
-        attn_implementation=model.attn_implementation, output_loading_info=True, **loading_options(model, device),
+        AutoModelForCausalLM,
+        dtype=getattr(torch, model.dtype),
+        attn_implementation=model.attn_implementation,
+        output_loading_info=True,
+        **loading_options(model, device),
     )
     if found["missing_keys"]:
         raise GradeError(
@@ -150,7 +162,8 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, seed: int) -> PeftMod
             f"It has {', '.join(sorted(linear))}."
         )
     layers = [
-        m for name, m in base.named_modules()
+        m
+        for name, m in base.named_modules()
         if name.rsplit(".", 1)[-1] in lora.target_modules and isinstance(m, (torch.nn.Linear, Conv1D))
     ]
     sizes = (m.weight.shape if isinstance(m, Conv1D) else (m.in_features, m.out_features) for m in layers)
@@ -162,8 +175,12 @@ def add_adapter(base: PreTrainedModel, model: ModelConfig, seed: int) -> PeftMod
             f"{free / 2**30:.1f} GiB are free. Lower it, or name fewer model.lora.target_modules."
         )
     settings = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
-        task_type="CAUSAL_LM", fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()),
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()),
     )
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(seed)

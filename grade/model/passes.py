@@ -55,18 +55,28 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def policy_pass(
-    policy: Policy, rollout: Rollout, x: Tensor, *, dropout: bool = False, activation_checkpointing: bool = False,
+    policy: Policy,
+    rollout: Rollout,
+    x: Tensor,
+    *,
+    dropout: bool = False,
+    activation_checkpointing: bool = False,
     adapters: bool = True,
 ) -> Tensor:
     """[B, S, d] hidden states that predict the response's tokens; `x` [B, S, d] are its embeddings."""
     with policy.state(adapters=adapters, dropout=dropout, activation_checkpointing=activation_checkpointing):
         hidden = policy.hidden(*_whole_sequence(policy, rollout, x))
     prompt = rollout.prompt_ids.shape[1]
-    return hidden[:, prompt - 1: -1]
+    return hidden[:, prompt - 1 : -1]
 
 
 def base_pass(
-    policy: Policy, rollout: Rollout, x: Tensor, *, prompt_cache: bool = True, activation_checkpointing: bool = False,
+    policy: Policy,
+    rollout: Rollout,
+    x: Tensor,
+    *,
+    prompt_cache: bool = True,
+    activation_checkpointing: bool = False,
     reads_base: bool = True,
 ) -> BasePass:
     """The frozen base over prompt + response, and in a pass of its own a reference that is not the base.
@@ -80,9 +90,7 @@ def base_pass(
             and all states are the reference's.
     """
     cached = prompt_cache and policy.reads_prompt_cache and not activation_checkpointing
-    before, response = _frozen_states(
-        policy, rollout, x, cached, activation_checkpointing, reference=not reads_base
-    )
+    before, response = _frozen_states(policy, rollout, x, cached, activation_checkpointing, reference=not reads_base)
     others = (before, response)
     if policy.has_reference and reads_base:
         others = _frozen_states(policy, rollout, x, cached, activation_checkpointing, reference=True)

@@ -85,7 +85,11 @@ class Policy:
     """
 
     def __init__(
-        self, model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, probe: bool = True,
+        self,
+        model: PeftModel | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        probe: bool = True,
         length: int = 0,
     ):
         self.model, self.tokenizer = model, tokenizer

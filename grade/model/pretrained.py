@@ -51,7 +51,12 @@ class Pretrained:
     """
 
     def __init__(
-        self, setting: str, name: str, *, path: str | None = None, revision: str | None = None,
+        self,
+        setting: str,
+        name: str,
+        *,
+        path: str | None = None,
+        revision: str | None = None,
         trust_remote_code: bool = False,
     ):
         self.setting, self.name, self.path = setting, name, path or name
@@ -125,8 +130,12 @@ class Pretrained:
         except Exception as error:
             if "trust_remote_code" in str(error):
                 raise self.refusal(f"it comes with code of its own. {_NOT_TRUSTED[self.setting]}") from error
-            where = "" if self.is_local else (
-                " Name a folder with a model, or a hub model while the hub can be reached (`grade doctor` tells)."
+            where = (
+                ""
+                if self.is_local
+                else (
+                    " Name a folder with a model, or a hub model while the hub can be reached (`grade doctor` tells)."
+                )
             )
             raise self.refusal(reason_of(error).rstrip(".") + "." + where) from error
 

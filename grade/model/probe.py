@@ -48,7 +48,7 @@ def probe_ids(policy: Any) -> Tensor:
 
 def check_finite(policy: Any) -> None:
     """Raises:
-        GradeError: a weight is NaN or infinite, and everything computed from it: no probe could say why.
+    GradeError: a weight is NaN or infinite, and everything computed from it: no probe could say why.
     """
     for name, weight in policy.model.named_parameters():
         if weight.is_floating_point() and not _is_finite(weight.detach()):

@@ -56,7 +56,7 @@ def decoding_error(policy: Any, start: Callable[..., Decoder], *, drops_rows: bo
     for lengths in ((5, 3), (4,)):  # padded, and not
         prompts, mask, sequences = _sequences(policy, lengths)
         copies = len(sequences) // len(lengths)
-        alone = [policy.hidden(policy.embed(ids)[None], None)[0, -_STEPS - 1:] for ids in sequences]
+        alone = [policy.hidden(policy.embed(ids)[None], None)[0, -_STEPS - 1 :] for ids in sequences]
         responses = torch.stack([ids[-_STEPS:] for ids in sequences])
         decoder = start(prompts, mask, copies=copies, steps=_STEPS)
         rows = torch.arange(len(sequences), device=policy.device)
@@ -78,8 +78,9 @@ def _sequences(policy: Any, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, l
     prompts = torch.stack([ids.roll(shift)[:width] for shift in range(len(lengths))])
     mask = torch.arange(width, device=policy.device) >= torch.tensor([[width - n] for n in lengths]).to(policy.device)
     sequences = [
-        torch.cat([prompts[u, width - length:], ids.roll(3 + _COPIES * u + copy)[:_STEPS]])
-        for u, length in enumerate(lengths) for copy in range(_COPIES)
+        torch.cat([prompts[u, width - length :], ids.roll(3 + _COPIES * u + copy)[:_STEPS]])
+        for u, length in enumerate(lengths)
+        for copy in range(_COPIES)
     ]
     return prompts, mask, sequences
 
@@ -108,7 +109,7 @@ def probe_length(policy: Any, length: int) -> None:
         raise _length_refusal(policy, length)
     decoder = Decoder(policy, ids[:, :-tail], torch.ones_like(ids[:, :-tail], dtype=torch.bool), copies=1, steps=tail)
     states = [decoder.hidden, *(decoder.feed(embeddings[:, at]) for at in range(length - tail, length))]
-    if relative_error(torch.stack(states, 1), hidden[:, -tail - 1:]) > tolerance:
+    if relative_error(torch.stack(states, 1), hidden[:, -tail - 1 :]) > tolerance:
         raise refusal(
             policy, f"gives other hidden states from its KV cache than from a parallel pass over {length} positions"
         )

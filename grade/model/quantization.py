@@ -35,14 +35,17 @@ def loading_options(model: ModelConfig, device: torch.device) -> dict[str, Any]:
     # It says of every layer that its input is cast.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     how = BitsAndBytesConfig(
-        load_in_4bit=model.quantization == "4bit", load_in_8bit=model.quantization == "8bit", bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=getattr(torch, model.dtype), llm_int8_threshold=0.0,
+        load_in_4bit=model.quantization == "4bit",
+        load_in_8bit=model.quantization == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+        llm_int8_threshold=0.0,
     )
     return {"quantization_config": how, "device_map": {"": device}}  # such a model cannot be moved later
 
 
 def quantization_of(loaded: PreTrainedModel) -> str | None:
-    """"4bit" or "8bit" of a loaded model, None where its weights are whole."""
+    """ "4bit" or "8bit" of a loaded model, None where its weights are whole."""
     return next((bits for bits in ("4bit", "8bit") if getattr(loaded, f"is_loaded_in_{bits}", False)), None)
 
 

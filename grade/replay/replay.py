@@ -29,16 +29,7 @@ from torch import Tensor
 
 from grade.errors import present
 from grade.model.policy import Policy
-from grade.replay.score import (
-    Forward,
-    Incoming,
-    RealTokens,
-    Scores,
-    ScoreSettings,
-    forward,
-    sampled_logits,
-    vjp,
-)
+from grade.replay.score import Forward, Incoming, RealTokens, Scores, ScoreSettings, forward, sampled_logits, vjp
 from grade.rewards.base import Reward
 from grade.rollout import Rollout
 from grade_kernels import SoftTokenRule, pull_back
@@ -111,9 +102,15 @@ class Prepared:
         """D and the pull-back to the hidden state, for the draws of this rollout; linear in its argument."""
         policy, rollout, real = self.policy, self.rollout, self.done.real
         rule = SoftTokenRule(
-            logits=sampled_logits(policy, rollout, real, present(self.done.swept.logits)), indices=real.indices,
-            tokens=real.tokens, rows=real.noise, seed=rollout.seed, tau=settings.tau,
-            estimator=settings.estimator, samples=settings.rao_samples, head=policy.head,
+            logits=sampled_logits(policy, rollout, real, present(self.done.swept.logits)),
+            indices=real.indices,
+            tokens=real.tokens,
+            rows=real.noise,
+            seed=rollout.seed,
+            tau=settings.tau,
+            estimator=settings.estimator,
+            samples=settings.rao_samples,
+            head=policy.head,
             keep_bytes=settings.chunk_bytes,  # as much as the chunks of the sweep took, which have been freed
         )
 
@@ -140,8 +137,14 @@ class Prepared:
 
 
 def prepare(
-    policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings, *,
-    reward_weight: Tensor, kl_weight: Tensor, score_weight: Tensor | None = None,
+    policy: Policy,
+    reward: Reward,
+    rollout: Rollout,
+    settings: ReplaySettings,
+    *,
+    reward_weight: Tensor,
+    kl_weight: Tensor,
+    score_weight: Tensor | None = None,
 ) -> Prepared:
     """The forward of a replay, and the gradients that reach the tokens from outside the policy; see `replay`."""
     done = forward(policy, reward, rollout, settings, grad=True)
@@ -185,8 +188,14 @@ def _outside_gradients(done: Forward, reward: Reward, at_reward: Tensor, at_refe
 
 
 def replay(
-    policy: Policy, reward: Reward, rollout: Rollout, settings: ReplaySettings, *,
-    reward_weight: Tensor, kl_weight: Tensor, score_weight: Tensor | None = None,
+    policy: Policy,
+    reward: Reward,
+    rollout: Rollout,
+    settings: ReplaySettings,
+    *,
+    reward_weight: Tensor,
+    kl_weight: Tensor,
+    score_weight: Tensor | None = None,
 ) -> ReplayResult:
     """Add the gradient of  sum(kl_weight * kl) - sum(reward_weight * reward) - sum(score_weight * logprob)  to the
     policy's parameters; the log-probability is that of a response as it was sampled, and its tokens stay fixed in it.

@@ -172,16 +172,23 @@ def frozen_passes(
     """
     fed = fed_to_policy(policy, rollout, real, grad=grad)
     base = base_pass(
-        policy, rollout, real.dense(fed.x), prompt_cache=settings.prompt_cache,
-        activation_checkpointing=settings.activation_checkpointing, reads_base=reward.shares_base_pass,
+        policy,
+        rollout,
+        real.dense(fed.x),
+        prompt_cache=settings.prompt_cache,
+        activation_checkpointing=settings.activation_checkpointing,
+        reads_base=reward.shares_base_pass,
     )
     fed_reward = [
         Fed(real.rows(x).requires_grad_(grad), table)
         for x, table in zip(reward.inputs(rollout), reward.tables, strict=True)
     ]
     total, terms = reward.valued(
-        rollout, base, [real.dense(f.x) for f in fed_reward],
-        activation_checkpointing=settings.activation_checkpointing, training=settings.training,
+        rollout,
+        base,
+        [real.dense(f.x) for f in fed_reward],
+        activation_checkpointing=settings.activation_checkpointing,
+        training=settings.training,
     )
     terms = {name: values.detach() for name, values in terms.items()}
     return Frozen(base, real.rows(base.reference), total, terms, fed, fed_reward)
@@ -199,18 +206,28 @@ def forward(
     real = RealTokens(rollout)
     with settings.phase("policy_forward"):
         fed = fed_to_policy(policy, rollout, real, grad=grad)
-        hidden = real.rows(policy_pass(
-            policy, rollout, real.dense(fed.x), dropout=settings.dropout,
-            activation_checkpointing=settings.activation_checkpointing,
-            adapters=adapters,
-        ))
+        hidden = real.rows(
+            policy_pass(
+                policy,
+                rollout,
+                real.dense(fed.x),
+                dropout=settings.dropout,
+                activation_checkpointing=settings.activation_checkpointing,
+                adapters=adapters,
+            )
+        )
     with settings.phase("base_forward"):
         frozen = frozen_passes(policy, reward, rollout, real, settings, grad=grad)
     with settings.phase("head"):
         swept = vocab_head(
-            hidden.detach(), policy.head, ref_hidden=frozen.reference.detach(),
-            indices=real.indices, tokens=real.tokens,
-            direction=settings.kl_direction, grad=grad, chunk_bytes=settings.chunk_bytes,
+            hidden.detach(),
+            policy.head,
+            ref_hidden=frozen.reference.detach(),
+            indices=real.indices,
+            tokens=real.tokens,
+            direction=settings.kl_direction,
+            grad=grad,
+            chunk_bytes=settings.chunk_bytes,
         )
     return Forward(real, fed, hidden, frozen, swept)
 

@@ -117,8 +117,12 @@ def load_study(folder: Path) -> Study:
     if kind == "comparison":
         runs = [_with_test(run, tests, _chosen(comparison)) for run in runs]
     return Study(
-        title=folder.resolve().name, kind=kind if runs else "variance", runs=runs, comparison=comparison,
-        variance=variance, problems=problems,
+        title=folder.resolve().name,
+        kind=kind if runs else "variance",
+        runs=runs,
+        comparison=comparison,
+        variance=variance,
+        problems=problems,
     )
 
 
@@ -153,7 +157,11 @@ def _load_run(folder: Path, problems: list[str]) -> Run | None:
     validation = [_flat_evaluation(row) for row in evaluations.get("validation") or [] if isinstance(row, dict)]
     test = evaluations.get("test", {})
     return Run(
-        name=folder.name, method=method, seed=seed, config=config, record=_json(folder / "run.json", problems),
+        name=folder.name,
+        method=method,
+        seed=seed,
+        config=config,
+        record=_json(folder / "run.json", problems),
         steps=[row for row in rows if "validation/reward" not in row],
         validation=validation or [_logged_evaluation(row) for row in rows if "validation/reward" in row],
         best=(evaluations.get("best") or {}).get("step"),
@@ -181,7 +189,7 @@ def _flat_evaluation(row: dict) -> dict:
 
 def _logged_evaluation(row: dict) -> dict:
     """A validation as metrics.jsonl has it: without samples."""
-    return {"step": row["step"], **{key[len("validation/"):]: value for key, value in row.items() if "/" in key}}
+    return {"step": row["step"], **{key[len("validation/") :]: value for key, value in row.items() if "/" in key}}
 
 
 def _rows(path: Path, problems: list[str]) -> list[dict]:
@@ -229,7 +237,7 @@ def _with_test(run: Run, tests: dict[str, dict], chosen: dict[tuple[str, int], i
     latest that is tested."""
     best = chosen.get((run.method, run.seed), run.best)
     prefix = f"{run.method}/{run.seed}/"
-    tested = sorted(int(key[len(prefix):]) for key in tests if key.startswith(prefix))
+    tested = sorted(int(key[len(prefix) :]) for key in tests if key.startswith(prefix))
     if best != 0 and tested and best not in tested:
         best = tested[-1]
     # A comparison lets the base model stand for a run that had nothing trained within the budget.

@@ -36,7 +36,10 @@ def _on_lines(label: str) -> str:
 
 
 def bars(
-    labels: Sequence[str], colours: Sequence[str], series: Mapping[str, Sequence[Estimate | None]], title: str,
+    labels: Sequence[str],
+    colours: Sequence[str],
+    series: Mapping[str, Sequence[Estimate | None]],
+    title: str,
     xlabel: str,
 ) -> Figure:
     """A bar per label and entry of `series`, from 0, with its standard error; entries differ in tint and hatch."""
@@ -47,18 +50,31 @@ def bars(
             if found is None:
                 continue
             axes.barh(
-                row - 0.4 + height * (place + 0.5), found.mean, height * 0.92, xerr=found.stderr or None,
-                color=tinted(colour, 0.55) if place % 2 else colour, hatch=_HATCHES[place % len(_HATCHES)],
-                edgecolor=INK, linewidth=0.6, error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 3},
+                row - 0.4 + height * (place + 0.5),
+                found.mean,
+                height * 0.92,
+                xerr=found.stderr or None,
+                color=tinted(colour, 0.55) if place % 2 else colour,
+                hatch=_HATCHES[place % len(_HATCHES)],
+                edgecolor=INK,
+                linewidth=0.6,
+                error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 3},
             )
     if len(series) > 1:
-        add_legend(figure, axes, [
-            Patch(
-                facecolor=tinted(BASE_COLOUR, 0.55) if i % 2 else BASE_COLOUR, edgecolor=INK, linewidth=0.6,
-                hatch=_HATCHES[i % len(_HATCHES)], label=name,
-            )
-            for i, name in enumerate(series)
-        ])
+        add_legend(
+            figure,
+            axes,
+            [
+                Patch(
+                    facecolor=tinted(BASE_COLOUR, 0.55) if i % 2 else BASE_COLOUR,
+                    edgecolor=INK,
+                    linewidth=0.6,
+                    hatch=_HATCHES[i % len(_HATCHES)],
+                    label=name,
+                )
+                for i, name in enumerate(series)
+            ],
+        )
     return figure
 
 
@@ -78,9 +94,16 @@ def stacked(labels: Sequence[str], parts: Sequence[dict[str, float]], title: str
 
 
 def dots(
-    labels: Sequence[str], colours: Sequence[str], values: Sequence[list[float]],
-    intervals: Sequence[Interval | None], title: str, xlabel: str, *, log: bool = False,
-    level: float | None = None, level_name: str = "",
+    labels: Sequence[str],
+    colours: Sequence[str],
+    values: Sequence[list[float]],
+    intervals: Sequence[Interval | None],
+    title: str,
+    xlabel: str,
+    *,
+    log: bool = False,
+    level: float | None = None,
+    level_name: str = "",
 ) -> Figure:
     """Every value as a small dot, and where there is an interval, it with the mean of the values.
 
@@ -93,7 +116,13 @@ def dots(
             axes.plot(interval, [row, row], color=colour, linewidth=4, alpha=0.5, solid_capstyle="butt")
             axes.plot(np.mean(known), row, color=colour, marker="|", markersize=15, markeredgewidth=3)
         axes.plot(
-            known, [row] * len(known), color=colour, marker="o", markersize=5, linestyle="", markeredgecolor=INK,
+            known,
+            [row] * len(known),
+            color=colour,
+            marker="o",
+            markersize=5,
+            linestyle="",
+            markeredgecolor=INK,
             markeredgewidth=0.5,
         )
     if log:

@@ -12,7 +12,12 @@ from grade.report.style import INK, Style, add_legend, legend_order, new_axes, s
 
 
 def over_steps(
-    curves: dict[str, Curve], styles: dict[str, Style], title: str, ylabel: str, *, log: bool = False,
+    curves: dict[str, Curve],
+    styles: dict[str, Style],
+    title: str,
+    ylabel: str,
+    *,
+    log: bool = False,
     level: tuple[float, str] | None = None,
 ) -> Figure:
     """Mean over seeds with a band from the lowest to the highest seed; dotted where not all seeds are there.
@@ -31,8 +36,14 @@ def over_steps(
         # A point alone, such as the only validation of a run that has just begun, is no line.
         marker = style.marker if full.sum() < 30 else None
         axes.plot(
-            curve.x[full], curve.mean[full], color=style.colour, linestyle=style.dash, linewidth=1.6, label=label,
-            marker=marker, markersize=4,
+            curve.x[full],
+            curve.mean[full],
+            color=style.colour,
+            linestyle=style.dash,
+            linewidth=1.6,
+            label=label,
+            marker=marker,
+            markersize=4,
         )
     if level is not None:
         axes.axhline(level[0], color=INK, linewidth=1, linestyle="--", label=level[1])
@@ -52,8 +63,14 @@ def validation(groups: Sequence[Group], curves: dict[str, Curve]) -> Figure:
         style, curve = style_of(group), curves[group.label]
         whole = curve.seeds == curve.of
         axes.plot(
-            curve.x[whole], curve.mean[whole], color=style.colour, linestyle=style.dash, linewidth=2,
-            marker=style.marker, markersize=4, label=group.label,
+            curve.x[whole],
+            curve.mean[whole],
+            color=style.colour,
+            linestyle=style.dash,
+            linewidth=2,
+            marker=style.marker,
+            markersize=4,
+            label=group.label,
         )
         for run in group.runs:
             if len(group.runs) > 1:
@@ -62,8 +79,15 @@ def validation(groups: Sequence[Group], curves: dict[str, Curve]) -> Figure:
             best = number(run.best_validation, "reward")
             if best is not None and run.best is not None:
                 axes.plot(
-                    run.best, best, color=style.colour, marker="*", markersize=13, markeredgecolor=INK,
-                    markeredgewidth=0.8, linestyle="", zorder=5,
+                    run.best,
+                    best,
+                    color=style.colour,
+                    marker="*",
+                    markersize=13,
+                    markeredgecolor=INK,
+                    markeredgewidth=0.8,
+                    linestyle="",
+                    zorder=5,
                 )
     axes.locator_params(axis="x", integer=True)
     axes.plot([], [], color="none", marker="*", markersize=11, markeredgecolor=INK, linestyle="", label="best")
@@ -80,13 +104,20 @@ def against_cost(groups: Sequence[Group], cost: str) -> Figure:
         runs = next(group for group in groups if group.label == label).runs
         for position, run in enumerate(runs):
             points = [
-                (cost_before(run, row["step"])[cost], reward) for row in run.validation
+                (cost_before(run, row["step"])[cost], reward)
+                for row in run.validation
                 if (reward := number(row, "reward")) is not None
             ]
             rewards += [reward for _, reward in points]
             axes.plot(
-                [x for x, _ in points], [y for _, y in points], color=style.colour, linestyle=style.dash,
-                linewidth=1.2, marker=style.marker, markersize=3, label="_" * (position > 0) + label,
+                [x for x, _ in points],
+                [y for _, y in points],
+                color=style.colour,
+                linestyle=style.dash,
+                linewidth=1.2,
+                marker=style.marker,
+                markersize=3,
+                label="_" * (position > 0) + label,
             )
     # Of the thresholds far above everything, the next one is enough to see that it was not reached.
     above = [threshold for threshold in THRESHOLDS if threshold > max(rewards)]
@@ -94,8 +125,15 @@ def against_cost(groups: Sequence[Group], cost: str) -> Figure:
         if min(rewards) < threshold and threshold not in above[1:]:
             axes.axhline(threshold, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
             axes.annotate(
-                f"{threshold:g}", (1, threshold), (3, 0), xycoords=("axes fraction", "data"),
-                textcoords="offset points", fontsize=8, color=INK, ha="left", va="center",
+                f"{threshold:g}",
+                (1, threshold),
+                (3, 0),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize=8,
+                color=INK,
+                ha="left",
+                va="center",
             )
     axes.ticklabel_format(axis="x", style="plain")
     axes.xaxis.set_major_formatter(_thousands)

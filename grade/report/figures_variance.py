@@ -11,7 +11,9 @@ from grade.report.style import add_legend, method_colour, new_axes
 
 # Okabe and Ito's colours again: rules are told apart as methods are, and by their markers.
 _RULES = {
-    "gumbel": ("#0072B2", "o"), "rao": ("#009E73", "s"), "straight_through": ("#D55E00", "^"),
+    "gumbel": ("#0072B2", "o"),
+    "rao": ("#009E73", "s"),
+    "straight_through": ("#D55E00", "^"),
     "reinmax": ("#CC79A7", "D"),
 }
 _SOFT = ("#E69F00", "v")
@@ -30,8 +32,14 @@ def against_tau(rows: Sequence[dict], key: str, title: str, ylabel: str, *, log:
         for at, (low, high) in zip(tau, intervals, strict=True):
             axes.plot([at, at], [low, high], color=colour, linewidth=0.9, alpha=0.6)
         axes.plot(
-            tau, values, color=colour, marker=marker, markersize=5, linewidth=1.4,
-            markerfacecolor="none" if hops == 0 else colour, **_by_hops(label, hops),
+            tau,
+            values,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linewidth=1.4,
+            markerfacecolor="none" if hops == 0 else colour,
+            **_by_hops(label, hops),
         )
     levels = [row for row in rows if row.get("tau") is None and row.get("hops") in (None, 0, "converged")]
     for place, row in enumerate(levels):

@@ -12,7 +12,11 @@ from grade.report.data import Run
 
 # Settings that leave a step of training what it is: how long a run lasts, how fast it is, where it lies, and these.
 _FREE = {
-    *settings_with_role("resume", "speed", "place"), "seed", "device", "evaluation.every", "evaluation.test_prompts",
+    *settings_with_role("resume", "speed", "place"),
+    "seed",
+    "device",
+    "evaluation.every",
+    "evaluation.test_prompts",
 }
 SCHEDULE = ("method.tau_start", "method.tau_end", "method.tau_steps")
 

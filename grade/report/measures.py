@@ -120,7 +120,8 @@ def cost_before(run: Run, step: int) -> dict[str, float]:
     """What training had cost when `step` optimizer steps were made."""
     rows = [row for row in run.steps if row["step"] < step]
     return {
-        "steps": step, "tokens": sum(number(row, "tokens") or 0.0 for row in rows),
+        "steps": step,
+        "tokens": sum(number(row, "tokens") or 0.0 for row in rows),
         "seconds": sum(step_seconds(row) for row in rows),
     }
 
@@ -164,7 +165,9 @@ def held_out(groups: Sequence[Group]) -> HeldOut:
 
     values = {g.label: [r for run in g.runs if (r := reward(run)) is not None] for g in groups}
     return HeldOut(
-        split, {label: found for label, found in values.items() if found}, base_reward(runs, split),
+        split,
+        {label: found for label, found in values.items() if found},
+        base_reward(runs, split),
         [run.name for run in runs if reward(run) is None],
     )
 
@@ -196,4 +199,4 @@ def phase_seconds(group: Group) -> dict[str, float]:
     """Mean seconds per step of each phase, over the steps of all seeds; {} where no step has any."""
     rows = [row for run in group.runs for row in run.steps]
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith("seconds/"))
-    return {key[len("seconds/"):]: sum(number(row, key) or 0.0 for row in rows) / len(rows) for key in keys}
+    return {key[len("seconds/") :]: sum(number(row, key) or 0.0 for row in rows) / len(rows) for key in keys}

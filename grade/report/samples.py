@@ -98,7 +98,7 @@ def _method_html(label: str, pairs: Sequence[Pair]) -> str:
     parts = [f"<details open><summary>{escape(title)}</summary>"]
     for name, chosen in (("Largest gains", gains), ("Largest losses", losses)):
         parts.append(f"<h3>{name}</h3>")
-        parts += [_pair_html(pair) for pair in chosen] or ["<p class=\"note\">None.</p>"]
+        parts += [_pair_html(pair) for pair in chosen] or ['<p class="note">None.</p>']
     return "".join([*parts, "</details>"])
 
 
@@ -107,7 +107,7 @@ def _pair_html(pair: Pair) -> str:
         f'<article class="pair"><p class="prompt"><span>prompt</span>{_shown(pair.prompt)}</p>'
         f'<div class="side"><p><span>base model, reward {rounded(pair.reward_before, 3)}</span>{_shown(pair.before)}'
         f'</p></div><div class="side"><p><span>trained, seed {pair.seed}, reward {rounded(pair.reward_after, 3)} '
-        f'({"+" if pair.gain > 0 else ""}{rounded(pair.gain, 3)})</span>{_shown(pair.after)}</p></div></article>'
+        f"({'+' if pair.gain > 0 else ''}{rounded(pair.gain, 3)})</span>{_shown(pair.after)}</p></div></article>"
     )
 
 
@@ -119,8 +119,16 @@ def _shown(text: str) -> str:
 def _table(pairs: Sequence[Pair]) -> Table:
     return Table(
         "samples",
-        [Column("method"), Column("seed"), Column("prompt"), Column("base model"), Column("trained"),
-         Column("reward, base model"), Column("reward, trained"), Column("gain")],
+        [
+            Column("method"),
+            Column("seed"),
+            Column("prompt"),
+            Column("base model"),
+            Column("trained"),
+            Column("reward, base model"),
+            Column("reward, trained"),
+            Column("gain"),
+        ],
         [
             [p.method, str(p.seed), p.prompt, p.before, p.after, p.reward_before, p.reward_after, p.gain]
             for label in dict.fromkeys(p.method for p in pairs)

@@ -21,9 +21,13 @@ from grade.report.view import View
 from grade.tables import Cell, Column, Table
 
 _FACTS = (
-    ("model", "model.name"), ("reward", "reward.model"), ("KL coefficient", "method.kl_coef"),
-    ("learning rate", "train.learning_rate"), ("steps planned", "train.steps"),
-    ("longest response, tokens", "generation.max_new_tokens"), ("candidates, top_k", "generation.top_k"),
+    ("model", "model.name"),
+    ("reward", "reward.model"),
+    ("KL coefficient", "method.kl_coef"),
+    ("learning rate", "train.learning_rate"),
+    ("steps planned", "train.steps"),
+    ("longest response, tokens", "generation.max_new_tokens"),
+    ("candidates, top_k", "generation.top_k"),
 )
 _PARTS = (learning, validated, gradients, efficiency, final, temperature, speed, significance, samples)
 
@@ -39,9 +43,12 @@ def all_sections(study: Study) -> list[Section]:
 def _measurements(study: Study) -> Section:
     section = Section("variance", "Gradient estimators at fixed parameters")
     config = study.variance.get("config", {})
-    facts = [["model", str(config.get("model", {}).get("name"))], ["task", str(config.get("task", {}).get("name"))],
-             ["parameters", "trained" if study.variance.get("adapter_sha256") else "the adapter's initial state"],
-             ["machine", _machine(study)]]
+    facts = [
+        ["model", str(config.get("model", {}).get("name"))],
+        ["task", str(config.get("task", {}).get("name"))],
+        ["parameters", "trained" if study.variance.get("adapter_sha256") else "the adapter's initial state"],
+        ["machine", _machine(study)],
+    ]
     section.add(Table("summary", [Column("what"), Column("value")], facts))
     variance(study, section)
     return section
@@ -60,21 +67,35 @@ def summary(view: View) -> Section:
         section.warn("Not finished, so shown as far as they have come: " + ", ".join(map(_progress, unfinished)) + ".")
     if view.alone:
         section.warn(f"One seed only: {view.alone}. What differs may be chance.")
-    section.add(Table(
-        "runs",
-        [Column("run"), Column("method"), Column("seed"), Column("steps"), Column("validations", 0),
-         Column("best step", 0), Column("tokens", 0), Column("training, seconds", 0), Column("learning rate"),
-         Column("tested")],
-        [_run_row(run, group.label) for group in view.groups for run in group.runs],
-        "Every run.",
-    ))
+    section.add(
+        Table(
+            "runs",
+            [
+                Column("run"),
+                Column("method"),
+                Column("seed"),
+                Column("steps"),
+                Column("validations", 0),
+                Column("best step", 0),
+                Column("tokens", 0),
+                Column("training, seconds", 0),
+                Column("learning rate"),
+                Column("tested"),
+            ],
+            [_run_row(run, group.label) for group in view.groups for run in group.runs],
+            "Every run.",
+        )
+    )
     rows = session_rows(study.runs)
     if rows:
-        section.add(Table(
-            "sessions",
-            [Column("run"), Column("started"), Column("ended"), Column("after step", 0), Column("command")], rows,
-            "When runs were started, or went on; UTC.",
-        ))
+        section.add(
+            Table(
+                "sessions",
+                [Column("run"), Column("started"), Column("ended"), Column("after step", 0), Column("command")],
+                rows,
+                "When runs were started, or went on; UTC.",
+            )
+        )
     _settings(view, section)
     _sweep(study, section)
     return section
@@ -130,8 +151,16 @@ def _run_row(run: Run, label: str) -> list[Cell]:
     cost = cost_before(run, len(run.steps))
     steps = str(len(run.steps)) + ("" if run.planned is None else f" of {run.planned}")
     return [
-        run.name, label, str(run.seed), steps, len(run.validation), run.best, int(cost["tokens"]), cost["seconds"],
-        plain(run.config.get("train.learning_rate", "–")), "yes" if run.test else "no",
+        run.name,
+        label,
+        str(run.seed),
+        steps,
+        len(run.validation),
+        run.best,
+        int(cost["tokens"]),
+        cost["seconds"],
+        plain(run.config.get("train.learning_rate", "–")),
+        "yes" if run.test else "no",
     ]
 
 
@@ -140,11 +169,14 @@ def _settings(view: View, section: Section) -> None:
     found = settings_of(view.groups)
     if not found:
         return
-    section.add(Table(
-        "settings", [Column("setting"), *(Column(label) for label in view.labels)],
-        [[name, *values] for name, values in found.items()],
-        "Settings in which methods differ, beside those of the methods themselves.",
-    ))
+    section.add(
+        Table(
+            "settings",
+            [Column("setting"), *(Column(label) for label in view.labels)],
+            [[name, *values] for name, values in found.items()],
+            "Settings in which methods differ, beside those of the methods themselves.",
+        )
+    )
     unlike = [name for name in found if not name.startswith(("method.", "train.learning_rate"))]
     if unlike:
         section.warn(f"Not like for like: {', '.join(unlike)} differ, and comparisons of these runs compare that too.")
@@ -154,13 +186,19 @@ def _sweep(study: Study, section: Section) -> None:
     rows = [row for row in study.comparison.get("sweep", []) if isinstance(row, dict)]
     chosen = study.comparison.get("learning_rates", {})
     if rows:
-        section.add(Table(
-            "sweep",
-            [Column("method"), Column("learning rate", 6), Column("objective on validation"), Column("chosen")],
-            [
-                [row.get("method"), row.get("learning_rate"), row.get("objective"),
-                 "yes" if row.get("learning_rate") == chosen.get(row.get("method")) else ""]
-                for row in rows
-            ],
-            "Learning rates tried, and the objective that each method's rate was chosen by.",
-        ))
+        section.add(
+            Table(
+                "sweep",
+                [Column("method"), Column("learning rate", 6), Column("objective on validation"), Column("chosen")],
+                [
+                    [
+                        row.get("method"),
+                        row.get("learning_rate"),
+                        row.get("objective"),
+                        "yes" if row.get("learning_rate") == chosen.get(row.get("method")) else "",
+                    ]
+                    for row in rows
+                ],
+                "Learning rates tried, and the objective that each method's rate was chosen by.",
+            )
+        )

@@ -16,15 +16,22 @@ def gradients(view: View) -> Section:
     if curves:
         limits = {group.setting("train.max_grad_norm") for group in view.groups}
         limit = limits.pop() if len(limits) == 1 else None
-        section.add(Drawing(
-            "gradient_norm",
-            over_steps(
-                curves, view.styles, "Gradient norm", "global norm, before clipping", log=True,
-                level=(limit, f"clipped at {plain(limit)}") if limit else None,
-            ),
-            "Global norm of the policy's gradient before clipping, mean over the updates of a step; logarithmic. Not "
-            f"smoothed. {view.band}",
-            f"Gradient norm over steps. At the last step: {last_values(curves)}.",
-        ))
+        section.add(
+            Drawing(
+                "gradient_norm",
+                over_steps(
+                    curves,
+                    view.styles,
+                    "Gradient norm",
+                    "global norm, before clipping",
+                    log=True,
+                    level=(limit, f"clipped at {plain(limit)}") if limit else None,
+                ),
+                "Global norm of the policy's gradient before clipping, mean over the updates of a step; "
+                "logarithmic. Not "
+                f"smoothed. {view.band}",
+                f"Gradient norm over steps. At the last step: {last_values(curves)}.",
+            )
+        )
     variance(view.study, section)
     return section

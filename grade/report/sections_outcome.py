@@ -11,22 +11,19 @@ from grade.report.figures_curves import over_steps
 from grade.report.groups import Group
 from grade.report.measures import base_reward, base_row, number, over_seeds, reward_variances, variance_curve
 from grade.report.parts import Drawing, Section
-from grade.report.statistics import (
-    LEVEL,
-    WINDOW,
-    bootstrap_difference,
-    bootstrap_mean,
-    estimate,
-    holm,
-    welch,
-)
+from grade.report.statistics import LEVEL, WINDOW, bootstrap_difference, bootstrap_mean, estimate, holm, welch
 from grade.report.view import View
 from grade.tables import Cell, Column, Estimate, Table, rounded
 
 _MEASURES = {
-    "reward": ("reward", 3), "solve_rate": ("solve rate", 3), "judge": ("judge", 3), "kl": ("KL, nats per token", 3),
-    "entropy": ("entropy, nats per token", 2), "perplexity": ("perplexity under the base model", 1),
-    "unique_token_ratio": ("distinct tokens", 3), "mean_length": ("length, tokens", 1),
+    "reward": ("reward", 3),
+    "solve_rate": ("solve rate", 3),
+    "judge": ("judge", 3),
+    "kl": ("KL, nats per token", 3),
+    "entropy": ("entropy, nats per token", 2),
+    "perplexity": ("perplexity under the base model", 1),
+    "unique_token_ratio": ("distinct tokens", 3),
+    "mean_length": ("length, tokens", 1),
     "eos_rate": ("ended by themselves", 3),
 }
 _NOT_SHOWN = {"step", "prompts", "reward_stderr", "kl_sequence", "base_nll"}
@@ -45,7 +42,8 @@ def final(view: View) -> Section:
     }
     known = {
         split: [None if (value := base[split]) is None else Estimate(value, None, 1), *found]
-        for split, found in series.items() if any(found) or base[split] is not None
+        for split, found in series.items()
+        if any(found) or base[split] is not None
     }
     if not known:
         section.note("No evaluation yet: nothing to compare.")
@@ -53,27 +51,38 @@ def final(view: View) -> Section:
     if "test" not in known:
         section.note("No test yet: validation only, whose best checkpoint was chosen on the same prompts.")
     labels = ["base model", *view.labels]
-    section.add(Drawing(
-        "final_reward",
-        bars(labels, [BASE_COLOUR, *view.colours], known, "Reward of the best checkpoint", "reward"),
-        "Best checkpoint by validation, and the base model. Bar: mean over seeds; whisker: ± one standard error over "
-        f"seeds, none for one seed; the base model has no seeds. {view.seeds}, of which the tables say how many "
-        "were evaluated. Validation may flatter: it is what the checkpoint was chosen by.",
-        "; ".join(
-            f"{split} reward: " + ", ".join(
-                f"{label} {found.mean:.3f}" for label, found in zip(labels, estimates, strict=True) if found
-            ) for split, estimates in known.items()
-        ) + ".",
-    ))
+    section.add(
+        Drawing(
+            "final_reward",
+            bars(labels, [BASE_COLOUR, *view.colours], known, "Reward of the best checkpoint", "reward"),
+            "Best checkpoint by validation, and the base model. Bar: mean over seeds; whisker: ± one "
+            "standard error over "
+            f"seeds, none for one seed; the base model has no seeds. {view.seeds}, of which the tables say how many "
+            "were evaluated. Validation may flatter: it is what the checkpoint was chosen by.",
+            "; ".join(
+                f"{split} reward: "
+                + ", ".join(
+                    f"{label} {found.mean:.3f}" for label, found in zip(labels, estimates, strict=True) if found
+                )
+                for split, estimates in known.items()
+            )
+            + ".",
+        )
+    )
     for split in known:
         section.add(_measures(view, split))
     if "test" in known:
-        section.add(Table(
-            "gap", [Column("method"), Column("validation − test reward"), Column("best step", 0)],
-            [[group.label, over_seeds(group, _gap), over_seeds(group, lambda run: run.best)] for group in view.groups],
-            f"Validation less test reward of the same checkpoints; mean ± standard error over seeds; "
-            f"{view.seeds}.",
-        ))
+        section.add(
+            Table(
+                "gap",
+                [Column("method"), Column("validation − test reward"), Column("best step", 0)],
+                [
+                    [group.label, over_seeds(group, _gap), over_seeds(group, lambda run: run.best)]
+                    for group in view.groups
+                ],
+                f"Validation less test reward of the same checkpoints; mean ± standard error over seeds; {view.seeds}.",
+            )
+        )
     return section
 
 
@@ -119,28 +128,46 @@ def significance(view: View) -> Section:
     if found.values:
         labels = [label for label in view.labels if label in found.values]
         intervals = [bootstrap_mean(found.values[label]) for label in labels]
-        section.add(Drawing(
-            "held_out_reward",
-            dots(
-                labels, [view.styles[label].colour for label in labels], [found.values[label] for label in labels],
-                intervals, f"Held-out reward ({found.split})", "reward", level=found.base, level_name="base model",
-            ),
-            f"Reward on {found.split} prompts. Dot: a seed; bar and mark: 95% bootstrap interval over seeds and the "
-            f"mean; {view.held_out_seeds}. With few seeds such intervals are too short.",
-            f"Mean {found.split} reward: " + ", ".join(
-                f"{label} {fmean(found.values[label]):.3f}" for label in labels
-            ) + ".",
-        ))
-        section.add(Table(
-            "held_out",
-            [Column("method"), Column("seeds", 0), Column("mean ± standard error"),
-             Column("95% bootstrap interval of the mean"), Column("lowest"), Column("highest")],
-            [
-                [label, len(values), estimate(values), interval, min(values), max(values)]
-                for label, interval in zip(labels, intervals, strict=True) if (values := found.values[label])
-            ],
-            f"Reward on {found.split} prompts over seeds.",
-        ))
+        section.add(
+            Drawing(
+                "held_out_reward",
+                dots(
+                    labels,
+                    [view.styles[label].colour for label in labels],
+                    [found.values[label] for label in labels],
+                    intervals,
+                    f"Held-out reward ({found.split})",
+                    "reward",
+                    level=found.base,
+                    level_name="base model",
+                ),
+                f"Reward on {found.split} prompts. Dot: a seed; bar and mark: 95% bootstrap interval over "
+                "seeds and the "
+                f"mean; {view.held_out_seeds}. With few seeds such intervals are too short.",
+                f"Mean {found.split} reward: "
+                + ", ".join(f"{label} {fmean(found.values[label]):.3f}" for label in labels)
+                + ".",
+            )
+        )
+        section.add(
+            Table(
+                "held_out",
+                [
+                    Column("method"),
+                    Column("seeds", 0),
+                    Column("mean ± standard error"),
+                    Column("95% bootstrap interval of the mean"),
+                    Column("lowest"),
+                    Column("highest"),
+                ],
+                [
+                    [label, len(values), estimate(values), interval, min(values), max(values)]
+                    for label, interval in zip(labels, intervals, strict=True)
+                    if (values := found.values[label])
+                ],
+                f"Reward on {found.split} prompts over seeds.",
+            )
+        )
         _pairs(view, section, labels)
     else:
         section.note("No held-out reward yet: nothing to test.")
@@ -173,21 +200,41 @@ def _pairs(view: View, section: Section, labels: list[str]) -> None:
         return
     adjusted = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
     level = 1 - ALPHA / len(tests)
-    section.add(Table(
-        "welch",
-        [Column("first"), Column("second"), Column("first − second"), Column("t", 2), Column("degrees of freedom", 1),
-         Column("p", 4), Column("p, Holm", 4), Column("95% interval"), Column("bootstrap interval, all together"),
-         Column("verdict")],
-        [
-            [*pair, test.difference, test.t, test.dof, test.p, adjusted[pair], test.interval,
-             bootstrap_difference(values[pair[0]], values[pair[1]], level),
-             "different" if adjusted[pair] < ALPHA else "not told apart"]
-            for pair, test in tests.items()
-        ],
-        f"Welch's t-test of held-out ({view.held_out.split}) reward over seeds, {len(tests)} comparison"
-        f"{'s' * (len(tests) > 1)}; p corrected after Holm. The bootstrap interval is at {level:.2%}, so that all of "
-        f"them hold together at {LEVEL:.0%} (Bonferroni); the other is at {LEVEL:.0%} for itself.",
-    ))
+    section.add(
+        Table(
+            "welch",
+            [
+                Column("first"),
+                Column("second"),
+                Column("first − second"),
+                Column("t", 2),
+                Column("degrees of freedom", 1),
+                Column("p", 4),
+                Column("p, Holm", 4),
+                Column("95% interval"),
+                Column("bootstrap interval, all together"),
+                Column("verdict"),
+            ],
+            [
+                [
+                    *pair,
+                    test.difference,
+                    test.t,
+                    test.dof,
+                    test.p,
+                    adjusted[pair],
+                    test.interval,
+                    bootstrap_difference(values[pair[0]], values[pair[1]], level),
+                    "different" if adjusted[pair] < ALPHA else "not told apart",
+                ]
+                for pair, test in tests.items()
+            ],
+            f"Welch's t-test of held-out ({view.held_out.split}) reward over seeds, {len(tests)} comparison"
+            f"{'s' * (len(tests) > 1)}; p corrected after Holm. The bootstrap interval is at {level:.2%}, so "
+            "that all of "
+            f"them hold together at {LEVEL:.0%} (Bonferroni); the other is at {LEVEL:.0%} for itself.",
+        )
+    )
     section.text(_leader(labels, values, adjusted))
 
 
@@ -210,24 +257,31 @@ def _stability(view: View, section: Section) -> None:
     if not curves:
         return
     if max(len(curve.x) for curve in curves.values()) > 1:
-        section.add(Drawing(
-            "stability",
-            over_steps(curves, view.styles, "Stability", f"variance of reward in {WINDOW} steps"),
-            f"Sample variance of the training reward within windows of {WINDOW} steps, at the window's first step; the "
-            f"last window is as long as what is left. {view.band}",
-            "Variance of reward by window.",
-        ))
+        section.add(
+            Drawing(
+                "stability",
+                over_steps(curves, view.styles, "Stability", f"variance of reward in {WINDOW} steps"),
+                f"Sample variance of the training reward within windows of {WINDOW} steps, at the window's "
+                "first step; the "
+                f"last window is as long as what is left. {view.band}",
+                "Variance of reward by window.",
+            )
+        )
     else:
         section.note(f"Stability: training has had one window of {WINDOW} steps or less, and a point is no curve.")
-    section.add(Table(
-        "stability", [Column("method"), Column("windows", 0), Column("variance of reward", 5)],
-        [
-            [group.label, max(len(reward_variances(run)) for run in group.runs), over_seeds(group, _mean_variance)]
-            for group in view.groups
-        ],
-        f"Mean over windows of {WINDOW} steps (the last one partial) of the variance of the training reward; lower is "
-        f"steadier. It holds the noise of a batch and what is learnt within a window. {view.seeds}.",
-    ))
+    section.add(
+        Table(
+            "stability",
+            [Column("method"), Column("windows", 0), Column("variance of reward", 5)],
+            [
+                [group.label, max(len(reward_variances(run)) for run in group.runs), over_seeds(group, _mean_variance)]
+                for group in view.groups
+            ],
+            f"Mean over windows of {WINDOW} steps (the last one partial) of the variance of the training "
+            "reward; lower is "
+            f"steadier. It holds the noise of a batch and what is learnt within a window. {view.seeds}.",
+        )
+    )
 
 
 def _mean_variance(run: Run) -> float | None:

@@ -27,11 +27,15 @@ def temperature(view: View) -> Section:
     if not curves:
         section.note("No tau in metrics.jsonl.")
         return section
-    section.add(Drawing(
-        "tau", over_steps(curves, view.styles, "Temperature", "temperature τ"),
-        f"Temperature τ of the relaxation over optimizer steps. {view.band}",
-        "Temperature over steps: " + ", ".join(f"{k} from {c.mean[0]:.3g} to {c.last:.3g}" for k, c in curves.items()),
-    ))
+    section.add(
+        Drawing(
+            "tau",
+            over_steps(curves, view.styles, "Temperature", "temperature τ"),
+            f"Temperature τ of the relaxation over optimizer steps. {view.band}",
+            "Temperature over steps: "
+            + ", ".join(f"{k} from {c.mean[0]:.3g} to {c.last:.3g}" for k, c in curves.items()),
+        )
+    )
     constant = [note for group in relaxed if (note := _reward_against_tau(section, group))]
     if constant:
         section.note(f"No reward against τ to show: {'; '.join(constant)}.")
@@ -42,20 +46,25 @@ def temperature(view: View) -> Section:
 def _reward_against_tau(section: Section, group: Group) -> str | None:
     """Add the figure, or say why there is none."""
     rows = [row for run in group.runs for row in run.steps]
-    points = [(tau, reward, row["step"]) for row in rows
-              if (tau := number(row, "tau")) is not None and (reward := number(row, "reward")) is not None]
+    points = [
+        (tau, reward, row["step"])
+        for row in rows
+        if (tau := number(row, "tau")) is not None and (reward := number(row, "reward")) is not None
+    ]
     values = {tau for tau, _, _ in points}
     if len(values) < 2:
         return f"{group.label}, " + (f"τ is {plain(values.pop())} at every step" if values else "no step has both")
     taus, rewards, steps = zip(*points, strict=True)
-    section.add(Drawing(
-        f"reward_tau_{re.sub(r'[^a-z0-9]+', '_', group.label.lower()).strip('_')}",
-        scatter(taus, rewards, steps, f"Reward against τ: {group.label}", "τ", "reward in training"),
-        f"{group.label}: each dot is a step of a seed, its colour the step; n = {len(group.runs)} "
-        f"seed{'s' * (len(group.runs) > 1)}. The reward also rises with training, and τ falls with it: the figure "
-        "does not say which of the two did it.",
-        f"Mean reward of a step against its temperature, {group.label}.",
-    ))
+    section.add(
+        Drawing(
+            f"reward_tau_{re.sub(r'[^a-z0-9]+', '_', group.label.lower()).strip('_')}",
+            scatter(taus, rewards, steps, f"Reward against τ: {group.label}", "τ", "reward in training"),
+            f"{group.label}: each dot is a step of a seed, its colour the step; n = {len(group.runs)} "
+            f"seed{'s' * (len(group.runs) > 1)}. The reward also rises with training, and τ falls with it: the figure "
+            "does not say which of the two did it.",
+            f"Mean reward of a step against its temperature, {group.label}.",
+        )
+    )
     return None
 
 
@@ -82,30 +91,50 @@ def _schedules(view: View, section: Section, method: str, groups: list[Group]) -
         section.note(f"{method}: several schedules, and no evaluation of them yet.")
         return
     values, name = [found.values[group.label] for group in known], f"schedules_{method.replace('-', '_')}"
-    section.add(Drawing(
-        name,
-        dots(
-            [_schedule(group) for group in known], [view.styles[group.label].colour for group in known], values,
-            [bootstrap_mean(v) for v in values], f"Schedules of {method}", f"reward, {found.split}",
-            level=found.base, level_name="base model",
-        ),
-        f"Held-out ({found.split}) reward by temperature schedule. Dot: a seed; bar and mark: 95% bootstrap interval "
-        f"and mean over seeds. {view.held_out_seeds}.",
-        f"{found.split} reward: " + ", ".join(
-            f"{_schedule(group)} {fmean(v):.3f}" for group, v in zip(known, values, strict=True)
-        ) + ".",
-    ))
-    section.add(Table(
-        name,
-        [Column("schedule"), Column("seeds", 0), Column("τ at the last step", 2), Column("held-out reward"),
-         Column("KL in training, last step, nats per token")],
-        [
-            [_schedule(group), len(v), over_seeds(group, lambda run: _last(run, "tau")), estimate(v),
-             over_seeds(group, lambda run: _last(run, "kl"))]
-            for group, v in zip(known, values, strict=True)
-        ],
-        f"Temperature schedules of {method}; held-out ({found.split}) reward: mean ± standard error over seeds.",
-    ))
+    section.add(
+        Drawing(
+            name,
+            dots(
+                [_schedule(group) for group in known],
+                [view.styles[group.label].colour for group in known],
+                values,
+                [bootstrap_mean(v) for v in values],
+                f"Schedules of {method}",
+                f"reward, {found.split}",
+                level=found.base,
+                level_name="base model",
+            ),
+            f"Held-out ({found.split}) reward by temperature schedule. Dot: a seed; bar and mark: 95% "
+            "bootstrap interval "
+            f"and mean over seeds. {view.held_out_seeds}.",
+            f"{found.split} reward: "
+            + ", ".join(f"{_schedule(group)} {fmean(v):.3f}" for group, v in zip(known, values, strict=True))
+            + ".",
+        )
+    )
+    section.add(
+        Table(
+            name,
+            [
+                Column("schedule"),
+                Column("seeds", 0),
+                Column("τ at the last step", 2),
+                Column("held-out reward"),
+                Column("KL in training, last step, nats per token"),
+            ],
+            [
+                [
+                    _schedule(group),
+                    len(v),
+                    over_seeds(group, lambda run: _last(run, "tau")),
+                    estimate(v),
+                    over_seeds(group, lambda run: _last(run, "kl")),
+                ]
+                for group, v in zip(known, values, strict=True)
+            ],
+            f"Temperature schedules of {method}; held-out ({found.split}) reward: mean ± standard error over seeds.",
+        )
+    )
 
 
 def _schedule(group: Group) -> str:

@@ -21,11 +21,14 @@ def learning(view: View) -> Section:
         curves = view.training(section, key)
         if curves:
             about = " The objective of every method, each with its own kl_coef." if key == "loss" else ""
-            section.add(Drawing(
-                f"learning_{key}", over_steps(curves, view.styles, title, ylabel),
-                f"{title} over optimizer steps.{about} {view.smoothing} {view.band}",
-                f"{title} over steps. At the last step: {last_values(curves)}.",
-            ))
+            section.add(
+                Drawing(
+                    f"learning_{key}",
+                    over_steps(curves, view.styles, title, ylabel),
+                    f"{title} over optimizer steps.{about} {view.smoothing} {view.band}",
+                    f"{title} over steps. At the last step: {last_values(curves)}.",
+                )
+            )
     return section
 
 
@@ -38,21 +41,28 @@ def validated(view: View) -> Section:
     section = Section("validation", "Validation and generalisation")
     curves = view.curves(section, validation_curve, "no validation yet")
     if curves:
-        section.add(Drawing(
-            "validation_reward", validation(view.groups, curves),
-            "Reward on the fixed validation prompts; step 0 is the base model. Thick: mean over seeds, thin: each "
-            f"seed, star: the checkpoint of a seed that counts as its best. Not smoothed. {view.seeds}.",
-            f"Validation reward over steps. At the last validation: {last_values(curves)}.",
-        ))
+        section.add(
+            Drawing(
+                "validation_reward",
+                validation(view.groups, curves),
+                "Reward on the fixed validation prompts; step 0 is the base model. Thick: mean over seeds, thin: each "
+                f"seed, star: the checkpoint of a seed that counts as its best. Not smoothed. {view.seeds}.",
+                f"Validation reward over steps. At the last validation: {last_values(curves)}.",
+            )
+        )
     gaps = view.curves(section, gap_curve, "fewer than two validations, so no gap between training and validation")
     if gaps:
-        section.add(Drawing(
-            "generalisation_gap",
-            over_steps(gaps, view.styles, "Generalisation gap", "training − validation reward", level=(0.0, "no gap")),
-            "Mean reward in training since the validation before, less the reward of the validation: above 0, the "
-            f"prompts of training do better. Not smoothed. {view.band}",
-            f"Training minus validation reward over steps. At the end: {last_values(gaps)}.",
-        ))
+        section.add(
+            Drawing(
+                "generalisation_gap",
+                over_steps(
+                    gaps, view.styles, "Generalisation gap", "training − validation reward", level=(0.0, "no gap")
+                ),
+                "Mean reward in training since the validation before, less the reward of the validation: above 0, the "
+                f"prompts of training do better. Not smoothed. {view.band}",
+                f"Training minus validation reward over steps. At the end: {last_values(gaps)}.",
+            )
+        )
     if any(group.setting("evaluation.sampler") == "top_p" for group in view.groups):
         section.note("Validation samples with top_p and training does not: part of the gap is that of the samplers.")
     if any(len(run.validation) == 1 for group in view.groups for run in group.runs):

@@ -12,14 +12,23 @@ from grade.studies.variance.text import NOTES, measured, name_of
 from grade.tables import Cell, Column, Table
 
 _COLUMNS = (
-    ("length", "tokens", 0), ("top_k", "top_k", 0), ("draws", "draws", 0), ("mean_norm", "norm of the mean", 4),
-    ("trace", "trace of the covariance", 4), ("relative_variance", "relative variance", 2),
+    ("length", "tokens", 0),
+    ("top_k", "top_k", 0),
+    ("draws", "draws", 0),
+    ("mean_norm", "norm of the mean", 4),
+    ("trace", "trace of the covariance", 4),
+    ("relative_variance", "relative variance", 2),
     ("relative_variance_interval", "relative variance, 95% interval", 2),
-    ("snr_per_sample", "SNR per sample", 4), ("snr_per_second", "SNR per second", 4),
-    ("seconds_per_sample", "seconds per sample", 4), ("cosine", "cosine", 3),
-    ("cosine_interval", "cosine, 95% interval", 3), ("bias", "relative bias", 2),
-    ("bias_interval", "relative bias, 95% interval", 2), ("scale", "scale", 2),
-    ("tensor_norm_std", "spread of tensor norms", 4), ("verdict", "verdict", 0),
+    ("snr_per_sample", "SNR per sample", 4),
+    ("snr_per_second", "SNR per second", 4),
+    ("seconds_per_sample", "seconds per sample", 4),
+    ("cosine", "cosine", 3),
+    ("cosine_interval", "cosine, 95% interval", 3),
+    ("bias", "relative bias", 2),
+    ("bias_interval", "relative bias, 95% interval", 2),
+    ("scale", "scale", 2),
+    ("tensor_norm_std", "spread of tensor norms", 4),
+    ("verdict", "verdict", 0),
 )
 # Key, title of the figure, of its axis, logarithmic.
 _FIGURES = (
@@ -45,11 +54,14 @@ def variance(study: Study, section: Section) -> None:
         suffix = "_".join(str(n) for n in (length, top_k) if n is not None)
         _figures(section, here, ", ".join(parts), suffix, note)
     columns = [c for c in _COLUMNS if any(row.get(c[0]) is not None for row in rows)]
-    section.add(Table(
-        "estimator_variance", [Column("estimator"), *(Column(title, digits) for _, title, digits in columns)],
-        [[name_of(row), *(_cell(row.get(key)) for key, _, _ in columns)] for row in rows],
-        note + NOTES,
-    ))
+    section.add(
+        Table(
+            "estimator_variance",
+            [Column("estimator"), *(Column(title, digits) for _, title, digits in columns)],
+            [[name_of(row), *(_cell(row.get(key)) for key, _, _ in columns)] for row in rows],
+            note + NOTES,
+        )
+    )
 
 
 def _figures(section: Section, rows: list[dict], where: str, suffix: str, note: str) -> None:
@@ -59,13 +71,16 @@ def _figures(section: Section, rows: list[dict], where: str, suffix: str, note: 
             section.note(f"{where}: no {axis}.")
             continue
         without = [name_of(row) for row in rows if row not in known]
-        section.add(Drawing(
-            f"estimator_{key}_{suffix}", against_tau(known, key, f"{title}\n{where}", axis, log=log),
-            f"{note}{axis[0].upper()}{axis[1:]} of a response's gradient, {where}; solid: all hops, dotted: none; "
-            "level: what has no temperature; bar, of what has one: 95% interval, where there is one."
-            + (f" None for {', '.join(without)}." if without else ""),
-            f"{title}: " + ", ".join(f"{name_of(row)} {row[key]:.3g}" for row in known) + ".",
-        ))
+        section.add(
+            Drawing(
+                f"estimator_{key}_{suffix}",
+                against_tau(known, key, f"{title}\n{where}", axis, log=log),
+                f"{note}{axis[0].upper()}{axis[1:]} of a response's gradient, {where}; solid: all hops, dotted: none; "
+                "level: what has no temperature; bar, of what has one: 95% interval, where there is one."
+                + (f" None for {', '.join(without)}." if without else ""),
+                f"{title}: " + ", ".join(f"{name_of(row)} {row[key]:.3g}" for row in known) + ".",
+            )
+        )
 
 
 def _cell(value: Any) -> Cell:

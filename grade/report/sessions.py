@@ -25,8 +25,11 @@ def _rows(run: Run) -> Iterator[tuple[Cell, ...]]:
         ended = session.get("ended")
         step = session.get("after_step")
         yield (
-            run.name, str(session.get("started")), "not recorded" if ended is None else str(ended),
-            step if isinstance(step, int) else None, str(session.get("command")),
+            run.name,
+            str(session.get("started")),
+            "not recorded" if ended is None else str(ended),
+            step if isinstance(step, int) else None,
+            str(session.get("command")),
         )
 
 

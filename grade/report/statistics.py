@@ -50,9 +50,7 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Welch | None:
     found = scipy.stats.ttest_ind(first, second, equal_var=False)
     low, high = found.confidence_interval(LEVEL)
     difference = statistics.fmean(first) - statistics.fmean(second)
-    return Welch(
-        difference, float(found.statistic), float(found.df), float(found.pvalue), (float(low), float(high))
-    )
+    return Welch(difference, float(found.statistic), float(found.df), float(found.pvalue), (float(low), float(high)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -69,9 +67,7 @@ def bootstrap_mean(values: Sequence[float], level: float = LEVEL) -> Interval | 
     return _percentiles(_resampled_means(values, seed=0), level) if len(values) > 1 else None
 
 
-def bootstrap_difference(
-    first: Sequence[float], second: Sequence[float], level: float = LEVEL
-) -> Interval | None:
+def bootstrap_difference(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> Interval | None:
     """Percentile bootstrap interval of mean(first) - mean(second), both resampled; None where a side has one value."""
     if min(len(first), len(second)) < 2:
         return None
@@ -92,7 +88,7 @@ def _percentiles(draws: np.ndarray, level: float) -> Interval:
 def window_variances(values: Sequence[float], size: int = WINDOW) -> list[float]:
     """Sample variance of each window of `size` consecutive values. The last one may be shorter; a single value, which
     has no variance, is left out."""
-    windows = [values[start: start + size] for start in range(0, len(values), size)]
+    windows = [values[start : start + size] for start in range(0, len(values), size)]
     return [statistics.variance(window) for window in windows if len(window) > 1]
 
 

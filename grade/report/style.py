@@ -22,8 +22,13 @@ INK = "#010203"
 """Text and axes. In the page this very colour becomes that of the page's text, light or dark."""
 # Okabe and Ito's colours, which the colour-blind tell apart; black is the ink's, yellow is too pale on white.
 _METHODS = {
-    "grade-ste": "#0072B2", "grade": "#E69F00", "ppo": "#009E73", "reinforce": "#D55E00", "grpo": "#CC79A7",
-    "grpo-token": "#56B4E9", "rloo": "#999933",
+    "grade-ste": "#0072B2",
+    "grade": "#E69F00",
+    "ppo": "#009E73",
+    "reinforce": "#D55E00",
+    "grpo": "#CC79A7",
+    "grpo-token": "#56B4E9",
+    "rloo": "#999933",
 }
 _OTHER = "#888888"
 _MARKERS = {"grade-ste": "o", "grade": "s", "ppo": "^", "reinforce": "D", "grpo": "v", "grpo-token": "P", "rloo": "X"}
@@ -33,11 +38,22 @@ _TINTS = (0.0, 0.45, -0.35, 0.65)
 WIDTH = 4.8
 """Inches: at 10 points its text can be read on a phone that shows the figure 350 pixels wide."""
 _SETTINGS = {
-    "font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "grade", "pdf.fonttype": 42, "text.color": INK,
-    "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "figure.titlesize": 12,
+    "font.size": 10,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "grade",
+    "pdf.fonttype": 42,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.titlesize": 12,
     "figure.titleweight": "normal",  # bold would be a second font in every PDF
-    "axes.spines.top": False, "axes.spines.right": False,
-    "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
 }
 
 
@@ -88,8 +104,11 @@ def drawn(text: str, width: float = 52, lines: int = 1) -> str:
         width: of a line, in small letters.
         lines: how many at most; what is longer ends in dots.
     """
-    text = "".join("�" if unicodedata.category(c) in ("Cc", "Cs") else c for c in " ".join(text.split())
-                   if unicodedata.category(c) != "Cf")
+    text = "".join(
+        "�" if unicodedata.category(c) in ("Cc", "Cs") else c
+        for c in " ".join(text.split())
+        if unicodedata.category(c) != "Cf"
+    )
     found: list[str] = []
     rest = text
     while rest and len(found) < lines:
@@ -138,7 +157,7 @@ def save(figure: Figure, folder: Path, name: str) -> str:
 
 def _inline(svg: str, name: str) -> str:
     """An SVG file as an element of a page: no prologue, ids of its own, the page's ink, no digits beyond sight."""
-    svg = svg[svg.index("<svg"):]
+    svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
     svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", svg).replace("xlink:href", "href")

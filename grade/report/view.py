@@ -82,9 +82,7 @@ class View:
     def training(self, section: Section, key: str, smoothed: bool = True) -> dict[str, Curve]:
         """Label -> curve of a measure of training steps."""
         window = self.window if smoothed else 1
-        return self.curves(
-            section, lambda group: training_curve(group, key, window), f"no {key} in metrics.jsonl"
-        )
+        return self.curves(section, lambda group: training_curve(group, key, window), f"no {key} in metrics.jsonl")
 
     def unfinished(self) -> list[Run]:
         return [run for run in self.runs if not run.complete]

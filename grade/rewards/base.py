@@ -80,7 +80,12 @@ class Reward(ABC):
         """
 
     def valued(
-        self, rollout: Rollout, base: BasePass, fed: Sequence[Tensor] = (), *, activation_checkpointing: bool = False,
+        self,
+        rollout: Rollout,
+        base: BasePass,
+        fed: Sequence[Tensor] = (),
+        *,
+        activation_checkpointing: bool = False,
         training: bool = False,
     ) -> Valued:
         """`value`, with the terms of a sum; arguments as there.

@@ -9,12 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grade.errors import GradeError
 from grade.model.fingerprint import model_digest
@@ -49,7 +44,11 @@ class ClassifierReward(DifferentiableReward):
         self.raises = what + ("" if name is None else f" of reward.model={name}")
 
     def value(
-        self, rollout: Rollout, base: BasePass | None, fed: Sequence[Tensor] = (), *,
+        self,
+        rollout: Rollout,
+        base: BasePass | None,
+        fed: Sequence[Tensor] = (),
+        *,
         activation_checkpointing: bool = False,
     ) -> Tensor:
         (x,), mask = fed, rollout.mask

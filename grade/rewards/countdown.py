@@ -62,8 +62,12 @@ class CountdownReward(RewardFunction):
             puzzle = self._puzzle(rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist())
             ids = rollout.tokens[row][rollout.mask[row]].tolist()
             earned, final = hindsight_scores(
-                self._text(ids[:-1] if has_ended else ids), puzzle.numbers, puzzle.target,
-                max_steps=settings.max_steps, ended=has_ended, partial_credit=settings.partial_credit,
+                self._text(ids[:-1] if has_ended else ids),
+                puzzle.numbers,
+                puzzle.target,
+                max_steps=settings.max_steps,
+                ended=has_ended,
+                partial_credit=settings.partial_credit,
             )
             read.append((ids, earned, final))
         return read

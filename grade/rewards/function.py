@@ -123,7 +123,11 @@ class FunctionReward(RewardFunction):
     """
 
     def __init__(
-        self, function: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, task: Task | None = None, *,
+        self,
+        function: Callable[..., Any],
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task | None = None,
+        *,
         loaded: Loaded | None = None,
     ):
         self.function, self.tokenizer, self.task, self.loaded = function, tokenizer, task, loaded
@@ -186,8 +190,10 @@ class FunctionReward(RewardFunction):
         if not any(p.kind is kinds.VAR_KEYWORD for p in self.parameters.values()):
             given = {name: value for name, value in given.items() if name in self.parameters}
         missing = [
-            name for name, p in self.parameters.items()
-            if p.default is kinds.empty and p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+            name
+            for name, p in self.parameters.items()
+            if p.default is kinds.empty
+            and p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
             and name not in given
         ]
         if missing:

@@ -61,7 +61,11 @@ def fit_head(
     else:
         loss, measures, sizes = _fit_texts(policy, head, settings, data, judged)
     return head, {
-        **measures, "label_type": data.label_type, "loss": loss, "judged_length": judged, "trained_on": sizes[0],
+        **measures,
+        "label_type": data.label_type,
+        "loss": loss,
+        "judged_length": judged,
+        "trained_on": sizes[0],
         "held_out": sizes[1],
     }
 
@@ -85,7 +89,9 @@ def _fit_texts(
     if data.label_type == "classes":
         held_y = held_y.long()
         loss = _minimise(
-            head, len(train_x), settings,
+            head,
+            len(train_x),
+            settings,
             lambda batch: torch.nn.functional.cross_entropy(head(train_x[batch]), train_y[batch].long()),
         )
         scores = [head(x) for x in held_x]
@@ -94,7 +100,9 @@ def _fit_texts(
     mean, deviation = train_y.mean(), train_y.std().clamp_min(1e-12)
     scaled = (train_y - mean) / deviation
     loss = _minimise(
-        head, len(train_x), settings,
+        head,
+        len(train_x),
+        settings,
         lambda batch: torch.nn.functional.mse_loss(head(train_x[batch])[..., 0], scaled[batch]),
     )
     with torch.no_grad():  # the head speaks in the numbers' own units
@@ -103,10 +111,14 @@ def _fit_texts(
         last.bias.mul_(deviation).add_(mean)
     errors = [head(x)[..., 0] - held_y for x in held_x]
     spread = (held_y - held_y.mean()).square().sum() if len(held_y) else torch.zeros(())
-    return loss, {
-        "r2": _by_length(lengths, [(1 - e.square().sum() / spread).item() if spread > 0 else None for e in errors]),
-        "mean_absolute_error": _by_length(lengths, [error.abs().mean().item() for error in errors]),
-    }, sizes
+    return (
+        loss,
+        {
+            "r2": _by_length(lengths, [(1 - e.square().sum() / spread).item() if spread > 0 else None for e in errors]),
+            "mean_absolute_error": _by_length(lengths, [error.abs().mean().item() for error in errors]),
+        },
+        sizes,
+    )
 
 
 def _fit_pairs(
@@ -149,9 +161,7 @@ def _by_length(lengths: list[int], values: Sequence[float | None]) -> dict[str, 
 
 def _minimise(head: RewardHead, rows: int, settings: RewardConfig, loss_of: Callable[[Tensor], Tensor]) -> float:
     """Minimise the mean of `loss_of` over batches of row numbers with AdamW; the mean loss of the last epoch."""
-    optimizer = torch.optim.AdamW(
-        head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     device = next(head.parameters()).device
     generator = torch.Generator().manual_seed(settings.seed)
     total = 0.0
@@ -178,7 +188,7 @@ def features_of(policy: Policy, rows: Sequence[list[int]], lengths: list[int], t
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # equal lengths together: little padding
     out = torch.empty(len(lengths), len(rows), policy.embedding.shape[1], device=policy.device)
-    batches = [order[start: start + _FEATURE_BATCH] for start in range(0, len(order), _FEATURE_BATCH)]
+    batches = [order[start : start + _FEATURE_BATCH] for start in range(0, len(order), _FEATURE_BATCH)]
     for chosen in counted(title, batches, len):
         width = len(rows[chosen[-1]])
         ids = torch.full((len(chosen), width), policy.pad_id)

@@ -47,8 +47,11 @@ class HeadTraining:
             described.pop(name, None)
         described["splits"].pop("judge", None)
         return {
-            "inputs": model_inputs(self.policy), "dtype": str(self.policy.dtype).removeprefix("torch."),
-            "reward": self._deciding(), "judged_length": self.judged, "task": described,
+            "inputs": model_inputs(self.policy),
+            "dtype": str(self.policy.dtype).removeprefix("torch."),
+            "reward": self._deciding(),
+            "judged_length": self.judged,
+            "task": described,
         }
 
     def _deciding(self) -> dict[str, Any]:

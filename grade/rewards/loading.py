@@ -66,9 +66,7 @@ def _model(settings: RewardConfig, policy: Policy, task: Task, *, judged: int, o
     if task.name in PROGRAMS:
         return PROGRAMS[task.name](policy, task)
     if settings.model is not None and settings.bridge is not None:
-        return load_retokenized(
-            settings.model, policy, positive_label=settings.positive_label, reads=settings.input
-        )
+        return load_retokenized(settings.model, policy, positive_label=settings.positive_label, reads=settings.input)
     if settings.model is not None:
         classifier = load_classifier(
             settings.model, policy, positive_label=settings.positive_label, reads=settings.input, judged=judged

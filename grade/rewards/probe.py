@@ -34,13 +34,11 @@ def probe_classifier(reward: ClassifierReward, name: str, length: int) -> None:
 
     def ours(lengths: tuple[int, ...]) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            tokens = ids[:, 1: 1 + max(lengths)].expand(len(lengths), -1)
+            tokens = ids[:, 1 : 1 + max(lengths)].expand(len(lengths), -1)
             mask = torch.arange(max(lengths), device=table.device) < torch.tensor(lengths, device=table.device)[:, None]
             prompt = ids[:, [0] * (1 + _PADDING)].expand(len(lengths), -1)  # its last token is real, as in a batch
             real = torch.arange(1 + _PADDING, device=table.device) >= _PADDING
-            rollout = Rollout(
-                prompt, real.expand_as(prompt), tokens, mask, tokens[..., None], mask.float(), tokens
-            )
+            rollout = Rollout(prompt, real.expand_as(prompt), tokens, mask, tokens[..., None], mask.float(), tokens)
             return reward.value(rollout, None, reward.inputs(rollout))
 
         return run
@@ -48,7 +46,7 @@ def probe_classifier(reward: ClassifierReward, name: str, length: int) -> None:
     tolerance = tolerance_of(table.dtype)
     try:
         said = []
-        read = ids[:, start: PROBE_TOKENS + 1]
+        read = ids[:, start : PROBE_TOKENS + 1]
         own = _read_by_score(model, lambda: said.append(model(input_ids=read, use_cache=False).logits))[-1]
         alone = _read_by_score(model, ours((PROBE_TOKENS,)))[0]
         beside = _read_by_score(model, ours((PROBE_TOKENS, response)))[0]
@@ -60,8 +58,10 @@ def probe_classifier(reward: ClassifierReward, name: str, length: int) -> None:
         raise _refusal(name, model, "reads other features from embeddings than from the same ids")
     if relative_error(beside, own) > tolerance:
         raise _refusal(
-            name, model, f"reads other features of a text beside one of {length} tokens than of the text alone (what "
-            "its positions mean depends on the length, or padding reaches its texts)"
+            name,
+            model,
+            f"reads other features of a text beside one of {length} tokens than of the text alone (what "
+            "its positions mean depends on the length, or padding reaches its texts)",
         )
 
 

@@ -38,8 +38,13 @@ class RetokenizedReward(RewardFunction):
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase,
-        label: int | None, reads: str = "prompt+response", name: str | None = None,
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        policy_tokenizer: PreTrainedTokenizerBase,
+        label: int | None,
+        reads: str = "prompt+response",
+        name: str | None = None,
     ):
         self.model, self.tokenizer = model.requires_grad_(False).eval(), tokenizer
         self.policy_tokenizer, self.reads, self.name, self.modules = policy_tokenizer, reads, name, [model]
@@ -63,7 +68,7 @@ class RetokenizedReward(RewardFunction):
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # equal lengths together: little padding
         out = torch.empty(len(texts), dtype=torch.float32, device=rollout.tokens.device)
         for start in range(0, len(order), _BATCH):
-            rows = order[start: start + _BATCH]
+            rows = order[start : start + _BATCH]
             inputs = self.tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, **self._cut())
             read = {name: inputs[name].to(self.model.device) for name in self.names if name in inputs}
             logits = self.model(**read).logits

@@ -44,9 +44,15 @@ class RewardModel:
     """
 
     def __init__(
-        self, texts: Sequence[str] | None = None, *, labels: Sequence[int] | None = None,
-        targets: Sequence[float] | None = None, pairs: Sequence[Mapping[str, Any]] | None = None,
-        held_out: float = 0.1, settings: RewardConfig | None = None, chat: TokenizerConfig | None = None,
+        self,
+        texts: Sequence[str] | None = None,
+        *,
+        labels: Sequence[int] | None = None,
+        targets: Sequence[float] | None = None,
+        pairs: Sequence[Mapping[str, Any]] | None = None,
+        held_out: float = 0.1,
+        settings: RewardConfig | None = None,
+        chat: TokenizerConfig | None = None,
     ):
         given: dict[str, Any] = {"labels": labels, "targets": targets, "pairs": pairs}
         named = [name for name, values in given.items() if values is not None]
@@ -108,7 +114,8 @@ def _examples(texts: Sequence[str] | None, labels: Sequence[float] | None, name:
     convert = int if name == "labels" else float
     return [
         Example(str(number), text, convert(label))
-        for number, (text, label) in enumerate(zip(texts, labels, strict=True)) if text.strip()
+        for number, (text, label) in enumerate(zip(texts, labels, strict=True))
+        if text.strip()
     ]
 
 

@@ -24,7 +24,8 @@ KEPT_FOLDER = "reward"
 
 
 _RAISED: dict[LabelType, str] = {
-    "classes": "the probability of a positive review", "numbers": "the number that the reward head estimates",
+    "classes": "the probability of a positive review",
+    "numbers": "the number that the reward head estimates",
     "pairs": "the sigmoid of the score by which the reward head prefers answers",
 }
 
@@ -75,8 +76,13 @@ class SharedReward(DifferentiableReward):
     """
 
     def __init__(
-        self, policy: Policy, head: RewardHead, reads: str = "prompt+response", *,
-        raises: str | None = None, folder: Path | None = None,
+        self,
+        policy: Policy,
+        head: RewardHead,
+        reads: str = "prompt+response",
+        *,
+        raises: str | None = None,
+        folder: Path | None = None,
     ):
         self.policy, self.reads, self.folder = policy, reads, folder
         self.raises = raises or _RAISED[head.label_type]
@@ -131,8 +137,11 @@ class SharedReward(DifferentiableReward):
 def head_lines(report: Mapping[str, Any]) -> list[str]:
     """What a head's report says of data that it has not seen, a line for each length of text."""
     unit = "pairs" if report.get("label_type") == "pairs" else "texts"
-    names = {"accuracy": "share ranked right" if unit == "pairs" else "accuracy", "r2": "R²",
-             "mean_absolute_error": "mean absolute error"}
+    names = {
+        "accuracy": "share ranked right" if unit == "pairs" else "accuracy",
+        "r2": "R²",
+        "mean_absolute_error": "mean absolute error",
+    }
     measured = {name: values for name, values in report.items() if name in names}
     lines = []
     for text in next(iter(measured.values()), {}):

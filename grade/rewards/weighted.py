@@ -114,7 +114,12 @@ class WeightedReward(Reward):
         return self.valued(rollout, base, fed, activation_checkpointing=activation_checkpointing).total
 
     def valued(
-        self, rollout: Rollout, base: BasePass, fed: Sequence[Tensor] = (), *, activation_checkpointing: bool = False,
+        self,
+        rollout: Rollout,
+        base: BasePass,
+        fed: Sequence[Tensor] = (),
+        *,
+        activation_checkpointing: bool = False,
         training: bool = False,
     ) -> Valued:
         """As of every `Reward`; the total is in float64."""
@@ -126,9 +131,11 @@ class WeightedReward(Reward):
             own = [waiting.pop(0) for _ in term.reward.tables]
             value = said.get(term.name)
             if value is None:
-                value = checked(term.reward, term.reward.value(
-                    rollout, base, own, activation_checkpointing=activation_checkpointing
-                ), len(rollout))
+                value = checked(
+                    term.reward,
+                    term.reward.value(rollout, base, own, activation_checkpointing=activation_checkpointing),
+                    len(rollout),
+                )
             share = self._share(term, value.double(), training)
             if term.name in said:
                 share = torch.where(share.isnan(), 0.0, share)

@@ -84,7 +84,8 @@ class CompiledDecoding(Decoding):
         self._step = self._forward
         self._probe()
         how: dict[str, dict[str, Any]] = {
-            "cpu": {"options": {"cpp_wrapper": True}}, "cuda": {"mode": "reduce-overhead"},
+            "cpu": {"options": {"cpp_wrapper": True}},
+            "cuda": {"mode": "reduce-overhead"},
         }
         self._step = torch.compile(self._forward, dynamic=False, **how.get(policy.device.type, {}))
         if policy.device.type == "cpu":
@@ -171,9 +172,7 @@ def _failed(error: Exception) -> GradeError:
 class CompiledDecoder(Decoder):
     """For a batch that keeps its shape; the prompt runs as it does otherwise."""
 
-    def __init__(
-        self, decoding: CompiledDecoding, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int
-    ):
+    def __init__(self, decoding: CompiledDecoding, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int):
         super().__init__(decoding.policy, prompt_ids, prompt_mask, copies=copies, steps=0)
         prompt_mask = prompt_mask.repeat_interleave(copies, dim=0)
         self._decoding, prompts = decoding, self.cache

@@ -53,6 +53,12 @@ class Decoding:
         if self._packed is None:
             return draw_tokens(self.policy, hidden, sampling, seed=seed, rows=rows, suppress=suppress)
         return self._draw(
-            packed_product(hidden, self._packed), self.policy.head, sampling.top_k, sampling.tau, seed, rows, suppress,
+            packed_product(hidden, self._packed),
+            self.policy.head,
+            sampling.top_k,
+            sampling.tau,
+            seed,
+            rows,
+            suppress,
             not sampling.soft,
         )

@@ -38,8 +38,12 @@ class Sampling:
 def sampling_of(generation: GenerationConfig, *, tau: float = 1.0, soft: bool = False) -> Sampling:
     """Training's sampler as the settings describe it."""
     return Sampling(
-        max_new_tokens=generation.max_new_tokens, min_new_tokens=generation.min_new_tokens, top_k=generation.top_k,
-        tau=tau, soft=soft, ignore_eos=generation.ignore_eos,
+        max_new_tokens=generation.max_new_tokens,
+        min_new_tokens=generation.min_new_tokens,
+        top_k=generation.top_k,
+        tau=tau,
+        soft=soft,
+        ignore_eos=generation.ignore_eos,
     )
 
 
@@ -61,7 +65,13 @@ def draw_tokens(
     """
     if sampling.top_p is None:
         return linear_gumbel_topk(
-            hidden, policy.head, sampling.top_k, sampling.tau, seed=seed, rows=rows, suppress=suppress,
+            hidden,
+            policy.head,
+            sampling.top_k,
+            sampling.tau,
+            seed=seed,
+            rows=rows,
+            suppress=suppress,
             hard=not sampling.soft,
         )
     out = vocab_head(hidden, policy.head, k=sampling.top_k, suppress=suppress)

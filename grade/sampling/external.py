@@ -63,8 +63,15 @@ class RolloutSource:
     """
 
     def __init__(
-        self, path: Path, policy: Policy, generation: GenerationConfig, *, longest_prompt: int, timeout: float,
-        needed: int, processes: int = 1,
+        self,
+        path: Path,
+        policy: Policy,
+        generation: GenerationConfig,
+        *,
+        longest_prompt: int,
+        timeout: float,
+        needed: int,
+        processes: int = 1,
     ):
         self.path, self.policy, self.generation = path, policy, generation
         self.longest_prompt, self.timeout = longest_prompt, timeout
@@ -106,7 +113,7 @@ class RolloutSource:
                 "--train.resume auto once there are more."
             )
         for first in range(0, count, copies):
-            if any(r.prompt != responses[first].prompt for r in responses[first: first + copies]):
+            if any(r.prompt != responses[first].prompt for r in responses[first : first + copies]):
                 raise GradeError(
                     f"rollout.source: {self.path} does not have the {copies} responses of a prompt next to each other. "
                     "Order them so, or lower generation.samples_per_prompt to 1."
@@ -202,8 +209,17 @@ def recreate(
     rows = first_rows[:, None] + torch.arange(tokens.shape[1], device=first_rows.device)
     blank = tokens.new_zeros(*tokens.shape, min(sampling.top_k, policy.vocab_size))
     rollout = Rollout(
-        ids, prompt_mask, tokens, mask, blank, torch.ones(tokens.shape, device=policy.device), rows,
-        min_new_tokens=sampling.min_new_tokens, ignore_eos=sampling.ignore_eos, seed=seed, samples_per_prompt=copies,
+        ids,
+        prompt_mask,
+        tokens,
+        mask,
+        blank,
+        torch.ones(tokens.shape, device=policy.device),
+        rows,
+        min_new_tokens=sampling.min_new_tokens,
+        ignore_eos=sampling.ignore_eos,
+        seed=seed,
+        samples_per_prompt=copies,
         missed=torch.zeros_like(mask),
     )
     hidden = policy_pass(policy, rollout, fed_embeddings(rollout, policy.embedding, policy.embedding_scale))
@@ -217,12 +233,15 @@ def recreate(
     return rollout
 
 
-def _fill(
-    policy: Policy, rollout: Rollout, hidden: Tensor, here: Tensor, sampling: Sampling, suppress: Tensor
-) -> None:
+def _fill(policy: Policy, rollout: Rollout, hidden: Tensor, here: Tensor, sampling: Sampling, suppress: Tensor) -> None:
     """Candidates and relaxed weights of the tokens `here` [B, S] bool, in place."""
     draw = partial(
-        linear_gumbel_topk, hidden[here], policy.head, tau=sampling.tau, seed=rollout.seed, rows=rollout.rows[here],
+        linear_gumbel_topk,
+        hidden[here],
+        policy.head,
+        tau=sampling.tau,
+        seed=rollout.seed,
+        rows=rollout.rows[here],
         suppress=suppress,
     )
     support = draw(k=rollout.indices.shape[-1]).indices

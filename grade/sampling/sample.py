@@ -37,8 +37,15 @@ def support_is_allowed(policy: Policy, rollout: Rollout) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, sampling: Sampling, *,
-    seed: int, first_rows: Tensor, samples_per_prompt: int = 1, adapters: bool = True,
+    policy: Policy,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    sampling: Sampling,
+    *,
+    seed: int,
+    first_rows: Tensor,
+    samples_per_prompt: int = 1,
+    adapters: bool = True,
     decoding: Decoding | None = None,
 ) -> Rollout:
     """Draw responses.
@@ -57,9 +64,7 @@ def sample(
     steps = sampling.max_new_tokens
     decoding = decoding or Decoding(policy)
     rows = first_rows[:, None] + torch.arange(steps, device=first_rows.device)  # [B, S]
-    suppress = [
-        suppressed_ids(policy, step, sampling.min_new_tokens, sampling.ignore_eos) for step in range(steps)
-    ]
+    suppress = [suppressed_ids(policy, step, sampling.min_new_tokens, sampling.ignore_eos) for step in range(steps)]
     out = _Drawn(policy, len(prompt_ids) * samples_per_prompt, sampling)
     # Inference mode takes a tenth off a token of a small model. Its tensors may never enter a graph, so what a rollout
     # keeps is made outside.
@@ -81,8 +86,17 @@ def sample(
     if samples_per_prompt > 1:
         prompt_ids, prompt_mask = (x.repeat_interleave(samples_per_prompt, dim=0) for x in (prompt_ids, prompt_mask))
     rollout = Rollout(
-        prompt_ids, prompt_mask, out.tokens, out.mask, out.indices, out.token_weight, rows, weights=out.weights,
-        min_new_tokens=sampling.min_new_tokens, ignore_eos=sampling.ignore_eos, seed=seed,
+        prompt_ids,
+        prompt_mask,
+        out.tokens,
+        out.mask,
+        out.indices,
+        out.token_weight,
+        rows,
+        weights=out.weights,
+        min_new_tokens=sampling.min_new_tokens,
+        ignore_eos=sampling.ignore_eos,
+        seed=seed,
         samples_per_prompt=samples_per_prompt,
     )
     return rollout.cut(0, len(rollout))

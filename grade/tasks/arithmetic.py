@@ -28,7 +28,10 @@ _DIGITS = "0123456789"
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _SAME = {"×": "*", "÷": "/", "−": "-"}
 _OPERATIONS: dict[str, Callable[[int | Fraction, int | Fraction], int | Fraction]] = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction,
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": Fraction,
 }
 _PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2}
 
@@ -59,9 +62,7 @@ def score(
         ended: the response ended by itself, and was not cut off.
         partial_credit: false: 1 for a solution that ended, 0 for anything else.
     """
-    return hindsight_scores(
-        text, numbers, target, max_steps=max_steps, ended=ended, partial_credit=partial_credit
-    )[1]
+    return hindsight_scores(text, numbers, target, max_steps=max_steps, ended=ended, partial_credit=partial_credit)[1]
 
 
 def hindsight_scores(
@@ -149,9 +150,7 @@ class _Reader:
                 self._end_statement(self.values.pop())
         except _Wrong:
             self.failed = True
-        between = self.expects == "statement" or (
-            self.expects == "operand" and not self.values and not self.operators
-        )
+        between = self.expects == "statement" or (self.expects == "operand" and not self.values and not self.operators)
         return not self.failed and between and self.last == self.target
 
     def _take(self, char: str) -> None:

@@ -63,9 +63,8 @@ class Labels:
             f"{count} with {label!r}" if label else f"{count} without text"
             for label, count in sorted(self.left_out.items())
         )
-        return (
-            f"{self.positive!r} of column {self.column!r} (negative: {self.negative!r}"
-            + (f"; rows left out: {others})" if others else ")")
+        return f"{self.positive!r} of column {self.column!r} (negative: {self.negative!r}" + (
+            f"; rows left out: {others})" if others else ")"
         )
 
 
@@ -86,9 +85,7 @@ class Task(ABC):
         """As task.name has it: rewards are chosen by it, and a run records it."""
 
     @abstractmethod
-    def prompts(
-        self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
-    ) -> list[list[int]]:
+    def prompts(self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[list[int]]:
         """Token ids of a split's prompts, in an order that does not change.
 
         Args:

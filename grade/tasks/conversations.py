@@ -100,7 +100,7 @@ def read_pair(prompt: Any, chosen: Any, rejected: Any, where: str) -> Pair | Non
             prompt = os.path.commonprefix([chosen, rejected])
             if prompt != chosen and prompt != rejected:  # back to a word's end; the space belongs to the answer
                 prompt = prompt[: prompt.rfind(" ") + 1].rstrip(" ")
-            chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         return Pair(prompt, chosen, rejected) if chosen != rejected else None
     if not isinstance(chosen, (list, tuple)) or not isinstance(rejected, (list, tuple)):
         raise GradeError(

@@ -88,9 +88,7 @@ def puzzle_of(text: str) -> Puzzle:
     return Puzzle(tuple(int(number) for number in re.findall(r"\d+", found[1])), int(found[2]), ())
 
 
-def write_puzzles(
-    n: int, *, seed: int, operands: int, max_number: int, max_target: int, part: str
-) -> list[Puzzle]:
+def write_puzzles(n: int, *, seed: int, operands: int, max_number: int, max_target: int, part: str) -> list[Puzzle]:
     """`n` puzzles, distinct up to the order of their numbers; the first m of them are those of `n` = m.
 
     Every puzzle starts from random numbers, which random operations merge two by two into the target. All results on
@@ -149,9 +147,7 @@ def _write(generator: random.Random, operands: int, max_number: int, max_target:
         allowed = [
             operation
             for operation, result in results.items()
-            if 0 < result <= largest
-            and (operation in "+-" or b > 1)
-            and (operation != "/" or a % b == 0)
+            if 0 < result <= largest and (operation in "+-" or b > 1) and (operation != "/" or a % b == 0)
         ]
         operation = allowed[_below(generator, len(allowed))]
         steps.append((a, operation, b, results[operation]))
@@ -182,8 +178,12 @@ def load(settings: TaskConfig, chat: TokenizerConfig | None = None) -> Countdown
     sizes = (settings.policy_examples, settings.validation_examples, TEST_PUZZLES)
     policy, validation, test = (
         write_puzzles(
-            size, seed=settings.split_seed, operands=difficulty.operands, max_number=difficulty.max_number,
-            max_target=difficulty.max_target, part=split,
+            size,
+            seed=settings.split_seed,
+            operands=difficulty.operands,
+            max_number=difficulty.max_number,
+            max_target=difficulty.max_target,
+            part=split,
         )
         for split, size in zip(SPLITS, sizes, strict=True)
     )
@@ -227,9 +227,7 @@ class CountdownTask(Task):
             raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
         return getattr(self, split)
 
-    def prompts(
-        self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
-    ) -> list[list[int]]:
+    def prompts(self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[list[int]]:
         """Token ids of the puzzles of a split named in `SPLITS`: a chat message where the tokenizer has a chat
         template, which states the rules, and otherwise a line that a model must have been trained on.
 
@@ -260,7 +258,8 @@ class CountdownTask(Task):
 
     def _rules(self, puzzle: Puzzle) -> str:
         return _RULES.format(
-            max_steps=self.settings.countdown.max_steps, numbers=" ".join(map(str, puzzle.numbers)),
+            max_steps=self.settings.countdown.max_steps,
+            numbers=" ".join(map(str, puzzle.numbers)),
             target=puzzle.target,
         )
 

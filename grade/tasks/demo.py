@@ -27,9 +27,7 @@ PARTS = ("train", "test", "pretraining")
 MIN_WORDS, MAX_WORDS = 15, 45
 
 _NEUTRAL_SHARE, _AGREEING_SHARE = 0.7, 0.25  # of openings; the rest speak against the label
-_ATTEMPTS_PER_REVIEW = (
-    200  # a part takes about one text in four, so this is far out of reach until texts run out
-)
+_ATTEMPTS_PER_REVIEW = 200  # a part takes about one text in four, so this is far out of reach until texts run out
 
 # `{name}` is a neutral symbol, `{name+}` speaks for the review's label and `{name-}` against it.
 _NEUTRAL = {
@@ -194,9 +192,7 @@ def _words(*rules: str) -> set[str]:
 
 def _lexicon(label: int) -> frozenset[str]:
     """Words that only reviews (or concessions) of one label use."""
-    own, other = (
-        {w for rules in _POLAR[side].values() for w in _words(*rules)} for side in (label, 1 - label)
-    )
+    own, other = ({w for rules in _POLAR[side].values() for w in _words(*rules)} for side in (label, 1 - label))
     return frozenset(own - other - {w for rules in _NEUTRAL.values() for w in _words(*rules)})
 
 
@@ -276,17 +272,10 @@ def write_reviews(n: int, seed: int = SEED, part: str = "train") -> list[Example
             text = _Writer(label, generator).review()
             # An opening against the label may outweigh a single opinion: such a review has no clear label.
             clear = (lexicon_score(text) > 0) if label else (lexicon_score(text) < 0)
-            if (
-                clear
-                and text not in seen
-                and MIN_WORDS <= len(text.split()) <= MAX_WORDS
-                and _part(text) == part
-            ):
+            if clear and text not in seen and MIN_WORDS <= len(text.split()) <= MAX_WORDS and _part(text) == part:
                 break
         else:
-            raise GradeError(
-                f"The demo's grammar cannot write {n} distinct reviews: lower task.policy_examples."
-            )
+            raise GradeError(f"The demo's grammar cannot write {n} distinct reviews: lower task.policy_examples.")
         seen.add(text)
         reviews.append(Example(f"{part}/{len(reviews)}", text, label))
     return reviews

@@ -44,7 +44,7 @@ def encode(
     """
     rows: list[list[int]] = []
     for start in range(0, len(texts), _ROWS_PER_BATCH):
-        rows += _text_ids(tokenizer, list(texts[start: start + _ROWS_PER_BATCH]))
+        rows += _text_ids(tokenizer, list(texts[start : start + _ROWS_PER_BATCH]))
     sample = next((text for text, row in zip(texts, rows, strict=True) if row), None)
     before = opening_ids(tokenizer, sample) if special_tokens and sample is not None else []
     if max_tokens is not None and max_tokens <= len(before):
@@ -57,7 +57,8 @@ def encode(
 
 
 def encode_chats(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Mapping[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
     settings: TokenizerConfig | None = None,
 ) -> list[list[int]]:
     """Token ids of conversations by the tokenizer's chat template, up to where the assistant's answer begins.
@@ -84,10 +85,14 @@ def encode_chats(
         )
     try:
         return [
-            list(tokenizer.apply_chat_template(
-                with_system(messages, settings.system_prompt), add_generation_prompt=True, return_dict=False,
-                **settings.chat_template_kwargs,
-            ))
+            list(
+                tokenizer.apply_chat_template(
+                    with_system(messages, settings.system_prompt),
+                    add_generation_prompt=True,
+                    return_dict=False,
+                    **settings.chat_template_kwargs,
+                )
+            )
             for messages in conversations
         ]
     except Exception as error:  # a template is a program of its author; jinja2 keeps it in a sandbox
@@ -121,7 +126,12 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 def _call(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     try:
         return tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, padding=False, truncation=False, verbose=False,
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            padding=False,
+            truncation=False,
+            verbose=False,
             return_attention_mask=False,
         )["input_ids"]
     except Exception as error:  # the Rust tokenizers raise nothing more special
@@ -145,7 +155,12 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         built = tokenizer.build_inputs_with_special_tokens([_TEXT])
         return built[: built.index(_TEXT)]
     marked = tokenizer(
-        text, add_special_tokens=True, split_special_tokens=True, return_special_tokens_mask=True, padding=False,
-        truncation=False, verbose=False,
+        text,
+        add_special_tokens=True,
+        split_special_tokens=True,
+        return_special_tokens_mask=True,
+        padding=False,
+        truncation=False,
+        verbose=False,
     )
     return marked["input_ids"][: marked["special_tokens_mask"].index(0)]

@@ -59,9 +59,7 @@ def read_prompts(
         raise GradeError(f"{argument} is empty. {FORMS}.")
     kinds = {_kind(value) for value in values}
     if len(kinds) > 1 or "" in kinds:
-        number, wrong = next(
-            (n, v) for n, v in enumerate(values) if _kind(v) == "" or _kind(v) != _kind(values[0])
-        )
+        number, wrong = next((n, v) for n, v in enumerate(values) if _kind(v) == "" or _kind(v) != _kind(values[0]))
         odd = f"unlike the first ({type(values[0]).__name__})" if _kind(wrong) else "which is no prompt"
         raise GradeError(f"{argument}[{number}] is {_short(wrong)}, {odd}. {FORMS}, all of one kind.")
     conversations, kind = None, kinds.pop()
@@ -164,9 +162,7 @@ class GivenTask(Task):
         """Tokens of the longest prompt."""
         return max(len(row) for split in self.splits.values() for row in split.ids)
 
-    def prompts(
-        self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
-    ) -> list[list[int]]:
+    def prompts(self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[list[int]]:
         return self.splits[split].ids[:limit] if split in self.splits else []
 
     def columns(self, split: str, index: Sequence[int]) -> dict[str, list]:
@@ -180,7 +176,8 @@ class GivenTask(Task):
 
     def describe(self) -> dict[str, Any]:
         return {
-            "task": NAME, "dataset": "prompts given in Python",
+            "task": NAME,
+            "dataset": "prompts given in Python",
             "splits": {
                 name: {"examples": len(split.ids), "sha256": sha256_of(_rows(split))}
                 for name, split in self.splits.items()

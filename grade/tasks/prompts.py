@@ -58,9 +58,7 @@ def load(settings: TaskConfig, chat: TokenizerConfig | None = None) -> PromptTas
     Raises:
         GradeError: the data is missing, unreachable, empty, lacks a column or rows, or has something else in them.
     """
-    return read_data(
-        settings.dataset, PARTS, lambda data: prompt_task(data, settings, chat, source=settings.dataset)
-    )
+    return read_data(settings.dataset, PARTS, lambda data: prompt_task(data, settings, chat, source=settings.dataset))
 
 
 def prompt_task(
@@ -88,7 +86,7 @@ def prompt_task(
         )
     splits, start = {}, 0
     for split, size in {**sizes, "policy": settings.policy_examples}.items():
-        splits[split] = read["train"].rows(train[start: start + size])
+        splits[split] = read["train"].rows(train[start : start + size])
         start += size
     for split in set(read) - {"train"}:
         chosen = shuffled(read[split].usable, settings.split_seed)
@@ -178,9 +176,7 @@ class _Part:
                 return "text"
             if self.settings.label_type == "pairs":
                 return None
-        raise GradeError(
-            f"{self.where} has no column {asked!r}: set task.prompt_column to one of {', '.join(names)}."
-        )
+        raise GradeError(f"{self.where} has no column {asked!r}: set task.prompt_column to one of {', '.join(names)}.")
 
     def rows(self, numbers: Sequence[int]) -> list[Row]:
         """The rows with these numbers, in this order, with all their columns."""
@@ -197,7 +193,8 @@ class _Part:
             start += len(rows)
         return [
             Row(f"{self.part}/{number}", given, found[number], self.pairs[number])
-            for number in numbers if (given := self.prompts[number]) is not None
+            for number in numbers
+            if (given := self.prompts[number]) is not None
         ]
 
     def notes(self) -> Iterator[str]:
@@ -247,9 +244,7 @@ class PromptTask(Task):
             raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
         return self.splits.get(split, [])
 
-    def prompts(
-        self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
-    ) -> list[list[int]]:
+    def prompts(self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[list[int]]:
         """Token ids of a split's prompts; the chat template is applied to conversations, with the generation prompt.
 
         Raises:
@@ -262,7 +257,7 @@ class PromptTask(Task):
         lengths: list[int] = []  # of what was left out
         start = 0
         while len(kept) < wanted and start < len(rows):
-            batch = rows[start: start + min(_ENCODED_TOGETHER, wanted - len(kept))]
+            batch = rows[start : start + min(_ENCODED_TOGETHER, wanted - len(kept))]
             start += len(batch)
             encoded = encode_prompts(tokenizer, [row.prompt for row in batch], self.chat)
             for row, whole in zip(batch, encoded, strict=True):
@@ -314,15 +309,22 @@ class PromptTask(Task):
 
     def notes(self) -> list[str]:
         longest = self.settings.prompt_max_tokens
-        return [*self.said, *(
-            f"data: {count} {split} prompts are left out: longer than task.prompt_max_tokens={longest}"
-            for split, count in self.too_long.items() if count
-        )]
+        return [
+            *self.said,
+            *(
+                f"data: {count} {split} prompts are left out: longer than task.prompt_max_tokens={longest}"
+                for split, count in self.too_long.items()
+                if count
+            ),
+        ]
 
     def describe(self) -> dict[str, Any]:
         """Source, kind and, per split, size and hashes of rows and of all that they say."""
         return {
-            "task": self.name, "dataset": self.source, "split_seed": self.settings.split_seed, "prompts": self.kind,
+            "task": self.name,
+            "dataset": self.source,
+            "split_seed": self.settings.split_seed,
+            "prompts": self.kind,
             **({} if self.label_type is None else {"label_type": self.label_type}),
             "splits": {
                 split: {
@@ -330,6 +332,7 @@ class PromptTask(Task):
                     "ids_sha256": sha256_of(row.id for row in rows),
                     "texts_sha256": sha256_of(json.dumps([row.prompt, row.columns], default=str) for row in rows),
                 }
-                for split in SPLITS if (rows := self.rows(split))
+                for split in SPLITS
+                if (rows := self.rows(split))
             },
         }

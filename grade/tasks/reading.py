@@ -97,8 +97,7 @@ def _of_disk(path: Path, parts: Parts, take: Callable[[dict[str, list]], _Taken]
     if (path / "dataset_info.json").exists() and (path / "state.json").exists():
         if not parts.bare:
             raise GradeError(
-                f"task.dataset is {path}, a single saved dataset: save a DatasetDict with the parts train "
-                "and test."
+                f"task.dataset is {path}, a single saved dataset: save a DatasetDict with the parts train and test."
             )
         if not any(path.glob("*.arrow")):
             raise GradeError(f"The {parts.required[0]} data of task.dataset={path} is empty: it has no rows.")
@@ -210,9 +209,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise GradeError(
-            f"task.dataset is {path}, and its files cannot be read: {_innermost(error)}"
-        ) from error
+        raise GradeError(f"task.dataset is {path}, and its files cannot be read: {_innermost(error)}") from error
 
 
 def _innermost(error: BaseException) -> str:

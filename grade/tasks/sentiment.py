@@ -37,7 +37,11 @@ def load(settings: TaskConfig, *, labels: bool = True) -> TextTask:
     read = _examples if labels else _examples_if_labelled
     files = read_data(settings.dataset, PARTS, lambda data: read(data, settings))
     return cut_splits(
-        files.parts["train"], files.parts["test"], settings, source=settings.dataset, labels=files.labels,
+        files.parts["train"],
+        files.parts["test"],
+        settings,
+        source=settings.dataset,
+        labels=files.labels,
         trains_head=labels,
     )
 
@@ -96,7 +100,8 @@ def _with_numbers(columns: dict[str, tuple[list[str], list[str]]], settings: Tas
                 )
         examples[part] = [
             Example(f"{part}/{row}", text, float(label))
-            for row, (text, label) in enumerate(zip(texts, labels, strict=True)) if text
+            for row, (text, label) in enumerate(zip(texts, labels, strict=True))
+            if text
         ]
         _check_texts(examples[part], where(settings.dataset, part), settings)
     return Labelled(examples)
@@ -119,8 +124,7 @@ def _columns(
             column = getattr(settings, setting)
             if column not in rows.column_names:
                 raise GradeError(
-                    f"{place} has no column {column!r}: set task.{setting} to one of "
-                    f"{', '.join(rows.column_names)}."
+                    f"{place} has no column {column!r}: set task.{setting} to one of {', '.join(rows.column_names)}."
                 )
         columns = rows.select_columns(list({getattr(settings, name) for name in wanted})).with_format(None)[:]
         for text in columns[settings.text_column]:

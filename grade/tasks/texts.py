@@ -130,9 +130,7 @@ class TextTask(Task):
         for example in self.examples(split):
             yield opening(example.text, self.settings.prompt_sentences, self.settings.prompt_max_chars)
 
-    def prompts(
-        self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
-    ) -> list[list[int]]:
+    def prompts(self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[list[int]]:
         """Token ids of the openings of a split named in `SPLITS`. Those that come out empty are skipped."""
         texts = [text for text in self.openings(split) if text]
         wanted = len(texts) if limit is None else limit
@@ -177,13 +175,18 @@ class TextTask(Task):
     def repeated_texts(self) -> dict[str, int]:
         """How many distinct texts stand in two splits, by pair. Rows are never shared, but data may repeat itself."""
         texts = {name: {example.text for example in self.examples(name)} for name in SPLITS}
-        pairs = [(a, b) for i, a in enumerate(SPLITS) for b in SPLITS[i + 1:]]
+        pairs = [(a, b) for i, a in enumerate(SPLITS) for b in SPLITS[i + 1 :]]
         return {f"{a} and {b}": len(texts[a] & texts[b]) for a, b in pairs}
 
 
 def cut_splits(
-    train: Sequence[Example], test: Sequence[Example], settings: TaskConfig, source: str, labels: Labels | None = None,
-    *, trains_head: bool = True,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    settings: TaskConfig,
+    source: str,
+    labels: Labels | None = None,
+    *,
+    trains_head: bool = True,
 ) -> TextTask:
     """Cut a task from the rows of a training and a test file.
 

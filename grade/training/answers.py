@@ -38,8 +38,14 @@ class Answers:
     """
 
     def __init__(
-        self, config: Config, policy: Policy, *, base: bool = False, samples: int = 1,
-        max_new_tokens: int | None = None, chat: bool = False,
+        self,
+        config: Config,
+        policy: Policy,
+        *,
+        base: bool = False,
+        samples: int = 1,
+        max_new_tokens: int | None = None,
+        chat: bool = False,
     ):
         self.chat = chat or config.tokenizer.chat
         self.config, self.policy, self.base, self.samples = config, policy, base, samples
@@ -64,8 +70,7 @@ class Answers:
             yield from map(Answer, repeated, trained, untrained)
 
     def texts(self, rows: Sequence[list[int]], *, adapters: bool) -> list[str]:
-        """Responses to prompts of token ids, `samples` after each other for each, of the policy or of the base model.
-        """
+        """Responses of the policy, or of the base model, to prompts of token ids: `samples` in a row for each."""
         found: list[str] = []
         for chosen, copies in self._batches(len(rows)):
             some = self._sampled(rows[chosen], copies, adapters=adapters)
@@ -86,8 +91,14 @@ class Answers:
         ids, mask = pad_prompts(rows, policy.pad_id, policy.device)
         numbers = self.drawn + torch.arange(len(rows) * copies, device=policy.device)
         rollout = sample(
-            policy, ids, mask, self.sampling, seed=self.config.seed, adapters=adapters,
-            first_rows=numbers * self.sampling.max_new_tokens, samples_per_prompt=copies,
+            policy,
+            ids,
+            mask,
+            self.sampling,
+            seed=self.config.seed,
+            adapters=adapters,
+            first_rows=numbers * self.sampling.max_new_tokens,
+            samples_per_prompt=copies,
         )
         return [text_of(policy, rollout.tokens[i], rollout.mask[i]) for i in range(len(rollout))]
 

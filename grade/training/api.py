@@ -1,9 +1,9 @@
 """Training from Python: one class for a program that has a model, a reward and prompts, and for the command line.
 
-    from grade import GradeConfig, GradeTrainer
-    trainer = GradeTrainer(model, reward, prompts, config=GradeConfig())
-    result = trainer.train()
-    trainer.save("my-adapter")
+from grade import GradeConfig, GradeTrainer
+trainer = GradeTrainer(model, reward, prompts, config=GradeConfig())
+result = trainer.train()
+trainer.save("my-adapter")
 """
 
 from __future__ import annotations
@@ -96,14 +96,27 @@ class GradeTrainer:
     _trainer: Trainer | None
 
     def __init__(
-        self, model: Any, reward: Any, prompts: Any, *, config: Config | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None, eval_prompts: Any = None, test_prompts: Any = None,
+        self,
+        model: Any,
+        reward: Any,
+        prompts: Any,
+        *,
+        config: Config | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        eval_prompts: Any = None,
+        test_prompts: Any = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         config = config or Config()
         self._begin(replace(config, task=replace(config.task, name="prompts", label_type=None)), callbacks)
         self.config, self._loaded = given_set_up(
-            self.config, self.accelerator, model, reward, prompts, tokenizer=tokenizer, eval_prompts=eval_prompts,
+            self.config,
+            self.accelerator,
+            model,
+            reward,
+            prompts,
+            tokenizer=tokenizer,
+            eval_prompts=eval_prompts,
             test_prompts=test_prompts,
         )
 
@@ -170,7 +183,12 @@ class GradeTrainer:
             validated = next(r for r in validations.rows if r["model"] != "base" and r["step"] == best["step"])
             rows = {"base": Evaluation(**validations.rows[0]), "best": Evaluation(**validated)}
         return TrainResult(
-            run_dir, trainer.step, best["step"], rows["base"], rows["best"], run_dir / "metrics.jsonl",
+            run_dir,
+            trainer.step,
+            best["step"],
+            rows["base"],
+            rows["best"],
+            run_dir / "metrics.jsonl",
             validations.verdict(),
         )
 
@@ -200,7 +218,13 @@ class GradeTrainer:
             if not rows:
                 raise GradeError(f"split={split}: there are no such prompts. Give some to evaluate, or to the trainer.")
             return evaluate(
-                self.policy, self.reward, rows, config, split=split, step=self._step(), adapters=not base,
+                self.policy,
+                self.reward,
+                rows,
+                config,
+                split=split,
+                step=self._step(),
+                adapters=not base,
                 accelerator=self.accelerator,
             )
 

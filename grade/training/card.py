@@ -40,8 +40,13 @@ tokenizer = AutoTokenizer.from_pretrained("this folder or repository")
 
 
 def model_card(
-    config: Config, record: Mapping[str, Any], step: int, validation: Sequence[Mapping[str, Any]],
-    test: Mapping[str, Mapping[str, Any]] | None = None, *, merged: bool = False,
+    config: Config,
+    record: Mapping[str, Any],
+    step: int,
+    validation: Sequence[Mapping[str, Any]],
+    test: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    merged: bool = False,
 ) -> str:
     """A card as Markdown, with the metadata that the hub reads above it.
 
@@ -63,12 +68,17 @@ def model_card(
         f"# {config.name}: {base} trained with {method}",
         f"{kind}, after {step} of {config.train.steps} optimizer steps with "
         "[GRADE](https://arxiv.org/abs/2601.11574)'s trainer.",
-        "## What was trained on what", _table(("what", "value"), list(_facts(config, record))),
-        "## Command", f"```\n{sessions[0].get('command', 'not recorded')}\n```",
-        "Settings that are not the defaults, as a file for `grade train`:", f"```yaml\n{_settings(config)}```",
+        "## What was trained on what",
+        _table(("what", "value"), list(_facts(config, record))),
+        "## Command",
+        f"```\n{sessions[0].get('command', 'not recorded')}\n```",
+        "Settings that are not the defaults, as a file for `grade train`:",
+        f"```yaml\n{_settings(config)}```",
         "Versions: " + (_listed(sessions[0].get("versions", {})) or "not recorded") + ".",
-        "## Result", *_result(config, step, validation, test),
-        "## Use", _USE[merged],
+        "## Result",
+        *_result(config, step, validation, test),
+        "## Use",
+        _USE[merged],
         f"Responses were sampled at temperature 1 among the {config.generation.top_k} likeliest tokens, at most "
         f"{config.generation.max_new_tokens} long. The terms of the base model hold for these weights too. They were "
         "trained to raise one number: what else changed was not measured.",
@@ -78,7 +88,8 @@ def model_card(
 
 def _metadata(config: Config, merged: bool) -> str:
     fields: dict[str, Any] = {
-        "library_name": "transformers" if merged else "peft", "pipeline_tag": "text-generation",
+        "library_name": "transformers" if merged else "peft",
+        "pipeline_tag": "text-generation",
         "tags": ["grade", config.method.name, *([] if merged else ["lora"])],
     }
     if _on_hub(config.model.name):  # the hub takes nothing else
@@ -100,14 +111,20 @@ def _facts(config: Config, record: Mapping[str, Any]) -> Iterator[tuple[str, obj
         yield "trained", f"every weight but head and embedding table, in {model.dtype}"
     elif model.adapter is None:
         targets = ", ".join(model.lora.target_modules)
-        yield "adapter", (
-            f"LoRA of rank {model.lora.r}, alpha {model.lora.alpha:g}, on {targets}; base in "
-            f"{model.quantization or model.dtype}"
+        yield (
+            "adapter",
+            (
+                f"LoRA of rank {model.lora.r}, alpha {model.lora.alpha:g}, on {targets}; base in "
+                f"{model.quantization or model.dtype}"
+            ),
         )
     else:
-        yield "adapter", (
-            f"LoRA, gone on from {model.adapter} with that adapter's settings; base in "
-            f"{model.quantization or model.dtype}"
+        yield (
+            "adapter",
+            (
+                f"LoRA, gone on from {model.adapter} with that adapter's settings; base in "
+                f"{model.quantization or model.dtype}"
+            ),
         )
     if model.reference == "initial":
         yield "reference of KL", "the policy as it started"
@@ -123,9 +140,12 @@ def _facts(config: Config, record: Mapping[str, Any]) -> Iterator[tuple[str, obj
         yield "reward head", _listed({k: v for k, v in found.items() if k.startswith(_OF_THE_HEAD)})
     yield "method", method.name
     if method.name in DIFFERENTIATING:
-        yield "estimator", (
-            f"{method.estimator}, temperature {method.tau_start:g} to {method.tau_end:g} over {method.tau_steps} "
-            f"steps, at most {method.max_hops} hops, tolerance {method.hop_tol:g}"
+        yield (
+            "estimator",
+            (
+                f"{method.estimator}, temperature {method.tau_start:g} to {method.tau_end:g} over {method.tau_steps} "
+                f"steps, at most {method.max_hops} hops, tolerance {method.hop_tol:g}"
+            ),
         )
     else:
         yield f"settings of {method.name}", _listed(asdict(getattr(method, method.name)))
@@ -177,8 +197,14 @@ def _result(
 def _evaluated(row: Mapping[str, Any], details: Sequence[str]) -> list[str]:
     name = "base model" if row["model"] == "base" else f"trained, step {row['step']}"
     return [
-        row["split"], name, str(row["prompts"]), f"{row['reward']:.3f} ± {row['reward_stderr']:.3f}",
-        f"{row['kl']:.3f}", f"{row['entropy']:.2f}", f"{row['unique_token_ratio']:.3f}", f"{row['mean_length']:.1f}",
+        row["split"],
+        name,
+        str(row["prompts"]),
+        f"{row['reward']:.3f} ± {row['reward_stderr']:.3f}",
+        f"{row['kl']:.3f}",
+        f"{row['entropy']:.2f}",
+        f"{row['unique_token_ratio']:.3f}",
+        f"{row['mean_length']:.1f}",
         f"{row['eos_rate']:.0%}",
         *(f"{row['details'][name]:.3f}" if name in row.get("details", {}) else "–" for name in details),
     ]

@@ -86,14 +86,23 @@ def evaluation_sampling(settings: EvaluationConfig, generation: GenerationConfig
 def score_settings(method: MethodConfig, device: torch.device) -> ScoreSettings:
     """How a response is scored; nothing here depends on the method."""
     return ScoreSettings(
-        kl_direction=method.kl_direction, prompt_cache=method.prompt_cache,
+        kl_direction=method.kl_direction,
+        prompt_cache=method.prompt_cache,
         chunk_bytes=method.head_chunk_bytes(device.type),
     )
 
 
 def evaluate(
-    policy: Policy, reward: Reward, prompts: Sequence[list[int]], config: Config, *, split: str, step: int | None,
-    adapters: bool = True, accelerator: Accelerator | None = None, tick: Callable[[int], object] | None = None,
+    policy: Policy,
+    reward: Reward,
+    prompts: Sequence[list[int]],
+    config: Config,
+    *,
+    split: str,
+    step: int | None,
+    adapters: bool = True,
+    accelerator: Accelerator | None = None,
+    tick: Callable[[int], object] | None = None,
     measure: Callable[[Rollout], Measures] | None = None,
 ) -> Evaluation:
     """Sample a response to every prompt and score it.
@@ -113,7 +122,7 @@ def evaluate(
     size, numbers = config.evaluation.batch_size, list(range(process, len(prompts), processes))
     records: list[dict] = []
     for start in range(0, len(numbers), size):
-        chosen = numbers[start: start + size]
+        chosen = numbers[start : start + size]
         ids, mask = pad_prompts([prompts[i] for i in chosen], policy.pad_id, policy.device)
         rows = SPLIT_ROWS[split] + torch.tensor(chosen, device=policy.device) * sampling.max_new_tokens
         rollout = sample(
@@ -131,21 +140,24 @@ def evaluate(
     return _summary(records, config.evaluation.samples, split=split, step=step, model="policy" if adapters else "base")
 
 
-def _records(
-    policy: Policy, rollout: Rollout, result: Scores, details: Measures, numbers: Sequence[int]
-) -> list[dict]:
+def _records(policy: Policy, rollout: Rollout, result: Scores, details: Measures, numbers: Sequence[int]) -> list[dict]:
     """Per-response values, small enough to send between processes."""
     mask, unique = rollout.mask, unique_token_ratio(rollout.tokens, rollout.mask)
     columns = {
-        "reward": result.reward, "kl": result.kl.sum(1), "entropy": result.entropy.sum(1), "unique": unique,
-        "length": mask.sum(1), "ended": rollout.ended_by(policy.eos_ids),
+        "reward": result.reward,
+        "kl": result.kl.sum(1),
+        "entropy": result.entropy.sum(1),
+        "unique": unique,
+        "length": mask.sum(1),
+        "ended": rollout.ended_by(policy.eos_ids),
     }
     numbers_of = {name: values.tolist() for name, values in columns.items()}
     further = {name: values.double().tolist() for name, values in details.items()}
     terms = {name: values.double().tolist() for name, values in result.terms.items()}
     return [
         {
-            "number": number, **{name: values[i] for name, values in numbers_of.items()},
+            "number": number,
+            **{name: values[i] for name, values in numbers_of.items()},
             "details": {name: values[i] for name, values in further.items()},
             "terms": {name: values[i] for name, values in terms.items()},
             "prompt": text_of(policy, rollout.prompt_ids[i], rollout.prompt_mask[i]),
@@ -176,18 +188,23 @@ def _summary(records: list[dict], kept: int, *, split: str, step: int | None, mo
     count, tokens = len(records), sum(r["length"] for r in records)
     kl = sum(r["kl"] for r in records)
     return Evaluation(
-        split=split, step=step, model=model, reward=rewards.mean().item(),
-        reward_stderr=(rewards.std().item() / count**0.5) if count > 1 else 0.0, kl=kl / tokens,
-        kl_sequence=kl / count, entropy=sum(r["entropy"] for r in records) / tokens,
-        unique_token_ratio=sum(r["unique"] for r in records) / count, mean_length=tokens / count,
-        eos_rate=sum(r["ended"] for r in records) / count, prompts=count,
+        split=split,
+        step=step,
+        model=model,
+        reward=rewards.mean().item(),
+        reward_stderr=(rewards.std().item() / count**0.5) if count > 1 else 0.0,
+        kl=kl / tokens,
+        kl_sequence=kl / count,
+        entropy=sum(r["entropy"] for r in records) / tokens,
+        unique_token_ratio=sum(r["unique"] for r in records) / count,
+        mean_length=tokens / count,
+        eos_rate=sum(r["ended"] for r in records) / count,
+        prompts=count,
         details={
             **{name: sum(r["details"][name] for r in records) / count for name in records[0]["details"]},
             **_of_terms([r["terms"] for r in records]),
         },
-        samples=[
-            {k: r[k] for k in ("prompt", "response", "reward")} for r in records[:kept]
-        ],
+        samples=[{k: r[k] for k in ("prompt", "response", "reward")} for r in records[:kept]],
     )
 
 

@@ -14,12 +14,17 @@ def evaluation_table(rows: Sequence[Evaluation], title: str) -> RenderableType:
     """Evaluations side by side, one model a row."""
     titles = ("reward", "KL", "entropy", "distinct", "length", "ended")
     return Table(
-        title, [Column("model"), *numbers(titles)],
+        title,
+        [Column("model"), *numbers(titles)],
         [
             [
                 row.model if row.step is None or row.model == "base" else f"{row.model}, step {row.step}",
-                f"{row.reward:.3f} ± {row.reward_stderr:.3f}", f"{row.kl:.3f}", f"{row.entropy:.2f}",
-                f"{row.unique_token_ratio:.3f}", f"{row.mean_length:.1f}", f"{row.eos_rate:.0%}",
+                f"{row.reward:.3f} ± {row.reward_stderr:.3f}",
+                f"{row.kl:.3f}",
+                f"{row.entropy:.2f}",
+                f"{row.unique_token_ratio:.3f}",
+                f"{row.mean_length:.1f}",
+                f"{row.eos_rate:.0%}",
             ]
             for row in rows
         ],
@@ -39,11 +44,14 @@ def result_tables(rows: Mapping[str, Evaluation], samples: int = 3) -> list[Rend
     tables = [evaluation_table([base, best], f"test, {best.prompts} prompts, best checkpoint by validation")]
     pairs = list(zip(base.samples, best.samples, strict=True))[:samples]
     if pairs:
-        tables.append(Table(
-            "the same prompts, before and after", [Column("prompt"), Column("base model"), Column("trained")],
-            [
-                [pair[0]["prompt"], *(f"{sample['response'].strip()} ({sample['reward']:.2f})" for sample in pair)]
-                for pair in pairs
-            ],
-        ).rich(show_lines=True))
+        tables.append(
+            Table(
+                "the same prompts, before and after",
+                [Column("prompt"), Column("base model"), Column("trained")],
+                [
+                    [pair[0]["prompt"], *(f"{sample['response'].strip()} ({sample['reward']:.2f})" for sample in pair)]
+                    for pair in pairs
+                ],
+            ).rich(show_lines=True)
+        )
     return tables

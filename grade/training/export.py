@@ -60,7 +60,10 @@ def export_adapter(checkpoint: Path, target: Path, setting: str = "--to") -> Non
 
 
 def export_merged(
-    load: Callable[[], Policy], target: Path, prompts: Callable[[object], Sequence[Sequence[int]]], card: str,
+    load: Callable[[], Policy],
+    target: Path,
+    prompts: Callable[[object], Sequence[Sequence[int]]],
+    card: str,
     setting: str = "--to",
 ) -> Merged:
     """Write a plain transformers folder, load it again and compare: it must compute, to the bit, what was merged.

@@ -36,8 +36,15 @@ _DTYPES: dict[torch.dtype, Literal["float32", "bfloat16"]] = {torch.float32: "fl
 
 
 def given_set_up(
-    config: Config, accelerator: Accelerator, model: Any, reward: Any, prompts: Any, *,
-    tokenizer: PreTrainedTokenizerBase | None, eval_prompts: Any, test_prompts: Any,
+    config: Config,
+    accelerator: Accelerator,
+    model: Any,
+    reward: Any,
+    prompts: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    eval_prompts: Any,
+    test_prompts: Any,
 ) -> tuple[Config, SetUp]:
     """The settings with what the objects decide, and what a run needs; quick mistakes first.
 
@@ -55,7 +62,8 @@ def given_set_up(
     task = GivenTask(splits)
     tested = config.evaluation.test_prompts if test_prompts is not None else 0
     config = replace(
-        config, task=replace(config.task, dataset=f"{GIVEN}prompts", prompt_max_tokens=task.longest),
+        config,
+        task=replace(config.task, dataset=f"{GIVEN}prompts", prompt_max_tokens=task.longest),
         evaluation=replace(config.evaluation, test_prompts=tested),
     )
     config, policy = _policy_of(config, accelerator, model, tokenizer)
@@ -88,8 +96,13 @@ def _policy_of(
         # No head is trained here: what a text may be long is no matter.
         reward = replace(config.reward, model=config.reward.model or f"{GIVEN}reward")
         policy = load_policy(
-            config.model, tokenizer, accelerator.device, seed=config.seed, task=config.task,
-            generation=config.generation, reward=reward,
+            config.model,
+            tokenizer,
+            accelerator.device,
+            seed=config.seed,
+            task=config.task,
+            generation=config.generation,
+            reward=reward,
         )
         return config, policy
     inner = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,5 +1,4 @@
-"""Stop between two steps, not inside one: a first Ctrl-C, SIGTERM or hang-up asks, a second Ctrl-C interrupts at once.
-"""
+"""Stop between two steps, not inside one: a first Ctrl-C, SIGTERM or hang-up asks, a second Ctrl-C is at once."""
 
 from __future__ import annotations
 

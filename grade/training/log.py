@@ -38,7 +38,12 @@ class RunLog:
     """
 
     def __init__(
-        self, run_dir: Path, config: Config, *, enabled: bool, written: Mapping[str, Extent] | None = None,
+        self,
+        run_dir: Path,
+        config: Config,
+        *,
+        enabled: bool,
+        written: Mapping[str, Extent] | None = None,
         resume_step: int = 0,
     ):
         self.run_dir, self.enabled = run_dir, enabled

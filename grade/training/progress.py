@@ -16,11 +16,13 @@ class TrainingProgress:
         self.say, self.warn = shown.say, shown.warn
 
     def advance(self, metrics: dict[str, float]) -> None:
-        self.tick(note=(
-            f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.3f}  "
-            + (f"hops {metrics['hops']:.1f}  " if "hops" in metrics else "")
-            + f"{metrics['tokens_per_second']:.0f} tokens/s"
-        ))
+        self.tick(
+            note=(
+                f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.3f}  "
+                + (f"hops {metrics['hops']:.1f}  " if "hops" in metrics else "")
+                + f"{metrics['tokens_per_second']:.0f} tokens/s"
+            )
+        )
 
     @contextmanager
     def evaluation(self, split: str, prompts: int) -> Iterator[Callable[[int], None]]:

@@ -28,7 +28,7 @@ def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> list[int]
     while len(numbers) < per_step:
         epoch, offset = divmod(position + len(numbers), count)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch_seed(seed, epoch)))
-        numbers += order[offset: offset + per_step - len(numbers)].tolist()
+        numbers += order[offset : offset + per_step - len(numbers)].tolist()
     return numbers
 
 
@@ -76,7 +76,13 @@ class Responses:
                 continue
             ids, mask = pad_prompts([self.prompts[n] for n in numbers[start:stop]], self.policy.pad_id, device)
             yield sample(
-                self.policy, ids, mask, sampling, samples_per_prompt=copies, decoding=self.decoding, seed=self.seed,
+                self.policy,
+                ids,
+                mask,
+                sampling,
+                samples_per_prompt=copies,
+                decoding=self.decoding,
+                seed=self.seed,
                 first_rows=rows,
             ).of("policy", numbers[start:stop])
         if source is not None:

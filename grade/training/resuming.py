@@ -55,8 +55,7 @@ def restored(
 
 
 def other_schedule(steps_before: int, train: TrainConfig, step: int) -> list[str]:
-    """What to say where a run goes on to another last step than it was made for, and its learning rate depends on it.
-    """
+    """What to say where a run goes on to another last step than before, and its learning rate depends on it."""
     if steps_before == train.steps or train.schedule == "constant":
         return []
     return [

@@ -207,9 +207,7 @@ def _check_replaceable(config: Config, run_dir: Path) -> None:
         raise GradeError(f"train.run_dir: {run_dir} is a file: {elsewhere}.")
     if not is_ours(run_dir):
         what = "so nothing is deleted there" if config.train.overwrite else "and it is not empty"
-        raise GradeError(
-            f"train.run_dir: {run_dir} is no folder of a run ({MARKER} is missing), {what}: {elsewhere}."
-        )
+        raise GradeError(f"train.run_dir: {run_dir} is no folder of a run ({MARKER} is missing), {what}: {elsewhere}.")
     if config.train.overwrite:
         link = next((path for path in (run_dir, *_written(run_dir)) if path.is_symlink()), None)
         if link is not None:

@@ -35,9 +35,14 @@ def begun(step: int, processes: int) -> dict[str, Any]:
     """The entry of a session that starts now."""
     here = machine()
     return {
-        "command": command_line(), "started": utc_now(), "ended": None, "after_step": step, "processes": processes,
+        "command": command_line(),
+        "started": utc_now(),
+        "ended": None,
+        "after_step": step,
+        "processes": processes,
         "versions": {"grade": __version__, "python": here["python"], **_versions()},
-        "machine": {name: here[name] for name in ("cpu", "device")}, "git_commit": git_commit(Path(__file__).parent),
+        "machine": {name: here[name] for name in ("cpu", "device")},
+        "git_commit": git_commit(Path(__file__).parent),
     }
 
 
@@ -70,8 +75,11 @@ def git_commit(folder: Path) -> str | None:
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "--no-optional-locks", "-C", str(folder), *arguments], capture_output=True, text=True,
-                timeout=_PATIENCE, stdin=subprocess.DEVNULL,
+                ["git", "--no-optional-locks", "-C", str(folder), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=_PATIENCE,
+                stdin=subprocess.DEVNULL,
             )
         except (OSError, subprocess.SubprocessError):
             return None

@@ -31,7 +31,11 @@ class SetUp(NamedTuple):
 
 
 def set_up(
-    config: Config, accelerator: Accelerator, *, policy_config: Config | None = None, run_dir: Path | None = None,
+    config: Config,
+    accelerator: Accelerator,
+    *,
+    policy_config: Config | None = None,
+    run_dir: Path | None = None,
     before_policy: Callable[[PreTrainedTokenizerBase, Task], object] = lambda tokenizer, task: None,
     before_reward: Callable[[Policy], object] = lambda policy: None,
 ) -> SetUp:
@@ -52,8 +56,13 @@ def set_up(
     task = load_task(config.task, config.tokenizer, labels=needs_labels(config))
     before_policy(tokenizer, task)
     policy = load_policy(
-        config.model, tokenizer, accelerator.device, seed=config.seed, task=longest.task,
-        generation=longest.generation, reward=longest.reward,
+        config.model,
+        tokenizer,
+        accelerator.device,
+        seed=config.seed,
+        task=longest.task,
+        generation=longest.generation,
+        reward=longest.reward,
     )
     if run_dir is not None:
         check_made_from(run_dir, policy_inputs(policy))

@@ -68,7 +68,11 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, run_dir: Path, loaded: SetUp | None = None,
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        run_dir: Path,
+        loaded: SetUp | None = None,
         callbacks: Callbacks | None = None,
     ) -> None:
         self.config, self.accelerator, self.run_dir = config, accelerator, run_dir
@@ -93,18 +97,29 @@ class Trainer:
         split = max(self.evaluation_prompts, key=lambda name: len(self.evaluation_prompts[name]))
         evaluated = self.evaluation_prompts[split]
         # One list may be in two splits: training's come last, so that all of its prompts are found there.
-        places = {id(row): (name, n) for name, rows in ((split, evaluated), ("policy", self.prompts))
-                  for n, row in enumerate(rows)}
+        places = {
+            id(row): (name, n)
+            for name, rows in ((split, evaluated), ("policy", self.prompts))
+            for n, row in enumerate(rows)
+        }
         trial = Trial(self.policy, self.reward, config, self.prompts, evaluated, places)
         self.memory = memory_plan(trial, accelerator.num_processes, self.services.any_process)
         train = config.train
         self.method = make_method(
-            self.policy, self.reward, config.method, config.generation, train, self.services, seed=config.seed,
+            self.policy,
+            self.reward,
+            config.method,
+            config.generation,
+            train,
+            self.services,
+            seed=config.seed,
             activation_checkpointing=self.memory.recompute,
         )
         self.optimizer = torch.optim.AdamW(
             [{"params": self.policy.parameters()}, *self.method.parameter_groups()],
-            lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon,
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
             weight_decay=train.weight_decay,
         )
         name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
@@ -117,12 +132,24 @@ class Trainer:
         if config.rollout.source is not None:
             needed = train.steps * self.responses_per_step
             self.source = RolloutSource(
-                Path(config.rollout.source), self.policy, config.generation, timeout=config.rollout.timeout,
-                longest_prompt=config.task.prompt_max_tokens, needed=needed, processes=accelerator.num_processes,
+                Path(config.rollout.source),
+                self.policy,
+                config.generation,
+                timeout=config.rollout.timeout,
+                longest_prompt=config.task.prompt_max_tokens,
+                needed=needed,
+                processes=accelerator.num_processes,
             )
         self.responses = Responses(
-            self.policy, self.prompts, self.decoding, self.source, config.generation, config.seed,
-            self.responses_per_step, accelerator.process_index, accelerator.num_processes,
+            self.policy,
+            self.prompts,
+            self.decoding,
+            self.source,
+            config.generation,
+            config.seed,
+            self.responses_per_step,
+            accelerator.process_index,
+            accelerator.num_processes,
         )
         self.log = RunLog(run_dir, config, enabled=False)  # until `fit` opens the run's files
         self.step = 0
@@ -155,7 +182,8 @@ class Trainer:
         if self.accelerator.is_main_process and step % config.train.samples_every == 0:
             self.log.samples(step, samples_of(self.policy, rollouts[0], config.train.samples_logged))
         return {
-            **metrics, "learning_rate": config.train.learning_rate * self.schedule(step),
+            **metrics,
+            "learning_rate": config.train.learning_rate * self.schedule(step),
             "tokens_per_second": metrics["tokens"] / sum(seconds.values()),
             "memory/peak_gib": peak_memory_gib(self.policy.device),
             **{f"seconds/{name}": value for name, value in seconds.items()},
@@ -233,9 +261,9 @@ class Trainer:
         with ExitStack() as stack:
             stack.callback(self.log.close)
             stack.callback(self._end_session)
-            progress = stack.enter_context(training_progress(
-                train.steps, self.step, every=train.log_every, enabled=main
-            ))
+            progress = stack.enter_context(
+                training_progress(train.steps, self.step, every=train.log_every, enabled=main)
+            )
             self.stop = stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
             for note in notes:
                 progress.say(note)
@@ -333,12 +361,20 @@ class Trainer:
             if breaks_off and self.stop.asked:
                 raise KeyboardInterrupt
 
-        with progress.evaluation(split, len(prompts)) as tick, self.memory.explained(
-            f"the {split} evaluation", "evaluation"
+        with (
+            progress.evaluation(split, len(prompts)) as tick,
+            self.memory.explained(f"the {split} evaluation", "evaluation"),
         ):
             row = evaluate(
-                self.policy, self.reward, prompts, self.config, split=split, step=step if adapters else 0,
-                adapters=adapters, accelerator=self.accelerator, tick=done,
+                self.policy,
+                self.reward,
+                prompts,
+                self.config,
+                split=split,
+                step=step if adapters else 0,
+                adapters=adapters,
+                accelerator=self.accelerator,
+                tick=done,
             )
         self.stop.first = first
         self.phases.take()
@@ -372,7 +408,9 @@ class Trainer:
         """What the run was made of: splits, fingerprints, sessions, and what the reward tells and keeps of itself."""
         before = earlier(self.run_dir / "run.json") if self.config.train.resume else []
         self.record = {
-            "task": self.task.describe(), "inputs": self.inputs, "reward": self.reward.raises,
+            "task": self.task.describe(),
+            "inputs": self.inputs,
+            "reward": self.reward.raises,
             **self.reward.keep(self.run_dir),
             SESSIONS: [*before, begun(self.step, self.accelerator.num_processes)],
         }
@@ -399,10 +437,14 @@ class Trainer:
         last = self.run_dir / "checkpoints" / "last"
         if self.accelerator.is_main_process:
             state = {
-                "optimizer": self.optimizer.state_dict(), "method": self.method.state_dict(), "inputs": self.inputs,
+                "optimizer": self.optimizer.state_dict(),
+                "method": self.method.state_dict(),
+                "inputs": self.inputs,
                 "reward": self.reward.state_dict(),
-                "best": self.validations.best, "evaluations": self.validations.rows,
-                "steps": self.config.train.steps, "logs": self.log.extents(),
+                "best": self.validations.best,
+                "evaluations": self.validations.rows,
+                "steps": self.config.train.steps,
+                "logs": self.log.extents(),
             }
             save_checkpoint(last, self.policy, self.step, state, card=self.card(self.step))
         self.saved = self.step

@@ -99,7 +99,13 @@ class Trial:
         config, device = self.config, self.policy.device
         train, copies = config.train, config.generation.samples_per_prompt
         method = make_method(
-            self.policy, self.reward, config.method, config.generation, train, Services(), seed=config.seed,
+            self.policy,
+            self.reward,
+            config.method,
+            config.generation,
+            train,
+            Services(),
+            seed=config.seed,
             activation_checkpointing=recompute,
         )
         responses = train.batch_size * train.accumulation_steps
@@ -107,7 +113,7 @@ class Trial:
 
         def sampled() -> list[Rollout]:
             starts = range(0, len(prompts), at_once)
-            return [self._sampled(prompts[i: i + at_once], method.sampling(0), copies) for i in starts]
+            return [self._sampled(prompts[i : i + at_once], method.sampling(0), copies) for i in starts]
 
         def enough() -> NoReturn:
             raise _Enough
@@ -156,7 +162,10 @@ def memory_plan(trial: Trial, processes: int, any_process: Callable[[bool], bool
     config, device = trial.config, trial.policy.device
     longest = max(map(len, [*trial.prompts, *trial.evaluated]))
     sizes = Sizes(
-        longest, config.generation.max_new_tokens, trial.batches, config.method.head_chunk_bytes(device.type),
+        longest,
+        config.generation.max_new_tokens,
+        trial.batches,
+        config.method.head_chunk_bytes(device.type),
         trial.policy.supports_activation_checkpointing,
     )
     return plan(trial, config, sizes, free_bytes(device, processes), any_process)

@@ -44,6 +44,6 @@ def line_of(row: Evaluation) -> str:
     """A validation in a line."""
     return (
         f"step {row.step}  validation of the {row.model}: reward {row.reward:.3f} ± {row.reward_stderr:.3f}  "
-        + "".join(f"{name} {value:.3f}  " for name, value in row.details.items()) +
-        f"KL {row.kl:.3f} nats/token  distinct tokens {row.unique_token_ratio:.2f}"
+        + "".join(f"{name} {value:.3f}  " for name, value in row.details.items())
+        + f"KL {row.kl:.3f} nats/token  distinct tokens {row.unique_token_ratio:.2f}"
     )

@@ -62,9 +62,7 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
-        raise ValueError(
-            f"{name} is on {tensor.device} but the other inputs are on {device}; move it with .to()"
-        )
+        raise ValueError(f"{name} is on {tensor.device} but the other inputs are on {device}; move it with .to()")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -96,9 +94,7 @@ def check_k(k: int, vocab_size: int) -> int:
     return k
 
 
-def suppress_ids(
-    suppress: Sequence[int] | Tensor | None, vocab_size: int, device: torch.device
-) -> Tensor | None:
+def suppress_ids(suppress: Sequence[int] | Tensor | None, vocab_size: int, device: torch.device) -> Tensor | None:
     """`suppress` as a 1-D int64 tensor on `device`, or None where there is nothing to suppress."""
     if suppress is None:
         return None
@@ -116,9 +112,7 @@ def suppress_ids(
     return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
 
 
-def check_table(
-    name: str, weight: Tensor, width: int | None = None, device: torch.device | None = None
-) -> None:
+def check_table(name: str, weight: Tensor, width: int | None = None, device: torch.device | None = None) -> None:
     """A float table [V, d]; `width` and `device` are those it must have, where they are known."""
     check_float(name, weight)
     if weight.dim() != 2:

@@ -23,9 +23,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
-def philox(
-    seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox-4x32-10 on 32-bit words held in int64 tensors that broadcast against one another.
 
     `seed` is any python int and wraps at 64 bits.  Returns four int64 tensors of values in [0, 2^32).
@@ -89,9 +87,7 @@ def random_bits(seed: int, draw: int, rows: Tensor, ids: Tensor) -> tuple[Tensor
     return high, low
 
 
-def exponential(
-    seed: int, draw: int, rows: Tensor, ids: Tensor, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def exponential(seed: int, draw: int, rows: Tensor, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Exp(1) noise [..., k] in `dtype` (float32 or float64): -log1p(-u), u = (bits + 0.5) * 2^-64.
 
     All 64 bits take part, so the small values, which become the upper tail of the Gumbel, go down to

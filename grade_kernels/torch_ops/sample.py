@@ -44,9 +44,7 @@ def block(values: Tensor, ids: Tensor, suppress: Tensor | None, tokens: Tensor |
     return values.masked_fill(blocked, -torch.inf)
 
 
-def sample(
-    support: Support, keys: Tensor, seed: int, draw: int, tokens: Tensor | None, tau: float
-) -> Sample:
+def sample(support: Support, keys: Tensor, seed: int, draw: int, tokens: Tensor | None, tau: float) -> Sample:
     """One token per row from its support, or the weights given `tokens`; `keys` [N] are the rows' keys."""
     ids, values, lse = support
     z = ops.noisy_logits(values, ids, keys, seed, draw, tokens)

@@ -55,8 +55,19 @@ def _weighted_sum(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     blocks = -(-d // columns)
     weights, indices = weights.contiguous(), indices.contiguous()
     launch(
-        _weighted_sum_kernel, (n * blocks,), weights, indices, table, out, stride, d, k, blocks,
-        num_warps=warps, COLUMNS=columns, STEPS=_STEPS,
+        _weighted_sum_kernel,
+        (n * blocks,),
+        weights,
+        indices,
+        table,
+        out,
+        stride,
+        d,
+        k,
+        blocks,
+        num_warps=warps,
+        COLUMNS=columns,
+        STEPS=_STEPS,
     )
     return out
 
@@ -114,8 +125,20 @@ def add_dots(grad: Tensor, table: Tensor, ids: Tensor, out: Tensor, add: bool) -
     tile = dots_tile(table, _TILE_WARPS)
     blocks = -(-k // (tile["STEPS"] * tile["GROUPS"]))
     launch(
-        _dots_kernel, (n * blocks,), grad, table, ids, out, grad_stride, table_stride, d, k, blocks,
-        num_warps=_TILE_WARPS, ADD=add, **tile,
+        _dots_kernel,
+        (n * blocks,),
+        grad,
+        table,
+        ids,
+        out,
+        grad_stride,
+        table_stride,
+        d,
+        k,
+        blocks,
+        num_warps=_TILE_WARPS,
+        ADD=add,
+        **tile,
     )
 
 
@@ -130,8 +153,19 @@ def dots_tile(table: Tensor, warps: int) -> dict[str, int]:
 
 @triton.jit
 def tile_dots(
-    grad, table, ids, out, first, k, d, table_stride,
-    ADD: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    grad,
+    table,
+    ids,
+    out,
+    first,
+    k,
+    d,
+    table_stride,
+    ADD: tl.constexpr,
+    STEPS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """out[j] = <grad, table[ids[j]]> for the STEPS * GROUPS candidates j >= first of a row; with ADD, added to it.
 
@@ -166,14 +200,37 @@ def tile_dots(
 
 @triton.jit(do_not_specialize=["k", "blocks"])
 def _dots_kernel(
-    grad, table, ids, out, grad_stride, table_stride, d, k, blocks,
-    ADD: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    grad,
+    table,
+    ids,
+    out,
+    grad_stride,
+    table_stride,
+    d,
+    k,
+    blocks,
+    ADD: tl.constexpr,
+    STEPS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     row, first = program // blocks, program % blocks * (STEPS * GROUPS)
     tile_dots(
-        grad + row * grad_stride, table, ids + row * k, out + row * k, first, k, d, table_stride,
-        ADD, STEPS, GROUPS, LANES, WIDTH,
+        grad + row * grad_stride,
+        table,
+        ids + row * k,
+        out + row * k,
+        first,
+        k,
+        d,
+        table_stride,
+        ADD,
+        STEPS,
+        GROUPS,
+        LANES,
+        WIDTH,
     )
 
 
@@ -188,9 +245,21 @@ def _scatter_sum(weights: Tensor | None, indices: Tensor, rows: Tensor, vocab: i
     columns = min(_SEGMENT_COLUMNS, next_power_of_2(d))
     blocks = -(-d // columns)
     launch(
-        _scatter_sum_kernel, (vocab * blocks,), None if weights is None else weights.contiguous(), rows, order, bounds,
-        out, stride, d, blocks,
-        num_warps=_SEGMENT_WARPS, K=k, COLUMNS=columns, STEPS=_SEGMENT_STEPS, LANES=_SEGMENT_WARPS,
+        _scatter_sum_kernel,
+        (vocab * blocks,),
+        None if weights is None else weights.contiguous(),
+        rows,
+        order,
+        bounds,
+        out,
+        stride,
+        d,
+        blocks,
+        num_warps=_SEGMENT_WARPS,
+        K=k,
+        COLUMNS=columns,
+        STEPS=_SEGMENT_STEPS,
+        LANES=_SEGMENT_WARPS,
     )
     return out
 
@@ -202,8 +271,18 @@ def _(weights: Tensor | None, indices: Tensor, rows: Tensor, vocab: int) -> Tens
 
 @triton.jit(do_not_specialize=["blocks"])
 def _scatter_sum_kernel(
-    weights, rows, order, bounds, out, stride, d, blocks,
-    K: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+    weights,
+    rows,
+    order,
+    bounds,
+    out,
+    stride,
+    d,
+    blocks,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     token, block = program // blocks, program % blocks

@@ -192,9 +192,7 @@ def survey_kernel(
     last = tl.minimum(first + per_part, tl.cdiv(vocab, LANES * WIDTH * STEPS))
     if maxima is not None:
         maxima += row * (TILES * LANES)
-    _, peak, norm = topk.survey(
-        start, vocab, first, last, bits, maxima, maxima is not None, TILES, LANES, WIDTH, STEPS
-    )
+    _, peak, norm = topk.survey(start, vocab, first, last, bits, maxima, maxima is not None, TILES, LANES, WIDTH, STEPS)
     tl.store(parts + program * 2, peak)
     tl.store(parts + program * 2 + 1, norm)
 
@@ -220,8 +218,13 @@ def sample_kernel(
 
 
 def _launch_selection(
-    logits: Tensor, k: int, suppress: Tensor | None, given: Tensor | None, tokens: Tensor | None,
-    keys: Tensor | None = None, numbers: tuple = (0, 0, 0, 1.0),
+    logits: Tensor,
+    k: int,
+    suppress: Tensor | None,
+    given: Tensor | None,
+    tokens: Tensor | None,
+    keys: Tensor | None = None,
+    numbers: tuple = (0, 0, 0, 1.0),
 ) -> Any:
     """(ids, values, lse); with the `keys` of the noise and `numbers` (seed_low, seed_high, draw, tau) it samples:
     (ids, weights, tokens, mass)."""

@@ -46,8 +46,15 @@ def _weights_vjp(weights: Tensor, grad: Tensor, tau: float) -> Tensor:
     out = torch.empty(n, k, dtype=weights.dtype, device=weights.device)
     row = next_power_of_2(k)
     launch(
-        _weights_vjp_kernel, (n,), weights.contiguous(), grad.contiguous(), out, k, tau,
-        num_warps=max(1, min(16, row // 256)), KP=row,
+        _weights_vjp_kernel,
+        (n,),
+        weights.contiguous(),
+        grad.contiguous(),
+        out,
+        k,
+        tau,
+        num_warps=max(1, min(16, row // 256)),
+        KP=row,
     )
     return out
 
@@ -72,8 +79,15 @@ def _scatter(ids: Tensor, values: Tensor, vocab: int, dtype: torch.dtype) -> Ten
     n, k = ids.shape
     out = torch.empty(n, vocab, dtype=dtype, device=ids.device)
     launch(
-        _scatter_kernel, (n,), ids.contiguous(), values.contiguous(), out, vocab, k,
-        num_warps=_WARPS, TILE=32 * _WARPS * _STEPS * VECTOR_BYTES // dtype.itemsize,
+        _scatter_kernel,
+        (n,),
+        ids.contiguous(),
+        values.contiguous(),
+        out,
+        vocab,
+        k,
+        num_warps=_WARPS,
+        TILE=32 * _WARPS * _STEPS * VECTOR_BYTES // dtype.itemsize,
         CANDIDATES=min(_CANDIDATES, next_power_of_2(k)),
     )
     return out

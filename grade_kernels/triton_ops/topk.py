@@ -199,9 +199,7 @@ def candidates(
 
 
 @triton.jit
-def narrow(
-    row, vocab, k, bits, low, filled, buffer, LANES: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr
-):
+def narrow(row, vocab, k, bits, low, filled, buffer, LANES: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
     """Leave exactly the k largest keys at the front of the buffer.
 
     Of the keys >= `low`, `filled` >= k in number, the buffer holds all or, where they are more than LIMIT, some;

@@ -74,10 +74,29 @@ def _token_vjp(
     row = next_power_of_2(k)
     warps = max(4, min(8, row // _LANES_PER_WARP))
     launch(
-        _token_vjp_kernel, (n,), grad, table, ids, out, logits.contiguous(),
-        None if tokens is None else tokens.contiguous(), keys.contiguous(),
-        grad_stride, table_stride, table.shape[1], k, tau, seed_low, seed_high, first_draw, draws,
-        num_warps=warps, ESTIMATOR=estimator, CONDITIONAL=first_draw > 0, ADD=len(grads) > 1, KP=row,
+        _token_vjp_kernel,
+        (n,),
+        grad,
+        table,
+        ids,
+        out,
+        logits.contiguous(),
+        None if tokens is None else tokens.contiguous(),
+        keys.contiguous(),
+        grad_stride,
+        table_stride,
+        table.shape[1],
+        k,
+        tau,
+        seed_low,
+        seed_high,
+        first_draw,
+        draws,
+        num_warps=warps,
+        ESTIMATOR=estimator,
+        CONDITIONAL=first_draw > 0,
+        ADD=len(grads) > 1,
+        KP=row,
         **embedding.dots_tile(table, warps),
     )
     return out
@@ -90,10 +109,30 @@ def _(grads: Sequence[Tensor], tables: Sequence[Tensor], logits: Tensor, *_: Any
 
 @triton.jit(do_not_specialize=["k", "seed_low", "seed_high", "first_draw", "draws"])
 def _token_vjp_kernel(
-    grad, table, ids, out, logits, tokens, keys,
-    grad_stride, table_stride, d, k, tau, seed_low, seed_high, first_draw, draws,
-    ESTIMATOR: tl.constexpr, CONDITIONAL: tl.constexpr, ADD: tl.constexpr, KP: tl.constexpr,
-    STEPS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    grad,
+    table,
+    ids,
+    out,
+    logits,
+    tokens,
+    keys,
+    grad_stride,
+    table_stride,
+    d,
+    k,
+    tau,
+    seed_low,
+    seed_high,
+    first_draw,
+    draws,
+    ESTIMATOR: tl.constexpr,
+    CONDITIONAL: tl.constexpr,
+    ADD: tl.constexpr,
+    KP: tl.constexpr,
+    STEPS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     ids += row * k

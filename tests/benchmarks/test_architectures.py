@@ -13,17 +13,18 @@ from benchmarks.small_models import small_config
 
 
 def row_of(model, config=None):
-    kind, model = next(
-        (k, m) for k, m in known() if m.__name__ == model and (config is None or k.__name__ == config)
-    )
+    kind, model = next((k, m) for k, m in known() if m.__name__ == model and (config is None or k.__name__ == config))
     return architectures.measure(kind, model)
 
 
-@pytest.mark.parametrize("model, config, paths", [
-    ("LlamaForCausalLM", "LlamaConfig", dict(checkpointing=True, merged=True, prompt_cache=True, compile=True)),
-    ("Gemma2ForCausalLM", None, dict(checkpointing=True, merged=True, prompt_cache=True, compile=False)),
-    ("Mamba2ForCausalLM", None, dict(checkpointing=True, merged=True, prompt_cache=False, compile=False)),
-])
+@pytest.mark.parametrize(
+    "model, config, paths",
+    [
+        ("LlamaForCausalLM", "LlamaConfig", dict(checkpointing=True, merged=True, prompt_cache=True, compile=True)),
+        ("Gemma2ForCausalLM", None, dict(checkpointing=True, merged=True, prompt_cache=True, compile=False)),
+        ("Mamba2ForCausalLM", None, dict(checkpointing=True, merged=True, prompt_cache=False, compile=False)),
+    ],
+)
 def test_what_works_has_the_published_gradient(model, config, paths):
     row = row_of(model, config)
     assert row["status"] == "works", row
@@ -31,12 +32,15 @@ def test_what_works_has_the_published_gradient(model, config, paths):
     assert 0 < row["gradient_error"] < 1e-5
 
 
-@pytest.mark.parametrize("model, status, reason", [
-    ("OpenAIGPTLMHeadModel", "refused", "takes no cache of earlier positions"),
-    ("BartForCausalLM", "refused", "gives other hidden states under left padding"),
-    ("BertLMHeadModel", "refused", "more in its head than a matrix product, a scale and a soft-cap"),
-    ("FuyuForCausalLM", "not tried", "it has a config of several models"),
-])
+@pytest.mark.parametrize(
+    "model, status, reason",
+    [
+        ("OpenAIGPTLMHeadModel", "refused", "takes no cache of earlier positions"),
+        ("BartForCausalLM", "refused", "gives other hidden states under left padding"),
+        ("BertLMHeadModel", "refused", "more in its head than a matrix product, a scale and a soft-cap"),
+        ("FuyuForCausalLM", "not tried", "it has a config of several models"),
+    ],
+)
 def test_what_does_not_work_says_why(model, status, reason):
     row = row_of(model)
     assert row["status"] == status and row["reason"].endswith(reason)

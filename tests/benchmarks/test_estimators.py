@@ -206,6 +206,7 @@ def test_gumbel_of_a_linear_reward_is_exact_as_tau_vanishes():
 def test_close_embeddings_leave_only_the_bias_of_the_relaxation():
     """As embeddings close up, models are linear in the choice of tokens: what is left is `gumbel`'s own. Without KL,
     whose gradient at a step's own logits does not shrink with the embeddings."""
+
     def biases(spread):
         problem = problem_of(spread=spread, kl_coef=0.0)
         rao = expectation(problem, settings("rao", 2.0), copies=4)

@@ -71,8 +71,9 @@ def test_a_row_has_every_column_and_sensible_values(tmp_path, capsys):
         assert float(row["gb_s"]) == pytest.approx(rate, rel=1e-3) and float(row["copy_percent"]) > 0
         assert float(row["peak_mb"]) > 0 and 0 <= float(row["error"]) < 1e-4
         assert row["goal"] == row["goal_met"] == ""  # goals are a GPU's
-    for mine, textbook in zip(*([r for r in measured if r["implementation"] == n] for n in ("ours", "textbook")),
-                              strict=True):
+    for mine, textbook in zip(
+        *([r for r in measured if r["implementation"] == n] for n in ("ours", "textbook")), strict=True
+    ):
         assert float(mine["ratio"]) == 1
         assert float(textbook["ratio"]) == pytest.approx(float(textbook["ms"]) / float(mine["ms"]), rel=1e-3)
     said = capsys.readouterr().out
@@ -118,12 +119,15 @@ def test_bytes_that_must_move_by_hand():
     assert decode.variant == "decode 3" and decode.moved == 3 * 640 * 4 + 3 * 8 * 12 + 3 * 12
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--kernel", "kl"], "unknown kernel 'kl'; known: gumbel_topk, logits_kl"),
-    (["--dtype", "float8"], "invalid choice: 'float8'"),
-    (["--time-limit", "0"], "must be above 0 seconds"),
-    (["--out", "FILE/below"], "cannot write to"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--kernel", "kl"], "unknown kernel 'kl'; known: gumbel_topk, logits_kl"),
+        (["--dtype", "float8"], "invalid choice: 'float8'"),
+        (["--time-limit", "0"], "must be above 0 seconds"),
+        (["--out", "FILE/below"], "cannot write to"),
+    ],
+)
 def test_bad_options_are_refused(tmp_path, capsys, arguments, said):
     file = tmp_path / "file"
     file.touch()
@@ -167,6 +171,7 @@ def test_a_token_that_did_not_win_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("no_plot")
 def test_what_does_not_fit_is_a_row_and_is_repeated_smaller(tmp_path, monkeypatch):
     """Out of memory in ours at 256 rows: measured with a quarter of them."""
+
     def limited(logits, tokens):
         if logits.shape[0] > 64:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")
@@ -199,6 +204,7 @@ def test_a_failing_baseline_is_a_row():
 @pytest.mark.usefixtures("no_plot")
 def test_nothing_measured_is_lost_or_overwritten(tmp_path, monkeypatch):
     """A crash in the second set-up leaves the first one's rows; a second run of the day has its own file."""
+
     def crash(*args, **kwargs):
         raise KeyboardInterrupt
 

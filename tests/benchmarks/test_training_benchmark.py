@@ -25,9 +25,16 @@ def relative(ours, theirs):
 def measured(seconds, **others):
     """What a process that took one step of so many seconds reports."""
     return {
-        "status": "ok", "steps": [{"seconds": seconds, "phases": {"rollout": seconds / 2, "update": seconds / 2}}],
-        "peak_gib": 2.0, "before_gib": 1.0, "tensors_gib": 0.5, "hops": None, "first_seconds": None,
-        "tokens": torch.zeros(2, 3), "gradient": torch.ones(3), **others,
+        "status": "ok",
+        "steps": [{"seconds": seconds, "phases": {"rollout": seconds / 2, "update": seconds / 2}}],
+        "peak_gib": 2.0,
+        "before_gib": 1.0,
+        "tensors_gib": 0.5,
+        "hops": None,
+        "first_seconds": None,
+        "tokens": torch.zeros(2, 3),
+        "gradient": torch.ones(3),
+        **others,
     }
 
 
@@ -52,7 +59,14 @@ def test_the_published_algorithm_has_the_tokens_and_gradient_of_replay(exact, na
 def test_phases_cover_the_step(exact):
     assert list(exact["published"]["phases"]) == ["rollout", "reference and reward", "backward", "update"]
     assert list(exact["replay"]["phases"]) == [
-        "rollout", "policy_forward", "base_forward", "head", "base_backward", "hops", "policy_backward", "update",
+        "rollout",
+        "policy_forward",
+        "base_forward",
+        "head",
+        "base_backward",
+        "hops",
+        "policy_backward",
+        "update",
     ]
     for found in exact.values():
         assert 0.5 < sum(found["phases"].values()) / found["seconds"] <= 1
@@ -105,11 +119,31 @@ def test_a_power_law_is_continued():
 def test_the_command(tmp_path, capsys):
     stem = tmp_path / "llama-0.3m"  # the dot is part of the name
     saved = tmp_path / "llama-0.3m.json"
-    training.main([
-        "--shape", "llama-260k", "--batch", "2", "--prompt", "5", "--top-k", "16", "--lengths", "8",
-        "--algorithms", "published", "replay", "--rounds", "1", "--repeats", "2", "--time-limit", "60",
-        "--save", str(stem),
-    ])
+    training.main(
+        [
+            "--shape",
+            "llama-260k",
+            "--batch",
+            "2",
+            "--prompt",
+            "5",
+            "--top-k",
+            "16",
+            "--lengths",
+            "8",
+            "--algorithms",
+            "published",
+            "replay",
+            "--rounds",
+            "1",
+            "--repeats",
+            "2",
+            "--time-limit",
+            "60",
+            "--save",
+            str(stem),
+        ]
+    )
     printed = capsys.readouterr().out
     payload = json.loads(saved.read_text())
     assert printed.endswith(document(payload)) and (tmp_path / "llama-0.3m.png").stat().st_size > 10_000
@@ -128,6 +162,7 @@ def test_the_command(tmp_path, capsys):
 
 def test_rows_that_were_not_run(monkeypatch, tmp_path):
     """Beyond the time limit a row has its extrapolated time, and replay's advantage is marked as such."""
+
     def run(setting, algorithm, folder, **limits):
         return measured(1e-3 * setting.length ** (2 if algorithm == "published" else 1))
 
@@ -174,22 +209,31 @@ def test_a_step_that_fails_has_a_row_that_says_so(monkeypatch, tmp_path):
     """Out of memory, or an error: the other algorithms and lengths go on, and what was to be expected is kept."""
     monkeypatch.setattr(training, "run_apart", lambda setting, name, folder, **limits: {"status": "out of memory"})
     before = [
-        {"algorithm": "published", "status": "ok", "length": s, "seconds": 1e-3 * s, "step_gib": 1e-6,
-         "peak_gib": 1.0, "tensors_gib": None} for s in (2, 4)
+        {
+            "algorithm": "published",
+            "status": "ok",
+            "length": s,
+            "seconds": 1e-3 * s,
+            "step_gib": 1e-6,
+            "peak_gib": 1.0,
+            "tensors_gib": None,
+        }
+        for s in (2, 4)
     ]
-    (row,) = training.rows_of(
-        replace(SETTING, length=8), options_of("--algorithms published"), before, tmp_path
-    )
+    (row,) = training.rows_of(replace(SETTING, length=8), options_of("--algorithms published"), before, tmp_path)
     assert row["status"] == "out of memory" and row["extrapolated_seconds"] == pytest.approx(8e-3)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--lengths", "0"], "--lengths is 0: it must be 2 or more"),
-    (["--tau", "0"], "--tau is 0.0: it must be a number above 0"),
-    (["--shape", "llama-260k", "--top-k", "513"], "--top-k is 513, the vocabulary of llama-260k 512"),
-    (["--hop-tol", "nan"], "--hop-tol is nan"),
-    (["--save", "README.md/x"], "--save README.md/x: its folder cannot be made"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--lengths", "0"], "--lengths is 0: it must be 2 or more"),
+        (["--tau", "0"], "--tau is 0.0: it must be a number above 0"),
+        (["--shape", "llama-260k", "--top-k", "513"], "--top-k is 513, the vocabulary of llama-260k 512"),
+        (["--hop-tol", "nan"], "--hop-tol is nan"),
+        (["--save", "README.md/x"], "--save README.md/x: its folder cannot be made"),
+    ],
+)
 def test_what_cannot_run_is_refused_at_once(arguments, message):
     with pytest.raises(SystemExit, match=message):
         training.main(arguments)

@@ -48,62 +48,74 @@ def fake_module(monkeypatch):
 # --- options -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line, expected", [
-    ("train imdb_small --steps 3", "unknown option --steps; did you mean --train.steps?"),
-    ("train imdb_small --train.stesp 3", "unknown option --train.stesp; did you mean --train.steps?"),
-    ("train imdb_small --train.step 3", "unknown option --train.step; did you mean --train.steps?"),  # not abbreviated
-    ("train imdb_small --method.steps 3", "did you mean --train.steps?"),
-    ("train imdb_small --lora.r 3", "did you mean --model.lora.r?"),
-    ("train imdb_small --kl_coeff 3", "did you mean --method.kl_coef?"),
-    ("train imdb_small --learning-rate 3", "did you mean"),
-    ("train imdb_small --generation.max_tokens 3", "did you mean --generation.max_new_tokens?"),
-    ("train imdb_small --max_tokens 3", "did you mean --reward.max_tokens?"),
-    ("train imdb_small --seeds 3", "did you mean --seed?"),
-    ("train imdb_small --print_confg 3", "did you mean --print_config?"),
-    ("train imdb_small --train.max_steps 3", "did you mean --train.steps?"),  # not the puzzles'
-    ("train imdb_small --train.seed 3", "did you mean --seed?"),
-    ("train imdb_small --method.epochs 3", "did you mean --method.ppo.epochs or --method.grpo.epochs?"),
-    ("train imdb_small --method.tau 3", "--method.tau_start or --method.tau_end or --method.tau_steps?"),
-    # The epochs of the reward and of two methods are others.
-    ("train imdb_small --train.epochs 3", "--train.epochs; `grade train --help` lists them all"),
-    ("train imdb_small --generation.tau 3", "--generation.tau; `grade train --help` lists them all"),
-    ("train imdb_small --model.rank 3", "--model.rank; `grade train --help` lists them all"),
-    ("train imdb_small --zzz 3", "`grade train --help` lists them all"),
-    ("train imdb_small --train.steps abc", "train.steps is abc: it must be a whole number."),
-    ("train imdb_small --train.steps 1.5", "train.steps is 1.5: it must be a whole number."),
-    ("train imdb_small --train.learning_rate fast", "train.learning_rate is fast: it must be a number."),
-    ("train imdb_small --train.resume maybe", "train.resume is maybe: it must be true or false or auto."),
-    ("train imdb_small --method.name x", "method.name is x: it must be one of grade-ste, grade, ppo, reinforce, grpo."),
-    ("train imdb_small --generation.batch_size 2.5", "batch_size is 2.5: it must be a whole number or null."),
-    ("train imdb_small --model.lora.target_modules q", "target_modules is q: it must be a list of texts, written"),
-    ("train imdb_small --train.steps", "--train.steps needs a value: a whole number."),
-    ("train imdb_small --train.resume --seed 3", "--train.resume needs a value: true or false or auto."),
-    ("train imdb_small --train x.yaml", "--train is a section"),
-    ("train imdb_small --generation.max_new_tokens 4", "generation.max_new_tokens (4) is below generation.min_new_tok"),
-    ("train imdb_small more", "unexpected argument 'more'"),
-    ("train", "CONFIG is missing: grade train CONFIG"),
-    ("reward", "CONFIG is missing: grade reward CONFIG"),
-    ("evaluate", "RUN_DIR is missing: grade evaluate RUN_DIR [--checkpoint"),
-    ("trian imdb_small", "did you mean train?"),
-    ("xyzzy", "Commands: demo, reward"),
-    ("demo more", "unexpected argument 'more'"),
-    ("demo --pretrain_steps 0", "pretrain_steps is 0"),
-    ("demo --cache-dir x", "did you mean --cache_dir?"),
-    ("train demo --log_level loud", "--log_level is 'loud': it must be one of warning, info, debug."),
-    ("train demo --quiet --log_level=debug", "--quiet is --log_level warning: leave one of the two out."),
-    ("doctor more", "unexpected argument 'more'"),
-    ("doctor --jsn", "did you mean --json?"),
-    ("doctor --json=1", "--json is a switch and takes no value: leave '1' out."),
-    ("generate runs/x --base True words", "--base is a switch and takes no value: leave 'True' out."),
-    ("compare demo --seeds 0,00,1", "--seeds names 0 twice: leave one of them out."),
-    ("compare demo --seeds ,", "--seeds is ',': write whole numbers"),
-    ("compare demo --methods ppo,grpo,ppo", "--methods names ppo twice: leave one of them out."),
-    ("compare demo --methods ,", "--methods is empty: name some of grade-ste"),
-    ("compare demo --methods ''", "--methods is empty: name some of grade-ste"),
-    ("compare demo --compare.learning_rate_factors abc", "it must be a list of numbers, written [1, 2]."),
-    ("compare demo --variance.hops [a]", "it must be a list of whole numbers, written [1, 2]."),
-    ("compare demo --variance.estimators '[rao, x]'", "a list of gumbel or rao or straight_through or reinmax"),
-])
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("train imdb_small --steps 3", "unknown option --steps; did you mean --train.steps?"),
+        ("train imdb_small --train.stesp 3", "unknown option --train.stesp; did you mean --train.steps?"),
+        (
+            "train imdb_small --train.step 3",
+            "unknown option --train.step; did you mean --train.steps?",
+        ),  # not abbreviated
+        ("train imdb_small --method.steps 3", "did you mean --train.steps?"),
+        ("train imdb_small --lora.r 3", "did you mean --model.lora.r?"),
+        ("train imdb_small --kl_coeff 3", "did you mean --method.kl_coef?"),
+        ("train imdb_small --learning-rate 3", "did you mean"),
+        ("train imdb_small --generation.max_tokens 3", "did you mean --generation.max_new_tokens?"),
+        ("train imdb_small --max_tokens 3", "did you mean --reward.max_tokens?"),
+        ("train imdb_small --seeds 3", "did you mean --seed?"),
+        ("train imdb_small --print_confg 3", "did you mean --print_config?"),
+        ("train imdb_small --train.max_steps 3", "did you mean --train.steps?"),  # not the puzzles'
+        ("train imdb_small --train.seed 3", "did you mean --seed?"),
+        ("train imdb_small --method.epochs 3", "did you mean --method.ppo.epochs or --method.grpo.epochs?"),
+        ("train imdb_small --method.tau 3", "--method.tau_start or --method.tau_end or --method.tau_steps?"),
+        # The epochs of the reward and of two methods are others.
+        ("train imdb_small --train.epochs 3", "--train.epochs; `grade train --help` lists them all"),
+        ("train imdb_small --generation.tau 3", "--generation.tau; `grade train --help` lists them all"),
+        ("train imdb_small --model.rank 3", "--model.rank; `grade train --help` lists them all"),
+        ("train imdb_small --zzz 3", "`grade train --help` lists them all"),
+        ("train imdb_small --train.steps abc", "train.steps is abc: it must be a whole number."),
+        ("train imdb_small --train.steps 1.5", "train.steps is 1.5: it must be a whole number."),
+        ("train imdb_small --train.learning_rate fast", "train.learning_rate is fast: it must be a number."),
+        ("train imdb_small --train.resume maybe", "train.resume is maybe: it must be true or false or auto."),
+        (
+            "train imdb_small --method.name x",
+            "method.name is x: it must be one of grade-ste, grade, ppo, reinforce, grpo.",
+        ),
+        ("train imdb_small --generation.batch_size 2.5", "batch_size is 2.5: it must be a whole number or null."),
+        ("train imdb_small --model.lora.target_modules q", "target_modules is q: it must be a list of texts, written"),
+        ("train imdb_small --train.steps", "--train.steps needs a value: a whole number."),
+        ("train imdb_small --train.resume --seed 3", "--train.resume needs a value: true or false or auto."),
+        ("train imdb_small --train x.yaml", "--train is a section"),
+        (
+            "train imdb_small --generation.max_new_tokens 4",
+            "generation.max_new_tokens (4) is below generation.min_new_tok",
+        ),
+        ("train imdb_small more", "unexpected argument 'more'"),
+        ("train", "CONFIG is missing: grade train CONFIG"),
+        ("reward", "CONFIG is missing: grade reward CONFIG"),
+        ("evaluate", "RUN_DIR is missing: grade evaluate RUN_DIR [--checkpoint"),
+        ("trian imdb_small", "did you mean train?"),
+        ("xyzzy", "Commands: demo, reward"),
+        ("demo more", "unexpected argument 'more'"),
+        ("demo --pretrain_steps 0", "pretrain_steps is 0"),
+        ("demo --cache-dir x", "did you mean --cache_dir?"),
+        ("train demo --log_level loud", "--log_level is 'loud': it must be one of warning, info, debug."),
+        ("train demo --quiet --log_level=debug", "--quiet is --log_level warning: leave one of the two out."),
+        ("doctor more", "unexpected argument 'more'"),
+        ("doctor --jsn", "did you mean --json?"),
+        ("doctor --json=1", "--json is a switch and takes no value: leave '1' out."),
+        ("generate runs/x --base True words", "--base is a switch and takes no value: leave 'True' out."),
+        ("compare demo --seeds 0,00,1", "--seeds names 0 twice: leave one of them out."),
+        ("compare demo --seeds ,", "--seeds is ',': write whole numbers"),
+        ("compare demo --methods ppo,grpo,ppo", "--methods names ppo twice: leave one of them out."),
+        ("compare demo --methods ,", "--methods is empty: name some of grade-ste"),
+        ("compare demo --methods ''", "--methods is empty: name some of grade-ste"),
+        ("compare demo --compare.learning_rate_factors abc", "it must be a list of numbers, written [1, 2]."),
+        ("compare demo --variance.hops [a]", "it must be a list of whole numbers, written [1, 2]."),
+        ("compare demo --variance.estimators '[rao, x]'", "a list of gumbel or rao or straight_through or reinmax"),
+    ],
+)
 def test_a_wrong_command_line(capsys, line, expected):
     assert expected in run_error(capsys, *shlex.split(line))
 
@@ -210,9 +222,10 @@ def test_evaluate_reads_the_run(fake_module, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("options, level", [
-    ([], "info"), (["--quiet"], "warning"), (["--log_level", "debug"], "debug"), (["--log_level=warning"], "warning"),
-])
+@pytest.mark.parametrize(
+    "options, level",
+    [([], "info"), (["--quiet"], "warning"), (["--log_level", "debug"], "debug"), (["--log_level=warning"], "warning")],
+)
 def test_how_much_a_command_says(fake_module, options, level):
     fake_module("grade.commands.train", "train", lambda config: levels.append(terminal._level))
     levels: list[str] = []
@@ -232,6 +245,7 @@ def test_print_config_is_a_config(capsys, tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_what_training_ends_with(fake_module, capsys, error):
     """An interruption says how to resume; what nobody expects keeps its traceback."""
+
     def fail(config):
         raise error
 

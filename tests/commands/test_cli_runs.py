@@ -16,10 +16,30 @@ from grade.config.reading import config_to_yaml, sealed_yaml
 from grade.training.run_folder import mark
 
 SHRUNK_DEMO = [
-    "--pretrain_steps", "20", "--task.reward_examples", "60", "--task.policy_examples", "40",
-    "--task.validation_examples", "20", "--generation.max_new_tokens", "6", "--generation.min_new_tokens", "2",
-    "--train.steps", "2", "--train.batch_size", "4", "--evaluation.every", "2", "--evaluation.validation_prompts", "8",
-    "--evaluation.test_prompts", "8", "--reward.epochs", "2",
+    "--pretrain_steps",
+    "20",
+    "--task.reward_examples",
+    "60",
+    "--task.policy_examples",
+    "40",
+    "--task.validation_examples",
+    "20",
+    "--generation.max_new_tokens",
+    "6",
+    "--generation.min_new_tokens",
+    "2",
+    "--train.steps",
+    "2",
+    "--train.batch_size",
+    "4",
+    "--evaluation.every",
+    "2",
+    "--evaluation.validation_prompts",
+    "8",
+    "--evaluation.test_prompts",
+    "8",
+    "--reward.epochs",
+    "2",
 ]
 
 
@@ -28,8 +48,12 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 def grade(*arguments, cwd, launcher=(), **environment):
     return subprocess.run(
-        [sys.executable, *launcher, "-m", "grade", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-        timeout=200, env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **environment},
+        [sys.executable, *launcher, "-m", "grade", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **environment},
     )
 
 
@@ -39,8 +63,20 @@ def test_demo_from_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "base" in done.stdout and "policy, step 2" in done.stdout
     assert "the same prompts, before and after" in done.stdout
-    ours = ("1/3 ", "2/3 ", "3/3 ", "Training the demo model", "Reward ", "Held-out features", "reward", "a response ",
-            "memory: ", "step ", "training ", "warning: no response")
+    ours = (
+        "1/3 ",
+        "2/3 ",
+        "3/3 ",
+        "Training the demo model",
+        "Reward ",
+        "Held-out features",
+        "reward",
+        "a response ",
+        "memory: ",
+        "step ",
+        "training ",
+        "warning: no response",
+    )
     assert [line for line in done.stderr.splitlines() if not line.startswith(ours)] == []
     assert "Training the demo model, once: 20\n" in done.stderr and "training 2/2  " in done.stderr
     (run_dir,) = (tmp_path / "runs").glob("demo-seed0-*")
@@ -78,10 +114,15 @@ def test_two_processes_equal_one_large_batch(tiny_config, tmp_path, method):
 
     def run(name, batch_size):
         config = tmp_path / f"{name}.yaml"
-        config.write_text(config_to_yaml(changed(
-            tiny_config, method={"name": method, "ppo": {"minibatches": 1, "epochs": 2}},
-            train={"batch_size": batch_size, "steps": 2, "run_dir": str(tmp_path / name)},
-        )))
+        config.write_text(
+            config_to_yaml(
+                changed(
+                    tiny_config,
+                    method={"name": method, "ppo": {"minibatches": 1, "epochs": 2}},
+                    train={"batch_size": batch_size, "steps": 2, "run_dir": str(tmp_path / name)},
+                )
+            )
+        )
         if name == "two":
             done = grade("train", config, cwd=tmp_path, launcher=TORCHRUN, OMP_NUM_THREADS="1")
             assert done.returncode == 0, done.stderr

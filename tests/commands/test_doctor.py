@@ -78,6 +78,7 @@ def test_missing_package_says_how_to_install_it(offline, monkeypatch):
 
 def listening(status):
     """A server that answers with this status."""
+
     class Answer(BaseHTTPRequestHandler):
         def do_HEAD(self):
             self.send_response(status)

@@ -67,8 +67,12 @@ def test_a_merged_model_is_plain_transformers_and_the_policy_to_the_bit(trained_
     prompts = sampled_prompts(trained_run, policy.tokenizer)
     fresh.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", LOADED, str(target), str(prompts), "logits.pt"], cwd=fresh, capture_output=True,
-        text=True, timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        [sys.executable, "-c", LOADED, str(target), str(prompts), "logits.pt"],
+        cwd=fresh,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == str(policy.eos_ids.item())

@@ -59,8 +59,13 @@ def expected(trained, prompts, adapters, rows):
     ids, mask = pad_prompts(encode(policy.tokenizer, prompts, None), policy.pad_id, policy.device)
     first_rows = torch.tensor(rows) * config.generation.max_new_tokens
     rollout = sample(
-        policy, ids, mask, evaluation_sampling(config.evaluation, config.generation), seed=config.seed,
-        first_rows=first_rows, adapters=adapters,
+        policy,
+        ids,
+        mask,
+        evaluation_sampling(config.evaluation, config.generation),
+        seed=config.seed,
+        first_rows=first_rows,
+        adapters=adapters,
     )
     return [text_of(policy, rollout.tokens[i], rollout.mask[i]) for i in range(len(rollout))]
 
@@ -115,9 +120,7 @@ def test_lines_of_a_pipe_are_prompts(trained, trained_run, capsys, monkeypatch, 
 
 
 @pytest.mark.parametrize("width, end", [(100, None), (60, KeyboardInterrupt)])
-def test_a_conversation_shows_base_and_policy_and_ends_quietly(
-    trained, trained_run, capsys, monkeypatch, width, end
-):
+def test_a_conversation_shows_base_and_policy_and_ends_quietly(trained, trained_run, capsys, monkeypatch, width, end):
     """Side by side where there is room. A prompt that cannot be used ends nothing."""
     monkeypatch.setattr(sys, "stdin", Terminal("the film was\n\n" + "word " * 400 + "\nthe film was\n", end))
     monkeypatch.setenv("COLUMNS", str(width))

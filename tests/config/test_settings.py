@@ -53,11 +53,26 @@ def test_the_declarations_are_those_of_all_settings():
 def test_what_may_change_when_a_run_is_resumed():
     changing = settings_with_role("resume", "speed", "place")
     assert {name for name in changing if not name.startswith(("compare.", "variance."))} == {
-        "name", "output_dir", "train.run_dir",
-        "train.resume", "train.overwrite", "train.steps", "train.save_every", "train.keep_adapters",
-        "train.tensorboard", "train.wandb", "train.wandb_project", "train.samples_logged", "train.samples_every",
-        "train.log_every", "evaluation.samples", "task.judge_examples",
-        "evaluation.batch_size", "generation.batch_size", "rollout.compile", "method.head_chunk_mib",
+        "name",
+        "output_dir",
+        "train.run_dir",
+        "train.resume",
+        "train.overwrite",
+        "train.steps",
+        "train.save_every",
+        "train.keep_adapters",
+        "train.tensorboard",
+        "train.wandb",
+        "train.wandb_project",
+        "train.samples_logged",
+        "train.samples_every",
+        "train.log_every",
+        "evaluation.samples",
+        "task.judge_examples",
+        "evaluation.batch_size",
+        "generation.batch_size",
+        "rollout.compile",
+        "method.head_chunk_mib",
         "method.activation_checkpointing",
     }
     assert {name for name in FACTS if name.startswith(("compare.", "variance."))} <= set(changing)
@@ -161,8 +176,10 @@ def test_extreme_texts_end_in_words(name, text, parser, tmp_path, monkeypatch):
     path.write_text("".join("  " * i + f"{key}:\n" for i, key in enumerate(keys)).rstrip("\n") + f" {written}\n")
     monkeypatch.setattr(config_io, "new_parser", lambda: parser)
     monkeypatch.setattr(config_io, "add_settings", lambda _: None)
-    for read in (lambda: config_io.load_config(tmp_path / "empty.yaml", [f"--{name}={written}"]),
-                 lambda: config_io.config_from_yaml(path)):
+    for read in (
+        lambda: config_io.load_config(tmp_path / "empty.yaml", [f"--{name}={written}"]),
+        lambda: config_io.config_from_yaml(path),
+    ):
         defaults = parser.get_defaults()
         try:
             value = get_setting(read(), name)
@@ -203,12 +220,19 @@ def test_the_program_asks_for_plain_digits(tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, text, value",
     [
-        ("train.steps", "+7", 7), ("train.steps", "7", 7), ("generation.batch_size", "null", None),
-        ("generation.batch_size", "~", None), ("train.learning_rate", "1e-05", 1e-05),
-        ("train.learning_rate", "5", 5.0), ("train.learning_rate", ".5", 0.5), ("train.learning_rate", "1.", 1.0),
+        ("train.steps", "+7", 7),
+        ("train.steps", "7", 7),
+        ("generation.batch_size", "null", None),
+        ("generation.batch_size", "~", None),
+        ("train.learning_rate", "1e-05", 1e-05),
+        ("train.learning_rate", "5", 5.0),
+        ("train.learning_rate", ".5", 0.5),
+        ("train.learning_rate", "1.", 1.0),
         ("variance.hops", "[0, 3]", [0, 3]),
-        ("variance.taus", "[1, 2.5e0]", [1.0, 2.5]), ("variance.lengths", "null", None),
-        ("method.activation_checkpointing", "true", True), ("task.positive_label", "٣", "٣"),
+        ("variance.taus", "[1, 2.5e0]", [1.0, 2.5]),
+        ("variance.lengths", "null", None),
+        ("method.activation_checkpointing", "true", True),
+        ("task.positive_label", "٣", "٣"),
     ],
 )
 def test_plain_numbers_are_read_as_before(name, text, value, tmp_path):
@@ -225,11 +249,16 @@ def test_one_more_entry_of_a_list_is_checked_too():
         config_io.load_config("demo", ["--variance.hops+", "0x9"])
 
 
-@pytest.mark.parametrize("argv", [
-    ["demo", "--pretrain_steps", "1_0"], ["demo", "--pretrain_steps", "1" + "0" * 40],
-    ["compare", "demo", "--seeds", "٣"], ["compare", "demo", "--seeds", "1e3"],
-    ["compare", "demo", "--seeds", "9" * 5000],
-])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["demo", "--pretrain_steps", "1_0"],
+        ["demo", "--pretrain_steps", "1" + "0" * 40],
+        ["compare", "demo", "--seeds", "٣"],
+        ["compare", "demo", "--seeds", "1e3"],
+        ["compare", "demo", "--seeds", "9" * 5000],
+    ],
+)
 def test_the_commands_own_numbers(argv, capsys):
     assert cli.main(argv) == 2
     message = capsys.readouterr().err
@@ -273,11 +302,19 @@ def test_the_longest_names_can_be_made(tmp_path):
     (tmp_path / ("p" * 240 + ".yaml")).touch()
 
 
-@pytest.mark.parametrize("argv", [
-    ["train", "x" * 300], ["train", "x" * 300 + ".yaml"], ["evaluate", "x" * 5000], ["report", "x" * 300],
-    ["report", ".", "--output", "x" * 300], ["variance", "demo", "--checkpoint", "x" * 300],
-    ["demo", "--cache_dir", "x" * 300], ["train", "demo", "--name", "x" * 300],
-])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "x" * 300],
+        ["train", "x" * 300 + ".yaml"],
+        ["evaluate", "x" * 5000],
+        ["report", "x" * 300],
+        ["report", ".", "--output", "x" * 300],
+        ["variance", "demo", "--checkpoint", "x" * 300],
+        ["demo", "--cache_dir", "x" * 300],
+        ["train", "demo", "--name", "x" * 300],
+    ],
+)
 def test_paths_that_cannot_be(argv, capsys):
     assert cli.main(argv) == 2
     message = capsys.readouterr().err
@@ -285,10 +322,18 @@ def test_paths_that_cannot_be(argv, capsys):
     assert "bytes" in message or "characters, and must have" in message
 
 
-@pytest.mark.parametrize("value, text", [
-    ("a\nb", "a\\nb"), ("a\ud800", "a\\ud800"), (10**5000, "a number of thousands of digits"), ([1, 2], "[1, 2]"),
-    ("x" * 200, "x" * 60 + "... (200 characters)"), ("漢", "漢"),
-], ids=["line", "surrogate", "digits", "list", "long", "print"])
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        ("a\nb", "a\\nb"),
+        ("a\ud800", "a\\ud800"),
+        (10**5000, "a number of thousands of digits"),
+        ([1, 2], "[1, 2]"),
+        ("x" * 200, "x" * 60 + "... (200 characters)"),
+        ("漢", "漢"),
+    ],
+    ids=["line", "surrogate", "digits", "list", "long", "print"],
+)
 def test_values_are_shown_on_one_line(value, text):
     assert shown(value) == text
 
@@ -301,13 +346,22 @@ def test_facts_in_words():
 # --- through the program -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"train.batch_size": 2**16, "train.accumulation_steps": 2**10}, "cannot fit. Set .*train.batch_size below 65536"),
-    ({"train.accumulation_steps": 2**16, "method.name": "grade"}, "that cannot fit. Set .*generation.batch_size below"),
-    ({"model.lora.r": 8192}, "model.lora.r is 8192: its adapter would take .* GiB are free"),
-    ({"task.prompt_max_tokens": 2**20}, "but the context of .* is 256 tokens"),
-    ({"generation.top_k": 2**20}, "exceeds the vocabulary"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"train.batch_size": 2**16, "train.accumulation_steps": 2**10},
+            "cannot fit. Set .*train.batch_size below 65536",
+        ),
+        (
+            {"train.accumulation_steps": 2**16, "method.name": "grade"},
+            "that cannot fit. Set .*generation.batch_size below",
+        ),
+        ({"model.lora.r": 8192}, "model.lora.r is 8192: its adapter would take .* GiB are free"),
+        ({"task.prompt_max_tokens": 2**20}, "but the context of .* is 256 tokens"),
+        ({"generation.top_k": 2**20}, "exceeds the vocabulary"),
+    ],
+)
 def test_what_is_legal_and_cannot_fit_is_told_before_work(tiny_config, monkeypatch, settings, message):
     config = copy.deepcopy(tiny_config)
     for name, value in settings.items():
@@ -322,8 +376,18 @@ def test_what_is_legal_and_cannot_fit_is_told_before_work(tiny_config, monkeypat
 
 def test_the_largest_counts_start_like_any_others(tiny_config):
     config = copy.deepcopy(tiny_config)
-    for name in ("train.steps", "train.warmup_steps", "train.save_every", "train.samples_every", "evaluation.every",
-                 "evaluation.validation_prompts", "evaluation.samples", "method.tau_steps", "seed", "evaluation.seed"):
+    for name in (
+        "train.steps",
+        "train.warmup_steps",
+        "train.save_every",
+        "train.samples_every",
+        "evaluation.every",
+        "evaluation.validation_prompts",
+        "evaluation.samples",
+        "method.tau_steps",
+        "seed",
+        "evaluation.seed",
+    ):
         set_setting(config, name, FACTS[name][1].le)
     validate(config)
     trainer = Trainer(config, make_accelerator(config), prepare_run_dir(config))

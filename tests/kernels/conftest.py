@@ -62,7 +62,7 @@ def ops(backend: str) -> ModuleType:
 
 @pytest.fixture
 def device() -> str:
-    """"cuda" on a GPU, else "cpu"."""
+    """ "cuda" on a GPU, else "cpu"."""
     return "cuda" if ON_GPU else "cpu"
 
 

@@ -25,7 +25,7 @@ except RuntimeError as error:
 OPS = Path(command.__file__).parents[1] / "triton_ops"
 TARGETS = list(binary.TARGETS)
 
-TOYS = '''
+TOYS = """
 import triton
 import triton.language as tl
 
@@ -56,7 +56,7 @@ def crashing(x, out, BLOCK: tl.constexpr):
 def die():
     import os
     os.abort()
-'''
+"""
 
 needs_compiler = pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET=1 replaces the compiler")
 

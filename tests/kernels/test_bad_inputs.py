@@ -150,10 +150,14 @@ CASES = {
     "objective suppress": (objective(suppress=[10]), ValueError, "id 10, outside the vocabulary"),
     "objective chunk": (objective(chunk_bytes=0), ValueError, "chunk_bytes must be at least 1"),
     "linear kl ref": (
-        linear_kl(ref_head=gk.Head(torch.randn(9, 4))), ValueError, r"ref_head.weight must have shape \(10, 4\)"
+        linear_kl(ref_head=gk.Head(torch.randn(9, 4))),
+        ValueError,
+        r"ref_head.weight must have shape \(10, 4\)",
     ),
     "linear kl ref width": (
-        linear_kl(ref_head=gk.Head(torch.randn(10, 5))), ValueError, "has width 4, but ref_head.weight has rows of 5"
+        linear_kl(ref_head=gk.Head(torch.randn(10, 5))),
+        ValueError,
+        "has width 4, but ref_head.weight has rows of 5",
     ),
     "linear kl rows": (linear_kl(H[:2]), ValueError, "ref_hidden must have shape"),
     "linear kl cap": (linear_kl(ref_head=gk.Head(W, softcap=2.0)), ValueError, "ref_head.softcap is 2.0 but head.soft"),
@@ -239,8 +243,7 @@ def test_backend_switch(monkeypatch, op):
 
 
 @pytest.mark.parametrize(
-    ("version", "works"),
-    [("3.5.1", False), ("3.6.0", True), ("3.9.2+git1", True), ("3.10.0", False), ("main", False)],
+    ("version", "works"), [("3.5.1", False), ("3.6.0", True), ("3.9.2+git1", True), ("3.10.0", False), ("main", False)]
 )
 def test_triton_version(monkeypatch, version, works):
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))

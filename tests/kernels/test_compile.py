@@ -63,9 +63,7 @@ def test_one_graph(backend, device, function):
         torch.testing.assert_close(*grads)
 
 
-@pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("g++", "c++", "clang++")), reason="needs a C++ compiler"
-)
+@pytest.mark.skipif(not any(shutil.which(name) for name in ("g++", "c++", "clang++")), reason="needs a C++ compiler")
 def test_compiled_noise_is_the_noise_to_the_bit():
     """Its products wrap in int64, which C++ leaves undefined and torch's code generator does not mention."""
     generator = torch.Generator().manual_seed(0)

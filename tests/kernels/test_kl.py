@@ -64,8 +64,9 @@ def test_log_probabilities_are_logits_too():
     ours = logits_kl(logq, ref, "ref_policy")
     theirs = torch.nn.functional.kl_div(logq, ref, log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
-    by_input, by_logits = ([torch.autograd.grad(x.sum(), y, retain_graph=True)[0] for x in (ours, theirs)]
-                           for y in (logq, logits))
+    by_input, by_logits = (
+        [torch.autograd.grad(x.sum(), y, retain_graph=True)[0] for x in (ours, theirs)] for y in (logq, logits)
+    )
     torch.testing.assert_close(by_input[0], logq.exp() - ref.exp(), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(by_input[1], -ref.exp(), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(*by_logits, rtol=1e-12, atol=1e-14)
@@ -230,8 +231,7 @@ def test_strides_and_pieces(backend, view, device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dtypes",
-    [(torch.float32, torch.bfloat16), (torch.float16, torch.float32), (torch.float16, torch.bfloat16)],
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32), (torch.float16, torch.bfloat16)]
 )
 def test_mixed_dtypes(backend, dtypes, device):
     a, b = (torch.randn(12, 50).to(device, dtype) for dtype in dtypes)

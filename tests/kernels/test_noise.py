@@ -19,11 +19,7 @@ WORD = 0xFFFFFFFF
     [
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D)),
         ((WORD,) * 4, (WORD,) * 2, (0x408F276D, 0x41C83B0E)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB),
-        ),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB)),
     ],
 )
 def test_philox_known_answers(counter, key, expected):

@@ -69,9 +69,7 @@ def test_rows_draws_and_seeds_are_independent():
 def conditional():
     """Gumbels (z - logits) of conditional draws whose tokens come from torch's own sampler."""
     logits = LOGITS.double()
-    tokens = torch.multinomial(
-        logits.softmax(-1), ROWS, replacement=True, generator=torch.Generator().manual_seed(5)
-    )
+    tokens = torch.multinomial(logits.softmax(-1), ROWS, replacement=True, generator=torch.Generator().manual_seed(5))
     ids = torch.arange(12).expand(ROWS, 12)
     z = ops.noisy_logits(logits.expand(ROWS, 12).contiguous(), ids, torch.arange(ROWS), 17, 1, tokens)
     assert torch.equal(z.argmax(-1), tokens)

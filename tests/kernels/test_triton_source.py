@@ -160,11 +160,7 @@ RULES: list[tuple[Callable[[ast.Module], Iterator[str]], str, str]] = [
         "@triton.jit(do_not_specialize=['n'])\ndef f(x, n, V, B: tl.constexpr): tl.program_id(0)",
         "@triton.jit\ndef f(x, n, V, B: tl.constexpr): tl.program_id(0)",
     ),
-    (
-        specialised_integers,
-        LIST.format(["n", "p_inner", "seed_low"]),
-        LIST.format(["n", "p_inner"]),
-    ),
+    (specialised_integers, LIST.format(["n", "p_inner", "seed_low"]), LIST.format(["n", "p_inner"])),
     (
         specialised_integers,
         "@triton.jit\ndef f(n, x):\n  i = tl.program_id(0)\n  tl.load(n + i * 4)",  # n is a tensor

@@ -30,9 +30,11 @@ def config_of(name="grade-ste", checkpoint="auto", batch=2, length=24, **section
     method = MethodConfig(name=name, activation_checkpointing=checkpoint, max_hops=2)
     method.ppo = replace(method.ppo, epochs=1, minibatches=1)
     return Config(
-        method=method, train=TrainConfig(batch_size=batch, accumulation_steps=1),
+        method=method,
+        train=TrainConfig(batch_size=batch, accumulation_steps=1),
         generation=GenerationConfig(max_new_tokens=length, min_new_tokens=0, top_k=32, ignore_eos=True),
-        evaluation=EvaluationConfig(batch_size=1), **sections,
+        evaluation=EvaluationConfig(batch_size=1),
+        **sections,
     )
 
 
@@ -70,7 +72,8 @@ def test_a_trial_is_what_a_step_holds(tiny_config, name, recompute):
     """With the longest prompts, and responses that all are at their longest."""
     method = replace(tiny_config.method, name=name, activation_checkpointing=recompute, kl_coef=0.0)
     config = replace(
-        with_train(tiny_config, accumulation_steps=2), method=method,
+        with_train(tiny_config, accumulation_steps=2),
+        method=method,
         generation=replace(tiny_config.generation, ignore_eos=True, samples_per_prompt=2, max_new_tokens=24),
     )
     trainer = trainer_of(config)
@@ -83,9 +86,10 @@ def test_a_trial_is_what_a_step_holds(tiny_config, name, recompute):
     assert 0.95 < held / max(full["rollout"], full["passes"]) < 1.02 and held < found
 
 
-@pytest.mark.parametrize("name, batch, recompute", [
-    ("grade-ste", 1, False), ("grade", 2, False), ("ppo", 3, False), ("ppo", 2, True), ("reinforce", 2, False),
-])
+@pytest.mark.parametrize(
+    "name, batch, recompute",
+    [("grade-ste", 1, False), ("grade", 2, False), ("ppo", 3, False), ("ppo", 2, True), ("reinforce", 2, False)],
+)
 def test_a_short_trial_bounds_a_long_one_and_three_foresee_it(name, batch, recompute):
     trial = trial_of(config_of(name, batch=batch, length=128))
     trial.policy.causal_lm.set_attn_implementation("eager")  # whose scores grow with the square
@@ -97,6 +101,7 @@ def test_a_short_trial_bounds_a_long_one_and_three_foresee_it(name, batch, recom
 
 def test_a_trial_comes_to_an_update_though_rewards_are_equal(monkeypatch):
     """GRPO's deviation of a group is then 0."""
+
     def passes(scale: str) -> float:
         config = config_of("grpo", batch=4)
         config.generation.samples_per_prompt, config.method.grpo.advantage_scale = 2, scale
@@ -129,8 +134,9 @@ def test_recomputing_saves_and_a_compiled_cache_stays():
     assert trial_of(config)(60, 8, recompute=True)[0]["passes"] < 0.8 * plain["passes"]
     config.rollout.compile = True
     assert trial_of(config)(60, 8, recompute=False)[0] == {
-        name: size + (plain["rollout"] - 8 * sum(p.numel() for p in tiny_policy("llama").parameters())
-                      if name != "rollout" else 0) for name, size in plain.items()
+        name: size
+        + (plain["rollout"] - 8 * sum(p.numel() for p in tiny_policy("llama").parameters()) if name != "rollout" else 0)
+        for name, size in plain.items()
     }
 
 
@@ -232,14 +238,28 @@ def test_auto_follows_free_memory():
     assert not recomputes(1100, rollout=1000)  # where sampling takes as much, it would only take time
 
 
-@pytest.mark.parametrize("largest, named, absent", [
-    ("passes", ["for it: about 3.0 GiB beside what is loaded, at B = 4, P = 16, S = 64, k = 32 (",
+@pytest.mark.parametrize(
+    "largest, named, absent",
+    [
+        (
+            "passes",
+            [
+                "for it: about 3.0 GiB beside what is loaded, at B = 4, P = 16, S = 64, k = 32 (",
                 "Set method.activation_checkpointing to true, train.batch_size below 4 (with train.accumulation_steps "
-                "above 1 ", "generation.batch_size below 8", "generation.max_new_tokens below 64"], "evaluation.batch"),
-    ("rollout", ["in sampling at B = 8", "Set generation.batch_size below 8, "], "evaluation.batch"),
-    ("evaluation", ["in evaluation at B = 16", "Set evaluation.batch_size below 9, method.head_chunk_mib below 256"],
-     "train.batch_size"),
-])
+                "above 1 ",
+                "generation.batch_size below 8",
+                "generation.max_new_tokens below 64",
+            ],
+            "evaluation.batch",
+        ),
+        ("rollout", ["in sampling at B = 8", "Set generation.batch_size below 8, "], "evaluation.batch"),
+        (
+            "evaluation",
+            ["in evaluation at B = 16", "Set evaluation.batch_size below 9, method.head_chunk_mib below 256"],
+            "train.batch_size",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_refused_with_what_to_change(largest, named, absent):
     config = replace(config_of(batch=4, length=64), evaluation=EvaluationConfig(batch_size=9))
     peaks = {"rollout": 2**20, "passes": 2**21, "evaluation": 2**22, largest: 3 * GIB}
@@ -267,7 +287,8 @@ def test_what_does_not_fit_is_refused_with_what_to_change(largest, named, absent
 def test_the_setting_has_three_values(tmp_path, text, value):
     (tmp_path / "config.yaml").write_text(f"method:\n  activation_checkpointing: {text}\n")
     for config in (
-        config_from_yaml(tmp_path / "config.yaml"), load_config("demo", [f"--method.activation_checkpointing={text}"])
+        config_from_yaml(tmp_path / "config.yaml"),
+        load_config("demo", [f"--method.activation_checkpointing={text}"]),
     ):
         found = config.method.activation_checkpointing
         assert found == value and type(found) is type(value)
@@ -287,12 +308,17 @@ def test_what_a_container_has_left(monkeypatch, tmp_path):
 # -- running out ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error, expected", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), True), (MemoryError(), True),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
-    (RuntimeError("could not create a primitive"), True),
-    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False), (ValueError("can't allocate"), False),
-])
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("can't allocate"), False),
+    ],
+)
 def test_what_is_out_of_memory(error, expected):
     assert is_out_of_memory(error) is expected
 

@@ -101,8 +101,11 @@ def test_learns_a_function(name):
 @pytest.mark.parametrize("name", ["grade-ste", "grade"])
 def test_learns_a_function_beside_a_reward_with_a_gradient(name):
     """What both of them like: either alone is content with twice as many tokens."""
-    start, tokens = learnt(name, lambda policy: WeightedReward([
-        Term(ShareReward(), "good"), Term(FunctionReward(late, policy.tokenizer), "late")
-    ]))
+    start, tokens = learnt(
+        name,
+        lambda policy: WeightedReward(
+            [Term(ShareReward(), "good"), Term(FunctionReward(late, policy.tokenizer), "late")]
+        ),
+    )
     assert start < 1.0
     assert ((tokens >= 30) & (tokens < 40)).float().mean() >= 0.9

@@ -49,11 +49,26 @@ def test_grpo_is_its_documented_loss(double, level, scale, loss_reduction, kl_re
     reward, rollout, rate = tiny_reward(policy), ragged_rollout(policy), 4.0
     mask, size = rollout.mask, (int(rollout.mask.sum()), len(rollout))
     method = method_of(
-        policy, reward, "grpo", batch=2, accumulation=4, copies=4, kl_coef=0.2,
-        kl_direction=direction, kl_reduction=kl_reduction,
+        policy,
+        reward,
+        "grpo",
+        batch=2,
+        accumulation=4,
+        copies=4,
+        kl_coef=0.2,
+        kl_direction=direction,
+        kl_reduction=kl_reduction,
         own=dict(
-            level=level, advantage_scale=scale, loss_reduction=loss_reduction, epochs=3, clip_low=0.1, clip_high=0.3,
-            kl_policy_ref_coef=0.1, kl_ref_policy_coef=0.3, preference_coef=2.0, entropy_reward_coef=entropy_reward,
+            level=level,
+            advantage_scale=scale,
+            loss_reduction=loss_reduction,
+            epochs=3,
+            clip_low=0.1,
+            clip_high=0.3,
+            kl_policy_ref_coef=0.1,
+            kl_ref_policy_coef=0.3,
+            preference_coef=2.0,
+            entropy_reward_coef=entropy_reward,
         ),
     )
     score = method.score([rollout], gains=True)
@@ -92,10 +107,24 @@ def test_ppo_is_its_documented_loss(double, kl, whiten, reduction):
     reward, rollout, rate = tiny_reward(policy), ragged_rollout(policy), 1.0
     mask = rollout.mask
     method = method_of(
-        policy, reward, "ppo", batch=2, accumulation=4, kl_coef=0.4, kl_reduction=reduction,
+        policy,
+        reward,
+        "ppo",
+        batch=2,
+        accumulation=4,
+        kl_coef=0.4,
+        kl_reduction=reduction,
         own=dict(
-            epochs=3, minibatches=1, clip=0.1, value_clip=0.1, entropy_coef=0.05, gamma=0.9, gae_lambda=0.8,
-            whiten_advantages=whiten, target_kl=None, kl=kl,
+            epochs=3,
+            minibatches=1,
+            clip=0.1,
+            value_clip=0.1,
+            entropy_coef=0.05,
+            gamma=0.9,
+            gae_lambda=0.8,
+            whiten_advantages=whiten,
+            target_kl=None,
+            kl=kl,
         ),
     )
     torch.manual_seed(7)

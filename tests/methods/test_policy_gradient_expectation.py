@@ -15,15 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from enumeration import (
-    ConstantReward,
-    FullTerms,
-    full_terms,
-    given_rollout,
-    method_of,
-    step_gradients,
-    symbol_policy,
-)
+from enumeration import ConstantReward, FullTerms, full_terms, given_rollout, method_of, step_gradients, symbol_policy
 from published import gradients, relative_error
 from tiny import VOCAB, KeepDouble, tiny_policy
 from torch import Tensor
@@ -182,8 +174,16 @@ def test_reinforce(policy, cases, lengths, baseline, count, copies, before, redu
     """The gradient of the objective, KL-to-go included; of a ratio of sums over responses of any lengths too."""
     of = cases[lengths]
     method = method_of(
-        policy, PrefixReward(), "reinforce", batch=count, copies=copies, max_new_tokens=LONGEST,
-        own={"baseline": baseline}, kl_coef=KL_COEF, kl_reduction=reduction, kl_direction=direction,
+        policy,
+        PrefixReward(),
+        "reinforce",
+        batch=count,
+        copies=copies,
+        max_new_tokens=LONGEST,
+        own={"baseline": baseline},
+        kl_coef=KL_COEF,
+        kl_reduction=reduction,
+        kl_direction=direction,
     )
     kl = kl_of(of, direction)
 
@@ -197,8 +197,15 @@ def test_reinforce_of_groups_within_a_step(policy, cases):
     """Two prompts' groups of two (the same prompt twice): the others of a group and of a step are not the same."""
     of, reduction = cases["ragged"], "token_mean"
     method = method_of(
-        policy, PrefixReward(), "reinforce", batch=4, copies=2, max_new_tokens=LONGEST,
-        own={"baseline": "leave_one_out"}, kl_coef=KL_COEF, kl_reduction=reduction,
+        policy,
+        PrefixReward(),
+        "reinforce",
+        batch=4,
+        copies=2,
+        max_new_tokens=LONGEST,
+        own={"baseline": "leave_one_out"},
+        kl_coef=KL_COEF,
+        kl_reduction=reduction,
     )
 
     def objective(group, probability):
@@ -229,8 +236,15 @@ def test_ppo(policy, cases, lengths, kl, reduction, direction, count):
     of, coef = cases[lengths], KL_COEF
     off = dict(epochs=1, minibatches=1, value_coef=0.0, entropy_coef=0.0, gamma=1.0, gae_lambda=1.0, target_kl=None)
     method = method_of(
-        policy, PrefixReward(), "ppo", batch=count, max_new_tokens=LONGEST, kl_coef=coef, kl_reduction=reduction,
-        kl_direction=direction, own={**off, "whiten_advantages": False, "kl": kl},
+        policy,
+        PrefixReward(),
+        "ppo",
+        batch=count,
+        max_new_tokens=LONGEST,
+        kl_coef=coef,
+        kl_reduction=reduction,
+        kl_direction=direction,
+        own={**off, "whiten_advantages": False, "kl": kl},
     )
     method.value_head.double()
     terms, lengths_of = of.terms, of.lengths
@@ -285,8 +299,15 @@ def test_grpo(policy, cases, level, scale, loss_reduction, count, which, reducti
     of, terms = cases["ragged"], cases["ragged"].terms
     own = {f"kl_{direction}_coef": KL_COEF} if which == "own" else {}
     method = method_of(
-        policy, PrefixReward(), "grpo", batch=count, copies=count, max_new_tokens=LONGEST,
-        kl_coef=KL_COEF if which == "shared" else 0.0, kl_reduction=reduction, kl_direction=direction,
+        policy,
+        PrefixReward(),
+        "grpo",
+        batch=count,
+        copies=count,
+        max_new_tokens=LONGEST,
+        kl_coef=KL_COEF if which == "shared" else 0.0,
+        kl_reduction=reduction,
+        kl_direction=direction,
         own={"level": level, "advantage_scale": scale, "loss_reduction": loss_reduction, **own},
     )
     kl = kl_of(of, direction)
@@ -298,7 +319,8 @@ def test_grpo(policy, cases, level, scale, loss_reduction, count, which, reducti
         rewards = of.reward[group]
         tied = bool((rewards == rewards[0]).all())
         share = {
-            "token_mean": lambda m: 1 / tokens, "sequence_mean": lambda m: 1 / (n * m),
+            "token_mean": lambda m: 1 / tokens,
+            "sequence_mean": lambda m: 1 / (n * m),
             "constant": lambda m: 1 / (n * LONGEST),
         }[loss_reduction]
         spread = float(rewards.std()) + 1e-4 if scale == "std" else 1.0
@@ -328,9 +350,7 @@ def test_trl_beta_is_the_coefficient_of_ref_policy(policy):
     with KeepDouble():
         policy = tiny_policy(dtype=torch.float64)
     tokens = torch.arange(VOCAB)[:, None]
-    everything = replace(
-        given_rollout(policy, tokens, 2), indices=torch.arange(VOCAB).expand(VOCAB, 1, -1),
-    )
+    everything = replace(given_rollout(policy, tokens, 2), indices=torch.arange(VOCAB).expand(VOCAB, 1, -1))
     terms = full_terms(policy, everything)
     log_ratio = terms.full_ref - terms.full
     k3 = (terms.full.exp().detach() * (log_ratio.exp() - log_ratio - 1)).sum()

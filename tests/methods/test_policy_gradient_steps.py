@@ -38,9 +38,7 @@ def method_for(case, policy, reward, batch=8, accumulation=1, copies=4, own=None
     name, defaults = ONE_UPDATE[case]
     own = {**defaults, **(own or {})}
     common = {"kl_coef": 0.1, **common}
-    return method_of(
-        policy, reward, name, batch=batch, accumulation=accumulation, copies=copies, own=own, **common
-    )
+    return method_of(policy, reward, name, batch=batch, accumulation=accumulation, copies=copies, own=own, **common)
 
 
 def one_gradient(method, rollout):
@@ -57,7 +55,12 @@ def test_the_ratio_is_one_until_the_policy_moves(name):
     for rate in (0.0, 0.1):
         policy = tiny_policy()
         method = method_of(
-            policy, tiny_reward(policy), name, batch=2, accumulation=4, copies=4,
+            policy,
+            tiny_reward(policy),
+            name,
+            batch=2,
+            accumulation=4,
+            copies=4,
             own=dict(epochs=2, minibatches=2, **({"target_kl": None} if name == "ppo" else {})),
         )
         taken, metrics = step_gradients(method, ragged_rollout(policy), rate=rate)
@@ -90,7 +93,8 @@ def test_what_stands_at_padding_is_ignored(case):
     reward, rollout = tiny_reward(policy), ragged_rollout(policy)
     noise = torch.randint(VOCAB, rollout.tokens.shape, generator=torch.Generator().manual_seed(1))
     other = replace(
-        rollout, tokens=torch.where(rollout.mask, rollout.tokens, noise),
+        rollout,
+        tokens=torch.where(rollout.mask, rollout.tokens, noise),
         indices=torch.where(rollout.mask[..., None], rollout.indices, noise[..., None]),
     )
     assert not torch.equal(other.tokens, rollout.tokens)
@@ -180,7 +184,12 @@ def test_target_kl_stops_the_passes():
     for target, updates in ((1e-9, 2), (1e9, 8), (None, 8)):
         policy = tiny_policy()
         method = method_of(
-            policy, tiny_reward(policy), "ppo", batch=2, accumulation=4, copies=4,
+            policy,
+            tiny_reward(policy),
+            "ppo",
+            batch=2,
+            accumulation=4,
+            copies=4,
             own=dict(epochs=4, minibatches=2, target_kl=target),
         )
         taken, metrics = step_gradients(method, ragged_rollout(policy), rate=0.1)

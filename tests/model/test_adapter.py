@@ -55,11 +55,14 @@ def test_weights_and_settings_are_the_adapters(tiny_config, adapter):
     assert all(torch.equal(saved[name.replace(".default", "")], p) for name, p in ours.items())
 
 
-@pytest.mark.parametrize("lora, message", [
-    (LoraSettings(r=8), "model.lora.r is 8, but model.adapter=.* has 4"),
-    (LoraSettings(alpha=3), "model.lora.alpha is 3, but .* has 8"),
-    (LoraSettings(target_modules=["up_proj"]), "model.lora.target_modules is up_proj, but .*Leave model.lora out"),
-])
+@pytest.mark.parametrize(
+    "lora, message",
+    [
+        (LoraSettings(r=8), "model.lora.r is 8, but model.adapter=.* has 4"),
+        (LoraSettings(alpha=3), "model.lora.alpha is 3, but .* has 8"),
+        (LoraSettings(target_modules=["up_proj"]), "model.lora.target_modules is up_proj, but .*Leave model.lora out"),
+    ],
+)
 def test_settings_that_contradict_it_are_refused(tiny_config, adapter, lora, message):
     with pytest.raises(GradeError, match=message):
         loaded_policy(going_on(tiny_config, adapter, lora=lora))
@@ -75,7 +78,8 @@ def test_what_is_no_plain_lora_adapter_is_refused(tiny_config, adapter, trained_
     before = json.loads(path.read_text())
     for change, message in (
         ({"use_dora": True}, r"more than a LoRA adapter .*\(use_dora in"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
         ({"peft_type": "LOHA"}, "of the kind .*Name a LoRA adapter"),
         ({"target_modules": ["nothing"]}, "does not fit model.name"),
         ({"target_modules": ["q_proj"]}, "tensors are missing from it and .* have no place here. Name the model"),
@@ -100,8 +104,14 @@ def test_kl_to_the_policy_as_it_started_is_zero_until_it_moves(reads):
     before = adapter_of(policy)
     reference = [p.clone() for n, p in policy.model.named_parameters() if f".{REFERENCE}." in n]
     weight = torch.full((len(rollout),), 0.25)
-    replay(policy, reward, rollout, ReplaySettings(tau=1.0), reward_weight=weight,
-           kl_weight=torch.full(rollout.mask.shape, 0.1))
+    replay(
+        policy,
+        reward,
+        rollout,
+        ReplaySettings(tau=1.0),
+        reward_weight=weight,
+        kl_weight=torch.full(rollout.mask.shape, 0.1),
+    )
     torch.optim.SGD(policy.parameters(), 0.1).step()
     assert not torch.equal(adapter_of(policy), before)
     assert all(map(torch.equal, reference, [p for n, p in policy.model.named_parameters() if f".{REFERENCE}." in n]))
@@ -156,9 +166,7 @@ def test_a_run_goes_on_from_an_adapter_resumes_and_knows_it(tiny_config, adapter
     shutil.copytree(adapter, copied)
     config = going_on(tiny_config, copied, reference="initial")
     stopped_after(config)
-    last = Trainer(
-        again := changed(config, train={"resume": True}), make_accelerator(again), prepare_run_dir(again)
-    )
+    last = Trainer(again := changed(config, train={"resume": True}), make_accelerator(again), prepare_run_dir(again))
     last.fit()
     whole = changed(config, train={"run_dir": str(tmp_path / "whole")})
     trainer = Trainer(whole, make_accelerator(whole), prepare_run_dir(whole))

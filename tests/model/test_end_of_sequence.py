@@ -16,10 +16,18 @@ def with_eos(generation, model=EOS):
     return base
 
 
-@pytest.mark.parametrize("generation, model, expected", [
-    ([9, 5, 9], 7, [EOS, 5, 9]), (11, 7, [EOS, 11]), (None, [8, 2], [2, EOS, 8]), (None, None, [EOS]), (EOS, 7, [EOS]),
-    (VOCAB - 1, 7, [EOS, VOCAB - 1]), (0, 7, [0, EOS]),
-])
+@pytest.mark.parametrize(
+    "generation, model, expected",
+    [
+        ([9, 5, 9], 7, [EOS, 5, 9]),
+        (11, 7, [EOS, 11]),
+        (None, [8, 2], [2, EOS, 8]),
+        (None, None, [EOS]),
+        (EOS, 7, [EOS]),
+        (VOCAB - 1, 7, [EOS, VOCAB - 1]),
+        (0, 7, [0, EOS]),
+    ],
+)
 def test_eos_ids_are_those_of_the_tokenizer_and_of_the_generation_config_or_else_the_model(generation, model, expected):
     """The tokenizer said `<|im_end|>` and the generation config `</s>`: no response ended."""
     assert policy_around(with_eos(generation, model)).eos_ids.tolist() == expected

@@ -56,16 +56,28 @@ def test_replay_gives_every_weight_its_gradient(checkpoint):
     ids, mask = pad_prompts([[5, 9, 2, 7], [6, 8]], 0)
     rollout = sample(policy, ids, mask, Sampling(6, 2, 16, 1.0), seed=3, first_rows=torch.arange(2))
     settings = ReplaySettings(tau=1.0, activation_checkpointing=checkpoint, max_hops=6, hop_tol=0.0)
-    result = replay(policy, reward, rollout, settings, reward_weight=torch.full((2,), 0.5),
-                    kl_weight=torch.full(rollout.mask.shape, 0.1))
+    result = replay(
+        policy,
+        reward,
+        rollout,
+        settings,
+        reward_weight=torch.full((2,), 0.5),
+        kl_weight=torch.full(rollout.mask.shape, 0.1),
+    )
     assert result.kl.abs().max() < 1e-6
     gradients = [p.grad for p in policy.parameters()]
     assert all(g is not None and g.abs().max() > 0 for g in gradients)
     assert all(p.grad is None for p in policy.frozen_backbone.parameters())
     if checkpoint:
         expected = full_policy()
-        replay(expected, tiny_reward(expected), rollout, ReplaySettings(tau=1.0, max_hops=6, hop_tol=0.0),
-               reward_weight=torch.full((2,), 0.5), kl_weight=torch.full(rollout.mask.shape, 0.1))
+        replay(
+            expected,
+            tiny_reward(expected),
+            rollout,
+            ReplaySettings(tau=1.0, max_hops=6, hop_tol=0.0),
+            reward_weight=torch.full((2,), 0.5),
+            kl_weight=torch.full(rollout.mask.shape, 0.1),
+        )
         for found, parameter in zip(gradients, expected.parameters(), strict=True):
             assert (found - parameter.grad).norm() < 1e-4 * parameter.grad.norm()
 

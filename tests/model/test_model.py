@@ -25,12 +25,7 @@ from tiny import (
     tiny_policy,
     tiny_reward,
 )
-from transformers import (
-    CohereConfig,
-    FalconConfig,
-    GraniteConfig,
-    PhiConfig,
-)
+from transformers import CohereConfig, FalconConfig, GraniteConfig, PhiConfig
 
 from grade.errors import GradeError
 from grade.replay.replay import ReplaySettings, replay
@@ -60,9 +55,15 @@ SCALED = {
     "cohere": (CohereConfig(**SIZES, **LLAMA_SIZES, num_key_value_heads=2, logit_scale=0.07), 0.07),
     "granite": (
         GraniteConfig(
-            **SIZES, **LLAMA_SIZES, num_key_value_heads=2, logits_scaling=7.0, embedding_multiplier=12.0,
-            residual_multiplier=0.22, attention_multiplier=0.3,
-        ), 1 / 7,
+            **SIZES,
+            **LLAMA_SIZES,
+            num_key_value_heads=2,
+            logits_scaling=7.0,
+            embedding_multiplier=12.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.3,
+        ),
+        1 / 7,
     ),
 }
 
@@ -239,7 +240,7 @@ def test_left_padding_does_not_change_logits(name):
             for row, prompt in enumerate(prompts):
                 hidden = policy.backbone(input_ids=torch.tensor([prompt]), use_cache=False).last_hidden_state
                 expected = policy.causal_lm.get_output_embeddings()(hidden)[0]
-                assert (logits[row, -len(prompt):] - expected).abs().max() < 1e-11 * expected.abs().max()
+                assert (logits[row, -len(prompt) :] - expected).abs().max() < 1e-11 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -400,8 +401,14 @@ def test_replay_with_and_without_checkpointing(name, reads):
 def test_layers_that_call_dropout_themselves_do_not_drop_when_checkpointed():
     """Falcon's decoder layer passes its own training flag, the one that checkpointing needs up, to dropout."""
     config = FalconConfig(
-        **SIZES, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.5, attention_dropout=0.5,
-        alibi=False, parallel_attn=False,
+        **SIZES,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_dropout=0.5,
+        attention_dropout=0.5,
+        alibi=False,
+        parallel_attn=False,
     )
     policy = policy_around(base_model(config), ["query_key_value"])
     policy.enable_activation_checkpointing()
@@ -429,6 +436,10 @@ def test_nothing_that_a_run_calls_is_deprecated(tiny_config):
         rollout = sample(policy, ids, mask, Sampling(6, top_k=7), seed=0, first_rows=torch.tensor([0, 50]))
         for checkpoint in (False, True):
             replay(
-                policy, reward, rollout, ReplaySettings(tau=1.0, activation_checkpointing=checkpoint),
-                reward_weight=torch.full((2,), 0.5), kl_weight=torch.full(rollout.mask.shape, 0.1),
+                policy,
+                reward,
+                rollout,
+                ReplaySettings(tau=1.0, activation_checkpointing=checkpoint),
+                reward_weight=torch.full((2,), 0.5),
+                kl_weight=torch.full(rollout.mask.shape, 0.1),
             )

@@ -69,10 +69,21 @@ def test_a_whole_folder_loads_and_nothing_is_looked_up(folder, asked, monkeypatc
     assert not asked
 
 
-@pytest.mark.parametrize("name, local", [
-    ("gpt2", False), ("org/model", False), ("./model", True), ("../model", True), ("/model", True), ("~/model", True),
-    ("runs/x/checkpoints/best", True), ("C:\\models", True), ("x" * 5000, False), ("a\0b", False),
-])
+@pytest.mark.parametrize(
+    "name, local",
+    [
+        ("gpt2", False),
+        ("org/model", False),
+        ("./model", True),
+        ("../model", True),
+        ("/model", True),
+        ("~/model", True),
+        ("runs/x/checkpoints/best", True),
+        ("C:\\models", True),
+        ("x" * 5000, False),
+        ("a\0b", False),
+    ],
+)
 def test_what_looks_like_a_path(name, local, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert looks_local(name) is local
@@ -195,9 +206,14 @@ def with_code(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "own_code_ran", raising=False)
     settings = json.loads((folder / "config.json").read_text())
-    auto_map = {name: f"own.{kind}" for name, kind in (
-        ("AutoConfig", "Config"), ("AutoModelForCausalLM", "Model"), ("AutoModelForSequenceClassification", "Model"),
-    )}
+    auto_map = {
+        name: f"own.{kind}"
+        for name, kind in (
+            ("AutoConfig", "Config"),
+            ("AutoModelForCausalLM", "Model"),
+            ("AutoModelForSequenceClassification", "Model"),
+        )
+    }
     (folder / "config.json").write_text(json.dumps({**settings, "model_type": "own", "auto_map": auto_map}))
     (folder / "own.py").write_text(OWN_CODE)
     return folder
@@ -223,7 +239,8 @@ def test_known_classes_are_taken_although_there_is_code(with_code):
 
 
 BROKEN = {
-    "config.json": ('{"a": ', "not a valid JSON file"), "tokenizer.json": ('{"a": 1}', "KeyError: 'added_tokens'"),
+    "config.json": ('{"a": ', "not a valid JSON file"),
+    "tokenizer.json": ('{"a": 1}', "KeyError: 'added_tokens'"),
     "model.safetensors": ("nothing", "[Hh]eader"),
 }
 
@@ -255,10 +272,17 @@ def test_a_complete_classifier_is_read_without_the_hub(tmp_path, folder, asked):
     assert not asked
 
 
-@pytest.mark.parametrize("config, context", [
-    (LlamaConfig(max_position_embeddings=99), 99), (GPT2Config(n_positions=77), 77), (MptConfig(max_seq_len=55), 55),
-    (BloomConfig(), None), (MambaConfig(), None),
-], ids=lambda x: getattr(x, "model_type", None))
+@pytest.mark.parametrize(
+    "config, context",
+    [
+        (LlamaConfig(max_position_embeddings=99), 99),
+        (GPT2Config(n_positions=77), 77),
+        (MptConfig(max_seq_len=55), 55),
+        (BloomConfig(), None),
+        (MambaConfig(), None),
+    ],
+    ids=lambda x: getattr(x, "model_type", None),
+)
 def test_the_context_of_an_architecture(config, context):
     assert context_of(config) == context
 
@@ -268,14 +292,21 @@ def test_the_context_of_an_architecture(config, context):
 CHOICES = "Couldn't instantiate the backend tokenizer from one of: \n(1) a file, \n(2) a slow one or \n(3) a class. \n"
 
 
-@pytest.mark.parametrize("message, reason", [
-    ("Short.", "Short."), ("", "ValueError"), ("one\n\n  two\u2028still two \n", "one two still two"),
-    (CHOICES + "You need to have sentencepiece.", "You need to have sentencepiece."),
-    ("Unrecognized class.\n" + "Choose one of " + "x, " * 500, "Unrecognized class."),
-    ("Couldn't cast\n" + "a: int\n" * 200 + "because column names don't match",
-     "Couldn't cast " + "a: int " * 55 + "... because column names don't match"),
-    ("y" * 1000, "y" * 240 + " ..."),
-])
+@pytest.mark.parametrize(
+    "message, reason",
+    [
+        ("Short.", "Short."),
+        ("", "ValueError"),
+        ("one\n\n  two\u2028still two \n", "one two still two"),
+        (CHOICES + "You need to have sentencepiece.", "You need to have sentencepiece."),
+        ("Unrecognized class.\n" + "Choose one of " + "x, " * 500, "Unrecognized class."),
+        (
+            "Couldn't cast\n" + "a: int\n" * 200 + "because column names don't match",
+            "Couldn't cast " + "a: int " * 55 + "... because column names don't match",
+        ),
+        ("y" * 1000, "y" * 240 + " ..."),
+    ],
+)
 def test_the_reason_is_kept(message, reason):
     assert reason_of(ValueError(message)) == reason
 

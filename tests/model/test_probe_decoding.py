@@ -45,21 +45,31 @@ def with_positions(switch, **rope):
     return base_model(LlamaConfig(**SIZES, **sizes, rope_parameters={"rope_theta": 1e4, "factor": 4.0, **rope}))
 
 
-@pytest.mark.parametrize("switch, rope, kind", [
-    (16, LONGROPE, r"longrope\).* 27 positions.*reward\.max_tokens, to 16 or less"),
-    (26, LONGROPE, r"longrope\).* to 26 or less"),
-    (None, dict(rope_type="dynamic"), r"dynamic\).* until it is accepted"),
-], ids=["longrope", "longrope at the last token", "dynamic"])
+@pytest.mark.parametrize(
+    "switch, rope, kind",
+    [
+        (16, LONGROPE, r"longrope\).* 27 positions.*reward\.max_tokens, to 16 or less"),
+        (26, LONGROPE, r"longrope\).* to 26 or less"),
+        (None, dict(rope_type="dynamic"), r"dynamic\).* until it is accepted"),
+    ],
+    ids=["longrope", "longrope at the last token", "dynamic"],
+)
 def test_positions_that_depend_on_the_length_are_refused_where_a_run_crosses_the_switch(switch, rope, kind):
     policy = policy_around(with_positions(switch, **rope))  # a probe of twelve tokens does not get there
     with pytest.raises(GradeError, match=rf"LlamaForCausalLM depends on the length of the sequence \(rope_type {kind}"):
         Policy(policy.model, TinyTokenizer(), length=27)
 
 
-@pytest.mark.parametrize("switch, rope", [
-    (27, LONGROPE), (16, dict(rope_type="yarn")), (16, dict(rope_type="linear")),
-    (16, dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)),
-], ids=lambda x: x["rope_type"] if isinstance(x, dict) else str(x))
+@pytest.mark.parametrize(
+    "switch, rope",
+    [
+        (27, LONGROPE),
+        (16, dict(rope_type="yarn")),
+        (16, dict(rope_type="linear")),
+        (16, dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0)),
+    ],
+    ids=lambda x: x["rope_type"] if isinstance(x, dict) else str(x),
+)
 def test_positions_that_mean_the_same_in_the_whole_run_are_accepted(switch, rope):
     """And a row's states are the same whatever else is in its batch."""
     base = with_positions(None if rope["rope_type"] == "linear" else switch, **rope)
@@ -111,8 +121,9 @@ def read_past_the_layer(base):
     mlp.forward = lambda x: torch.nn.functional.linear(x @ mlp.up_proj.weight.T, mlp.down_proj.weight)
 
 
-@pytest.mark.parametrize("share", [share_between_adapted, share_with_another, share_by_view, read_past_the_layer],
-                         ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "share", [share_between_adapted, share_with_another, share_by_view, read_past_the_layer], ids=lambda f: f.__name__
+)
 def test_an_adapter_is_merged_only_where_its_layer_alone_reads_the_weight(share):
     with KeepDouble(), torch.no_grad():
         base = base_model(CONFIGS["llama"](), torch.float64)
@@ -155,15 +166,17 @@ def test_prompts_caches_are_read_in_a_graph_only_where_that_gives_the_gradient()
 
 def reorder_nothing(monkeypatch):
     """What a cache does that keeps states its rows are not counted in."""
-    monkeypatch.setattr("grade.model.decoder.select_rows", lambda cache, rows: [
-        layer.reorder_cache(torch.arange(len(rows))) for layer in cache.layers
-    ])
+    monkeypatch.setattr(
+        "grade.model.decoder.select_rows",
+        lambda cache, rows: [layer.reorder_cache(torch.arange(len(rows))) for layer in cache.layers],
+    )
 
 
 def repeat_in_another_order(monkeypatch):
-    monkeypatch.setattr("grade.model.decoder.repeat_rows", lambda cache, copies: cache.reorder_cache(
-        torch.arange(len(cache.layers[0].keys)).repeat(copies)
-    ))
+    monkeypatch.setattr(
+        "grade.model.decoder.repeat_rows",
+        lambda cache, copies: cache.reorder_cache(torch.arange(len(cache.layers[0].keys)).repeat(copies)),
+    )
 
 
 @pytest.mark.parametrize("spoil", [reorder_nothing, repeat_in_another_order], ids=lambda f: f.__name__)
@@ -186,9 +199,12 @@ def test_a_recurrent_model_is_trained(tiny_config, tiny_model, tmp_path):
     tokenizer.save_pretrained(folder)
     lora = replace(tiny_config.model.lora, target_modules=TARGETS["qwen3.5"])
     config = replace(
-        tiny_config, output_dir=str(tmp_path), model=replace(tiny_config.model, name=str(folder), lora=lora),
+        tiny_config,
+        output_dir=str(tmp_path),
+        model=replace(tiny_config.model, name=str(folder), lora=lora),
         generation=replace(tiny_config.generation, samples_per_prompt=2),
-        method=replace(tiny_config.method, activation_checkpointing=True), train=replace(tiny_config.train, steps=2),
+        method=replace(tiny_config.method, activation_checkpointing=True),
+        train=replace(tiny_config.train, steps=2),
     )
     train(config)
     rows = [json.loads(line) for line in open(f"{config.train.run_dir}/metrics.jsonl", encoding="utf-8")]
@@ -256,8 +272,16 @@ def test_large_weights_are_finite():
 
 def test_bart_is_refused_for_its_positions():
     config = BartConfig(
-        **SIZES, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=48, encoder_layers=1,
-        encoder_attention_heads=4, encoder_ffn_dim=48, max_position_embeddings=64, is_decoder=True,
+        **SIZES,
+        d_model=32,
+        decoder_layers=1,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        encoder_layers=1,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        max_position_embeddings=64,
+        is_decoder=True,
         is_encoder_decoder=False,
     )
     with pytest.raises(GradeError, match="BartForCausalLM gives other hidden states under left padding"):
@@ -267,8 +291,15 @@ def test_bart_is_refused_for_its_positions():
 def test_the_cap_of_recurrent_gemma_is_found():
     """Though the model is refused for another reason: its recurrence reads the padding."""
     config = RecurrentGemmaConfig(
-        **SIZES, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=1, lru_width=32, attention_window_size=8, logits_soft_cap=3.0,
+        **SIZES,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        lru_width=32,
+        attention_window_size=8,
+        logits_soft_cap=3.0,
     )
     base = base_model(config)
     with pytest.raises(GradeError, match="RecurrentGemmaForCausalLM gives other hidden states under left padding"):

@@ -24,9 +24,10 @@ needs_bitsandbytes = pytest.mark.skipif(
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("bits, dtype, packed", [
-    ("4bit", "float32", torch.uint8), ("4bit", "bfloat16", torch.uint8), ("8bit", "bfloat16", torch.int8),
-])
+@pytest.mark.parametrize(
+    "bits, dtype, packed",
+    [("4bit", "float32", torch.uint8), ("4bit", "bfloat16", torch.uint8), ("8bit", "bfloat16", torch.int8)],
+)
 def test_the_base_is_in_few_bits_and_the_head_in_whole_ones(tiny_config, bits, dtype, packed):
     policy = loaded_policy(changed(tiny_config, model={"quantization": bits, "dtype": dtype}))
     assert {layer.get_base_layer().weight.dtype for layer in policy.adapter_layers} == {packed}

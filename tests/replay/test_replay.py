@@ -50,8 +50,17 @@ MATRIX = [(n, c) for n in CONFIGS for c in (CASES if n in ("llama", "gemma2") el
 
 
 def error_against_published(
-    policy, rollout, *, tau=1.0, k=7, soft=False, reduction="token_mean", prefix="both", direction="policy_ref",
-    reads="prompt+response", check=True,
+    policy,
+    rollout,
+    *,
+    tau=1.0,
+    k=7,
+    soft=False,
+    reduction="token_mean",
+    prefix="both",
+    direction="policy_ref",
+    reads="prompt+response",
+    check=True,
 ):
     """Of replay with every hop, relative."""
     reward = tiny_reward(policy, reads)
@@ -60,8 +69,19 @@ def error_against_published(
     )
     ours = gradient(policy, reward, rollout, settings, kl_reduction=reduction)
     loss = published_loss(
-        policy, reward.head, rollout, tau=tau, k=k, soft=soft, kl_coef=0.3, kl_reduction=reduction,
-        kl_direction=direction, kl_prefix_grad=prefix, min_new_tokens=MIN_NEW, reads=reads, check=check,
+        policy,
+        reward.head,
+        rollout,
+        tau=tau,
+        k=k,
+        soft=soft,
+        kl_coef=0.3,
+        kl_reduction=reduction,
+        kl_direction=direction,
+        kl_prefix_grad=prefix,
+        min_new_tokens=MIN_NEW,
+        reads=reads,
+        check=check,
     )
     return relative_error(ours, gradients(policy, loss))
 

@@ -23,7 +23,15 @@ from grade.report.style import _SETTINGS  # noqa: E402
 from grade.tables import Column, Estimate, Table  # noqa: E402
 
 ANCHORS = [
-    "summary", "learning", "validation", "gradients", "efficiency", "final", "temperature", "speed", "statistics",
+    "summary",
+    "learning",
+    "validation",
+    "gradients",
+    "efficiency",
+    "final",
+    "temperature",
+    "speed",
+    "statistics",
     "samples",
 ]
 
@@ -73,8 +81,15 @@ def test_numbers_of_a_comparison_by_hand(comparison):
     report = Report(comparison)
     base, ppo, reinforce, grpo = report.table("final", "final_test")
     assert base == {
-        "method": "base model", "seeds": None, "reward": 0.5, "judge": 0.5, "KL, nats per token": 0.0,
-        "entropy, nats per token": 2.0, "distinct tokens": 0.9, "length, tokens": 10.0, "ended by themselves": 1.0,
+        "method": "base model",
+        "seeds": None,
+        "reward": 0.5,
+        "judge": 0.5,
+        "KL, nats per token": 0.0,
+        "entropy, nats per token": 2.0,
+        "distinct tokens": 0.9,
+        "length, tokens": 10.0,
+        "ended by themselves": 1.0,
     }
     assert grpo["reward"] == Estimate(pytest.approx(0.81), pytest.approx(0.01 / 3**0.5), 3)
     assert ppo["judge"].mean == pytest.approx(0.51)
@@ -141,19 +156,30 @@ def test_legends_and_labels_stand_off_the_curves(tmp_path):
             assert not label.get_window_extent().overlaps(panel), part.name
 
 
-@pytest.mark.parametrize("settings, said", [
-    ({}, [("summary", "warning", "One seed only: grpo"), ("statistics", "warning", "One seed is all there is")]),
-    (
-        {"test": None, "planned": 10},
-        [("summary", "warning", "run (4 of 10 steps)"), ("final", "note", "No test yet"),
-         ("statistics", "warning", "No test yet"), ("efficiency", "note", "may yet reach more: run")],
-    ),
-    (
-        {"validations": (0.5,), "planned": 10},
-        [("learning", "note", "no reward in metrics.jsonl"), ("validation", "note", "has only that of the base model"),
-         ("statistics", "note", "No held-out reward yet"), ("samples", "note", "No samples")],
-    ),
-])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({}, [("summary", "warning", "One seed only: grpo"), ("statistics", "warning", "One seed is all there is")]),
+        (
+            {"test": None, "planned": 10},
+            [
+                ("summary", "warning", "run (4 of 10 steps)"),
+                ("final", "note", "No test yet"),
+                ("statistics", "warning", "No test yet"),
+                ("efficiency", "note", "may yet reach more: run"),
+            ],
+        ),
+        (
+            {"validations": (0.5,), "planned": 10},
+            [
+                ("learning", "note", "no reward in metrics.jsonl"),
+                ("validation", "note", "has only that of the base model"),
+                ("statistics", "note", "No held-out reward yet"),
+                ("samples", "note", "No samples"),
+            ],
+        ),
+    ],
+)
 def test_what_is_said_of_one_run(tmp_path, settings, said):
     """Finished, going on, and with the base model's evaluation alone."""
     report = Report(write_run(tmp_path / "run", **settings))
@@ -188,8 +214,10 @@ def test_missing_metrics_leave_notes(tmp_path):
     report = Report(folder)
     assert report.figures("learning") == ["learning_reward"]
     for anchor, missing in (
-        ("learning", "no kl in metrics.jsonl"), ("gradients", "no grad_norm in metrics.jsonl"),
-        ("temperature", "No tau in metrics.jsonl"), ("speed", "Peak memory: not in metrics.jsonl"),
+        ("learning", "no kl in metrics.jsonl"),
+        ("gradients", "no grad_norm in metrics.jsonl"),
+        ("temperature", "No tau in metrics.jsonl"),
+        ("speed", "Peak memory: not in metrics.jsonl"),
     ):
         assert missing in report.said(anchor, "note")
 
@@ -217,9 +245,7 @@ def test_estimator_variance(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "variance.json").write_text(json.dumps(VARIANCE))
     report = Report(folder)
-    assert report.figures("gradients") == [
-        "gradient_norm", "estimator_relative_variance_8_64", "estimator_cosine_8_64"
-    ]
+    assert report.figures("gradients") == ["gradient_norm", "estimator_relative_variance_8_64", "estimator_cosine_8_64"]
     assert report.said("gradients", "note") == "8 tokens, 64 candidates: no signal-to-noise ratio per second."
     first, second, third = report.table("gradients", "estimator_variance")
     assert first["estimator"] == "grade-ste gumbel, τ 1, converged" and third["estimator"] == "grpo"

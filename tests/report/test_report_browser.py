@@ -37,11 +37,23 @@ def chromium(path, profile, *options):
     profile.mkdir(exist_ok=True)
     done = subprocess.run(
         [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-            "--enable-logging=stderr", f"--user-data-dir={profile}", *options, path.as_uri(),
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--hide-scrollbars",
+            "--enable-logging=stderr",
+            f"--user-data-dir={profile}",
+            *options,
+            path.as_uri(),
         ],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
@@ -73,7 +85,8 @@ def test_nothing_but_tables_is_wider_than_the_screen(page, tmp_path, width):
         "const page = event.target.contentDocument;"
         "const widths = [...page.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect().width);"
         "document.body.dataset.seen = [page.documentElement.scrollWidth, page.documentElement.clientWidth,"
-        "Math.min(...widths)].join(' ') }</script>", encoding="utf-8",
+        "Math.min(...widths)].join(' ') }</script>",
+        encoding="utf-8",
     )
     dom, _ = chromium(frame, tmp_path / "profile", "--dump-dom")
     wide, screen, figure = map(float, re.search(r'data-seen="([^"]+)"', dom)[1].split())

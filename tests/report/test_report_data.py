@@ -45,7 +45,10 @@ def test_a_comparison_says_which_checkpoint_counts(tmp_path):
     study = load_study(write_comparison(tmp_path / "compare-x", {"grpo": [0.7, 0.8], "ppo": [0.6, 0.6]}))
     assert study.kind == "comparison" and study.machine == {"cpu": "a processor", "torch": "2"}
     assert [(run.method, run.seed, run.best, run.test["reward"]) for run in study.runs] == [
-        ("grpo", 0, 2, 0.7), ("grpo", 1, 2, 0.8), ("ppo", 0, 2, 0.6), ("ppo", 1, 2, 0.6),
+        ("grpo", 0, 2, 0.7),
+        ("grpo", 1, 2, 0.8),
+        ("ppo", 0, 2, 0.6),
+        ("ppo", 1, 2, 0.6),
     ]
     found = held_out(grouped(study.runs))
     assert (found.split, found.base, found.missing) == ("test", 0.5, [])
@@ -59,9 +62,9 @@ def test_a_comparison_without_its_table_yet(tmp_path):
 
 def test_a_comparison_still_in_its_sweep(tmp_path):
     write_run(tmp_path / "sweep" / "grpo-token-lr0.001", settings={"method.grpo.level": "token"})
-    write_run(tmp_path / "sweep" / "grpo-token-lr9e-05", settings={
-        "method.grpo.level": "token", "train.learning_rate": 9e-5,
-    })
+    write_run(
+        tmp_path / "sweep" / "grpo-token-lr9e-05", settings={"method.grpo.level": "token", "train.learning_rate": 9e-5}
+    )
     study = load_study(tmp_path)
     assert labels(study) == ["grpo-token (learning_rate 0.001)", "grpo-token (learning_rate 9e-05)"]
     assert "sweep" in study.problems[0]
@@ -73,7 +76,8 @@ def test_other_settings_are_another_group_and_another_length_is_not(tmp_path):
     write_run(tmp_path / "c", method="grade-ste", seed=0, settings={"method.tau_end": 2.0})
     groups = grouped(load_study(tmp_path).runs)
     assert [(g.label, [run.seed for run in g.runs]) for g in groups] == [
-        ("grade-ste (tau_end 0.5)", [0, 1]), ("grade-ste (tau_end 2)", [0]),
+        ("grade-ste (tau_end 0.5)", [0, 1]),
+        ("grade-ste (tau_end 2)", [0]),
     ]
 
 

@@ -49,7 +49,7 @@ def compiles(folder, body: str, engine: str = "pdflatex") -> None:
     )
     options = ["-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "-recorder"]
     done = subprocess.run(
-        [engine, *options, "main.tex"], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
+        [engine, *options, "main.tex"], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=120
     )
     log = (folder / "main.log").read_text(encoding="utf-8", errors="replace")
     assert done.returncode == 0, re.findall(r"^!.*\n.*\n.*", log, re.MULTILINE)[:3]
@@ -87,8 +87,11 @@ def test_all_characters_that_stand_as_they_are(tmp_path, engine):
     if shutil.which(engine) is None:
         pytest.skip(f"needs {engine}")
     characters = [chr(i) for i in range(0x20, 0x3000) if unicodedata.category(chr(i)) != "Cn"]
-    table = Table("t", [Column("a"), Column("b")], [["x", "".join(characters[i: i + 300])]
-                                                       for i in range(0, len(characters), 300)])
+    table = Table(
+        "t",
+        [Column("a"), Column("b")],
+        [["x", "".join(characters[i : i + 300])] for i in range(0, len(characters), 300)],
+    )
     (tmp_path / "t.tex").write_bytes(table.latex().encode("utf-8"))
     compiles(tmp_path, "\\noindent\\input{t}", engine)
 
@@ -153,9 +156,9 @@ def test_any_text_can_be_drawn(tmp_path):
             figure.draw_without_rendering()
 
 
-@pytest.mark.parametrize("text", [
-    r"$\frac{$", "$x$ and $y_2$", r"\$", r"a\\$b", "$$", "$", "cost in $", "100%", "a & <b>",
-])
+@pytest.mark.parametrize(
+    "text", [r"$\frac{$", "$x$ and $y_2$", r"\$", r"a\\$b", "$$", "$", "cost in $", "100%", "a & <b>"]
+)
 def test_text_is_drawn_as_it_stands(text, tmp_path):
     """The words in the SVG, which are text there."""
     svg = save(new_axes(text, "x", "y")[0], tmp_path, "figure")

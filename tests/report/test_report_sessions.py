@@ -36,7 +36,5 @@ def test_sessions_that_say_little(tmp_path):
     sessions = [{"started": "then", "ended": None, "after_step": 0, "command": "grade train"}, "damaged", {}]
     (folder / "run.json").write_text(json.dumps({"sessions": sessions}))
     facts, rows = tables(folder)
-    assert rows == [
-        ["run", "then", "not recorded", 0, "grade train"], ["run", "None", "not recorded", None, "None"],
-    ]
+    assert rows == [["run", "then", "not recorded", 0, "grade train"], ["run", "None", "not recorded", None, "None"]]
     assert facts["machine"] == "not recorded"

@@ -74,6 +74,7 @@ def test_a_function_is_called_as_trl_calls_it(rollout, chat):
 
 def test_a_response_keeps_its_row_however_a_batch_is_cut(rollout):
     """Micro-batches by length, and halves of a group."""
+
     def f(completions, answer):
         return [float(text.split()[0]) + 100 * float(a.split()[1]) for text, a in zip(completions, answer, strict=True)]
 
@@ -99,20 +100,26 @@ class Judge:
         return [0.0 for _ in completions]
 
 
-@pytest.mark.parametrize(("function", "message"), [
-    (fails, "the reward function fails failed .ZeroDivisionError: division by zero.. Mend it"),
-    (lambda completions: [1.0], "returned 1 values for 4 responses"),
-    (lambda completions: [math.nan] * 4, "returned 'nan' for response 0 of 4. Return a finite number, or None"),
-    (lambda completions: [1, 2, "good", 3], "returned 'good' for response 2 of 4"),
-    (lambda completions: 3.0, "returned float. Return a list of 4 numbers"),
-    (lambda completions: torch.tensor([1.0, math.inf, 0, 0]), "returned 'inf' for response 1 of 4"),
-    (lambda completions, solution: [], "asks for solution, and there is prompts, completions, completion_ids, answer"),
-    (later, "reward function later: it is async"),
-    (Judge(), "reward function Judge: it is async"),
-    (lambda completions: later(completions), "returned a coroutine"),
-    (Judge, "it is a class"),
-    (3, "it is int, which cannot be called"),
-])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (fails, "the reward function fails failed .ZeroDivisionError: division by zero.. Mend it"),
+        (lambda completions: [1.0], "returned 1 values for 4 responses"),
+        (lambda completions: [math.nan] * 4, "returned 'nan' for response 0 of 4. Return a finite number, or None"),
+        (lambda completions: [1, 2, "good", 3], "returned 'good' for response 2 of 4"),
+        (lambda completions: 3.0, "returned float. Return a list of 4 numbers"),
+        (lambda completions: torch.tensor([1.0, math.inf, 0, 0]), "returned 'inf' for response 1 of 4"),
+        (
+            lambda completions, solution: [],
+            "asks for solution, and there is prompts, completions, completion_ids, answer",
+        ),
+        (later, "reward function later: it is async"),
+        (Judge(), "reward function Judge: it is async"),
+        (lambda completions: later(completions), "returned a coroutine"),
+        (Judge, "it is a class"),
+        (3, "it is int, which cannot be called"),
+    ],
+)
 def test_what_a_function_may_not_do(rollout, function, message):
     with pytest.raises(GradeError, match=message):
         reward_of(function, Questions()).score(rollout)
@@ -162,16 +169,19 @@ def test_a_function_of_a_file(tmp_path, rollout):
         FunctionReward(broken.function, tiny_policy().tokenizer, loaded=broken).score(rollout)
 
 
-@pytest.mark.parametrize(("content", "called", "message"), [
-    (None, "rewards.py:f", "rewards.py cannot be read .there is no such file"),
-    (FILE, "rewards.py:better", "has nothing called better. It has good, broken, slow"),
-    (FILE, "rewards.py:NUMBER", "it is int, which cannot be called"),
-    (FILE, "rewards.py:slow", "it is async"),
-    (FILE, "rewards.py", "write FILE.py:NAME"),
-    ("x = \n", "rewards.py:f", r"cannot be run .SyntaxError in line 1: invalid syntax"),
-    ("import missing_module\n", "rewards.py:f", "cannot be run .ModuleNotFoundError in line 1: No module named"),
-    ("raise SystemExit(3)\n", "rewards.py:f", "cannot be run .SystemExit in line 1: 3"),
-])
+@pytest.mark.parametrize(
+    ("content", "called", "message"),
+    [
+        (None, "rewards.py:f", "rewards.py cannot be read .there is no such file"),
+        (FILE, "rewards.py:better", "has nothing called better. It has good, broken, slow"),
+        (FILE, "rewards.py:NUMBER", "it is int, which cannot be called"),
+        (FILE, "rewards.py:slow", "it is async"),
+        (FILE, "rewards.py", "write FILE.py:NAME"),
+        ("x = \n", "rewards.py:f", r"cannot be run .SyntaxError in line 1: invalid syntax"),
+        ("import missing_module\n", "rewards.py:f", "cannot be run .ModuleNotFoundError in line 1: No module named"),
+        ("raise SystemExit(3)\n", "rewards.py:f", "cannot be run .SystemExit in line 1: 3"),
+    ],
+)
 def test_what_a_file_may_lack(tmp_path, content, called, message):
     if content is not None:
         (tmp_path / "rewards.py").write_text(content)
@@ -224,9 +234,9 @@ def test_a_resumed_run_of_a_sum_repeats_the_uninterrupted_one(with_functions, tm
     ]
     file = tmp_path / "terms.yaml"
     file.write_text(json.dumps({"reward": {"functions": functions, "weight": 2.0, "normalize": True}}))
-    config = changed(config, reward={
-        name: getattr(load_config(file).reward, name) for name in ("functions", "weight", "normalize")
-    })
+    config = changed(
+        config, reward={name: getattr(load_config(file).reward, name) for name in ("functions", "weight", "normalize")}
+    )
     whole, stopped = (with_train(config, run_dir=str(tmp_path / name)) for name in ("whole", "stopped"))
     train(whole)
     stopped_after(stopped)
@@ -259,13 +269,16 @@ def test_a_mistake_of_a_function_is_told_before_any_update(with_functions):
     assert not (path.parent / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"function": "f.py:f"}, "method.name=grade-ste backpropagates .* the reward is a function alone .f.py:f; "),
-    ({"function": "f.py"}, "reward.function is f.py: write FILE.py:NAME"),
-    ({"bridge": "retokenize"}, "reward.bridge is retokenize, but reward.model is null"),
-    ({"bridge": "retokenize", "model": "some/bert"}, "reward.bridge=retokenize scores the text without a gradient"),
-    ({"function": "f.py:model", "weight": 1.0}, "two terms of the reward are called model"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"function": "f.py:f"}, "method.name=grade-ste backpropagates .* the reward is a function alone .f.py:f; "),
+        ({"function": "f.py"}, "reward.function is f.py: write FILE.py:NAME"),
+        ({"bridge": "retokenize"}, "reward.bridge is retokenize, but reward.model is null"),
+        ({"bridge": "retokenize", "model": "some/bert"}, "reward.bridge=retokenize scores the text without a gradient"),
+        ({"function": "f.py:model", "weight": 1.0}, "two terms of the reward are called model"),
+    ],
+)
 def test_settings_that_cannot_work(tiny_config, settings, message):
     with pytest.raises(GradeError, match=message):
         validate(changed(tiny_config, reward=settings))

@@ -116,17 +116,20 @@ def test_labels_and_pairs_of_conversations(policy):
     assert chats.report["accuracy"]["64 tokens"] == 1.0
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    ({}, "got no labels: give one of labels, targets, pairs"),
-    ({"texts": TEXTS, "labels": [1] * 60, "targets": TARGETS}, "got labels, targets: give one"),
-    ({"texts": TEXTS, "labels": [1]}, "got 60 texts and 1 labels"),
-    ({"texts": TEXTS, "labels": [2] * 60}, r"labels\[0\] is 2: labels are 0 or 1"),
-    ({"texts": TEXTS, "targets": [float("nan")] * 60}, "it must be finite"),
-    ({"texts": [None] * 60, "targets": TARGETS}, "text 0 is of type NoneType"),
-    ({"pairs": [{"chosen": "a"}]}, r"pairs\[0\] has no 'rejected'"),
-    ({"pairs": [{"chosen": "a", "rejected": "a"}] * 9}, "has 0 usable rows: at least 4"),
-    ({"texts": TEXTS, "targets": TARGETS, "held_out": 1.0}, "held_out is 1.0"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "got no labels: give one of labels, targets, pairs"),
+        ({"texts": TEXTS, "labels": [1] * 60, "targets": TARGETS}, "got labels, targets: give one"),
+        ({"texts": TEXTS, "labels": [1]}, "got 60 texts and 1 labels"),
+        ({"texts": TEXTS, "labels": [2] * 60}, r"labels\[0\] is 2: labels are 0 or 1"),
+        ({"texts": TEXTS, "targets": [float("nan")] * 60}, "it must be finite"),
+        ({"texts": [None] * 60, "targets": TARGETS}, "text 0 is of type NoneType"),
+        ({"pairs": [{"chosen": "a"}]}, r"pairs\[0\] has no 'rejected'"),
+        ({"pairs": [{"chosen": "a", "rejected": "a"}] * 9}, "has 0 usable rows: at least 4"),
+        ({"texts": TEXTS, "targets": TARGETS, "held_out": 1.0}, "held_out is 1.0"),
+    ],
+)
 def test_data_that_cannot_be_learnt_is_refused(data, message):
     with pytest.raises(GradeError, match=f"RewardModel.*{message}"):
         RewardModel(**data)
@@ -152,10 +155,13 @@ def task_of(tmp_path, columns, **settings):
     return TaskConfig(dataset=str(folder), **{**sizes, **settings})
 
 
-@pytest.mark.parametrize(("name", "columns", "label_type"), [
-    ("sentiment", {"text": TEXTS, "label": TARGETS}, "numbers"),
-    ("prompts", {name: [row[name] for row in PAIRS] for name in PAIRS[0]}, "pairs"),
-])
+@pytest.mark.parametrize(
+    ("name", "columns", "label_type"),
+    [
+        ("sentiment", {"text": TEXTS, "label": TARGETS}, "numbers"),
+        ("prompts", {name: [row[name] for row in PAIRS] for name in PAIRS[0]}, "pairs"),
+    ],
+)
 def test_a_head_of_a_task_is_kept_and_read_again(policy, tmp_path, name, columns, label_type):
     settings = task_of(tmp_path, columns, name=name, label_type=label_type)
     task = load_task(settings)

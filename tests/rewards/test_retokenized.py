@@ -24,7 +24,11 @@ def folder(request, tmp_path):
     sizes = dict(vocab_size=len(WORDS), id2label={0: "bad", 1: "good"}, initializer_range=0.5)
     if request.param == "bert":
         config = BertConfig(
-            **sizes, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+            **sizes,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
             max_position_embeddings=10,
         )
     else:

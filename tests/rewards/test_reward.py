@@ -46,9 +46,7 @@ def rollout_of(responses=RESPONSES, prompts=PROMPTS, *, pad=EOS, wider_prompt=0,
     mask = torch.arange(width) < torch.tensor([len(r) for r in responses])[:, None]
     support = torch.stack([tokens, (tokens + 1) % VOCAB], -1)
     rows = torch.arange(len(responses))[:, None] * 100 + torch.arange(width)
-    return Rollout(
-        ids, prompt_mask, tokens, mask, support, torch.ones(tokens.shape), rows, samples_per_prompt=copies
-    )
+    return Rollout(ids, prompt_mask, tokens, mask, support, torch.ones(tokens.shape), rows, samples_per_prompt=copies)
 
 
 @torch.no_grad()
@@ -109,7 +107,10 @@ def test_padding_width_and_what_stands_there_do_not_count(reads, prompt_cache):
         reward = tiny_reward(policy, reads)
         expected = value(policy, reward, rollout_of(pad=EOS), prompt_cache)
         for rollout in (
-            rollout_of(pad=PAD), rollout_of(pad=17), rollout_of(wider_prompt=3), rollout_of(wider_response=4),
+            rollout_of(pad=PAD),
+            rollout_of(pad=17),
+            rollout_of(wider_prompt=3),
+            rollout_of(wider_response=4),
             rollout_of(pad=17, wider_prompt=2, wider_response=1),
         ):
             assert (value(policy, reward, rollout, prompt_cache) - expected).abs().max() < 1e-12
@@ -212,9 +213,12 @@ def sampled(policy, *, soft, k, steps=6):
 @pytest.mark.parametrize(
     "config_class, soft, reads",
     [
-        (LlamaConfig, False, "prompt+response"), (GPT2Config, True, "response"),
-        (Gemma2Config, False, "response"), (Gemma2Config, True, "prompt+response"),
-    ], ids=lambda x: x.model_type if isinstance(x, type) else str(x),
+        (LlamaConfig, False, "prompt+response"),
+        (GPT2Config, True, "response"),
+        (Gemma2Config, False, "response"),
+        (Gemma2Config, True, "prompt+response"),
+    ],
+    ids=lambda x: x.model_type if isinstance(x, type) else str(x),
 )
 def test_replay_with_a_classifier_equals_step_by_step_autograd(config_class, soft, reads):
     """Two models are fed the tokens, each from its own table; the gradient is that of the published algorithm."""
@@ -226,9 +230,7 @@ def test_replay_with_a_classifier_equals_step_by_step_autograd(config_class, sof
         rollout = sampled(policy, soft=soft, k=k)
         weight = kl_weight(rollout.mask, "token_mean", kl_coef, int(rollout.mask.sum()), 3)
         settings = ReplaySettings(tau=1.3, max_hops=rollout.tokens.shape[1], hop_tol=0.0)
-        result = replay(
-            policy, reward, rollout, settings, reward_weight=weight.new_full((3,), 1 / 3), kl_weight=weight
-        )
+        result = replay(policy, reward, rollout, settings, reward_weight=weight.new_full((3,), 1 / 3), kl_weight=weight)
         ours = gradients(policy)
 
         embed = model.get_input_embeddings()
@@ -239,7 +241,14 @@ def test_replay_with_a_classifier_equals_step_by_step_autograd(config_class, sof
             return model(inputs_embeds=x[None]).logits.softmax(-1)[0, 2]
 
         loss = published_loss(
-            policy, None, rollout, tau=1.3, k=k, soft=soft, kl_coef=kl_coef, kl_reduction="token_mean",
+            policy,
+            None,
+            rollout,
+            tau=1.3,
+            k=k,
+            soft=soft,
+            kl_coef=kl_coef,
+            kl_reduction="token_mean",
             reward_fn=reward_fn,
         )
         expected = gradients(policy, loss)
@@ -258,7 +267,11 @@ def test_replay_freezes_the_rewards():
     before = [p.clone() for p in frozen]
     for reward in (shared, own):
         replay(
-            policy, reward, rollout, ReplaySettings(tau=1.0, max_hops=2), reward_weight=ones,
+            policy,
+            reward,
+            rollout,
+            ReplaySettings(tau=1.0, max_hops=2),
+            reward_weight=ones,
             kl_weight=torch.zeros(rollout.mask.shape),
         )
     assert not any(p.requires_grad for p in frozen) and all(p.grad is None for p in frozen)
@@ -273,12 +286,16 @@ def test_replay_freezes_the_rewards():
 OWN_LABELS = dict(id2label={0: "toxic", 1: "POSITIVE", 2: "rude"})
 
 
-@pytest.mark.parametrize("kind, activation, words", [
-    (None, lambda logits: logits.softmax(-1)[:, 1], "the probability .by softmax. of the class 'POSITIVE' among"),
-    ("single_label_classification", lambda logits: logits.softmax(-1)[:, 1], "by softmax"),
-    ("multi_label_classification", lambda logits: logits[:, 1].sigmoid(), "by sigmoid"),
-    ("regression", lambda logits: logits[:, 1], "the output of the class 'POSITIVE' among .*'toxic', .*'rude'"),
-], ids=str)
+@pytest.mark.parametrize(
+    "kind, activation, words",
+    [
+        (None, lambda logits: logits.softmax(-1)[:, 1], "the probability .by softmax. of the class 'POSITIVE' among"),
+        ("single_label_classification", lambda logits: logits.softmax(-1)[:, 1], "by softmax"),
+        ("multi_label_classification", lambda logits: logits[:, 1].sigmoid(), "by sigmoid"),
+        ("regression", lambda logits: logits[:, 1], "the output of the class 'POSITIVE' among .*'toxic', .*'rude'"),
+    ],
+    ids=str,
+)
 def test_what_an_output_means_is_the_models_problem_type(tmp_path, kind, activation, words):
     """The classes of a multi-label classifier are questions of their own: no softmax over them."""
     model = classifier(labels=3, problem_type=kind, **OWN_LABELS)
@@ -308,7 +325,8 @@ REFUSED = {  # what is saved in the folder, and why it is no reward; a config al
     "a short context": (lambda: classifier(GPT2Config, labels=1, n_positions=15), "context is 15 tokens.* up to 16"),
     # transformers would draw a random `score` layer and go on
     "a language model": (
-        lambda: AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, num_labels=1)), "no `score` layer.*random",
+        lambda: AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, num_labels=1)),
+        "no `score` layer.*random",
     ),
     "an encoder": (
         lambda: AutoModelForSequenceClassification.from_config(BertConfig(**SMALL, num_labels=1)),
@@ -356,10 +374,18 @@ def test_vocabulary_check_counts_and_names_the_first_difference():
 @pytest.mark.parametrize(
     "labels, wanted, expected",
     [
-        (["NEGATIVE", "POSITIVE"], None, 1), (["Positive", "Negative"], None, 0), (["pos", "neg"], None, 0),
-        (["neg", "neutral", "pos"], None, 2), (["good", "bad"], "Good", 0), (["good", "bad"], "bad", 1),
-        (["positive", "negative"], "negative", 1), (["a", "b", "c"], "b", 1), (["Good", "good"], "good", 1),
-        (["LABEL_0"], None, None), (["LABEL_0", "LABEL_1"], "LABEL_1", 1), (["toxicity"], "toxicity", None),
+        (["NEGATIVE", "POSITIVE"], None, 1),
+        (["Positive", "Negative"], None, 0),
+        (["pos", "neg"], None, 0),
+        (["neg", "neutral", "pos"], None, 2),
+        (["good", "bad"], "Good", 0),
+        (["good", "bad"], "bad", 1),
+        (["positive", "negative"], "negative", 1),
+        (["a", "b", "c"], "b", 1),
+        (["Good", "good"], "good", 1),
+        (["LABEL_0"], None, None),
+        (["LABEL_0", "LABEL_1"], "LABEL_1", 1),
+        (["toxicity"], "toxicity", None),
     ],
 )
 def test_positive_class(labels, wanted, expected):

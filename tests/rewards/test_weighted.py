@@ -91,7 +91,8 @@ def test_normalisation_counts_in_training_alone_and_is_kept():
 
 def test_an_evaluation_leaves_out_where_a_term_does_not_apply():
     assert _of_terms([{"a": 1.0, "b": math.nan}, {"a": math.nan, "b": math.nan}, {"a": 3.0, "b": math.nan}]) == {
-        "rewards/a/mean": 2.0, "rewards/a/std": pytest.approx(math.sqrt(2))
+        "rewards/a/mean": 2.0,
+        "rewards/a/std": pytest.approx(math.sqrt(2)),
     }
 
 
@@ -105,7 +106,8 @@ class Wrong(DifferentiableReward):
 def test_what_cannot_be_a_term():
     length = Term(Length(), "length")
     for terms, message in (
-        ([], "has none"), ([length, length], "two terms of the reward are called 'length'"),
+        ([], "has none"),
+        ([length, length], "two terms of the reward are called 'length'"),
         ([Term(WeightedReward([length]), "sum")], "is itself a sum"),
     ):
         with pytest.raises(GradeError, match=message):

@@ -85,10 +85,13 @@ def test_the_compiled_draw_is_the_draw(packed_heads):
     assert graphs[0] == 3 and graphs[1] == graphs[2] <= 5 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name, attention, message", [
-    ("gemma2", "sdpa", "layers that keep something else than all earlier positions .sliding_attention."),
-    ("llama", "eager", "set model.attn_implementation=sdpa"),
-])
+@pytest.mark.parametrize(
+    "name, attention, message",
+    [
+        ("gemma2", "sdpa", "layers that keep something else than all earlier positions .sliding_attention."),
+        ("llama", "eager", "set model.attn_implementation=sdpa"),
+    ],
+)
 def test_what_cannot_be_compiled_is_refused(name, attention, message):
     policy = tiny_policy(name)
     policy.config._attn_implementation = attention
@@ -119,7 +122,12 @@ def test_a_failing_compiler_is_told(monkeypatch, part, packed_heads):
     ids, mask = pad_prompts(PROMPTS, policy.pad_id)
     with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed"):
         sample(
-            policy, ids, mask, Sampling(max_new_tokens=16, top_k=3), seed=0, first_rows=torch.arange(len(PROMPTS)),
+            policy,
+            ids,
+            mask,
+            Sampling(max_new_tokens=16, top_k=3),
+            seed=0,
+            first_rows=torch.arange(len(PROMPTS)),
             decoding=decoding,
         )
     assert packed_heads

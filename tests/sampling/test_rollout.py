@@ -239,10 +239,12 @@ def rollout_logits(policy, rollout):
     mask = torch.cat([rollout.prompt_mask, rollout.mask], 1).long()
     with torch.no_grad():
         logits = policy.causal_lm(
-            inputs_embeds=torch.cat([policy.embed(rollout.prompt_ids), x], 1), attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp_min(0), use_cache=False,
+            inputs_embeds=torch.cat([policy.embed(rollout.prompt_ids), x], 1),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            use_cache=False,
         ).logits
-    return logits[:, rollout.prompt_ids.shape[1] - 1: -1]
+    return logits[:, rollout.prompt_ids.shape[1] - 1 : -1]
 
 
 # -- state ---------------------------------------------------------------------------------------------------------
@@ -269,10 +271,14 @@ def test_sampling_leaves_no_graph_and_no_global_randomness():
     assert len(kept) >= 7 and not any(value.is_inference() for value in kept)
 
 
-@pytest.mark.parametrize("rope", [
-    dict(rope_type="dynamic", factor=2.0),
-    dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=16),
-], ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        dict(rope_type="dynamic", factor=2.0),
+        dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=16),
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
 def test_what_a_model_notes_while_sampling_can_enter_a_graph(rope, monkeypatch):
     """Frequencies that are made anew for sequences longer than any before, and kept in the module."""
     config = CONFIGS["llama"]()
@@ -310,9 +316,7 @@ def test_importance_ratio_is_one_on_the_first_pass(name, soft, monkeypatch):
         rollout = draw(policy, min_new_tokens=3, soft=soft, top_k=9, max_new_tokens=9)
         at = torch.stack(logits_at_sampling, 1)[:, : rollout.tokens.shape[1]]
         hidden = policy_pass(policy, rollout, fed_embeddings(rollout, policy.embedding, policy.embedding_scale))
-        head = vocab_head(
-            hidden.detach(), policy.head, indices=rollout.indices, tokens=rollout.tokens
-        )
+        head = vocab_head(hidden.detach(), policy.head, indices=rollout.indices, tokens=rollout.tokens)
         result = score(policy, tiny_reward(policy), rollout, ScoreSettings())
     picked = rollout.indices == rollout.tokens[..., None]
     mask = rollout.mask
@@ -461,10 +465,16 @@ def test_micro_batches_by_length_compute_less_padding():
     assert sum(lengths, []) == sorted(rollout.mask.sum(1).tolist(), reverse=True)
     assert sum(p.mask.numel() for p in sorted_) < sum(p.mask.numel() for p in plain)
     for parts in (plain, sorted_):  # the same responses, with what belongs to them
-        found = {int(row[0]): (t[m].tolist(), i[m].tolist()) for p in parts
-                 for row, t, m, i in zip(p.rows, p.tokens, p.mask, p.indices, strict=True)}
-        assert found == {int(row[0]): (t[m].tolist(), i[m].tolist()) for row, t, m, i in zip(
-            rollout.rows, rollout.tokens, rollout.mask, rollout.indices, strict=True)}
+        found = {
+            int(row[0]): (t[m].tolist(), i[m].tolist())
+            for p in parts
+            for row, t, m, i in zip(p.rows, p.tokens, p.mask, p.indices, strict=True)
+        }
+        assert found == {
+            int(row[0]): (t[m].tolist(), i[m].tolist())
+            for row, t, m, i in zip(rollout.rows, rollout.tokens, rollout.mask, rollout.indices, strict=True)
+        }
     together = draw(policy, copies=2)  # the samples of a prompt are not parted
     assert [p.tokens.tolist() for p in together.micro_batches(2, by_length=True)] == [
-        p.tokens.tolist() for p in together.micro_batches(2)]
+        p.tokens.tolist() for p in together.micro_batches(2)
+    ]

@@ -256,6 +256,7 @@ def test_a_stop_is_heard_while_a_pipe_is_silent(sourced, tmp_path, done):
         def act(file):
             file.write("".join(json.dumps(line) + "\n" for line in these).encode())
             until.wait(30)
+
         return act
 
     def wait_for_the_rest():
@@ -281,7 +282,7 @@ def test_a_stop_is_heard_while_a_pipe_is_silent(sourced, tmp_path, done):
 
     resumed = replace(config, train=replace(config.train, resume=True))
     trainer = Trainer(resumed, make_accelerator(resumed), prepare_run_dir(resumed))
-    engine_of(pipe, writes(lines[4 * done:], threading.Event()))
+    engine_of(pipe, writes(lines[4 * done :], threading.Event()))
     trainer.fit()
     adapter = load_file(latest(Path(config.run_dir) / "checkpoints" / "last") / "adapter_model.safetensors")
     ours = dict(reference.policy.model.named_parameters())
@@ -300,11 +301,18 @@ def test_only_a_newline_ends_a_line(sourced, tmp_path):
     trainer_of(with_source(sourced, path)).train_step()
 
 
-@pytest.mark.parametrize("content, lines", [
-    (b"", []), (b"\n", [b""]), (b"a", [b"a"]), (b"a\nb\n", [b"a", b"b"]), (b"a\n\nb", [b"a", b"", b"b"]),
-    (b"x" * 2**16 + b"\n" + b"y" * 70_000, [b"x" * 2**16, b"y" * 70_000]),
-    (b"\n".join(b"%d" % i for i in range(40_000)), [b"%d" % i for i in range(40_000)]),
-])
+@pytest.mark.parametrize(
+    "content, lines",
+    [
+        (b"", []),
+        (b"\n", [b""]),
+        (b"a", [b"a"]),
+        (b"a\nb\n", [b"a", b"b"]),
+        (b"a\n\nb", [b"a", b"", b"b"]),
+        (b"x" * 2**16 + b"\n" + b"y" * 70_000, [b"x" * 2**16, b"y" * 70_000]),
+        (b"\n".join(b"%d" % i for i in range(40_000)), [b"%d" % i for i in range(40_000)]),
+    ],
+)
 @pytest.mark.parametrize("kind", ["file", "pipe"])
 def test_lines_of_files_and_pipes(tmp_path, content, lines, kind):
     path = tmp_path / kind

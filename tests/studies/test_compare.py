@@ -34,8 +34,11 @@ from grade.training.run_folder import adapter_folder, decided, is_finished, mark
 def comparable(tiny_config, tmp_path):
     """A config of two optimizer steps whose comparison lies in a folder of its own."""
     return changed(
-        tiny_config, output_dir=str(tmp_path / "out"), reward={"path": str(tmp_path / "head")},
-        task={"judge_examples": 0}, train={"steps": 2, "run_dir": None},
+        tiny_config,
+        output_dir=str(tmp_path / "out"),
+        reward={"path": str(tmp_path / "head")},
+        task={"judge_examples": 0},
+        train={"steps": 2, "run_dir": None},
         evaluation={"every": 1, "validation_prompts": 6, "test_prompts": 6},
         compare={"sweep_steps": 0, "samples_per_prompt": 2},
     )
@@ -230,9 +233,13 @@ def test_sigterm_stops_the_children_and_waits_for_them(comparable, tmp_path):
     try:
         with locked(tmp_path) as lock, pytest.raises(KeyboardInterrupt):
             thread.start()
-            run_jobs(jobs, 2, Console(quiet=True), lock=lock, command=lambda settings: [
-                sys.executable, "-c", _CHILD, str(settings.with_suffix(".saved")), str(lock)
-            ])
+            run_jobs(
+                jobs,
+                2,
+                Console(quiet=True),
+                lock=lock,
+                command=lambda settings: [sys.executable, "-c", _CHILD, str(settings.with_suffix(".saved")), str(lock)],
+            )
     finally:
         thread.join()
         signal.signal(signal.SIGTERM, before)
@@ -270,16 +277,21 @@ def test_a_run_goes_on_from_what_an_interrupted_save_left(comparable, tmp_path):
         assert train.resume is resumes and train.overwrite is not resumes
 
 
-@pytest.mark.parametrize("failures, rates, missing", [
-    ({}, ["ppo", "grpo"], []),
-    ({"sweep/ppo-lr3": "diverged"}, ["ppo", "grpo"], []),
-    ({"sweep/grpo-lr3": "diverged", "sweep/grpo-token-lr1": "diverged"}, ["ppo", "grpo-token"], ["sweep/grpo-lr3"]),
-    ({"sweep/ppo-lr3": "diverged", "grpo-seed1": "killed by SIGKILL"}, ["ppo", "grpo"], ["grpo-seed1"]),
-])
+@pytest.mark.parametrize(
+    "failures, rates, missing",
+    [
+        ({}, ["ppo", "grpo"], []),
+        ({"sweep/ppo-lr3": "diverged"}, ["ppo", "grpo"], []),
+        ({"sweep/grpo-lr3": "diverged", "sweep/grpo-token-lr1": "diverged"}, ["ppo", "grpo-token"], ["sweep/grpo-lr3"]),
+        ({"sweep/ppo-lr3": "diverged", "grpo-seed1": "killed by SIGKILL"}, ["ppo", "grpo"], ["grpo-seed1"]),
+    ],
+)
 def test_a_comparison_without_results_of_a_run_ends_with_1(monkeypatch, capsys, failures, rates, missing):
     """The tables first, then the failed ones by name."""
     payload = {
-        "methods": sorted({"ppo", "grpo", *rates}), "failures": failures, "learning_rates": dict.fromkeys(rates, 1e-3),
+        "methods": sorted({"ppo", "grpo", *rates}),
+        "failures": failures,
+        "learning_rates": dict.fromkeys(rates, 1e-3),
     }
 
     def run(config, methods, seeds):

@@ -43,7 +43,8 @@ ODD = {"batch_size": 6, "accumulation_steps": 1}
         ({"evaluation": {"test_prompts": 0}}, METHODS, "evaluation.test_prompts is 0"),
         ({"rollout": {"source": "pipe"}}, METHODS, "rollout.source is set"),
         (
-            {"task": {"name": "countdown"}}, ["grade-ste", "ppo"],
+            {"task": {"name": "countdown"}},
+            ["grade-ste", "ppo"],
             "method.name=grade-ste backpropagates.*ppo, reinforce, grpo",
         ),
     ],
@@ -100,7 +101,10 @@ def test_prompts_are_looked_at_before_models(few, monkeypatch):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        (None, "No such file"), ('{"a": 1', "cannot be read"), ("[]", "holds no JSON object"), ("{}", "no entry 'a'"),
+        (None, "No such file"),
+        ('{"a": 1', "cannot be read"),
+        ("[]", "holds no JSON object"),
+        ("{}", "no entry 'a'"),
         pytest.param("[" * 200_000, "cannot be read", id="deep"),
     ],
 )
@@ -114,10 +118,15 @@ def test_read_json(tmp_path, text, expected):
     assert read_json(path, "", "a") == {"a": 1}
 
 
-@pytest.mark.parametrize("name, text", [
-    ("evaluation.json", '{"validation": ['), ("evaluation.json", "{}"), ("config.yaml", "train: ["),
-    ("config.yaml", None),
-])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("evaluation.json", '{"validation": ['),
+        ("evaluation.json", "{}"),
+        ("config.yaml", "train: ["),
+        ("config.yaml", None),
+    ],
+)
 def test_a_run_that_cannot_be_judged_finished_says_what_to_delete(few, name, text):
     for method in METHODS:
         folder = finish(few, method)
@@ -167,12 +176,18 @@ def test_an_adapter_that_cannot_be_read_fails_alone(few, no_models, tmp_path, mo
     assert str(adapter) in failures["ppo-seed0"] and f"Delete {adapter.parents[1]}: " in failures["ppo-seed0"]
 
 
-@pytest.mark.parametrize("section, settings, again", [
-    ("generation", {"batch_size": 3}, False), ("task", {"judge_examples": 9}, False), ("train", {"steps": 99}, False),
-    ("evaluation", {"every": 9, "validation_prompts": 9, "batch_size": 9}, False),
-    ("generation", {"top_k": 7}, True), ("evaluation", {"test_prompts": 1}, True),
-    ("method", {"kl_direction": "ref_policy"}, True),
-])
+@pytest.mark.parametrize(
+    "section, settings, again",
+    [
+        ("generation", {"batch_size": 3}, False),
+        ("task", {"judge_examples": 9}, False),
+        ("train", {"steps": 99}, False),
+        ("evaluation", {"every": 9, "validation_prompts": 9, "batch_size": 9}, False),
+        ("generation", {"top_k": 7}, True),
+        ("evaluation", {"test_prompts": 1}, True),
+        ("method", {"kl_direction": "ref_policy"}, True),
+    ],
+)
 def test_only_what_changes_a_test_is_tested_again(few, no_models, tmp_path, section, settings, again):
     found = []
     for config in (few, changed(few, **{section: settings})):
@@ -196,9 +211,9 @@ def test_a_damaged_report_of_the_reward_head(tmp_path):
         head_report(tmp_path)
 
 
-@pytest.mark.parametrize("name, text", [
-    ("SIGKILL", "killed by SIGKILL, perhaps for lack of memory"), ("SIGABRT", "killed by SIGABRT"),
-])
+@pytest.mark.parametrize(
+    "name, text", [("SIGKILL", "killed by SIGKILL, perhaps for lack of memory"), ("SIGABRT", "killed by SIGABRT")]
+)
 def test_a_killed_child_names_its_signal(few, tmp_path, name, text):
     code = f"import os, signal; print('step 3', flush=True); os.kill(os.getpid(), signal.{name})"
     job = Job(name, changed(few, train={"run_dir": str(tmp_path / name)}))

@@ -11,14 +11,7 @@ from rich.console import Console
 
 from grade.errors import GradeError
 from grade.machine import machine
-from grade.studies.compare.comparison import (
-    Budgets,
-    best_within,
-    common_budgets,
-    read_run,
-    table,
-    write_comparison,
-)
+from grade.studies.compare.comparison import Budgets, best_within, common_budgets, read_run, table, write_comparison
 from grade.studies.compare.text import markdown, notes, rich_table
 
 BASE = 0.5
@@ -52,7 +45,9 @@ def test_read_run(runs):
     assert curve.reward == pytest.approx([0.0, 0.1, 0.2, 0.3]) and curve.peak_gib == 4.0
     # A validation has the cost of the steps before it.
     assert [(v.step, v.tokens, v.seconds, v.metric) for v in curve.validations] == [
-        (0, 0, 0.0, 0.5), (2, 200, 4.0, 0.6), (4, 400, 8.0, 0.55)
+        (0, 0, 0.0, 0.5),
+        (2, 200, 4.0, 0.6),
+        (4, 400, 8.0, 0.55),
     ]
     assert curve.validations[1].kl == 0.02 and curve.validations[1].entropy == 3.0
 
@@ -61,7 +56,13 @@ def test_read_a_run_in_progress(runs):
     going = runs("ppo", 0, [0.5, 0.6], planned=4, cut='{"step": 1, "reward": 0.')
     assert len(going.tokens) == 1 and not going.complete
     unvalidated = {
-        "step": 1, "reward": 0, "kl": 0, "entropy": 0, "grad_norm": 0, "tokens": 9, "seconds/update": 1,
+        "step": 1,
+        "reward": 0,
+        "kl": 0,
+        "entropy": 0,
+        "grad_norm": 0,
+        "tokens": 9,
+        "seconds/update": 1,
         "memory/peak_gib": 1,
     }
     ahead = runs("ppo", 1, [0.5, 0.6], planned=2, cut=json.dumps(unvalidated))
@@ -70,11 +71,15 @@ def test_read_a_run_in_progress(runs):
     assert only_base.tokens == [] and only_base.peak_gib is None and not only_base.complete
 
 
-@pytest.mark.parametrize("damage, expected", [
-    (lambda lines: [lines[0], lines[1][:9] + "\n", *lines[2:]], "line 2"),
-    (lambda lines: [lines[0], *lines[2:]], "lacks steps"),  # without its first training step
-    (lambda lines: [], "no validation of the base model"), (None, "no config.yaml"),
-])
+@pytest.mark.parametrize(
+    "damage, expected",
+    [
+        (lambda lines: [lines[0], lines[1][:9] + "\n", *lines[2:]], "line 2"),
+        (lambda lines: [lines[0], *lines[2:]], "lacks steps"),  # without its first training step
+        (lambda lines: [], "no validation of the base model"),
+        (None, "no config.yaml"),
+    ],
+)
 def test_refuses_runs_that_cannot_be_read(tmp_path, damage, expected):
     folder = write_run(tmp_path / "run", [0.5, 0.6, 0.7])
     if damage is None:
@@ -210,7 +215,8 @@ def test_table_by_seconds(compared):
 def test_every_seed_reaches_and_none_does(runs):
     """Threshold 0.5 + 0.8 * 0.1, first met after 2 and 4 steps; one step takes 100 tokens and 2 s."""
     curves = [
-        runs("a", 0, [BASE, 0.58, 0.6], every=2), runs("a", 1, [BASE, 0.5, 0.59], every=2),
+        runs("a", 0, [BASE, 0.58, 0.6], every=2),
+        runs("a", 1, [BASE, 0.5, 0.59], every=2),
         runs("b", 0, [BASE, 0.57, 0.579], every=2),
     ]
     _, a, b = table(curves, {}, budget="tokens")
@@ -276,9 +282,12 @@ def test_notes_say_where_the_sweep_ended_at_its_edge():
 
     payload = {
         "config": {"method": {"kl_coef": 0.1, "kl_reduction": "sequence_sum"}, "compare": {"jobs": 1}},
-        "tables": {"tokens": [{"metric": "solve_rate"}]}, "learning_rates": {"ppo": 10.0, "grpo": 100.0, "grade": 1.0},
+        "tables": {"tokens": [{"metric": "solve_rate"}]},
+        "learning_rates": {"ppo": 10.0, "grpo": 100.0, "grade": 1.0},
         "sweep": [*trials("ppo", 0.1, 0.2, None), *trials("grpo", 0.1, 0.2, 0.3), *trials("grade", 0.3, 0.2, 0.1)],
-        "judge": None, "failures": {}, "machine": machine(),
+        "judge": None,
+        "failures": {},
+        "machine": machine(),
     }
     text = notes(payload)
     assert "solve rate − 0.1 · KL (nats per response)" in text and "rate of ppo" not in text

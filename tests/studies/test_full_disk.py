@@ -35,6 +35,7 @@ def full(monkeypatch):
 
     def fill(name: str) -> None:
         for original in (Path.write_text, Path.write_bytes):
+
             def write(path, *args, original=original, **kwargs):
                 if path.name == name:
                     path.touch()
@@ -120,7 +121,7 @@ def test_a_figure(tmp_path, monkeypatch):
 def test_standard_output(argv):
     with FULL.open("w") as out:
         done = subprocess.run(
-            [sys.executable, "-m", "grade", *argv], stdout=out, stderr=subprocess.PIPE, text=True, timeout=120,
+            [sys.executable, "-m", "grade", *argv], stdout=out, stderr=subprocess.PIPE, text=True, timeout=120
         )
     assert done.stderr == (
         "grade: error: standard output could not be written (No space left on device): make room where it goes.\n"
@@ -130,9 +131,11 @@ def test_standard_output(argv):
 
 def test_a_reader_that_has_gone_is_no_error():
     done = subprocess.run(
-        f"{sys.executable} -m grade doctor --json | head -c 1; exit ${{PIPESTATUS[0]}}", shell=True,
-        executable="/bin/bash", capture_output=True, text=True, timeout=120,
+        f"{sys.executable} -m grade doctor --json | head -c 1; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("{", "", 0)
-
-

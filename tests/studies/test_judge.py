@@ -110,8 +110,10 @@ class Letters:
 
 def test_the_judge_reads_tokens_as_the_tokenizer_spells_them():
     rollout = SimpleNamespace(
-        prompt_ids=torch.tensor([[0, 0, 1], [0, 2, 1]]), prompt_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]).bool(),
-        tokens=torch.tensor([[2, 1, 2], [1, 0, 2]]), mask=torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(),
+        prompt_ids=torch.tensor([[0, 0, 1], [0, 2, 1]]),
+        prompt_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]).bool(),
+        tokens=torch.tensor([[2, 1, 2], [1, 0, 2]]),
+        mask=torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(),
     )
     assert judge_rows(SimpleNamespace(tokenizer=Letters()), rollout) == [[3, 3], [2, 1, 1]]
 
@@ -121,9 +123,10 @@ INPUTS = {"tokenizer": "t", "judge": "j", "data": "d"}
 
 def test_a_judge_of_other_settings_is_trained_anew(reviews, tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr("grade.studies.compare.final_test.train_judge", lambda *args, **settings: (
-        trained.append(settings) or Judge(), {"accuracy": {}}
-    ))
+    monkeypatch.setattr(
+        "grade.studies.compare.final_test.train_judge",
+        lambda *args, **settings: (trained.append(settings) or Judge(), {"accuracy": {}}),
+    )
     task, config = SimpleNamespace(examples={"judge": reviews[0], "test": reviews[1]}.get), Config()
     for _ in range(2):
         assert load_judge(tmp_path, config, INPUTS, None, task) is not None

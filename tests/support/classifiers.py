@@ -34,8 +34,13 @@ def classifier(config_class=LlamaConfig, *, labels=3, dtype=torch.float32, seed=
         sizes = dict(n_embd=24, n_layer=2, n_head=2, n_positions=64)
     else:
         sizes = dict(
-            hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=12, max_position_embeddings=64,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=12,
+            max_position_embeddings=64,
         )
     if config_class is Gemma2Config:
         sizes.update(sliding_window=4)

@@ -28,8 +28,10 @@ def few(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "prepared_inputs", lambda config: (INPUTS, {}))
     monkeypatch.setattr(study, "evaluate_checkpoints", lambda *_: ({}, {}, None))
     return changed(
-        Config(name="few", output_dir=str(tmp_path), device="cpu"), train={"steps": 2},
-        evaluation={"test_prompts": 6}, compare={"sweep_steps": 0},
+        Config(name="few", output_dir=str(tmp_path), device="cpu"),
+        train={"steps": 2},
+        evaluation={"test_prompts": 6},
+        compare={"sweep_steps": 0},
     )
 
 
@@ -37,8 +39,19 @@ def few(tmp_path, monkeypatch):
 def no_models(monkeypatch):
     """Tests of checkpoints without any model: every one has the same numbers."""
     row = Evaluation(
-        split="test", step=0, model="base", reward=0.5, reward_stderr=0.1, kl=0.0, kl_sequence=0.0, entropy=1.0,
-        unique_token_ratio=1.0, mean_length=8.0, eos_rate=1.0, prompts=6, details={"base_nll": 8.0},
+        split="test",
+        step=0,
+        model="base",
+        reward=0.5,
+        reward_stderr=0.1,
+        kl=0.0,
+        kl_sequence=0.0,
+        entropy=1.0,
+        unique_token_ratio=1.0,
+        mean_length=8.0,
+        eos_rate=1.0,
+        prompts=6,
+        details={"base_nll": 8.0},
     )
     for name in ("load_tokenizer", "check_reward", "load_policy", "load_reward"):
         monkeypatch.setattr(setup, name, lambda *_, **__: None)
@@ -53,17 +66,26 @@ def no_models(monkeypatch):
 def lab_config(tiny_config, shared_output, tmp_path):
     """Measurements of a tiny policy, of every method."""
     head = {"path": str(shared_output / "laboratory")}
-    return changed(tiny_config, output_dir=str(tmp_path / "out"), reward=head, variance=VarianceConfig(
-        methods=["grade-ste", "grade", "reinforce", "rloo", "grpo", "ppo"],
-        estimators=["gumbel", "rao", "straight_through"],
-        taus=[2.0, 0.5], hops=[0, 3], lengths=[4], draws=10, responses=4, samples_per_prompt=2, warmup_draws=2,
-        reference_responses=640,
-    ))
+    return changed(
+        tiny_config,
+        output_dir=str(tmp_path / "out"),
+        reward=head,
+        variance=VarianceConfig(
+            methods=["grade-ste", "grade", "reinforce", "rloo", "grpo", "ppo"],
+            estimators=["gumbel", "rao", "straight_through"],
+            taus=[2.0, 0.5],
+            hops=[0, 3],
+            lengths=[4],
+            draws=10,
+            responses=4,
+            samples_per_prompt=2,
+            warmup_draws=2,
+            reference_responses=640,
+        ),
+    )
 
 
-def write_log(
-    folder, rewards, *, tokens=100, seconds=2.0, every=1, cut="", solve_rates=None, kls=None, idle=()
-) -> int:
+def write_log(folder, rewards, *, tokens=100, seconds=2.0, every=1, cut="", solve_rates=None, kls=None, idle=()) -> int:
     """metrics.jsonl of a run: `rewards[i]` is the validation after `i * every` steps, `kls[i]` its KL per token of
     responses of 10 tokens; every step costs the same. The steps in `idle` make no update. Returns how many steps."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,12 +98,20 @@ def write_log(
                 validation["solve_rate"] = solve_rates[step // every]
             rows.append({"step": step, **{f"validation/{name}": value for name, value in validation.items()}})
         if step < steps:
-            rows.append({
-                "step": step, "reward": 0.1 * step, "kl": 0.02, "entropy": 2.5,
-                "grad_norm": 0.0 if step in idle else float(step + 1), "updates": int(step not in idle),
-                "tokens": tokens, "seconds/rollout": seconds / 4, "seconds/update": 3 * seconds / 4,
-                "memory/peak_gib": 1.0 + step,
-            })
+            rows.append(
+                {
+                    "step": step,
+                    "reward": 0.1 * step,
+                    "kl": 0.02,
+                    "entropy": 2.5,
+                    "grad_norm": 0.0 if step in idle else float(step + 1),
+                    "updates": int(step not in idle),
+                    "tokens": tokens,
+                    "seconds/rollout": seconds / 4,
+                    "seconds/update": 3 * seconds / 4,
+                    "memory/peak_gib": 1.0 + step,
+                }
+            )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + cut, encoding="utf-8")
     return steps
 

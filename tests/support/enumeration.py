@@ -42,9 +42,15 @@ def given_rollout(policy, tokens: Tensor, copies: int = 1, mask: Tensor | None =
     mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask
     ids = torch.tensor([PROMPT]).expand(shape[0], -1)
     return Rollout(
-        ids, torch.ones_like(ids, dtype=torch.bool), tokens, mask,
-        torch.arange(CANDIDATES).expand(*shape, -1), torch.ones(shape), torch.zeros(shape, dtype=torch.int64),
-        ignore_eos=True, samples_per_prompt=copies,
+        ids,
+        torch.ones_like(ids, dtype=torch.bool),
+        tokens,
+        mask,
+        torch.arange(CANDIDATES).expand(*shape, -1),
+        torch.ones(shape),
+        torch.zeros(shape, dtype=torch.int64),
+        ignore_eos=True,
+        samples_per_prompt=copies,
     )
 
 
@@ -57,8 +63,17 @@ def ragged_rollout(policy, copies=4, prompts=RAGGED_PROMPTS) -> Rollout:
 
 
 def method_of(
-    policy, reward, name, *, batch, accumulation=1, copies=1, max_new_tokens=6, own=None,
-    activation_checkpointing=False, **common,
+    policy,
+    reward,
+    name,
+    *,
+    batch,
+    accumulation=1,
+    copies=1,
+    max_new_tokens=6,
+    own=None,
+    activation_checkpointing=False,
+    **common,
 ):
     """The method `name`; `own` are the settings of its section, `common` those that all methods share."""
     method = MethodConfig(name=name, **common)
@@ -106,7 +121,9 @@ def full_terms(policy, rollout: Rollout) -> FullTerms:
     whole = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)
     inputs = dict(
         inputs_embeds=policy.embed(torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)),
-        attention_mask=whole.long(), position_ids=(whole.long().cumsum(1) - 1).clamp_min(0), use_cache=False,
+        attention_mask=whole.long(),
+        position_ids=(whole.long().cumsum(1) - 1).clamp_min(0),
+        use_cache=False,
         output_hidden_states=True,
     )
     predicting = slice(rollout.prompt_ids.shape[1] - 1, -1)
@@ -118,7 +135,11 @@ def full_terms(policy, rollout: Rollout) -> FullTerms:
     among = logits.index_fill(-1, policy.suppressed, -torch.inf).gather(-1, rollout.indices).log_softmax(-1)
     logprob = torch.where(rollout.indices == token, among, 0.0).sum(-1)
     values = (
-        logprob, p.gather(-1, token)[..., 0], q.gather(-1, token)[..., 0], -(p.exp() * p).sum(-1),
-        (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1),
+        logprob,
+        p.gather(-1, token)[..., 0],
+        q.gather(-1, token)[..., 0],
+        -(p.exp() * p).sum(-1),
+        (p.exp() * (p - q)).sum(-1),
+        (q.exp() * (q - p)).sum(-1),
     )
     return FullTerms(*(v * mask for v in values), out.hidden_states[-1][:, predicting])

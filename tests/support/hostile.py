@@ -21,7 +21,7 @@ TEXTS = {
     "long": "W" * 3000,
     "long CJK": "漢" * 5000,
     "markup": "<script>document.title='owned'</script><img src=x onerror=alert(1)></p></table>&amp;<!-- ]]>",
-    "formula": "=HYPERLINK(\"http://example.com\",\"x\")",
+    "formula": '=HYPERLINK("http://example.com","x")',
     "option": "[3em] and *",
     "nothing": "",
 }
@@ -33,7 +33,9 @@ def write_hostile(folder: Path) -> Path:
     models = [TEXTS["mathematics"], TEXTS["markup"]]
     for number, (method, model) in enumerate([*((method, models[0]) for method in METHODS), (METHODS[0], models[1])]):
         run = write_run(
-            folder / f"run{number} <i>$", method=method, seed=number,
+            folder / f"run{number} <i>$",
+            method=method,
+            seed=number,
             settings={"model.name": model, "task.dataset": TEXTS["special"]},
         )
         evaluations = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))

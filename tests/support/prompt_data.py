@@ -19,6 +19,10 @@ def chat_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     if bos:
         inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<eos>",
+        tokenizer_object=inner,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<eos>",
         chat_template=TEMPLATE,
     )

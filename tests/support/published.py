@@ -14,8 +14,21 @@ from grade_kernels.common.random import gumbel
 
 
 def published_loss(
-    policy, head, rollout: Rollout, *, tau, k, soft, kl_coef, kl_reduction, kl_direction="policy_ref",
-    kl_prefix_grad="both", min_new_tokens=0, reads="prompt+response", check=True, reward_fn=None,
+    policy,
+    head,
+    rollout: Rollout,
+    *,
+    tau,
+    k,
+    soft,
+    kl_coef,
+    kl_reduction,
+    kl_direction="policy_ref",
+    kl_prefix_grad="both",
+    min_new_tokens=0,
+    reads="prompt+response",
+    check=True,
+    reward_fn=None,
 ):
     """-mean reward + kl_coef * KL of the responses in `rollout`, with the graph of the published algorithm.
 
@@ -63,10 +76,10 @@ def published_loss(
                 rewards.append(torch.softmax(head(features.mean(0, keepdim=True)), -1)[0, 1])
             x_ref = response if kl_prefix_grad == "both" else response.detach()
             whole = torch.cat([prompt_embeddings, x_ref])[None]
-            ref_logits = model(inputs_embeds=whole, use_cache=False).logits[0, len(prompt) - 1: -1]
+            ref_logits = model(inputs_embeds=whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
         if kl_prefix_grad == "none":
             whole = torch.cat([prompt_embeddings, response.detach()])[None]
-            policy_logits = model(inputs_embeds=whole, use_cache=False).logits[0, len(prompt) - 1: -1]
+            policy_logits = model(inputs_embeds=whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
         p, q = policy_logits.log_softmax(-1), ref_logits.log_softmax(-1)
         if kl_direction == "ref_policy":
             p, q = q, p

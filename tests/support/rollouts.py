@@ -22,7 +22,14 @@ def draw(policy, prompts=PROMPTS, *, seed=0, rows=None, copies=1, adapters=True,
     if rows is None:
         rows = torch.arange(len(prompts) * copies) * 100
     return sample(
-        policy, ids, mask, sampling, seed=seed, first_rows=rows, samples_per_prompt=copies, adapters=adapters,
+        policy,
+        ids,
+        mask,
+        sampling,
+        seed=seed,
+        first_rows=rows,
+        samples_per_prompt=copies,
+        adapters=adapters,
         decoding=decoding,
     )
 

@@ -32,44 +32,75 @@ VOCAB = 61
 EOS = 3
 SIZES = dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.3)
 LLAMA_SIZES = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
 )
 
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES, **LLAMA_SIZES, num_key_value_heads=2, tie_word_embeddings=False),
     "llama-tied": lambda: LlamaConfig(**SIZES, **LLAMA_SIZES, num_key_value_heads=2, tie_word_embeddings=True),
-    "qwen3": lambda: Qwen3Config(
-        **SIZES, **LLAMA_SIZES, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True
-    ),
+    "qwen3": lambda: Qwen3Config(**SIZES, **LLAMA_SIZES, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
     "gpt2": lambda: GPT2Config(**SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "gpt-neox": lambda: GPTNeoXConfig(**SIZES, **LLAMA_SIZES, tie_word_embeddings=False),
     "gemma2": lambda: Gemma2Config(
-        **SIZES, **LLAMA_SIZES, num_key_value_heads=2, head_dim=8, sliding_window=6,
-        final_logit_softcapping=3.0, attn_logit_softcapping=5.0,
+        **SIZES,
+        **LLAMA_SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=6,
+        final_logit_softcapping=3.0,
+        attn_logit_softcapping=5.0,
     ),
 }
 # What keeps something else of earlier positions than keys and values of one width, or calls its layers otherwise.
 FURTHER = {
     "deepseek-v3": lambda: DeepseekV3Config(
-        **SIZES, **LLAMA_SIZES, first_k_dense_replace=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
-        qk_nope_head_dim=8, v_head_dim=6,
+        **SIZES,
+        **LLAMA_SIZES,
+        first_k_dense_replace=2,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
     ),
     "qwen3.5": lambda: transformers.Qwen3_5TextConfig(  # not in every version
-        **{**SIZES, "initializer_range": 0.1}, **{**LLAMA_SIZES, "num_hidden_layers": 4}, num_key_value_heads=2,
-        head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+        **{**SIZES, "initializer_range": 0.1},
+        **{**LLAMA_SIZES, "num_hidden_layers": 4},
+        num_key_value_heads=2,
+        head_dim=8,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
         linear_num_value_heads=4,
     ),
     "zamba": lambda: ZambaConfig(  # its two attention layers share their weights
-        **{**SIZES, "initializer_range": 0.1}, **{**LLAMA_SIZES, "num_hidden_layers": 5}, num_key_value_heads=4,
-        attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=2, use_mamba_kernels=False,
+        **{**SIZES, "initializer_range": 0.1},
+        **{**LLAMA_SIZES, "num_hidden_layers": 5},
+        num_key_value_heads=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_d_state=4,
+        mamba_dt_rank=2,
+        use_mamba_kernels=False,
     ),
     "mamba": lambda: MambaConfig(**SIZES, hidden_size=32, num_hidden_layers=2, state_size=4),
     "opt": lambda: OPTConfig(
-        **SIZES, init_std=0.3, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, word_embed_proj_dim=16,
+        **SIZES,
+        init_std=0.3,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=16,
     ),
     "llama4": lambda: Llama4TextConfig(
-        **SIZES, **LLAMA_SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=2, intermediate_size_mlp=48,
+        **SIZES,
+        **LLAMA_SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        intermediate_size_mlp=48,
         attention_chunk_size=8,
     ),
 }
@@ -78,9 +109,13 @@ if Version(transformers.__version__) < Version("5.23"):
     del FURTHER["qwen3.5"]
 needs_qwen = pytest.mark.skipif("qwen3.5" not in FURTHER, reason="this transformers pads Qwen3.5 wrongly")
 TARGETS = {
-    "deepseek-v3": ["q_b_proj", "kv_b_proj", "o_proj"], "qwen3.5": ["q_proj", "in_proj_qkv", "out_proj"],
-    "zamba": ["q_proj", "v_proj", "in_proj"], "mamba": ["in_proj", "x_proj"], "opt": ["q_proj", "v_proj"],
-    "gpt2": ["c_attn", "c_proj"], "gpt-neox": ["query_key_value", "dense"],
+    "deepseek-v3": ["q_b_proj", "kv_b_proj", "o_proj"],
+    "qwen3.5": ["q_proj", "in_proj_qkv", "out_proj"],
+    "zamba": ["q_proj", "v_proj", "in_proj"],
+    "mamba": ["in_proj", "x_proj"],
+    "opt": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn", "c_proj"],
+    "gpt-neox": ["query_key_value", "dense"],
 }
 
 
@@ -106,7 +141,11 @@ def tiny_policy(name: str = "llama", *, dtype=torch.float32, seed=0, adapter_sca
     base = AutoModelForCausalLM.from_config({**CONFIGS, **FURTHER}[name]())
     targets = TARGETS.get(name, ["q_proj", "k_proj", "v_proj", "o_proj"])
     lora = LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=8,
+        lora_dropout=dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()),
     )
     base.requires_grad_(False)
@@ -160,8 +199,12 @@ def base_model(config, dtype=torch.float32):
 def policy_around(base, targets=None, tokenizer=None, dropout=0.0, **options):
     """A policy on a base model of our own making, with an adapter that is not zero."""
     lora = LoraConfig(
-        r=2, target_modules=targets or ATTENTION, task_type="CAUSAL_LM", lora_dropout=dropout,
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()), **options,
+        r=2,
+        target_modules=targets or ATTENTION,
+        task_type="CAUSAL_LM",
+        lora_dropout=dropout,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()),
+        **options,
     )
     base.requires_grad_(False)
     model = get_peft_model(base, lora)
@@ -182,6 +225,11 @@ def embeddings_of(policy, length=9, batch=2, seed=0):
 def loaded_policy(config):
     """The policy that a config names, from its folder."""
     return load_policy(
-        config.model, load_tokenizer(config.model), torch.device("cpu"), seed=config.seed, task=config.task,
-        generation=config.generation, reward=config.reward,
+        config.model,
+        load_tokenizer(config.model),
+        torch.device("cpu"),
+        seed=config.seed,
+        task=config.task,
+        generation=config.generation,
+        reward=config.reward,
     )

@@ -68,18 +68,23 @@ def trained_run(tiny_model, tiny_data, shared_output, tmp_path_factory):
 def make_tiny_config(model, data, output_dir, run_dir):
     """The settings of a run of four steps, two validations and a test."""
     return Config(
-        name="tiny", device="cpu", output_dir=str(output_dir),
+        name="tiny",
+        device="cpu",
+        output_dir=str(output_dir),
         task=TaskConfig(
-            dataset=str(data), reward_examples=120, policy_examples=50, validation_examples=30,
-            prompt_sentences=1, prompt_max_tokens=12,
+            dataset=str(data),
+            reward_examples=120,
+            policy_examples=50,
+            validation_examples=30,
+            prompt_sentences=1,
+            prompt_max_tokens=12,
         ),
         model=ModelConfig(name=str(model), dtype="float32", lora=LoraSettings(r=4, alpha=8)),
         reward=RewardConfig(hidden_size=16, epochs=10, max_tokens=32),
         generation=GenerationConfig(max_new_tokens=8, min_new_tokens=2, top_k=32),
         method=MethodConfig(tau_start=2.0, tau_end=1.0, tau_steps=10, kl_coef=0.05),
         train=TrainConfig(
-            steps=4, batch_size=4, accumulation_steps=1, learning_rate=1e-3, run_dir=str(run_dir),
-            samples_every=2,
+            steps=4, batch_size=4, accumulation_steps=1, learning_rate=1e-3, run_dir=str(run_dir), samples_every=2
         ),
         evaluation=EvaluationConfig(every=2, validation_prompts=12, test_prompts=16, batch_size=8, samples=3),
     )
@@ -103,10 +108,13 @@ def adapter_of(policy):
 
 def changed(config, **settings):
     """`config` with some settings changed, those of a section in a dictionary: changed(config, train={"steps": 1})."""
-    return replace(config, **{
-        name: changed(getattr(config, name), **value) if isinstance(value, dict) else value
-        for name, value in settings.items()
-    })
+    return replace(
+        config,
+        **{
+            name: changed(getattr(config, name), **value) if isinstance(value, dict) else value
+            for name, value in settings.items()
+        },
+    )
 
 
 def with_train(config, **changes):

@@ -26,20 +26,23 @@ def rate(text, numbers=NUMBERS, target=TARGET, *, max_steps=6, ended=True, parti
     return score(text, numbers, target, max_steps=max_steps, ended=ended, partial_credit=partial_credit)
 
 
-@pytest.mark.parametrize("text", [
-    "50 + 25 = 75\n75 + 7 = 82",
-    "50+25=75, 75+7=82",
-    "50 + 25 = 75; 75 + 7 = 82;\n",
-    "50 + 25 = 75 75 + 7 = 82 ",
-    "50 + 25 = 75\r\n\n75 + 7 = 82\n\n",
-    "(50 + 25) + 7",
-    "7+25+50 = 82",
-    "((7)) + ((25 + (50)))",
-    "50 + 7 + 25",
-    "<answer>(50+25)+7</answer>",
-    "Let me think: 3*7=22?\n<answer>\n50+25=75\n75+7=82\n</answer> That is it.",
-    "50+25=75\n75+7",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "50 + 25 = 75\n75 + 7 = 82",
+        "50+25=75, 75+7=82",
+        "50 + 25 = 75; 75 + 7 = 82;\n",
+        "50 + 25 = 75 75 + 7 = 82 ",
+        "50 + 25 = 75\r\n\n75 + 7 = 82\n\n",
+        "(50 + 25) + 7",
+        "7+25+50 = 82",
+        "((7)) + ((25 + (50)))",
+        "50 + 7 + 25",
+        "<answer>(50+25)+7</answer>",
+        "Let me think: 3*7=22?\n<answer>\n50+25=75\n75+7=82\n</answer> That is it.",
+        "50+25=75\n75+7",
+    ],
+)
 def test_solutions(text):
     assert is_solution(text, NUMBERS, TARGET, max_steps=6)
     assert rate(text) == 1.0
@@ -55,40 +58,43 @@ def test_signs_and_fractions():
     assert not is_solution("7 / 2 = 3\n3 * 4 = 12", (7, 2, 4), 12, max_steps=2)
 
 
-@pytest.mark.parametrize("text", [
-    "",
-    "82",
-    "82 = 82",
-    "50 + 25 = 75",  # the target is not reached
-    "50 + 25 = 75\n75 + 7 = 82\n3",  # trailing number
-    "50 + 25 = 75\n75 + 7 = 82.",
-    "50 + 25 = 75\n75 + 7 = 82\n82 - 3 = 79",  # goes on past it
-    "50 + 25 = 76\n76 + 6 = 82",  # wrong
-    "50 + 32",  # foreign number
-    "50 + 25 + 7 = 82 = 82",
-    "50 + 25 = 75 + 7 = 82",  # 75 + 7 is not 50 + 25
-    "50 + 50 - 25 + 7",  # 50 twice
-    "50 + 25 = 75\n75 + 7 = 82\n75 + 7 = 82",  # 75 twice
-    "(50 + 25 + 7",
-    "50 + 25) + 7",
-    "50 + 25 7",
-    "5 0 + 25 + 7",
-    "50 + (25 + 7",
-    "50 ++ 25 + 7",
-    "50 25 7",
-    "50 + 25 + 7 + (3 - 3)",
-    "50 + 25 + 7 + 0",
-    "50 + 2_5 + 7",
-    "٥٠ + 25 + 7",
-    "50 + 25 + 7 = 8 2",
-    "50 + 25 + 7.0",
-    "50 + 25 + 7 #",
-    "<answer>50 + 25 + 7",  # not closed
-    "50 + 25 + 7 <answer></answer>",
-    "50 + 25 + 7 <answer>50 + 25</answer>",
-    "<answer>50 + 25</answer><answer>50 + 25 + 7</answer>",  # the first one counts
-    "<answer><answer>50 + 25 + 7</answer>",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "82",
+        "82 = 82",
+        "50 + 25 = 75",  # the target is not reached
+        "50 + 25 = 75\n75 + 7 = 82\n3",  # trailing number
+        "50 + 25 = 75\n75 + 7 = 82.",
+        "50 + 25 = 75\n75 + 7 = 82\n82 - 3 = 79",  # goes on past it
+        "50 + 25 = 76\n76 + 6 = 82",  # wrong
+        "50 + 32",  # foreign number
+        "50 + 25 + 7 = 82 = 82",
+        "50 + 25 = 75 + 7 = 82",  # 75 + 7 is not 50 + 25
+        "50 + 50 - 25 + 7",  # 50 twice
+        "50 + 25 = 75\n75 + 7 = 82\n75 + 7 = 82",  # 75 twice
+        "(50 + 25 + 7",
+        "50 + 25) + 7",
+        "50 + 25 7",
+        "5 0 + 25 + 7",
+        "50 + (25 + 7",
+        "50 ++ 25 + 7",
+        "50 25 7",
+        "50 + 25 + 7 + (3 - 3)",
+        "50 + 25 + 7 + 0",
+        "50 + 2_5 + 7",
+        "٥٠ + 25 + 7",
+        "50 + 25 + 7 = 8 2",
+        "50 + 25 + 7.0",
+        "50 + 25 + 7 #",
+        "<answer>50 + 25 + 7",  # not closed
+        "50 + 25 + 7 <answer></answer>",
+        "50 + 25 + 7 <answer>50 + 25</answer>",
+        "<answer>50 + 25</answer><answer>50 + 25 + 7</answer>",  # the first one counts
+        "<answer><answer>50 + 25 + 7</answer>",
+    ],
+)
 def test_no_solutions(text):
     assert not is_solution(text, NUMBERS, TARGET, max_steps=6)
     assert rate(text) <= 0.8 and rate(text, partial_credit=False) == 0.0
@@ -107,28 +113,31 @@ def test_steps_are_counted_everywhere():
         assert not is_solution(text, numbers, 10, max_steps=2)
 
 
-@pytest.mark.parametrize("text, ended, expected", [
-    ("", True, 0),
-    ("50 + 25 = 75", False, 0),  # 75 may still become 750
-    ("50 + 25 = 75", True, CREDIT),
-    ("50 + 25 = 75\n", False, CREDIT),
-    ("50 + 25 = 75\n7 * 3 = 21\n", False, 2 * CREDIT),
-    ("50 + 25 = 75\n7 * 3 = 20\n75 + 7 = 82\n", True, CREDIT),  # nothing counts after an error
-    ("50 + 25 = 75\n75 + 7 = 8", False, CREDIT),
-    ("50 + 25 = 75\n75 + 7 = 8", True, CREDIT),
-    ("50 + 25 = 75\n75 + 7 = 82", False, CREDIT),
-    ("50 + 25 = 75\n75 + 7 = 82\n", False, 0.8),
-    ("50 + 25 = 75\n75 + 7 = 82 ok", True, 0.8),
-    ("50 + 25 = 75\n75 + 7 = 82\n82 - 3 = 79\n", True, 0.8),
-    ("50 + 25 - 7 - 3", True, 3 * CREDIT),
-    ("50 + 25 - 7 - 3", False, 0),
-    ("50 + 25 = 75 <answer>", False, CREDIT),
-    ("<answer>50 + 25 = 75", False, 0),
-    ("<answer>50 + 25 = 75", True, CREDIT),
-    ("<answer>50 + 25 + 7", True, 0.8),
-    ("50 + 25 = 75 <answer>50 + 25 = 75\n75 + 7 = 82\n", True, 0.8),
-    ("50 + 25 = 75 <answer>50 + 25 = 75\n7 * 3 = 21</answer>", True, 2 * CREDIT),
-])
+@pytest.mark.parametrize(
+    "text, ended, expected",
+    [
+        ("", True, 0),
+        ("50 + 25 = 75", False, 0),  # 75 may still become 750
+        ("50 + 25 = 75", True, CREDIT),
+        ("50 + 25 = 75\n", False, CREDIT),
+        ("50 + 25 = 75\n7 * 3 = 21\n", False, 2 * CREDIT),
+        ("50 + 25 = 75\n7 * 3 = 20\n75 + 7 = 82\n", True, CREDIT),  # nothing counts after an error
+        ("50 + 25 = 75\n75 + 7 = 8", False, CREDIT),
+        ("50 + 25 = 75\n75 + 7 = 8", True, CREDIT),
+        ("50 + 25 = 75\n75 + 7 = 82", False, CREDIT),
+        ("50 + 25 = 75\n75 + 7 = 82\n", False, 0.8),
+        ("50 + 25 = 75\n75 + 7 = 82 ok", True, 0.8),
+        ("50 + 25 = 75\n75 + 7 = 82\n82 - 3 = 79\n", True, 0.8),
+        ("50 + 25 - 7 - 3", True, 3 * CREDIT),
+        ("50 + 25 - 7 - 3", False, 0),
+        ("50 + 25 = 75 <answer>", False, CREDIT),
+        ("<answer>50 + 25 = 75", False, 0),
+        ("<answer>50 + 25 = 75", True, CREDIT),
+        ("<answer>50 + 25 + 7", True, 0.8),
+        ("50 + 25 = 75 <answer>50 + 25 = 75\n75 + 7 = 82\n", True, 0.8),
+        ("50 + 25 = 75 <answer>50 + 25 = 75\n7 * 3 = 21</answer>", True, 2 * CREDIT),
+    ],
+)
 def test_partial_credit(text, ended, expected):
     assert rate(text, ended=ended) == pytest.approx(expected)
 
@@ -151,8 +160,12 @@ def test_huge_inputs_are_quick():
 def oracle(text: str, numbers, target, max_steps) -> bool:
     """Whether a list of statements, one per line, is a solution: by Python's own parser."""
     pool, used, value = Counter(numbers), 0, None
-    functions = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-                 ast.Div: lambda a, b: Fraction(a) / b}
+    functions = {
+        ast.Add: operator.add,
+        ast.Sub: operator.sub,
+        ast.Mult: operator.mul,
+        ast.Div: lambda a, b: Fraction(a) / b,
+    }
 
     def evaluate(node):
         nonlocal used
@@ -198,9 +211,18 @@ def test_no_wrong_solution_is_accepted(answer, max_steps):
 
 
 @examples
-@given(st.one_of(answers().map(lambda a: a[1]), st.text(), st.binary().map(lambda b: b.decode(errors="replace")),
-                 st.text("0123456789+-*/=()<>answer,;\n ")),
-       st.booleans(), st.booleans(), st.booleans(), st.integers(1, 4))
+@given(
+    st.one_of(
+        answers().map(lambda a: a[1]),
+        st.text(),
+        st.binary().map(lambda b: b.decode(errors="replace")),
+        st.text("0123456789+-*/=()<>answer,;\n "),
+    ),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.integers(1, 4),
+)
 def test_scores_never_fall_and_count_from_the_last_digit(text, tagged, ended, partial_credit, max_steps):
     text = f"{text[:3]}<answer>{text}</answer>{text[:4]}" if tagged else text
     numbers, target = (3, 7, 2, 5), 12
@@ -220,18 +242,21 @@ def test_scores_never_fall_and_count_from_the_last_digit(text, tagged, ended, pa
             assert text[n - 1] in "0123456789)"
 
 
-@pytest.mark.parametrize("text, ended, expected", [  # the lengths of the beginnings with which the credit rises
-    ("50 + 25 = 75 \n75 + 7 = 82", True, {12: CREDIT, 25: 0.8}),
-    ("50 + 25 = 75\n75 + 7 = 82", False, {12: CREDIT}),  # 82 may still become 820
-    ("50 + 25 = 75\n75 + 7 = 82 ", False, {12: CREDIT, 24: 0.8}),
-    ("50 + 25 = 75\n75 + 7 = 8", True, {12: CREDIT}),
-    ("(50 + 25) + 7 \n", True, {13: 0.8}),
-    ("((50 + 25) + 7)", True, {15: 0.8}),
-    ("50 + 25 - 7 - 3 \n", False, {}),
-    ("50+25=75 <answer>50+25+7 </answer> ok", True, {8: CREDIT, 24: 0.8}),
-    ("50+25=75<answer>50+25=75\n75+7=82</answer>", False, {8: CREDIT, 32: 0.8}),
-    ("<answer>50+25=75", True, {16: CREDIT}),  # not closed
-])
+@pytest.mark.parametrize(
+    "text, ended, expected",
+    [  # the lengths of the beginnings with which the credit rises
+        ("50 + 25 = 75 \n75 + 7 = 82", True, {12: CREDIT, 25: 0.8}),
+        ("50 + 25 = 75\n75 + 7 = 82", False, {12: CREDIT}),  # 82 may still become 820
+        ("50 + 25 = 75\n75 + 7 = 82 ", False, {12: CREDIT, 24: 0.8}),
+        ("50 + 25 = 75\n75 + 7 = 8", True, {12: CREDIT}),
+        ("(50 + 25) + 7 \n", True, {13: 0.8}),
+        ("((50 + 25) + 7)", True, {15: 0.8}),
+        ("50 + 25 - 7 - 3 \n", False, {}),
+        ("50+25=75 <answer>50+25+7 </answer> ok", True, {8: CREDIT, 24: 0.8}),
+        ("50+25=75<answer>50+25=75\n75+7=82</answer>", False, {8: CREDIT, 32: 0.8}),
+        ("<answer>50+25=75", True, {16: CREDIT}),  # not closed
+    ],
+)
 def test_credit_counts_from_the_last_digit(text, ended, expected):
     earned, _ = hindsight_scores(text, NUMBERS, TARGET, max_steps=6, ended=ended, partial_credit=True)
     assert {n: pytest.approx(b) for n, (a, b) in enumerate(pairwise(earned), start=1) if b > a} == expected

@@ -48,8 +48,10 @@ def test_solutions_are_accepted(operands):
 
 
 def test_parts_are_disjoint_up_to_order():
-    keys = {part: {(tuple(sorted(p.numbers)), p.target) for p in write_puzzles(400, seed=seed, **difficulty(part=part))}
-            for seed, part in enumerate(PARTS)}
+    keys = {
+        part: {(tuple(sorted(p.numbers)), p.target) for p in write_puzzles(400, seed=seed, **difficulty(part=part))}
+        for seed, part in enumerate(PARTS)
+    }
     assert sum(map(len, keys.values())) == len(set().union(*keys.values())) == 1600
 
 
@@ -102,7 +104,10 @@ class PieceTokenizer:
 
 def make_task(operands=3, prompt_max_tokens=64, **kwargs) -> CountdownTask:
     config = TaskConfig(
-        name="countdown", policy_examples=30, validation_examples=20, prompt_max_tokens=prompt_max_tokens,
+        name="countdown",
+        policy_examples=30,
+        validation_examples=20,
+        prompt_max_tokens=prompt_max_tokens,
         countdown=CountdownConfig(operands=operands, max_number=30, max_target=90, **kwargs),
     )
     return countdown.load(config)
@@ -213,7 +218,7 @@ def test_reward(partial_credit):
     assert not prefixes[:, 0].any() and (prefixes.diff(dim=1) >= 0).all()
     ends = rollout.mask.sum(1)
     for row in range(5):
-        assert (prefixes[row, ends[row]:] == found[row]).all()
+        assert (prefixes[row, ends[row] :] == found[row]).all()
     if not partial_credit:  # a solution counts with its end
         assert prefixes.diff(dim=1).nonzero().tolist() == [[0, ends[0] - 1], [2, ends[2] - 1]]
 
@@ -221,24 +226,27 @@ def test_reward(partial_credit):
         reward.score(make_rollout([first[:-1]], [tokenizer.encode(solution)]))
 
 
-@pytest.mark.parametrize("response, expected", [  # tokens between bars, and the changes that are not 0
-    ("1|6|+|9|=|2|5|\n|2|5|-|3|=|2|2|<eos>", {6: 0.1, 14: 0.7, 15: 0.2}),
-    ("16|+|9|=|25|\n|25|-|3|=|22|<eos>", {4: 0.1, 10: 0.7, 11: 0.2}),
-    ("16|+|9|=|25|\n|25|-|3|=|22", {4: 0.1}),  # cut off: 22 may still become 220
-    ("16|+|9|=|25|\n|25|-|3|=|22|\n", {4: 0.1, 10: 0.7}),
-    ("16|+|9|=|25|\n|25|-|3|=|22|0|<eos>", {4: 0.1}),
-    ("16|+|9|=|2|5|\n|25|-|3|=|2|<eos>", {5: 0.1}),
-    ("16+9|=25\n2|5-3=|22\n|<eos>", {1: 0.1, 3: 0.7, 4: 0.2}),  # tokens that go on past a number
-    ("16+9=25\n25-3=2|2\n16|<eos>", {0: 0.1, 1: 0.7}),
-    ("16|+|9|=| 25| |\n|25|-|3|=| 22| |\n|<eos>", {4: 0.1, 11: 0.7, 14: 0.2}),
-    ("16|+|9|-|3| |<eos>", {4: 0.8, 6: 0.2}),
-    ("(|16|+|9|)|-|3|<eos>", {6: 0.8, 7: 0.2}),
-    ("3|<answer>|16+9=25|\n|25-3|=22|</|answer|>|!|<eos>", {2: 0.1, 5: 0.7, 10: 0.2}),
-    ("16+9=25|<|answer|>|16|+|9|-|3| </answer>|<eos>", {0: 0.1, 8: 0.7, 10: 0.2}),
-    ("<answer>|16|+|9|-|3|<eos>", {5: 0.8}),  # not closed
-    ("3|<0xE2>|<0x88>|<0x92>|9|=|<0xE2>|<0x88>|<0x92>|6|\n|16|+|<0xE2>|<eos>", {9: 0.1}),  # 3−9=−6 in bytes
-    ("16+9=2|<0x35>|<0xE2>|<0x88>|<0x92>|<eos>", {1: 0.1}),  # 5−, of which the 5 cannot be read in between
-])
+@pytest.mark.parametrize(
+    "response, expected",
+    [  # tokens between bars, and the changes that are not 0
+        ("1|6|+|9|=|2|5|\n|2|5|-|3|=|2|2|<eos>", {6: 0.1, 14: 0.7, 15: 0.2}),
+        ("16|+|9|=|25|\n|25|-|3|=|22|<eos>", {4: 0.1, 10: 0.7, 11: 0.2}),
+        ("16|+|9|=|25|\n|25|-|3|=|22", {4: 0.1}),  # cut off: 22 may still become 220
+        ("16|+|9|=|25|\n|25|-|3|=|22|\n", {4: 0.1, 10: 0.7}),
+        ("16|+|9|=|25|\n|25|-|3|=|22|0|<eos>", {4: 0.1}),
+        ("16|+|9|=|2|5|\n|25|-|3|=|2|<eos>", {5: 0.1}),
+        ("16+9|=25\n2|5-3=|22\n|<eos>", {1: 0.1, 3: 0.7, 4: 0.2}),  # tokens that go on past a number
+        ("16+9=25\n25-3=2|2\n16|<eos>", {0: 0.1, 1: 0.7}),
+        ("16|+|9|=| 25| |\n|25|-|3|=| 22| |\n|<eos>", {4: 0.1, 11: 0.7, 14: 0.2}),
+        ("16|+|9|-|3| |<eos>", {4: 0.8, 6: 0.2}),
+        ("(|16|+|9|)|-|3|<eos>", {6: 0.8, 7: 0.2}),
+        ("3|<answer>|16+9=25|\n|25-3|=22|</|answer|>|!|<eos>", {2: 0.1, 5: 0.7, 10: 0.2}),
+        ("16+9=25|<|answer|>|16|+|9|-|3| </answer>|<eos>", {0: 0.1, 8: 0.7, 10: 0.2}),
+        ("<answer>|16|+|9|-|3|<eos>", {5: 0.8}),  # not closed
+        ("3|<0xE2>|<0x88>|<0x92>|9|=|<0xE2>|<0x88>|<0x92>|6|\n|16|+|<0xE2>|<eos>", {9: 0.1}),  # 3−9=−6 in bytes
+        ("16+9=2|<0x35>|<0xE2>|<0x88>|<0x92>|<eos>", {1: 0.1}),  # 5−, of which the 5 cannot be read in between
+    ],
+)
 def test_which_token_gets_what(response, expected):
     tokenizer = PieceTokenizer()
     reward, prompts = make_reward([Puzzle((16, 9, 3), 22, ())], tokenizer)
@@ -273,8 +281,13 @@ def test_changes_are_never_negative_and_sum_to_the_score(answer, data):
 def test_special_tokens_are_errors(special):
     tokenizer = PieceTokenizer()
     reward, prompts = make_reward([Puzzle((16, 9, 3), 22, ())], tokenizer)
-    responses = [["16+9=25\n25-3=", "2", special, "2", EOS], [special, "16+9-3", EOS], ["16+9-3", special, EOS],
-                 ["16+9=25", special, "\n25-3=22", EOS], ["16+9=25\n", "25-3=22", special]]
+    responses = [
+        ["16+9=25\n25-3=", "2", special, "2", EOS],
+        [special, "16+9-3", EOS],
+        ["16+9-3", special, EOS],
+        ["16+9=25", special, "\n25-3=22", EOS],
+        ["16+9=25\n", "25-3=22", special],
+    ]
     rollout = make_rollout(prompts * 5, [tokenizer.encode(r) for r in responses])
     torch.testing.assert_close(reward.score(rollout), torch.tensor([0.1, 0, 0, 0.1, 0.8]))
     changes = reward.prefix_values(rollout).diff(dim=1)
@@ -319,7 +332,11 @@ def test_model_learns_answers_only(tmp_path, monkeypatch):
     countdown_model(tmp_path, progress=False)
     ids, labels = _pad(seen["rows"][:3], seen["tokenizer"].pad_token_id, seen["prompt_end"])
     texts = [seen["tokenizer"].decode(row[row != -100]) for row in labels]
-    puzzles = write_puzzles(3, seed=0, part="pretraining", **{
-        name: model_module.SETTINGS[name] for name in ("operands", "max_number", "max_target")})
+    puzzles = write_puzzles(
+        3,
+        seed=0,
+        part="pretraining",
+        **{name: model_module.SETTINGS[name] for name in ("operands", "max_number", "max_target")},
+    )
     assert texts == [puzzle.answer + "<|endoftext|>" for puzzle in puzzles]
     assert torch.equal(ids[labels != -100], labels[labels != -100])

@@ -54,9 +54,11 @@ def test_prompts_of_every_kind_of_file_are_cut_into_disjoint_splits(tmp_path, ki
     assert note == "data: 12 policy, 4 validation, 4 test rows; validation and test cut from the training data"
     tokenizer = chat_tokenizer()
     assert task.prompts("policy", tokenizer) == [tokenizer(text)["input_ids"] for text in splits[1]]
-    assert load_task(config_for(folder)).describe() == task.describe() != load_task(
-        config_for(folder, split_seed=1)
-    ).describe()
+    assert (
+        load_task(config_for(folder)).describe()
+        == task.describe()
+        != load_task(config_for(folder, split_seed=1)).describe()
+    )
 
 
 def test_a_file_by_itself_and_a_single_saved_data_set_are_training_data(tmp_path):
@@ -167,21 +169,24 @@ def test_a_tokenizer_without_template_is_refused_by_name():
 # --- what is refused ---
 
 
-@pytest.mark.parametrize(("columns", "task", "chat", "message"), [
-    ({"question": TEXTS}, {}, None, "no column 'prompt': set task.prompt_column to one of question"),
-    ({"prompt": TEXTS}, {"prompt_column": "p"}, None, "no column 'p'"),
-    ({"prompt": []}, {}, None, "The train data of task.dataset=here is empty"),
-    ({"prompt": ["", " ", None]}, {}, None, "has no prompt: all 3 rows are empty"),
-    ({"prompt": TEXTS[:2]}, {}, None, "has 2 usable rows: at least 3 are needed for validation, test and training"),
-    ({"prompt": [1.5] * 9}, {}, None, "column 'prompt', holds float values: a prompt is a string"),
-    ({"prompt": [["a"]] * 9}, {}, None, "holds a list with str values"),
-    ({"prompt": chats(content=None)}, {}, None, "a message whose content is NoneType: every message needs a role"),
-    ({"prompt": [[{"role": "user"}]] * 9}, {}, None, "a message whose content is NoneType"),
-    ({"prompt": chats()}, {"long_prompts": "cut"}, None, "task.long_prompts is cut, but a conversation cannot be"),
-    ({"prompt": TEXTS}, {}, {"system_prompt": "x"}, "dataset=here are texts. Set tokenizer.chat to true"),
-    ({"prompt": [[1, 2]] * 9}, {}, {"chat": True}, "are token ids. Write the template into the ids"),
-    ({"prompt": TEXTS}, {"label_type": "pairs"}, None, "no column 'chosen': task.label_type=pairs needs"),
-])
+@pytest.mark.parametrize(
+    ("columns", "task", "chat", "message"),
+    [
+        ({"question": TEXTS}, {}, None, "no column 'prompt': set task.prompt_column to one of question"),
+        ({"prompt": TEXTS}, {"prompt_column": "p"}, None, "no column 'p'"),
+        ({"prompt": []}, {}, None, "The train data of task.dataset=here is empty"),
+        ({"prompt": ["", " ", None]}, {}, None, "has no prompt: all 3 rows are empty"),
+        ({"prompt": TEXTS[:2]}, {}, None, "has 2 usable rows: at least 3 are needed for validation, test and training"),
+        ({"prompt": [1.5] * 9}, {}, None, "column 'prompt', holds float values: a prompt is a string"),
+        ({"prompt": [["a"]] * 9}, {}, None, "holds a list with str values"),
+        ({"prompt": chats(content=None)}, {}, None, "a message whose content is NoneType: every message needs a role"),
+        ({"prompt": [[{"role": "user"}]] * 9}, {}, None, "a message whose content is NoneType"),
+        ({"prompt": chats()}, {"long_prompts": "cut"}, None, "task.long_prompts is cut, but a conversation cannot be"),
+        ({"prompt": TEXTS}, {}, {"system_prompt": "x"}, "dataset=here are texts. Set tokenizer.chat to true"),
+        ({"prompt": [[1, 2]] * 9}, {}, {"chat": True}, "are token ids. Write the template into the ids"),
+        ({"prompt": TEXTS}, {"label_type": "pairs"}, None, "no column 'chosen': task.label_type=pairs needs"),
+    ],
+)
 def test_what_cannot_be_used_is_refused(columns, task, chat, message):
     with pytest.raises(GradeError, match=message):
         task_of(columns, None if chat is None else TokenizerConfig(**chat), **task)
@@ -195,13 +200,19 @@ def test_files_that_cannot_be_used_are_refused(tmp_path):
         load_task(config_for(tmp_path))
 
 
-@pytest.mark.parametrize(("changed", "message"), [
-    ({"task": {"label_type": "pairs"}}, "label_type=pairs needs task.name=prompts"),
-    ({"task": {"name": "prompts", "label_type": "classes"}}, "is for labelled texts, but task.name=prompts has none"),
-    ({"task": {"name": "demo", "label_type": "numbers"}}, "numbers needs task.name=sentiment"),
-    ({"tokenizer": {"system_prompt": "x"}}, "are for conversations, and task.name=sentiment continues texts"),
-    ({"task": {"name": "prompts"}, "tokenizer": {"chat_template_kwargs": {"tokenize": False}}}, "has 'tokenize'"),
-])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"task": {"label_type": "pairs"}}, "label_type=pairs needs task.name=prompts"),
+        (
+            {"task": {"name": "prompts", "label_type": "classes"}},
+            "is for labelled texts, but task.name=prompts has none",
+        ),
+        ({"task": {"name": "demo", "label_type": "numbers"}}, "numbers needs task.name=sentiment"),
+        ({"tokenizer": {"system_prompt": "x"}}, "are for conversations, and task.name=sentiment continues texts"),
+        ({"task": {"name": "prompts"}, "tokenizer": {"chat_template_kwargs": {"tokenize": False}}}, "has 'tokenize'"),
+    ],
+)
 def test_settings_that_cannot_work_are_refused(changed, message):
     config = Config()
     for section, values in changed.items():
@@ -218,27 +229,33 @@ USER, SAID = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content"
 GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
 
 
-@pytest.mark.parametrize(("prompt", "chosen", "rejected", "expected"), [
-    ("Q:", " yes", " no", Pair("Q:", " yes", " no")),
-    (None, "The sky is blue.", "The sky is black.", Pair("The sky is", " blue.", " black.")),
-    (None, "one", "two", Pair("", "one", "two")),
-    ("Q:", "same", "same", None),
-    ([USER], [GOOD], [BAD], Pair([USER], "good", "bad")),
-    (None, [USER, SAID, USER, GOOD], [USER, SAID, USER, BAD], Pair([USER, SAID, USER], "good", "bad")),
-    ("Hi?", [USER, GOOD], [USER, BAD], Pair([USER], "good", "bad")),
-    ("Hi?", [GOOD], [BAD], Pair([USER], "good", "bad")),
-    (None, [USER, GOOD], [USER, GOOD], None),
-])
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "expected"),
+    [
+        ("Q:", " yes", " no", Pair("Q:", " yes", " no")),
+        (None, "The sky is blue.", "The sky is black.", Pair("The sky is", " blue.", " black.")),
+        (None, "one", "two", Pair("", "one", "two")),
+        ("Q:", "same", "same", None),
+        ([USER], [GOOD], [BAD], Pair([USER], "good", "bad")),
+        (None, [USER, SAID, USER, GOOD], [USER, SAID, USER, BAD], Pair([USER, SAID, USER], "good", "bad")),
+        ("Hi?", [USER, GOOD], [USER, BAD], Pair([USER], "good", "bad")),
+        ("Hi?", [GOOD], [BAD], Pair([USER], "good", "bad")),
+        (None, [USER, GOOD], [USER, GOOD], None),
+    ],
+)
 def test_pairs_are_read_as_trl_has_them(prompt, chosen, rejected, expected):
     assert read_pair(prompt, chosen, rejected, "here") == expected
 
 
-@pytest.mark.parametrize(("prompt", "chosen", "rejected", "message"), [
-    (None, "text", [GOOD], "all must be strings, or all lists of messages"),
-    ("Q:", None, "no", "holds NoneType as chosen"),
-    ([USER], [GOOD, USER, GOOD], [BAD], "answers of 3 and 1 messages after the prompt"),
-    (None, [GOOD], [BAD], "answers without a prompt"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "message"),
+    [
+        (None, "text", [GOOD], "all must be strings, or all lists of messages"),
+        ("Q:", None, "no", "holds NoneType as chosen"),
+        ([USER], [GOOD, USER, GOOD], [BAD], "answers of 3 and 1 messages after the prompt"),
+        (None, [GOOD], [BAD], "answers without a prompt"),
+    ],
+)
 def test_pairs_of_other_forms_are_refused(prompt, chosen, rejected, message):
     with pytest.raises(GradeError, match=f"here.*{message}"):
         read_pair(prompt, chosen, rejected, "here")

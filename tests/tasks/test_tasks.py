@@ -238,7 +238,8 @@ UNUSABLE = {  # what is named, settings, and what is said; functions make it in 
     "saved without test": (saved(datasets.DatasetDict(train=WHOLE)), {}, r"no part called test \(it has train\)"),
     "a single part": (saved(WHOLE), {}, "a single saved dataset: save a DatasetDict"),
     "saved without rows": (
-        saved(datasets.DatasetDict(train=WHOLE.select([]), test=WHOLE.select([]))), {},
+        saved(datasets.DatasetDict(train=WHOLE.select([]), test=WHOLE.select([]))),
+        {},
         "The train data of .* is empty: it has no rows",
     ),
     "no rows": (lambda folder: save(folder, "csv", text=[], label=[]), {}, "data of .* is empty: it has no rows"),
@@ -246,7 +247,9 @@ UNUSABLE = {  # what is named, settings, and what is said; functions make it in 
     "broken parquet": (with_file("train.parquet", b"no such {"), {}, r"data, and its files cannot be read: \w+"),
     "broken jsonl": (with_file("train.jsonl", b"no such {"), {}, r"data, and its files cannot be read: \w+"),
     "a part without labels": (
-        with_file("test.csv", b"text\nGood.\n"), {}, "test data .* no column 'label': set task.label_column to .* text",
+        with_file("test.csv", b"text\nGood.\n"),
+        {},
+        "test data .* no column 'label': set task.label_column to .* text",
     ),
     "no text column": (parquet, dict(text_column="body"), r"no column 'body': set task\.text_column to one of text, l"),
     "no label column": (parquet, dict(label_column="body"), r"'body': set task\.label_column to one of text, label"),
@@ -255,10 +258,14 @@ UNUSABLE = {  # what is named, settings, and what is said; functions make it in 
     "no negative row": (lambda folder: parquet(folder, label=[1] * ROWS), {}, "only positive rows by task.positive_l"),
     "hidden test labels": (hidden_labels, {}, "The test data .* no positive row .* holds -1"),
     "a missing label": (
-        lambda folder: parquet(folder, label=[None] + [1] * (ROWS - 1)), {}, "no label in row 0, column 'label'",
+        lambda folder: parquet(folder, label=[None] + [1] * (ROWS - 1)),
+        {},
+        "no label in row 0, column 'label'",
     ),
     "too few rows": (
-        parquet, dict(policy_examples=40), r"task\.reward_examples \+ task\.policy_examples .* = 20 \+ 40 \+ 10 = 70, "
+        parquet,
+        dict(policy_examples=40),
+        r"task\.reward_examples \+ task\.policy_examples .* = 20 \+ 40 \+ 10 = 70, "
         "but the training data of .* has 60 rows",
     ),
 }
@@ -272,11 +279,15 @@ def test_data_that_cannot_be_used_is_told_in_words(tmp_path, case):
         load_task(config_for(name, **options))
 
 
-@pytest.mark.parametrize("error, message", [
-    (ConnectionError("Couldn't reach 'a/b' on the Hub"), "task.dataset is a/b.*hub cannot be reached.*folder with"),
-    (datasets.exceptions.DatasetNotFoundError("not there"), "the hub shows no such dataset .*Correct the name"),
-    (ValueError("Config name is missing.\nPick one"), r"\(ValueError: Config name is missing\. Pick one\)\. Save"),
-], ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "")
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (ConnectionError("Couldn't reach 'a/b' on the Hub"), "task.dataset is a/b.*hub cannot be reached.*folder with"),
+        (datasets.exceptions.DatasetNotFoundError("not there"), "the hub shows no such dataset .*Correct the name"),
+        (ValueError("Config name is missing.\nPick one"), r"\(ValueError: Config name is missing\. Pick one\)\. Save"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
+)
 def test_hub_datasets_that_cannot_be_had(monkeypatch, error, message):
     def fail(name):
         raise error
@@ -390,6 +401,7 @@ def test_texts_that_stand_in_two_splits_are_counted():
     counts = task.describe()["texts_in_two_splits"]
     assert counts == task.repeated_texts() and len(counts) == 10
     texts = {name: {e.text for e in task.examples(name)} for name in SPLITS}
-    assert all(counts[f"{a} and {b}"] == len(texts[a] & texts[b]) for a in SPLITS for b in SPLITS
-               if f"{a} and {b}" in counts)
+    assert all(
+        counts[f"{a} and {b}"] == len(texts[a] & texts[b]) for a in SPLITS for b in SPLITS if f"{a} and {b}" in counts
+    )
     assert sum(v for pair, v in counts.items() if "test" in pair) == 1

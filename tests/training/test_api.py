@@ -184,8 +184,13 @@ def test_a_head_is_trained_on_data_of_ones_own(tiny_model, config):
 @pytest.mark.parametrize(
     ("prompts", "why"),
     [
-        ("one text", "not a sequence"), ([], "is empty"), (["a", [1]], "unlike the first"), ([1.5], "no prompt"),
-        ([[10**6]], "does not know"), ([{"text": "a"}], "none called prompt"), (["fine", ""], "no tokens"),
+        ("one text", "not a sequence"),
+        ([], "is empty"),
+        (["a", [1]], "unlike the first"),
+        ([1.5], "no prompt"),
+        ([[10**6]], "does not know"),
+        ([{"text": "a"}], "none called prompt"),
+        (["fine", ""], "no tokens"),
     ],
 )
 def test_prompts_that_are_none(tokenizer, prompts, why):

@@ -38,8 +38,16 @@ def test_a_checkpoint_says_what_it_is(trained_run, checkpoint):
     card, config = card_of(trained_run, checkpoint), config_from_yaml(trained_run / "config.yaml")
     step = verified_step(folder)
     assert "More Information Needed" not in card
-    for words in (config.model.name, "probability of", "grade-ste", "LoRA of rank 4", "| learning rate | 0.001",
-                  f"after {step} of 4 optimizer steps", f"grade {__version__}", "AutoPeftModelForCausalLM"):
+    for words in (
+        config.model.name,
+        "probability of",
+        "grade-ste",
+        "LoRA of rank 4",
+        "| learning rate | 0.001",
+        f"after {step} of 4 optimizer steps",
+        f"grade {__version__}",
+        "AutoPeftModelForCausalLM",
+    ):
         assert words in card, words
     evaluations = json.loads((trained_run / "evaluation.json").read_text())
     row = next(row for row in evaluations["validation"] if row["step"] == step)
@@ -63,9 +71,20 @@ def test_the_settings_in_a_card_give_the_run_again(trained_run, tmp_path):
 def test_a_card_is_read_by_the_hub():
     """Its metadata names what is on the hub, and no folder of this machine; what holds a | stays in its cell."""
     config = Config()
-    row = {"split": "validation", "model": "base", "step": 0, "prompts": 4, "reward": 0.5, "reward_stderr": 0.1,
-           "kl": 0.0, "entropy": 3.0, "unique_token_ratio": 0.9, "mean_length": 8.0, "eos_rate": 0.25,
-           "details": {"solve_rate": 0.25}}
+    row = {
+        "split": "validation",
+        "model": "base",
+        "step": 0,
+        "prompts": 4,
+        "reward": 0.5,
+        "reward_stderr": 0.1,
+        "kl": 0.0,
+        "entropy": 3.0,
+        "unique_token_ratio": 0.9,
+        "mean_length": 8.0,
+        "eos_rate": 0.25,
+        "details": {"solve_rate": 0.25},
+    }
     card = model_card(config, {"reward": "the label 'a|b'"}, 3, [row])
     assert "the label 'a\\|b' is raised" in card and "solve_rate" in card
     metadata = yaml.safe_load(card.split("---\n")[1])
@@ -82,8 +101,12 @@ def test_peft_loads_a_checkpoint_from_any_directory(trained_run, tmp_path):
         "print(m(**t('the film', return_tensors='pt')).logits.sum().item(), m.active_adapters)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(trained_run / "checkpoints" / "best")], cwd=tmp_path, capture_output=True,
-        text=True, timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        [sys.executable, "-c", code, str(trained_run / "checkpoints" / "best")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0 and "['default']" in done.stdout, done.stderr
 

@@ -56,8 +56,14 @@ def test_a_closed_terminal_lets_the_run_save(tmp_path):
 def test_a_signal_that_the_caller_ignores_stays_ignored(tmp_path):
     """As under nohup."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.replace("while not stop.asked", "import os, signal; os.kill(os.getpid(), 1)\n"
-                                              "    for _ in range(3)"), str(tmp_path / "saved")],
-        capture_output=True, text=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        [
+            sys.executable,
+            "-c",
+            SCRIPT.replace("while not stop.asked", "import os, signal; os.kill(os.getpid(), 1)\n    for _ in range(3)"),
+            str(tmp_path / "saved"),
+        ],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
     assert done.returncode == 0 and "terminal that may be gone" in done.stdout

@@ -25,12 +25,25 @@ def test_a_reward_says_what_is_raised_and_trusted_code_is_announced():
     assert "code that comes with Qwen/Qwen3-0.6B" in opening_lines(config, policy, reward)[3]
 
 
-@pytest.mark.parametrize("train, samples, processes, line", [
-    ({}, 1, 1, "a step: 16 prompts × 1 sample = 16 responses (train.batch_size 16 × train.accumulation_steps 1), 1,024 "
-     "tokens at most"),
-    ({"batch_size": 8, "accumulation_steps": 64}, 4, 2, "a step: 256 prompts × 4 samples = 1,024 responses "
-     "(train.batch_size 8 × train.accumulation_steps 64 × 2 processes), 65,536 tokens at most"),
-])
+@pytest.mark.parametrize(
+    "train, samples, processes, line",
+    [
+        (
+            {},
+            1,
+            1,
+            "a step: 16 prompts × 1 sample = 16 responses (train.batch_size 16 × train.accumulation_steps 1), 1,024 "
+            "tokens at most",
+        ),
+        (
+            {"batch_size": 8, "accumulation_steps": 64},
+            4,
+            2,
+            "a step: 256 prompts × 4 samples = 1,024 responses "
+            "(train.batch_size 8 × train.accumulation_steps 64 × 2 processes), 65,536 tokens at most",
+        ),
+    ],
+)
 def test_what_a_step_is(train, samples, processes, line):
     config = Config(train=TrainConfig(**train), generation=GenerationConfig(samples_per_prompt=samples))
     assert step_line(config, processes) == line

@@ -33,16 +33,17 @@ def test_a_run_on_conversations_with_a_head_from_pairs(tiny_config, tiny_model, 
     }
     datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
     config = changed(
-        tiny_config, output_dir=str(tmp_path / "out"), model={"name": str(model)},
+        tiny_config,
+        output_dir=str(tmp_path / "out"),
+        model={"name": str(model)},
         task={"name": "prompts", "dataset": str(tmp_path), "label_type": "pairs", "prompt_max_tokens": 64},
-        tokenizer=TokenizerConfig(chat_template_kwargs={"thinking": False}), reward={"max_tokens": 64},
+        tokenizer=TokenizerConfig(chat_template_kwargs={"thinking": False}),
+        reward={"max_tokens": 64},
         train={"steps": 2},
     )
     trainer = Trainer(config, make_accelerator(config), prepare_run_dir(config))
     (first, *_), (told, *_) = trainer.evaluation_prompts["test"], trainer.task.conversations("test", [0])
-    assert first == tokenizer.apply_chat_template(
-        told, add_generation_prompt=True, return_dict=False, thinking=False
-    )
+    assert first == tokenizer.apply_chat_template(told, add_generation_prompt=True, return_dict=False, thinking=False)
     trainer.fit()
     record = json.loads((Path(config.run_dir) / "run.json").read_text())
     assert record["task"]["prompts"] == "conversations" and record["reward_head"]["accuracy"]["72 tokens"] > 0.9

@@ -68,8 +68,14 @@ def refused(config, match: str) -> None:
 def test_overwriting_deletes_only_what_the_run_wrote(copied):
     run_dir = Path(copied.run_dir)
     foreign = [
-        "thesis.tex", ".git/HEAD", "checkpoints/mine/adapter.bin", "tensorboard/notes", "reward/notes",
-        "checkpoints/best/notes.txt", "checkpoints/step-99/mine", "evaluation-mine.json",
+        "thesis.tex",
+        ".git/HEAD",
+        "checkpoints/mine/adapter.bin",
+        "tensorboard/notes",
+        "reward/notes",
+        "checkpoints/best/notes.txt",
+        "checkpoints/step-99/mine",
+        "evaluation-mine.json",
     ]
     for name in foreign:
         (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
@@ -245,9 +251,9 @@ def test_a_log_that_is_not_the_runs_is_refused(copied, name):
 def test_a_damaged_config_is_not_taken_for_defaults(copied, damage):
     path = Path(copied.run_dir) / "config.yaml"
     text = path.read_text()
-    path.write_text({
-        "cut": text[: text.index("evaluation:")], "empty": "", "edited": text.replace("seed: 0", "seed: 1", 1),
-    }[damage])
+    path.write_text(
+        {"cut": text[: text.index("evaluation:")], "empty": "", "edited": text.replace("seed: 0", "seed: 1", 1)}[damage]
+    )
     refused(copied, "config.yaml is damaged, or was changed by hand")
 
 
@@ -276,8 +282,10 @@ def with_own_inputs(config, tmp_path):
     shutil.copytree(config.model.name, tmp_path / "model")
     shutil.copytree(config.task.dataset, tmp_path / "data")
     return replace(
-        config, model=replace(config.model, name=str(tmp_path / "model")),
-        task=replace(config.task, dataset=str(tmp_path / "data")), output_dir=str(tmp_path / "output"),
+        config,
+        model=replace(config.model, name=str(tmp_path / "model")),
+        task=replace(config.task, dataset=str(tmp_path / "data")),
+        output_dir=str(tmp_path / "output"),
     )
 
 
@@ -341,8 +349,10 @@ def test_a_broken_policy_is_never_saved_or_chosen(tiny_config, method):
     """A learning rate of 1e20: the run fails, and what it saved before is whole and finite."""
     config = with_train(tiny_config, learning_rate=1e20, save_every=1)
     config = replace(
-        config, method=replace(config.method, name=method),
-        generation=replace(config.generation, samples_per_prompt=2), evaluation=replace(config.evaluation, every=1),
+        config,
+        method=replace(config.method, name=method),
+        generation=replace(config.generation, samples_per_prompt=2),
+        evaluation=replace(config.evaluation, every=1),
     )
     with pytest.raises(GradeError, match="broken|norm at step"):
         train(config)

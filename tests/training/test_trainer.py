@@ -142,7 +142,8 @@ def test_reward_rises_on_real_reviews(tiny_config, imdb_lm, shared_imdb):
     """Ten steps on a pretrained model: the mean of the last three rewards is above the first three by 0.05."""
     config = with_train(tiny_config, learning_rate=4e-3, batch_size=16)
     config = replace(
-        config, model=replace(config.model, name=str(imdb_lm)),
+        config,
+        model=replace(config.model, name=str(imdb_lm)),
         task=replace(
             config.task, dataset=str(shared_imdb), reward_examples=300, policy_examples=100, validation_examples=50
         ),
@@ -197,15 +198,12 @@ def test_evaluation_has_no_dropout(tiny_config):
     """Also where replay has: two validations of a trained adapter are equal."""
     lora = replace(tiny_config.model.lora, dropout=0.5)
     config = with_train(tiny_config, learning_rate=1e-2)
-    config = replace(
-        config, method=replace(config.method, replay_dropout=True), model=replace(config.model, lora=lora)
-    )
+    config = replace(config, method=replace(config.method, replay_dropout=True), model=replace(config.model, lora=lora))
     trainer = trainer_of(config)
     trainer.train_step()
     rows = [
         evaluate(
-            trainer.policy, trainer.reward, trainer.evaluation_prompts["validation"], config, split="validation",
-            step=1,
+            trainer.policy, trainer.reward, trainer.evaluation_prompts["validation"], config, split="validation", step=1
         )
         for _ in range(2)
     ]
@@ -248,8 +246,8 @@ def test_overwriting_waits_until_everything_is_loaded(tiny_config):
 def test_a_folder_that_cannot_be_written_is_told_first(tiny_config, tmp_path, setting):
     (tmp_path / "file").write_text("")
     place = str(tmp_path / "file" / "below")
-    config = with_train(tiny_config, run_dir=place) if setting == "train.run_dir" else replace(
-        tiny_config, output_dir=place
+    config = (
+        with_train(tiny_config, run_dir=place) if setting == "train.run_dir" else replace(tiny_config, output_dir=place)
     )
     with pytest.raises(GradeError, match=f"{setting}.*cannot be written"):
         train(config)
@@ -318,10 +316,28 @@ def check_run_directory(run_dir, steps):
     training = [r for r in rows if "loss" in r]
     assert [r["step"] for r in training] == list(range(steps))
     for name in (
-        "reward", "reward_std", "kl", "entropy", "grad_norm", "completions/mean_length", "tau", "hops", "hop_residual",
-        "topk_mass", "soft_hard_gap", "unique_token_ratio", "tokens_per_second", "memory/peak_gib", "seconds/rollout",
-        "seconds/policy_forward", "seconds/base_forward", "seconds/head", "seconds/base_backward", "seconds/hops",
-        "seconds/policy_backward", "seconds/update",
+        "reward",
+        "reward_std",
+        "kl",
+        "entropy",
+        "grad_norm",
+        "completions/mean_length",
+        "tau",
+        "hops",
+        "hop_residual",
+        "topk_mass",
+        "soft_hard_gap",
+        "unique_token_ratio",
+        "tokens_per_second",
+        "memory/peak_gib",
+        "seconds/rollout",
+        "seconds/policy_forward",
+        "seconds/base_forward",
+        "seconds/head",
+        "seconds/base_backward",
+        "seconds/hops",
+        "seconds/policy_backward",
+        "seconds/update",
     ):
         assert name in training[0], name
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
@@ -415,12 +431,17 @@ def test_metrics_by_hand():
     def part(tokens, reward, kl):
         mask, ones = torch.ones(1, len(tokens), dtype=torch.bool), torch.ones(1, len(tokens))
         rollout = Rollout(
-            prompt_ids=ones.long(), prompt_mask=mask, tokens=torch.tensor([tokens]), mask=mask,
-            indices=ones.long()[..., None], token_weight=ones, rows=ones.long(),
+            prompt_ids=ones.long(),
+            prompt_mask=mask,
+            tokens=torch.tensor([tokens]),
+            mask=mask,
+            indices=ones.long()[..., None],
+            token_weight=ones,
+            rows=ones.long(),
         )
         scores = Scores(torch.tensor([reward]), torch.tensor([kl]), 2 * ones, -3 * ones, 0.5 * ones)
         return step_sums(
-            rollout, scores, torch.tensor([9]), per_response={"hops": torch.tensor([2])}, per_token={"gap": ones},
+            rollout, scores, torch.tensor([9]), per_response={"hops": torch.tensor([2])}, per_token={"gap": ones}
         )
 
     sums = add_sums(add_sums({}, part([5, 9], 1.0, [0.5, 1.5])), part([7, 7, 7], 3.0, [1.0, 2.0, 3.0]))

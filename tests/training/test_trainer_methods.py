@@ -88,8 +88,18 @@ def test_adapters_of_every_validation_are_kept(tiny_config):
 
 def test_the_solve_rate_chooses_where_there_is_one():
     row = Evaluation(
-        split="validation", step=1, model="policy", reward=0.5, reward_stderr=0, kl=0, kl_sequence=0, entropy=0,
-        unique_token_ratio=0, mean_length=1, eos_rate=1, prompts=1,
+        split="validation",
+        step=1,
+        model="policy",
+        reward=0.5,
+        reward_stderr=0,
+        kl=0,
+        kl_sequence=0,
+        entropy=0,
+        unique_token_ratio=0,
+        mean_length=1,
+        eos_rate=1,
+        prompts=1,
     )
     assert row.metric == 0.5
     row.details["solve_rate"] = 0.25
@@ -104,7 +114,8 @@ def test_the_solve_rate_chooses_where_there_is_one():
         ({"estimator": "reinmax", "tau_end": 0.5}, {}, "method.tau_end is 0.5, but method.estimator=reinmax"),
         ({"name": "ppo", "ppo": PPOConfig(minibatches=3)}, {}, "method.ppo.minibatches .3. does not divide the 4"),
         (
-            {"name": "reinforce", "reinforce": ReinforceConfig(baseline="leave_one_out")}, {"batch_size": 1},
+            {"name": "reinforce", "reinforce": ReinforceConfig(baseline="leave_one_out")},
+            {"batch_size": 1},
             "leave_one_out needs other responses",
         ),
     ],

@@ -130,17 +130,31 @@ def _read_run(run_dir: Path, method: str, seed: int) -> RunCurve:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     kl_coef, kl_reduction = config["method"]["kl_coef"], config["method"]["kl_reduction"]
     return RunCurve(
-        method=method, seed=seed, metric=metric, kl_coef=kl_coef, kl_reduction=kl_reduction, tokens=tokens,
-        seconds=seconds, reward=[row["reward"] for row in steps], kl=[row["kl"] for row in steps],
+        method=method,
+        seed=seed,
+        metric=metric,
+        kl_coef=kl_coef,
+        kl_reduction=kl_reduction,
+        tokens=tokens,
+        seconds=seconds,
+        reward=[row["reward"] for row in steps],
+        kl=[row["kl"] for row in steps],
         entropy=[row["entropy"] for row in steps],
         grad_norm=[row["grad_norm"] if row.get("updates", 1) else None for row in steps],
         validations=[
             Validation(
-                step=row["step"], tokens=([0] + tokens)[row["step"]], seconds=([0.0] + seconds)[row["step"]],
-                metric=row[f"validation/{metric}"], kl=row["validation/kl"], entropy=row["validation/entropy"],
+                step=row["step"],
+                tokens=([0] + tokens)[row["step"]],
+                seconds=([0.0] + seconds)[row["step"]],
+                metric=row[f"validation/{metric}"],
+                kl=row["validation/kl"],
+                entropy=row["validation/entropy"],
                 objective=objective(
-                    row[f"validation/{metric}"], row["validation/kl"], row["validation/kl_sequence"],
-                    kl_coef, kl_reduction,
+                    row[f"validation/{metric}"],
+                    row["validation/kl"],
+                    row["validation/kl_sequence"],
+                    kl_coef,
+                    kl_reduction,
                 ),
             )
             for row in validated
@@ -228,8 +242,15 @@ def table(curves: Sequence[RunCurve], tests: Tests, *, budget: BudgetKind) -> li
     threshold = base + THRESHOLD * (peak - base) if peak > base else None
     rows = [
         {
-            "method": "base", "seeds": [], "untrained": [], "unfinished": 0, "metric": curves[0].metric,
-            "best_steps": [], "threshold": threshold, "reached": None, "best": _stat([base]),
+            "method": "base",
+            "seeds": [],
+            "untrained": [],
+            "unfinished": 0,
+            "metric": curves[0].metric,
+            "best_steps": [],
+            "threshold": threshold,
+            "reached": None,
+            "best": _stat([base]),
             **_test_numbers(curves[:1], [base], [tests.get(BASE, {})]),
         }
     ]
@@ -246,12 +267,18 @@ def _method_row(runs: list[RunCurve], tests: Tests, limit: dict[str, float], thr
     all_reached, trained = len(reached) == len(runs), [run for run in runs if run.tokens]
     norms = [sorted(known) for run in runs if (known := [norm for norm in run.grad_norm if norm is not None])]
     return {
-        "method": runs[0].method, "seeds": [run.seed for run in runs],
+        "method": runs[0].method,
+        "seeds": [run.seed for run in runs],
         "untrained": [run.seed for run, v in zip(runs, best, strict=True) if v.step == 0],
-        "unfinished": sum(not run.complete for run in runs), "metric": runs[0].metric,
-        "best_steps": [v.step for v in best], "threshold": threshold, "reached": len(reached),
-        "best": _stat(v.metric for v in best), **numbers,
-        "used_tokens": _stat(v.tokens for v in best), "used_seconds": _stat(v.seconds for v in best),
+        "unfinished": sum(not run.complete for run in runs),
+        "metric": runs[0].metric,
+        "best_steps": [v.step for v in best],
+        "threshold": threshold,
+        "reached": len(reached),
+        "best": _stat(v.metric for v in best),
+        **numbers,
+        "used_tokens": _stat(v.tokens for v in best),
+        "used_seconds": _stat(v.seconds for v in best),
         "steps_to": _stat(v.step for v in reached) if all_reached else None,
         "tokens_to": _stat(v.tokens for v in reached) if all_reached else None,
         "seconds_to": _stat(v.seconds for v in reached) if all_reached else None,

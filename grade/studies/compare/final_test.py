@@ -114,7 +114,8 @@ def _identity(config: Config) -> dict:
     """What test results depend on beside the checkpoint."""
     settings = flatten(asdict(config))
     return {
-        name: settings[name] for name in settings_with_role("identity")
+        name: settings[name]
+        for name in settings_with_role("identity")
         if name == "method.kl_direction" or (name.partition(".")[0] in _TESTED and name not in _UNTESTED)
     }
 

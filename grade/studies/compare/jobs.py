@@ -54,7 +54,8 @@ def locked(folder: Path) -> AbstractContextManager[int]:
         GradeError: it is locked, or its file system has no locks.
     """
     return files.locked(
-        folder / "lock", "output_dir",
+        folder / "lock",
+        "output_dir",
         f"{folder} is in use by another `grade compare`, or by a run that one left behind: wait for it or stop it, or "
         "compare under another --name.",
     )
@@ -93,7 +94,11 @@ def train_command(settings: Path) -> list[str]:
 
 
 def run_jobs(
-    jobs: Sequence[Job], at_once: int, console: Console, *, lock: int,
+    jobs: Sequence[Job],
+    at_once: int,
+    console: Console,
+    *,
+    lock: int,
     command: Callable[[Path], list[str]] = train_command,
 ) -> dict[str, str]:
     """Run what is not finished yet, in the order of `jobs`; returns why the failed ones failed, by job name.
@@ -149,7 +154,10 @@ def _start(job: Job, at_once: int, lock: int, command: Callable[[Path], list[str
     threads = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // at_once, 1)))
     with log:
         return subprocess.Popen(
-            command(settings), stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,),
+            command(settings),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=(lock,),
             env={**os.environ, "OMP_NUM_THREADS": threads},
         )
 

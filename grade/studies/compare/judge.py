@@ -75,7 +75,12 @@ class Judge(torch.nn.Module):
 
 
 def train_judge(
-    tokenizer: Any, train: Sequence[Example], held_out: Sequence[Example], *, lengths: Sequence[int], seed: int = 0,
+    tokenizer: Any,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    *,
+    lengths: Sequence[int],
+    seed: int = 0,
     least_steps: int = LEAST_STEPS,
 ) -> tuple[Judge, dict[str, object]]:
     """Train on texts cut to several lengths, so that short texts are judged as well as can be.

@@ -71,20 +71,31 @@ class Comparison:
         own = self.config.generation.samples_per_prompt
         return self.config.compare.samples_per_prompt or (own if own > 1 else _GROUP)
 
-    def job(
-        self, method: str, seed: int, learning_rate: float, steps: int, validations: int, run_dir: Path
-    ) -> Job:
+    def job(self, method: str, seed: int, learning_rate: float, steps: int, validations: int, run_dir: Path) -> Job:
         """A run of a method as it would be by itself, without its own test."""
         config = self.config
         train = replace(
-            config.train, learning_rate=learning_rate, steps=steps, run_dir=str(run_dir), keep_adapters=True,
-            resume=False, overwrite=False, tensorboard=False, wandb=False,
+            config.train,
+            learning_rate=learning_rate,
+            steps=steps,
+            run_dir=str(run_dir),
+            keep_adapters=True,
+            resume=False,
+            overwrite=False,
+            tensorboard=False,
+            wandb=False,
         )
-        return Job(run_dir.name, replace(
-            config, seed=seed, method=method_named(config.method, method), train=train,
-            generation=replace(config.generation, samples_per_prompt=self.samples_per_prompt),
-            evaluation=replace(config.evaluation, test_prompts=0, every=-(-steps // validations)),
-        ))
+        return Job(
+            run_dir.name,
+            replace(
+                config,
+                seed=seed,
+                method=method_named(config.method, method),
+                train=train,
+                generation=replace(config.generation, samples_per_prompt=self.samples_per_prompt),
+                evaluation=replace(config.evaluation, test_prompts=0, every=-(-steps // validations)),
+            ),
+        )
 
     def sweep_job(self, method: str, factor: float) -> Job:
         compare, rate = self.config.compare, self.config.train.learning_rate * factor
@@ -119,7 +130,7 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
     if config.evaluation.test_prompts == 0:
         raise GradeError("evaluation.test_prompts is 0, and a comparison ends with a test: set it to 1 or more.")
     planned = [comparison.run_job(method, seed, config.train.learning_rate) for method in methods for seed in seeds]
-    _check_methods(comparison, planned[::len(seeds)])
+    _check_methods(comparison, planned[:: len(seeds)])
     _check_steps(planned, "train.steps")
     check_writable("output_dir", comparison.folder)
     if comparison.folder.is_dir() and any(comparison.folder.iterdir()) and not (comparison.folder / "lock").is_file():
@@ -164,7 +175,8 @@ def missing_results(payload: dict) -> dict[str, str]:
     without = [method for method in payload["methods"] if method not in payload["learning_rates"]]
     trials = tuple(f"sweep/{method}-lr" for method in without)
     return {
-        name: reason for name, reason in payload["failures"].items()
+        name: reason
+        for name, reason in payload["failures"].items()
         if not name.startswith("sweep/") or name.startswith(trials)
     }
 
@@ -272,11 +284,13 @@ def swept_rates(
             break
     rates = {
         method: config.train.learning_rate * best
-        for method, tried in objectives.items() if (best := _best(tried)) is not None
+        for method, tried in objectives.items()
+        if (best := _best(tried)) is not None
     }
     sweep = [
         {"method": method, "learning_rate": config.train.learning_rate * factor, "objective": tried[factor]}
-        for method, tried in objectives.items() for factor in sorted(tried)
+        for method, tried in objectives.items()
+        for factor in sorted(tried)
     ]
     return rates, sweep, {f"sweep/{name}": reason for name, reason in failures.items()}
 
@@ -309,13 +323,24 @@ def _chosen(comparison: Comparison, curves: Sequence[RunCurve]) -> dict[Checkpoi
 
 
 def _payload(
-    comparison: Comparison, rates: dict[str, float], sweep: list[dict], failures: dict[str, str],
-    judge: dict | None, curves: list[RunCurve], tests: Tests,
+    comparison: Comparison,
+    rates: dict[str, float],
+    sweep: list[dict],
+    failures: dict[str, str],
+    judge: dict | None,
+    curves: list[RunCurve],
+    tests: Tests,
 ) -> dict:
     return {
-        "config": asdict(comparison.config), "methods": list(comparison.methods), "seeds": list(comparison.seeds),
-        "learning_rates": rates, "sweep": sweep, "failures": failures, "judge": judge,
-        "machine": machine(), "budgets": asdict(common_budgets(curves)),
+        "config": asdict(comparison.config),
+        "methods": list(comparison.methods),
+        "seeds": list(comparison.seeds),
+        "learning_rates": rates,
+        "sweep": sweep,
+        "failures": failures,
+        "judge": judge,
+        "machine": machine(),
+        "budgets": asdict(common_budgets(curves)),
         "tables": {budget: table(curves, tests, budget=budget) for budget in ("tokens", "seconds")},
         "tests": {key_of(key): value for key, value in tests.items()},
         "curves": [asdict(curve) for curve in curves],

@@ -15,22 +15,36 @@ from grade.tables import Column, Table, numbers
 TITLES: dict[BudgetKind, str] = {"tokens": "Equal generated tokens", "seconds": "Equal training time"}
 # Key of a row's number, title, digits after the point.
 _QUALITY = (
-    ("test/reward", "test reward", 3), ("test/objective", "test objective", 3),
-    ("test/solve_rate", "test solve rate", 3), ("best", "best validation", 3), ("gap", "validation − test", 3),
-    ("test/judge", "judge", 3), ("test/kl", "KL, nats / token", 3), ("test/entropy", "entropy, nats / token", 2),
+    ("test/reward", "test reward", 3),
+    ("test/objective", "test objective", 3),
+    ("test/solve_rate", "test solve rate", 3),
+    ("best", "best validation", 3),
+    ("gap", "validation − test", 3),
+    ("test/judge", "judge", 3),
+    ("test/kl", "KL, nats / token", 3),
+    ("test/entropy", "entropy, nats / token", 2),
     ("test/perplexity", "perplexity", 1),
 )
 _COST = (
-    ("used_tokens", "tokens used", 0), ("used_seconds", "seconds used", 0),
-    ("steps_to", f"steps to {THRESHOLD:.0%}", 0), ("tokens_to", f"tokens to {THRESHOLD:.0%}", 0),
+    ("used_tokens", "tokens used", 0),
+    ("used_seconds", "seconds used", 0),
+    ("steps_to", f"steps to {THRESHOLD:.0%}", 0),
+    ("tokens_to", f"tokens to {THRESHOLD:.0%}", 0),
     ("seconds_to", f"seconds to {THRESHOLD:.0%}", 0),
-    ("step_seconds", "s/step", 2), ("peak_gib", "peak GiB", 2), ("grad_norm/median", "gradient norm, median", 3),
-    ("grad_norm/p90", "90%", 3), ("grad_norm/max", "max", 3),
+    ("step_seconds", "s/step", 2),
+    ("peak_gib", "peak GiB", 2),
+    ("grad_norm/median", "gradient norm, median", 3),
+    ("grad_norm/p90", "90%", 3),
+    ("grad_norm/max", "max", 3),
 )
 # What the terminal shows.
 _NARROW = (
-    ("test/reward", "test reward", 3), ("test/objective", "test obj.", 3), ("test/solve_rate", "solve rate", 3),
-    ("best", "best valid.", 3), ("test/judge", "judge", 3), ("test/kl", "KL / token", 3),
+    ("test/reward", "test reward", 3),
+    ("test/objective", "test obj.", 3),
+    ("test/solve_rate", "solve rate", 3),
+    ("best", "best valid.", 3),
+    ("test/judge", "judge", 3),
+    ("test/kl", "KL / token", 3),
     ("steps_to", f"steps to {THRESHOLD:.0%}", 0),
 )
 Columns = Sequence[tuple[str, str, int]]
@@ -50,8 +64,10 @@ def notes(payload: dict) -> str:
     """What stands below the tables: the objective, learning rates, judge, missing checkpoints, failures, machine."""
     method, metric = payload["config"]["method"], payload["tables"]["tokens"][0]["metric"].replace("_", " ")
     unit = "response" if method["kl_reduction"] == "sequence_sum" else "token"
-    lines = [f"Objective, which learning rates and checkpoints are chosen by: {metric} − {method['kl_coef']:g} · KL "
-             f"(nats per {unit})."]
+    lines = [
+        f"Objective, which learning rates and checkpoints are chosen by: {metric} − {method['kl_coef']:g} · KL "
+        f"(nats per {unit})."
+    ]
     rates = ", ".join(f"{method} {rate:g}" for method, rate in payload["learning_rates"].items())
     lines.append(f"Learning rates, by the sweep: {rates}." if payload["sweep"] else f"Learning rates: {rates}.")
     lines += [f"The sweep's best rate of {method} is the {edge} it tried." for method, edge in _at_edge(payload)]

@@ -118,7 +118,13 @@ class Laboratory:
     def _method(self, name: str, *, draws: int = 1, tau: float | None = None) -> Method:
         config = config_of(self.config, name, self.length, self.top_k, draws=draws, tau=tau)
         return make_method(
-            self.policy, self.reward, config.method, config.generation, config.train, Services(), seed=config.seed,
+            self.policy,
+            self.reward,
+            config.method,
+            config.generation,
+            config.train,
+            Services(),
+            seed=config.seed,
             activation_checkpointing=config.method.activation_checkpointing is True,
         )
 
@@ -129,7 +135,12 @@ class Laboratory:
         ids, mask = pad_prompts([self.prompts[n] for n in numbers], self.policy.pad_id, self.policy.device)
         responses = number * size + torch.arange(size, device=self.policy.device)
         return sample(
-            self.policy, ids, mask, method.sampling(0), seed=seed, first_rows=responses * self.length,
+            self.policy,
+            ids,
+            mask,
+            method.sampling(0),
+            seed=seed,
+            first_rows=responses * self.length,
             samples_per_prompt=copies,
         ).of("policy", numbers)
 
@@ -175,7 +186,8 @@ class Laboratory:
             settings = replace(method.settings(0), tau=tau or taus[0], estimator=estimator, max_hops=self.length - 1)
             capped: dict[int | str, ReplaySettings] = {
                 hops: replace(settings, max_hops=hops, hop_tol=0.0)
-                for hops in self.config.variance.hops if hops < self.length - 1
+                for hops in self.config.variance.hops
+                if hops < self.length - 1
             }
             for hops, options in {**capped, CONVERGED: settings}.items():
                 start = now(self.policy.device)
@@ -205,19 +217,29 @@ def config_of(
     """The config under which a method meets as many responses of this length as `draws` draws have."""
     settings, method = config.variance, method_named(config.method, name)
     method = replace(
-        method, ppo=replace(method.ppo, epochs=1, minibatches=1, entropy_coef=0.0),
+        method,
+        ppo=replace(method.ppo, epochs=1, minibatches=1, entropy_coef=0.0),
         grpo=replace(
-            method.grpo, epochs=1, minibatches=1, entropy_reward_coef=0.0, kl_policy_ref_coef=0.0,
+            method.grpo,
+            epochs=1,
+            minibatches=1,
+            entropy_reward_coef=0.0,
+            kl_policy_ref_coef=0.0,
             kl_ref_policy_coef=0.0,
         ),
     )
     if tau is not None:
         method = replace(method, tau_start=tau, tau_end=tau, estimator="gumbel", replay_dropout=False)
     return replace(
-        config, method=method, rollout=RolloutConfig(),
+        config,
+        method=method,
+        rollout=RolloutConfig(),
         train=replace(config.train, batch_size=settings.responses * draws, accumulation_steps=1),
         generation=replace(
-            config.generation, max_new_tokens=length, min_new_tokens=length, top_k=top_k,
+            config.generation,
+            max_new_tokens=length,
+            min_new_tokens=length,
+            top_k=top_k,
             samples_per_prompt=settings.samples_per_prompt,
         ),
     )

@@ -76,8 +76,10 @@ class Draws:
         value, error = _jackknife(snr, len(sizes))
         reach = _critical(len(sizes)) * error
         return Spread(
-            draws=self.taken, mean_norm=float((self._total() / self.taken).norm()),
-            trace=trace(everything) * self.batch, snr_per_sample=max(value, 0.0),
+            draws=self.taken,
+            mean_norm=float((self._total() / self.taken).norm()),
+            trace=trace(everything) * self.batch,
+            snr_per_sample=max(value, 0.0),
             snr_per_sample_interval=(max(value - reach, 0.0), max(value + reach, 0.0)),
             seconds_per_sample=self.seconds / (self.taken * self.batch),
             tensor_norm_std=self._tensor_norm_std / self.taken,

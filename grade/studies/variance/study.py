@@ -53,9 +53,9 @@ def run_variance(config: Config, checkpoint: Path | None = None) -> dict:
     names = settings.methods or default_methods(config)
     lengths = settings.lengths or sorted({JUDGED_LENGTH, config.generation.max_new_tokens})
     top_ks = settings.top_ks or [config.generation.top_k]
-    largest = replace(config, generation=replace(
-        config.generation, max_new_tokens=max(lengths), min_new_tokens=0, top_k=max(top_ks)
-    ))
+    largest = replace(
+        config, generation=replace(config.generation, max_new_tokens=max(lengths), min_new_tokens=0, top_k=max(top_ks))
+    )
     folder = Path(config.output_dir) / f"variance-{config.name}"
     weights = None if checkpoint is None else adapter_digest(latest(checkpoint))
     if checkpoint is not None and weights is None:
@@ -137,7 +137,8 @@ def _complete(laboratory: Laboratory, rows: list[dict]) -> bool:
     draws = {row["method"]: row["draws"] for row in rows}
     reference = draws.pop("reference", 0)
     return (
-        bool(draws) and set(draws.values()) == {laboratory.config.variance.draws}
+        bool(draws)
+        and set(draws.values()) == {laboratory.config.variance.draws}
         and (reference == laboratory.reference_draws or not _judges(laboratory))
     )
 
@@ -148,8 +149,12 @@ def _row(laboratory: Laboratory, key: Estimator, draws: Draws, reference: Draws 
     if spread is None:
         return None
     row = {
-        **key._asdict(), "length": laboratory.length, "top_k": laboratory.top_k, **asdict(spread),
-        "relative_variance": spread.relative_variance, "snr_per_second": spread.snr_per_second,
+        **key._asdict(),
+        "length": laboratory.length,
+        "top_k": laboratory.top_k,
+        **asdict(spread),
+        "relative_variance": spread.relative_variance,
+        "snr_per_second": spread.snr_per_second,
         "relative_variance_interval": spread.relative_variance_interval,
     }
     if key.method == "reference":

@@ -13,10 +13,16 @@ from grade.tables import Column, Table, numbers
 
 # Key of a row's number, title, format.
 _COLUMNS = (
-    ("mean_norm", "norm of mean", ".3g"), ("trace", "variance", ".3g"),
-    ("relative_variance", "relative variance", ".3g"), ("snr_per_sample", "SNR / sample", ".2e"),
-    ("snr_per_second", "SNR / s", ".2e"), ("seconds_per_sample", "s / sample", ".3f"), ("bias", "bias", ".2f"),
-    ("scale", "scale", ".2f"), ("cosine", "cosine", ".2f"), ("tensor_norm_std", "std of tensor norms", ".2g"),
+    ("mean_norm", "norm of mean", ".3g"),
+    ("trace", "variance", ".3g"),
+    ("relative_variance", "relative variance", ".3g"),
+    ("snr_per_sample", "SNR / sample", ".2e"),
+    ("snr_per_second", "SNR / s", ".2e"),
+    ("seconds_per_sample", "s / sample", ".3f"),
+    ("bias", "bias", ".2f"),
+    ("scale", "scale", ".2f"),
+    ("cosine", "cosine", ".2f"),
+    ("tensor_norm_std", "std of tensor norms", ".2g"),
 )
 _NARROW = ("relative_variance", "snr_per_second", "scale", "cosine", "tensor_norm_std")
 NOTES = (
@@ -36,9 +42,11 @@ def document(payload: dict) -> str:
     parts = [measured(payload)]
     for (length, top_k), rows in _groups(payload).items():
         titles = numbers(["draws", *(title for _, title, _ in _COLUMNS), "verdict"])
-        shown = Table("", [Column("estimator"), *titles], [
-            [name_of(row), str(row["draws"]), *_cells(row, _COLUMNS), row["verdict"]] for row in rows
-        ])
+        shown = Table(
+            "",
+            [Column("estimator"), *titles],
+            [[name_of(row), str(row["draws"]), *_cells(row, _COLUMNS), row["verdict"]] for row in rows],
+        )
         parts.append(f"## {length} tokens, {top_k} candidates\n\n{shown.markdown()}")
     return "\n\n".join([*parts, NOTES, machine_line(payload["machine"])]) + "\n"
 
@@ -62,8 +70,11 @@ def rich_table(payload: dict) -> RenderableType:
     return Table(
         "Gradient estimators at fixed parameters",
         [Column("S"), Column("k"), Column("estimator"), *numbers(title for _, title, _ in columns), Column("verdict")],
-        [[str(length), str(top_k), name_of(row), *_cells(row, columns), row["verdict"]]
-         for (length, top_k), rows in groups.items() for row in rows],
+        [
+            [str(length), str(top_k), name_of(row), *_cells(row, columns), row["verdict"]]
+            for (length, top_k), rows in groups.items()
+            for row in rows
+        ],
         NOTES,
     ).rich(keys=3, ends=[after - 1 for after in accumulate(map(len, groups.values()))], box=box.SIMPLE_HEAD)
 
