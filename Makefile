@@ -59,11 +59,10 @@ test-portable: $(STAMP)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE \
 	    $(BIN)/python -m pytest $(PORTABLE) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
-# What tells a mistake soonest: settings, data, losses, replay, kernels; runs and studies are left to `make test`.
+# What tells a mistake soonest: settings, data, losses, kernels; runs and studies are left to `make test`.
 QUICK = $(addprefix tests/,test_architecture.py test_errors.py test_files.py test_jsonl.py test_pages.py test_seeds.py \
-    config tasks rewards/test_base.py rewards/test_weighted.py methods/test_policy_gradient_losses.py \
-    model/test_end_of_sequence.py replay report/test_report_data.py studies/test_comparison.py \
-    $(addprefix kernels/test_,kl.py logprob.py scatter.py soft_embedding.py vocab_head.py bad_inputs.py))
+    config/test_config.py tasks rewards/test_base.py rewards/test_weighted.py methods/test_policy_gradient_losses.py \
+    $(addprefix kernels/test_,kl.py logprob.py scatter.py bad_inputs.py))
 quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" $(QUICK) $(PYTEST_ARGS)
 

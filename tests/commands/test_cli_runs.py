@@ -72,6 +72,7 @@ def test_demo_from_nothing(tmp_path):
         "Held-out features",
         "reward",
         "a response ",
+        "a step: ",
         "memory: ",
         "step ",
         "training ",

@@ -182,7 +182,7 @@ def test_gpt2_config_is_the_first_experiment():
     [
         ("countdown_qwen2.5_1.5b", ("Qwen/Qwen2.5-1.5B-Instruct", "bfloat16", 500, 16, 4, 1e-5, 500, 2000)),
         ("countdown_small", ("built-in:countdown", "float32", 100, 128, 1, 1e-3, 500, 2000)),
-        ("demo", ("made-by-grade-demo", "float32", 40, 16, 1, 1e-3, 200, 400)),
+        ("demo", ("built-in:demo", "float32", 40, 16, 1, 1e-3, 200, 400)),
         ("imdb_gpt2_medium", ("openai-community/gpt2-medium", "float32", 2000, 4, 4, 1e-4, 500, 2000)),
         ("imdb_qwen3_4b", ("Qwen/Qwen3-4B", "bfloat16", 250, 1, 16, 1e-5, 500, 2000)),
         ("imdb_small", ("../shared/models/imdb-lm", "float32", 150, 16, 1, 1e-3, 500, 2000)),

@@ -15,7 +15,7 @@ from grade.report.sections import all_sections  # noqa: E402
 
 def tables(folder):
     (summary, *_) = all_sections(load_study(folder))
-    found = {part.name: part.rows for part in summary.parts if hasattr(part, "rows")}
+    found = {part.title: part.rows for part in summary.parts if hasattr(part, "rows")}
     return dict(map(tuple, found["summary"])), found.get("sessions")
 
 
