@@ -155,10 +155,6 @@ class FunctionReward(RewardFunction):
             raise GradeError(f"{self.where} failed ({_shown(error, file)}). Mend it.") from error
         return torch.tensor(self._numbers(returned, len(rollout)), dtype=torch.float32, device=rollout.tokens.device)
 
-    def in_trial(self) -> RewardFunction:
-        """A function may count its calls, or pay for them."""
-        return _Unasked()
-
     def identity(self) -> str:
         """By the content of its file, or of its source where it comes from no file."""
         if self.loaded is not None:
@@ -236,13 +232,6 @@ class FunctionReward(RewardFunction):
                 )
             numbers.append(math.nan if value is None else float(value))
         return numbers
-
-
-class _Unasked(RewardFunction):
-    """In place of a function that is not to be called."""
-
-    def score(self, rollout: Rollout) -> Tensor:
-        return torch.zeros(len(rollout), device=rollout.tokens.device)
 
 
 def _shown(error: BaseException, file: str | None) -> str:
