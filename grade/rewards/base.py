@@ -121,7 +121,8 @@ class Reward(ABC):
         return
 
     def in_trial(self) -> Reward:
-        """What stands in for it where a step is only tried for its memory: itself, unless it calls somebody's code."""
+        """What stands in for it where a step is only tried for its memory: itself, or for a `RewardFunction` that may
+        count its calls, or pay for them, one that asks nobody."""
         return self
 
     def summands(self) -> Sequence[Reward]:
@@ -189,6 +190,26 @@ class RewardFunction(Reward):
     ) -> Tensor:
         score = self.score(rollout)
         return torch.where(score.isnan(), 0.0, score)
+
+    def in_trial(self) -> RewardFunction:
+        return _Unasked(self)
+
+
+class _Unasked(RewardFunction):
+    """In place of a function that is not to be called: 0 for every response, and after every token where the function
+    has a reward there."""
+
+    def __init__(self, function: RewardFunction):
+        self.function, self.shares_base_pass, self.tables = function, function.shares_base_pass, function.tables
+        self.modules, self.reads = function.modules, function.reads
+
+    def score(self, rollout: Rollout) -> Tensor:
+        return torch.zeros(len(rollout), device=rollout.tokens.device)
+
+    def prefix_values(self, rollout: Rollout, base: BasePass) -> Tensor:
+        if type(self.function).prefix_values is Reward.prefix_values:
+            return self.function.prefix_values(rollout, base)  # the refusal, with its name
+        return torch.zeros(len(rollout), 1 + rollout.tokens.shape[1], device=rollout.tokens.device)
 
 
 def checked(reward: Reward, value: Any, responses: int) -> Tensor:

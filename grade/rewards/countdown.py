@@ -31,6 +31,9 @@ class CountdownReward(RewardFunction):
         """[B] float32 final scores, in [0, 1]."""
         return self._tensor([final for _, _, final in self._read(rollout)], rollout)
 
+    def in_trial(self) -> CountdownReward:
+        return self
+
     def details(self, rollout: Rollout, values: Tensor) -> dict[str, Tensor]:
         """Whether responses with these final scores [B] are solutions, as float32: only they have a score of 1."""
         return {"solve_rate": (values == 1.0).float()}

@@ -16,10 +16,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from numbers import Real
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -155,19 +155,30 @@ class FunctionReward(RewardFunction):
             raise GradeError(f"{self.where} failed ({_shown(error, file)}). Mend it.") from error
         return torch.tensor(self._numbers(returned, len(rollout)), dtype=torch.float32, device=rollout.tokens.device)
 
-    def in_trial(self) -> RewardFunction:
-        """A function may count its calls, or pay for them."""
-        return _Unasked()
-
     def identity(self) -> str:
-        """By the content of its file, or of its source where it comes from no file."""
+        """By the content of its file, or of its source where it comes from no file: of an object the source of its
+        class, of a `functools.partial` its arguments too, and of what has no source its compiled code.
+
+        Raises:
+            GradeError: it has neither source nor code, as functions written in C.
+        """
         if self.loaded is not None:
             return f"{self.loaded.sha256} {self.loaded.name}"
+        return f"{hashlib.sha256(self._content(self.function).encode()).hexdigest()} {self.name}"
+
+    def _content(self, function: Callable[..., Any]) -> str:
+        if isinstance(function, partial):
+            return f"{self._content(function.func)} {function.args!r} {sorted(function.keywords.items())!r}"
+        function = inspect.unwrap(function)
         try:
-            source = inspect.getsource(self.function)
-        except (OSError, TypeError):
-            source = self.name
-        return f"{hashlib.sha256(source.encode()).hexdigest()} {self.name}"
+            return inspect.getsource(function if hasattr(function, "__code__") else type(function))
+        except (OSError, TypeError) as error:
+            called = function if hasattr(function, "__code__") else type(function).__call__
+            if not hasattr(called, "__code__"):
+                raise GradeError(
+                    f"{self.where} has neither source nor code by which a run could know it again. Wrap it in a `def`."
+                ) from error
+            return f"{_compiled(called.__code__)} {called.__defaults__!r} {called.__kwdefaults__!r}"
 
     def keep(self, run_dir: Path) -> dict[str, Any]:
         """Its file, name and SHA-256."""
@@ -238,11 +249,14 @@ class FunctionReward(RewardFunction):
         return numbers
 
 
-class _Unasked(RewardFunction):
-    """In place of a function that is not to be called."""
-
-    def score(self, rollout: Rollout) -> Tensor:
-        return torch.zeros(len(rollout), device=rollout.tokens.device)
+def _compiled(part: Any) -> str:
+    """A code object or one of its constants as words that are the same in every process."""
+    if isinstance(part, CodeType):
+        return f"{part.co_code.hex()} {part.co_names} {_compiled(part.co_consts)}"
+    if isinstance(part, (tuple, frozenset)):
+        words = map(_compiled, part)
+        return f"({', '.join(words if isinstance(part, tuple) else sorted(words))})"
+    return repr(part)
 
 
 def _shown(error: BaseException, file: str | None) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from grade.model.fingerprint import differing, model_inputs
 from grade.model.policy import Policy
 from grade.rewards.head_fitting import HeadData, fit_head
 from grade.rewards.shared import HEAD_FILE, KEPT_FOLDER, REPORT_FILE, RewardHead, head_report
-from grade.tasks.base import Task
+from grade.tasks.base import PairIds, Task, sha256_of
 from grade.terminal import say
 
 
@@ -46,6 +48,10 @@ class HeadTraining:
         for name in ("texts_in_two_splits", "dataset", "labels"):  # the splits' sums cover what became of labels
             described.pop(name, None)
         described["splits"].pop("judge", None)
+        if self.task.label_type == "pairs":  # which columns hold the answers, and what the template makes of them
+            described["pairs_sha256"] = {
+                split: sha256_of(json.dumps(pair) for pair in pairs) for split, pairs in self._pairs.items()
+            }
         return {
             "inputs": model_inputs(self.policy),
             "dtype": str(self.policy.dtype).removeprefix("torch."),
@@ -53,6 +59,11 @@ class HeadTraining:
             "judged_length": self.judged,
             "task": described,
         }
+
+    @cached_property
+    def _pairs(self) -> dict[str, Sequence[PairIds]]:
+        """The token ids that a head learns pairs from, and those that it is measured on."""
+        return {split: self.task.pairs(split, self.policy.tokenizer) for split in ("reward", "validation")}
 
     def _deciding(self) -> dict[str, Any]:
         """The settings that decide a trained head."""
@@ -164,8 +175,7 @@ class HeadTraining:
                 "rejected answers, or use another reward."
             )
         if task.label_type == "pairs":
-            learnt, held_out = (task.pairs(split, self.policy.tokenizer) for split in ("reward", "validation"))
-            data = HeadData("pairs", learnt, held_out)
+            data = HeadData("pairs", self._pairs["reward"], self._pairs["validation"])
         else:
             data = HeadData(task.label_type, task.examples("reward"), task.examples("validation"))
         return fit_head(self.policy, self.settings, data, judged=self.judged)

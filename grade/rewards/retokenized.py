@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from grade.errors import GradeError
-from grade.model.fingerprint import model_digest
+from grade.model.fingerprint import model_digest, tokenizer_digest
 from grade.model.passes import accumulation_dtype
 from grade.model.policy import Policy
 from grade.model.pretrained import Pretrained, context_of
@@ -80,8 +80,13 @@ class RetokenizedReward(RewardFunction):
         whole = self.tokenizer(self._texts(rollout), truncation=False, verbose=False)["input_ids"]
         return {"reward_truncated": torch.tensor([float(len(ids) > self.longest) for ids in whole])}
 
+    def in_trial(self) -> RetokenizedReward:
+        """Itself: what its model needs of memory counts."""
+        return self
+
     def identity(self) -> str:
-        return f"{model_digest(self.name or self.model.name_or_path, self.model)} {self.reads} retokenized"
+        model = model_digest(self.name or self.model.name_or_path, self.model)
+        return f"{model} {self.reads} retokenized {tokenizer_digest(self.tokenizer)}"
 
     def _texts(self, rollout: Rollout) -> list[str]:
         ids = rollout.real_tokens()

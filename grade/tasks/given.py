@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from grade.config import TokenizerConfig
 from grade.errors import GradeError
 from grade.tasks.base import Task, sha256_of
+from grade.tasks.conversations import PromptKind
 from grade.tasks.encoding import encode, encode_chats
 
 if TYPE_CHECKING:
@@ -31,11 +32,13 @@ class Prompts(NamedTuple):
         ids: token ids of each, not padded and not cut.
         conversations: the messages of each; None where prompts are texts or ids.
         columns: the data set's other columns, a value for each prompt.
+        kind: what the prompts are; texts that go through the chat template are conversations.
     """
 
     ids: list[list[int]]
     conversations: list[list[dict[str, str]]] | None
     columns: dict[str, list]
+    kind: PromptKind
 
 
 def read_prompts(
@@ -57,17 +60,17 @@ def read_prompts(
     values, columns = _values(prompts, argument)
     if not values:
         raise GradeError(f"{argument} is empty. {FORMS}.")
-    kinds = {_kind(value) for value in values}
-    if len(kinds) > 1 or "" in kinds:
-        number, wrong = next((n, v) for n, v in enumerate(values) if _kind(v) == "" or _kind(v) != _kind(values[0]))
+    kind = _kind(values[0])
+    if kind is None or any(_kind(value) != kind for value in values):
+        number, wrong = next((n, v) for n, v in enumerate(values) if _kind(v) is None or _kind(v) != kind)
         odd = f"unlike the first ({type(values[0]).__name__})" if _kind(wrong) else "which is no prompt"
         raise GradeError(f"{argument}[{number}] is {_short(wrong)}, {odd}. {FORMS}, all of one kind.")
-    conversations, kind = None, kinds.pop()
-    if kind == "text" and chat is not None and chat.chat:
-        values, kind = [[{"role": "user", "content": value}] for value in values], "chat"
-    if kind == "text":
+    conversations = None
+    if kind == "texts" and chat is not None and chat.chat:
+        values, kind = [[{"role": "user", "content": value}] for value in values], "conversations"
+    if kind == "texts":
         ids = encode(tokenizer, values, None)
-    elif kind == "ids":
+    elif kind == "token ids":
         ids = [list(map(int, value)) for value in values]
         _check_ids(ids, tokenizer, argument)
     else:
@@ -76,7 +79,7 @@ def read_prompts(
     empty = next((number for number, row in enumerate(ids) if not row), None)
     if empty is not None:
         raise GradeError(f"{argument}[{empty}] has no tokens: there is nothing to continue. Leave it out.")
-    return Prompts(ids, conversations, columns)
+    return Prompts(ids, conversations, columns, kind)
 
 
 def _values(prompts: Any, argument: str) -> tuple[list, dict[str, list]]:
@@ -99,13 +102,13 @@ def _values(prompts: Any, argument: str) -> tuple[list, dict[str, list]]:
     return columns.pop(name), columns
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Any) -> PromptKind | None:
     if isinstance(value, str):
-        return "text"
+        return "texts"
     if isinstance(value, Sequence) and len(value) and all(isinstance(part, Mapping) for part in value):
-        return "chat" if all({"role", "content"} <= set(part) for part in value) else ""
+        return "conversations" if all({"role", "content"} <= set(part) for part in value) else None
     integers = hasattr(value, "__iter__") and not isinstance(value, (bytes, Mapping))
-    return "ids" if integers and all(type(part) is int or _is_scalar(part) for part in value) else ""
+    return "token ids" if integers and all(type(part) is int or _is_scalar(part) for part in value) else None
 
 
 def _asked(conversation: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -175,9 +178,15 @@ class GivenTask(Task):
         return None if found is None else [found[i] for i in index]
 
     def describe(self) -> dict[str, Any]:
+        """Kind and, per split, size and hash of the prompts and their columns.
+
+        Raises:
+            GradeError: a column holds what cannot be written as JSON, by which a run could not know it again.
+        """
         return {
             "task": NAME,
             "dataset": "prompts given in Python",
+            "prompts": next(iter(self.splits.values())).kind,
             "splits": {
                 name: {"examples": len(split.ids), "sha256": sha256_of(_rows(split))}
                 for name, split in self.splits.items()
@@ -186,5 +195,20 @@ class GivenTask(Task):
 
 
 def _rows(split: Prompts) -> list[str]:
-    columns = [split.columns[name] for name in sorted(split.columns)]
-    return [json.dumps([ids, *rest], default=repr) for ids, *rest in zip(split.ids, *columns, strict=True)]
+    """What every prompt and its columns say, with the columns' names: rewards are called by them."""
+    names = sorted(split.columns)
+    columns = [[_written(value, name) for value in split.columns[name]] for name in names]
+    return [
+        json.dumps([ids, dict(zip(names, cells, strict=True))]) for ids, *cells in zip(split.ids, *columns, strict=True)
+    ]
+
+
+def _written(value: Any, column: str) -> str:
+    """A value of a column as JSON; arrays, whose repr leaves out their middle, as lists."""
+    try:
+        return json.dumps(value, default=lambda part: part.tolist())
+    except (TypeError, ValueError, AttributeError) as error:
+        raise GradeError(
+            f"the prompts' column {column!r} holds {_short(value)}, which is no JSON: the run could not know its data "
+            "again. Write it as text, numbers or lists, or leave the column out."
+        ) from error

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from grade.config import Config, TrainConfig
@@ -62,7 +65,7 @@ class Trial:
 
     def __call__(self, length: int, width: int, *, recompute: bool) -> tuple[Peaks, float]:
         """(peaks of responses that all have `length` tokens and pass together in numbers of about `width` at most, how
-        many times as many there are in the run). The run goes on as if nothing had happened: torch's generators are put
+        many times as many there are in the run). The run goes on as if nothing had happened: all generators are put
         back, and gradients and what a method keeps are dropped."""
         device = self.policy.device
         generation = replace(self.config.generation, max_new_tokens=length, min_new_tokens=0, ignore_eos=True)
@@ -74,7 +77,7 @@ class Trial:
         config = replace(self.config, generation=generation, method=method, train=self._train(width))
         few = replace(self, config=config, evaluated=evaluated, reward=self.reward.in_trial())
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with _generators_put_back(device):
                 found = few._peaks(recompute)
         finally:
             for parameter in self.policy.parameters():
@@ -148,6 +151,18 @@ class Trial:
             return rollout
         places = [self.places[id(prompt)] for prompt in prompts]
         return rollout.of(places[0][0], [number for _, number in places])
+
+
+@contextmanager
+def _generators_put_back(device: torch.device) -> Iterator[None]:
+    """Torch's, and those of Python and numpy, from which a reward of one's own may draw."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def mixed(prompts: Sequence[list[int]], count: int) -> list[list[int]]:

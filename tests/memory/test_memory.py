@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from enumeration import ConstantReward
 from tiny import tiny_policy, tiny_reward
 from tiny_run import trainer_of, with_train
 
@@ -84,6 +87,26 @@ def test_a_trial_is_what_a_step_holds(tiny_config, name, recompute):
     assert times == 1
     held = peak_bytes(trainer.train_step, CPU)[1]  # the optimizer's moments among it
     assert 0.95 < held / max(full["rollout"], full["passes"]) < 1.02 and held < found
+
+
+def test_a_trial_asks_no_function_and_puts_generators_back():
+    class Asked(ConstantReward):
+        def score(self, rollout):
+            raise AssertionError("asked in a trial")
+
+    function, differentiable = trial_of(config_of("reinforce")), trial_of(config_of())
+    replace(function, reward=Asked(1.0))(4, 2, recompute=False)
+    own = differentiable.reward
+    value, drawn = own.value, []
+
+    def drawing(*args, **kwargs):
+        drawn.append(random.random() + np.random.rand())
+        return value(*args, **kwargs)
+
+    own.value = drawing
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    differentiable(4, 2, recompute=False)
+    assert drawn and before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,11 @@ class Length(RewardFunction):
         return rollout.mask.sum(1).float()
 
 
+class Steps(Length):
+    def prefix_values(self, rollout, base):
+        raise AssertionError("asked in a trial")
+
+
 def test_what_a_reward_need_not_say():
     policy = tiny_policy()
     rollout, reward = draw(policy), Length()
@@ -64,6 +69,19 @@ def test_what_a_reward_need_not_say():
         reward.prefix_values(rollout, None)
     with pytest.raises(TypeError, match="abstract"):
         RewardFunction()
+
+
+@pytest.mark.parametrize("level", [True, False])
+def test_what_stands_in_for_a_function_has_a_reward_where_it_has(level):
+    policy = tiny_policy()
+    rollout = draw(policy)
+    stand_in = (Steps() if level else Length()).in_trial()
+    assert torch.equal(stand_in.value(rollout, None), torch.zeros(len(rollout)))
+    if level:
+        assert stand_in.prefix_values(rollout, None).shape == (len(rollout), 1 + rollout.tokens.shape[1])
+    else:
+        with pytest.raises(GradeError, match="which Length does not give"):
+            stand_in.prefix_values(rollout, None)
 
 
 def test_a_reward_is_known_by_its_weights():

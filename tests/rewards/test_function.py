@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -167,6 +168,50 @@ def test_a_function_of_a_file(tmp_path, rollout):
     broken = load_function(f"{path}:broken")
     with pytest.raises(GradeError, match=f"{path}:broken failed .ValueError in line 12: no verifier here"):
         FunctionReward(broken.function, tiny_policy().tokenizer, loaded=broken).score(rollout)
+
+
+class Longer:
+    def __call__(self, completions):
+        return [1.0] * len(completions)
+
+
+class Shorter:
+    def __call__(self, completions):
+        return [-1.0] * len(completions)
+
+
+def at_least(least, completions):
+    return [float(len(text) >= least) for text in completions]
+
+
+def typed(body, head="f(completions)"):
+    """A function without source, as one typed at a prompt."""
+    exec(f"def {head}: return [{body} for c in completions]", made := {})
+    return made["f"]
+
+
+@pytest.mark.parametrize(
+    ("one", "same", "others"),
+    [
+        (Longer(), Longer(), [Shorter()]),
+        (partial(at_least, 3), partial(at_least, 3), [partial(at_least, 4), partial(typed("len(c)"), 3)]),
+        (partial(Longer(), completions=[]), partial(Longer(), completions=[]), [partial(Shorter(), completions=[])]),
+        (
+            typed("c.count('a')"),
+            typed("c.count('a')"),
+            [typed("c.count('b')"), typed("c.index('a')"), typed("c.count('a')", "f(completions, least=1)")],
+        ),
+    ],
+)
+def test_a_function_is_known_by_what_it_does(one, same, others):
+    known = FunctionReward(one, None).identity()
+    assert known == FunctionReward(same, None).identity()
+    for other in others:
+        reward = FunctionReward(other, None)
+        reward.name = FunctionReward(one, None).name  # the name tells nothing
+        assert known != reward.identity()
+    with pytest.raises(GradeError, match="the reward function fsum has neither source nor code"):
+        FunctionReward(math.fsum, None).identity()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -176,6 +177,14 @@ def test_a_head_of_a_task_is_kept_and_read_again(policy, tmp_path, name, columns
     (training.folder / "reward.json").write_text(json.dumps(report))
     with pytest.raises(GradeError, match="has 1 outputs, and reward.json says that it learnt 'classes'"):
         training.head()
+
+
+def test_a_head_of_pairs_is_known_by_the_ids_that_it_learns(policy, tmp_path):
+    columns = {name: [row[name] for row in PAIRS] for name in PAIRS[0]}
+    settings = task_of(tmp_path, columns, name="prompts", label_type="pairs")
+    swapped = replace(settings, chosen_column="rejected", rejected_column="chosen")
+    folders = [HeadTraining(SETTINGS, 12, "out", policy, load_task(s)).folder for s in (settings, settings, swapped)]
+    assert folders[0] == folders[1] != folders[2]
 
 
 def test_prompts_have_nothing_for_a_head_to_learn(policy, tmp_path):

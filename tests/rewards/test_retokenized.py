@@ -63,6 +63,10 @@ def test_it_scores_as_the_classifier_does(folder, reads):
             expected = model(input_ids=torch.tensor([cut])).logits.softmax(-1)[0, 1].item()
         assert value == pytest.approx(expected, abs=1e-5)
     assert reward.details(rollout, found)["reward_truncated"].tolist() == [float(n > 10) for n in lengths]
+    known = reward.identity()
+    assert reward.in_trial() is reward and known == reward.identity()
+    reward.tokenizer.add_tokens(["60 59"])  # the same weights read other ids
+    assert known != reward.identity()
     silent = draw(policy, [[5], [9]], max_new_tokens=1)
     reward.policy_tokenizer = Silent()
     assert reward.score(silent).isfinite().all()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import grade
 from grade.config.reading import config_from_sealed
-from grade.tasks.given import read_prompts
+from grade.tasks.given import GivenTask, read_prompts
 
 PROMPTS = ["I watched this film last night.", "We saw it at home.", "This is a comedy.", "It tells the story."]
 TEMPLATE = (
@@ -156,6 +156,7 @@ def test_prompts_of_every_kind_have_the_ids_of_the_tokenizer(tokenizer):
     texts = read_prompts(PROMPTS, tokenizer)
     assert texts.ids == tokenizer(PROMPTS)["input_ids"] and texts.conversations is None
     assert read_prompts(texts.ids, tokenizer).ids == texts.ids
+    assert [texts.kind, read_prompts(texts.ids, tokenizer).kind] == ["texts", "token ids"]
     assert read_prompts([torch.tensor(row) for row in texts.ids], tokenizer).ids == texts.ids
     rows = datasets.Dataset.from_dict({"prompt": PROMPTS, "answer": [3, 1, 4, 1]})
     read = read_prompts(rows, tokenizer)
@@ -171,7 +172,22 @@ def test_prompts_of_every_kind_have_the_ids_of_the_tokenizer(tokenizer):
     chat = grade.TokenizerConfig(chat=True, system_prompt="Be brief.")
     chats = [[{"role": "system", "content": "Be brief."}, *chat_] for chat_ in chats]
     expected = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
-    assert read_prompts(PROMPTS, tokenizer, chat=chat).ids == expected
+    read = read_prompts(PROMPTS, tokenizer, chat=chat)
+    assert read.ids == expected and GivenTask({"policy": read}).describe()["prompts"] == "conversations"
+
+
+def test_given_prompts_are_known_by_their_columns_names_and_values(tokenizer):
+    def known(**columns):
+        rows = [{"prompt": PROMPTS[0], **columns}]
+        return GivenTask({"policy": read_prompts(rows, tokenizer)}).describe()["splits"]["policy"]["sha256"]
+
+    long = torch.zeros(2000)
+    other = long.clone()
+    other[1000] = 1  # where repr leaves out
+    same = known(answer=long), known(answer=long.clone()), known(answer=long.tolist())
+    assert len({*same}) == 1 and len({same[0], known(answer=other), known(question=long), known()}) == 4
+    with pytest.raises(grade.GradeError, match="column 'answer' holds <object .* which is no JSON"):
+        known(answer=object())
 
 
 def test_a_head_is_trained_on_data_of_ones_own(tiny_model, config):
