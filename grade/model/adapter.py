@@ -94,12 +94,10 @@ def settings_of(name: str, folder: Path, lora: LoraSettings) -> LoraConfig:
         raise GradeError(f"model.adapter={name}: adapter_config.json is damaged ({reason_of(error)}).") from error
     if saved.peft_type != PeftType.LORA:
         raise GradeError(f"model.adapter={name} is of the kind {saved.peft_type}. Name a LoRA adapter.")
-    more = [field for field in _REFUSED if getattr(saved, field, None)]
-    more += [] if saved.bias == "none" else ["bias"]
-    more += [saved.init_lora_weights] if str(saved.init_lora_weights).lower().startswith(_OF_OTHER_WEIGHTS) else []
+    more = more_than_lora(saved)
     if more:
         raise GradeError(
-            f"model.adapter={name} is more than a LoRA adapter of linear layers ({', '.join(map(str, more))} in "
+            f"model.adapter={name} is more than a LoRA adapter of linear layers ({', '.join(more)} in "
             "adapter_config.json), which cannot be switched off beside a frozen base. Merge it into its base (peft's "
             "merge_and_unload), save that, and name its folder as model.name."
         )
@@ -122,6 +120,14 @@ def settings_of(name: str, folder: Path, lora: LoraSettings) -> LoraConfig:
             )
     kept = {field: getattr(saved, field) for field in _KEPT if hasattr(saved, field)}
     return LoraConfig(**kept, lora_dropout=lora.dropout, task_type="CAUSAL_LM")
+
+
+def more_than_lora(settings: LoraConfig) -> list[str]:
+    """What makes an adapter more than products added to linear layers of an unchanged base; empty for a plain one."""
+    more = [field for field in _REFUSED if getattr(settings, field, None)]
+    more += [] if settings.bias == "none" else ["bias"]
+    start = str(settings.init_lora_weights).lower()
+    return more + ([start] if start.startswith(_OF_OTHER_WEIGHTS) else [])
 
 
 def add_reference(model: PeftModel) -> None:

@@ -131,11 +131,27 @@ def test_a_peft_model_keeps_its_adapter(model, tokenizer, config):
     given.requires_grad_(False)  # as it is loaded for inference
     before = adapter_of_names(given)
     trainer = make(given, changed(config, train={"steps": 1}), tokenizer=tokenizer)
-    assert torch.equal(adapter_of_names(trainer.policy.model), before)
+    assert torch.equal(adapter_of_names(trainer.policy.model), before) and not trainer.policy.has_reference
     result = trainer.train()
     assert abs(result.base.kl) < 1e-9 and not torch.equal(adapter_of_names(trainer.policy.model), before)
     kept = config_from_sealed(result.run_dir / "config.yaml").model.lora
     assert (kept.r, kept.alpha, kept.target_modules) == (3, 5, ["down_proj", "q_proj"])
+
+
+def test_a_peft_model_as_it_started_may_be_the_reference(model, tokenizer, config):
+    given = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    config = changed(config, model={"reference": "initial"}, train={"steps": 2})
+    trainer = make(given, config, tokenizer=tokenizer)
+    result = trainer.train()
+    kl = [row["kl"] for row in timeless(result.metrics) if "kl" in row]
+    assert trainer.policy.has_reference and abs(kl[0]) < 1e-5 < abs(result.base.kl)
+
+
+@pytest.mark.parametrize("more", [{"init_lora_weights": "pissa"}, {"use_dora": True}, {"bias": "lora_only"}])
+def test_a_peft_model_with_more_than_lora_is_refused(model, tokenizer, config, more):
+    given = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **more))
+    with pytest.raises(grade.GradeError, match="more than a LoRA adapter .*(pissa|use_dora|bias)"):
+        make(given, config, tokenizer=tokenizer)
 
 
 def adapter_of_names(model):
@@ -146,6 +162,9 @@ def test_a_model_with_another_adapter_is_refused(model, tokenizer, config):
     given = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="mine")
     with pytest.raises(grade.GradeError, match="called default"):
         make(given, config, tokenizer=tokenizer)
+    for field, value in (("finetuning", "full"), ("adapter", "a-folder"), ("quantization", "4bit")):
+        with pytest.raises(grade.GradeError, match=f"model.{field} is {value}, but .* given as an object"):
+            make(model, changed(config, model={field: value}), tokenizer=tokenizer)
     with pytest.raises(grade.GradeError, match="float16"):
         make(AutoModelForCausalLM.from_config(model.config).half(), config, tokenizer=tokenizer)
     with pytest.raises(grade.GradeError, match="no name by which to find its tokenizer"):
