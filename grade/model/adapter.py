@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -32,7 +33,6 @@ _KEPT = (
     "use_rslora",
     "fan_in_fan_out",
 )
-"""What decides where an adapter's weights go and how they count."""
 _REFUSED = (
     "modules_to_save",
     "trainable_token_indices",
@@ -118,8 +118,12 @@ def settings_of(name: str, folder: Path, lora: LoraSettings) -> LoraConfig:
                 f"model.lora.{setting} is {shown[0]}, but model.adapter={name} has {shown[1]}, and its weights mean "
                 "nothing else. Leave model.lora out, or set it to the adapter's."
             )
-    kept = {field: getattr(saved, field) for field in _KEPT if hasattr(saved, field)}
-    return LoraConfig(**kept, lora_dropout=lora.dropout, task_type="CAUSAL_LM")
+    return LoraConfig(**kept_settings(saved), lora_dropout=lora.dropout, task_type="CAUSAL_LM")
+
+
+def kept_settings(settings: LoraConfig) -> dict[str, Any]:
+    """What decides where an adapter's weights go and how they count."""
+    return {field: getattr(settings, field) for field in _KEPT if hasattr(settings, field)}
 
 
 def more_than_lora(settings: LoraConfig) -> list[str]:
