@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -14,7 +15,10 @@ from tiny_run import adapter_of, changed, timeless
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import grade
+from grade.commands.evaluate import evaluate_run
+from grade.commands.generate import generate_from
 from grade.config.reading import config_from_sealed
+from grade.model.checkpoint import verified_step
 from grade.tasks.given import read_prompts
 
 PROMPTS = ["I watched this film last night.", "We saw it at home.", "This is a comedy.", "It tells the story."]
@@ -120,6 +124,11 @@ def test_a_model_given_as_an_object_trains_as_its_folder_does(tiny_model, model,
     ]
     assert timeless(results[0].metrics) == timeless(results[1].metrics)
     assert results[0].best.split == "validation"  # there is no test
+    run_dir = tmp_path / "object"
+    made = config_from_sealed(run_dir / "config.yaml")
+    for use in (lambda: generate_from(made, run_dir, ["a"]), lambda: evaluate_run(made, run_dir, "best", "validation")):
+        with pytest.raises(grade.GradeError, match=r"given as an object.*save\(folder, merge=True\)"):
+            use()
 
 
 def test_a_peft_model_keeps_its_adapter(model, tokenizer, config):
@@ -326,6 +335,20 @@ def test_a_callback_that_raises_ends_a_run_in_words_after_saving(tiny_model, con
     assert make(tiny_model, changed(config, train={"resume": "auto"})).train().step == 4
     with pytest.raises(grade.GradeError, match="is no grade.Callback"):
         make(tiny_model, config, callbacks=[print])
+
+
+class Interrupted(grade.Callback):
+    def on_step(self, trainer, step, metrics):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupted_policy_has_the_steps_that_it_had(tiny_model, config, tmp_path):
+    trainer = make(tiny_model, config, callbacks=[Interrupted()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.evaluate().step == 3  # which was not validated: the best checkpoint is that of step 2
+    assert verified_step(trainer.save(tmp_path / "adapter")) == 3
 
 
 def test_from_config_is_what_the_command_line_runs(tiny_config):
