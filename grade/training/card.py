@@ -191,9 +191,10 @@ def _result(
         yield f"After step {rows[1]['step']}, the last one that was validated; the weights are those after step {step}."
     sampler = f"nucleus of {config.evaluation.top_p:g}" if config.evaluation.sampler == "top_p" else "as in training"
     yield (
-        f"± one standard error over prompts; KL to {_reference(config)} ({config.method.kl_direction}) and entropy in "
-        "nats per token; distinct: tokens of a response that differ, as a share; length in tokens; ended: responses "
-        f"that stopped by themselves. Base model and policy had the same prompts and the same noise; sampling: {sampler}."
+        f"± one standard error over prompts; KL to {_reference(config)} ({config.method.kl_direction}) and entropy "
+        "in nats per token; distinct: tokens of a response that differ, as a share; length in tokens; ended: "
+        f"responses that stopped by themselves. Base model and policy had the same prompts and the same noise; "
+        f"sampling: {sampler}."
     )
 
 
