@@ -12,7 +12,7 @@ from grade.config import Config
 from grade.config.reading import config_from_sealed
 from grade.errors import GradeError, writing
 from grade.model.checkpoint import load_adapter
-from grade.model.fingerprint import check_made_from, inputs_of
+from grade.model.fingerprint import check_made_from, inputs_of, refuse_given
 from grade.processes import make_accelerator
 from grade.training.evaluation import Evaluation, evaluate, write_evaluations
 from grade.training.evaluation_tables import evaluation_table
@@ -32,6 +32,7 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     if limit == 0:
         raise GradeError(f"evaluation.{split}_prompts is 0: there is nothing to evaluate. Set it to 1 or more.")
     folder = checkpoint_folder(run_dir, checkpoint)
+    refuse_given(run_dir)
     accelerator = make_accelerator(config)
     before = config_from_sealed(run_dir / "config.yaml")
     own_reward = config.reward == before.reward

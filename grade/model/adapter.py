@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -32,7 +33,6 @@ _KEPT = (
     "use_rslora",
     "fan_in_fan_out",
 )
-"""What decides where an adapter's weights go and how they count."""
 _REFUSED = (
     "modules_to_save",
     "trainable_token_indices",
@@ -94,12 +94,10 @@ def settings_of(name: str, folder: Path, lora: LoraSettings) -> LoraConfig:
         raise GradeError(f"model.adapter={name}: adapter_config.json is damaged ({reason_of(error)}).") from error
     if saved.peft_type != PeftType.LORA:
         raise GradeError(f"model.adapter={name} is of the kind {saved.peft_type}. Name a LoRA adapter.")
-    more = [field for field in _REFUSED if getattr(saved, field, None)]
-    more += [] if saved.bias == "none" else ["bias"]
-    more += [saved.init_lora_weights] if str(saved.init_lora_weights).lower().startswith(_OF_OTHER_WEIGHTS) else []
+    more = more_than_lora(saved)
     if more:
         raise GradeError(
-            f"model.adapter={name} is more than a LoRA adapter of linear layers ({', '.join(map(str, more))} in "
+            f"model.adapter={name} is more than a LoRA adapter of linear layers ({', '.join(more)} in "
             "adapter_config.json), which cannot be switched off beside a frozen base. Merge it into its base (peft's "
             "merge_and_unload), save that, and name its folder as model.name."
         )
@@ -120,8 +118,20 @@ def settings_of(name: str, folder: Path, lora: LoraSettings) -> LoraConfig:
                 f"model.lora.{setting} is {shown[0]}, but model.adapter={name} has {shown[1]}, and its weights mean "
                 "nothing else. Leave model.lora out, or set it to the adapter's."
             )
-    kept = {field: getattr(saved, field) for field in _KEPT if hasattr(saved, field)}
-    return LoraConfig(**kept, lora_dropout=lora.dropout, task_type="CAUSAL_LM")
+    return LoraConfig(**kept_settings(saved), lora_dropout=lora.dropout, task_type="CAUSAL_LM")
+
+
+def kept_settings(settings: LoraConfig) -> dict[str, Any]:
+    """What decides where an adapter's weights go and how they count."""
+    return {field: getattr(settings, field) for field in _KEPT if hasattr(settings, field)}
+
+
+def more_than_lora(settings: LoraConfig) -> list[str]:
+    """What makes an adapter more than products added to linear layers of an unchanged base; empty for a plain one."""
+    more = [field for field in _REFUSED if getattr(settings, field, None)]
+    more += [] if settings.bias == "none" else ["bias"]
+    start = str(settings.init_lora_weights).lower()
+    return more + ([start] if start.startswith(_OF_OTHER_WEIGHTS) else [])
 
 
 def add_reference(model: PeftModel) -> None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from grade import tree
 from grade.errors import GradeError, read_json, reason_of, writing
 from grade.files import latest, replaced_folder, sha256
-from grade.model.adapter import TRAINED
+from grade.model.adapter import TRAINED, kept_settings
 from grade.model.policy import Policy
 
 MANIFEST_FILE = "manifest.json"
@@ -209,7 +209,7 @@ def put_adapter(directory: Path, model: PeftModel, what: str, fix: str) -> None:
         saved, ours = LoraConfig.from_pretrained(str(directory)), model.peft_config[TRAINED]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise GradeError(f"{what}: adapter_config.json is damaged ({reason_of(error)}).") from error
-    for name in ("r", "lora_alpha", "use_rslora"):
+    for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
         if getattr(saved, name) != getattr(ours, name):
             raise GradeError(
                 f"{what} was trained with {name}={getattr(saved, name)}, model.lora gives {getattr(ours, name)}: its "
@@ -246,9 +246,12 @@ def holds_weights(directory: Path) -> bool:
     return (directory / "adapter_config.json").is_file() or (directory / MODEL_FILE).is_file()
 
 
-def weights_digest(adapter: Path) -> str:
-    """SHA-256 of the files that hold an adapter's weights, in any of peft's formats."""
-    return hashlib.sha256("".join(map(sha256, sorted(adapter.glob("adapter_model.*")))).encode()).hexdigest()
+def started_digest(adapter: Path) -> str:
+    """SHA-256 of an adapter to go on from: the files of its weights, in any of peft's formats, and the settings that
+    say what they mean."""
+    settings = kept_settings(LoraConfig.from_pretrained(str(adapter)))
+    said = json.dumps(settings, sort_keys=True, default=sorted)  # names of layers may be sets
+    return hashlib.sha256("".join([*map(sha256, sorted(adapter.glob("adapter_model.*"))), said]).encode()).hexdigest()
 
 
 def load_state(directory: Path) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from grade.model.quantization import quantization_of
 from grade.tasks.base import Task
 
 _MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "*.py")
+MODEL_GIVEN = "model_given"
+"""In run.json of a run whose model was an object."""
 _KNOWN: WeakKeyDictionary[Policy, dict[str, str]] = WeakKeyDictionary()
 _WORDS = {
     "model": "the base model's weights or settings",
@@ -114,6 +116,7 @@ def policy_inputs(policy: Policy) -> dict[str, str]:
 
 def remember_inputs(policy: Policy, model: str) -> None:
     """Say what a policy from no file is made of: `model` is a digest of the weights as they were given."""
+    policy.given = True
     _KNOWN[policy] = {"model": model, "tokenizer": tokenizer_digest(policy.tokenizer)}
 
 
@@ -126,6 +129,21 @@ def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         else f"{_WORDS.get(name, name)} ({then.get(name)} then, {now[name]} now)"
         for name in names
     )
+
+
+def refuse_given(run_dir: Path) -> None:
+    """Refuse to load the base of a run that trained an object of a program: no name in its settings leads to it.
+
+    Raises:
+        GradeError: the run's record says so.
+    """
+    record = run_dir / "run.json"
+    if record.is_file() and read_json(record, f"Delete {record} to go without this check.").get(MODEL_GIVEN):
+        raise GradeError(
+            f"{run_dir} trained a model that was given as an object in Python, and no setting tells where it is. Go on "
+            "in that program: after GradeTrainer(model, ...).train(), trainer.save(folder, merge=True) writes a whole "
+            "model that every program loads."
+        )
 
 
 def check_made_from(run_dir: Path, inputs: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from grade.config import EvaluationConfig, GenerationConfig, ModelConfig, Reward
 from grade.errors import GradeError, reason_of
 from grade.machine import free_bytes
 from grade.model.adapter import adapter_folder, add_reference, settings_of
-from grade.model.checkpoint import put_adapter, weights_digest
+from grade.model.checkpoint import put_adapter, started_digest
 from grade.model.policy import Policy
 from grade.model.pretrained import Pretrained, context_of
 from grade.model.quantization import check_quantized, loading_options
@@ -118,7 +118,7 @@ def load_policy(
         return Policy(add_adapter(base, model, seed), tokenizer, length=longest)
     adapter = adapter_folder(model.adapter)
     policy = Policy(go_on_from(base, adapter, model), tokenizer, length=longest)
-    policy.started_from = weights_digest(adapter)
+    policy.started_from = started_digest(adapter)
     return policy
 
 

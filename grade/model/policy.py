@@ -74,6 +74,7 @@ class Policy:
         has_reference: whether a second, frozen adapter is the reference (`grade.model.adapter.add_reference`), and not
             the base.
         started_from: SHA-256 of the adapter that it went on from; None: it began as the base.
+        given: whether a program gave the model as an object, which no setting names.
         reads_prompt_cache: whether a pass with a graph may read a prompt's cache (see `grade.model.passes`).
         embedding: [V, d] input table; `embedding_scale` multiplies its rows.
         head: weight [V, d], bias, logit scale and soft cap.
@@ -104,6 +105,7 @@ class Policy:
         self.adapter_layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         self.has_reference = isinstance(model, PeftModel) and REFERENCE in model.peft_config
         self.started_from: str | None = None
+        self.given = False
         self._recomputable = [m for m in self.modules.modules() if isinstance(m, GradientCheckpointingLayer)]
         self._state = State(adapters=True, dropout=False)
         model.eval()

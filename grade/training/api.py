@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grade.config import Config, validate
 from grade.errors import GradeError, writing
-from grade.files import latest
-from grade.model.checkpoint import load_adapter, save_checkpoint
+from grade.model.checkpoint import save_checkpoint
 from grade.model.policy import Policy
 from grade.model.pretrained import context_of
 from grade.processes import make_accelerator
@@ -174,9 +173,7 @@ class GradeTrainer:
             trainer = Trainer(self.config, self.accelerator, run_dir, self._loaded, self.callbacks)
             self._trainer, self._loaded = trainer, trainer.loaded
             rows = trainer.fit()
-            if not rows:  # the test has loaded it
-                self.accelerator.wait_for_everyone()
-                load_adapter(latest(run_dir / "checkpoints" / "best"), trainer.policy)
+            trainer.load_best()  # unless the test has
         validations, best = trainer.validations, trainer.validations.best
         assert best is not None
         if not rows:
@@ -272,8 +269,7 @@ class GradeTrainer:
 
     def _step(self) -> int:
         """Optimizer steps that the policy has had."""
-        best = None if self._trainer is None else self._trainer.validations.best
-        return 0 if best is None else best["step"]
+        return 0 if self._trainer is None else self._trainer.policy_step
 
     def _check_length(self, prompt: int, response: int | None = None) -> None:
         """Refuse prompts that do not fit the model's context with their responses."""

@@ -126,8 +126,6 @@ def _facts(config: Config, record: Mapping[str, Any]) -> Iterator[tuple[str, obj
                 f"{model.quantization or model.dtype}"
             ),
         )
-    if model.reference == "initial":
-        yield "reference of KL", "the policy as it started"
     yield "task", config.task.name
     yield "data", task.get("dataset", config.task.dataset)
     prompts = task.get("splits", {}).get("policy", {}).get("examples")
@@ -149,12 +147,17 @@ def _facts(config: Config, record: Mapping[str, Any]) -> Iterator[tuple[str, obj
         )
     else:
         yield f"settings of {method.name}", _listed(asdict(getattr(method, method.name)))
-    yield "KL to the base model", f"coefficient {method.kl_coef:g}, {method.kl_direction}, {method.kl_reduction}"
+    yield f"KL to {_reference(config)}", f"coefficient {method.kl_coef:g}, {method.kl_direction}, {method.kl_reduction}"
     yield "steps", train.steps
     responses = record.get("inputs", {}).get("responses_per_step", train.batch_size * train.accumulation_steps)
     yield "responses of a step", f"{responses}, {config.generation.samples_per_prompt} per prompt"
     yield "learning rate", f"{train.learning_rate:g}, {train.schedule}, {train.warmup_steps} steps of warm-up"
     yield "seed", config.seed
+
+
+def _reference(config: Config) -> str:
+    """What KL is measured to."""
+    return "the policy as it started" if config.model.reference == "initial" else "the base model"
 
 
 def _settings(config: Config) -> str:
@@ -188,9 +191,10 @@ def _result(
         yield f"After step {rows[1]['step']}, the last one that was validated; the weights are those after step {step}."
     sampler = f"nucleus of {config.evaluation.top_p:g}" if config.evaluation.sampler == "top_p" else "as in training"
     yield (
-        f"± one standard error over prompts; KL to the base model ({config.method.kl_direction}) and entropy in nats "
-        "per token; distinct: tokens of a response that differ, as a share; length in tokens; ended: responses that "
-        f"stopped by themselves. Base model and policy had the same prompts and the same noise; sampling: {sampler}."
+        f"± one standard error over prompts; KL to {_reference(config)} ({config.method.kl_direction}) and entropy "
+        "in nats per token; distinct: tokens of a response that differ, as a share; length in tokens; ended: "
+        f"responses that stopped by themselves. Base model and policy had the same prompts and the same noise; "
+        f"sampling: {sampler}."
     )
 
 

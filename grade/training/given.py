@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grade.config import Config, LoraSettings
 from grade.errors import GradeError
+from grade.model.adapter import add_reference, more_than_lora
 from grade.model.fingerprint import remember_inputs, tensors_digest
 from grade.model.loading import add_adapter, check_fits, check_vocabulary, load_policy, load_tokenizer
 from grade.model.policy import Policy
@@ -33,6 +34,13 @@ from grade.training.setup import SetUp
 GIVEN = "given:"
 """Before the names of what no setting can name: no folder and no repository of the hub is called so."""
 _DTYPES: dict[torch.dtype, Literal["float32", "bfloat16"]] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+_OF_A_NAME = (
+    ("finetuning", "lora", "train its adapter"),
+    ("adapter", None, "give PeftModel.from_pretrained(model, folder)"),
+    ("quantization", None, "load the model with its quantization_config"),
+)
+"""Settings of a model that is loaded by its name, their defaults, and what does the same for an object."""
 
 
 def given_set_up(
@@ -110,6 +118,13 @@ def _policy_of(
         raise GradeError(
             f"model is a {type(model).__name__}: give a hub name, a folder, a model of transformers or one of peft."
         )
+    for field, default, instead in _OF_A_NAME:
+        value = getattr(config.model, field)
+        if value != default:
+            raise GradeError(
+                f"model.{field} is {value}, but the model was given as an object, to which that setting does nothing. "
+                f"Leave it out, and {instead}; or give the model's name or folder."
+            )
     dtype = _DTYPES.get(inner.dtype)
     if dtype is None:
         raise GradeError(f"model is in {inner.dtype}: load it in float32 or bfloat16. Small gradients would vanish.")
@@ -121,6 +136,8 @@ def _policy_of(
     if isinstance(model, PeftModel):
         settings = replace(settings, lora=_own_adapter(model))
         adapted = model.to(accelerator.device)
+        if settings.reference == "initial":
+            add_reference(adapted)
     else:
         adapted = add_adapter(model.to(accelerator.device), settings, config.seed)
     length = config.task.prompt_max_tokens + config.generation.max_new_tokens
@@ -149,9 +166,10 @@ def _own_adapter(model: PeftModel) -> LoraSettings:
             f"model has the adapters {kinds}: one LoRA adapter called default is trained. Load it by itself with "
             "PeftModel.from_pretrained(base, folder)."
         )
-    if settings.modules_to_save or settings.use_dora or settings.bias != "none":
+    more = more_than_lora(settings)
+    if more:
         raise GradeError(
-            "model: its adapter trains more than LoRA matrices (modules_to_save, DoRA or biases), which cannot be "
+            f"model: its adapter is more than a LoRA adapter of linear layers ({', '.join(more)}), which cannot be "
             "switched off beside a frozen base. Merge it (merge_and_unload), and give the merged model."
         )
     targets = set()

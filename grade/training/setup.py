@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from grade.config import Config, judged_length
-from grade.model.fingerprint import check_made_from, policy_inputs
+from grade.model.fingerprint import check_made_from, policy_inputs, refuse_given
 from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.processes import main_process_first
@@ -50,6 +50,8 @@ def set_up(
     Raises:
         GradeError: something cannot be found or used, with the setting that names it.
     """
+    if run_dir is not None:
+        refuse_given(run_dir)
     judged, longest = judged_length(config), policy_config or config
     tokenizer = load_tokenizer(config.model)
     check_reward(config.reward, tokenizer, judged=judged)

@@ -13,7 +13,7 @@ from grade.config.reading import config_from_sealed
 from grade.errors import GradeError, read_json
 from grade.files import latest
 from grade.model.checkpoint import holds_weights, load_adapter, verified_step
-from grade.model.fingerprint import check_made_from, policy_inputs
+from grade.model.fingerprint import check_made_from, policy_inputs, refuse_given
 from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.tasks.encoding import encode
@@ -50,6 +50,7 @@ def load_trained(config: Config, run_dir: Path, folder: Path, device: torch.devi
     Raises:
         GradeError: the base is not the one that the run was made from, or something cannot be loaded.
     """
+    refuse_given(run_dir)
     policy = load_policy(
         config.model,
         load_tokenizer(config.model),

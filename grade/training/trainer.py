@@ -30,7 +30,7 @@ from grade.methods.metrics import Phases, peak_memory_gib, reset_peak_memory
 from grade.methods.services import Services
 from grade.model.checkpoint import load_adapter, replace_card, save_checkpoint
 from grade.model.end_of_sequence import warning_without_ends
-from grade.model.fingerprint import inputs_of
+from grade.model.fingerprint import MODEL_GIVEN, inputs_of
 from grade.model.loading import load_prompts
 from grade.model.policy import Policy
 from grade.processes import main_process_first, summed
@@ -156,6 +156,7 @@ class Trainer:
         self.validations = Validations()
         self.stop = StopRequest()
         self.saved: int | None = None  # steps of the checkpoint in checkpoints/last
+        self._holds_best = False  # whether the policy is the best checkpoint, and no longer the last step's
         self._sound_at: int | None = None  # the step after which the policy was last found to be sound
 
     def _decode_with(self, policy: Policy) -> None:
@@ -380,13 +381,24 @@ class Trainer:
         self.phases.take()
         return row
 
+    @property
+    def policy_step(self) -> int:
+        """Optimizer steps that the policy in hand has had."""
+        return present(self.validations.best)["step"] if self._holds_best else self.step
+
+    def load_best(self) -> None:
+        """Put the best checkpoint into the policy, unless it is there."""
+        if not self._holds_best:
+            self.accelerator.wait_for_everyone()
+            load_adapter(latest(self.run_dir / "checkpoints" / "best"), self.policy)
+            self._holds_best = True
+
     def _test(self, progress: TrainingProgress) -> dict[str, Evaluation]:
         """The held-out test, once: base model and best checkpoint."""
         if not self.evaluation_prompts["test"]:
             return {}
-        self.accelerator.wait_for_everyone()
-        load_adapter(latest(self.run_dir / "checkpoints" / "best"), self.policy)
-        step = present(self.validations.best)["step"]
+        self.load_best()
+        step = self.policy_step
         rows = {
             "base": self._evaluate("test", progress, step, adapters=False),
             "best": self._evaluate("test", progress, step, adapters=True),
@@ -410,6 +422,7 @@ class Trainer:
         self.record = {
             "task": self.task.describe(),
             "inputs": self.inputs,
+            **({MODEL_GIVEN: True} if self.policy.given else {}),
             "reward": self.reward.raises,
             **self.reward.keep(self.run_dir),
             SESSIONS: [*before, begun(self.step, self.accelerator.num_processes)],

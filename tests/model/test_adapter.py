@@ -15,6 +15,7 @@ from grade.commands.evaluate import evaluate_run
 from grade.config import LoraSettings
 from grade.errors import GradeError
 from grade.model.adapter import REFERENCE
+from grade.model.checkpoint import load_adapter
 from grade.model.passes import base_pass, fed_embeddings, policy_pass
 from grade.model.probe import relative_error
 from grade.processes import make_accelerator
@@ -88,6 +89,17 @@ def test_what_is_no_plain_lora_adapter_is_refused(tiny_config, adapter, trained_
         path.write_text(json.dumps({**before, **change}))
         with pytest.raises(GradeError, match=message):
             loaded_policy(going_on(tiny_config, copied))
+
+
+def test_an_edited_pattern_makes_another_adapter(tiny_config, adapter, tmp_path):
+    shutil.copytree(adapter, copied := tmp_path / "adapter")
+    (copied / "manifest.json").unlink()
+    before = loaded_policy(going_on(tiny_config, copied))
+    path = copied / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_pattern": {"q_proj": 64}}))
+    assert loaded_policy(going_on(tiny_config, copied)).started_from != before.started_from
+    with pytest.raises(GradeError, match="trained with alpha_pattern"):
+        load_adapter(copied, before)
 
 
 # -- the reference -------------------------------------------------------------------------------------------------
@@ -179,6 +191,8 @@ def test_a_run_goes_on_from_an_adapter_resumes_and_knows_it(tiny_config, adapter
     assert rows[0] == rows[1] and len(kl) == 4 and abs(kl[0]) < 1e-5 < kl[-1]
     said = " ".join(capsys.readouterr().err.split())
     assert "goes on from" in said and "the reference of KL is the policy as it started" in said
+    card = (tmp_path / "whole" / "checkpoints" / "last" / "README.md").read_text(encoding="utf-8")
+    assert "KL to the base" not in card and card.count("KL to the policy as it started") == 2
     names = load_file(tmp_path / "whole" / "checkpoints" / "last" / "adapter_model.safetensors")
     assert not any(REFERENCE in name for name in names)
     rows = evaluate_run(whole, tmp_path / "whole", "last", "validation")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -14,7 +15,10 @@ from tiny_run import adapter_of, changed, timeless
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import grade
+from grade.commands.evaluate import evaluate_run
+from grade.commands.generate import generate_from
 from grade.config.reading import config_from_sealed
+from grade.model.checkpoint import verified_step
 from grade.tasks.given import GivenTask, read_prompts
 
 PROMPTS = ["I watched this film last night.", "We saw it at home.", "This is a comedy.", "It tells the story."]
@@ -120,6 +124,11 @@ def test_a_model_given_as_an_object_trains_as_its_folder_does(tiny_model, model,
     ]
     assert timeless(results[0].metrics) == timeless(results[1].metrics)
     assert results[0].best.split == "validation"  # there is no test
+    run_dir = tmp_path / "object"
+    made = config_from_sealed(run_dir / "config.yaml")
+    for use in (lambda: generate_from(made, run_dir, ["a"]), lambda: evaluate_run(made, run_dir, "best", "validation")):
+        with pytest.raises(grade.GradeError, match=r"given as an object.*save\(folder, merge=True\)"):
+            use()
 
 
 def test_a_peft_model_keeps_its_adapter(model, tokenizer, config):
@@ -131,11 +140,27 @@ def test_a_peft_model_keeps_its_adapter(model, tokenizer, config):
     given.requires_grad_(False)  # as it is loaded for inference
     before = adapter_of_names(given)
     trainer = make(given, changed(config, train={"steps": 1}), tokenizer=tokenizer)
-    assert torch.equal(adapter_of_names(trainer.policy.model), before)
+    assert torch.equal(adapter_of_names(trainer.policy.model), before) and not trainer.policy.has_reference
     result = trainer.train()
     assert abs(result.base.kl) < 1e-9 and not torch.equal(adapter_of_names(trainer.policy.model), before)
     kept = config_from_sealed(result.run_dir / "config.yaml").model.lora
     assert (kept.r, kept.alpha, kept.target_modules) == (3, 5, ["down_proj", "q_proj"])
+
+
+def test_a_peft_model_as_it_started_may_be_the_reference(model, tokenizer, config):
+    given = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    config = changed(config, model={"reference": "initial"}, train={"steps": 2})
+    trainer = make(given, config, tokenizer=tokenizer)
+    result = trainer.train()
+    kl = [row["kl"] for row in timeless(result.metrics) if "kl" in row]
+    assert trainer.policy.has_reference and abs(kl[0]) < 1e-5 < abs(result.base.kl)
+
+
+@pytest.mark.parametrize("more", [{"init_lora_weights": "pissa"}, {"use_dora": True}, {"bias": "lora_only"}])
+def test_a_peft_model_with_more_than_lora_is_refused(model, tokenizer, config, more):
+    given = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **more))
+    with pytest.raises(grade.GradeError, match="more than a LoRA adapter .*(pissa|use_dora|bias)"):
+        make(given, config, tokenizer=tokenizer)
 
 
 def adapter_of_names(model):
@@ -146,6 +171,9 @@ def test_a_model_with_another_adapter_is_refused(model, tokenizer, config):
     given = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="mine")
     with pytest.raises(grade.GradeError, match="called default"):
         make(given, config, tokenizer=tokenizer)
+    for field, value in (("finetuning", "full"), ("adapter", "a-folder"), ("quantization", "4bit")):
+        with pytest.raises(grade.GradeError, match=f"model.{field} is {value}, but .* given as an object"):
+            make(model, changed(config, model={field: value}), tokenizer=tokenizer)
     with pytest.raises(grade.GradeError, match="float16"):
         make(AutoModelForCausalLM.from_config(model.config).half(), config, tokenizer=tokenizer)
     with pytest.raises(grade.GradeError, match="no name by which to find its tokenizer"):
@@ -323,6 +351,20 @@ def test_a_callback_that_raises_ends_a_run_in_words_after_saving(tiny_model, con
     assert make(tiny_model, changed(config, train={"resume": "auto"})).train().step == 4
     with pytest.raises(grade.GradeError, match="is no grade.Callback"):
         make(tiny_model, config, callbacks=[print])
+
+
+class Interrupted(grade.Callback):
+    def on_step(self, trainer, step, metrics):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupted_policy_has_the_steps_that_it_had(tiny_model, config, tmp_path):
+    trainer = make(tiny_model, config, callbacks=[Interrupted()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.evaluate().step == 3  # which was not validated: the best checkpoint is that of step 2
+    assert verified_step(trainer.save(tmp_path / "adapter")) == 3
 
 
 def test_from_config_is_what_the_command_line_runs(tiny_config):
