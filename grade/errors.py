@@ -24,6 +24,10 @@ _LONGEST_LINE, _LONGEST_HEAD = 240, 400  # characters
 _CHOICE = re.compile(r"\(\d\) ")
 
 
+class RewardFailed(GradeError):
+    """Somebody's function of a reward has failed; nothing of the step that asked it has been done."""
+
+
 class NothingLeft(GradeError):
     """A run that is to go on has had all its steps; to one that goes on where it can, that is no mistake."""
 

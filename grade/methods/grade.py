@@ -51,7 +51,7 @@ class Grade(Method):
         super().__post_init__()
         if not self.reward.differentiable:
             raise GradeError(
-                f"method.name={self.config.name} backpropagates the reward, and {type(self.reward).__name__} has no "
+                f"method.name={self.config.name} backpropagates the reward, and {self.reward.raises} has no "
                 f"gradient. Use a method that only needs its value: {', '.join(BY_VALUE)}."
             )
 

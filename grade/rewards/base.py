@@ -201,7 +201,7 @@ class _Unasked(RewardFunction):
 
     def __init__(self, function: RewardFunction):
         self.function, self.shares_base_pass, self.tables = function, function.shares_base_pass, function.tables
-        self.modules, self.reads = function.modules, function.reads
+        self.modules, self.reads, self.raises = function.modules, function.reads, function.raises
 
     def score(self, rollout: Rollout) -> Tensor:
         return torch.zeros(len(rollout), device=rollout.tokens.device)

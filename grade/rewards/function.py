@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grade.errors import GradeError, reason_of
+from grade.errors import GradeError, RewardFailed, reason_of
 from grade.rewards.base import RewardFunction
 from grade.rollout import Rollout
 from grade.tasks.base import Task
@@ -152,7 +152,10 @@ class FunctionReward(RewardFunction):
             returned = self.function(**arguments)
         except Exception as error:
             file = None if self.loaded is None else self.loaded.file
-            raise GradeError(f"{self.where} failed ({_shown(error, file)}). Mend it.") from error
+            raise RewardFailed(
+                f"{self.where} failed ({_shown(error, file)}). Mend it, and start another run: a run goes on with the "
+                "same function only."
+            ) from error
         return torch.tensor(self._numbers(returned, len(rollout)), dtype=torch.float32, device=rollout.tokens.device)
 
     def identity(self) -> str:

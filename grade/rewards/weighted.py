@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,17 @@ class Term:
     scale: float = 1.0
     offset: float = 0.0
     normalize: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what would make the sum no number.
+
+        Raises:
+            GradeError: a weight, scale or offset is no finite number.
+        """
+        for name in ("weight", "scale", "offset"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise GradeError(f"the {name} of the reward {self.name!r} is {value!r}: it must be a finite number.")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from grade.config import Config, validate
+from grade.config.kinds import check_kinds
 from grade.errors import GradeError, writing
 from grade.model.checkpoint import save_checkpoint
 from grade.model.policy import Policy
@@ -106,7 +107,10 @@ class GradeTrainer:
         test_prompts: Any = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        if config is not None and not isinstance(config, Config):
+            raise GradeError(f"config is {type(config).__name__}: give a GradeConfig, or None for the defaults.")
         config = config or Config()
+        check_kinds(config)
         self._begin(replace(config, task=replace(config.task, name="prompts", label_type=None)), callbacks)
         self.config, self._loaded = given_set_up(
             self.config,

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from transformers import get_scheduler
 
 from grade.config import Config
-from grade.errors import GradeError, present, writing
+from grade.errors import GradeError, RewardFailed, present, writing
 from grade.files import latest, replace_text
 from grade.methods import make_method
 from grade.methods.metrics import Phases, peak_memory_gib, reset_peak_memory
@@ -280,6 +280,11 @@ class Trainer:
                 except StopAsked:  # while it waited for responses: nothing of this step has been done
                     self._save()
                     raise KeyboardInterrupt from None
+                except RewardFailed as error:  # likewise
+                    if self.step in (0, self.saved) or self.accelerator.num_processes > 1:
+                        raise
+                    self._save()
+                    raise RewardFailed(f"{error} {self._kept()}") from error
                 self._refuse_broken(f"step {self.step}", broken_measure(metrics))
                 self.log.metrics(self.step, metrics)
                 progress.advance(metrics)

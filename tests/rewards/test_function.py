@@ -18,6 +18,7 @@ from grade.config import validate
 from grade.config.reading import load_config
 from grade.config.schema import FunctionTerm
 from grade.errors import GradeError
+from grade.model.checkpoint import load_state
 from grade.rewards.function import FunctionReward, load_function
 from grade.tasks.base import Task
 
@@ -295,6 +296,20 @@ def test_a_resumed_run_of_a_sum_repeats_the_uninterrupted_one(with_functions, tm
     path.write_text(REWARDS + "# another\n")
     with pytest.raises(GradeError, match="was started with something else: the reward"):
         train(with_train(changed(whole, train={"steps": 5}), resume=True))
+
+
+def test_what_was_done_before_a_function_fails_is_saved(with_functions):
+    config, path = with_functions
+    path.write_text(
+        "calls = []\ndef f(completions):\n    calls.append(1)\n"
+        "    assert len(calls) < 4\n    return [0.0] * len(completions)\n"
+    )
+    config = changed(config, method={"name": "reinforce"}, reward={"function": f"{path}:f"}, train={"save_every": 50})
+    with pytest.raises(
+        GradeError, match=r"f failed \(AssertionError in line 4\).* Kept is checkpoints/last \(step 2\)"
+    ):
+        train(config)  # the first call is the base model's validation
+    assert load_state(path.parent / "run" / "checkpoints" / "last")["step"] == 2
 
 
 def test_a_function_is_not_called_for_what_is_only_tried(with_functions):
