@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from grade.config import Config
 from grade.errors import GradeError
@@ -32,6 +32,11 @@ def make_accelerator(config: Config) -> Accelerator:
 def shared(accelerator: Accelerator, value: Any) -> Any:
     """The main process' value, in every process."""
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
+def everywhere(accelerator: Accelerator, value: Any) -> list[Any]:
+    """The value of every process, the main one's first."""
+    return gather_object([value]) if accelerator.num_processes > 1 else [value]
 
 
 def summed(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grade.errors import GradeError
+from grade.errors import GradeError, RewardFailed, reason_of
 from grade.model.fingerprint import tensors_digest
 from grade.model.passes import BasePass, fed_embeddings
 from grade.rollout import Rollout
@@ -96,8 +96,12 @@ class Reward(ABC):
         Raises:
             GradeError: `value` gives something else than a number a response.
         """
-        value = self.value(rollout, base, fed, activation_checkpointing=activation_checkpointing)
-        return Valued(checked(self, value, len(rollout)), {})
+        value = asked(
+            self,
+            lambda: self.value(rollout, base, fed, activation_checkpointing=activation_checkpointing),
+            len(rollout),
+        )
+        return Valued(value, {})
 
     def judge(self, rollout: Rollout) -> Tensor | None:
         """[B, T] float64, what T functions say, NaN where one does not apply; methods ask once a step and keep it in
@@ -188,7 +192,7 @@ class RewardFunction(Reward):
     def value(
         self, rollout: Rollout, base: BasePass, fed: Sequence[Tensor] = (), *, activation_checkpointing: bool = False
     ) -> Tensor:
-        score = self.score(rollout)
+        score = asked(self, lambda: self.score(rollout), len(rollout))
         return torch.where(score.isnan(), 0.0, score)
 
     def in_trial(self) -> RewardFunction:
@@ -212,17 +216,36 @@ class _Unasked(RewardFunction):
         return torch.zeros(len(rollout), 1 + rollout.tokens.shape[1], device=rollout.tokens.device)
 
 
-def checked(reward: Reward, value: Any, responses: int) -> Tensor:
-    """What a reward has given, if it is a number a response.
+def asked(reward: Reward, answer: Callable[[], Any], responses: int) -> Tensor:
+    """What a reward gives by `answer`, if it is a number a response; of a function NaN, where it does not apply.
 
     Raises:
+        RewardFailed: a reward of somebody's own raised an error.
         GradeError: it is something else; with the reward's name.
     """
+    own = type(reward).__module__.split(".")[0] != __name__.split(".")[0]
+    try:
+        value = answer()
+    except (GradeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not own or "memory" in str(error):  # of which the trainer says more
+            raise
+        raise RewardFailed(
+            f"the reward {type(reward).__name__} failed ({type(error).__name__}: {reason_of(error)}). Mend it, and "
+            "start another run: a run goes on with the same reward only."
+        ) from error
     if not isinstance(value, Tensor) or value.shape != (responses,) or not value.is_floating_point():
         found = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise GradeError(
             f"the reward {type(reward).__name__} gave {found} for {responses} responses: it must be a float tensor of "
             f"shape [{responses}], one number a response. Mend the reward."
+        )
+    wrong = value.isinf() if isinstance(reward, RewardFunction) else ~value.isfinite()
+    if own and wrong.any():  # of ours it is known that they are finite, and asking would wait for the device
+        raise GradeError(
+            f"the reward {type(reward).__name__} gave {value[wrong][0].item()} for a response. It must be finite: "
+            "mend it."
         )
     return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, TypeVar
 
 from grade.config import RewardConfig, TokenizerConfig
@@ -106,7 +107,7 @@ def _examples(texts: Sequence[str] | None, labels: Sequence[float] | None, name:
     for number, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if not isinstance(text, str):
             raise GradeError(f"RewardModel: text {number} is of type {type(text).__name__}: it must be a string.")
-        if not math.isfinite(label) or (name == "labels" and label not in (0, 1)):
+        if not isinstance(label, Real) or not math.isfinite(label) or (name == "labels" and label not in (0, 1)):
             raise GradeError(
                 f"RewardModel: {name}[{number}] is {label!r}: "
                 f"{'labels are 0 or 1; give other numbers as targets' if name == 'labels' else 'it must be finite'}."

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from grade.errors import GradeError
 from grade.model.passes import BasePass
-from grade.rewards.base import Reward, RewardFunction, Valued, checked
+from grade.rewards.base import Reward, RewardFunction, Valued, asked
 from grade.rollout import Rollout
 
 
@@ -143,9 +144,9 @@ class WeightedReward(Reward):
             own = [waiting.pop(0) for _ in term.reward.tables]
             value = said.get(term.name)
             if value is None:
-                value = checked(
+                value = asked(
                     term.reward,
-                    term.reward.value(rollout, base, own, activation_checkpointing=activation_checkpointing),
+                    partial(term.reward.value, rollout, base, own, activation_checkpointing=activation_checkpointing),
                     len(rollout),
                 )
             share = self._share(term, value.double(), training)
@@ -158,7 +159,7 @@ class WeightedReward(Reward):
         values = []
         for term in self.functions:
             assert isinstance(term.reward, RewardFunction)
-            values.append(checked(term.reward, term.reward.score(rollout), len(rollout)).double())
+            values.append(asked(term.reward, partial(term.reward.score, rollout), len(rollout)).double())
         return torch.stack(values, dim=1) if values else None
 
     def function_shares(self, judged: Tensor) -> Tensor:

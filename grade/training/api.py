@@ -204,6 +204,8 @@ class GradeTrainer:
         Raises:
             GradeError: there are no prompts.
         """
+        if split not in ("validation", "test"):
+            raise GradeError(f"split is {split!r}: it must be validation or test.")
         task, config = self.loaded.task, self.config
         limit: int | None = config.evaluation.validation_prompts
         if split == "test":
@@ -240,6 +242,9 @@ class GradeTrainer:
             samples: responses to every prompt, next to each other.
             max_new_tokens: longest response; None: as in training.
         """
+        for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise GradeError(f"{name} is {value!r}: it must be a whole number of at least 1.")
         rows = read_prompts(prompts, self.tokenizer, chat=self.config.tokenizer).ids
         answers = Answers(self.config, self.policy, samples=samples, max_new_tokens=max_new_tokens)
         self._check_length(max(map(len, rows)), answers.sampling.max_new_tokens)

@@ -47,11 +47,12 @@ class Callbacks:
     """The callbacks of a run as its loop calls them.
 
     Args:
-        called: in this order.
+        called: in this order; one may stand by itself.
         trainer: what they are given.
     """
 
-    def __init__(self, called: Sequence[Callback] = (), trainer: Any = None):
+    def __init__(self, called: Sequence[Callback] | Callback | None = (), trainer: Any = None):
+        called = (called,) if isinstance(called, Callback) else called or ()
         for callback in called:
             if not isinstance(callback, Callback):
                 raise GradeError(

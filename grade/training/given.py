@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +25,7 @@ from grade.model.adapter import add_reference, more_than_lora
 from grade.model.fingerprint import remember_inputs, tensors_digest
 from grade.model.loading import add_adapter, check_fits, check_vocabulary, load_policy, load_tokenizer
 from grade.model.policy import Policy
+from grade.processes import everywhere
 from grade.rewards.base import Reward
 from grade.rewards.function import FunctionReward
 from grade.rewards.reward_model import RewardModel
@@ -132,14 +134,17 @@ def _policy_of(
     settings = replace(config.model, name=name, dtype=dtype)
     check_fits(name, inner.config, config.task, config.generation, None)
     check_vocabulary(name, tokenizer, inner)
+    model.to(accelerator.device)
+    if isinstance(model, PeftModel):
+        _synchronise(model, accelerator)
     digest = _digest_of(model)
     if isinstance(model, PeftModel):
         settings = replace(settings, lora=_own_adapter(model))
-        adapted = model.to(accelerator.device)
+        adapted = model
         if settings.reference == "initial":
             add_reference(adapted)
     else:
-        adapted = add_adapter(model.to(accelerator.device), settings, config.seed)
+        adapted = add_adapter(model, settings, config.seed)
     length = config.task.prompt_max_tokens + config.generation.max_new_tokens
     policy = Policy(adapted, tokenizer, length=length)
     remember_inputs(policy, digest)
@@ -151,6 +156,20 @@ def _digest_of(model: PreTrainedModel | PeftModel) -> str:
     config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
     text = json.dumps([tensors_digest(model.state_dict()), config], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _synchronise(model: PeftModel, accelerator: Accelerator) -> None:
+    """Give every process the main one's adapter: each has made its own, from random numbers as a rule.
+
+    Raises:
+        GradeError: in every process, the adapters have not the same tensors.
+    """
+    trained = {name: p.data for name, p in model.named_parameters() if ".lora_" in name}
+    shapes = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in trained.items()]
+    if any(other != shapes for other in everywhere(accelerator, shapes)):
+        raise GradeError("model: its adapter is another one in every process. Make it with the same LoraConfig in all.")
+    for tensor in trained.values():
+        tensor.copy_(broadcast(tensor.contiguous()))
 
 
 def _own_adapter(model: PeftModel) -> LoraSettings:

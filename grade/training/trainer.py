@@ -30,10 +30,10 @@ from grade.methods.metrics import Phases, peak_memory_gib, reset_peak_memory
 from grade.methods.services import Services
 from grade.model.checkpoint import load_adapter, replace_card, save_checkpoint
 from grade.model.end_of_sequence import warning_without_ends
-from grade.model.fingerprint import MODEL_GIVEN, inputs_of
+from grade.model.fingerprint import MODEL_GIVEN, differing, inputs_of
 from grade.model.loading import load_prompts
 from grade.model.policy import Policy
-from grade.processes import main_process_first, summed
+from grade.processes import everywhere, main_process_first, summed
 from grade.rewards.shared import head_lines
 from grade.rollout import Rollout
 from grade.sampling.compiled import CompiledDecoding
@@ -128,6 +128,13 @@ class Trainer:
         self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
         inputs = inputs_of(self.policy, self.task, self.reward.identity())
         self.inputs = {**inputs, "responses_per_step": self.responses_per_step}
+        main, *others = everywhere(accelerator, self.inputs)
+        changed = next(filter(None, (differing(main, other) for other in others)), "")
+        if changed:
+            raise GradeError(
+                f"the processes do not have the same inputs, but different ones: {changed}. Give all of them the same, "
+                "with random numbers seeded alike."
+            )
         self.source = None
         if config.rollout.source is not None:
             needed = train.steps * self.responses_per_step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from classifiers import classifier
@@ -111,3 +113,23 @@ def test_what_a_task_need_not_say():
     assert task.labels is None and task.examples("reward") == ()
     with pytest.raises(TypeError, match="abstract"):
         Task()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (KeyError("oops"), r"the reward Says failed \(KeyError: .*oops.*\). Mend it, and start another run"),
+        (torch.tensor([1.0, math.inf]), "the reward Says gave inf for a response"),
+        ([1.0, 2.0], r"the reward Says gave list for 2 responses: it must be a float tensor of shape \[2\]"),
+    ],
+)
+def test_what_somebodys_reward_does_wrong_is_told_by_its_name(said, message):
+    class Says(RewardFunction):
+        def score(self, rollout):
+            if isinstance(said, Exception):
+                raise said
+            return said
+
+    rollout = draw(tiny_policy(), [[5, 9], [7, 11]], max_new_tokens=2)
+    with pytest.raises(GradeError, match=message):
+        Says().valued(rollout, None)

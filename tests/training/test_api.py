@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import grade
 from grade.commands.evaluate import evaluate_run
 from grade.commands.generate import generate_from
-from grade.config.reading import config_from_sealed
+from grade.config.reading import config_from_sealed, config_to_yaml
 from grade.model.checkpoint import verified_step
 from grade.tasks.given import GivenTask, read_prompts
 
@@ -161,6 +161,43 @@ def test_a_peft_model_with_more_than_lora_is_refused(model, tokenizer, config, m
     given = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **more))
     with pytest.raises(grade.GradeError, match="more than a LoRA adapter .*(pissa|use_dora|bias)"):
         make(given, config, tokenizer=tokenizer)
+
+
+IN_TWO_PROCESSES = """
+import os, sys, torch, grade
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from grade.config.reading import config_from_yaml
+rank, folder, moved = int(os.environ["RANK"]), sys.argv[2], sys.argv[3] == "moved"
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+if moved:
+    model.model.norm.weight.data += rank
+torch.manual_seed(rank)
+model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+trainer = grade.GradeTrainer(
+    model, lambda prompts, completions, **rest: [1.0 * len(c) for c in completions], ["We saw it."] * 4,
+    config=config_from_yaml(sys.argv[1]),
+)
+trainer.train()
+print("sum", sum(p.double().abs().sum().item() for p in trainer.policy.parameters()), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moved", ["same", "moved"])
+def test_a_peft_model_is_the_same_in_every_process(tiny_model, config, tmp_path, moved):
+    config = changed(config, method={"name": "reinforce"}, train={"steps": 1})
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    (tmp_path / "program.py").write_text(IN_TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    program = [tmp_path / "program.py", tmp_path / "config.yaml", tiny_model, moved]
+    done = subprocess.run([*launch, *map(str, program)], capture_output=True, text=True, timeout=200)
+    if moved == "moved":
+        assert "do not have the same inputs, but different ones: the base model's weights" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        sums = [line for line in done.stdout.splitlines() if line.startswith("sum")]
+        assert len(sums) == 2 and sums[0] == sums[1]
 
 
 def adapter_of_names(model):
