@@ -123,7 +123,7 @@ def test_processes_change_nothing(copies):
 
 def test_a_reward_without_a_gradient_is_refused(sampled):
     policy, _ = sampled
-    with pytest.raises(GradeError, match="method.name=grade backpropagates the reward, and WeightedReward has no grad"):
+    with pytest.raises(GradeError, match="method.name=grade backpropagates the reward, and the reward has no gradient"):
         method_of(policy, WeightedReward([Term(Ones(), "ones")]), "grade", batch=2)
 
 
