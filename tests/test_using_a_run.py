@@ -18,7 +18,7 @@ def test_the_examples_run_on_what_the_commands_write(trained_run, tmp_path, monk
     commands = [line.split("#")[0].split() for line in PAGE.split("\n") if line.startswith("grade export")]
     assert len(commands) == 2
     for command in commands:
-        assert cli.main([str(trained_run) if word == "runs/demo" else word for word in command[1:]]) == 0
+        assert cli.main([str(trained_run) if word == "runs/demo-seed0" else word for word in command[1:]]) == 0
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
     done = subprocess.run(
         [sys.executable, "-c", code],
