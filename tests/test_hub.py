@@ -16,12 +16,12 @@ import sys, time
 from grade.errors import GradeError
 from grade.config import TaskConfig
 from grade.model.pretrained import Pretrained
-from grade.tasks.sentiment import _load_hub
+from grade.tasks.sentiment import load
 import datasets, torch
 start = time.monotonic()
 for ask in (
     lambda: Pretrained("model.name", "some/model").tokenizer(), lambda: Pretrained("model.name", "some/model").config(),
-    lambda: _load_hub("some/data", TaskConfig()),
+    lambda: load(TaskConfig(dataset="some/data")),
 ):
     try:
         ask()

@@ -140,8 +140,10 @@ def test_the_long_description_leads_nowhere_that_the_index_has_not(built, distri
 
 
 def test_the_wheel_of_the_kernels_works_alone(built, tmp_path):
-    """The first example of the README, with the wheel on the path and the tree not."""
-    example = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    """The first example of the kernels page, with the wheel on the path and the tree not."""
+    example = re.search(
+        r"^```python\n(.*?)^```$", (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8"), re.M | re.S
+    )
     code = (
         f"import sys; sys.path.insert(0, {str(built[KERNELS][1])!r})\n{example.group(1)}\n"
         "import importlib.util, grade_kernels\n"
