@@ -223,7 +223,7 @@ def asked(reward: Reward, answer: Callable[[], Any], responses: int) -> Tensor:
         RewardFailed: a reward of somebody's own raised an error.
         GradeError: it is something else; with the reward's name.
     """
-    own = type(reward).__module__.split(".")[0] != __name__.split(".")[0]
+    own = not _is_ours(type(reward))
     try:
         value = answer()
     except (GradeError, MemoryError, torch.OutOfMemoryError):
@@ -241,8 +241,10 @@ def asked(reward: Reward, answer: Callable[[], Any], responses: int) -> Tensor:
             f"the reward {type(reward).__name__} gave {found} for {responses} responses: it must be a float tensor of "
             f"shape [{responses}], one number a response. Mend the reward."
         )
+    if not own:  # ours are finite, and looking would wait for the device
+        return value
     wrong = value.isinf() if isinstance(reward, RewardFunction) else ~value.isfinite()
-    if own and wrong.any():  # of ours it is known that they are finite, and asking would wait for the device
+    if wrong.any():
         raise GradeError(
             f"the reward {type(reward).__name__} gave {value[wrong][0].item()} for a response. It must be finite: "
             "mend it."
@@ -250,11 +252,16 @@ def asked(reward: Reward, answer: Callable[[], Any], responses: int) -> Tensor:
     return value
 
 
+def _is_ours(code: type | Callable[..., Any]) -> bool:
+    """Whether it is of this package."""
+    return code.__module__.split(".")[0] == __name__.split(".")[0]
+
+
 def source_of(code: type | Callable[..., Any]) -> str:
     """What tells a class or function again: its name in this package, elsewhere its qualified name and its source's
     SHA-256, or no hash where there is no source (a prompt of Python)."""
     module, name = code.__module__, code.__qualname__
-    if module.split(".")[0] == __name__.split(".")[0]:
+    if _is_ours(code):
         return name
     try:
         source = inspect.getsource(code)
