@@ -73,15 +73,7 @@ class Row:
 def system(model: str, length: int, tau: float, seed: int) -> System:
     """The system of one sampled response of `length` tokens."""
     config = load_config("imdb_small", [f"--model.name={model}", f"--generation.max_new_tokens={length}"])
-    policy = load_policy(
-        config.model,
-        load_tokenizer(config.model),
-        torch.device("cpu"),
-        seed=config.seed,
-        task=config.task,
-        generation=config.generation,
-        reward=config.reward,
-    )
+    policy = load_policy(config, load_tokenizer(config.model), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.parameters():

@@ -26,15 +26,7 @@ def train_reward(config: Config) -> dict[str, float]:
         raise GradeError("the reward is a function alone: there is no head to train. Set reward.weight for one.")
     tokenizer = load_tokenizer(config.model)
     task = load_task(config.task, config.tokenizer)
-    policy = load_policy(
-        config.model,
-        tokenizer,
-        make_accelerator(config).device,
-        seed=config.seed,
-        task=config.task,
-        generation=config.generation,
-        reward=config.reward,
-    )
+    policy = load_policy(config, tokenizer, make_accelerator(config).device)
     training = HeadTraining(config.reward, judged_length(config), config.output_dir, policy, task)
     training.head()
     report = head_report(training.folder)

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from grade.built_in.countdown_model import countdown_model
 from grade.built_in.demo_model import demo_model
-from grade.config import EvaluationConfig, GenerationConfig, ModelConfig, RewardConfig, TaskConfig, trains_head
+from grade.config import Config, EvaluationConfig, GenerationConfig, ModelConfig, TaskConfig, trains_head
 from grade.errors import GradeError, reason_of
 from grade.machine import free_bytes
 from grade.model.adapter import adapter_folder, add_reference, settings_of
@@ -62,32 +62,30 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """
     source = policy_source(model)
     source.check_weights()  # a mistake that shows at once is told at once
-    tokenizer = source.tokenizer()
+    return padding_left(source.tokenizer())
+
+
+def padding_left(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, set to pad on the left, with its end of sequence where it has no token to pad with."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_policy(
-    model: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    *,
-    seed: int,
-    task: TaskConfig,
-    generation: GenerationConfig,
-    reward: RewardConfig,
-) -> Policy:
-    """The base model, frozen, with the adapter of model.adapter or a fresh one initialised from `seed`; it must fit
-    what the other sections ask.
+def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Policy:
+    """The base model, frozen, with the adapter of model.adapter or a fresh one drawn from config.seed; it must fit
+    what the sections task, generation and reward ask.
 
     Raises:
         GradeError: the model cannot be found or used, its context is too short, it has no such target modules, or
             generation.top_k exceeds its vocabulary.
     """
+    model, task, generation, reward = config.model, config.task, config.generation, config.reward
+    adapter = None
     if model.adapter is not None:  # before weights are read
-        settings_of(model.adapter, adapter_folder(model.adapter), model.lora)
+        folder = adapter_folder(model.adapter)
+        adapter = folder, settings_of(model.adapter, folder, model.lora)
     source = policy_source(model)
     prompt_and_response = task.prompt_max_tokens + generation.max_new_tokens
     head = trains_head(task, reward)
@@ -114,11 +112,10 @@ def load_policy(
     if model.finetuning == "full":
         _check_room(base, model)
         return Policy(base, tokenizer, length=longest)
-    if model.adapter is None:
-        return Policy(add_adapter(base, model, seed), tokenizer, length=longest)
-    adapter = adapter_folder(model.adapter)
-    policy = Policy(go_on_from(base, adapter, model), tokenizer, length=longest)
-    policy.started_from = started_digest(adapter)
+    if adapter is None:
+        return Policy(add_adapter(base, model, config.seed), tokenizer, length=longest)
+    policy = Policy(go_on_from(base, *adapter, model), tokenizer, length=longest)
+    policy.started_from = started_digest(adapter[0])
     return policy
 
 
@@ -134,18 +131,18 @@ def _check_room(base: PreTrainedModel, model: ModelConfig) -> None:
         )
 
 
-def go_on_from(base: PreTrainedModel, adapter: Path, model: ModelConfig) -> PeftModel:
+def go_on_from(base: PreTrainedModel, folder: Path, settings: LoraConfig, model: ModelConfig) -> PeftModel:
     """The frozen base with a trained adapter and, if model.reference says so, a frozen copy of it.
 
     Raises:
-        GradeError: it is no LoRA adapter, is damaged, does not fit the base, or model.lora contradicts it.
+        GradeError: it is damaged, or does not fit the base.
     """
-    settings, name = settings_of(str(model.adapter), adapter, model.lora), f"model.adapter={model.adapter}"
+    name = f"model.adapter={model.adapter}"
     try:
         wrapped = _wrapped(base, settings, model)
     except ValueError as error:  # no layer of these names
         raise GradeError(f"{name} does not fit model.name={model.name}: {reason_of(error)}") from error
-    put_adapter(adapter, wrapped, name, "Name the model that it was trained on as model.name.")
+    put_adapter(folder, wrapped, name, "Name the model that it was trained on as model.name.")
     if model.reference == "initial":
         add_reference(wrapped)
     return wrapped

@@ -23,7 +23,7 @@ from grade.config import Config, LoraSettings
 from grade.errors import GradeError
 from grade.model.adapter import add_reference, more_than_lora
 from grade.model.fingerprint import remember_inputs, tensors_digest
-from grade.model.loading import add_adapter, check_fits, check_vocabulary, load_policy, load_tokenizer
+from grade.model.loading import add_adapter, check_fits, check_vocabulary, load_policy, load_tokenizer, padding_left
 from grade.model.policy import Policy
 from grade.processes import everywhere
 from grade.rewards.base import Reward
@@ -91,10 +91,7 @@ def _tokenizer_of(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase
         return load_tokenizer(replace(config.model, name=name))
     if not hasattr(tokenizer, "get_vocab"):
         raise GradeError(f"tokenizer is a {type(tokenizer).__name__}: give a tokenizer of transformers.")
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return padding_left(tokenizer)
 
 
 def _policy_of(
@@ -105,16 +102,7 @@ def _policy_of(
         config = replace(config, model=replace(config.model, name=str(model)))
         # No head is trained here: what a text may be long is no matter.
         reward = replace(config.reward, model=config.reward.model or f"{GIVEN}reward")
-        policy = load_policy(
-            config.model,
-            tokenizer,
-            accelerator.device,
-            seed=config.seed,
-            task=config.task,
-            generation=config.generation,
-            reward=reward,
-        )
-        return config, policy
+        return config, load_policy(replace(config, reward=reward), tokenizer, accelerator.device)
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         raise GradeError(

@@ -52,20 +52,12 @@ def set_up(
     """
     if run_dir is not None:
         refuse_given(run_dir)
-    judged, longest = judged_length(config), policy_config or config
+    judged = judged_length(config)
     tokenizer = load_tokenizer(config.model)
     check_reward(config.reward, tokenizer, judged=judged)
     task = load_task(config.task, config.tokenizer, labels=needs_labels(config))
     before_policy(tokenizer, task)
-    policy = load_policy(
-        config.model,
-        tokenizer,
-        accelerator.device,
-        seed=config.seed,
-        task=longest.task,
-        generation=longest.generation,
-        reward=longest.reward,
-    )
+    policy = load_policy(policy_config or config, tokenizer, accelerator.device)
     if run_dir is not None:
         check_made_from(run_dir, policy_inputs(policy))
     before_reward(policy)

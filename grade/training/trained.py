@@ -51,15 +51,7 @@ def load_trained(config: Config, run_dir: Path, folder: Path, device: torch.devi
         GradeError: the base is not the one that the run was made from, or something cannot be loaded.
     """
     refuse_given(run_dir)
-    policy = load_policy(
-        config.model,
-        load_tokenizer(config.model),
-        device,
-        seed=config.seed,
-        task=config.task,
-        generation=config.generation,
-        reward=config.reward,
-    )
+    policy = load_policy(config, load_tokenizer(config.model), device)
     check_made_from(run_dir, policy_inputs(policy))
     load_adapter(folder, policy)
     return policy

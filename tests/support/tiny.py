@@ -224,12 +224,4 @@ def embeddings_of(policy, length=9, batch=2, seed=0):
 
 def loaded_policy(config):
     """The policy that a config names, from its folder."""
-    return load_policy(
-        config.model,
-        load_tokenizer(config.model),
-        torch.device("cpu"),
-        seed=config.seed,
-        task=config.task,
-        generation=config.generation,
-        reward=config.reward,
-    )
+    return load_policy(config, load_tokenizer(config.model), torch.device("cpu"))
