@@ -5,6 +5,7 @@ from typing import get_type_hints
 
 import pytest
 import yaml
+from settings import set_setting
 
 from grade.config import Config, LoraSettings, ModelConfig, TrainConfig, get_setting, validate
 from grade.config import reading as config_io
@@ -20,11 +21,6 @@ def with_settings(**settings) -> Config:
     for name, value in settings.items():
         set_setting(config, name.replace("__", "."), value)
     return config
-
-
-def set_setting(config: Config, dotted: str, value) -> None:
-    *sections, last = dotted.split(".")
-    setattr(get_setting(config, ".".join(sections)) if sections else config, last, value)
 
 
 # --- validate ----------------------------------------------------------------------------------------------

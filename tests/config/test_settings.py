@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_config import set_setting
+from settings import set_setting
 
 from grade import cli
 from grade.config import NOISE_ROWS, Config, get_setting, settings_with_role, validate

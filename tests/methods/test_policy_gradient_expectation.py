@@ -8,14 +8,24 @@ derivatives are autograd's on them.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import pytest
 import torch
-from enumeration import ConstantReward, FullTerms, full_terms, given_rollout, method_of, step_gradients, symbol_policy
+from enumeration import (
+    RAGGED,
+    ConstantReward,
+    FullTerms,
+    draws,
+    full_terms,
+    given_rollout,
+    method_of,
+    padded,
+    step_gradients,
+    symbol_policy,
+)
 from published import gradients, relative_error
 from tiny import VOCAB, KeepDouble, tiny_policy
 from torch import Tensor
@@ -25,7 +35,6 @@ from grade.rewards.base import RewardFunction
 KL_COEF = 3.0  # the effect of a token on later KL is then a large part of the gradient
 EXACT = 1e-12
 EQUAL = [(0, 0), (0, 1), (1, 0), (1, 1)]
-RAGGED = [(0,), (1, 0), (1, 1, 0), (1, 1, 1)]  # 0 ends a response, or it has three tokens
 LENGTH_OF_EQUAL, LONGEST = 2, 3
 
 
@@ -67,9 +76,7 @@ def cases(policy):
     """Both sets of responses, with one graph each."""
     out = {}
     for name, all_responses in (("equal", EQUAL), ("ragged", RAGGED)):
-        width = max(map(len, all_responses))
-        tokens = torch.tensor([[*r, *[0] * (width - len(r))] for r in all_responses])
-        mask = torch.tensor([[s < len(r) for s in range(width)] for r in all_responses])
+        tokens, mask = padded(all_responses)
         rollout = given_rollout(policy, tokens, mask=mask)
         terms = full_terms(policy, rollout)
         probability = terms.logprob.sum(1).exp()
@@ -77,12 +84,6 @@ def cases(policy):
         assert (terms.kl[mask] > 0.01).all()
         out[name] = Responses(tokens, mask, terms, probability, PrefixReward().score(rollout))
     return out
-
-
-def draws(count, responses):
-    """(multiset of `responses` indices, in how many orders it can be drawn)."""
-    for group in combinations_with_replacement(range(responses), count):
-        yield list(group), math.factorial(count) // math.prod(map(math.factorial, Counter(group).values()))
 
 
 def found(method, of: Responses, count, copies=1, before=None):

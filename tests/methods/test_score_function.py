@@ -6,10 +6,19 @@ import math
 
 import pytest
 import torch
-from enumeration import PROMPT, full_terms, given_rollout, method_of, step_gradients, symbol_policy
+from enumeration import (
+    PROMPT,
+    RAGGED,
+    draws,
+    full_terms,
+    given_rollout,
+    method_of,
+    padded,
+    step_gradients,
+    symbol_policy,
+)
 from published import gradients, relative_error
 from rollouts import draw
-from test_policy_gradient_expectation import RAGGED, draws
 from tiny import KeepDouble, tiny_policy, tiny_reward
 
 from grade.errors import GradeError
@@ -48,9 +57,7 @@ def test_the_expected_gradient_of_a_function_is_exact(count, copies, silent):
     to some responses: those have 0 from it. What the differentiable part adds is taken away, draw by draw."""
     with KeepDouble():
         policy = symbol_policy(symbols=2)
-        width = max(map(len, RAGGED))
-        tokens = torch.tensor([[*r, *[0] * (width - len(r))] for r in RAGGED])
-        mask = torch.tensor([[s < len(r) for s in range(width)] for r in RAGGED])
+        tokens, mask = padded(RAGGED)
         whole = given_rollout(policy, tokens, mask=mask)
         probability = full_terms(policy, whole).logprob.sum(1).exp()
         value = WEIGHT * (SCALE * Ones(silent).score(whole) + OFFSET)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import replace
+from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import torch
@@ -18,6 +21,7 @@ from grade.rollout import Rollout
 
 CANDIDATES = 5  # more than can be drawn
 PROMPT = [5, 9]
+RAGGED = [(0,), (1, 0), (1, 1, 0), (1, 1, 1)]  # 0 ends a response, or it has three tokens
 RAGGED_PROMPTS = [[5, 9, 2], [7, 11, 13, 17, 19]]
 
 
@@ -34,6 +38,19 @@ class ConstantReward(RewardFunction):
 
     def score(self, rollout: Rollout) -> Tensor:
         return torch.full((len(rollout),), self.reward)
+
+
+def padded(responses):
+    """Tokens [B, S] of responses of any lengths, and which of them are real."""
+    width = max(map(len, responses))
+    tokens = torch.tensor([[*r, *[0] * (width - len(r))] for r in responses])
+    return tokens, torch.tensor([[s < len(r) for s in range(width)] for r in responses])
+
+
+def draws(count, responses):
+    """(multiset of `responses` indices, in how many orders it can be drawn)."""
+    for group in combinations_with_replacement(range(responses), count):
+        yield list(group), math.factorial(count) // math.prod(map(math.factorial, Counter(group).values()))
 
 
 def given_rollout(policy, tokens: Tensor, copies: int = 1, mask: Tensor | None = None) -> Rollout:
