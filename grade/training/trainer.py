@@ -95,14 +95,7 @@ class Trainer:
         self.evaluation_prompts = load_prompts(config.evaluation, self.task, tokenizer)
         self.prompts = self.evaluation_prompts.pop("policy")
         split = max(self.evaluation_prompts, key=lambda name: len(self.evaluation_prompts[name]))
-        evaluated = self.evaluation_prompts[split]
-        # One list may be in two splits: training's come last, so that all of its prompts are found there.
-        places = {
-            id(row): (name, n)
-            for name, rows in ((split, evaluated), ("policy", self.prompts))
-            for n, row in enumerate(rows)
-        }
-        trial = Trial(self.policy, self.reward, config, self.prompts, evaluated, places)
+        trial = Trial(self.policy, self.reward, config, self.prompts, self.evaluation_prompts[split], split)
         self.memory = memory_plan(trial, accelerator.num_processes, self.services.any_process)
         train = config.train
         self.method = make_method(

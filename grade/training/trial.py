@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -39,7 +39,7 @@ class Trial:
 
     Args:
         prompts, evaluated: token ids of the prompts of training, and of the largest split that is evaluated.
-        places: split and number of a prompt by the id() of its list, for rewards that read the data's other columns.
+        split: the name of the latter, for rewards that read the data's other columns; None: prompts have none.
     """
 
     policy: Policy
@@ -47,7 +47,7 @@ class Trial:
     config: Config
     prompts: Sequence[list[int]]
     evaluated: Sequence[list[int]]
-    places: Mapping[int, tuple[str, int]] = field(default_factory=dict)
+    split: str | None = None
 
     @property
     def batches(self) -> dict[str, int]:
@@ -73,9 +73,11 @@ class Trial:
         # GRPO passes over groups of equal rewards, whatever kl_coef is; this KL, known anyway, moves every response.
         coefficient: dict[str, Any] = {f"kl_{method.kl_direction}_coef": 1.0}
         method = replace(method, grpo=replace(method.grpo, **coefficient))
-        evaluated = mixed(self.evaluated, min(width, self.batches["evaluation"]))
-        config = replace(self.config, generation=generation, method=method, train=self._train(width))
-        few = replace(self, config=config, evaluated=evaluated, reward=self.reward.in_trial())
+        evaluation = replace(self.config.evaluation, batch_size=min(width, self.batches["evaluation"]))
+        config = replace(
+            self.config, generation=generation, method=method, train=self._train(width), evaluation=evaluation
+        )
+        few = replace(self, config=config, reward=self.reward.in_trial())
         try:
             with _generators_put_back(device):
                 found = few._peaks(recompute)
@@ -112,11 +114,11 @@ class Trial:
             activation_checkpointing=recompute,
         )
         responses = train.batch_size * train.accumulation_steps
-        prompts, at_once = mixed(self.prompts, responses // copies), prompts_together(config.generation, responses)
+        numbers, at_once = mixed(self.prompts, responses // copies), prompts_together(config.generation, responses)
 
         def sampled() -> list[Rollout]:
-            starts = range(0, len(prompts), at_once)
-            return [self._sampled(prompts[i : i + at_once], method.sampling(0), copies) for i in starts]
+            starts = range(0, len(numbers), at_once)
+            return [self._sampled(numbers[i : i + at_once], method.sampling(0), copies, training=True) for i in starts]
 
         def enough() -> NoReturn:
             raise _Enough
@@ -129,8 +131,8 @@ class Trial:
             raise RuntimeError(f"a trial of method.name={config.method.name} has come to no update, nor to its memory")
 
         def evaluated() -> None:
-            prompts = mixed(self.evaluated, self.batches["evaluation"])
-            rollout = self._sampled(prompts, evaluation_sampling(config.evaluation, config.generation))
+            numbers = mixed(self.evaluated, self.batches["evaluation"])
+            rollout = self._sampled(numbers, evaluation_sampling(config.evaluation, config.generation), training=False)
             score(self.policy, self.reward, rollout, score_settings(config.method, device))
 
         rollouts, rollout = peak_bytes(sampled, device)
@@ -143,14 +145,15 @@ class Trial:
         together.clear()
         return {"rollout": rollout, "passes": passed, "evaluation": peak_bytes(evaluated, device)[1]}
 
-    def _sampled(self, prompts: list[list[int]], sampling: Sampling, copies: int = 1) -> Rollout:
-        ids, mask = pad_prompts(prompts, self.policy.pad_id, self.policy.device)
-        rows = torch.arange(len(prompts) * copies, device=self.policy.device) * sampling.max_new_tokens
+    def _sampled(self, numbers: list[int], sampling: Sampling, copies: int = 1, *, training: bool) -> Rollout:
+        """A response to each of these prompts, of training or of those that are evaluated."""
+        prompts = self.prompts if training else self.evaluated
+        ids, mask = pad_prompts([prompts[n] for n in numbers], self.policy.pad_id, self.policy.device)
+        rows = torch.arange(len(numbers) * copies, device=self.policy.device) * sampling.max_new_tokens
         rollout = sample(self.policy, ids, mask, sampling, seed=0, first_rows=rows, samples_per_prompt=copies)
-        if self.config.rollout.source is not None or not all(id(prompt) in self.places for prompt in prompts):
+        if self.split is None or self.config.rollout.source is not None:
             return rollout
-        places = [self.places[id(prompt)] for prompt in prompts]
-        return rollout.of(places[0][0], [number for _, number in places])
+        return rollout.of("policy" if training else self.split, numbers)
 
 
 @contextmanager
@@ -165,9 +168,10 @@ def _generators_put_back(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def mixed(prompts: Sequence[list[int]], count: int) -> list[list[int]]:
-    """`count` prompts, long and short ones by turns: padding, where there is any, costs some kernels of attention."""
-    order = sorted(prompts, key=len, reverse=True)
+def mixed(prompts: Sequence[list[int]], count: int) -> list[int]:
+    """Numbers of `count` prompts, long and short ones by turns: padding, where there is any, costs some kernels of
+    attention."""
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
     turns = [(number // 2) % len(order) for number in range(count)]
     return [order[-1 - turn if number % 2 else turn] for number, turn in enumerate(turns)]
 

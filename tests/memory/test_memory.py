@@ -164,7 +164,7 @@ def test_recomputing_saves_and_a_compiled_cache_stays():
 
 
 def test_padding_is_mixed_in_and_evaluation_has_no_more_prompts_than_there_are():
-    assert [len(prompt) for prompt in mixed(PROMPTS, 7)] == [16, 9, 12, 12, 9, 16, 16]
+    assert [len(PROMPTS[number]) for number in mixed(PROMPTS, 7)] == [16, 9, 12, 12, 9, 16, 16]
     config = config_of("grpo", batch=8)
     config.evaluation.batch_size, config.generation.samples_per_prompt, config.generation.batch_size = 64, 2, 5
     config.method.grpo.minibatches = 4
