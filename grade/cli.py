@@ -22,7 +22,7 @@ from grade import __version__
 from grade.commands import verbs as commands
 from grade.commands.arguments import HELP, emit
 from grade.commands.verbs import COMMANDS
-from grade.config import reading as config_io
+from grade.config.reading import shipped_configs
 from grade.errors import GradeError
 from grade.terminal import silence_libraries
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str]) -> int:
     """Choose the command."""
     if not argv or argv[0] in (*HELP, "help"):
-        emit(USAGE.format(configs=", ".join(config_io.shipped_configs())))
+        emit(USAGE.format(configs=", ".join(shipped_configs())))
         return 0 if argv else 2
     if argv[0] == "--version":
         emit(f"grade {__version__}\n")

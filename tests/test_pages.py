@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import pages
 from grade import __version__
-from grade.config.reading import setting_types
+from grade.config.names import setting_types
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in pages.pages_in(ROOT)}

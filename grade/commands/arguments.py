@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from grade.config import Config
-from grade.config import reading as config_io
 from grade.config.bounds import check_text, shown
+from grade.config.names import setting_types
+from grade.config.options import add_settings, build_config, new_parser, parse_settings, split_arguments
+from grade.config.reading import config_to_yaml, find_config, shipped_configs
+from grade.config.sealed import check_sealed
 from grade.errors import GradeError, printing
 from grade.terminal import LEVELS, Level, set_level
 
@@ -59,7 +62,7 @@ def _config_of_run(run_dir: str) -> Path:
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise GradeError(f"{run_dir} is not a run directory: it has no config.yaml.")
-    config_io.check_sealed(path)
+    check_sealed(path)
     return path
 
 
@@ -89,7 +92,7 @@ def resolve(
         more: what may come after it, for the help.
         most: how many words there may be, `positional` included; None: any number.
     """
-    own, configs = {**(own or {}), **_TERMINAL}, ", ".join(config_io.shipped_configs())
+    own, configs = {**(own or {}), **_TERMINAL}, ", ".join(shipped_configs())
     called = " ".join(
         [
             f"grade {command}",
@@ -107,7 +110,7 @@ def resolve(
             f" CONFIG: a YAML file or a shipped config ({configs}); named beside --help, its values are shown as "
             "defaults. Relative paths are relative to the current directory."
         )
-    parser = config_io.new_parser(prog=f"grade {command}", usage=called, description=description)
+    parser = new_parser(prog=f"grade {command}", usage=called, description=description)
     group = parser.add_argument_group("the command's own")
     switches = [name for name, option in own.items() if option.kind is None]
     kinds = {name: option.kind for name, option in own.items() if option.kind is not None}
@@ -119,10 +122,8 @@ def resolve(
             f"--{name}", type=option.kind, default=option.default, metavar=option.metavar, help=option.help
         )
     parser.add_argument("--print_config", action="store_true", help="Print the settings as YAML and exit.")
-    config_io.add_settings(parser)
-    positionals, options = config_io.split_arguments(
-        argv, [*config_io.setting_types(), *kinds], [*_FLAGS, *switches], parser.prog
-    )
+    add_settings(parser)
+    positionals, options = split_arguments(argv, [*setting_types(), *kinds], [*_FLAGS, *switches], parser.prog)
     if most is not None and len(positionals) > most * (positional is not None):
         raise GradeError(
             f"unexpected argument {positionals[-1]!r}: settings are written --section.field VALUE "
@@ -141,15 +142,15 @@ def resolve(
         hint = f" Shipped configs: {configs}." if positional == "CONFIG" else ""
         raise GradeError(f"{positional} is missing: {called}.{hint}")
     given = positionals[0] if positionals else "demo"
-    path = _config_of_run(given) if positional == "RUN_DIR" else config_io.find_config(given)
+    path = _config_of_run(given) if positional == "RUN_DIR" else find_config(given)
     _check_choices(own, options)
-    namespace = config_io.parse_settings(parser, path, options, kinds)
+    namespace = parse_settings(parser, path, options, kinds)
     if wants_help:
         emit(parser.format_help())
         return None
-    config = config_io.build_config(namespace)
+    config = build_config(namespace)
     if wants_config:
-        emit(config_io.config_to_yaml(config))
+        emit(config_to_yaml(config))
         return None
     if "quiet" in set_here and "--log_level" in (option.partition("=")[0] for option in options):
         raise GradeError("--quiet is --log_level warning: leave one of the two out.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from grade.config import Config
-from grade.config.reading import config_from_sealed
+from grade.config.sealed import config_from_sealed
 from grade.errors import GradeError, writing
 from grade.model.checkpoint import load_adapter
 from grade.model.fingerprint import check_made_from, inputs_of, refuse_given

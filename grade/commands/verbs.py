@@ -12,9 +12,9 @@ from typing import Literal
 
 from grade.commands.arguments import HELP, Own, Resolved, emit, path_of, resolve
 from grade.config import default_methods
-from grade.config import reading as config_io
 from grade.config.bounds import BATCH, COUNT, SEED, TOKENS, check_text, shown
 from grade.config.methods import COMPARED
+from grade.config.options import new_parser, split_arguments
 from grade.errors import GradeError, printing
 
 COMMANDS = {
@@ -297,14 +297,14 @@ def variance(argv: list[str]) -> int:
 
 def report(argv: list[str]) -> int:
     """`grade report FOLDER [--output DIR]`."""
-    parser = config_io.new_parser(
+    parser = new_parser(
         prog="grade report",
         usage="grade report FOLDER [--output DIR]",
         description="Write one self-contained page, with every figure as PNG and PDF and every table as CSV and LaTeX. "
         "FOLDER: a run, a comparison, measurements of `grade variance`, or a folder of runs.",
     )
     parser.add_argument("--output", type=str | None, metavar="DIR", help="Where to; null: FOLDER/report.")
-    positionals, options = config_io.split_arguments(argv, ["output"], ["help", "h"], parser.prog)
+    positionals, options = split_arguments(argv, ["output"], ["help", "h"], parser.prog)
     if any(option in HELP for option in options):
         emit(parser.format_help())
         return 0
@@ -323,9 +323,9 @@ def report(argv: list[str]) -> int:
 
 def doctor(argv: list[str]) -> int:
     """`grade doctor [--json]`."""
-    parser = config_io.new_parser(prog="grade doctor", description=f"Show {COMMANDS['doctor']}.")
+    parser = new_parser(prog="grade doctor", description=f"Show {COMMANDS['doctor']}.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
-    positionals, options = config_io.split_arguments(argv, [], ["json", "help", "h"], parser.prog)
+    positionals, options = split_arguments(argv, [], ["json", "help", "h"], parser.prog)
     if positionals:
         raise GradeError(f"unexpected argument {positionals[0]!r}: see `grade doctor --help`.")
     if any(option in HELP for option in options):

@@ -1,27 +1,13 @@
 """Settings: their declaration with bounds and meaning, and how they are read from YAML and the command line."""
 
 from grade.config.methods import MethodConfig
-from grade.config.schema import (
-    NOISE_ROWS,
-    Config,
-    EvaluationConfig,
-    FunctionTerm,
-    GenerationConfig,
-    LoraSettings,
-    ModelConfig,
-    RewardConfig,
-    RolloutConfig,
-    TrainConfig,
-    default_methods,
-    flatten,
-    get_setting,
-    judged_length,
-    settings_with_role,
-    trains_head,
-    validate,
-    without_gradient,
-)
+from grade.config.model import LoraSettings, ModelConfig
+from grade.config.reward import FunctionTerm, RewardConfig, trains_head, without_gradient
+from grade.config.sampling import GenerationConfig, RolloutConfig
+from grade.config.schema import Config, default_methods, flatten, get_setting, judged_length, settings_with_role
 from grade.config.tasks import TaskConfig, TokenizerConfig
+from grade.config.training import EvaluationConfig, TrainConfig
+from grade.config.validation import NOISE_ROWS, validate
 
 __all__ = [
     "NOISE_ROWS",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from grade.config import RewardConfig
-from grade.config.schema import MODEL_TERM
+from grade.config.reward import MODEL_TERM
 from grade.model.policy import Policy
 from grade.rewards.base import Reward
 from grade.rewards.classifier import check_classifier, load_classifier

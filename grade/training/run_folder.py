@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from grade.config import Config, flatten, settings_with_role
 from grade.config.methods import DIFFERENTIATING
-from grade.config.reading import config_from_sealed, sealed_yaml
+from grade.config.sealed import config_from_sealed, sealed_yaml
 from grade.errors import GradeError, NothingLeft, read_json, writing
 from grade.files import check_writable, latest, locked, replace_text, sync
 from grade.model.checkpoint import load_state

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from grade.config import Config
-from grade.config.reading import config_from_sealed
+from grade.config.sealed import config_from_sealed
 from grade.errors import GradeError, read_json
 from grade.files import latest
 from grade.model.checkpoint import holds_weights, load_adapter, verified_step

@@ -11,7 +11,8 @@ import pytest
 
 from grade import cli, terminal
 from grade.config import Config
-from grade.config import reading as config_io
+from grade.config.reading import load_config, shipped_configs
+from grade.config.sealed import sealed_yaml
 
 
 def run_error(capsys, *argv: str) -> str:
@@ -138,7 +139,7 @@ def test_help_names_what_a_comparison_sets_itself(capsys):
 def test_unknown_config(capsys):
     message = run_error(capsys, "train", "imdb_smal")
     assert "did you mean imdb_small?" in message
-    for name in config_io.shipped_configs():
+    for name in shipped_configs():
         assert name in message
 
 
@@ -197,21 +198,21 @@ def test_command_gets_the_settings(fake_module, command, module, function):
     assert cli.main([command, "--train.steps", "10", "imdb_small"]) == 0
     assert len(calls) == 1
     (config,) = calls[0][0]
-    assert config == config_io.load_config("imdb_small", ["--train.steps=10"])
+    assert config == load_config("imdb_small", ["--train.steps=10"])
 
 
 def test_demo_gets_its_options(fake_module):
     calls = fake_module("grade.commands.demo", "run_demo")
     assert cli.main(["demo"]) == 0
     assert cli.main(["demo", "--cache_dir", "somewhere", "--pretrain_steps", "5", "--train.steps", "2"]) == 0
-    assert calls[0][0] == (config_io.load_config("demo"), None, None)
-    assert calls[1][0] == (config_io.load_config("demo", ["--train.steps=2"]), Path("somewhere"), 5)
+    assert calls[0][0] == (load_config("demo"), None, None)
+    assert calls[1][0] == (load_config("demo", ["--train.steps=2"]), Path("somewhere"), 5)
 
 
 def test_evaluate_reads_the_run(fake_module, tmp_path, capsys):
     calls = fake_module("grade.commands.evaluate", "evaluate_run")
     config = Config(name="mine")
-    (tmp_path / "config.yaml").write_text(config_io.sealed_yaml(config))
+    (tmp_path / "config.yaml").write_text(sealed_yaml(config))
     assert cli.main(["evaluate", str(tmp_path)]) == 0
     options = ["--checkpoint", "last", "--split=validation", "--seed", "5"]
     assert cli.main(["evaluate", str(tmp_path), *options]) == 0
@@ -239,7 +240,7 @@ def test_print_config_is_a_config(capsys, tmp_path):
     assert cli.main(["train", "imdb_qwen3_4b", "--train.steps", "9", "--print_config"]) == 0
     path = tmp_path / "printed.yaml"
     path.write_text(capsys.readouterr().out)
-    assert config_io.load_config(path) == config_io.load_config("imdb_qwen3_4b", ["--train.steps=9"])
+    assert load_config(path) == load_config("imdb_qwen3_4b", ["--train.steps=9"])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])

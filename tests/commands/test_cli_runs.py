@@ -12,7 +12,8 @@ import torch
 from tiny_run import changed
 
 from grade import cli
-from grade.config.reading import config_to_yaml, sealed_yaml
+from grade.config.reading import config_to_yaml
+from grade.config.sealed import sealed_yaml
 from grade.training.run_folder import mark
 
 SHRUNK_DEMO = [

@@ -8,11 +8,14 @@ import yaml
 from settings import set_setting
 
 from grade.config import Config, LoraSettings, ModelConfig, TrainConfig, get_setting, validate
-from grade.config import reading as config_io
+from grade.config.names import setting_types
+from grade.config.options import add_settings, new_parser
+from grade.config.reading import config_from_yaml, config_to_yaml, find_config, load_config, shipped_configs
+from grade.config.yaml_files import read_yaml
 from grade.errors import GradeError
 
 SHIPPED = ["countdown_qwen2.5_1.5b", "countdown_small", "demo", "imdb_gpt2_medium", "imdb_qwen3_4b", "imdb_small"]
-SETTINGS = list(config_io.setting_types())
+SETTINGS = list(setting_types())
 
 
 def with_settings(**settings) -> Config:
@@ -60,8 +63,8 @@ def test_what_the_rules_allow():
 
 def test_default_values_round_trip(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(config_io.config_to_yaml(Config()), encoding="utf-8")
-    assert config_io.config_from_yaml(path) == Config()
+    path.write_text(config_to_yaml(Config()), encoding="utf-8")
+    assert config_from_yaml(path) == Config()
 
 
 def test_round_trip_keeps_every_value_and_type(tmp_path):
@@ -81,30 +84,30 @@ def test_round_trip_keeps_every_value_and_type(tmp_path):
         generation__batch_size=3,
     )
     path = tmp_path / "config.yaml"
-    path.write_text(config_io.config_to_yaml(config), encoding="utf-8")
-    again = config_io.config_from_yaml(path)
+    path.write_text(config_to_yaml(config), encoding="utf-8")
+    again = config_from_yaml(path)
     assert again == config
-    assert config_io.config_to_yaml(again) == config_io.config_to_yaml(config)
+    assert config_to_yaml(again) == config_to_yaml(config)
     assert type(again.model.lora.alpha) is float
 
 
 def test_result_is_typed_dataclasses():
-    config = config_io.load_config("imdb_small", ["--model.lora.r=4", "--train.learning_rate", "1"])
+    config = load_config("imdb_small", ["--model.lora.r=4", "--train.learning_rate", "1"])
     assert type(config) is Config and type(config.train) is TrainConfig
     assert type(config.model) is ModelConfig and type(config.model.lora) is LoraSettings
     assert config.model.lora.r == 4 and config.train.learning_rate == 1.0
 
 
 def test_no_two_configs_share_a_list():
-    config_io.load_config("imdb_small").model.lora.target_modules.append("head")
-    assert "head" not in config_io.load_config("imdb_small").model.lora.target_modules
+    load_config("imdb_small").model.lora.target_modules.append("head")
+    assert "head" not in load_config("imdb_small").model.lora.target_modules
     assert "head" not in Config().model.lora.target_modules
 
 
 def test_precedence_is_default_file_option(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("train:\n  steps: 7\n  learning_rate: 1e-3\n")
-    config = config_io.load_config(path, ["--train.steps", "9"])
+    config = load_config(path, ["--train.steps", "9"])
     assert config.train.steps == 9
     assert config.train.learning_rate == 1e-3
     assert config.train.accumulation_steps == TrainConfig().accumulation_steps
@@ -113,13 +116,13 @@ def test_precedence_is_default_file_option(tmp_path):
 def test_empty_file_and_empty_section_mean_defaults(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("# nothing\n")
-    assert config_io.config_from_yaml(path) == Config()
+    assert config_from_yaml(path) == Config()
     path.write_text("train:\n  # steps: 3\n")
-    assert config_io.config_from_yaml(path) == Config()
+    assert config_from_yaml(path) == Config()
 
 
 def test_lists_and_null_on_the_command_line():
-    config = config_io.load_config(
+    config = load_config(
         "imdb_small",
         [
             *("--model.lora.target_modules", "[q_proj, v_proj]"),
@@ -135,19 +138,19 @@ def test_lists_and_null_on_the_command_line():
 
 
 def test_the_shipped_configs():
-    assert config_io.shipped_configs() == SHIPPED
+    assert shipped_configs() == SHIPPED
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_config_loads_and_says_how_to_launch_it(name):
-    config = config_io.load_config(name)
+    config = load_config(name)
     assert config.name == name
     command = "grade demo" if name == "demo" else f"grade train {name}"
-    assert f"#   {command}\n" in config_io.find_config(name).read_text(encoding="utf-8")
+    assert f"#   {command}\n" in find_config(name).read_text(encoding="utf-8")
 
 
 def test_qwen_config_is_table_3():
-    config = config_io.load_config("imdb_qwen3_4b")
+    config = load_config("imdb_qwen3_4b")
     lora, train, method, generation = config.model.lora, config.train, config.method, config.generation
     assert config.model.name == "Qwen/Qwen3-4B" and config.model.dtype == "bfloat16"
     assert (lora.r, lora.alpha, lora.dropout) == (16, 32, 0.05)
@@ -163,7 +166,7 @@ def test_qwen_config_is_table_3():
 
 
 def test_gpt2_config_is_the_first_experiment():
-    config = config_io.load_config("imdb_gpt2_medium")
+    config = load_config("imdb_gpt2_medium")
     train, method, generation = config.train, config.method, config.generation
     assert config.model.name == "openai-community/gpt2-medium" and config.model.dtype == "float32"
     assert config.model.lora.target_modules == ["c_attn", "c_proj"]
@@ -196,14 +199,14 @@ def test_what_a_shipped_config_says_of_its_scale_is_its_own(name, expected):
         "evaluation.validation_prompts",
         "evaluation.test_prompts",
     )
-    own = config_io.read_yaml(config_io.find_config(name))
+    own = read_yaml(find_config(name))
     assert tuple(own[setting] for setting in settings) == expected
 
 
 def test_settings_left_out_are_those_of_a_small_model(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("train:\n  batch_size: 8\n")
-    config = config_io.load_config(path)
+    config = load_config(path)
     assert config.train.batch_size * config.train.accumulation_steps == 8
     assert "4B" not in config.model.name
 
@@ -213,8 +216,8 @@ def test_settings_left_out_are_those_of_a_small_model(tmp_path):
 
 @pytest.fixture(scope="module")
 def help_text() -> str:
-    parser = config_io.new_parser(prog="grade train")
-    config_io.add_settings(parser)
+    parser = new_parser(prog="grade train")
+    add_settings(parser)
     return " ".join(parser.format_help().split())
 
 
@@ -222,16 +225,13 @@ def help_text() -> str:
 def docstrings() -> dict:
     """{dotted name: docstring} read from the classes' source, independently of jsonargparse."""
     import ast
-    import inspect
+    from pathlib import Path
 
-    import grade.config.methods
-    import grade.config.schema
-    import grade.config.studies
-    import grade.config.tasks
+    import grade.config
 
     classes = {}
-    modules = (grade.config.schema, grade.config.methods, grade.config.studies, grade.config.tasks)
-    nodes = [node for m in modules for node in ast.parse(inspect.getsource(m)).body]
+    files = sorted(Path(grade.config.__file__).parent.glob("*.py"))
+    nodes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
     for node in nodes:
         if isinstance(node, ast.ClassDef):
             texts = {}
@@ -289,4 +289,4 @@ def test_yaml_of_a_config_lists_every_setting():
         for key, value in tree.items():
             yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + key]
 
-    assert list(leaves(yaml.safe_load(config_io.config_to_yaml(Config())))) == SETTINGS
+    assert list(leaves(yaml.safe_load(config_to_yaml(Config())))) == SETTINGS

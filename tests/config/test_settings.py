@@ -12,9 +12,12 @@ from settings import set_setting
 
 from grade import cli
 from grade.config import NOISE_ROWS, Config, get_setting, settings_with_role, validate
-from grade.config import reading as config_io
 from grade.config.bounds import Facts, check_text, facts_of, numeric, setting, shown
+from grade.config.names import setting_types
 from grade.config.number_texts import check_options
+from grade.config.options import add_settings, new_parser
+from grade.config.reading import config_from_yaml, config_to_yaml, load_config
+from grade.config.yaml_files import read_yaml
 from grade.errors import GradeError
 from grade.processes import make_accelerator
 from grade.seeds import epoch_seed
@@ -23,13 +26,13 @@ from grade.training.trainer import Trainer
 
 FACTS = {name: (kind, facts) for name, kind, facts in facts_of(Config)}
 NUMBERS = {name: found for name, found in FACTS.items() if numeric(found[0])}
-TEXTS = [name for name, kind in config_io.setting_types().items() if kind in (str, str | None)]
+TEXTS = [name for name, kind in setting_types().items() if kind in (str, str | None)]
 EXTREMES = ["0", "-1", "1e30", "1e9", "1e308", "nan", ".nan", "inf", "-.inf", str(10**40), "1e400", "9" * 5000]
 
 
 def with_value(name: str, value) -> Config:
     config = Config()
-    is_list = "list[" in str(config_io.setting_types()[name])
+    is_list = "list[" in str(setting_types()[name])
     set_setting(config, name, [value] if is_list else value)
     return config
 
@@ -47,7 +50,7 @@ def refusal(config: Config) -> str:
 
 
 def test_the_declarations_are_those_of_all_settings():
-    assert list(FACTS) == list(config_io.setting_types())
+    assert list(FACTS) == list(setting_types())
 
 
 def test_what_may_change_when_a_run_is_resumed():
@@ -155,8 +158,8 @@ def test_noise_rows_of_the_largest_run_fit_into_64_bits():
 
 @pytest.fixture(scope="module")
 def parser():
-    parser = config_io.new_parser()
-    config_io.add_settings(parser)
+    parser = new_parser()
+    add_settings(parser)
     return parser
 
 
@@ -174,12 +177,9 @@ def test_extreme_texts_end_in_words(name, text, parser, tmp_path, monkeypatch):
     section, last = name.rpartition(".")[::2]
     keys = [*filter(None, section.split(".")), last]
     path.write_text("".join("  " * i + f"{key}:\n" for i, key in enumerate(keys)).rstrip("\n") + f" {written}\n")
-    monkeypatch.setattr(config_io, "new_parser", lambda: parser)
-    monkeypatch.setattr(config_io, "add_settings", lambda _: None)
-    for read in (
-        lambda: config_io.load_config(tmp_path / "empty.yaml", [f"--{name}={written}"]),
-        lambda: config_io.config_from_yaml(path),
-    ):
+    monkeypatch.setattr("grade.config.reading.new_parser", lambda: parser)
+    monkeypatch.setattr("grade.config.reading.add_settings", lambda _: None)
+    for read in (lambda: load_config(tmp_path / "empty.yaml", [f"--{name}={written}"]), lambda: config_from_yaml(path)):
         defaults = parser.get_defaults()
         try:
             value = get_setting(read(), name)
@@ -202,12 +202,12 @@ def test_a_number_is_written_in_plain_digits(name, text, tmp_path):
         text = "0_10"  # of a number with a point, a zero in front is no other number
     written = f"[1, {text}]" if name == "variance.hops" else text
     with pytest.raises(GradeError, match=f"^{re.escape(name)} is {re.escape(text)}: it must be "):
-        check_options([f"--{name}", written], config_io.setting_types())
+        check_options([f"--{name}", written], setting_types())
     path = tmp_path / "one.yaml"
     section, last = name.split(".")
     path.write_text(f"{section}:\n  {last}: {written}\n", encoding="utf-8")
     with pytest.raises(GradeError, match=f"line 2: {re.escape(name)} is {re.escape(text)}: it must be "):
-        config_io.read_yaml(path)
+        read_yaml(path)
 
 
 def test_the_program_asks_for_plain_digits(tmp_path, capsys):
@@ -239,14 +239,14 @@ def test_plain_numbers_are_read_as_before(name, text, value, tmp_path):
     section, last = name.split(".")
     path = tmp_path / "one.yaml"
     path.write_text(f"{section}:\n  {last}: {text}\n", encoding="utf-8")
-    for config in (config_io.load_config("demo", [f"--{name}", text]), config_io.config_from_yaml(path)):
+    for config in (load_config("demo", [f"--{name}", text]), config_from_yaml(path)):
         assert get_setting(config, name) == value and type(get_setting(config, name)) is type(value)
 
 
 def test_one_more_entry_of_a_list_is_checked_too():
-    assert config_io.load_config("demo", ["--variance.hops+", "9"]).variance.hops[-1] == 9
+    assert load_config("demo", ["--variance.hops+", "9"]).variance.hops[-1] == 9
     with pytest.raises(GradeError, match="variance.hops is 0x9: it must be"):
-        config_io.load_config("demo", ["--variance.hops+", "0x9"])
+        load_config("demo", ["--variance.hops+", "0x9"])
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_the_commands_own_numbers(argv, capsys):
 def test_yaml_nested_without_end_is_told_in_words(tmp_path):
     (tmp_path / "deep.yaml").write_text("train: " + "[" * 20_000)
     with pytest.raises(GradeError, match="malformed YAML"):
-        config_io.config_from_yaml(tmp_path / "deep.yaml")
+        config_from_yaml(tmp_path / "deep.yaml")
 
 
 # --- texts -------------------------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ def test_settings_survive_yaml_at_their_bounds(tmp_path):
         if "list[" not in str(kind) and facts.le is not None:
             set_setting(config, name, int(facts.le) if int in numeric(kind) else float(facts.le))
     path = tmp_path / "config.yaml"
-    path.write_text(config_io.config_to_yaml(config))
+    path.write_text(config_to_yaml(config))
     assert yaml.safe_load(path.read_text()) == dataclasses.asdict(config)
     with pytest.raises(GradeError, match="noise for 2.52 tokens"):  # each alone is fine
-        config_io.config_from_yaml(path)
+        config_from_yaml(path)

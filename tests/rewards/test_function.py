@@ -16,7 +16,7 @@ from tiny_run import changed, stopped_after, timeless, trainer_of, with_train
 from grade.commands.train import train
 from grade.config import validate
 from grade.config.reading import load_config
-from grade.config.schema import FunctionTerm
+from grade.config.reward import FunctionTerm
 from grade.errors import GradeError
 from grade.model.checkpoint import load_state
 from grade.rewards.function import FunctionReward, load_function

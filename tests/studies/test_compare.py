@@ -21,7 +21,8 @@ from tiny_run import changed, with_train
 import grade.studies.compare.study
 from grade import cli
 from grade.commands.train import train
-from grade.config.reading import config_from_yaml, sealed_yaml
+from grade.config.reading import config_from_yaml
+from grade.config.sealed import sealed_yaml
 from grade.errors import GradeError
 from grade.studies.compare.comparison import read_run
 from grade.studies.compare.jobs import Job, locked, run_jobs

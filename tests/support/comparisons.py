@@ -11,7 +11,7 @@ import torch
 from tiny_run import changed
 
 from grade.config import Config
-from grade.config.reading import sealed_yaml
+from grade.config.sealed import sealed_yaml
 from grade.config.studies import VarianceConfig
 from grade.studies.compare import final_test, study
 from grade.studies.compare.study import Comparison

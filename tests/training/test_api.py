@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import grade
 from grade.commands.evaluate import evaluate_run
 from grade.commands.generate import generate_from
-from grade.config.reading import config_from_sealed, config_to_yaml
+from grade.config.reading import config_to_yaml
+from grade.config.sealed import config_from_sealed
 from grade.model.checkpoint import verified_step
 from grade.tasks.given import GivenTask, read_prompts
 

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from grade import files
 from grade.config import Config
-from grade.config.reading import config_from_sealed, config_to_yaml
+from grade.config.reading import config_to_yaml
+from grade.config.sealed import config_from_sealed
 from grade.errors import GradeError, read_json, writing
 from grade.model.fingerprint import differing
 from grade.training.interrupt import stop_between_steps
