@@ -5,10 +5,6 @@ This is the whole contract between `grade` and transformers. A model fits when
     logits = cap * tanh((scale * hidden @ W^T + bias) / cap)               # cap, bias optional
     X      = embedding_scale * E[ids]
 holds; `grade.model.probe` measures that it does, and finds `scale`, `cap` and `embedding_scale`, before any run.
-
-Adapter and dropout switches are module state, but activation checkpointing runs a forward again during backward,
-when the switches may stand elsewhere. So every recomputed layer records the state of its own forward and puts it
-back for the recomputation (`_recomputation_contexts`).
 """
 
 from __future__ import annotations
@@ -16,10 +12,9 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from copy import deepcopy
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -29,7 +24,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grade.errors import GradeError, reason_of
-from grade.model.adapter import REFERENCE, TRAINED
+from grade.model.adapter import REFERENCE
+from grade.model.backbone import backbone_of, frozen_copy
 from grade.model.cache import decoding_cache, is_recurrent
 from grade.model.end_of_sequence import end_ids
 from grade.model.probe import check_finite, probe_embedding, probe_head, probe_passes
@@ -40,17 +36,8 @@ from grade.model.probe_decoding import (
     probe_prompt_cache,
     probe_recomputation,
 )
+from grade.model.switches import State, Switches
 from grade_kernels import Head
-
-
-class State(NamedTuple):
-    """What the next forward of the shared weights is: the policy, the base or, with the second adapter, the reference;
-    with or without adapter dropout; its layers recomputed in backward or not."""
-
-    adapters: bool
-    dropout: bool
-    activation_checkpointing: bool = False
-    reference: bool = False
 
 
 class Policy:
@@ -96,8 +83,8 @@ class Policy:
         self.model, self.tokenizer = model, tokenizer
         self.causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.config = self.causal_lm.config
-        self.backbone = _backbone(self.causal_lm)
-        self.frozen_backbone = None if isinstance(model, PeftModel) else _frozen_copy(self.causal_lm, self.backbone)
+        self.backbone = backbone_of(self.causal_lm)
+        self.frozen_backbone = None if isinstance(model, PeftModel) else frozen_copy(self.causal_lm, self.backbone)
         self.modules = nn.ModuleList(m for m in (self.model, self.frozen_backbone) if m is not None)
         self._names = frozenset(inspect.signature(self.backbone.forward).parameters)
         # transformers 5.24 renamed `past_key_values`, in Mamba `cache_params`, and warns at the old names.
@@ -107,7 +94,7 @@ class Policy:
         self.started_from: str | None = None
         self.given = False
         self._recomputable = [m for m in self.modules.modules() if isinstance(m, GradientCheckpointingLayer)]
-        self._state = State(adapters=True, dropout=False)
+        self._switches = Switches(self.adapter_layers, self._recomputable, self.has_reference)
         model.eval()
 
         head, table = self.causal_lm.get_output_embeddings(), self.causal_lm.get_input_embeddings()
@@ -225,7 +212,7 @@ class Policy:
         if self.takes("position_ids"):
             given["position_ids"] = positions
         backbone = self.backbone
-        if self.frozen_backbone is not None and not self._state.adapters:
+        if self.frozen_backbone is not None and not self._switches.state.adapters:
             backbone = self.frozen_backbone
         return backbone(**given).last_hidden_state
 
@@ -243,31 +230,14 @@ class Policy:
             activation_checkpointing: recompute these forwards' layers in backward (after
                 `enable_activation_checkpointing`).
         """
-        previous = self._state
+        previous = self._switches.state
         if reference:
             adapters, dropout = self.has_reference, False
-        self._apply(State(adapters, dropout, activation_checkpointing, reference and self.has_reference))
+        self._switches.apply(State(adapters, dropout, activation_checkpointing, reference and self.has_reference))
         try:
             yield
         finally:
-            self._apply(previous)
-
-    def _apply(self, state: State) -> None:
-        previous, self._state = self._state, state
-        if state._replace(activation_checkpointing=previous.activation_checkpointing) != previous:
-            for layer in self.adapter_layers:
-                if self.has_reference:  # not set_adapter(), for the same reason
-                    layer._active_adapter = [REFERENCE if state.reference else TRAINED]
-                # Not enable_adapters(): it also flips requires_grad, and autograd drops the gradients of a leaf whose
-                # flag is down while a recomputation of the base runs inside its backward.
-                layer._disable_adapters = not state.adapters
-                for dropout in layer.lora_dropout.values():
-                    dropout.train(state.dropout)
-        if state.activation_checkpointing != previous.activation_checkpointing:
-            # transformers checkpoints a layer only while its training flag is up. Raising it on the layer alone
-            # leaves every module below it in eval mode; the layer's own code sees it down again (`_LayerState`).
-            for layer in self._recomputable:
-                layer.training = state.activation_checkpointing
+            self._switches.apply(previous)
 
     @property
     def merges(self) -> bool:
@@ -324,54 +294,5 @@ class Policy:
         for part in filter(None, (self.causal_lm, self.frozen_backbone)):
             enable = getattr(part, "activation_checkpointing_enable", None)  # transformers >= 5.20
             enable = enable or part.gradient_checkpointing_enable
-            enable({"use_reentrant": False, "context_fn": self._recomputation_contexts})
+            enable({"use_reentrant": False, "context_fn": self._switches.recomputation_contexts})
         probe_recomputation(self)
-
-    def _recomputation_contexts(self) -> tuple[_LayerState, _LayerState]:
-        """Contexts of a layer's forward and of its recomputation, which sees the state of that forward."""
-        return _LayerState(self), _LayerState(self)
-
-
-class _LayerState:
-    """Inside a layer that is recomputed: the state in which it was called, training flags down (Falcon calls dropout
-    with the layer's own flag). Entered for the forward, and again by every backward through a kept graph."""
-
-    def __init__(self, policy: Policy):
-        self._policy, self._own = policy, policy._state._replace(activation_checkpointing=False)
-        self._previous: list[State] = []
-
-    def __enter__(self) -> None:
-        self._previous.append(self._policy._state)
-        self._policy._apply(self._own)
-
-    def __exit__(self, *_: object) -> None:
-        self._policy._apply(self._previous.pop())
-
-
-def _frozen_copy(causal_lm: PreTrainedModel, backbone: nn.Module) -> nn.Module:
-    """The backbone as it is now, frozen, with the same embedding table; what is left of the original is trainable."""
-    head, table = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
-    shared = [p for module in (head, table) if module is not None for p in module.parameters()]
-    copied = deepcopy(backbone, {id(p): p for p in shared}).requires_grad_(False).eval()
-    causal_lm.requires_grad_(False)
-    backbone.requires_grad_(True)
-    for parameter in shared:
-        parameter.requires_grad_(False)
-    return copied
-
-
-@torch.no_grad()
-def _backbone(causal_lm: PreTrainedModel) -> torch.nn.Module:
-    """The outermost model that a forward of `causal_lm` calls: what its head reads. It need not be its `base_model`, in
-    OPT that is never called, in Llama-4 it is `causal_lm` itself."""
-    called = []
-    inner = [m for m in causal_lm.modules() if isinstance(m, PreTrainedModel) and m is not causal_lm]
-    hooks = [m.register_forward_pre_hook(lambda module, args: called.append(module)) for m in inner]
-    expected = suppress(RuntimeError, TypeError, ValueError, AttributeError, IndexError)  # the probe says the same
-    try:
-        with expected:
-            causal_lm(input_ids=torch.ones(1, 2, dtype=torch.int64, device=causal_lm.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return called[0] if called else causal_lm.base_model

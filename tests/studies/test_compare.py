@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import changed, with_train
 
 import grade.studies.compare.study
+import grade.studies.compare.sweep
 from grade import cli
 from grade.commands.train import train
 from grade.config.reading import config_from_yaml
@@ -26,7 +27,9 @@ from grade.config.sealed import sealed_yaml
 from grade.errors import GradeError
 from grade.studies.compare.comparison import read_run
 from grade.studies.compare.jobs import Job, locked, run_jobs
-from grade.studies.compare.study import Comparison, missing_results, run_comparison, swept_rates
+from grade.studies.compare.plan import Comparison
+from grade.studies.compare.study import missing_results, run_comparison
+from grade.studies.compare.sweep import swept_rates
 from grade.studies.compare.text import document
 from grade.training.run_folder import adapter_folder, decided, is_finished, mark
 
@@ -61,7 +64,8 @@ def in_process(monkeypatch):
                     failures[job.name] = str(error)
         return failures
 
-    monkeypatch.setattr(grade.studies.compare.study, "run_jobs", run)
+    for module in (grade.studies.compare.study, grade.studies.compare.sweep):
+        monkeypatch.setattr(module, "run_jobs", run)
     return ran
 
 
@@ -166,7 +170,7 @@ def sweep(comparable, monkeypatch, peak, factors):
         comparable, train={"learning_rate": 1.0}, compare={"sweep_steps": 1, "learning_rate_factors": factors}
     )
     run, ran = trial(peak)
-    monkeypatch.setattr(grade.studies.compare.study, "run_jobs", run)
+    monkeypatch.setattr(grade.studies.compare.sweep, "run_jobs", run)
     rates, tried, failures = swept_rates(Comparison(config, ["ppo", "grpo"], [0]), {}, Console(quiet=True), 0)
     assert failures == {} and rates["ppo"] == rates["grpo"]
     assert [t["learning_rate"] for t in tried if t["method"] == "grpo"] == sorted(

@@ -17,7 +17,8 @@ from grade.model.loading import load_prompts
 from grade.rewards.shared import head_report
 from grade.studies.compare import final_test, study
 from grade.studies.compare.jobs import Job, locked, run_jobs
-from grade.studies.compare.study import Comparison, run_comparison
+from grade.studies.compare.plan import Comparison
+from grade.studies.compare.study import run_comparison
 from grade.training import setup
 
 

@@ -14,7 +14,7 @@ from grade.config import Config
 from grade.config.sealed import sealed_yaml
 from grade.config.studies import VarianceConfig
 from grade.studies.compare import final_test, study
-from grade.studies.compare.study import Comparison
+from grade.studies.compare.plan import Comparison
 from grade.training import setup
 from grade.training.evaluation import Evaluation
 

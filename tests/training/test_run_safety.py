@@ -26,8 +26,8 @@ from grade.errors import GradeError
 from grade.files import sha256
 from grade.model.checkpoint import load_state, verified_step
 from grade.processes import make_accelerator
-from grade.studies.compare.jobs import Job
-from grade.studies.compare.study import _curve, run_comparison
+from grade.studies.compare.jobs import Job, curve_of
+from grade.studies.compare.study import run_comparison
 from grade.training.resuming import other_schedule, restored
 from grade.training.run_folder import MARKER, clear, decided, mark, prepare_run_dir, run_folder, write_run_config
 from grade.training.trainer import Trainer
@@ -492,10 +492,10 @@ def test_a_comparison_takes_no_folder_of_somebody_else(tiny_config, tmp_path):
 def test_an_edited_log_of_a_finished_run_is_not_compared(copied):
     train(copied)
     path = Path(copied.run_dir) / "metrics.jsonl"
-    assert _curve(Job("run", copied), "grade-ste", 0).validations[-1].step == 4
+    assert curve_of(Job("run", copied), "grade-ste", 0).validations[-1].step == 4
     path.write_text(path.read_text().replace('"validation/reward": 0.', '"validation/reward": 0.9', 1))
     with pytest.raises(GradeError, match="metrics.jsonl is damaged"):
-        _curve(Job("run", copied), "grade-ste", 0)
+        curve_of(Job("run", copied), "grade-ste", 0)
 
 
 def test_a_finished_run_has_nothing_left_and_auto_says_so_without_an_error(copied, capsys):

@@ -19,8 +19,12 @@ from grade.config import Config
 from grade.config.reading import config_to_yaml
 from grade.config.sealed import config_from_sealed
 from grade.errors import GradeError, read_json, writing
+from grade.files import latest
+from grade.model.checkpoint import load_state
 from grade.model.fingerprint import differing
+from grade.studies.compare.comparison import RunCurve, read_run
 from grade.training.interrupt import stop_between_steps
+from grade.training.log import beginning
 from grade.training.run_folder import differing_settings, is_begun, is_finished, make_again
 
 _POLL_SECONDS = 0.5
@@ -60,6 +64,21 @@ def locked(folder: Path) -> AbstractContextManager[int]:
         f"{folder} is in use by another `grade compare`, or by a run that one left behind: wait for it or stop it, or "
         "compare under another --name.",
     )
+
+
+def curve_of(job: Job, method: str, seed: int) -> RunCurve:
+    """The curve of a run that has ended well.
+
+    Raises:
+        GradeError: its files are damaged.
+    """
+    last = latest(job.run_dir / "checkpoints" / "last")
+    if last.is_dir():
+        beginning(job.run_dir / "metrics.jsonl", load_state(last)["logs"]["metrics.jsonl"])
+    curve = read_run(job.run_dir, method, seed)
+    if not len(curve.tokens) == curve.validations[-1].step == job.config.train.steps:
+        raise GradeError(f"{job.run_dir}/metrics.jsonl lacks steps or validations. {make_again(job.run_dir)}")
+    return curve
 
 
 def check_jobs(jobs: Sequence[Job], inputs: Mapping[str, str]) -> None:

@@ -1,6 +1,7 @@
 """`grade compare`: several methods, several seeds, the same prompts, one run each; tables at equal cost.
 
     1. sweep     every method with every learning rate, the same few; the best by validation is the method's own
+                 (`grade.studies.compare.sweep`)
     2. runs      method x seed with it, seed by seed: a machine that is slower at one time of day is so for all methods
                  alike; the adapter of every validation is kept
     3. test      for each run the best checkpoint by validation within the common budget of tokens, and within that of
@@ -13,21 +14,18 @@ failed is reported and does not stop the others.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from grade import terminal
-from grade.config import Config, validate
-from grade.config.methods import method_named
+from grade.config import Config
 from grade.errors import GradeError, printing, writing
-from grade.files import check_writable, latest
+from grade.files import check_writable
 from grade.machine import machine
-from grade.model.checkpoint import load_state
 from grade.model.fingerprint import inputs_of, judge_digest
 from grade.model.loading import load_prompts
 from grade.processes import make_accelerator
@@ -37,74 +35,18 @@ from grade.studies.compare.comparison import (
     Tests,
     best_within,
     common_budgets,
-    read_run,
     table,
     write_comparison,
 )
 from grade.studies.compare.final_test import evaluate_checkpoints, key_of
-from grade.studies.compare.jobs import Job, check_jobs, locked, run_jobs
+from grade.studies.compare.jobs import check_jobs, curve_of, locked, run_jobs
+from grade.studies.compare.plan import Comparison, check_methods, check_steps
+from grade.studies.compare.sweep import swept_rates
 from grade.studies.compare.text import TITLES, document, notes, rich_table
-from grade.training.log import beginning
-from grade.training.run_folder import adapter_folder, make_again
+from grade.training.run_folder import adapter_folder
 from grade.training.setup import set_up
 
-_GROUP = 4
-_SWEEP_VALIDATIONS = 2
 _TESTED = "Make room on its disk: runs and tests are kept, and the same command writes it."
-_EXTENSIONS = 2  # of the sweep, beyond the factors
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared, and where it is kept."""
-
-    config: Config
-    methods: Sequence[str]
-    seeds: Sequence[int]
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.output_dir) / f"compare-{self.config.name}"
-
-    @property
-    def samples_per_prompt(self) -> int:
-        own = self.config.generation.samples_per_prompt
-        return self.config.compare.samples_per_prompt or (own if own > 1 else _GROUP)
-
-    def job(self, method: str, seed: int, learning_rate: float, steps: int, validations: int, run_dir: Path) -> Job:
-        """A run of a method as it would be by itself, without its own test."""
-        config = self.config
-        train = replace(
-            config.train,
-            learning_rate=learning_rate,
-            steps=steps,
-            run_dir=str(run_dir),
-            keep_adapters=True,
-            resume=False,
-            overwrite=False,
-            tensorboard=False,
-            wandb=False,
-        )
-        return Job(
-            run_dir.name,
-            replace(
-                config,
-                seed=seed,
-                method=method_named(config.method, method),
-                train=train,
-                generation=replace(config.generation, samples_per_prompt=self.samples_per_prompt),
-                evaluation=replace(config.evaluation, test_prompts=0, every=-(-steps // validations)),
-            ),
-        )
-
-    def sweep_job(self, method: str, factor: float) -> Job:
-        compare, rate = self.config.compare, self.config.train.learning_rate * factor
-        run_dir = self.folder / "sweep" / f"{method}-lr{rate:g}"
-        return self.job(method, compare.sweep_seed, rate, compare.sweep_steps, _SWEEP_VALIDATIONS, run_dir)
-
-    def run_job(self, method: str, seed: int, learning_rate: float) -> Job:
-        steps, validations = self.config.train.steps, self.config.compare.validations
-        return self.job(method, seed, learning_rate, steps, validations, self.folder / f"{method}-seed{seed}")
 
 
 def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int]) -> dict:
@@ -130,8 +72,8 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
     if config.evaluation.test_prompts == 0:
         raise GradeError("evaluation.test_prompts is 0, and a comparison ends with a test: set it to 1 or more.")
     planned = [comparison.run_job(method, seed, config.train.learning_rate) for method in methods for seed in seeds]
-    _check_methods(comparison, planned[:: len(seeds)])
-    _check_steps(planned, "train.steps")
+    check_methods(comparison, planned[:: len(seeds)])
+    check_steps(planned, "train.steps")
     check_writable("output_dir", comparison.folder)
     if comparison.folder.is_dir() and any(comparison.folder.iterdir()) and not (comparison.folder / "lock").is_file():
         raise GradeError(
@@ -149,7 +91,7 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         curves = []
         for key in ((m, s) for m in methods for s in seeds if (m, s) in jobs and jobs[m, s].name not in failures):
             try:
-                curves.append(_curve(jobs[key], *key))
+                curves.append(curve_of(jobs[key], *key))
             except GradeError as error:
                 failures[jobs[key].name] = str(error)
         if not curves:
@@ -181,58 +123,6 @@ def missing_results(payload: dict) -> dict[str, str]:
     }
 
 
-def _check_methods(comparison: Comparison, jobs: Sequence[Job]) -> None:
-    """Refuse methods that cannot run, and two that are the same.
-
-    Args:
-        jobs: one of each method, in their order.
-    """
-    config = comparison.config
-    for i, (method, job) in enumerate(zip(comparison.methods, jobs, strict=True)):
-        try:
-            validate(job.config)
-        except GradeError as error:
-            if comparison.samples_per_prompt == config.generation.samples_per_prompt:
-                raise
-            # What is wrong is the comparison's own number, in a setting that the user has not touched.
-            text = str(error).replace("generation.samples_per_prompt", "compare.samples_per_prompt")
-            raise GradeError(text) from error
-        for other, earlier in zip(comparison.methods[:i], jobs[:i], strict=True):
-            if earlier.config.method == job.config.method:
-                raise GradeError(
-                    f"--methods: {other} and {method} are the same method with these settings: leave one out."
-                )
-
-
-def _check_steps(jobs: Iterable[Job], setting: str) -> None:
-    """Refuse fewer steps than a run has had: it would be judged by steps beyond the others' last."""
-    for job in jobs:
-        try:
-            had = len(read_run(job.run_dir, job.name, job.config.seed).tokens)
-        except GradeError:
-            continue  # not begun, or damaged, which is told where its curve is needed
-        if had > job.config.train.steps:
-            raise GradeError(
-                f"{setting} is {job.config.train.steps}, but {job.run_dir} has had {had} steps: set it to {had} or "
-                "more, or compare under another --name."
-            )
-
-
-def _curve(job: Job, method: str, seed: int) -> RunCurve:
-    """The curve of a run that has ended well.
-
-    Raises:
-        GradeError: its files are damaged.
-    """
-    last = latest(job.run_dir / "checkpoints" / "last")
-    if last.is_dir():
-        beginning(job.run_dir / "metrics.jsonl", load_state(last)["logs"]["metrics.jsonl"])
-    curve = read_run(job.run_dir, method, seed)
-    if not len(curve.tokens) == curve.validations[-1].step == job.config.train.steps:
-        raise GradeError(f"{job.run_dir}/metrics.jsonl lacks steps or validations. {make_again(job.run_dir)}")
-    return curve
-
-
 def prepared_inputs(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     """Find mistakes in data and prompts, and train the reward head, before several runs would each do so; in this
     process, and given back. The fingerprints of what the runs read, and of what only their test reads."""
@@ -245,69 +135,6 @@ def prepared_inputs(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     return inputs, {"judge": judge_digest(task)}
-
-
-def swept_rates(
-    comparison: Comparison, inputs: Mapping[str, str], console: Console, lock: int
-) -> tuple[dict[str, float], list[dict], dict[str, str]]:
-    """(learning rate by method, what was tried, failures). A rate that fails is not chosen.
-
-    Factors are tried one after another, each with every method. Where a method's best is the lowest or the highest
-    it has tried, a better one may lie beyond: that is tried too, `_EXTENSIONS` times at most.
-    """
-    config, compare = comparison.config, comparison.config.compare
-    factors = sorted(set(compare.learning_rate_factors))
-    if compare.sweep_steps == 0 or len(factors) == 1:
-        rate = config.train.learning_rate * (factors[0] if compare.sweep_steps else 1.0)
-        return {method: rate for method in comparison.methods}, [], {}
-    objectives: dict[str, dict[float, float | None]] = {method: {} for method in comparison.methods}
-    failures: dict[str, str] = {}
-    wanted = [(method, factor) for factor in factors for method in comparison.methods]
-    for _ in range(1 + _EXTENSIONS):
-        jobs = {key: comparison.sweep_job(*key) for key in wanted}
-        check_jobs(list(jobs.values()), inputs)
-        _check_steps(jobs.values(), "compare.sweep_steps")
-        steps = f"{compare.sweep_steps} step{'s' * (compare.sweep_steps > 1)}"
-        console.print(f"Learning rates: {len(jobs)} run{'s' * (len(jobs) > 1)} of {steps}", highlight=False)
-        failures |= run_jobs(list(jobs.values()), compare.jobs, console, lock=lock)
-        for (method, factor), job in jobs.items():
-            found = math.nan
-            if job.name not in failures:
-                try:
-                    found = best_within(_curve(job, method, compare.sweep_seed)).objective
-                except GradeError as error:
-                    failures[job.name] = str(error)
-            objectives[method][factor] = found if math.isfinite(found) else None
-        further = {method: _beyond(tried) for method, tried in objectives.items()}
-        wanted = [(method, factor) for method, factor in further.items() if factor is not None]
-        if not wanted:
-            break
-    rates = {
-        method: config.train.learning_rate * best
-        for method, tried in objectives.items()
-        if (best := _best(tried)) is not None
-    }
-    sweep = [
-        {"method": method, "learning_rate": config.train.learning_rate * factor, "objective": tried[factor]}
-        for method, tried in objectives.items()
-        for factor in sorted(tried)
-    ]
-    return rates, sweep, {f"sweep/{name}": reason for name, reason in failures.items()}
-
-
-def _best(objectives: Mapping[float, float | None]) -> float | None:
-    """The factor with the highest objective, the lowest of equals; None if all failed."""
-    known = {factor: found for factor, found in sorted(objectives.items()) if found is not None}
-    return max(known, key=known.__getitem__, default=None)
-
-
-def _beyond(objectives: Mapping[float, float | None]) -> float | None:
-    """The factor to try next, where the best is the first or the last: at the ratio to it that it has to its
-    neighbour. None where the best lies inside, or all failed."""
-    factors, best = sorted(objectives), _best(objectives)
-    if best not in (factors[0], factors[-1]):
-        return None
-    return best * best / factors[1 if best == factors[0] else -2]
 
 
 def _chosen(comparison: Comparison, curves: Sequence[RunCurve]) -> dict[Checkpoint, Path]:
