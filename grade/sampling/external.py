@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grade.config import GenerationConfig
+from grade.config import GenerationConfig, RolloutConfig
 from grade.errors import GradeError, reason_of
 from grade.model.passes import fed_embeddings, policy_pass
 from grade.model.policy import Policy
@@ -251,3 +251,26 @@ def _fill(policy: Policy, rollout: Rollout, hidden: Tensor, here: Tensor, sampli
     rollout.indices[here] = placed
     chosen = placed == rollout.tokens[here][:, None]
     rollout.token_weight[here] = (drawn.weights * chosen).sum(-1).to(rollout.token_weight.dtype)
+
+
+def rollout_source(
+    rollout: RolloutConfig,
+    policy: Policy,
+    generation: GenerationConfig,
+    *,
+    longest_prompt: int,
+    needed: int,
+    processes: int = 1,
+) -> RolloutSource | None:
+    """The source that the settings name; None where responses are sampled here. Arguments as of `RolloutSource`."""
+    if rollout.source is None:
+        return None
+    return RolloutSource(
+        Path(rollout.source),
+        policy,
+        generation,
+        longest_prompt=longest_prompt,
+        timeout=rollout.timeout,
+        needed=needed,
+        processes=processes,
+    )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from grade.config import Config, judged_length
-from grade.model.fingerprint import check_made_from, policy_inputs, refuse_given
+from grade.errors import GradeError
+from grade.model.fingerprint import check_made_from, differing, policy_inputs, refuse_given
 from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
-from grade.processes import main_process_first
+from grade.processes import everywhere, main_process_first
 from grade.rewards.base import Reward
 from grade.rewards.head_training import needs_labels, with_kept_head
 from grade.rewards.loading import check_reward, load_reward
@@ -65,3 +66,21 @@ def set_up(
         settings = config.reward if run_dir is None else with_kept_head(config.reward, run_dir)
         reward = load_reward(settings, policy, task, judged=judged, output_dir=config.output_dir)
     return SetUp(tokenizer, task, policy, reward)
+
+
+def check_same_inputs(accelerator: Accelerator, inputs: Mapping[str, Any]) -> None:
+    """Refuse processes of one run that do not read the same.
+
+    Args:
+        inputs: the fingerprint of what this process reads.
+
+    Raises:
+        GradeError: in every process, with what differs.
+    """
+    main, *others = everywhere(accelerator, inputs)
+    changed = next(filter(None, (differing(main, other) for other in others)), "")
+    if changed:
+        raise GradeError(
+            f"the processes do not have the same inputs, but different ones: {changed}. Give all of them the same, "
+            "with random numbers seeded alike."
+        )

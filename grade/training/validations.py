@@ -16,8 +16,13 @@ class Validations:
         best: step, metric and reward of the policy's best, and whether it beats the base model; None before the first.
     """
 
-    def __init__(self, rows: list[dict] | None = None, best: dict | None = None):
-        self.rows, self.best = rows or [], best
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+        self.best: dict | None = None
+
+    def restore(self, rows: list[dict], best: dict | None) -> None:
+        """Put back those of a run that goes on."""
+        self.rows, self.best = rows, best
 
     def add(self, row: Evaluation) -> bool:
         """Whether a further validation is one of the policy, and its best so far."""

@@ -321,7 +321,7 @@ def test_a_schedule_is_a_function_of_the_step_and_the_settings(copied):
     assert state["steps"] == 4
     config = with_train(copied, schedule="linear", steps=8)
     trainer = trainer_of(config)
-    restored(Path(config.run_dir), trainer.inputs, trainer.policy, trainer.optimizer, trainer.method)
+    restored(Path(config.run_dir), trainer.inputs, trainer.policy, trainer.optimization.adamw, trainer.method)
     trainer.step = 2
     assert trainer.train_step()["learning_rate"] == pytest.approx(1e-3 * (8 - 2) / 8)
     (note,) = other_schedule(state["steps"], config.train, 2)
@@ -437,8 +437,8 @@ def test_a_full_disk_elsewhere(tiny_config, tmp_path, monkeypatch, what):
     import grade.model.checkpoint
     import grade.rewards.head_training
     import grade.training.evaluation
+    import grade.training.record
     import grade.training.run_folder
-    import grade.training.trainer
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -449,7 +449,7 @@ def test_a_full_disk_elsewhere(tiny_config, tmp_path, monkeypatch, what):
         "evaluation.json": (grade.training.evaluation, "replace_text"),
         "the reward head": (grade.rewards.head_training, "save_file"),
         "config.yaml": (grade.training.run_folder, "replace_text"),
-        "run.json": (grade.training.trainer, "replace_text"),
+        "run.json": (grade.training.record, "replace_text"),
     }
     monkeypatch.setattr(*places[what], full)
     with pytest.raises(GradeError, match="could not be written.*No space left"):

@@ -1,0 +1,86 @@
+"""The checkpoints of a run: the last one to go on from, the best by validation, and the adapters of validations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from grade.files import latest
+from grade.model.checkpoint import load_adapter, replace_card, save_checkpoint
+from grade.model.policy import Policy
+from grade.training.callbacks import Callbacks
+from grade.training.record import RunRecord
+from grade.training.run_folder import adapter_folder
+from grade.training.validations import Validations
+
+
+class Checkpoints:
+    """Writes them with their model cards; on processes other than the main one nothing.
+
+    Args:
+        callbacks: hear of what was saved.
+
+    Attributes:
+        saved: optimizer steps of the last checkpoint; None: there is none yet.
+        holds_best: whether the policy is the best checkpoint, and no longer the last step's.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        policy: Policy,
+        record: RunRecord,
+        validations: Validations,
+        callbacks: Callbacks,
+        *,
+        enabled: bool,
+    ) -> None:
+        self._run_dir, self._policy, self._record = run_dir, policy, record
+        self._validations, self._callbacks, self._enabled = validations, callbacks, enabled
+        self._best = run_dir / "checkpoints" / "best"
+        self.saved: int | None = None
+        self.holds_best = False
+
+    def save_last(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        """The checkpoint to go on from, after `step` optimizer steps.
+
+        Args:
+            state: gives what the trainer needs beside the weights; asked in the main process.
+        """
+        folder = self._run_dir / "checkpoints" / "last"
+        if self._enabled:
+            save_checkpoint(folder, self._policy, step, state(), card=self._record.card(step))
+        self.saved = step
+        self._callbacks("on_save", folder)
+
+    def save_best(self, step: int) -> None:
+        """The policy as the best so far, which the checkpoint to go on from says already: one that no state names would
+        be lost by the next kill, and so would the one whose place it took."""
+        if self._enabled:
+            save_checkpoint(self._best, self._policy, step, card=self._record.card(step))
+            self._callbacks("on_save", self._best)
+
+    def keep_adapter(self, step: int) -> None:
+        """The adapter of a validation."""
+        if self._enabled:
+            save_checkpoint(adapter_folder(self._run_dir, step), self._policy, step, card=self._record.card(step))
+
+    def load_best(self) -> None:
+        """Put the best checkpoint into the policy; every process reads it, once it is written."""
+        load_adapter(latest(self._best), self._policy)
+        self.holds_best = True
+
+    def note_test(self, step: int, test: Mapping[str, Any]) -> None:
+        """Write the test's evaluations into the best checkpoint's card."""
+        if self._enabled:
+            replace_card(self._best, self._record.card(step, test))
+
+    def kept(self) -> str:
+        """Which checkpoints there are to go back to, as a sentence."""
+        best = self._validations.best
+        kept = [] if self.saved is None else [f"checkpoints/last (step {self.saved})"]
+        kept += [] if best is None else [f"checkpoints/best (step {best['step']})"]
+        if not kept:
+            return "No checkpoint had been written before."
+        return f"Kept {'is' if len(kept) == 1 else 'are'} {' and '.join(kept)}."
