@@ -46,7 +46,18 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
     load_adapter(folder, policy)
     prompts = task.prompts(split, tokenizer, limit=limit)
     rows = [
-        evaluate(policy, reward, prompts, config, split=split, step=None, adapters=adapters, accelerator=accelerator)
+        evaluate(
+            policy,
+            reward,
+            prompts,
+            config.evaluation,
+            config.generation,
+            config.method,
+            split=split,
+            step=None,
+            adapters=adapters,
+            accelerator=accelerator,
+        )
         for adapters in (False, True)
     ]
     if accelerator.is_main_process:

@@ -82,7 +82,7 @@ def default_methods(config: Config) -> list[str]:
     return [*BY_VALUE, *(["grpo-token"] if by_program else [])]
 
 
-def judged_length(config: Config) -> int:
+def judged_length(task: TaskConfig, reward: RewardConfig, generation: GenerationConfig) -> int:
     """Tokens of the text that the reward will judge in training."""
-    prompt = config.task.prompt_max_tokens if config.reward.input == "prompt+response" else 0
-    return prompt + config.generation.max_new_tokens
+    prompt = task.prompt_max_tokens if reward.input == "prompt+response" else 0
+    return prompt + generation.max_new_tokens

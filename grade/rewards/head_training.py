@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from grade.config import Config, RewardConfig, trains_head
+from grade.config import RewardConfig, TaskConfig, trains_head
 from grade.errors import GradeError, writing
 from grade.files import check_writable, locked, replaced_folder, sha256
 from grade.model.fingerprint import differing, model_inputs
@@ -185,10 +185,10 @@ def _say_waiting() -> None:
     say("Another process trains this reward head: waiting for it.")
 
 
-def needs_labels(config: Config) -> bool:
-    """Whether a head must be trained for a config: none is named that was trained already."""
-    path = config.reward.path
-    return trains_head(config.task, config.reward) and not (path is not None and (Path(path) / HEAD_FILE).is_file())
+def needs_labels(task: TaskConfig, reward: RewardConfig) -> bool:
+    """Whether a head must be trained for these settings: none is named that was trained already."""
+    path = reward.path
+    return trains_head(task, reward) and not (path is not None and (Path(path) / HEAD_FILE).is_file())
 
 
 def with_kept_head(settings: RewardConfig, run_dir: Path) -> RewardConfig:

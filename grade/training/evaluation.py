@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from grade.config import Config, EvaluationConfig, GenerationConfig, MethodConfig
+from grade.config import EvaluationConfig, GenerationConfig, MethodConfig
 from grade.files import replace_text
 from grade.methods.metrics import unique_token_ratio
 from grade.model.policy import Policy
@@ -96,7 +96,9 @@ def evaluate(
     policy: Policy,
     reward: Reward,
     prompts: Sequence[list[int]],
-    config: Config,
+    settings: EvaluationConfig,
+    generation: GenerationConfig,
+    method: MethodConfig,
     *,
     split: str,
     step: int | None,
@@ -109,6 +111,7 @@ def evaluate(
 
     Args:
         prompts: token ids, without padding; prompt i always gets the same noise.
+        method: its KL's direction, its prompt cache and its chunks of logits are used.
         split: "validation" or "test".
         step: optimizer steps the policy has had, for the record.
         adapters: False evaluates the base model.
@@ -117,18 +120,18 @@ def evaluate(
         measure: given a rollout, further [B] measures of it by name; their means are the `details`.
     """
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    sampling = evaluation_sampling(config.evaluation, config.generation)
-    settings = score_settings(config.method, policy.device)
-    size, numbers = config.evaluation.batch_size, list(range(process, len(prompts), processes))
+    sampling = evaluation_sampling(settings, generation)
+    passes = score_settings(method, policy.device)
+    size, numbers = settings.batch_size, list(range(process, len(prompts), processes))
     records: list[dict] = []
     for start in range(0, len(numbers), size):
         chosen = numbers[start : start + size]
         ids, mask = pad_prompts([prompts[i] for i in chosen], policy.pad_id, policy.device)
         rows = SPLIT_ROWS[split] + torch.tensor(chosen, device=policy.device) * sampling.max_new_tokens
-        rollout = sample(
-            policy, ids, mask, sampling, seed=config.evaluation.seed, first_rows=rows, adapters=adapters
-        ).of(split, chosen)
-        scores = score(policy, reward, rollout, settings, adapters=adapters)
+        rollout = sample(policy, ids, mask, sampling, seed=settings.seed, first_rows=rows, adapters=adapters).of(
+            split, chosen
+        )
+        scores = score(policy, reward, rollout, passes, adapters=adapters)
         details = reward.measures(rollout, scores.reward, scores.terms)
         details |= measure(rollout) if measure is not None else {}
         records += _records(policy, rollout, scores, details, chosen)
@@ -137,7 +140,7 @@ def evaluate(
     if processes > 1:
         records = gather_object(records)
     records.sort(key=lambda r: r["number"])
-    return _summary(records, config.evaluation.samples, split=split, step=step, model="policy" if adapters else "base")
+    return _summary(records, settings.samples, split=split, step=step, model="policy" if adapters else "base")
 
 
 def _records(policy: Policy, rollout: Rollout, result: Scores, details: Measures, numbers: Sequence[int]) -> list[dict]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from accelerate import Accelerator
 
-from grade.config import Config
+from grade.config import EvaluationConfig, GenerationConfig, MethodConfig
 from grade.memory.plan import MemoryPlan
 from grade.model.policy import Policy
 from grade.rewards.base import Reward
@@ -28,7 +28,9 @@ class Evaluator:
     policy: Policy
     reward: Reward
     prompts: Mapping[str, Sequence[list[int]]]
-    config: Config
+    settings: EvaluationConfig
+    generation: GenerationConfig
+    method: MethodConfig
     accelerator: Accelerator
     memory: MemoryPlan
 
@@ -61,7 +63,9 @@ class Evaluator:
                 self.policy,
                 self.reward,
                 prompts,
-                self.config,
+                self.settings,
+                self.generation,
+                self.method,
                 split=split,
                 step=step if adapters else 0,
                 adapters=adapters,

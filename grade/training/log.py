@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grade.config import Config, TrainConfig
+from grade.config import TrainConfig
 from grade.errors import GradeError, present, reason_of, writing
 from grade.files import replace_bytes, sync
 from grade.jsonl import append_rows, encode_rows, read_rows
@@ -30,6 +29,8 @@ class RunLog:
     """Appends to the run's files; on processes other than the main one it writes nothing.
 
     Args:
+        train: which loggers, and what they are told.
+        settings: of the whole run, which Weights & Biases shows.
         written: what `extents` said when the checkpoint was written that the run is continued from; None: a new run.
         resume_step: optimizer steps of that checkpoint.
 
@@ -40,9 +41,10 @@ class RunLog:
     def __init__(
         self,
         run_dir: Path,
-        config: Config,
+        train: TrainConfig,
         *,
         enabled: bool,
+        settings: Mapping[str, Any] | None = None,
         written: Mapping[str, Extent] | None = None,
         resume_step: int = 0,
     ):
@@ -58,7 +60,7 @@ class RunLog:
                     replace_bytes(path, content)
         self._sizes = {name: len(content) for name, content in kept.items()}
         self._digests = {name: hashlib.sha256(content) for name, content in kept.items()}
-        if config.train.tensorboard:
+        if train.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             with writing(run_dir / "tensorboard", "train.run_dir"):
@@ -67,8 +69,8 @@ class RunLog:
             for row in read_rows(run_dir / "metrics.jsonl").rows:
                 if row["step"] == resume_step > 0:
                     self._scalars(resume_step, row)
-        if config.train.wandb:
-            self._wandb = _start_wandb(config, run_dir)
+        if train.wandb:
+            self._wandb = _start_wandb(train.wandb_project, run_dir, settings)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         if not self.enabled:
@@ -157,13 +159,11 @@ def check_loggers(train: TrainConfig) -> None:
         raise GradeError(f"train.wandb is true but wandb has no API key. {fix}")
 
 
-def _start_wandb(config: Config, run_dir: Path) -> Any:
+def _start_wandb(project: str, run_dir: Path, settings: Mapping[str, Any] | None) -> Any:
     import wandb
 
     try:
-        return wandb.init(
-            project=config.train.wandb_project, name=run_dir.name, dir=str(run_dir), config=asdict(config)
-        )
+        return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=settings)
     except Exception as error:  # of any class of theirs: the key is not theirs, or the server is not reached
         raise _not_started(error, "Log in again (`wandb login`), or set WANDB_MODE=offline.") from error
 

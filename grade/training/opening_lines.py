@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from grade.config import Config
+from grade.config import GenerationConfig, ModelConfig, TrainConfig
 from grade.model.end_of_sequence import how_responses_end
 from grade.model.policy import Policy
 from grade.rewards.base import Reward
 
 
-def opening_lines(config: Config, policy: Policy, reward: Reward, processes: int = 1) -> list[str]:
+def opening_lines(
+    model: ModelConfig,
+    train: TrainConfig,
+    generation: GenerationConfig,
+    policy: Policy,
+    reward: Reward,
+    processes: int = 1,
+) -> list[str]:
     """Lines for the terminal: what a higher reward means, what a step is, how responses end, what the policy goes on
     from, whether a model's own code runs."""
-    lines = [f"reward: {reward.raises} is raised", step_line(config, processes)]
-    lines.append(how_responses_end(config.generation, policy))
+    lines = [f"reward: {reward.raises} is raised", step_line(train, generation, processes)]
+    lines.append(how_responses_end(generation, policy))
     if policy.trains_all:
         count = sum(p.numel() for p in policy.parameters())
         lines.append(f"model.finetuning: {count:,} weights are trained; head and embedding table stay as they are")
-    if config.model.adapter is not None:
+    if model.adapter is not None:
         reference = "the policy as it started" if policy.has_reference else "the base without it"
-        lines.append(f"model.adapter: goes on from {config.model.adapter}; the reference of KL is {reference}")
-    if config.model.trust_remote_code:
-        lines.append(f"model.trust_remote_code: code that comes with {config.model.name} may run here")
+        lines.append(f"model.adapter: goes on from {model.adapter}; the reference of KL is {reference}")
+    if model.trust_remote_code:
+        lines.append(f"model.trust_remote_code: code that comes with {model.name} may run here")
     return lines
 
 
-def step_line(config: Config, processes: int) -> str:
+def step_line(train: TrainConfig, generation: GenerationConfig, processes: int) -> str:
     """What an optimizer step is made of: `a step: 8 prompts × 2 samples = 16 responses (...), 512 tokens at most`."""
-    train, samples = config.train, config.generation.samples_per_prompt
+    samples = generation.samples_per_prompt
     responses = train.batch_size * train.accumulation_steps * processes
-    tokens = responses * config.generation.max_new_tokens
+    tokens = responses * generation.max_new_tokens
     parts = [f"train.batch_size {train.batch_size}", f"train.accumulation_steps {train.accumulation_steps}"]
     parts += [f"{processes} processes"] if processes > 1 else []
     return (

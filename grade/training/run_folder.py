@@ -15,7 +15,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from grade.config import Config, flatten, settings_with_role
+from grade.config import Config, EvaluationConfig, flatten, settings_with_role
 from grade.config.methods import DIFFERENTIATING
 from grade.config.sealed import config_from_sealed, sealed_yaml
 from grade.errors import GradeError, NothingLeft, read_json, writing
@@ -175,7 +175,7 @@ def prepare_run_dir(config: Config) -> Path:
     if config.train.resume:
         _check_resumable(config, run_dir)
     elif run_dir.exists() and (not run_dir.is_dir() or _content(run_dir)):
-        _check_replaceable(config, run_dir)
+        _check_replaceable(run_dir, config.train.overwrite, config.reward.path)
     check_writable("train.run_dir", run_dir)
     return run_dir
 
@@ -193,31 +193,32 @@ def _check_resumable(config: Config, run_dir: Path) -> None:
             f"train.resume: {run_dir} was started with other settings: {differing}. Put them back, or start "
             "another run with --train.run_dir."
         )
-    if done > config.train.steps or (done == config.train.steps and is_finished(config)):
-        kind = NothingLeft if done == config.train.steps else GradeError
+    steps = config.train.steps
+    if done > steps or (done == steps and is_finished(run_dir, steps, config.evaluation)):
+        kind = NothingLeft if done == steps else GradeError
         raise kind(
-            f"train.resume: {run_dir} has had {done} steps, train.steps is {config.train.steps}: there is nothing "
+            f"train.resume: {run_dir} has had {done} steps, train.steps is {steps}: there is nothing "
             "left to do. Raise train.steps to go on, or look at it with `grade evaluate`."
         )
 
 
-def _check_replaceable(config: Config, run_dir: Path) -> None:
+def _check_replaceable(run_dir: Path, overwrite: bool, reward_path: str | None) -> None:
     elsewhere = "name another folder with --train.run_dir or --name"
     if not run_dir.is_dir():
         raise GradeError(f"train.run_dir: {run_dir} is a file: {elsewhere}.")
     if not is_ours(run_dir):
-        what = "so nothing is deleted there" if config.train.overwrite else "and it is not empty"
+        what = "so nothing is deleted there" if overwrite else "and it is not empty"
         raise GradeError(f"train.run_dir: {run_dir} is no folder of a run ({MARKER} is missing), {what}: {elsewhere}.")
-    if config.train.overwrite:
+    if overwrite:
         link = next((path for path in (run_dir, *_written(run_dir)) if path.is_symlink()), None)
         if link is not None:
             raise GradeError(
                 f"train.overwrite: {link} is a symbolic link, and nothing is deleted through one. Remove the link "
                 f"yourself, or {elsewhere}."
             )
-        if config.reward.path is not None and Path(config.reward.path).resolve().is_relative_to(run_dir.resolve()):
+        if reward_path is not None and Path(reward_path).resolve().is_relative_to(run_dir.resolve()):
             raise GradeError(
-                f"train.overwrite: reward.path={config.reward.path} lies in {run_dir}, whose head would be deleted. "
+                f"train.overwrite: reward.path={reward_path} lies in {run_dir}, whose head would be deleted. "
                 f"Copy it elsewhere, or {elsewhere}."
             )
         return
@@ -287,16 +288,16 @@ def differing_settings(before: Config, now: Config) -> str:
     return ", ".join(f"{name} ({old[name]} then, {new[name]} now)" for name in names)
 
 
-def is_finished(config: Config) -> bool:
-    """Whether the run in train.run_dir has had all its steps, their validations and, if there is one, its test.
+def is_finished(run_dir: Path, steps: int, evaluation: EvaluationConfig) -> bool:
+    """Whether a run has had all its steps, their validations and, if there is one, its test.
 
     Raises:
         GradeError: its evaluation.json is damaged.
     """
-    path = Path(config.run_dir) / "evaluation.json"
+    path = run_dir / "evaluation.json"
     if not path.is_file():
         return False
     fix = "Delete that file: going on with the run makes it again from its checkpoint."
     done = read_json(path, fix, "validation")
     validated = done["validation"][-1]["step"] if done["validation"] else 0
-    return validated >= config.train.steps and ("test" in done or config.evaluation.test_prompts == 0)
+    return validated >= steps and ("test" in done or evaluation.test_prompts == 0)

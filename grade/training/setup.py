@@ -53,10 +53,10 @@ def set_up(
     """
     if run_dir is not None:
         refuse_given(run_dir)
-    judged = judged_length(config)
+    judged = judged_length(config.task, config.reward, config.generation)
     tokenizer = load_tokenizer(config.model)
     check_reward(config.reward, tokenizer, judged=judged)
-    task = load_task(config.task, config.tokenizer, labels=needs_labels(config))
+    task = load_task(config.task, config.tokenizer, labels=needs_labels(config.task, config.reward))
     before_policy(tokenizer, task)
     policy = load_policy(policy_config or config, tokenizer, accelerator.device)
     if run_dir is not None:

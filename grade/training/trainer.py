@@ -131,8 +131,17 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        self.log = RunLog(run_dir, config, enabled=False)  # until `fit` opens the run's files
-        self.evaluator = Evaluator(self.policy, self.reward, self.evaluation_prompts, config, accelerator, self.memory)
+        self.log = RunLog(run_dir, train, enabled=False)  # until `fit` opens the run's files
+        self.evaluator = Evaluator(
+            self.policy,
+            self.reward,
+            self.evaluation_prompts,
+            config.evaluation,
+            config.generation,
+            config.method,
+            accelerator,
+            self.memory,
+        )
         self.checkpoints = Checkpoints(
             run_dir, self.policy, self.record, self.validations, self.callbacks, enabled=accelerator.is_main_process
         )
@@ -199,7 +208,9 @@ class Trainer:
         """
         train, every = self.config.train, self.config.evaluation.every
         self.memory.check(self.services.any_process)
-        notes = opening_lines(self.config, self.policy, self.reward, self.accelerator.num_processes)
+        notes = opening_lines(
+            self.config.model, train, self.config.generation, self.policy, self.reward, self.accelerator.num_processes
+        )
         notes += [*self.task.notes(), self.memory.line]
         written, resaves_best = None, False
         if train.resume:
@@ -218,7 +229,9 @@ class Trainer:
                 if train.overwrite:
                     clear(self.run_dir)
                 mark(self.run_dir)
-            self.log = RunLog(self.run_dir, self.config, enabled=main, written=written, resume_step=self.step)
+            self.log = RunLog(
+                self.run_dir, train, enabled=main, settings=asdict(self.config), written=written, resume_step=self.step
+            )
             if main:
                 write_run_config(self.run_dir, self.config)
                 self.record.begin(self.loaded, self.inputs, self.step, self.accelerator.num_processes)

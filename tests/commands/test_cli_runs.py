@@ -65,9 +65,8 @@ def test_demo_from_nothing(tmp_path):
     assert "base" in done.stdout and "policy, step 2" in done.stdout
     assert "the same prompts, before and after" in done.stdout
     ours = (
-        "1/3 ",
-        "2/3 ",
-        "3/3 ",
+        "1/2 ",
+        "2/2 ",
         "Training the demo model",
         "Reward ",
         "Held-out features",

@@ -11,7 +11,7 @@ import torch
 from prompt_data import chat_tokenizer
 from tiny import CONFIGS, base_model, policy_around
 
-from grade.config import Config, RewardConfig, TaskConfig
+from grade.config import RewardConfig, TaskConfig
 from grade.errors import GradeError
 from grade.model.passes import base_pass, fed_embeddings
 from grade.rewards.head_fitting import features_of
@@ -205,9 +205,9 @@ def test_labels_that_are_no_numbers_are_refused(tmp_path):
 @pytest.mark.parametrize("columns", [{"text": TEXTS}, {"text": TEXTS, "label": [1] * 60}])
 def test_texts_without_two_classes_do_where_no_head_is_trained(tmp_path, columns):
     settings = task_of(tmp_path, columns, reward_examples=5000, policy_examples=40)
-    config = Config(task=settings, reward=RewardConfig(model="a classifier"))
-    assert not needs_labels(config) and needs_labels(Config(task=settings))
-    task = load_task(settings, labels=needs_labels(config))
+    reward = RewardConfig(model="a classifier")
+    assert not needs_labels(settings, reward) and needs_labels(settings, RewardConfig())
+    task = load_task(settings, labels=needs_labels(settings, reward))
     counts = {split: len(task.examples(split)) for split in ("reward", "policy", "validation", "test", "judge")}
     assert counts == {"reward": 5, "policy": 40, "validation": 15, "test": 60, "judge": 0} and task.label_type is None
     assert json.dumps(task.describe())
@@ -221,10 +221,10 @@ def test_labels_that_are_there_stay_and_the_splits_with_them(tmp_path):
 
 
 def test_a_head_that_was_trained_needs_no_labels(tmp_path):
-    config = Config(reward=RewardConfig(path=str(tmp_path)))
-    assert needs_labels(config)
+    task, reward = TaskConfig(), RewardConfig(path=str(tmp_path))
+    assert needs_labels(task, reward)
     (tmp_path / "head.safetensors").touch()
-    assert not needs_labels(config)
+    assert not needs_labels(task, reward)
 
 
 def test_only_classes_have_two_outputs():

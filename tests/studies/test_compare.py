@@ -31,7 +31,7 @@ from grade.studies.compare.plan import Comparison
 from grade.studies.compare.study import missing_results, run_comparison
 from grade.studies.compare.sweep import swept_rates
 from grade.studies.compare.text import document
-from grade.training.run_folder import adapter_folder, decided, is_finished, mark
+from grade.training.run_folder import adapter_folder, decided, mark
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def in_process(monkeypatch):
     def run(jobs, at_once, console, *, lock):
         failures = {}
         for job in jobs:
-            if not is_finished(job.config):
+            if not job.finished:
                 ran.append(job.name)
                 try:
                     train(job.config)
@@ -206,7 +206,7 @@ def test_child_processes_run_and_fail_by_themselves(comparable, tmp_path):
     with locked(tmp_path) as lock:
         failures = run_jobs(jobs, 2, Console(quiet=True), lock=lock)
     assert set(failures) == {"bad"} and "train.learning_rate" in failures["bad"]
-    assert is_finished(jobs[0].config) and not is_finished(jobs[1].config)
+    assert jobs[0].finished and not jobs[1].finished
     assert run_jobs(jobs[:1], 1, Console(quiet=True), lock=-1) == {}
 
 

@@ -19,10 +19,13 @@ from grade.training.progress import training_progress
 def test_a_reward_says_what_is_raised_and_trusted_code_is_announced():
     config, policy = Config(), tiny_policy()
     reward = SimpleNamespace(raises="the score")
-    assert opening_lines(config, policy, reward)[0] == "reward: the score is raised"
-    assert len(opening_lines(config, policy, reward)) == 3
+
+    def lines():
+        return opening_lines(config.model, config.train, config.generation, policy, reward)
+
+    assert lines()[0] == "reward: the score is raised" and len(lines()) == 3
     config.model.trust_remote_code = True
-    assert "code that comes with Qwen/Qwen3-0.6B" in opening_lines(config, policy, reward)[3]
+    assert "code that comes with Qwen/Qwen3-0.6B" in lines()[3]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +49,7 @@ def test_a_reward_says_what_is_raised_and_trusted_code_is_announced():
 )
 def test_what_a_step_is(train, samples, processes, line):
     config = Config(train=TrainConfig(**train), generation=GenerationConfig(samples_per_prompt=samples))
-    assert step_line(config, processes) == line
+    assert step_line(config.train, config.generation, processes) == line
 
 
 def test_what_looks_like_a_tag_is_shown(capsys):

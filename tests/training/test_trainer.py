@@ -203,7 +203,14 @@ def test_evaluation_has_no_dropout(tiny_config):
     trainer.train_step()
     rows = [
         evaluate(
-            trainer.policy, trainer.reward, trainer.evaluation_prompts["validation"], config, split="validation", step=1
+            trainer.policy,
+            trainer.reward,
+            trainer.evaluation_prompts["validation"],
+            config.evaluation,
+            config.generation,
+            config.method,
+            split="validation",
+            step=1,
         )
         for _ in range(2)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,9 +64,9 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tiny_config, tmp_path, name
     config = replace(config, evaluation=replace(config.evaluation, every=4, test_prompts=0, validation_prompts=4))
     config = with_train(config, steps=4, save_every=2, tensorboard=False)
     whole, stopped = (with_train(config, run_dir=str(tmp_path / folder)) for folder in ("whole", "stopped"))
-    assert train(whole) == {} and is_finished(whole)
+    assert train(whole) == {} and is_finished(Path(whole.run_dir), whole.train.steps, whole.evaluation)
     stopped_after(stopped)
-    assert not is_finished(stopped)
+    assert not is_finished(Path(stopped.run_dir), stopped.train.steps, stopped.evaluation)
     train(with_train(stopped, resume=True))
 
     logs = [timeless(tmp_path / folder / "metrics.jsonl") for folder in ("whole", "stopped")]

@@ -79,7 +79,16 @@ def evaluate_checkpoints(
                     del digests[key]
                     continue
             row = evaluate(
-                policy, reward, prompts, config, split="test", step=key[2], adapters=key != BASE, measure=measure
+                policy,
+                reward,
+                prompts,
+                config.evaluation,
+                config.generation,
+                config.method,
+                split="test",
+                step=key[2],
+                adapters=key != BASE,
+                measure=measure,
             )
             results[key_of(key)] = {**_numbers(asdict(row)), "adapter_sha256": digests[key]}
             _write(path, kept)
@@ -162,7 +171,8 @@ def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenize
     if len({example.label for example in examples}) < 2:
         report.unlink(missing_ok=True)
         return None
-    lengths = sorted({judged_length(config), config.reward.max_tokens, 2 * config.reward.max_tokens})
+    judged = judged_length(config.task, config.reward, config.generation)
+    lengths = sorted({judged, config.reward.max_tokens, 2 * config.reward.max_tokens})
     identity = _judge_identity(config, inputs, lengths)
     if path.is_file() and (_judge_report(folder) or {}).get("identity") == identity:
         return Judge.load(path)

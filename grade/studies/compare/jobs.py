@@ -47,6 +47,11 @@ class Job:
         return Path(self.config.run_dir)
 
     @property
+    def finished(self) -> bool:
+        """Whether the run has had all that it was to have."""
+        return is_finished(self.run_dir, self.config.train.steps, self.config.evaluation)
+
+    @property
     def log(self) -> Path:
         """Where the child's output goes."""
         return self.run_dir.with_name(self.run_dir.name + ".log")
@@ -136,7 +141,7 @@ def run_jobs(
         GradeError: a run's evaluation.json is damaged; nothing was started.
         KeyboardInterrupt: interrupted; all children have ended, unless a second Ctrl-C did not wait for them.
     """
-    waiting = [job for job in jobs if not is_finished(job.config)]
+    waiting = [job for job in jobs if not job.finished]
     running: dict[Job, subprocess.Popen] = {}
     failures: dict[str, str] = {}
     done, total = len(jobs) - len(waiting), len(jobs)
