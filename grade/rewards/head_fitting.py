@@ -94,8 +94,8 @@ def _fit_texts(
             settings,
             lambda batch: torch.nn.functional.cross_entropy(head(train_x[batch]), train_y[batch].long()),
         )
-        scores = [head(x) for x in held_x]
-        right = [((s[:, 1] > s[:, 0]).long() == held_y).float().mean().item() for s in scores]
+        logits = [head(x) for x in held_x]
+        right = [((s[:, 1] > s[:, 0]).long() == held_y).float().mean().item() for s in logits]
         return loss, {"accuracy": _by_length(lengths, right)}, sizes
     mean, deviation = train_y.mean(), train_y.std().clamp_min(1e-12)
     scaled = (train_y - mean) / deviation
@@ -124,7 +124,7 @@ def _fit_texts(
 def _fit_pairs(
     policy: Policy, head: RewardHead, settings: RewardConfig, data: HeadData, judged: int
 ) -> tuple[float, dict[str, Any], tuple[int, int]]:
-    """Bradley and Terry (1952): the log-odds that an answer is preferred are the difference of the scores."""
+    """Bradley and Terry (1952): the log-odds that an answer is preferred are the difference of the logits."""
     limit = max(judged, settings.max_tokens)
     parts = []
     for pairs, title in ((data.learnt, "Reward features"), (data.held_out, "Held-out features")):
@@ -140,12 +140,12 @@ def _fit_pairs(
     learnt, held_out = parts
 
     def loss_of(batch: Tensor) -> Tensor:
-        scores = head(learnt[batch])[..., 0]
-        return -torch.nn.functional.logsigmoid(scores[:, 0] - scores[:, 1]).mean()
+        logits = head(learnt[batch])[..., 0]
+        return -torch.nn.functional.logsigmoid(logits[:, 0] - logits[:, 1]).mean()
 
     loss = _minimise(head, len(learnt), settings, loss_of)
-    scores = head(held_out)[..., 0]
-    right = (scores[:, 0] > scores[:, 1]).float().mean().item()
+    logits = head(held_out)[..., 0]
+    right = (logits[:, 0] > logits[:, 1]).float().mean().item()
     return loss, {"accuracy": _by_length([limit], [right])}, (len(learnt), len(held_out))
 
 

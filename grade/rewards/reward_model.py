@@ -30,7 +30,7 @@ class RewardModel:
         labels: N times 1 (to be raised) or 0: the reward is the probability of 1, in (0, 1).
         targets: N numbers: the reward is the head's estimate, unbounded, in their units.
         pairs: N mappings with "chosen" and "rejected", and "prompt" where these do not begin with it; strings or lists
-            of messages, as TRL has them. The reward is the sigmoid of the head's score, in (0, 1).
+            of messages, as TRL has them. The reward is the sigmoid of the head's logit, in (0, 1).
         held_out: share of the data that is not learnt from but tests the head.
         settings: of the head and its training, and whether it reads prompt and response or the response alone; None:
             the defaults.

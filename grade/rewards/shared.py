@@ -32,7 +32,7 @@ _RAISED: dict[LabelType, str] = {
 
 class RewardHead(nn.Module):
     """Linear-Tanh-Linear on pooled features, in float32: [B, d] -> [B, 2] logits (negative, positive) of classes, or
-    [B, 1] scores.
+    the [B, 1] logit of pairs, or the estimate of numbers.
 
     Args:
         label_type: what it learns: "classes", "numbers" or "pairs".
@@ -55,11 +55,11 @@ class RewardHead(nn.Module):
 
     def reward(self, features: Tensor) -> Tensor:
         """[B] probability of the positive class, in (0, 1); of numbers the estimate, unbounded; of pairs the sigmoid of
-        the score, in (0, 1)."""
-        scores = self(features)
+        the logit, in (0, 1)."""
+        outputs = self(features)
         if self.label_type == "classes":
-            return scores.softmax(-1)[..., 1]
-        return scores[..., 0] if self.label_type == "numbers" else scores[..., 0].sigmoid()
+            return outputs.softmax(-1)[..., 1]
+        return outputs[..., 0] if self.label_type == "numbers" else outputs[..., 0].sigmoid()
 
 
 class SharedReward(DifferentiableReward):

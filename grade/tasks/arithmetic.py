@@ -1,4 +1,4 @@
-"""Reads arithmetic that a model wrote and scores it: steps from given numbers to a target, checked exactly.
+"""Reads arithmetic that a model wrote and rewards it: steps from given numbers to a target, checked exactly.
 
 What is read, as one grammar:
 
@@ -8,7 +8,7 @@ What is read, as one grammar:
 
 So `50 + 25 = 75` lines are a list of steps and `(50 + 25) + 7` is a single expression. Every number in an expression
 is a given number or the result of an earlier statement, and is used up. A text is read character by character and
-never again, which makes the score of everything that comes before a character independent of it.
+never again, which makes the reward of everything that comes before a character independent of it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OPERATIONS: dict[str, Callable[[int | Fraction, int | Fraction], int | Fraction
 _PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2}
 
 
-def score(
+def response_reward(
     text: str, numbers: Sequence[int], target: int, *, max_steps: int, ended: bool, partial_credit: bool
 ) -> float:
     """How far a response solves a puzzle, in [0, 1].
@@ -48,7 +48,7 @@ def score(
       min(max_steps, len(numbers) - 1). Idle steps earn little, as numbers are used up.
 
     An error earns nothing and ends the reading: nothing after it counts. A number that the text stops at may still
-    grow, so it is neither an error nor a step until something follows or the response ends. So the score never falls
+    grow, so it is neither an error nor a step until something follows or the response ends. So the reward never falls
     as a text grows, nor when it ends.
 
     With an `<answer>` in the text, only what stands between the first one and the `</answer>` after it can be a
@@ -62,13 +62,13 @@ def score(
         ended: the response ended by itself, and was not cut off.
         partial_credit: false: 1 for a solution that ended, 0 for anything else.
     """
-    return hindsight_scores(text, numbers, target, max_steps=max_steps, ended=ended, partial_credit=partial_credit)[1]
+    return hindsight_rewards(text, numbers, target, max_steps=max_steps, ended=ended, partial_credit=partial_credit)[1]
 
 
-def hindsight_scores(
+def hindsight_rewards(
     text: str, numbers: Sequence[int], target: int, *, max_steps: int, ended: bool, partial_credit: bool
 ) -> tuple[list[float], float]:
-    """What every beginning of `text` has contributed to its `score`, in one reading.
+    """What every beginning of `text` has contributed to its `response_reward`, in one reading.
 
     That a number is complete shows only in what follows: a character that is no digit, `</answer>`, or the end of a
     response that ended by itself. Here the credit counts from the number's last digit on (or from the last bracket
@@ -76,7 +76,7 @@ def hindsight_scores(
 
     Returns:
         What text[:0], text[:1], ... text[:len(text)] have contributed: from 0, never falling, at most 0.8; and the
-        score of the whole. They differ for a solution that has ended, by what is due to its ending there.
+        reward of the whole. They differ for a solution that has ended, by what is due to its ending there.
     """
     start = text.find(_OPEN)
     inside = start + len(_OPEN) if start >= 0 else 0  # where the answer begins
@@ -99,7 +99,7 @@ def hindsight_scores(
 def is_solution(text: str, numbers: Sequence[int], target: int, *, max_steps: int) -> bool:
     """Whether a whole response is a solution: every statement right, the last one's result the target, nothing else
     (within the `<answer>` tags where there are any, which must then be closed)."""
-    return score(text, numbers, target, max_steps=max_steps, ended=True, partial_credit=False) == 1.0
+    return response_reward(text, numbers, target, max_steps=max_steps, ended=True, partial_credit=False) == 1.0
 
 
 class _Wrong(Exception):

@@ -194,7 +194,7 @@ class GradeTrainer:
         )
 
     def evaluate(self, prompts: Any = None, *, split: str = "validation", base: bool = False) -> Evaluation:
-        """Sample a response to every prompt, with noise that does not change, and score it.
+        """Sample a response to every prompt, with noise that does not change, and measure its reward, KL and entropy.
 
         Args:
             prompts: as the trainer takes them; None: those of `split`.

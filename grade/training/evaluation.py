@@ -84,7 +84,7 @@ def evaluation_sampling(settings: EvaluationConfig, generation: GenerationConfig
 
 
 def score_settings(method: MethodConfig, device: torch.device) -> ScoreSettings:
-    """How a response is scored; nothing here depends on the method."""
+    """How the passes over a response are made; nothing here depends on the method."""
     return ScoreSettings(
         kl_direction=method.kl_direction,
         prompt_cache=method.prompt_cache,
@@ -107,7 +107,7 @@ def evaluate(
     tick: Callable[[int], object] | None = None,
     measure: Callable[[Rollout], Measures] | None = None,
 ) -> Evaluation:
-    """Sample a response to every prompt and score it.
+    """Sample a response to every prompt, and measure its reward, KL and entropy.
 
     Args:
         prompts: token ids, without padding; prompt i always gets the same noise.

@@ -97,11 +97,11 @@ def test_the_loss_of_pairs_is_bradley_terry(policy):
     model = RewardModel(pairs=PAIRS, settings=settings)
     head = model.fit(policy).head
     learnt, _ = model._parts(model.pairs)
-    scores = []
+    logits = []
     for which in ("chosen", "rejected"):
         rows = [policy.tokenizer(pair.prompt + getattr(pair, which))["input_ids"] for pair in learnt]
-        scores.append(head(features_of(policy, rows, [24], "")[0]))
-    expected = torch.log1p(torch.exp(scores[1] - scores[0])).mean()
+        logits.append(head(features_of(policy, rows, [24], "")[0]))
+    expected = torch.log1p(torch.exp(logits[1] - logits[0])).mean()
     assert model.report["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 

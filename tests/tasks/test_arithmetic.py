@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from puzzles import answers
 
-from grade.tasks.arithmetic import hindsight_scores, is_solution, score
+from grade.tasks.arithmetic import hindsight_rewards, is_solution, response_reward
 
 examples = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -23,7 +23,7 @@ CREDIT = 0.2 / 3  # of one of the three steps that four numbers allow
 
 
 def rate(text, numbers=NUMBERS, target=TARGET, *, max_steps=6, ended=True, partial_credit=True):
-    return score(text, numbers, target, max_steps=max_steps, ended=ended, partial_credit=partial_credit)
+    return response_reward(text, numbers, target, max_steps=max_steps, ended=ended, partial_credit=partial_credit)
 
 
 @pytest.mark.parametrize(
@@ -227,15 +227,15 @@ def test_scores_never_fall_and_count_from_the_last_digit(text, tagged, ended, pa
     text = f"{text[:3]}<answer>{text}</answer>{text[:4]}" if tagged else text
     numbers, target = (3, 7, 2, 5), 12
     kwargs = {"max_steps": max_steps, "partial_credit": partial_credit}
-    earned, final = hindsight_scores(text, numbers, target, ended=ended, **kwargs)
+    earned, final = hindsight_rewards(text, numbers, target, ended=ended, **kwargs)
     assert len(earned) == len(text) + 1 and earned[0] == 0 and earned == sorted(earned)
     assert final == earned[-1] or (final == 1.0 and ended)
-    growing = [score(text[:n], numbers, target, ended=False, **kwargs) for n in range(len(text) + 1)]
+    growing = [response_reward(text[:n], numbers, target, ended=False, **kwargs) for n in range(len(text) + 1)]
     assert growing == sorted(growing) and growing[-1] <= final <= 1
     for n in range(len(text) + 1):
         # Not before it could have been had by ending there (or by closing the tag that is open there) ...
-        closed = score(text[:n] + "</answer>", numbers, target, ended=True, **kwargs)
-        at_once = score(text[:n], numbers, target, ended=True, **kwargs)
+        closed = response_reward(text[:n] + "</answer>", numbers, target, ended=True, **kwargs)
+        at_once = response_reward(text[:n], numbers, target, ended=True, **kwargs)
         assert growing[n] <= at_once
         assert growing[n] <= earned[n] <= max(at_once, closed, earned[n - 1] if n else 0)
         if n and earned[n] > earned[n - 1]:
@@ -258,6 +258,6 @@ def test_scores_never_fall_and_count_from_the_last_digit(text, tagged, ended, pa
     ],
 )
 def test_credit_counts_from_the_last_digit(text, ended, expected):
-    earned, _ = hindsight_scores(text, NUMBERS, TARGET, max_steps=6, ended=ended, partial_credit=True)
+    earned, _ = hindsight_rewards(text, NUMBERS, TARGET, max_steps=6, ended=ended, partial_credit=True)
     assert {n: pytest.approx(b) for n, (a, b) in enumerate(pairwise(earned), start=1) if b > a} == expected
-    assert not any(hindsight_scores(text, NUMBERS, TARGET, max_steps=6, ended=ended, partial_credit=False)[0])
+    assert not any(hindsight_rewards(text, NUMBERS, TARGET, max_steps=6, ended=ended, partial_credit=False)[0])
