@@ -12,14 +12,16 @@ from typing import Any
 
 import yaml
 
-from grade.config import Config, flatten
+from grade.config import Config, flatten, settings_with_role
 from grade.config.methods import DIFFERENTIATING
 from grade.config.tasks import WRITTEN
 from grade.hub_names import looks_local
 from grade.training.sessions import SESSIONS
 
-_OF_A_RUN = ("train.run_dir", "train.resume", "train.overwrite", "output_dir", "compare.", "variance.")
-"""Settings that say where and how it was started, not what was trained."""
+_OF_A_CALL = ("train.resume", "train.overwrite", "compare.", "variance.")
+"""Settings that say how a run was started, and those of the studies; no role tells them from what it keeps and logs."""
+_LEFT_OUT = (*(name for name in settings_with_role("place") if name != "name"), *_OF_A_CALL)
+"""What the card's settings do without: it holds no folder."""
 _OF_THE_HEAD = ("trained_on", "held_out", "accuracy", "r2", "mean_absolute_error", "loss")
 """What its report says of its training and of its errors on held-out data."""
 _USE = {
@@ -165,7 +167,7 @@ def _settings(config: Config) -> str:
     default = flatten(asdict(Config()))
     nested: dict[str, Any] = {}
     for name, value in flatten(asdict(config)).items():
-        if value != default[name] and not name.startswith(_OF_A_RUN):
+        if value != default[name] and not name.startswith(_LEFT_OUT):
             *sections, last = name.split(".")
             inner = nested
             for section in sections:
