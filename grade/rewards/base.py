@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,10 @@ from grade.errors import GradeError, RewardFailed, reason_of
 from grade.model.fingerprint import tensors_digest
 from grade.model.passes import BasePass, fed_embeddings
 from grade.rollout import Rollout
+
+
+MEND = "Mend it, and start another run: a run goes on with the same reward only."
+"""What to do where a reward of one's own fails."""
 
 
 class EmbeddingTable(NamedTuple):
@@ -94,7 +99,7 @@ class Reward(ABC):
             training: of a step, where running means count, and not in an evaluation.
 
         Raises:
-            GradeError: `value` gives something else than a number a response.
+            RewardFailed: `value` of a reward of one's own fails, or gives something else than a number a response.
         """
         value = asked(
             self,
@@ -153,8 +158,13 @@ class Reward(ABC):
         return {}
 
     def measures(self, rollout: Rollout, values: Tensor, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`details` of a reward that may be a sum, whose `Valued.terms` are given."""
-        return self.details(rollout, values)
+        """`details` of a reward that may be a sum, whose `Valued.terms` are given.
+
+        Raises:
+            RewardFailed: `details` of a reward of one's own fails.
+        """
+        with of_users(self):
+            return self.details(rollout, values)
 
     def identity(self) -> str:
         """Tells by content which reward this is: runs continue, and checkpoints are judged, with an equal one only. The
@@ -216,38 +226,46 @@ class _Unasked(RewardFunction):
         return torch.zeros(len(rollout), 1 + rollout.tokens.shape[1], device=rollout.tokens.device)
 
 
+@contextmanager
+def of_users(reward: Reward) -> Iterator[None]:
+    """Tell an error inside the block as one of the reward's own code; an interruption (Ctrl-C) stays one.
+
+    Raises:
+        RewardFailed: a reward of somebody's own raised an error, or ended the program.
+    """
+    try:
+        yield
+    except (GradeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        if _is_ours(type(reward)) or "memory" in str(error):  # of which the trainer says more
+            raise
+        raise RewardFailed(
+            f"the reward {type(reward).__name__} failed ({type(error).__name__}: {reason_of(error)}). {MEND}"
+        ) from error
+
+
 def asked(reward: Reward, answer: Callable[[], Any], responses: int) -> Tensor:
     """What a reward gives by `answer`, if it is a number a response; of a function NaN, where it does not apply.
 
     Raises:
-        RewardFailed: a reward of somebody's own raised an error.
-        GradeError: it is something else; with the reward's name.
+        RewardFailed: a reward of somebody's own raised an error, or gave something else; with the reward's name.
     """
-    own = not _is_ours(type(reward))
-    try:
+    with of_users(reward):
         value = answer()
-    except (GradeError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if not own or "memory" in str(error):  # of which the trainer says more
-            raise
-        raise RewardFailed(
-            f"the reward {type(reward).__name__} failed ({type(error).__name__}: {reason_of(error)}). Mend it, and "
-            "start another run: a run goes on with the same reward only."
-        ) from error
     if not isinstance(value, Tensor) or value.shape != (responses,) or not value.is_floating_point():
         found = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise GradeError(
+        raise RewardFailed(
             f"the reward {type(reward).__name__} gave {found} for {responses} responses: it must be a float tensor of "
-            f"shape [{responses}], one number a response. Mend the reward."
+            f"shape [{responses}], one number a response. {MEND}"
         )
-    if not own:  # ours are finite, and looking would wait for the device
+    if _is_ours(type(reward)):  # ours are finite, and looking would wait for the device
         return value
     wrong = value.isinf() if isinstance(reward, RewardFunction) else ~value.isfinite()
     if wrong.any():
-        raise GradeError(
-            f"the reward {type(reward).__name__} gave {value[wrong][0].item()} for a response. It must be finite: "
-            "mend it."
+        raise RewardFailed(
+            f"the reward {type(reward).__name__} gave {value[wrong][0].item()} for a response. It must be finite. "
+            f"{MEND}"
         )
     return value
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grade.errors import GradeError, RewardFailed, reason_of
-from grade.rewards.base import RewardFunction
+from grade.rewards.base import MEND, RewardFunction
 from grade.rollout import Rollout
 from grade.tasks.base import Task
 
@@ -144,18 +144,15 @@ class FunctionReward(RewardFunction):
         """[B] float32, NaN where the function returns None.
 
         Raises:
-            GradeError: the function fails, asks for a column that is not there, or returns something else than a list
-                of B finite numbers or None.
+            RewardFailed: the function fails, asks for a column that is not there, or returns something else than a
+                list of B finite numbers or None.
         """
         arguments = self._arguments(rollout)
         try:
             returned = self.function(**arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             file = None if self.loaded is None else self.loaded.file
-            raise RewardFailed(
-                f"{self.where} failed ({_shown(error, file)}). Mend it, and start another run: a run goes on with the "
-                "same function only."
-            ) from error
+            raise RewardFailed(f"{self.where} failed ({_shown(error, file)}). {MEND}") from error
         return torch.tensor(self._numbers(returned, len(rollout)), dtype=torch.float32, device=rollout.tokens.device)
 
     def identity(self) -> str:
@@ -213,7 +210,7 @@ class FunctionReward(RewardFunction):
         if missing:
             there = ", ".join(["prompts", "completions", "completion_ids", *columns])
             foreign = " Prompts of rollout.source have no columns." if rollout.prompt_index is None else ""
-            raise GradeError(
+            raise RewardFailed(
                 f"{self.where} asks for {', '.join(missing)}, and there is {there}.{foreign} Name a column of the data "
                 "set, or give the parameter a default."
             )
@@ -231,22 +228,24 @@ class FunctionReward(RewardFunction):
         """What the function has returned, NaN for None."""
         if inspect.iscoroutine(returned):
             returned.close()
-            raise GradeError(f"{self.where} returned a coroutine. Return a list of numbers.")
+            raise RewardFailed(f"{self.where} returned a coroutine. Return a list of numbers. {MEND}")
         values = returned.tolist() if hasattr(returned, "tolist") else returned
         if not isinstance(values, (list, tuple)):
-            raise GradeError(f"{self.where} returned {type(returned).__name__}. Return a list of {count} numbers.")
+            raise RewardFailed(
+                f"{self.where} returned {type(returned).__name__}. Return a list of {count} numbers. {MEND}"
+            )
         if len(values) != count:
-            raise GradeError(
+            raise RewardFailed(
                 f"{self.where} returned {len(values)} values for {count} responses. Return one for each, None where it "
-                "does not apply."
+                f"does not apply. {MEND}"
             )
         numbers = []
         for place, value in enumerate(values):
             value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
             if value is not None and (not isinstance(value, Real) or not math.isfinite(value)):
-                raise GradeError(
+                raise RewardFailed(
                     f"{self.where} returned {str(value)[:60]!r} for response {place} of {count}. Return a finite "
-                    "number, or None where it does not apply."
+                    f"number, or None where it does not apply. {MEND}"
                 )
             numbers.append(math.nan if value is None else float(value))
         return numbers

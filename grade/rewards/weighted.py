@@ -23,7 +23,7 @@ from torch import Tensor
 
 from grade.errors import GradeError
 from grade.model.passes import BasePass
-from grade.rewards.base import Reward, RewardFunction, Valued, asked
+from grade.rewards.base import Reward, RewardFunction, Valued, asked, of_users
 from grade.rollout import Rollout
 
 
@@ -180,13 +180,16 @@ class WeightedReward(Reward):
 
     def prefix_values(self, rollout: Rollout, base: BasePass) -> Tensor:
         """As of every `Reward`, of terms that all have one."""
-        prefixes = [self._share(t, t.reward.prefix_values(rollout, base).double(), True) for t in self.terms]
+        prefixes = []
+        for term in self.terms:
+            with of_users(term.reward):
+                prefixes.append(self._share(term, term.reward.prefix_values(rollout, base).double(), True))
         return torch.stack(prefixes).sum(0)
 
     def measures(self, rollout: Rollout, values: Tensor, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for term in self.terms:
-            found |= term.reward.details(rollout, terms[term.name])
+            found |= term.reward.measures(rollout, terms[term.name], {})
         return found
 
     def observe(self, moments: Mapping[str, tuple[float, float, float]]) -> None:

@@ -250,6 +250,9 @@ def _made(reward: Any, policy: Policy) -> Any:
     if not (is_class or inspect.isroutine(reward)):
         return reward
     needed = [name for name, p in inspect.signature(reward).parameters.items() if p.default is p.empty]
-    if needed == ["policy"]:
-        return reward(policy)
-    return reward() if is_class and not needed else reward
+    if needed != ["policy"] and (needed or not is_class):
+        return reward
+    try:
+        return reward(policy) if needed else reward()
+    except SystemExit as error:
+        raise GradeError(f"reward: {reward.__qualname__} ended the program (SystemExit: {error}). Mend it.") from error

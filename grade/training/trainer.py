@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -265,11 +265,14 @@ class Trainer:
             progress = stack.enter_context(
                 training_progress(train.steps, self.step, every=train.log_every, enabled=main)
             )
+            stack.enter_context(self._saved_where_a_reward_fails())
             self.stop = stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
             for note in notes:
                 progress.say(note)
             if self.step == 0 and not self.validations.rows:
                 self._validate(progress, adapters=False)
+            elif self.step % every == 0 and self.validations.rows[-1]["step"] != self.step:  # the reward failed in it
+                self._save(best=self._validate(progress))
             self.callbacks.check(self._kept())
             if self.source is not None:
                 self.source.should_stop = lambda: stop.asked
@@ -280,11 +283,6 @@ class Trainer:
                 except StopAsked:  # while it waited for responses: nothing of this step has been done
                     self._save()
                     raise KeyboardInterrupt from None
-                except RewardFailed as error:  # likewise
-                    if self.step in (0, self.saved) or self.accelerator.num_processes > 1:
-                        raise
-                    self._save()
-                    raise RewardFailed(f"{error} {self._kept()}") from error
                 self._refuse_broken(f"step {self.step}", broken_measure(metrics))
                 self.log.metrics(self.step, metrics)
                 progress.advance(metrics)
@@ -307,6 +305,18 @@ class Trainer:
             self.callbacks("on_end")
             self.callbacks.check(self._kept())
             return rows
+
+    @contextmanager
+    def _saved_where_a_reward_fails(self) -> Iterator[None]:
+        """Save what was done before: a step or an evaluation whose reward fails has changed nothing of it."""
+        try:
+            yield
+        except RewardFailed as error:
+            if self.step == 0 or not self.accelerator.is_main_process:
+                raise
+            if self.step != self.saved:
+                self._save()
+            raise RewardFailed(f"{error} {self._kept()}") from error
 
     def _validate(self, progress: TrainingProgress, *, adapters: bool = True) -> bool:
         """Whether the policy is the best so far."""
