@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from grade.errors import GradeError, RewardFailed, reason_of
 from grade.model.fingerprint import tensors_digest
 from grade.model.passes import BasePass, fed_embeddings
+from grade.rewards.attributes import told
 from grade.rollout import Rollout
-
 
 MEND = "Mend it, and start another run: a run goes on with the same reward only."
 """What to do where a reward of one's own fails."""
@@ -113,6 +113,10 @@ class Reward(ABC):
         `Rollout.judged`. None: nothing is asked beforehand."""
         return None
 
+    def judges(self) -> list[str]:
+        """The names of the T functions of `judge`."""
+        return []
+
     def observe(self, moments: Mapping[str, tuple[float, float, float]]) -> None:
         """Hear what a step's responses were given, over all processes.
 
@@ -168,14 +172,22 @@ class Reward(ABC):
 
     def identity(self) -> str:
         """Tells by content which reward this is: runs continue, and checkpoints are judged, with an equal one only. The
-        content is the weights of `modules` and, of a class that is not this package's, its source; a reward that
-        depends on more (a threshold, a word list) adds that."""
-        code = source_of(type(self))
+        content is the weights of `modules` and, of a class that is not this package's, its source and that of the
+        rewards that it derives from. `attributes` are compared beside it; one that depends on more adds that."""
+        code = " ".join(map(source_of, _own_classes(type(self)))) or source_of(type(self))
         if not self.modules:
             return code
         whole = self.modules[0] if len(self.modules) == 1 else nn.ModuleList(self.modules)
         digest = tensors_digest(whole.state_dict())
         return digest if code == type(self).__name__ else f"{code} {digest}"
+
+    def attributes(self) -> dict[str, str]:
+        """What a reward of one's own holds beside its code and `modules`, as texts by name, each a part of its identity
+        that is told by its name: see `grade.rewards.attributes`. None of a reward that has an `identity` of its own."""
+        if _is_ours(type(self)) or type(self).identity is not Reward.identity:
+            return {}
+        held = {name: value for name, value in vars(self).items() if name not in ("modules", "tables")}
+        return {f"{type(self).__name__}.{name}": text for name, text in told(held).items()}
 
     def keep(self, run_dir: Path) -> dict[str, Any]:
         """Copy into the run's folder what could change outside it; what run.json records of the reward."""
@@ -202,8 +214,19 @@ class RewardFunction(Reward):
     def value(
         self, rollout: Rollout, base: BasePass, fed: Sequence[Tensor] = (), *, activation_checkpointing: bool = False
     ) -> Tensor:
-        score = asked(self, lambda: self.score(rollout), len(rollout))
+        if rollout.judged is None:
+            score = asked(self, lambda: self.score(rollout), len(rollout))
+        else:
+            score = rollout.judged[:, 0].float()
         return torch.where(score.isnan(), 0.0, score)
+
+    def judge(self, rollout: Rollout) -> Tensor | None:
+        if _is_ours(type(self)):  # those apply to every response
+            return None
+        return asked(self, lambda: self.score(rollout), len(rollout)).double()[:, None]
+
+    def judges(self) -> list[str]:
+        return [type(self).__name__]
 
     def in_trial(self) -> RewardFunction:
         return _Unasked(self)
@@ -273,6 +296,11 @@ def asked(reward: Reward, answer: Callable[[], Any], responses: int) -> Tensor:
 def _is_ours(code: type | Callable[..., Any]) -> bool:
     """Whether it is of this package."""
     return code.__module__.split(".")[0] == __name__.split(".")[0]
+
+
+def _own_classes(code: type) -> list[type]:
+    """A reward's class and those rewards that it derives from, but for this package's."""
+    return [found for found in code.__mro__ if issubclass(found, Reward) and not _is_ours(found)]
 
 
 def source_of(code: type | Callable[..., Any]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,9 +28,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grade.errors import GradeError, RewardFailed, reason_of
+from grade.rewards.attributes import of_function
 from grade.rewards.base import MEND, RewardFunction
 from grade.rollout import Rollout
 from grade.tasks.base import Task
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""In the text of an object that has none of its own; another one in every process."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,12 @@ class FunctionReward(RewardFunction):
             raise RewardFailed(f"{self.where} failed ({_shown(error, file)}). {MEND}") from error
         return torch.tensor(self._numbers(returned, len(rollout)), dtype=torch.float32, device=rollout.tokens.device)
 
+    def judge(self, rollout: Rollout) -> Tensor:
+        return self.score(rollout).double()[:, None]
+
+    def judges(self) -> list[str]:
+        return [self.name if self.loaded is None else self.loaded.called]
+
     def identity(self) -> str:
         """By the content of its file, or of its source where it comes from no file: of an object the source of its
         class, of a `functools.partial` its arguments too, and of what has no source its compiled code.
@@ -168,7 +179,8 @@ class FunctionReward(RewardFunction):
 
     def _content(self, function: Callable[..., Any]) -> str:
         if isinstance(function, partial):
-            return f"{self._content(function.func)} {function.args!r} {sorted(function.keywords.items())!r}"
+            given = f"{function.args!r} {sorted(function.keywords.items())!r}"
+            return f"{self._content(function.func)} {_ADDRESS.sub('', given)}"
         function = inspect.unwrap(function)
         try:
             return inspect.getsource(function if hasattr(function, "__code__") else type(function))
@@ -179,6 +191,12 @@ class FunctionReward(RewardFunction):
                     f"{self.where} has neither source nor code by which a run could know it again. Wrap it in a `def`."
                 ) from error
             return f"{_compiled(called.__code__)} {called.__defaults__!r} {called.__kwdefaults__!r}"
+
+    def attributes(self) -> dict[str, str]:
+        """Of a function from no file: what it depends on, as `grade.rewards.attributes.of_function` tells."""
+        if self.loaded is not None:
+            return {}
+        return {f"{self.name}.{name}": text for name, text in of_function(self.function).items()}
 
     def keep(self, run_dir: Path) -> dict[str, Any]:
         """Its file, name and SHA-256."""

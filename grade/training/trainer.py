@@ -48,7 +48,7 @@ from grade.training.log import GO_ON, RunLog, check_loggers
 from grade.training.opening_lines import opening_lines
 from grade.training.progress import TrainingProgress, training_progress
 from grade.training.responses import Responses
-from grade.training.resuming import best_is_missing, other_schedule, restored
+from grade.training.resuming import best_is_missing, check_inputs, other_schedule, restored
 from grade.training.run_folder import adapter_folder, clear, mark, write_run_config
 from grade.training.sessions import SESSIONS, begun, earlier, utc_now
 from grade.training.setup import SetUp, set_up
@@ -94,10 +94,22 @@ class Trainer:
         tokenizer, self.task, self.policy, self.reward = self.loaded = loaded
         self.evaluation_prompts = load_prompts(config.evaluation, self.task, tokenizer)
         self.prompts = self.evaluation_prompts.pop("policy")
+        train = config.train
+        self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
+        inputs = inputs_of(self.policy, self.task, self.reward.identity(), self.reward.attributes())
+        self.inputs = {**inputs, "responses_per_step": self.responses_per_step}
+        main, *others = everywhere(accelerator, self.inputs)
+        changed = next(filter(None, (differing(main, other) for other in others)), "")
+        if changed:
+            raise GradeError(
+                f"the processes do not have the same inputs, but different ones: {changed}. Give all of them the same, "
+                "with random numbers seeded alike."
+            )
+        if train.resume:
+            check_inputs(run_dir, self.inputs)
         split = max(self.evaluation_prompts, key=lambda name: len(self.evaluation_prompts[name]))
         trial = Trial(self.policy, self.reward, config, self.prompts, self.evaluation_prompts[split], split)
         self.memory = memory_plan(trial, accelerator.num_processes, self.services.any_process)
-        train = config.train
         self.method = make_method(
             self.policy,
             self.reward,
@@ -118,16 +130,6 @@ class Trainer:
         name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
         # The learning rate is a function of the step and of the settings in force: nothing of it is saved or restored.
         self.schedule = get_scheduler(name, self.optimizer, train.warmup_steps, train.steps).lr_lambdas[0]
-        self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
-        inputs = inputs_of(self.policy, self.task, self.reward.identity())
-        self.inputs = {**inputs, "responses_per_step": self.responses_per_step}
-        main, *others = everywhere(accelerator, self.inputs)
-        changed = next(filter(None, (differing(main, other) for other in others)), "")
-        if changed:
-            raise GradeError(
-                f"the processes do not have the same inputs, but different ones: {changed}. Give all of them the same, "
-                "with random numbers seeded alike."
-            )
         self.source = None
         if config.rollout.source is not None:
             needed = train.steps * self.responses_per_step
