@@ -162,6 +162,9 @@ class WeightedReward(Reward):
             values.append(asked(term.reward, partial(term.reward.score, rollout), len(rollout)).double())
         return torch.stack(values, dim=1) if values else None
 
+    def judges(self) -> list[str]:
+        return [term.name for term in self.functions]
+
     def function_shares(self, judged: Tensor) -> Tensor:
         """[B, T] float64, what the functions add to the total in training, NaN where one does not apply.
 
@@ -206,11 +209,17 @@ class WeightedReward(Reward):
         own = [[t.name, t.weight, t.scale, t.offset, t.normalize, t.reward.identity()] for t in self.terms]
         return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
+    def attributes(self) -> dict[str, str]:
+        return {f"{t.name}: {name}": text for t in self.terms for name, text in t.reward.attributes().items()}
+
     def keep(self, run_dir: Path) -> dict[str, Any]:
         kept: dict[str, Any] = {}
         for term in self.terms:
             for name, value in term.reward.keep(run_dir).items():
-                kept[name] = [*kept.get(name, []), *value] if isinstance(value, list) else value
+                if isinstance(value, list):
+                    kept[name] = [*kept.get(name, []), *value]
+                else:  # the second head of a sum goes by its term
+                    kept[f"{name} of {term.name}" if name in kept else name] = value
         return kept
 
 

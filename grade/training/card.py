@@ -20,8 +20,18 @@ from grade.training.sessions import SESSIONS
 
 _OF_A_RUN = ("train.run_dir", "train.resume", "train.overwrite", "output_dir", "compare.", "variance.")
 """Settings that say where and how it was started, not what was trained."""
-_OF_THE_HEAD = ("trained_on", "held_out", "accuracy", "r2", "mean_absolute_error", "loss")
-"""What its report says of its training and of its errors on held-out data."""
+_OF_THE_HEAD = (
+    "label_type",
+    "trained_on",
+    "held_out",
+    "accuracy",
+    "r2",
+    "mean_absolute_error",
+    "loss",
+    "sha256",
+    "data.",
+)
+"""What its report says of its training, of its errors on held-out data, of its weights and of its data."""
 _USE = {
     True: """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
-from tiny_run import adapter_of, changed, timeless
+import torch
+from tiny import TinyTokenizer
+from tiny_run import changed, timeless
 
 import grade
+from grade.rewards.function import FunctionReward
 
 PROMPTS = ["I watched this film last night.", "We saw it at home.", "This is a comedy.", "It tells the story."]
 
@@ -91,3 +95,89 @@ def test_nobodys_code_ends_the_program_but_an_interruption_does(tiny_model, conf
 
     with pytest.raises(KeyboardInterrupt):
         make(tiny_model, config, interrupted).evaluate()
+
+
+class Longer(Length):
+    """Whether a response is longer than a threshold."""
+
+    def __init__(self, threshold, words=(), scale=1.0):
+        self.threshold, self.words, self.scale = threshold, set(words), torch.tensor(scale)
+        self.other, self._seen = object(), 0
+
+    def score(self, rollout):
+        self._seen += 1
+        return self.scale * (super().score(rollout) > self.threshold)
+
+
+def longer_than(threshold, words=()):
+    def longer(completions, factor=1.0):
+        return [factor * (len(text) > threshold or text in words) for text in completions]
+
+    return longer
+
+
+@pytest.mark.parametrize("kind", ["class", "function", "sum"])
+def test_a_run_goes_on_with_the_attributes_that_its_reward_had(tiny_model, config, kind):
+    made = {"class": Longer, "function": longer_than, "sum": lambda *given: [Longer(*given), longer_than(3)]}[kind]
+    make(tiny_model, changed(config, train={"steps": 2}), made(5, ["a", "b"])).train()
+    go_on = changed(config, train={"resume": "auto"})
+    before = {"class": "Longer.", "function": "longer.", "sum": "Longer: Longer."}[kind]
+    with pytest.raises(grade.GradeError, match=rf"something else: reward, {before}threshold \(5 then, 6 now\)\. .*_"):
+        make(tiny_model, go_on, made(6, ["a", "b"])).train()
+    with pytest.raises(grade.GradeError, match=rf"something else: reward, {before}words "):
+        make(tiny_model, go_on, made(5, ["a"])).train()
+    result = make(tiny_model, go_on, made(5, ["b", "a"] if kind != "function" else ["a", "b"])).train()
+    assert result.step == 4
+    inputs = json.loads((result.run_dir / "run.json").read_text())["inputs"]
+    assert inputs[f"reward, {before}threshold"] == "5" and not any("_seen" in name for name in inputs)
+
+
+def test_attributes_are_told_by_what_they_say():
+    def told(reward):
+        return FunctionReward(reward, TinyTokenizer()).attributes() if callable(reward) else reward.attributes()
+
+    assert told(Longer(1))["Longer.scale"] != told(Longer(1, scale=2.0))["Longer.scale"]
+    assert set(told(Longer(1))) == {"Longer.threshold", "Longer.words", "Longer.scale"}
+    assert told(partial(longer_than(4), factor=2.0)) == {
+        "partial.threshold": "4",
+        "partial.words": "[]",
+        "partial.factor": "2.0",
+    }
+    assert told(Longer(1, ["word" * 50]))["Longer.words"].startswith("SHA-256 ")
+    assert Longer(1).identity().count("test_own_rewards.") == 2  # what it derives from counts
+
+
+def test_a_reward_that_applies_to_nothing_is_told_and_ends_the_run(tiny_model, config, capfd):
+    def solved(completions):
+        return [None for _ in completions]
+
+    config = changed(config, train={"steps": 7}, evaluation={"every": 100})
+    with pytest.raises(grade.GradeError, match=r"no response of 5 steps in a row \(solved\).*last \(step 4\)"):
+        make(tiny_model, config, solved).train()
+    said = capfd.readouterr().err
+    assert said.count("the reward function solved applies to no response of a step, and counts as 0") == 1
+    assert said.count("the reward function solved applies to no response of the validation prompts") == 1
+    config = changed(config, train={"run_dir": f"{config.train.run_dir}-sum"})
+    assert make(tiny_model, config, [Length(), solved]).train().step == 7  # it is one of two
+    assert capfd.readouterr().err.count("applies to no response of a step") == 1
+
+
+def test_the_head_of_a_reward_model_is_recorded(tiny_model, config):
+    texts = [f"{prompt} The plot was {word}." for prompt in PROMPTS for word in ("great", "awful")]
+    settings = grade.RewardConfig(epochs=2, hidden_size=8, max_tokens=32)
+    config = changed(config, train={"steps": 1})
+    result = make(tiny_model, config, grade.RewardModel(texts, labels=[1, 0] * 4, settings=settings)).train()
+    head = json.loads((result.run_dir / "run.json").read_text())["reward_head"]
+    assert head["label_type"] == "classes" and len(head["sha256"]) == len(head["data"]["sha256"]) == 64
+    assert f"sha256 {head['sha256']}" in (result.run_dir / "checkpoints" / "last" / "README.md").read_text()
+    go_on = changed(config, train={"resume": "auto", "steps": 2})
+    with pytest.raises(grade.GradeError, match="something else: the reward"):
+        make(tiny_model, go_on, grade.RewardModel(texts, labels=[0, 1] * 4, settings=settings)).train()
+
+
+def test_pairs_with_equal_answers_are_called_so():
+    pair = {"prompt": "a", "chosen": "good", "rejected": "good"}
+    with pytest.raises(grade.GradeError, match="0 usable rows .5 of 5 pairs have equal answers"):
+        grade.RewardModel(pairs=[pair] * 5)
+    with pytest.raises(grade.GradeError, match="1 usable rows .4 of 5 texts are empty"):
+        grade.RewardModel(["a", "", " ", "", ""], labels=[0, 1, 0, 1, 0])
