@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+GIVEN = "given:"
+"""Before the names of what a program has given as an object, which no setting can name: no folder and no repository of
+the hub is called so."""
+
 
 def looks_local(name: str) -> bool:
     """Whether a name means a path: it starts as one, has more parts than a hub name, or exists here."""

@@ -15,6 +15,7 @@ from grade.built_in.countdown_model import countdown_model
 from grade.built_in.demo_model import demo_model
 from grade.config import Config, EvaluationConfig, GenerationConfig, ModelConfig, TaskConfig, trains_head
 from grade.errors import GradeError, reason_of
+from grade.hub_names import GIVEN
 from grade.machine import free_bytes
 from grade.model.adapter import adapter_folder, add_reference, settings_of
 from grade.model.checkpoint import put_adapter, started_digest
@@ -43,8 +44,13 @@ def policy_source(model: ModelConfig) -> Pretrained:
     """Where model.name's files are.
 
     Raises:
-        GradeError: model.name is a path without a model.
+        GradeError: model.name is a path without a model, or says that the model was an object of a program.
     """
+    if model.name.startswith(GIVEN):
+        raise GradeError(
+            f"model.name is {model.name}: that was given as an object in Python, and no setting tells where it is. "
+            "Go on in that program, or name the folder of a model that it saved."
+        )
     return Pretrained(
         "model.name",
         model.name,

@@ -16,9 +16,9 @@ STOP = "stop"
 class Callback:
     """A subclass overrides what it wants to hear of; all of it is called in the main process only.
 
-    An exception of a callback, and SystemExit, ends the run with a GradeError, once what is done has been saved. `trainer` is the
-    `GradeTrainer` that was given the callback: its `policy`, `config` and `generate` may be used, and nothing of the
-    policy may be changed.
+    An exception of a callback, SystemExit included, ends the run with a GradeError, once what is done has been saved.
+    `trainer` is the `GradeTrainer` that was given the callback: its `policy`, `config` and `generate` may be used, and
+    nothing of the policy may be changed.
     """
 
     def on_step(self, trainer: Any, step: int, metrics: Mapping[str, float]) -> str | None:
