@@ -16,3 +16,9 @@ def looks_local(name: str) -> bool:
     except (OSError, ValueError):  # too long for a path, or with a character that none may have
         here = False
     return here or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+
+
+def name_anywhere(name: str) -> str:
+    """A model's name that means the same from every directory: a folder's absolute path, or a hub name as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name

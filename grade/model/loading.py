@@ -18,7 +18,8 @@ from grade.errors import GradeError, reason_of
 from grade.hub_names import GIVEN
 from grade.machine import free_bytes
 from grade.model.adapter import adapter_folder, add_reference, settings_of
-from grade.model.checkpoint import put_adapter, started_digest
+from grade.model.adapter_base import check_base_name
+from grade.model.checkpoint import put_adapter, recorded_base, started_digest
 from grade.model.policy import Policy
 from grade.model.pretrained import Pretrained, context_of
 from grade.model.quantization import check_quantized, loading_options
@@ -148,7 +149,10 @@ def go_on_from(base: PreTrainedModel, folder: Path, settings: LoraConfig, model:
         wrapped = _wrapped(base, settings, model)
     except ValueError as error:  # no layer of these names
         raise GradeError(f"{name} does not fit model.name={model.name}: {reason_of(error)}") from error
-    put_adapter(folder, wrapped, name, "Name the model that it was trained on as model.name.")
+    fix = "Name the model that it was trained on as model.name."
+    put_adapter(folder, wrapped, name, fix)
+    if recorded_base(folder) is None:
+        check_base_name(LoraConfig.from_pretrained(str(folder)).base_model_name_or_path, base.name_or_path, name, fix)
     if model.reference == "initial":
         add_reference(wrapped)
     return wrapped

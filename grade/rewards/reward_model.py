@@ -70,9 +70,9 @@ class RewardModel:
         self.examples = [] if pairs is not None else _examples(texts, given[named[0]], named[0])
         usable = len(self.pairs) + len(self.examples)
         if usable < 4:
-            given = pairs if pairs is not None else texts or ()
-            unusable = "pairs have equal answers" if pairs is not None else "texts are empty"
-            left_out = f" ({len(given) - usable} of {len(given)} {unusable})" if len(given) > usable else ""
+            count = len(texts or ()) if pairs is None else len(pairs)
+            unusable = "texts are empty" if pairs is None else "pairs have equal answers"
+            left_out = f" ({count - usable} of {count} {unusable})" if count > usable else ""
             raise GradeError(f"RewardModel has {usable} usable rows{left_out}: at least 4 are needed. Give it more.")
         if len(self.pairs) < len(pairs or ()):
             say(f"RewardModel: {len(pairs or ()) - len(self.pairs)} pairs whose answers are equal are left out")
@@ -104,7 +104,8 @@ class RewardModel:
 
     def _data_digest(self) -> str:
         """SHA-256 of the rows, in their order."""
-        return sha256_of(json.dumps(asdict(row), sort_keys=True) for row in (*self.pairs, *self.examples))
+        rows: list[Pair] | list[Example] = self.pairs or self.examples
+        return sha256_of(json.dumps(asdict(row), sort_keys=True) for row in rows)
 
     def _parts(self, rows: list[_Row]) -> tuple[list[_Row], list[_Row]]:
         """Rows to learn from and rows held out, drawn by the seed; at least two and one."""

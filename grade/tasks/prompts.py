@@ -80,8 +80,8 @@ def prompt_task(
     for split in ("validation", "test"):
         sizes[split] = 0 if split in read else min(getattr(settings, f"{split}_examples"), fifth)
     if sum(sizes.values()) >= len(train):
-        said = ", ".join(note.removeprefix("data: ") for note in read["train"].notes())
-        left_out = f" ({said})" if said else ""
+        notes = ", ".join(note.removeprefix("data: ") for note in read["train"].notes())
+        left_out = f" ({notes})" if notes else ""
         raise GradeError(
             f"{where(source, 'train')} has {len(train)} usable rows{left_out}: at least {1 + sum(sizes.values())} are "
             f"needed for {', '.join(name for name, size in sizes.items() if size)} and training."

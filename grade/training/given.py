@@ -24,6 +24,7 @@ from grade.config import Config, LoraSettings
 from grade.errors import GradeError
 from grade.hub_names import GIVEN
 from grade.model.adapter import add_reference, more_than_lora
+from grade.model.adapter_base import check_base_name
 from grade.model.fingerprint import remember_inputs, tensors_digest
 from grade.model.loading import (
     add_adapter,
@@ -239,6 +240,12 @@ def _own_adapter(model: PeftModel) -> LoraSettings:
             f"model: its adapter is more than a LoRA adapter of linear layers ({', '.join(more)}), which cannot be "
             "switched off beside a frozen base. Merge it (merge_and_unload), and give the merged model."
         )
+    check_base_name(
+        settings.base_model_name_or_path,
+        model.get_base_model().name_or_path,
+        "model: its adapter",
+        "Give PeftModel.from_pretrained(base, folder) with the base that it was trained on.",
+    )
     targets = set()
     for name, parameter in model.named_parameters():
         trained = ".lora_" in name
