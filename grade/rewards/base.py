@@ -109,8 +109,8 @@ class Reward(ABC):
         return Valued(value, {})
 
     def judge(self, rollout: Rollout) -> Tensor | None:
-        """[B, T] float64, what T functions say, NaN where one does not apply; methods ask once a step and keep it in
-        `Rollout.judged`. None: nothing is asked beforehand."""
+        """[B, T], what T functions say, NaN where one does not apply; float64 of a sum. Methods ask once a step and keep
+        it in `Rollout.judged`. None: nothing is asked beforehand."""
         return None
 
     def judges(self) -> list[str]:
@@ -217,13 +217,13 @@ class RewardFunction(Reward):
         if rollout.judged is None:
             score = asked(self, lambda: self.score(rollout), len(rollout))
         else:
-            score = rollout.judged[:, 0].float()
+            score = rollout.judged[:, 0]
         return torch.where(score.isnan(), 0.0, score)
 
     def judge(self, rollout: Rollout) -> Tensor | None:
         if _is_ours(type(self)):  # those apply to every response
             return None
-        return asked(self, lambda: self.score(rollout), len(rollout)).double()[:, None]
+        return asked(self, lambda: self.score(rollout), len(rollout))[:, None]
 
     def judges(self) -> list[str]:
         return [type(self).__name__]

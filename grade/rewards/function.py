@@ -161,7 +161,7 @@ class FunctionReward(RewardFunction):
         return torch.tensor(self._numbers(returned, len(rollout)), dtype=torch.float32, device=rollout.tokens.device)
 
     def judge(self, rollout: Rollout) -> Tensor:
-        return self.score(rollout).double()[:, None]
+        return self.score(rollout)[:, None]
 
     def judges(self) -> list[str]:
         return [self.name if self.loaded is None else self.loaded.called]
