@@ -109,8 +109,8 @@ class Reward(ABC):
         return Valued(value, {})
 
     def judge(self, rollout: Rollout) -> Tensor | None:
-        """[B, T], what T functions say, NaN where one does not apply; float64 of a sum. Methods ask once a step and keep
-        it in `Rollout.judged`. None: nothing is asked beforehand."""
+        """[B, T], what T functions say, NaN where one does not apply; float64 of a sum. Methods ask once a step and
+        keep it in `Rollout.judged`. None: nothing is asked beforehand."""
         return None
 
     def judges(self) -> list[str]:
