@@ -48,10 +48,11 @@ def of_function(function: Callable[..., Any]) -> dict[str, str]:
     if not hasattr(function, "__code__"):
         return told(getattr(function, "__dict__", {}))
     owner = told(getattr(getattr(function, "__self__", None), "__dict__", {}))
-    read = inspect.getclosurevars(function)
-    defaults = {
-        name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty
-    }
+    try:
+        read, parameters = inspect.getclosurevars(function), inspect.signature(function).parameters
+    except (TypeError, ValueError):  # compiled by other tools, or with something that it has not got yet
+        return owner
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     return {**owner, **told({**read.globals, **read.nonlocals, **defaults})}
 
 
