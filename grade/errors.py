@@ -25,7 +25,8 @@ _CHOICE = re.compile(r"\(\d\) ")
 
 
 class RewardFailed(GradeError):
-    """Somebody's function of a reward has failed; nothing of the step that asked it has been done."""
+    """Somebody's own reward has failed, or gave no numbers; nothing of the step or evaluation that asked it has been
+    done."""
 
 
 class NothingLeft(GradeError):

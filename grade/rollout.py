@@ -34,7 +34,7 @@ class Rollout:
         min_new_tokens, seed, samples_per_prompt: of the draw. Samples of one prompt stand next to each other.
         split: of the task that the prompts come from; None where they come from elsewhere (rollout.source).
         prompt_index: [B] int64, the numbers of the prompts in that split; None likewise.
-        judged: [B, T] float64, what the T functions of the reward have said, NaN where one does not apply; None where
+        judged: [B, T], what the T functions of the reward have said, NaN where one does not apply; None where
             they have not been asked.
         advantage: [B] float64, the weight of the response's score in a gradient that is followed by the score function;
             None where none is.

@@ -91,8 +91,8 @@ class Table:
     def html(self) -> str:
         """A table that scrolls by itself where it is wider than the page."""
         head = "".join(
-            f'<th scope="col" class="{"text" if text else "number"}">{escape(column.title)}</th>'
-            for column, text in zip(self.columns, self._are_texts(), strict=True)
+            f'<th scope="col" class="{"number" if right else "text"}">{escape(column.title)}</th>'
+            for column, right in zip(self.columns, self._right(), strict=True)
         )
         rows = "".join(f"<tr>{''.join(self._html_cells(row))}</tr>" for row in self.rows)
         # Not a <caption>: that would be as wide as the table, and scroll out of sight with it.
@@ -104,7 +104,10 @@ class Table:
 
     def _html_cells(self, row: Sequence[Cell]) -> list[str]:
         texts = [escape(text) for text in self.texts(row)]
-        kinds = ["number" if not isinstance(cell, str) else "text" if len(cell) < 32 else "text long" for cell in row]
+        kinds = [
+            "number" if column.right or not isinstance(cell, str) else "text" if len(cell) < 32 else "text long"
+            for cell, column in zip(row, self.columns, strict=True)
+        ]
         return [f'<th scope="row">{texts[0]}</th>'] + [
             f'<td class="{kind}">{text}</td>' for kind, text in zip(kinds[1:], texts[1:], strict=True)
         ]

@@ -70,6 +70,12 @@ def warn(line: str) -> None:
     _print(Console(stderr=True), line)
 
 
+def warn_once(line: str) -> None:
+    """The same, said by one of the processes that share a run."""
+    if os.environ.get("RANK", "0") == "0":
+        warn(line)
+
+
 def say(line: str) -> None:
     """A line of progress."""
     _print(console(), line)

@@ -11,6 +11,7 @@ from rich.console import Console
 from grade.config import Config
 from grade.config.sealed import config_from_sealed
 from grade.errors import GradeError, writing
+from grade.hub_names import GIVEN
 from grade.model.checkpoint import load_adapter
 from grade.model.fingerprint import check_made_from, inputs_of, refuse_given
 from grade.processes import make_accelerator
@@ -28,11 +29,18 @@ def evaluate_run(config: Config, run_dir: Path, checkpoint: str, split: str) -> 
         checkpoint: "best", "last", "step-N", or a folder with an adapter.
         split: "validation" or "test".
     """
+    refuse_given(run_dir)
+    if config.task.dataset.startswith(GIVEN):
+        argument = {"validation": "eval_prompts", "test": "test_prompts"}[split]
+        raise GradeError(
+            f"{run_dir} was trained on prompts that were given in Python, and no setting tells where they are. "
+            f"Evaluate in that program, with trainer.evaluate(prompts) or, of a GradeTrainer(..., {argument}=...), "
+            f"trainer.evaluate(split={split!r}); or name data with --task.dataset."
+        )
     limit = config.evaluation.test_prompts if split == "test" else config.evaluation.validation_prompts
     if limit == 0:
         raise GradeError(f"evaluation.{split}_prompts is 0: there is nothing to evaluate. Set it to 1 or more.")
     folder = checkpoint_folder(run_dir, checkpoint)
-    refuse_given(run_dir)
     accelerator = make_accelerator(config)
     before = config_from_sealed(run_dir / "config.yaml")
     own_reward = config.reward == before.reward

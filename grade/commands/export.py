@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from grade.config import Config
+from grade.config.sealed import config_from_sealed
 from grade.errors import GradeError
 from grade.model.checkpoint import MANIFEST_FILE
 from grade.processes import make_accelerator
@@ -30,7 +31,8 @@ def export_run(config: Config, run_dir: Path, checkpoint: str, merged: bool, tar
     target = target or run_dir / "export" / f"{folder.name.removesuffix('.old')}{'-merged' if merged else ''}"
     check_target(target)
     done = write_export(config, run_dir, folder, merged, target)
-    lines = [*described(done, config), f"Folder: {target}"]
+    made = config_from_sealed(run_dir / "config.yaml")
+    lines = [*described(done, made), f"Folder: {target}"]
     Console().print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
     return target
 
@@ -71,9 +73,13 @@ def write_export(config: Config, run_dir: Path, folder: Path, merged: bool, targ
     )
 
 
-def described(done: Merged | None, config: Config) -> list[str]:
-    """What an export is, in lines for the terminal."""
-    if done is None and config.model.finetuning == "full":
+def described(done: Merged | None, made: Config) -> list[str]:
+    """What an export is, in lines for the terminal.
+
+    Args:
+        made: the run's own settings, without overrides.
+    """
+    if done is None and made.model.finetuning == "full":
         return ["A whole model, its tokenizer and its card; AutoModelForCausalLM loads it."]
     if done is None:
         return ["An adapter, its tokenizer and its card; AutoPeftModelForCausalLM loads it."]

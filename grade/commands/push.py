@@ -15,6 +15,7 @@ from rich.console import Console
 
 from grade.commands.export import described, exported_checkpoint, write_export
 from grade.config import Config
+from grade.config.sealed import config_from_sealed
 from grade.errors import GradeError, reason_of
 from grade.hub_names import looks_local
 
@@ -37,10 +38,11 @@ def push_run(
     folder = exported_checkpoint(run_dir, checkpoint)
     api, console = HfApi(), Console()
     _check_access(api)
-    needs_base = not merged and config.model.finetuning == "lora"
-    if needs_base and (looks_local(config.model.name) or ":" in config.model.name):
+    made = config_from_sealed(run_dir / "config.yaml")  # what is uploaded is the run's, whatever loads it here
+    needs_base = not merged and made.model.finetuning == "lora"
+    if needs_base and (looks_local(made.model.name) or ":" in made.model.name):
         console.print(
-            f"warning: the base, {config.model.name}, is a folder here: without it nobody can load the adapter. With "
+            f"warning: the base, {made.model.name}, is a folder here: without it nobody can load the adapter. With "
             "--merge the whole model is uploaded.",
             soft_wrap=True,
             highlight=False,
@@ -57,9 +59,9 @@ def push_run(
                 repo_id=place.repo_id,
                 folder_path=target,
                 revision=revision,
-                commit_message=f"{config.name}, checkpoint {folder.name}, by grade push",
+                commit_message=f"{made.name}, checkpoint {folder.name}, by grade push",
             )
-    lines = [*described(done, config), f"Uploaded: {place}"]
+    lines = [*described(done, made), f"Uploaded: {place}"]
     console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
 
 

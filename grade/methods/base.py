@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from grade.config import GenerationConfig, MethodConfig, TrainConfig
@@ -19,6 +20,7 @@ from grade.methods.metrics import moments, step_metrics
 from grade.methods.services import Services, Totals
 from grade.model.policy import Policy
 from grade.rewards.base import Reward
+from grade.rewards.silence import Silence
 from grade.rollout import Rollout
 from grade.sampling.draw import Sampling
 
@@ -46,6 +48,7 @@ class Method:
     activation_checkpointing: bool
 
     def __post_init__(self) -> None:
+        self.silence = Silence(self.reward)
         if self.activation_checkpointing:
             self.policy.enable_activation_checkpointing()
 
@@ -62,8 +65,17 @@ class Method:
         raise NotImplementedError
 
     def judged(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """The rollouts with what the reward's functions say of them, which are asked once a step."""
-        return [replace(rollout, judged=self.reward.judge(rollout)) for rollout in rollouts]
+        """The rollouts with what the reward's functions say of them, which are asked once a step.
+
+        Raises:
+            RewardFailed: a function of the reward fails, or they have applied to nothing for several steps.
+        """
+        found = [replace(rollout, judged=self.reward.judge(rollout)) for rollout in rollouts]
+        said = [rollout.judged for rollout in found if rollout.judged is not None]
+        if said:
+            applied = (~torch.cat(said).isnan()).sum(0).tolist()
+            self.silence.hear(self.services.sum(dict(zip(self.reward.judges(), applied, strict=True))))
+        return found
 
     def observed(self, sums: dict[str, float]) -> dict[str, float]:
         """A step's means from this process' sums; the reward hears what its terms gave."""

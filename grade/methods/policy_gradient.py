@@ -25,6 +25,7 @@ from grade.methods.base import Method, loss_of
 from grade.methods.metrics import add_sums, step_sums, to_numbers, update_metrics
 from grade.model.passes import fed_embeddings, policy_pass
 from grade.replay.score import RealTokens, Scores, ScoreSettings, frozen_passes, sampled_logits
+from grade.rewards.base import of_users
 from grade.rollout import Rollout
 from grade.sampling.draw import Sampling, sampling_of
 from grade.seeds import derived_seed
@@ -142,7 +143,8 @@ class PolicyGradient(Method):
                 frozen = frozen_passes(self.policy, self.reward, rollout, RealTokens(rollout), settings)
                 scored = Scored(rollout, frozen.reward, frozen.terms, frozen.reference)
                 if gains:
-                    scored.gains = self.reward.prefix_values(rollout, frozen.base).diff(dim=1) * rollout.mask
+                    with of_users(self.reward):
+                        scored.gains = self.reward.prefix_values(rollout, frozen.base).diff(dim=1) * rollout.mask
                 if sampled:
                     scored.sampled = self.terms(scored)
                 out.append(scored)

@@ -5,7 +5,7 @@ config.json, model.safetensors, ...               instead, a whole model that wa
 tokenizer.json, chat_template.jinja, ...          the policy's tokenizer as transformers writes it
 README.md                                         the model card, if there is one
 trainer_state.json, trainer_state.safetensors     numbers and tensors of the state, if there is one (`grade.tree`)
-manifest.json                                     step, and the SHA-256 of every other file
+manifest.json                                     step, the SHA-256 of every other file and, of an adapter, of its base
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from transformers import PreTrainedTokenizerBase
 from grade import tree
 from grade.errors import GradeError, read_json, reason_of, writing
 from grade.files import latest, replaced_folder, sha256
+from grade.hub_names import name_anywhere
 from grade.model.adapter import TRAINED, kept_settings
+from grade.model.adapter_base import base_digest, check_base
 from grade.model.policy import Policy
 
 MANIFEST_FILE = "manifest.json"
@@ -32,7 +34,7 @@ CARD_FILE = "README.md"
 ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
 _STATE_STEM = "trainer_state"
 _LOADED = ("is_local", "local_files_only")
-_FORMAT = 1
+_FORMAT, _BASE = 1, "base_sha256"
 _GO_ON = "Make room, and go on from the checkpoint before, if there is one, with --train.resume auto."
 
 
@@ -60,7 +62,8 @@ def save_checkpoint(
         save_tokenizer(policy.tokenizer, fresh)
         if state is not None:
             tree.save(fresh / _STATE_STEM, state)
-        _finish(fresh, step, card)
+        base = base_digest(policy.model) if isinstance(policy.model, PeftModel) else None
+        _finish(fresh, step, card, base)
 
 
 def _save_adapter(model: PeftModel, folder: Path) -> None:
@@ -80,8 +83,9 @@ def replace_card(directory: Path, card: str) -> None:
     step = verified_step(latest(directory))
     with writing(directory, "train.run_dir", _GO_ON), replaced_folder(directory) as fresh:
         shutil.copytree(latest(directory), fresh, dirs_exist_ok=True)
+        base = recorded_base(fresh)
         (fresh / MANIFEST_FILE).unlink()
-        _finish(fresh, step, card)
+        _finish(fresh, step, card, base)
 
 
 def copy_adapter(directory: Path, target: Path) -> None:
@@ -93,20 +97,27 @@ def copy_adapter(directory: Path, target: Path) -> None:
     shutil.copytree(directory, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(f"{_STATE_STEM}.*"))
     manifest = target / MANIFEST_FILE
     if manifest.is_file():  # an adapter from elsewhere has none
-        step = json.loads(manifest.read_text(encoding="utf-8"))["step"]
+        step, base = json.loads(manifest.read_text(encoding="utf-8"))["step"], recorded_base(target)
         manifest.unlink()
         card = target / CARD_FILE
-        _finish(target, step, card.read_text(encoding="utf-8") if card.is_file() else None)
+        _finish(target, step, card.read_text(encoding="utf-8") if card.is_file() else None, base)
 
 
-def _finish(folder: Path, step: int, card: str | None) -> None:
+def recorded_base(directory: Path) -> str | None:
+    """`base_digest` of the base of a checkpoint's adapter; None where nothing says so: of a whole model, of a quantized
+    base, of an adapter from elsewhere."""
+    path = directory / MANIFEST_FILE
+    return read_json(path, "").get(_BASE) if path.is_file() else None
+
+
+def _finish(folder: Path, step: int, card: str | None, base: str | None) -> None:
     """Write the card, instead of the form that peft leaves to be filled in, and the manifest of all files."""
     (folder / CARD_FILE).unlink(missing_ok=True)
     if card is not None:
         (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
-    manifest = {"format": _FORMAT, "step": step, "files": files}
+    manifest = {"format": _FORMAT, "step": step, "files": files, **({} if base is None else {_BASE: base})}
     text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -118,12 +129,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     kept = {name: value for name, value in settings.items() if name not in _LOADED}
     path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def name_anywhere(name: str) -> str:
-    """A model's name that means the same from every directory: a folder's absolute path, or a hub name as it is."""
-    folder = Path(name).expanduser()
-    return str(folder.absolute()) if folder.is_dir() else name
 
 
 def _digest(manifest: dict) -> str:
@@ -209,6 +214,7 @@ def put_adapter(directory: Path, model: PeftModel, what: str, fix: str) -> None:
         saved, ours = LoraConfig.from_pretrained(str(directory)), model.peft_config[TRAINED]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise GradeError(f"{what}: adapter_config.json is damaged ({reason_of(error)}).") from error
+    check_base(model, recorded_base(directory), saved.base_model_name_or_path, what, fix)
     for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
         if getattr(saved, name) != getattr(ours, name):
             raise GradeError(

@@ -25,10 +25,12 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json
 MODEL_GIVEN = "model_given"
 """In run.json of a run whose model was an object."""
 _KNOWN: WeakKeyDictionary[Policy, dict[str, str]] = WeakKeyDictionary()
+ATTRIBUTE = "reward, "
+"""Before the names of what a reward of one's own depends on."""
 _WORDS = {
     "model": "the base model's weights or settings",
     "tokenizer": "the tokenizer",
-    "data": "the data of task.dataset",
+    "data": "the data of task.dataset or, given in Python, the prompts",
     "reward": "the reward",
     "adapter": "the adapter of model.adapter",
     "quantization": "model.quantization",
@@ -88,9 +90,11 @@ def judge_digest(task: Task) -> str:
     return _digest(task.describe()["splits"].get("judge"))
 
 
-def inputs_of(policy: Policy, task: Task, reward: str) -> dict[str, str]:
-    """The fingerprint of what a run reads: model, tokenizer, data and reward, by its `Reward.identity`."""
-    return {**policy_inputs(policy), "data": data_digest(task), "reward": reward}
+def inputs_of(policy: Policy, task: Task, reward: str, attributes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The fingerprint of what a run reads: model, tokenizer, data and reward, by its `Reward.identity` and its
+    `Reward.attributes`."""
+    told = {f"{ATTRIBUTE}{name}": text for name, text in (attributes or {}).items()}
+    return {**policy_inputs(policy), "data": data_digest(task), "reward": reward, **told}
 
 
 def model_inputs(policy: Policy) -> dict[str, str]:

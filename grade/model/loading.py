@@ -15,9 +15,11 @@ from grade.built_in.countdown_model import countdown_model
 from grade.built_in.demo_model import demo_model
 from grade.config import Config, EvaluationConfig, GenerationConfig, ModelConfig, TaskConfig, trains_head
 from grade.errors import GradeError, reason_of
+from grade.hub_names import GIVEN
 from grade.machine import free_bytes
 from grade.model.adapter import adapter_folder, add_reference, settings_of
-from grade.model.checkpoint import put_adapter, started_digest
+from grade.model.adapter_base import check_base_name
+from grade.model.checkpoint import put_adapter, recorded_base, started_digest
 from grade.model.policy import Policy
 from grade.model.pretrained import Pretrained, context_of
 from grade.model.quantization import check_quantized, loading_options
@@ -43,8 +45,13 @@ def policy_source(model: ModelConfig) -> Pretrained:
     """Where model.name's files are.
 
     Raises:
-        GradeError: model.name is a path without a model.
+        GradeError: model.name is a path without a model, or says that the model was an object of a program.
     """
+    if model.name.startswith(GIVEN):
+        raise GradeError(
+            f"model.name is {model.name}: that was given as an object in Python, and no setting tells where it is. "
+            "Go on in that program, or name the folder of a model that it saved."
+        )
     return Pretrained(
         "model.name",
         model.name,
@@ -142,7 +149,10 @@ def go_on_from(base: PreTrainedModel, folder: Path, settings: LoraConfig, model:
         wrapped = _wrapped(base, settings, model)
     except ValueError as error:  # no layer of these names
         raise GradeError(f"{name} does not fit model.name={model.name}: {reason_of(error)}") from error
-    put_adapter(folder, wrapped, name, "Name the model that it was trained on as model.name.")
+    fix = "Name the model that it was trained on as model.name."
+    put_adapter(folder, wrapped, name, fix)
+    if recorded_base(folder) is None:
+        check_base_name(LoraConfig.from_pretrained(str(folder)).base_model_name_or_path, base.name_or_path, name, fix)
     if model.reference == "initial":
         add_reference(wrapped)
     return wrapped

@@ -91,7 +91,13 @@ def summary(view: View) -> Section:
         section.add(
             Table(
                 "sessions",
-                [Column("run"), Column("started"), Column("ended"), Column("after step", 0), Column("command")],
+                [
+                    Column("run"),
+                    Column("started", right=True),
+                    Column("ended", right=True),
+                    Column("after step", 0),
+                    Column("command"),
+                ],
                 rows,
                 "When runs were started, or went on; UTC.",
             )

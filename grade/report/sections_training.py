@@ -10,7 +10,7 @@ from grade.report.view import View
 _LEARNING = (
     ("reward", "Reward in training", "mean reward of the step"),
     ("loss", "Loss", "−reward + kl_coef · KL"),
-    ("kl", "KL to the base model", "KL, nats per token"),
+    ("kl", "KL to {reference}", "KL, nats per token"),
     ("entropy", "Entropy of the policy", "entropy, nats per token"),
 )
 
@@ -18,7 +18,7 @@ _LEARNING = (
 def learning(view: View) -> Section:
     section = Section("learning", "Learning curves")
     for key, title, ylabel in _LEARNING:
-        curves = view.training(section, key)
+        title, curves = title.format(reference=_reference(view)), view.training(section, key)
         if curves:
             about = " The objective of every method, each with its own kl_coef." if key == "loss" else ""
             section.add(
@@ -30,6 +30,14 @@ def learning(view: View) -> Section:
                 )
             )
     return section
+
+
+def _reference(view: View) -> str:
+    """What KL was measured to: of runs that differ in it, each its own reference."""
+    initial = {group.setting("model.reference") == "initial" for group in view.groups}
+    if len(initial) > 1:
+        return "each run's reference"
+    return "the policy as it started" if initial == {True} else "the base model"
 
 
 def last_values(curves: dict[str, Curve]) -> str:

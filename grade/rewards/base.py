@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,11 @@ from torch import Tensor, nn
 from grade.errors import GradeError, RewardFailed, reason_of
 from grade.model.fingerprint import tensors_digest
 from grade.model.passes import BasePass, fed_embeddings
+from grade.rewards.attributes import told
 from grade.rollout import Rollout
+
+MEND = "Mend it, and start another run: a run goes on with the same reward only."
+"""What to do where a reward of one's own fails."""
 
 
 class EmbeddingTable(NamedTuple):
@@ -94,7 +99,7 @@ class Reward(ABC):
             training: of a step, where running means count, and not in an evaluation.
 
         Raises:
-            GradeError: `value` gives something else than a number a response.
+            RewardFailed: `value` of a reward of one's own fails, or gives something else than a number a response.
         """
         value = asked(
             self,
@@ -104,9 +109,13 @@ class Reward(ABC):
         return Valued(value, {})
 
     def judge(self, rollout: Rollout) -> Tensor | None:
-        """[B, T] float64, what T functions say, NaN where one does not apply; methods ask once a step and keep it in
-        `Rollout.judged`. None: nothing is asked beforehand."""
+        """[B, T], what T functions say, NaN where one does not apply; float64 of a sum. Methods ask once a step and
+        keep it in `Rollout.judged`. None: nothing is asked beforehand."""
         return None
+
+    def judges(self) -> list[str]:
+        """The names of the T functions of `judge`."""
+        return []
 
     def observe(self, moments: Mapping[str, tuple[float, float, float]]) -> None:
         """Hear what a step's responses were given, over all processes.
@@ -153,19 +162,32 @@ class Reward(ABC):
         return {}
 
     def measures(self, rollout: Rollout, values: Tensor, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`details` of a reward that may be a sum, whose `Valued.terms` are given."""
-        return self.details(rollout, values)
+        """`details` of a reward that may be a sum, whose `Valued.terms` are given.
+
+        Raises:
+            RewardFailed: `details` of a reward of one's own fails.
+        """
+        with of_users(self):
+            return self.details(rollout, values)
 
     def identity(self) -> str:
         """Tells by content which reward this is: runs continue, and checkpoints are judged, with an equal one only. The
-        content is the weights of `modules` and, of a class that is not this package's, its source; a reward that
-        depends on more (a threshold, a word list) adds that."""
-        code = source_of(type(self))
+        content is the weights of `modules` and, of a class that is not this package's, its source and that of the
+        rewards that it derives from. `attributes` are compared beside it; one that depends on more adds that."""
+        code = " ".join(map(source_of, _own_classes(type(self)))) or source_of(type(self))
         if not self.modules:
             return code
         whole = self.modules[0] if len(self.modules) == 1 else nn.ModuleList(self.modules)
         digest = tensors_digest(whole.state_dict())
         return digest if code == type(self).__name__ else f"{code} {digest}"
+
+    def attributes(self) -> dict[str, str]:
+        """What a reward of one's own holds beside its code and `modules`, as texts by name, each a part of its identity
+        that is told by its name: see `grade.rewards.attributes`. None of a reward that has an `identity` of its own."""
+        if _is_ours(type(self)) or type(self).identity is not Reward.identity:
+            return {}
+        held = {name: value for name, value in vars(self).items() if name not in ("modules", "tables")}
+        return {f"{type(self).__name__}.{name}": text for name, text in told(held).items()}
 
     def keep(self, run_dir: Path) -> dict[str, Any]:
         """Copy into the run's folder what could change outside it; what run.json records of the reward."""
@@ -192,8 +214,19 @@ class RewardFunction(Reward):
     def value(
         self, rollout: Rollout, base: BasePass, fed: Sequence[Tensor] = (), *, activation_checkpointing: bool = False
     ) -> Tensor:
-        score = asked(self, lambda: self.score(rollout), len(rollout))
+        if rollout.judged is None:
+            score = asked(self, lambda: self.score(rollout), len(rollout))
+        else:
+            score = rollout.judged[:, 0]
         return torch.where(score.isnan(), 0.0, score)
+
+    def judge(self, rollout: Rollout) -> Tensor | None:
+        if _is_ours(type(self)):  # those apply to every response
+            return None
+        return asked(self, lambda: self.score(rollout), len(rollout))[:, None]
+
+    def judges(self) -> list[str]:
+        return [type(self).__name__]
 
     def in_trial(self) -> RewardFunction:
         return _Unasked(self)
@@ -216,38 +249,46 @@ class _Unasked(RewardFunction):
         return torch.zeros(len(rollout), 1 + rollout.tokens.shape[1], device=rollout.tokens.device)
 
 
+@contextmanager
+def of_users(reward: Reward) -> Iterator[None]:
+    """Tell an error inside the block as one of the reward's own code; an interruption (Ctrl-C) stays one.
+
+    Raises:
+        RewardFailed: a reward of somebody's own raised an error, or ended the program.
+    """
+    try:
+        yield
+    except (GradeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        if _is_ours(type(reward)) or "memory" in str(error):  # of which the trainer says more
+            raise
+        raise RewardFailed(
+            f"the reward {type(reward).__name__} failed ({type(error).__name__}: {reason_of(error)}). {MEND}"
+        ) from error
+
+
 def asked(reward: Reward, answer: Callable[[], Any], responses: int) -> Tensor:
     """What a reward gives by `answer`, if it is a number a response; of a function NaN, where it does not apply.
 
     Raises:
-        RewardFailed: a reward of somebody's own raised an error.
-        GradeError: it is something else; with the reward's name.
+        RewardFailed: a reward of somebody's own raised an error, or gave something else; with the reward's name.
     """
-    own = not _is_ours(type(reward))
-    try:
+    with of_users(reward):
         value = answer()
-    except (GradeError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if not own or "memory" in str(error):  # of which the trainer says more
-            raise
-        raise RewardFailed(
-            f"the reward {type(reward).__name__} failed ({type(error).__name__}: {reason_of(error)}). Mend it, and "
-            "start another run: a run goes on with the same reward only."
-        ) from error
     if not isinstance(value, Tensor) or value.shape != (responses,) or not value.is_floating_point():
         found = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise GradeError(
+        raise RewardFailed(
             f"the reward {type(reward).__name__} gave {found} for {responses} responses: it must be a float tensor of "
-            f"shape [{responses}], one number a response. Mend the reward."
+            f"shape [{responses}], one number a response. {MEND}"
         )
-    if not own:  # ours are finite, and looking would wait for the device
+    if _is_ours(type(reward)):  # ours are finite, and looking would wait for the device
         return value
     wrong = value.isinf() if isinstance(reward, RewardFunction) else ~value.isfinite()
     if wrong.any():
-        raise GradeError(
-            f"the reward {type(reward).__name__} gave {value[wrong][0].item()} for a response. It must be finite: "
-            "mend it."
+        raise RewardFailed(
+            f"the reward {type(reward).__name__} gave {value[wrong][0].item()} for a response. It must be finite. "
+            f"{MEND}"
         )
     return value
 
@@ -255,6 +296,11 @@ def asked(reward: Reward, answer: Callable[[], Any], responses: int) -> Tensor:
 def _is_ours(code: type | Callable[..., Any]) -> bool:
     """Whether it is of this package."""
     return code.__module__.split(".")[0] == __name__.split(".")[0]
+
+
+def _own_classes(code: type) -> list[type]:
+    """A reward's class and those rewards that it derives from, but for this package's."""
+    return [found for found in code.__mro__ if issubclass(found, Reward) and not _is_ours(found)]
 
 
 def source_of(code: type | Callable[..., Any]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,9 +28,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grade.errors import GradeError, RewardFailed, reason_of
-from grade.rewards.base import RewardFunction
+from grade.rewards.attributes import of_function
+from grade.rewards.base import MEND, RewardFunction
 from grade.rollout import Rollout
 from grade.tasks.base import Task
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""In the text of an object that has none of its own; another one in every process."""
 
 
 @dataclass(frozen=True)
@@ -144,19 +149,22 @@ class FunctionReward(RewardFunction):
         """[B] float32, NaN where the function returns None.
 
         Raises:
-            GradeError: the function fails, asks for a column that is not there, or returns something else than a list
-                of B finite numbers or None.
+            RewardFailed: the function fails, asks for a column that is not there, or returns something else than a
+                list of B finite numbers or None.
         """
         arguments = self._arguments(rollout)
         try:
             returned = self.function(**arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             file = None if self.loaded is None else self.loaded.file
-            raise RewardFailed(
-                f"{self.where} failed ({_shown(error, file)}). Mend it, and start another run: a run goes on with the "
-                "same function only."
-            ) from error
+            raise RewardFailed(f"{self.where} failed ({_shown(error, file)}). {MEND}") from error
         return torch.tensor(self._numbers(returned, len(rollout)), dtype=torch.float32, device=rollout.tokens.device)
+
+    def judge(self, rollout: Rollout) -> Tensor:
+        return self.score(rollout)[:, None]
+
+    def judges(self) -> list[str]:
+        return [self.name if self.loaded is None else self.loaded.called]
 
     def identity(self) -> str:
         """By the content of its file, or of its source where it comes from no file: of an object the source of its
@@ -171,7 +179,8 @@ class FunctionReward(RewardFunction):
 
     def _content(self, function: Callable[..., Any]) -> str:
         if isinstance(function, partial):
-            return f"{self._content(function.func)} {function.args!r} {sorted(function.keywords.items())!r}"
+            given = f"{function.args!r} {sorted(function.keywords.items())!r}"
+            return f"{self._content(function.func)} {_ADDRESS.sub('', given)}"
         function = inspect.unwrap(function)
         try:
             return inspect.getsource(function if hasattr(function, "__code__") else type(function))
@@ -182,6 +191,12 @@ class FunctionReward(RewardFunction):
                     f"{self.where} has neither source nor code by which a run could know it again. Wrap it in a `def`."
                 ) from error
             return f"{_compiled(called.__code__)} {called.__defaults__!r} {called.__kwdefaults__!r}"
+
+    def attributes(self) -> dict[str, str]:
+        """Of a function from no file: what it depends on, as `grade.rewards.attributes.of_function` tells."""
+        if self.loaded is not None:
+            return {}
+        return {f"{self.name}.{name}": text for name, text in of_function(self.function).items()}
 
     def keep(self, run_dir: Path) -> dict[str, Any]:
         """Its file, name and SHA-256."""
@@ -213,7 +228,7 @@ class FunctionReward(RewardFunction):
         if missing:
             there = ", ".join(["prompts", "completions", "completion_ids", *columns])
             foreign = " Prompts of rollout.source have no columns." if rollout.prompt_index is None else ""
-            raise GradeError(
+            raise RewardFailed(
                 f"{self.where} asks for {', '.join(missing)}, and there is {there}.{foreign} Name a column of the data "
                 "set, or give the parameter a default."
             )
@@ -231,22 +246,24 @@ class FunctionReward(RewardFunction):
         """What the function has returned, NaN for None."""
         if inspect.iscoroutine(returned):
             returned.close()
-            raise GradeError(f"{self.where} returned a coroutine. Return a list of numbers.")
+            raise RewardFailed(f"{self.where} returned a coroutine. Return a list of numbers. {MEND}")
         values = returned.tolist() if hasattr(returned, "tolist") else returned
         if not isinstance(values, (list, tuple)):
-            raise GradeError(f"{self.where} returned {type(returned).__name__}. Return a list of {count} numbers.")
+            raise RewardFailed(
+                f"{self.where} returned {type(returned).__name__}. Return a list of {count} numbers. {MEND}"
+            )
         if len(values) != count:
-            raise GradeError(
+            raise RewardFailed(
                 f"{self.where} returned {len(values)} values for {count} responses. Return one for each, None where it "
-                "does not apply."
+                f"does not apply. {MEND}"
             )
         numbers = []
         for place, value in enumerate(values):
             value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
             if value is not None and (not isinstance(value, Real) or not math.isfinite(value)):
-                raise GradeError(
+                raise RewardFailed(
                     f"{self.where} returned {str(value)[:60]!r} for response {place} of {count}. Return a finite "
-                    "number, or None where it does not apply."
+                    f"number, or None where it does not apply. {MEND}"
                 )
             numbers.append(math.nan if value is None else float(value))
         return numbers

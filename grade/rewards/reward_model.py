@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -12,9 +14,10 @@ from grade.errors import GradeError
 from grade.model.policy import Policy
 from grade.rewards.head_fitting import HeadData, fit_head
 from grade.rewards.shared import SharedReward
-from grade.tasks.base import Example, LabelType
+from grade.tasks.base import Example, LabelType, sha256_of
 from grade.tasks.conversations import Pair, encode_pairs, read_pair
 from grade.tasks.texts import shuffled
+from grade.terminal import say
 
 _Row = TypeVar("_Row")
 _LABEL_TYPES: dict[str, LabelType] = {"labels": "classes", "targets": "numbers", "pairs": "pairs"}
@@ -67,7 +70,12 @@ class RewardModel:
         self.examples = [] if pairs is not None else _examples(texts, given[named[0]], named[0])
         usable = len(self.pairs) + len(self.examples)
         if usable < 4:
-            raise GradeError(f"RewardModel has {usable} usable rows: at least 4 are needed.")
+            count = len(texts or ()) if pairs is None else len(pairs)
+            unusable = "texts are empty" if pairs is None else "pairs have equal answers"
+            left_out = f" ({count - usable} of {count} {unusable})" if count > usable else ""
+            raise GradeError(f"RewardModel has {usable} usable rows{left_out}: at least 4 are needed. Give it more.")
+        if len(self.pairs) < len(pairs or ()):
+            say(f"RewardModel: {len(pairs or ()) - len(self.pairs)} pairs whose answers are equal are left out")
 
     def fit(self, policy: Policy, *, judged: int | None = None) -> SharedReward:
         """Train the head on the policy's base.
@@ -91,7 +99,13 @@ class RewardModel:
                 f"RewardModel: the head's loss became {self.report['loss']}. Lower settings.learning_rate "
                 f"({self.settings.learning_rate})."
             )
-        return SharedReward(policy, head, self.settings.input)
+        report = {**self.report, "data": {"kind": self.label_type, "sha256": self._data_digest()}}
+        return SharedReward(policy, head, self.settings.input, report=report)
+
+    def _data_digest(self) -> str:
+        """SHA-256 of the rows, in their order."""
+        rows: list[Pair] | list[Example] = self.pairs or self.examples
+        return sha256_of(json.dumps(asdict(row), sort_keys=True) for row in rows)
 
     def _parts(self, rows: list[_Row]) -> tuple[list[_Row], list[_Row]]:
         """Rows to learn from and rows held out, drawn by the seed; at least two and one."""

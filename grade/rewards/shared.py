@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from grade.errors import read_json, writing
 from grade.files import replaced_folder
+from grade.model.fingerprint import tensors_digest
 from grade.model.passes import BasePass, accumulation_dtype
 from grade.model.policy import Policy
 from grade.rewards.base import DifferentiableReward, EmbeddingTable
@@ -73,6 +74,7 @@ class SharedReward(DifferentiableReward):
         reads: "prompt+response", from the base pass; or "response", a pass of its own from position 0.
         raises: as of every `Reward`; None: what the head has learnt, in general words.
         folder: that keeps the head and the report of its training.
+        report: of the training of a head that lies in no folder.
     """
 
     def __init__(
@@ -83,8 +85,9 @@ class SharedReward(DifferentiableReward):
         *,
         raises: str | None = None,
         folder: Path | None = None,
+        report: Mapping[str, Any] | None = None,
     ):
-        self.policy, self.reads, self.folder = policy, reads, folder
+        self.policy, self.reads, self.folder, self.report = policy, reads, folder, report
         self.raises = raises or _RAISED[head.label_type]
         self.head = head.to(policy.device).requires_grad_(False).eval()
         self.modules = [self.head]
@@ -125,9 +128,13 @@ class SharedReward(DifferentiableReward):
             return self.policy.hidden(x, rollout.mask)
 
     def keep(self, run_dir: Path) -> dict[str, Any]:
-        """Copy the head into the run: its reward stays what it was, whatever happens to the shared folder."""
+        """Copy the head into the run: its reward stays what it was, whatever happens to the shared folder. Of one that
+        lies in no folder, the SHA-256 of its weights and what its training has reported."""
+        if self.folder is None:
+            weights = {"label_type": self.head.label_type, "sha256": tensors_digest(self.head.state_dict())}
+            return {"reward_head": {**(self.report or {}), **weights}}
         kept = run_dir / KEPT_FOLDER
-        if self.folder is not None and self.folder != kept and not (kept / HEAD_FILE).is_file():
+        if self.folder != kept and not (kept / HEAD_FILE).is_file():
             with writing(kept, "train.run_dir"), replaced_folder(kept) as fresh:
                 for name in (HEAD_FILE, REPORT_FILE):
                     shutil.copyfile(self.folder / name, fresh / name)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from grade.errors import GradeError
 from grade.model.passes import BasePass
-from grade.rewards.base import Reward, RewardFunction, Valued, asked
+from grade.rewards.base import Reward, RewardFunction, Valued, asked, of_users
 from grade.rollout import Rollout
 
 
@@ -162,6 +162,9 @@ class WeightedReward(Reward):
             values.append(asked(term.reward, partial(term.reward.score, rollout), len(rollout)).double())
         return torch.stack(values, dim=1) if values else None
 
+    def judges(self) -> list[str]:
+        return [term.name for term in self.functions]
+
     def function_shares(self, judged: Tensor) -> Tensor:
         """[B, T] float64, what the functions add to the total in training, NaN where one does not apply.
 
@@ -180,13 +183,16 @@ class WeightedReward(Reward):
 
     def prefix_values(self, rollout: Rollout, base: BasePass) -> Tensor:
         """As of every `Reward`, of terms that all have one."""
-        prefixes = [self._share(t, t.reward.prefix_values(rollout, base).double(), True) for t in self.terms]
+        prefixes = []
+        for term in self.terms:
+            with of_users(term.reward):
+                prefixes.append(self._share(term, term.reward.prefix_values(rollout, base).double(), True))
         return torch.stack(prefixes).sum(0)
 
     def measures(self, rollout: Rollout, values: Tensor, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for term in self.terms:
-            found |= term.reward.details(rollout, terms[term.name])
+            found |= term.reward.measures(rollout, terms[term.name], {})
         return found
 
     def observe(self, moments: Mapping[str, tuple[float, float, float]]) -> None:
@@ -203,11 +209,17 @@ class WeightedReward(Reward):
         own = [[t.name, t.weight, t.scale, t.offset, t.normalize, t.reward.identity()] for t in self.terms]
         return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
+    def attributes(self) -> dict[str, str]:
+        return {f"{t.name}: {name}": text for t in self.terms for name, text in t.reward.attributes().items()}
+
     def keep(self, run_dir: Path) -> dict[str, Any]:
         kept: dict[str, Any] = {}
         for term in self.terms:
             for name, value in term.reward.keep(run_dir).items():
-                kept[name] = [*kept.get(name, []), *value] if isinstance(value, list) else value
+                if isinstance(value, list):
+                    kept[name] = [*kept.get(name, []), *value]
+                else:  # the second head of a sum goes by its term
+                    kept[f"{name} of {term.name}" if name in kept else name] = value
         return kept
 
 

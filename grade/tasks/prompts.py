@@ -80,9 +80,11 @@ def prompt_task(
     for split in ("validation", "test"):
         sizes[split] = 0 if split in read else min(getattr(settings, f"{split}_examples"), fifth)
     if sum(sizes.values()) >= len(train):
+        notes = ", ".join(note.removeprefix("data: ") for note in read["train"].notes())
+        left_out = f" ({notes})" if notes else ""
         raise GradeError(
-            f"{where(source, 'train')} has {len(train)} usable rows: at least {1 + sum(sizes.values())} are needed for "
-            f"{', '.join(name for name, size in sizes.items() if size)} and training."
+            f"{where(source, 'train')} has {len(train)} usable rows{left_out}: at least {1 + sum(sizes.values())} are "
+            f"needed for {', '.join(name for name, size in sizes.items() if size)} and training."
         )
     splits, start = {}, 0
     for split, size in {**sizes, "policy": settings.policy_examples}.items():
@@ -136,7 +138,19 @@ class _Part:
             self._read(rows)
         self.usable = [number for number, prompt in enumerate(self.prompts) if prompt is not None]
         if not self.usable:
-            raise GradeError(f"{self.where} has no prompt: all {len(self.prompts)} rows are empty.")
+            raise GradeError(f"{self.where} has {self._why()}.")
+
+    def _why(self) -> str:
+        """What it has that makes every row unusable."""
+        rows, equal = len(self.prompts), self.counts["equal"]
+        if not equal:
+            return f"no prompt: all {rows} rows are empty"
+        columns = f"{self.settings.chosen_column!r} and {self.settings.rejected_column!r}"
+        others = f", and {rows - equal} have no prompt" if rows > equal else ""
+        return (
+            f"no pair to learn from: in {equal} of {rows} rows the answers in the columns {columns} are equal{others}. "
+            "Name the answers with task.chosen_column and task.rejected_column, or use other data"
+        )
 
     def _read(self, rows: Any) -> None:
         pairs = self.settings.label_type == "pairs"

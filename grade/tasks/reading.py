@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from grade.errors import GradeError, reason_of
 from grade.hub import without_waiting
-from grade.hub_names import looks_local
+from grade.hub_names import GIVEN, looks_local
 
 _READERS = {"parquet": "parquet", "csv": "csv", "json": "json", "jsonl": "json", "txt": "text"}
 _Taken = TypeVar("_Taken")
@@ -57,6 +57,11 @@ def read_data(name: str, parts: Parts, take: Callable[[dict[str, list]], _Taken]
     Raises:
         GradeError: the data is missing, unreachable or unreadable.
     """
+    if name.startswith(GIVEN):
+        raise GradeError(
+            f"task.dataset is {name}: those were given as objects in Python, and no setting tells where they are. Go "
+            f"on in that program, or name {parts}, or a hub dataset."
+        )
     path = Path(name).expanduser()
     if not looks_local(name) and not (parts.bare and path.is_file()):
         return take(_of_hub(name, parts))
@@ -80,8 +85,12 @@ def filled(name: str, part: str, datasets: list) -> list:
     """
     found = [rows for rows in datasets if len(rows)]
     if not found:
-        raise GradeError(f"{where(name, part)} is empty: it has no rows.")
+        raise _no_rows(name, part)
     return found
+
+
+def _no_rows(name: str, part: str) -> GradeError:
+    return GradeError(f"{where(name, part)} is empty: it has no rows. Name data with rows.")
 
 
 def _of_disk(path: Path, parts: Parts, take: Callable[[dict[str, list]], _Taken]) -> _Taken:
@@ -90,7 +99,9 @@ def _of_disk(path: Path, parts: Parts, take: Callable[[dict[str, list]], _Taken]
     if (path / "dataset_dict.json").exists():
         for part in parts.required:  # `datasets` saves no rows as no files, and then cannot read them
             if (path / part).is_dir() and not any((path / part).glob("*.arrow")):
-                raise GradeError(f"The {part} data of task.dataset={path} is empty: it has no rows.")
+                raise GradeError(
+                    f"The {part} data of task.dataset={path} is empty: it has no rows. Name data with rows."
+                )
         with _reading(path):
             data = datasets.load_from_disk(str(path))
         return take(_wanted(str(path), {part: [data[part]] for part in data}, parts))
@@ -100,7 +111,9 @@ def _of_disk(path: Path, parts: Parts, take: Callable[[dict[str, list]], _Taken]
                 f"task.dataset is {path}, a single saved dataset: save a DatasetDict with the parts train and test."
             )
         if not any(path.glob("*.arrow")):
-            raise GradeError(f"The {parts.required[0]} data of task.dataset={path} is empty: it has no rows.")
+            raise GradeError(
+                f"The {parts.required[0]} data of task.dataset={path} is empty: it has no rows. Name data with rows."
+            )
         with _reading(path):
             return take({parts.required[0]: [datasets.load_from_disk(str(path))]})
     reader, files = _data_files(path, parts)
@@ -129,6 +142,11 @@ def _read_file(reader: str, part: str, file: str, cache: str, path: Path) -> Any
     import datasets
 
     with _reading(path):
+        if _holds_nothing(reader, file):
+            blank = "holds blank lines alone" if Path(file).stat().st_size else "has 0 bytes"
+            raise GradeError(f"task.dataset={path}: {file} {blank}. Write its rows again, or name other data.")
+        if reader == "parquet" and not _parquet_rows(file):  # which `datasets` takes for a broken file
+            return datasets.Dataset.from_dict({})
         try:
             return datasets.load_dataset(reader, data_files={part: [file]}, split=part, cache_dir=cache)
         except Exception as error:
@@ -136,6 +154,18 @@ def _read_file(reader: str, part: str, file: str, cache: str, path: Path) -> Any
             if re.search(r'"(\w+)" corresponds to no data', str(error)):
                 return datasets.Dataset.from_dict({})
             raise
+
+
+def _holds_nothing(reader: str, file: str) -> bool:
+    """Whether a file has no bytes or, if it is one of text, none but those of blank lines."""
+    with open(file, "rb") as opened:
+        return not opened.read(1) if reader == "parquet" else not any(line.strip() for line in opened)
+
+
+def _parquet_rows(file: str) -> int:
+    from pyarrow.parquet import read_metadata
+
+    return read_metadata(file).num_rows
 
 
 def _data_files(path: Path, parts: Parts) -> tuple[str, dict[str, list[str]]]:
@@ -208,6 +238,8 @@ def _reading(path: Path) -> Iterator[None]:
     """Say which data could not be read, where a reader only says what broke inside it."""
     try:
         yield
+    except GradeError:
+        raise
     except Exception as error:
         raise GradeError(f"task.dataset is {path}, and its files cannot be read: {_innermost(error)}") from error
 

@@ -215,7 +215,7 @@ class GradeTrainer:
                 if not isinstance(task, GivenTask):  # a reward may read the task's own rows
                     raise GradeError("prompts: this trainer has those of its settings. Make one by GradeTrainer(...).")
                 given, limit = read_prompts(prompts, self.tokenizer, chat=config.tokenizer), None
-                self._check_length(max(map(len, given.ids)))
+                self._check_length(given.ids, "config.generation.max_new_tokens")
                 stack.enter_context(task.replaced(split, given))
             rows = task.prompts(split, self.tokenizer, limit=limit)
             if not rows:
@@ -249,7 +249,7 @@ class GradeTrainer:
                 raise GradeError(f"{name} is {value!r}: it must be a whole number of at least 1.")
         rows = read_prompts(prompts, self.tokenizer, chat=self.config.tokenizer).ids
         answers = Answers(self.config, self.policy, samples=samples, max_new_tokens=max_new_tokens)
-        self._check_length(max(map(len, rows)), answers.sampling.max_new_tokens)
+        self._check_length(rows, "max_new_tokens", answers.sampling.max_new_tokens)
         return answers.texts(rows, adapters=not base)
 
     def save(self, folder: str | Path, *, merge: bool = False) -> Path:
@@ -282,12 +282,17 @@ class GradeTrainer:
         """Optimizer steps that the policy has had."""
         return 0 if self._trainer is None else self._trainer.policy_step
 
-    def _check_length(self, prompt: int, response: int | None = None) -> None:
-        """Refuse prompts that do not fit the model's context with their responses."""
+    def _check_length(self, rows: Sequence[list[int]], setting: str, response: int | None = None) -> None:
+        """Refuse prompts that do not fit the model's context with their responses.
+
+        Args:
+            setting: what says how long a response may be, for the message.
+        """
         response = response or self.config.generation.max_new_tokens
-        context = context_of(self.policy.config)
-        if context is not None and prompt + response > context:
+        context, lengths = context_of(self.policy.config), list(map(len, rows))
+        longest = max(lengths)
+        if context is not None and longest + response > context:
             raise GradeError(
-                f"a prompt of {prompt} tokens and {response} new ones exceed the model's context, {context} tokens. "
-                "Shorten it, or ask for fewer."
+                f"prompts[{lengths.index(longest)}] has {longest} tokens, and with {response} new ones ({setting}) "
+                f"that exceeds the model's context, {context} tokens. Shorten the prompt, or lower {setting}."
             )

@@ -16,9 +16,9 @@ STOP = "stop"
 class Callback:
     """A subclass overrides what it wants to hear of; all of it is called in the main process only.
 
-    An exception of a callback ends the run with a GradeError, once what is done has been saved. `trainer` is the
-    `GradeTrainer` that was given the callback: its `policy`, `config` and `generate` may be used, and nothing of the
-    policy may be changed.
+    An exception of a callback, SystemExit included, ends the run with a GradeError, once what is done has been saved.
+    `trainer` is the `GradeTrainer` that was given the callback: its `policy`, `config` and `generate` may be used, and
+    nothing of the policy may be changed.
     """
 
     def on_step(self, trainer: Any, step: int, metrics: Mapping[str, float]) -> str | None:
@@ -76,7 +76,7 @@ class Callbacks:
         for callback in self.called:
             try:
                 answer = getattr(callback, event)(self.trainer, *arguments)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if self._failure is None:
                     name = f"{type(callback).__name__}.{event}"
                     self._failure = GradeError(f"callbacks: {name} raised {type(error).__name__}: {reason_of(error)}")

@@ -22,8 +22,18 @@ _OF_A_CALL = ("train.resume", "train.overwrite", "compare.", "variance.")
 """Settings that say how a run was started, and those of the studies; no role tells them from what it keeps and logs."""
 _LEFT_OUT = (*(name for name in settings_with_role("place") if name != "name"), *_OF_A_CALL)
 """What the card's settings do without: it holds no folder."""
-_OF_THE_HEAD = ("trained_on", "held_out", "accuracy", "r2", "mean_absolute_error", "loss")
-"""What its report says of its training and of its errors on held-out data."""
+_OF_THE_HEAD = (
+    "label_type",
+    "trained_on",
+    "held_out",
+    "accuracy",
+    "r2",
+    "mean_absolute_error",
+    "loss",
+    "sha256",
+    "data.",
+)
+"""What its report says of its training, of its errors on held-out data, of its weights and of its data."""
 _USE = {
     True: """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -22,9 +22,11 @@ from grade.methods.metrics import unique_token_ratio
 from grade.model.policy import Policy
 from grade.replay.score import Scores, ScoreSettings, score
 from grade.rewards.base import Reward
+from grade.rewards.silence import silent_line
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.draw import Sampling, sampling_of
 from grade.sampling.sample import sample
+from grade.terminal import warn_once
 
 Measures = dict[str, torch.Tensor]
 
@@ -131,19 +133,24 @@ def evaluate(
         rollout = sample(policy, ids, mask, sampling, seed=settings.seed, first_rows=rows, adapters=adapters).of(
             split, chosen
         )
+        rollout = replace(rollout, judged=reward.judge(rollout))
         scores = score(policy, reward, rollout, passes, adapters=adapters)
         details = reward.measures(rollout, scores.reward, scores.terms)
         details |= measure(rollout) if measure is not None else {}
-        records += _records(policy, rollout, scores, details, chosen)
+        records += _records(policy, rollout, scores, details, chosen, reward.judges())
         if tick is not None:
             tick(len(chosen) * processes)
     if processes > 1:
         records = gather_object(records)
+    for name in _silent(records):
+        warn_once(silent_line(name, f"the {split} prompts"))
     records.sort(key=lambda r: r["number"])
     return _summary(records, settings.samples, split=split, step=step, model="policy" if adapters else "base")
 
 
-def _records(policy: Policy, rollout: Rollout, result: Scores, details: Measures, numbers: Sequence[int]) -> list[dict]:
+def _records(
+    policy: Policy, rollout: Rollout, result: Scores, details: Measures, numbers: Sequence[int], judges: Sequence[str]
+) -> list[dict]:
     """Per-response values, small enough to send between processes."""
     mask, unique = rollout.mask, unique_token_ratio(rollout.tokens, rollout.mask)
     columns = {
@@ -157,11 +164,13 @@ def _records(policy: Policy, rollout: Rollout, result: Scores, details: Measures
     numbers_of = {name: values.tolist() for name, values in columns.items()}
     further = {name: values.double().tolist() for name, values in details.items()}
     terms = {name: values.double().tolist() for name, values in result.terms.items()}
+    judged = [] if rollout.judged is None else rollout.judged.isnan().tolist()
     return [
         {
             "number": number,
             **{name: values[i] for name, values in numbers_of.items()},
             "details": {name: values[i] for name, values in further.items()},
+            "silent": dict(zip(judges, judged[i], strict=True)) if judged else {},
             "terms": {name: values[i] for name, values in terms.items()},
             "prompt": text_of(policy, rollout.prompt_ids[i], rollout.prompt_mask[i]),
             "response": text_of(policy, rollout.tokens[i], mask[i]),
@@ -209,6 +218,11 @@ def _summary(records: list[dict], kept: int, *, split: str, step: int | None, mo
         },
         samples=[{k: r[k] for k in ("prompt", "response", "reward")} for r in records[:kept]],
     )
+
+
+def _silent(records: list[dict]) -> list[str]:
+    """The functions of the reward that applied to no response."""
+    return [name for name in records[0]["silent"] if all(record["silent"][name] for record in records)]
 
 
 def _of_terms(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,26 +18,41 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grade.config import Config, LoraSettings
 from grade.errors import GradeError
+from grade.hub_names import GIVEN
 from grade.model.adapter import add_reference, more_than_lora
+from grade.model.adapter_base import check_base_name
 from grade.model.fingerprint import remember_inputs, tensors_digest
-from grade.model.loading import add_adapter, check_fits, check_vocabulary, load_policy, load_tokenizer, padding_left
+from grade.model.loading import (
+    add_adapter,
+    check_fits,
+    check_vocabulary,
+    load_policy,
+    load_tokenizer,
+    padding_left,
+    policy_source,
+)
 from grade.model.policy import Policy
+from grade.model.pretrained import context_of
 from grade.processes import everywhere
 from grade.rewards.base import Reward
 from grade.rewards.function import FunctionReward
 from grade.rewards.reward_model import RewardModel
 from grade.rewards.weighted import Term, WeightedReward
-from grade.tasks.given import GivenTask, read_prompts
+from grade.tasks.given import GivenTask, Prompts, read_prompts
 from grade.training.setup import SetUp
 
-GIVEN = "given:"
-"""Before the names of what no setting can name: no folder and no repository of the hub is called so."""
 _DTYPES: dict[torch.dtype, Literal["float32", "bfloat16"]] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
+_ARGUMENTS = {"policy": "prompts", "validation": "eval_prompts", "test": "test_prompts"}
+"""By split; prompts are looked at first, of which the validation's may be the same."""
+_REWARDS = (
+    "give a function of prompts and completions, a grade.DifferentiableReward or grade.RewardFunction, or a list of "
+    "these"
+)
 _OF_A_NAME = (
     ("finetuning", "lora", "train its adapter"),
     ("adapter", None, "give PeftModel.from_pretrained(model, folder)"),
@@ -61,6 +77,7 @@ def given_set_up(
     Raises:
         GradeError: one of them cannot be used, with the argument's name.
     """
+    _check_kinds(model, reward)
     tokenizer = _tokenizer_of(config, model, tokenizer)
     splits = {"policy": read_prompts(prompts, tokenizer, chat=config.tokenizer)}
     # Without others, what is trained on is validated on too: the best checkpoint is then the best on these.
@@ -76,8 +93,50 @@ def given_set_up(
         task=replace(config.task, dataset=f"{GIVEN}prompts", prompt_max_tokens=task.longest),
         evaluation=replace(config.evaluation, test_prompts=tested),
     )
-    config, policy = _policy_of(config, accelerator, model, tokenizer)
+    if isinstance(model, (str, Path)):
+        config = replace(config, model=replace(config.model, name=str(model)))
+        check_prompts_fit(config, policy_source(config.model).config(), splits)
+    config, policy = _policy_of(config, accelerator, model, tokenizer, splits)
     return config, SetUp(tokenizer, task, policy, as_reward(reward, policy, task))
+
+
+def _check_kinds(model: Any, reward: Any) -> None:
+    """Refuse what is no model, or no reward, before anything is loaded.
+
+    Raises:
+        GradeError: with the argument's name.
+    """
+    if not isinstance(model, (str, Path, PeftModel, PreTrainedModel)):
+        raise GradeError(
+            f"model is {_shown(model)}: give a hub name, a folder, a model of transformers or one of peft."
+        )
+    if not (callable(reward) or isinstance(reward, (Reward, RewardModel, list, tuple))):
+        raise GradeError(f"reward is {reward!r}: {_REWARDS}.")
+
+
+def _shown(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def check_prompts_fit(config: Config, model: PretrainedConfig, splits: Mapping[str, Prompts]) -> None:
+    """Refuse a prompt that does not fit the model's context with its response.
+
+    Args:
+        splits: of the run, by the names of the task.
+
+    Raises:
+        GradeError: with the argument, the prompt's number and its length.
+    """
+    context, response = context_of(model), config.generation.max_new_tokens
+    for split, argument in _ARGUMENTS.items():
+        lengths = [len(row) for row in splits[split].ids] if split in splits else [0]
+        longest = max(lengths)
+        if context is not None and longest + response > context:
+            raise GradeError(
+                f"{argument}[{lengths.index(longest)}] has {longest} tokens, and with the response "
+                f"(config.generation.max_new_tokens, {response}) that is {longest + response}, but the context of the "
+                f"model is {context} tokens. Shorten it or leave it out, or lower config.generation.max_new_tokens."
+            )
 
 
 def _tokenizer_of(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -95,19 +154,20 @@ def _tokenizer_of(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase
 
 
 def _policy_of(
-    config: Config, accelerator: Accelerator, model: Any, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    accelerator: Accelerator,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Mapping[str, Prompts],
 ) -> tuple[Config, Policy]:
     """The policy, and the settings that tell what it is."""
     if isinstance(model, (str, Path)):
-        config = replace(config, model=replace(config.model, name=str(model)))
         # No head is trained here: what a text may be long is no matter.
         reward = replace(config.reward, model=config.reward.model or f"{GIVEN}reward")
         return config, load_policy(replace(config, reward=reward), tokenizer, accelerator.device)
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
-        raise GradeError(
-            f"model is a {type(model).__name__}: give a hub name, a folder, a model of transformers or one of peft."
-        )
+        raise GradeError(f"model is a peft model around {_shown(inner)}: give one around a model of transformers.")
     for field, default, instead in _OF_A_NAME:
         value = getattr(config.model, field)
         if value != default:
@@ -120,6 +180,7 @@ def _policy_of(
         raise GradeError(f"model is in {inner.dtype}: load it in float32 or bfloat16. Small gradients would vanish.")
     name = inner.name_or_path or f"{GIVEN}{type(inner).__name__}"
     settings = replace(config.model, name=name, dtype=dtype)
+    check_prompts_fit(config, inner.config, splits)
     check_fits(name, inner.config, config.task, config.generation, None)
     check_vocabulary(name, tokenizer, inner)
     model.to(accelerator.device)
@@ -179,6 +240,12 @@ def _own_adapter(model: PeftModel) -> LoraSettings:
             f"model: its adapter is more than a LoRA adapter of linear layers ({', '.join(more)}), which cannot be "
             "switched off beside a frozen base. Merge it (merge_and_unload), and give the merged model."
         )
+    check_base_name(
+        settings.base_model_name_or_path,
+        model.get_base_model().name_or_path,
+        "model: its adapter",
+        "Give PeftModel.from_pretrained(base, folder) with the base that it was trained on.",
+    )
     targets = set()
     for name, parameter in model.named_parameters():
         trained = ".lora_" in name
@@ -224,10 +291,7 @@ def _one(reward: Any, policy: Policy, task: GivenTask) -> Reward:
     if callable(made) and not isinstance(made, (Reward, type)):
         return FunctionReward(made, policy.tokenizer, task)
     if not isinstance(made, Reward):
-        raise GradeError(
-            f"reward is {reward!r}: give a function of prompts and completions, a grade.DifferentiableReward or "
-            "grade.RewardFunction, or a list of these."
-        )
+        raise GradeError(f"reward is {reward!r}: {_REWARDS}.")
     for table in made.tables:
         if table.rows.shape[0] < policy.vocab_size:
             raise GradeError(
@@ -250,6 +314,9 @@ def _made(reward: Any, policy: Policy) -> Any:
     if not (is_class or inspect.isroutine(reward)):
         return reward
     needed = [name for name, p in inspect.signature(reward).parameters.items() if p.default is p.empty]
-    if needed == ["policy"]:
-        return reward(policy)
-    return reward() if is_class and not needed else reward
+    if needed != ["policy"] and (needed or not is_class):
+        return reward
+    try:
+        return reward(policy) if needed else reward()
+    except SystemExit as error:
+        raise GradeError(f"reward: {reward.__qualname__} ended the program (SystemExit: {error}). Mend it.") from error

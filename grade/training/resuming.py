@@ -9,14 +9,35 @@ from typing import Any
 import torch
 
 from grade.config import TrainConfig
-from grade.errors import GradeError, reason_of
+from grade.errors import GradeError, read_json, reason_of
 from grade.files import latest
 from grade.methods.base import Method
 from grade.model.checkpoint import load_adapter, load_state, verified_step
-from grade.model.fingerprint import differing
+from grade.model.fingerprint import ATTRIBUTE, differing
 from grade.model.policy import Policy
 
 _FIELDS = ("optimizer", "method", "best", "evaluations", "steps", "inputs", "logs")
+
+
+def check_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> None:
+    """Refuse to go on with something else, as `restored` does, before any work; by the run's record, if it has one.
+
+    Raises:
+        GradeError: with what differs.
+    """
+    record = run_dir / "run.json"
+    if record.is_file():
+        before = read_json(record, f"Delete {record} to go without this check.", "inputs")
+        _refuse_others(run_dir, before["inputs"], inputs)
+
+
+def _refuse_others(run_dir: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = differing(then, now)
+    if changed:
+        fix = "Put it back, or start another run with train.run_dir."
+        if ATTRIBUTE in changed:
+            fix += " What a reward only keeps while it works belongs under a name that begins with _."
+        raise GradeError(f"train.resume: {run_dir} was started with something else: {changed}. {fix}")
 
 
 def restored(
@@ -36,12 +57,7 @@ def restored(
     try:
         if missing:
             raise KeyError(missing[0])
-        changed = differing(state["inputs"], inputs)
-        if changed:
-            raise GradeError(
-                f"train.resume: {run_dir} was started with something else: {changed}. Put it back, or start another "
-                "run with --train.run_dir."
-            )
+        _refuse_others(run_dir, state["inputs"], inputs)
         load_adapter(folder, policy)
         optimizer.load_state_dict(state["optimizer"])
         method.load_state_dict(state["method"])

@@ -20,6 +20,7 @@ from grade.config.methods import DIFFERENTIATING
 from grade.config.sealed import config_from_sealed, sealed_yaml
 from grade.errors import GradeError, NothingLeft, read_json, writing
 from grade.files import check_writable, latest, locked, replace_text, sync
+from grade.hub_names import GIVEN
 from grade.model.checkpoint import load_state
 from grade.processes import main_process_first, shared
 
@@ -47,6 +48,11 @@ _CHECKPOINT = r"(best|last|step-\d+)(\.old)?"
 _HOLDING = rf"{_CHECKPOINT}|(best|last|step-\d+)\.new|reward(\.new|\.old)?|tensorboard|checkpoints|{_TEMPLATES}"
 """Names of the folders that it makes."""
 
+_OF_PROMPTS = {
+    "task.prompt_max_tokens": "the prompts' longest, in tokens",
+    "evaluation.test_prompts": "how many of test_prompts are tested",
+}
+"""Settings that follow from prompts that a program gave, in its terms."""
 _MICRO_BATCHES = {"train.batch_size", "train.accumulation_steps"}
 
 
@@ -191,14 +197,14 @@ def _check_resumable(config: Config, run_dir: Path) -> None:
     if differing:
         raise GradeError(
             f"train.resume: {run_dir} was started with other settings: {differing}. Put them back, or start "
-            "another run with --train.run_dir."
+            "another run with --train.run_dir (in Python config.train.run_dir)."
         )
     steps = config.train.steps
     if done > steps or (done == steps and is_finished(run_dir, steps, config.evaluation)):
         kind = NothingLeft if done == steps else GradeError
         raise kind(
             f"train.resume: {run_dir} has had {done} steps, train.steps is {steps}: there is nothing "
-            "left to do. Raise train.steps to go on, or look at it with `grade evaluate`."
+            "left to do. Raise train.steps to go on, or look at it with `grade report`."
         )
 
 
@@ -285,7 +291,8 @@ def differing_settings(before: Config, now: Config) -> str:
     elif not now.method.replay_dropout:
         free |= _MICRO_BATCHES  # the responses of a whole step must stay, which the checkpoint's inputs tell
     names = [name for name in new if old[name] != new[name] and name not in free]
-    return ", ".join(f"{name} ({old[name]} then, {new[name]} now)" for name in names)
+    words = _OF_PROMPTS if now.task.dataset.startswith(GIVEN) else {}
+    return ", ".join(f"{words.get(name, name)} ({old[name]} then, {new[name]} now)" for name in names)
 
 
 def is_finished(run_dir: Path, steps: int, evaluation: EvaluationConfig) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from grade.training.optimization import Optimization
 from grade.training.progress import TrainingProgress, training_progress
 from grade.training.record import RunRecord
 from grade.training.responses import Responses
-from grade.training.resuming import best_is_missing, other_schedule, restored
+from grade.training.resuming import best_is_missing, check_inputs, other_schedule, restored
 from grade.training.run_folder import clear, mark, write_run_config
 from grade.training.setup import SetUp, check_same_inputs, set_up
 from grade.training.soundness import broken_measure, broken_policy
@@ -92,10 +92,16 @@ class Trainer:
         tokenizer, self.task, self.policy, self.reward = self.loaded = loaded
         self.evaluation_prompts = load_prompts(config.evaluation, self.task, tokenizer)
         self.prompts = self.evaluation_prompts.pop("policy")
+        train = config.train
+        self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
+        inputs = inputs_of(self.policy, self.task, self.reward.identity(), self.reward.attributes())
+        self.inputs = {**inputs, "responses_per_step": self.responses_per_step}
+        check_same_inputs(accelerator, self.inputs)
+        if train.resume:
+            check_inputs(run_dir, self.inputs)
         split = max(self.evaluation_prompts, key=lambda name: len(self.evaluation_prompts[name]))
         trial = Trial(self.policy, self.reward, config, self.prompts, self.evaluation_prompts[split], split)
         self.memory = memory_plan(trial, accelerator.num_processes, self.services.any_process)
-        train = config.train
         self.method = make_method(
             self.policy,
             self.reward,
@@ -108,10 +114,6 @@ class Trainer:
         )
         groups = [{"params": self.policy.parameters()}, *self.method.parameter_groups()]
         self.optimization = Optimization(groups, train, accelerator)
-        self.responses_per_step = train.batch_size * train.accumulation_steps * accelerator.num_processes
-        inputs = inputs_of(self.policy, self.task, self.reward.identity())
-        self.inputs = {**inputs, "responses_per_step": self.responses_per_step}
-        check_same_inputs(accelerator, self.inputs)
         self.source = rollout_source(
             config.rollout,
             self.policy,
@@ -248,11 +250,14 @@ class Trainer:
             progress = stack.enter_context(
                 training_progress(train.steps, self.step, every=train.log_every, enabled=main)
             )
+            stack.enter_context(self._saved_where_a_reward_fails())
             self.stop = stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
             for note in notes:
                 progress.say(note)
             if self.step == 0 and not self.validations.rows:
                 self._validate(progress, adapters=False)
+            elif self.step % every == 0 and self.validations.rows[-1]["step"] != self.step:  # the reward failed in it
+                self._save(best=self._validate(progress))
             self.callbacks.check(self.checkpoints.kept())
             if self.source is not None:
                 self.source.should_stop = lambda: stop.asked
@@ -263,11 +268,6 @@ class Trainer:
                 except StopAsked:  # while it waited for responses: nothing of this step has been done
                     self._save()
                     raise KeyboardInterrupt from None
-                except RewardFailed as error:  # likewise
-                    if self.step in (0, self.checkpoints.saved) or self.accelerator.num_processes > 1:
-                        raise
-                    self._save()
-                    raise RewardFailed(f"{error} {self.checkpoints.kept()}") from error
                 self._refuse_broken(f"step {self.step}", broken_measure(metrics))
                 self.log.metrics(self.step, metrics)
                 progress.advance(metrics)
@@ -290,6 +290,18 @@ class Trainer:
             self.callbacks("on_end")
             self.callbacks.check(self.checkpoints.kept())
             return rows
+
+    @contextmanager
+    def _saved_where_a_reward_fails(self) -> Iterator[None]:
+        """Save what was done before: a step or an evaluation whose reward fails has changed nothing of it."""
+        try:
+            yield
+        except RewardFailed as error:
+            if self.step == 0 or not self.accelerator.is_main_process:
+                raise
+            if self.step != self.checkpoints.saved:
+                self._save()
+            raise RewardFailed(f"{error} {self.checkpoints.kept()}") from error
 
     def _validate(self, progress: TrainingProgress, *, adapters: bool = True) -> bool:
         """Whether the policy is the best so far."""

@@ -66,6 +66,13 @@ def test_an_adapter_is_uploaded(trained_run, hub, capsys):
     assert "https://huggingface.co/me/tiny" in out and "nobody can load the adapter" in out  # its base is a folder
 
 
+def test_what_is_said_is_the_runs_own_whatever_loads_it(trained_run, hub, capsys):
+    assert push(trained_run, "tiny", "--name", "another", "--model.name", "some/model") == 0
+    assert hub.calls[-1][1]["commit_message"] == "tiny, checkpoint best, by grade push"
+    out = capsys.readouterr().out
+    assert "nobody can load the adapter" in out and "some/model" not in out
+
+
 def test_a_merged_model_is_uploaded_to_a_branch(trained_run, hub, capsys):
     assert push(trained_run, "me/tiny", "--merge", "--revision", "first") == 0
     assert [name for name, _ in hub.calls] == ["whoami", "create_repo", "create_branch", "upload_folder"]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import embeddings_of, loaded_policy, tiny_policy, tiny_reward, two_references
 from tiny_run import adapter_of, changed, stopped_after, timeless
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grade import GradeTrainer
 from grade.commands.evaluate import evaluate_run
 from grade.config import LoraSettings
 from grade.errors import GradeError
@@ -89,6 +93,40 @@ def test_what_is_no_plain_lora_adapter_is_refused(tiny_config, adapter, trained_
         path.write_text(json.dumps({**before, **change}))
         with pytest.raises(GradeError, match=message):
             loaded_policy(going_on(tiny_config, copied))
+
+
+def test_another_base_of_the_same_shapes_is_refused(tiny_config, tiny_model, adapter, tmp_path, capfd):
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_model, moved)
+    loaded_policy(going_on(tiny_config, adapter, name=str(moved), dtype="bfloat16"))  # the same weights, told by value
+    assert "was trained on" not in capfd.readouterr().err
+    foreign = tmp_path / "foreign"  # which says the name of its base alone
+    shutil.copytree(adapter, foreign)
+    (foreign / "manifest.json").unlink()
+    loaded_policy(going_on(tiny_config, foreign))
+    assert "was trained on" not in capfd.readouterr().err
+    loaded_policy(going_on(tiny_config, foreign, name=str(moved)))
+    words = f"model.adapter={foreign} was trained on {tiny_model}, and is put on {moved}. Nothing tells"
+    assert words in " ".join(capfd.readouterr().err.split())
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, moved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(GradeError, match=r"trained on another base than this: on .*, whose .*/moved\. Name the model"):
+        loaded_policy(going_on(tiny_config, adapter, name=str(moved)))
+
+
+def test_the_base_that_a_given_peft_model_names_is_compared(tiny_model, capfd):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    given = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    for ours, theirs, refused in (("a/one", "b/one", False), ("a/one", "a/two", True), ("a/one", "./one", False)):
+        base.name_or_path, given.peft_config["default"].base_model_name_or_path = ours, theirs
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        make = partial(GradeTrainer, given, lambda completions: [], ["We saw it."], tokenizer=tokenizer)
+        if refused:
+            with pytest.raises(GradeError, match="model: its adapter was trained on a/two, and is put on a/one"):
+                make()
+        else:
+            make()
+            assert f"was trained on {theirs}, and is put on {ours}" in " ".join(capfd.readouterr().err.split())
 
 
 def test_an_edited_pattern_makes_another_adapter(tiny_config, adapter, tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 from report_runs import write_run
+from rich.console import Console
 
 pytest.importorskip("matplotlib")
 
@@ -26,6 +28,28 @@ def test_a_fresh_run(trained_run):
     assert f"torch {session['versions']['torch']}" in facts["versions"]
     assert session["machine"]["cpu"] in facts["machine"]
     assert facts.get("git commit") == session["git_commit"]
+
+
+def test_times_are_broken_nowhere(trained_run):
+    (summary, *_) = all_sections(load_study(trained_run))
+    table = next(part for part in summary.parts if getattr(part, "title", "") == "sessions")
+    (session,) = json.loads((trained_run / "run.json").read_text())["sessions"]
+    assert f'<td class="number">{session["ended"]}</td>' in table.html()
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table.rich())
+    assert session["started"] in console.file.getvalue() and session["ended"] in console.file.getvalue()
+
+
+def test_kl_is_told_to_its_reference(tmp_path):
+    def titles(*references):
+        for i, reference in enumerate(references):
+            write_run(tmp_path / str(references) / str(i), settings={"model.reference": reference})
+        learning = next(s for s in all_sections(load_study(tmp_path / str(references))) if s.anchor == "learning")
+        return " ".join(str(getattr(part, "caption", "")) for part in learning.parts)
+
+    assert "KL to the base model over" in titles("base", "base")
+    assert "KL to the policy as it started over" in titles("initial", "initial")
+    assert "KL to each run's reference over" in titles("base", "initial")
 
 
 def test_sessions_that_say_little(tmp_path):

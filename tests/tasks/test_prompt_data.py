@@ -176,6 +176,13 @@ def test_a_tokenizer_without_template_is_refused_by_name():
         ({"prompt": TEXTS}, {"prompt_column": "p"}, None, "no column 'p'"),
         ({"prompt": []}, {}, None, "The train data of task.dataset=here is empty"),
         ({"prompt": ["", " ", None]}, {}, None, "has no prompt: all 3 rows are empty"),
+        (
+            {"prompt": ["a"] * 9, "chosen": ["b"] * 9, "rejected": ["b"] * 9},
+            {"label_type": "pairs"},
+            None,
+            "no pair to learn from: in 9 of 9 rows the answers in the columns 'chosen' and 'rejected' are equal. Name",
+        ),
+        ({"prompt": ["", "", "a", "b"]}, {}, None, "2 usable rows .2 rows without a prompt are left out .train..: at"),
         ({"prompt": TEXTS[:2]}, {}, None, "has 2 usable rows: at least 3 are needed for validation, test and training"),
         ({"prompt": [1.5] * 9}, {}, None, "column 'prompt', holds float values: a prompt is a string"),
         ({"prompt": [["a"]] * 9}, {}, None, "holds a list with str values"),
@@ -190,6 +197,21 @@ def test_a_tokenizer_without_template_is_refused_by_name():
 def test_what_cannot_be_used_is_refused(columns, task, chat, message):
     with pytest.raises(GradeError, match=message):
         task_of(columns, None if chat is None else TokenizerConfig(**chat), **task)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "txt"])
+def test_a_file_without_rows_is_told_in_our_words(tmp_path, kind):
+    path = tmp_path / f"train.{kind}"
+    path.write_bytes(b"")
+    for name in (tmp_path, path):
+        with pytest.raises(GradeError, match=rf"^task.dataset=.*: .*train.{kind} has 0 bytes. Write its rows"):
+            load_task(config_for(name))
+    if kind == "parquet":
+        datasets.Dataset.from_dict({"prompt": []}).to_parquet(path)
+    else:
+        path.write_bytes({"csv": b"prompt,answer\n", "json": b"[]"}.get(kind, b" \n\n"))
+    with pytest.raises(GradeError, match="task.dataset=.* (is empty: it has no rows|holds blank lines alone). .*ame "):
+        load_task(config_for(path))
 
 
 def test_files_that_cannot_be_used_are_refused(tmp_path):

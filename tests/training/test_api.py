@@ -218,6 +218,51 @@ def test_a_model_with_another_adapter_is_refused(model, tokenizer, config):
         make(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=2)), config)
 
 
+def test_what_is_no_model_or_reward_is_told_first_and_by_name(tiny_model, config):
+    for given, words in (
+        (None, "^model is None: give a hub name"),
+        (torch.nn.Linear(2, 2), "^model is a Linear: give"),
+    ):
+        with pytest.raises(grade.GradeError, match=words):
+            make(given, config)
+    with pytest.raises(grade.GradeError, match="^reward is None: give a function"):
+        make(tiny_model, config, reward=None)
+
+
+@pytest.mark.parametrize("argument", ["prompts", "eval_prompts", "test_prompts"])
+def test_a_prompt_that_is_too_long_is_told_by_its_argument(tiny_model, model, config, argument):
+    long = [PROMPTS[0], " ".join(PROMPTS * 60)]
+    given = {"prompts": PROMPTS, argument: long}
+    for named in (tiny_model, model):
+        with pytest.raises(
+            grade.GradeError, match=rf"^{argument}\[1\] has \d+ tokens, .*config.generation.max_new_tok"
+        ):
+            make(named, config, **given)
+    if argument == "prompts":
+        trainer = make(tiny_model, config)
+        with pytest.raises(grade.GradeError, match=r"^prompts\[1\] has .* or lower config.generation.max_new_tokens"):
+            trainer.evaluate(long)
+        with pytest.raises(grade.GradeError, match=r"^prompts\[0\] has .* or lower max_new_tokens"):
+            trainer.generate(PROMPTS, max_new_tokens=10**4)
+
+
+def test_the_commands_say_what_was_given_in_python(tiny_model, config):
+    result = make(tiny_model, changed(config, train={"steps": 2})).train()
+    made = config_from_sealed(result.run_dir / "config.yaml")
+    for split, argument in (("test", "test_prompts"), ("validation", "eval_prompts")):
+        with pytest.raises(grade.GradeError, match=rf"prompts that were given in Python.*{argument}=.*--task.dataset"):
+            evaluate_run(made, result.run_dir, "best", split)
+    with pytest.raises(grade.GradeError, match="task.dataset is given:prompts: those were given as objects in Python"):
+        grade.GradeTrainer.from_config(changed(made, train={"run_dir": f"{made.train.run_dir}-2"})).train()
+    with pytest.raises(grade.GradeError, match="model.name is given:Llama: that was given as an object in Python"):
+        grade.GradeTrainer.from_config(changed(made, model={"name": "given:Llama"})).policy  # noqa: B018
+    longer = [*PROMPTS, " ".join(PROMPTS)]
+    with pytest.raises(
+        grade.GradeError, match=r"the prompts' longest, in tokens \(\d+ then, \d+ now\).*config.train.run"
+    ):
+        make(tiny_model, changed(config, train={"resume": "auto"}), prompts=longer).train()
+
+
 def test_prompts_of_every_kind_have_the_ids_of_the_tokenizer(tokenizer):
     texts = read_prompts(PROMPTS, tokenizer)
     assert texts.ids == tokenizer(PROMPTS)["input_ids"] and texts.conversations is None

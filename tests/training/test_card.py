@@ -18,7 +18,8 @@ from tiny_run import stopped_after, with_train
 from grade import __version__
 from grade.config import Config
 from grade.config.reading import config_from_yaml
-from grade.model.checkpoint import name_anywhere, verified_step
+from grade.hub_names import name_anywhere
+from grade.model.checkpoint import verified_step
 from grade.processes import make_accelerator
 from grade.training.card import model_card
 from grade.training.run_folder import _written, prepare_run_dir
