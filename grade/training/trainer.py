@@ -179,6 +179,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule(step)
         metrics = self.method.step(rollouts, step, self._update)
+        metrics |= self.method.steer(metrics)
         seconds = self.phases.take()
         if self.accelerator.is_main_process and step % config.train.samples_every == 0:
             self.log.samples(step, samples_of(self.policy, rollouts[0], config.train.samples_logged))
@@ -457,6 +458,7 @@ class Trainer:
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "method": self.method.state_dict(),
+                "kl_coef": self.method.kl_coef,
                 "inputs": self.inputs,
                 "reward": self.reward.state_dict(),
                 "best": self.validations.best,
