@@ -93,8 +93,8 @@ class GRPOConfig:
 @dataclass
 class MethodConfig:
     """The gradient estimator and its objective: -mean reward + kl_coef * KL. Of the
-    settings without a section, `estimator`, `rao_samples`, `kl_prefix_grad`, `tau_*`, `max_hops`, `hop_tol` and
-    `replay_dropout` are those of `grade` and `grade-ste`."""
+    settings without a section, `estimator`, `rao_samples`, `path_scale`, `kl_prefix_grad`, `tau_*`, `max_hops`,
+    `hop_tol` and `replay_dropout` are those of `grade` and `grade-ste`."""
 
     name: Literal["grade-ste", "grade", "ppo", "reinforce", "grpo"] = "grade-ste"
     """`grade-ste`: straight-through, hard tokens fed forward. `grade`: soft tokens fed forward. The others are policy
@@ -104,8 +104,16 @@ class MethodConfig:
     1 or more."""
     rao_samples: int = setting(16, ge=1, le=4096)
     """Conditional Gumbel draws per token that `rao` averages."""
+    path_scale: float = setting(1.0, gt=0, le=WEIGHT)
+    """Multiplies what has come through a token's embedding, reward and later KL, and not the KL at a token's own
+    logits, which is exact: the local rule sets the length of the one, not of the other."""
     kl_coef: float = setting(0.1, ge=0, le=WEIGHT)
-    """Weight of the KL term, per nat."""
+    """Weight of the KL term, per nat; with a `target_kl` what it starts from."""
+    target_kl: float | None = setting(None, gt=0, le=WEIGHT)
+    """Move kl_coef after every step so that the step's KL comes to this many nats, per token or per response as
+    kl_reduction has it; null: kl_coef stays."""
+    target_kl_rate: float = setting(0.1, gt=0, le=1)
+    """How fast: kl_coef changes by this times the KL's relative excess, of which at most a fifth counts."""
     kl_direction: Literal["policy_ref", "ref_policy"] = "policy_ref"
     """`policy_ref`: kl(policy‖ref). `ref_policy`: kl(ref‖policy). Exact over the vocabulary."""
     kl_reduction: Literal["token_mean", "sequence_sum"] = "token_mean"

@@ -33,6 +33,9 @@ policy's gradient before it was clipped."""
 class Method:
     """What the trainer asks of a method; one that keeps nothing between steps need only sample and step.
 
+    Attributes:
+        kl_coef: weight of the KL per nat, which moves where the settings have a target for the KL.
+
     Args:
         seed: of the run; the order of mini-batches and the masks of dropout follow from it.
         activation_checkpointing: whether activations are recomputed in the backward passes, as the run has decided.
@@ -49,6 +52,7 @@ class Method:
 
     def __post_init__(self) -> None:
         self.silence = Silence(self.reward)
+        self.kl_coef = self.config.kl_coef
         if self.activation_checkpointing:
             self.policy.enable_activation_checkpointing()
 
@@ -85,8 +89,23 @@ class Method:
 
     def weight_of_kl(self, mask: Tensor, totals: Totals) -> Tensor:
         """`kl_weight` under this method's settings, for a step or mini-batch with `totals`."""
-        config = self.config
-        return kl_weight(mask, config.kl_reduction, config.kl_coef, totals.tokens, totals.responses)
+        return kl_weight(mask, self.config.kl_reduction, self.kl_coef, totals.tokens, totals.responses)
+
+    def loss(self, metrics: dict[str, float]) -> float:
+        """The loss above from a step's means; minus it is the objective that studies compare methods by."""
+        return -metrics["reward"] + self.kl_coef * self._kl_in_loss(metrics)
+
+    def steer(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Move `kl_coef` so that the KL comes to the target of the settings, by what a step has seen of it; the
+        coefficient of that step as a metric, or nothing without a target."""
+        used, target = self.kl_coef, self.config.target_kl
+        if target is None:
+            return {}
+        self.kl_coef = steered(used, self._kl_in_loss(metrics), target, self.config.target_kl_rate)
+        return {"kl_coef": used}
+
+    def _kl_in_loss(self, metrics: dict[str, float]) -> float:
+        return metrics["kl"] if self.config.kl_reduction == "token_mean" else metrics["kl_sequence"]
 
     def parameter_groups(self) -> list[dict]:
         """Trainable parameters besides the policy's, as torch.optim takes them."""
@@ -112,7 +131,8 @@ def kl_weight(mask: Tensor, reduction: str, kl_coef: float, total_tokens: int, t
     return mask.double() * (kl_coef / total)
 
 
-def loss_of(config: MethodConfig, metrics: dict[str, float]) -> float:
-    """The loss above from a step's means; minus it is the objective that studies compare methods by."""
-    kl = metrics["kl"] if config.kl_reduction == "token_mean" else metrics["kl_sequence"]
-    return -metrics["reward"] + config.kl_coef * kl
+def steered(kl_coef: float, kl: float, target: float, rate: float) -> float:
+    """The coefficient after a step with the KL `kl`: times 1 + rate * the relative excess over the target, which counts
+    for a fifth at most either way (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."""
+    excess = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + rate * excess)

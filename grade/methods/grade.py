@@ -24,7 +24,7 @@ import torch
 
 from grade.config.methods import BY_VALUE
 from grade.errors import GradeError, present
-from grade.methods.base import Method, Update, loss_of
+from grade.methods.base import Method, Update
 from grade.methods.metrics import add_sums, step_sums, update_metrics
 from grade.methods.score_function import advantages
 from grade.methods.services import Totals
@@ -65,6 +65,7 @@ class Grade(Method):
         config = self.config
         return ReplaySettings(
             tau=self.tau(step),
+            path_scale=config.path_scale,
             estimator=config.estimator,
             rao_samples=config.rao_samples,
             kl_direction=config.kl_direction,
@@ -89,7 +90,7 @@ class Grade(Method):
                 sums = add_sums(sums, self._sums(micro_batch, self.accumulate(micro_batch, step, totals)))
         norm = update()
         metrics = self.observed(sums)
-        return {"loss": loss_of(self.config, metrics), **metrics, "tau": self.tau(step), **update_metrics([norm])}
+        return {"loss": self.loss(metrics), **metrics, "tau": self.tau(step), **update_metrics([norm])}
 
     def judged(self, rollouts: list[Rollout]) -> list[Rollout]:
         """With what the reward's functions say of them, and the weights of their scores that follow from that."""

@@ -159,7 +159,7 @@ class GRPO(PolicyGradient):
             advantage = token_advantages(rewards, mask)
             differs = (advantage != 0).any(2).any(1)
             advantage, scale = advantage.flatten(0, 1), torch.ones_like(advantage[:, 0, 0])  # [N, S], [U]
-        moves = differs | (self.config.kl_coef * scale > 0)
+        moves = differs | (self.kl_coef * scale > 0)
         if settings.kl_policy_ref_coef > 0 or settings.kl_ref_policy_coef > 0:
             moves = torch.ones_like(moves)
         of_responses = (x.repeat_interleave(copies).split(sizes) for x in (differs, scale, moves))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grade.config.methods import micro_batch_size
 from grade.errors import present
-from grade.methods.base import Method, loss_of
+from grade.methods.base import Method
 from grade.methods.metrics import add_sums, step_sums, to_numbers, update_metrics
 from grade.model.passes import fed_embeddings, policy_pass
 from grade.replay.score import RealTokens, Scores, ScoreSettings, frozen_passes, sampled_logits
@@ -246,7 +246,7 @@ class PolicyGradient(Method):
         """
         metrics = self.observed(sums)
         return {
-            "loss": loss_of(self.config, metrics),
+            "loss": self.loss(metrics),
             **metrics,
             "objective/kl": metrics["kl_sequence"],
             **(own or {}),

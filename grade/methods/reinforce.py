@@ -88,7 +88,7 @@ class Reinforce(PolicyGradient):
     def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
         config, totals = self.config, self.services.totals(r.mask for r in rollouts)
         # The KL is known before the backward pass where other responses' is asked for: see the top of this file.
-        first = self.average_kl.value is None and config.kl_coef > 0 and config.kl_reduction == "token_mean"
+        first = self.average_kl.value is None and self.kl_coef > 0 and config.kl_reduction == "token_mean"
         known = self.settings.baseline == "leave_one_out" or (first and totals.responses > 1)
         scored = self.score(rollouts, sampled=known)
         mean_kl = self._mean_kl(scored)
@@ -141,7 +141,7 @@ class Reinforce(PolicyGradient):
         # From a sum of KL over a response to its part of the loss, on the scale of one reward.
         token_mean = self.config.kl_reduction == "token_mean"
         scale = (totals.responses - 1) / (totals.tokens - tokens) if token_mean else torch.ones_like(tokens)
-        return baseline - self.config.kl_coef * scale * (kl - length * mean_kl)
+        return baseline - self.kl_coef * scale * (kl - length * mean_kl)
 
     def _mean_of_others(self, values: Tensor, responses: int) -> Tensor:
         """[n] -> [n]: over the samples of a prompt, or where there is one each, over the step's responses on all

@@ -10,11 +10,14 @@ vector-Jacobian product is D (`grade_kernels.SoftTokenRule`). A moves gradients 
 g = sum_h A^h g_direct is finite: exact after S - 1 hops, close long before. Each hop is one backward pass with
 respect to X; the parameters are touched once, at the end.
 
-A term that is followed by the score function, a weight times the log-probability of the sampled tokens, holds those
-tokens fixed: its gradient at h is added to g, and never travels through A.
-
 g_direct holds the KL gradient at each step's logits, and through D the gradients that reach a token's embedding from
 outside the policy: the reward's, and KL's through the reference.
+
+The KL gradient at a step's own logits is exact; all the rest of g has come through an embedding, where D and the
+linearisation behind it set its length. `path_scale` multiplies that rest, so that both can be brought to one length.
+
+A term that is followed by the score function, a weight times the log-probability of the sampled tokens, holds those
+tokens fixed: its gradient at h is added to g, and neither travels through A nor is multiplied.
 
 Everything here is per sequence: micro-batches of any size give the same gradient.
 """
@@ -41,11 +44,13 @@ class ReplaySettings(ScoreSettings):
 
     Args:
         tau: temperature of the relaxation at this step.
+        path_scale: multiplies all of the gradient but the KL's at its own step's logits.
         any_process: given whether this process wants another hop, whether any does. Sharded models need all
             processes to run the same number of passes; the extra ones change nothing.
     """
 
     tau: float
+    path_scale: float = 1.0
     estimator: str = "gumbel"
     rao_samples: int = 16
     kl_prefix_grad: str = "both"
@@ -123,7 +128,9 @@ class Prepared:
         """(gradient at the policy's hidden states [n, d], hops [B], residual [B])."""
         gradient, hops, residual = solve_hops(*self.equation(settings), self.done.real, settings)
         if settings.kl_prefix_grad == "none":
-            gradient = gradient + self.kl_gradient
+            gradient = settings.path_scale * gradient + self.kl_gradient
+        elif settings.path_scale != 1:
+            gradient = settings.path_scale * gradient + (1 - settings.path_scale) * self.kl_gradient
         if self.score_gradient is not None:
             gradient = gradient + self.score_gradient
         return gradient, hops, residual

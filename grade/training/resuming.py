@@ -61,6 +61,7 @@ def restored(
         load_adapter(folder, policy)
         optimizer.load_state_dict(state["optimizer"])
         method.load_state_dict(state["method"])
+        method.kl_coef = state.get("kl_coef", method.kl_coef)  # checkpoints of earlier versions have none
         method.reward.load_state_dict(state.get("reward", {}))  # checkpoints of earlier versions have none
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise GradeError(

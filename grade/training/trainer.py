@@ -170,6 +170,7 @@ class Trainer:
             rollouts = list(self.rollouts(step))
         self.optimization.begin(step)
         metrics = self.method.step(rollouts, step, self._update)
+        metrics |= self.method.steer(metrics)
         seconds = self.phases.take()
         if self.accelerator.is_main_process and step % config.train.samples_every == 0:
             self.log.samples(step, samples_of(self.policy, rollouts[0], config.train.samples_logged))
@@ -385,6 +386,7 @@ class Trainer:
         return {
             "optimizer": self.optimization.adamw.state_dict(),
             "method": self.method.state_dict(),
+            "kl_coef": self.method.kl_coef,
             "inputs": self.inputs,
             "reward": self.reward.state_dict(),
             "best": self.validations.best,

@@ -253,3 +253,29 @@ def test_bfloat16_base_with_float32_adapter():
     assert rounded.dtype == torch.float32
     # Measured 0.11: eight mantissa bits through two layers and eight hops; a wrong gradient is off by 1.
     assert relative_error(rounded, exact) < 0.25
+
+
+@pytest.mark.parametrize("prefix", ["both", "policy", "none"])
+def test_path_scale_multiplies_all_but_the_kl_of_a_step_itself(setting, prefix):
+    """The KL of a step itself is what remains of the published algorithm without a reward and without prefix."""
+    policy, reward, rollout, settings = setting
+    settings = replace(settings, kl_prefix_grad=prefix)
+    loss = published_loss(
+        policy,
+        reward.head,
+        rollout,
+        tau=1.0,
+        k=7,
+        soft=False,
+        kl_coef=0.3,
+        kl_reduction="token_mean",
+        kl_prefix_grad="none",
+        min_new_tokens=MIN_NEW,
+        reward_fn=lambda prompt, tokens: 0.0 * tokens.sum(),
+        check=False,
+    )
+    own = gradients(policy, loss)
+    whole = gradient(policy, reward, rollout, settings)
+    scaled = gradient(policy, reward, rollout, replace(settings, path_scale=3.0))
+    assert relative_error(scaled, own + 3 * (whole - own)) < 1e-6  # transformers' float32 corners
+    assert relative_error(scaled, whole) > 0.1
