@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from grade.config.bounds import BATCH, COUNT, SEED, TOKENS, WEIGHT, setting, shown
+from grade.config.bounds import BATCH, COUNT, ROWS, SEED, TOKENS, WEIGHT, setting, shown
 from grade.config.methods import COMPARED
 from grade.errors import GradeError
 
@@ -31,6 +31,20 @@ class CompareConfig:
     where that is 1 (GRPO and leave-one-out need groups)."""
     jobs: int = setting(1, ge=1, le=1024)
     """Runs at the same time, each with an equal share of the CPU's threads."""
+    fluency_model: str | None = None
+    """A causal language model (folder or hub name, any vocabulary) that the tests' texts are read with, in nats per
+    byte; not model.name. null: trigrams of the judge's texts."""
+    frontier_points: int = setting(5, ge=1, le=COUNT)
+    """Checkpoints of a run on its frontier of reward against KL, evenly spaced over its validations, the last
+    included."""
+    frontier_prompts: int = setting(256, ge=0, le=ROWS)
+    """Test prompts of a point of the frontier, the first ones; 0: no frontier."""
+    kl_coefs: list[float] | None = setting(None, ge=0, le=WEIGHT)
+    """Every method and seed also runs with each of these as method.kl_coef, at the method's own learning rate; for the
+    frontier alone."""
+    best_of: list[int] = setting(default_factory=lambda: [1, 2, 4, 8, 16], ge=1, le=BATCH)
+    """The base model's best of n responses by the reward, for each of these n, as the frontier's reference; may be
+    empty."""
 
 
 @dataclass
@@ -71,6 +85,15 @@ def check_studies(compare: CompareConfig, variance: VarianceConfig) -> None:
         GradeError: naming the setting, the reason and the fix.
     """
     _check_list("compare.learning_rate_factors", compare.learning_rate_factors, "numbers")
+    if compare.kl_coefs is not None:
+        _check_list("compare.kl_coefs", compare.kl_coefs, "numbers")
+    if compare.kl_coefs is not None and compare.frontier_prompts == 0:
+        raise GradeError(
+            "compare.kl_coefs makes runs for the frontier alone, and compare.frontier_prompts is 0: set it to 1 or "
+            "more, or compare.kl_coefs to null."
+        )
+    if compare.best_of:
+        _check_list("compare.best_of", compare.best_of, "whole numbers")
     _check_list("variance.taus", variance.taus, "numbers")
     _check_list("variance.hops", variance.hops, "whole numbers")
     _check_list("variance.estimators", variance.estimators, "rules")

@@ -2,7 +2,7 @@
 
 Two promises. What looks like a path, or is a folder here, is never looked up at the hub: a checkpoint that lacks its
 weights must not turn into a stranger's model of the same name. And no code of a model's folder runs, nor is a question
-asked about it, unless `model.trust_remote_code` says so; the reward's folder has no such setting.
+asked about it, unless `model.trust_remote_code` says so; other models have no such setting.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _VOCABULARIES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 _NOT_TRUSTED = {
     "model.name": "Look at that code, and set model.trust_remote_code to true if it may run; or name another model.",
     "reward.model": "No code of a reward's folder is run here. Name a classifier that transformers knows by itself.",
+    "compare.fluency_model": "No code of its folder is run here. Name a model that transformers knows by itself.",
 }
 
 
@@ -40,7 +41,7 @@ class Pretrained:
     """A model as a setting names it.
 
     Args:
-        setting: "model.name" or "reward.model", for messages.
+        setting: "model.name", "reward.model" or "compare.fluency_model", for messages.
         name: its value, which messages repeat.
         path: where the model really is, if that is elsewhere.
         revision: on the hub.

@@ -11,6 +11,7 @@ from grade.report.measures import cost_before
 from grade.report.parts import Section
 from grade.report.samples import samples
 from grade.report.sections_cost import efficiency, speed
+from grade.report.sections_frontier import frontier
 from grade.report.sections_gradients import gradients
 from grade.report.sections_outcome import final, significance
 from grade.report.sections_temperature import temperature
@@ -29,7 +30,7 @@ _FACTS = (
     ("longest response, tokens", "generation.max_new_tokens"),
     ("candidates, top_k", "generation.top_k"),
 )
-_PARTS = (learning, validated, gradients, efficiency, final, temperature, speed, significance, samples)
+_PARTS = (learning, validated, gradients, efficiency, final, frontier, temperature, speed, significance, samples)
 
 
 def all_sections(study: Study) -> list[Section]:
@@ -37,7 +38,7 @@ def all_sections(study: Study) -> list[Section]:
     if study.kind == "variance":
         return [_measurements(study)]
     view = View(study)
-    return [summary(view), *(part(view) for part in _PARTS)]
+    return [summary(view), *(section for part in _PARTS if (section := part(view)) is not None)]
 
 
 def _measurements(study: Study) -> Section:

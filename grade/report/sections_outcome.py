@@ -22,11 +22,15 @@ _MEASURES = {
     "kl": ("KL, nats per token", 3),
     "entropy": ("entropy, nats per token", 2),
     "perplexity": ("perplexity under the base model", 1),
+    "nats_per_byte": ("nats per byte under another model", 3),
+    "repetition": ("repeated 4-grams", 3),
+    "length_distance": ("length, distance from the base's", 1),
+    "entropy_distance": ("entropy, distance from the base's", 2),
     "unique_token_ratio": ("distinct tokens", 3),
     "mean_length": ("length, tokens", 1),
     "eos_rate": ("ended by themselves", 3),
 }
-_NOT_SHOWN = {"step", "prompts", "reward_stderr", "kl_sequence", "base_nll"}
+_NOT_SHOWN = {"step", "prompts", "reward_stderr", "kl_sequence", "base_nll", "fluency_nats", "fluency_bytes"}
 ALPHA = 1 - LEVEL
 
 

@@ -7,7 +7,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -68,8 +68,15 @@ class Style:
 
 def style_of(group: Group) -> Style:
     """The method's colour; other groups of the method have other tints and dashes."""
-    colour = tinted(method_colour(group.method), _TINTS[group.rank % len(_TINTS)])
-    return Style(colour, _MARKERS.get(group.method, "o"), _DASHES[group.rank % len(_DASHES)])
+    own = method_style(group.method)
+    return replace(
+        own, colour=tinted(own.colour, _TINTS[group.rank % len(_TINTS)]), dash=_DASHES[group.rank % len(_DASHES)]
+    )
+
+
+def method_style(method: str) -> Style:
+    """Of a method in `COMPARED`, whatever groups of it there are."""
+    return Style(method_colour(method), _MARKERS.get(method, "o"), _DASHES[0])
 
 
 def method_colour(method: str) -> str:

@@ -112,14 +112,54 @@ def evaluate(
     """Sample a response to every prompt, and measure its reward, KL and entropy.
 
     Args:
+        step: optimizer steps the policy has had, for the record.
+        policy, reward, prompts, settings, generation, method, split, adapters, accelerator, tick, measure: as
+            `responses` takes them; the means of what `measure` gives are the `details`.
+    """
+    records = responses(
+        policy,
+        reward,
+        prompts,
+        settings,
+        generation,
+        method,
+        split=split,
+        adapters=adapters,
+        accelerator=accelerator,
+        tick=tick,
+        measure=measure,
+    )
+    return summary(records, settings.samples, split=split, step=step, model="policy" if adapters else "base")
+
+
+def responses(
+    policy: Policy,
+    reward: Reward,
+    prompts: Sequence[list[int]],
+    settings: EvaluationConfig,
+    generation: GenerationConfig,
+    method: MethodConfig,
+    *,
+    split: str,
+    adapters: bool = True,
+    accelerator: Accelerator | None = None,
+    tick: Callable[[int], object] | None = None,
+    measure: Callable[[Rollout], Measures] | None = None,
+) -> list[dict]:
+    """A response to every prompt and what is said of it, for `summary`, in the order of the prompts.
+
+    Args:
         prompts: token ids, without padding; prompt i always gets the same noise.
         method: its KL's direction, its prompt cache and its chunks of logits are used.
         split: "validation" or "test".
-        step: optimizer steps the policy has had, for the record.
         adapters: False evaluates the base model.
         accelerator: shares the prompts among its processes; every process returns the whole result.
         tick: called with the number of prompts done after each batch.
-        measure: given a rollout, further [B] measures of it by name; their means are the `details`.
+        measure: given a rollout, further [B] measures of it by name.
+
+    Returns:
+        Dictionaries: "number" of the prompt, "prompt" and "response" as texts, "reward", "kl" and "entropy" (sums over
+        the response, nats), "unique", "length" (tokens), "ended", and by name "details" and "terms".
     """
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     sampling = evaluation_sampling(settings, generation)
@@ -133,19 +173,32 @@ def evaluate(
         rollout = sample(policy, ids, mask, sampling, seed=settings.seed, first_rows=rows, adapters=adapters).of(
             split, chosen
         )
-        rollout = replace(rollout, judged=reward.judge(rollout))
-        scores = score(policy, reward, rollout, passes, adapters=adapters)
-        details = reward.measures(rollout, scores.reward, scores.terms)
-        details |= measure(rollout) if measure is not None else {}
-        records += _records(policy, rollout, scores, details, chosen, reward.judges())
+        records += score_records(policy, reward, rollout, passes, chosen, adapters=adapters, measure=measure)
         if tick is not None:
             tick(len(chosen) * processes)
     if processes > 1:
         records = gather_object(records)
     for name in _silent(records):
         warn_once(silent_line(name, f"the {split} prompts"))
-    records.sort(key=lambda r: r["number"])
-    return _summary(records, settings.samples, split=split, step=step, model="policy" if adapters else "base")
+    return sorted(records, key=lambda r: r["number"])
+
+
+def score_records(
+    policy: Policy,
+    reward: Reward,
+    rollout: Rollout,
+    settings: ScoreSettings,
+    numbers: Sequence[int],
+    *,
+    adapters: bool,
+    measure: Callable[[Rollout], Measures] | None = None,
+) -> list[dict]:
+    """What `responses` returns, of the B responses of a rollout, whose prompts have these B numbers."""
+    rollout = replace(rollout, judged=reward.judge(rollout))
+    scores = score(policy, reward, rollout, settings, adapters=adapters)
+    details = reward.measures(rollout, scores.reward, scores.terms)
+    details |= measure(rollout) if measure is not None else {}
+    return _records(policy, rollout, scores, details, numbers, reward.judges())
 
 
 def _records(
@@ -195,7 +248,8 @@ def samples_of(policy: Policy, rollout: Rollout, count: int) -> list[dict[str, s
     ]
 
 
-def _summary(records: list[dict], kept: int, *, split: str, step: int | None, model: str) -> Evaluation:
+def summary(records: list[dict], kept: int, *, split: str, step: int | None, model: str) -> Evaluation:
+    """What `responses` has given, as one evaluation that keeps the first `kept` of them as samples."""
     rewards = torch.tensor([r["reward"] for r in records], dtype=torch.float64)
     count, tokens = len(records), sum(r["length"] for r in records)
     kl = sum(r["kl"] for r in records)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from report_runs import VARIANCE, evaluation, write_comparison, write_run
+from report_runs import VARIANCE, add_frontier, evaluation, write_comparison, write_run
 
 from grade.commands.report import run_report
 from grade.errors import GradeError
@@ -99,6 +99,28 @@ def test_numbers_of_a_comparison_by_hand(comparison):
     assert (speed["seconds per step"].mean, speed["rollout, seconds per step"]) == (2.0, 0.5)
     assert (speed["tokens per second"].mean, speed["peak memory, GiB"].mean) == (50.0, 1.5)
     assert report.table("summary", "sweep")[0]["chosen"] == "yes"
+
+
+def test_the_frontier_at_equal_kl(tmp_path):
+    folder = write_comparison(tmp_path / "compare-x", {"grade-ste": [0.8, 0.8], "ppo": [0.6, 0.6]})
+    assert "frontier" not in Report(folder).sections  # of a version that had none
+    report = Report(add_frontier(folder))
+    assert list(report.sections)[5:7] == ["final", "frontier"]
+    assert report.figures("frontier") == ["frontier_reward", "frontier_judge", "frontier_nats_per_byte"]
+    assert "n = 2 seeds per method" in report.caption("frontier", "frontier_reward")
+    grade, ppo, best = report.table("frontier", "frontier_reward")
+    assert [column for column in grade if "KL" in column] == [
+        f"reward at KL {kl}" for kl in ("0.2", "0.5", "1", "2", "5")
+    ]
+    assert grade["reward at KL 1"] == Estimate(pytest.approx(0.6), pytest.approx(0), 2)
+    assert ppo["reward at KL 5"].mean == pytest.approx(0.5 + 0.05 * 5**0.5)
+    assert best["reward at KL 1"] is None and best["seeds"] == "–"
+    assert report.table("frontier", "frontier_nats_per_byte")[2]["nats per byte at KL 0.2"] is None
+    assert [row["n"] for row in report.table("frontier", "frontier_best_of")] == [1, 4]
+    figure = next(p.figure for p in report.sections["frontier"].parts if getattr(p, "name", "") == "frontier_reward")
+    assert figure.axes[0].get_xscale() == "function" and figure.legends
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["grade-ste", "ppo", "best of n", "base model"]
 
 
 def test_overlapping_methods_have_no_winner(comparison):

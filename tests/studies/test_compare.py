@@ -44,7 +44,7 @@ def comparable(tiny_config, tmp_path):
         task={"judge_examples": 0},
         train={"steps": 2, "run_dir": None},
         evaluation={"every": 1, "validation_prompts": 6, "test_prompts": 6},
-        compare={"sweep_steps": 0, "samples_per_prompt": 2},
+        compare={"sweep_steps": 0, "samples_per_prompt": 2, "frontier_prompts": 0},
     )
 
 
@@ -104,6 +104,49 @@ def test_a_comparison_from_runs_to_tables(comparable, in_process):
     assert "base/None/0" in kept and scaled not in kept and more["tests"][scaled]["kl"] > 0
     with pytest.raises(GradeError, match="method.kl_coef"):
         run_comparison(changed(comparable, method={"kl_coef": 0.5}), ["reinforce", "grpo"], [0])
+
+
+def test_the_frontier_of_a_comparison(comparable, in_process, capsys):
+    """A run of the tables and one of another kl_coef; nothing is tested twice, and what changed is."""
+    config = changed(
+        comparable,
+        task={"reward_examples": 80, "judge_examples": 40},
+        reward={"path": str(Path(comparable.output_dir) / "own_head")},
+        train={"steps": 3, "learning_rate": 0.03},
+        compare={"frontier_prompts": 4, "frontier_points": 2, "kl_coefs": [0.5, 0.05], "best_of": [1, 3]},
+    )
+    payload = run_comparison(config, ["rloo"], [0])
+    assert in_process == ["rloo-seed0", "rloo-kl0.5-seed0"]  # 0.05 is what all have
+    folder = Path(config.output_dir) / f"compare-{config.name}"
+    assert (folder / "frontier" / "rloo-kl0.5-seed0").is_dir()
+    assert [row["method"] for row in payload["tables"]["tokens"]] == ["base", "rloo"]
+    quality = payload["tables"]["tokens"][1]
+    for name in ("judge", "nats_per_byte", "repetition", "length_distance", "entropy_distance"):
+        assert math.isfinite(quality[f"test/{name}"]["mean"])
+    assert quality["test/nats_per_byte"]["mean"] > 0 and "nats / byte" in document(payload)
+    frontier = payload["frontier"]
+    assert frontier["prompts"] == 4 and frontier["base"]["entropy_distance"] == 0
+    points = [(p["method"], p["seed"], p["kl_coef"], p["step"]) for p in frontier["points"]]
+    assert points == [("rloo", 0, 0.05, 2), ("rloo", 0, 0.05, 3), ("rloo", 0, 0.5, 2), ("rloo", 0, 0.5, 3)]
+    assert all(p["kl_sequence"] > 0 and p["entropy_distance"] > 0 for p in frontier["points"])
+    one, three = frontier["best_of"]
+    assert (one["n"], one["kl_sequence"], three["n"]) == (1, 0, 3) and three["reward"] > one["reward"]
+    assert {"judge", "nats_per_byte", "repetition"} <= set(three)
+    assert [row["method"] for row in frontier["table"]["rows"]] == ["rloo", "best of n"]
+    assert "## Frontier" in document(payload) and f"reward at KL {frontier['table']['kls'][-1]:g}" in document(payload)
+    # The same prompts as the first of the test, with the same noise.
+    kept = json.loads((folder / "tests.json").read_text(encoding="utf-8"))
+    samples = [kept["results"]["base/None/0"]["samples"], kept["frontier"]["base"]["row"]["samples"]]
+    assert [row["response"] for row in samples[0]] == [row["response"] for row in samples[1]]
+
+    capsys.readouterr()
+    assert run_comparison(config, ["rloo"], [0]) == payload and "Frontier:" not in capsys.readouterr().err
+    _scale_adapter(adapter_folder(folder / "frontier" / "rloo-kl0.5-seed0", 3), 3.0)
+    changed_best = changed(config, compare={"best_of": [2]})
+    again = run_comparison(changed_best, ["rloo"], [0])["frontier"]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Frontier:")]
+    assert told == ["Frontier: the base model's best of 2", "Frontier: 1 of 1, rloo-kl0.5-seed0, step 3"]
+    assert again["points"][:3] == frontier["points"][:3] and again["points"][3] != frontier["points"][3]
 
 
 def _scale_adapter(folder, factor):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from comparisons import INPUTS, METHODS, finish
+from comparisons import INPUTS, METHODS, finish, tested
 from rich.console import Console
 from tiny import tiny_policy
 from tiny_run import changed
@@ -15,7 +15,7 @@ from benchmarks import comparison as benchmark
 from grade.errors import GradeError, read_json
 from grade.model.loading import load_prompts
 from grade.rewards.shared import head_report
-from grade.studies.compare import final_test, study
+from grade.studies.compare import study
 from grade.studies.compare.jobs import Job, locked, run_jobs
 from grade.studies.compare.plan import Comparison
 from grade.studies.compare.study import run_comparison
@@ -42,6 +42,9 @@ ODD = {"batch_size": 6, "accumulation_steps": 1}
         ({"compare": {"samples_per_prompt": 1}}, ["ppo", "grpo"], "method.name=grpo .*samples_per_prompt is 1"),
         ({"compare": {"sweep_seed": 0}}, METHODS, "sweep_seed"),
         ({"evaluation": {"test_prompts": 0}}, METHODS, "evaluation.test_prompts is 0"),
+        ({"compare": {"kl_coefs": []}}, METHODS, r"compare.kl_coefs is \[\]: name one or more numbers"),
+        ({"compare": {"kl_coefs": [0.2], "frontier_prompts": 0}}, METHODS, "compare.frontier_prompts is 0: set it to"),
+        ({"compare": {"best_of": [2, 2]}}, METHODS, r"compare.best_of is \[2, 2\]: .*none of them twice"),
         ({"rollout": {"source": "pipe"}}, METHODS, "rollout.source is set"),
         (
             {"task": {"name": "countdown"}},
@@ -172,7 +175,7 @@ def test_an_adapter_that_cannot_be_read_fails_alone(few, no_models, tmp_path, mo
     policy = tiny_policy()
     monkeypatch.setattr(setup, "load_policy", lambda *_, **__: policy)
     adapters = {("ppo", 0, 2): adapter}
-    results, failures, _ = final_test.evaluate_checkpoints(few, tmp_path, INPUTS, adapters, Console(quiet=True))
+    results, failures, _ = tested(few, tmp_path, INPUTS, adapters)
     assert list(results) == [("base", None, 0)] and list(failures) == ["ppo-seed0"]
     assert str(adapter) in failures["ppo-seed0"] and f"Delete {adapter.parents[1]}: " in failures["ppo-seed0"]
 
@@ -192,18 +195,18 @@ def test_an_adapter_that_cannot_be_read_fails_alone(few, no_models, tmp_path, mo
 def test_only_what_changes_a_test_is_tested_again(few, no_models, tmp_path, section, settings, again):
     found = []
     for config in (few, changed(few, **{section: settings})):
-        final_test.evaluate_checkpoints(config, tmp_path, INPUTS, {}, Console(quiet=True))
+        tested(config, tmp_path, INPUTS, {})
         found.append(read_json(tmp_path / "tests.json", "")["identity"])
     assert (found[0] != found[1]) is again
 
 
 @pytest.mark.parametrize("name", ["tests.json", "judge.json"])
 def test_damaged_results_are_told_in_words(few, no_models, tmp_path, name):
-    final_test.evaluate_checkpoints(few, tmp_path, INPUTS, {}, Console(quiet=True))
+    tested(few, tmp_path, INPUTS, {})
     for text in ("[]", "{"):
         (tmp_path / name).write_text(text)
         with pytest.raises(GradeError, match=f"{name} .*Delete it"):
-            final_test.evaluate_checkpoints(few, tmp_path, INPUTS, {}, Console(quiet=True))
+            tested(few, tmp_path, INPUTS, {})
 
 
 def test_a_damaged_report_of_the_reward_head(tmp_path):

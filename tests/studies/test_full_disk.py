@@ -9,9 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from comparisons import METHODS, finish
+from comparisons import METHODS, finish, tested
 from report_runs import write_run
-from rich.console import Console
 from safetensors import SafetensorError
 
 import grade.studies.compare.study
@@ -61,7 +60,7 @@ def test_a_comparison(few, full, monkeypatch, name):
 def test_test_results(few, no_models, tmp_path, monkeypatch):
     monkeypatch.setattr(final_test, "write_evaluations", no_space)
     with pytest.raises(GradeError, match=f"^output_dir: .*tests.json {NO_SPACE}.* the same command goes on"):
-        final_test.evaluate_checkpoints(few, tmp_path, {}, {}, Console(quiet=True))
+        tested(few, tmp_path, {}, {})
 
 
 @pytest.mark.parametrize("name", ["judge.json", "judge.safetensors"])

@@ -13,9 +13,10 @@ from tiny_run import changed
 
 from grade.config import Config
 from grade.errors import GradeError
-from grade.studies.compare.final_test import judge_rows, load_judge
+from grade.studies.compare.final_test import load_judge
 from grade.studies.compare.judge import BUCKETS, Judge, ngrams
 from grade.studies.compare.judge import train_judge as trained
+from grade.studies.compare.measures import judge_rows
 from grade.tasks.demo import write_reviews
 from grade.tasks.texts import Example
 

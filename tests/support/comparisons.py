@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_run import changed
 
 from grade.config import Config
@@ -27,6 +28,7 @@ def few(tmp_path, monkeypatch):
     """A comparison of two steps whose data, reward and test are never needed."""
     monkeypatch.setattr(study, "prepared_inputs", lambda config: (INPUTS, {}))
     monkeypatch.setattr(study, "evaluate_checkpoints", lambda *_: ({}, {}, None))
+    monkeypatch.setattr(study, "evaluate_frontier", lambda *_: (None, {}))
     return changed(
         Config(name="few", output_dir=str(tmp_path), device="cpu"),
         train={"steps": 2},
@@ -55,11 +57,13 @@ def no_models(monkeypatch):
     )
     for name in ("load_tokenizer", "check_reward", "load_policy", "load_reward"):
         monkeypatch.setattr(setup, name, lambda *_, **__: None)
-    monkeypatch.setattr(final_test, "load_judge", lambda *_: None)
+    for name in ("load_judge", "load_reader"):
+        monkeypatch.setattr(final_test, name, lambda *_: None)
     alone = SimpleNamespace(device=torch.device("cpu"), is_main_process=True, num_processes=1)
     monkeypatch.setattr(final_test, "make_accelerator", lambda config: alone)
     monkeypatch.setattr(setup, "load_task", lambda *_, **__: SimpleNamespace(prompts=lambda *_, **__: [[1]]))
-    monkeypatch.setattr(final_test, "evaluate", lambda *_, **__: row)
+    monkeypatch.setattr(final_test, "responses", lambda *_, **__: [{"length": 8, "entropy": 8.0}])
+    monkeypatch.setattr(final_test, "summary", lambda *_, **__: row)
 
 
 @pytest.fixture
@@ -129,3 +133,9 @@ def finish(config, method, *, seconds=1.0, seed=0, job=None) -> Path:
     validated = [{"step": step} for step in steps]
     (job.run_dir / "evaluation.json").write_text(json.dumps({"validation": validated}), encoding="utf-8")
     return job.run_dir
+
+
+def tested(config, folder, inputs=INPUTS, adapters=()):
+    """What `evaluate_checkpoints` gives of these adapters, by checkpoint, and of the base model."""
+    bench = final_test.Bench(config, folder, inputs, Console(quiet=True))
+    return final_test.evaluate_checkpoints(bench, dict(adapters))

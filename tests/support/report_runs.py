@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from grade.studies.compare.frontier import frontier_table
+
 PHASES = {"seconds/rollout": 0.5, "seconds/backward": 1.0, "seconds/update": 0.5}
 
 
@@ -159,6 +161,28 @@ def write_comparison(folder: Path, rewards: dict[str, Sequence[float]], *, finis
             ),
             encoding="utf-8",
         )
+    return folder
+
+
+def add_frontier(folder: Path) -> Path:
+    """Gives a comparison of grade-ste and ppo a frontier: two seeds of each, whose reward rises by 0.1 and 0.05 for
+    every √nat."""
+    base = {"kl_sequence": 0.0, "reward": 0.5, "judge": 0.5, "nats_per_byte": 1.0}
+    points = [
+        {
+            **{"method": method, "seed": seed, "kl_coef": 0.1, "step": 2 * i, "kl_sequence": float((i + seed) ** 2)},
+            **{"reward": 0.5 + slope * (i + seed), "judge": 0.5, "nats_per_byte": 1.0 + 0.1 * i},
+        }
+        for method, slope in (("grade-ste", 0.1), ("ppo", 0.05))
+        for seed in (0, 1)
+        for i in (1, 2, 3)
+    ]
+    best_of = [{"n": n, "kl_sequence": kl, "reward": 0.5 + kl, "judge": 0.5} for n, kl in ((1, 0.0), (4, 0.6))]
+    frontier = {"prompts": 16, "base": base, "points": points, "best_of": best_of}
+    path = folder / "comparison.json"
+    comparison = json.loads(path.read_text(encoding="utf-8"))
+    comparison["frontier"] = {**frontier, "table": frontier_table(points, base, best_of)}
+    path.write_text(json.dumps(comparison), encoding="utf-8")
     return folder
 
 

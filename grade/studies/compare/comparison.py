@@ -31,6 +31,11 @@ Checkpoint = tuple[str, int | None, int]
 """(method, seed, step)."""
 BASE: Checkpoint = ("base", None, 0)
 Tests = Mapping[Checkpoint, Mapping[str, float | None]]
+TESTED = (
+    *("reward", "solve_rate", "kl", "entropy", "judge", "nats_per_byte", "perplexity"),
+    *("repetition", "length_distance", "entropy_distance"),
+)
+"""Measures of a test that tables show; what they are is in `grade.studies.compare.measures`."""
 SLACK = 0.02
 """Relative excess over a budget that still counts as within it."""
 THRESHOLD = 0.8
@@ -220,8 +225,8 @@ def table(curves: Sequence[RunCurve], tests: Tests, *, budget: BudgetKind) -> li
     Args:
         curves: all runs; `common_budgets` of them is the budget.
         tests: (method, seed, step of `best_within`) -> its results on test prompts, and `BASE` -> the base
-            model's, which also stands for a seed that had nothing trained within the budget: "reward", "solve_rate",
-            "kl", "kl_sequence", "entropy", "judge", "perplexity". All may be missing.
+            model's, which also stands for a seed that had nothing trained within the budget: `TESTED` and
+            "kl_sequence". All may be missing.
         budget: which cost is equal.
 
     Returns:
@@ -300,11 +305,10 @@ def _test_numbers(
     runs: Sequence[RunCurve], best: Sequence[float], found: Sequence[Mapping[str, float | None]]
 ) -> dict[str, object]:
     """Means of test results, and of validation minus test, from a validation metric and a test result per run."""
-    names = ("reward", "objective", "solve_rate", "kl", "entropy", "judge", "perplexity")
     found = [{**test, "objective": _test_objective(run, test)} for run, test in zip(runs, found, strict=True)]
     metric = runs[0].metric
     return {
-        **{f"test/{name}": _stat(test.get(name) for test in found) for name in names},
+        **{f"test/{name}": _stat(test.get(name) for test in found) for name in ("objective", *TESTED)},
         "gap": _stat(
             v - tested for v, test in zip(best, found, strict=True) if (tested := test.get(metric)) is not None
         ),

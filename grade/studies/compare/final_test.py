@@ -1,36 +1,35 @@
 """The held-out test of a comparison: chosen checkpoints and the base model on the same prompts with the same noise.
 
-Beside the reward that was trained on stand two measures it had no part in: an independent judge and the perplexity of
-the samples under the base model. Where the reward rises and they fall, the reward was fooled.
+Beside the reward that was trained on stand measures it had no part in (`grade.studies.compare.measures`), above all an
+independent judge and how well the samples read to another model. Where the reward rises and they fall, the reward was
+fooled.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 
 from grade.config import Config, flatten, judged_length, settings_with_role
 from grade.errors import GradeError, read_json, writing
 from grade.model.checkpoint import adapter_digest, load_adapter
-from grade.model.passes import base_pass, fed_embeddings
 from grade.model.policy import Policy
 from grade.processes import make_accelerator
-from grade.replay.score import RealTokens
+from grade.rewards.base import Reward
 from grade.rollout import Rollout
 from grade.studies.compare.comparison import BASE, Checkpoint
+from grade.studies.compare.fluency import load_reader
 from grade.studies.compare.judge import Judge, train_judge
+from grade.studies.compare.measures import Spread, distances, numbers, sample_measures, spread_of
 from grade.tasks.base import Task
-from grade.tasks.encoding import encode
-from grade.training.evaluation import evaluate, text_of, write_evaluations
+from grade.training.evaluation import Measures, responses, summary, write_evaluations
 from grade.training.run_folder import make_again
 from grade.training.setup import set_up
-from grade_kernels import linear_token_logprob
 
 _TESTED = ("task", "model", "reward", "generation", "evaluation")
 """Sections whose settings may change what a test finds."""
@@ -39,15 +38,85 @@ _UNTESTED = ("evaluation.every", "evaluation.validation_prompts")
 _ROOM = "Make room on its disk: what was tested before is kept, and the same command goes on."
 
 
-def evaluate_checkpoints(
-    config: Config, folder: Path, inputs: Mapping[str, str], adapters: Mapping[Checkpoint, Path], console: Console
-) -> tuple[dict[Checkpoint, dict], dict[str, str], dict | None]:
-    """Test the base model and each adapter, but for what `folder`/tests.json already holds of the same weights.
+class Loaded(NamedTuple):
+    """A policy, its reward, all test prompts, and what measures a rollout."""
+
+    policy: Policy
+    reward: Reward
+    prompts: list[list[int]]
+    measure: Callable[[Rollout], Measures]
+
+
+class Bench:
+    """What tests run on, loaded when the first of them is missing, and their results so far.
 
     Args:
         config: of the comparison.
         folder: keeps tests.json, the judge and its report.
-        inputs: fingerprint of model, tokenizer, data, reward and the judge's texts (`grade.model.fingerprint`).
+        inputs: fingerprint of model, tokenizer, data, reward (`grade.model.fingerprint`), of the judge's texts and of
+            what reads the samples.
+
+    Raises:
+        GradeError: tests.json is damaged.
+    """
+
+    def __init__(self, config: Config, folder: Path, inputs: Mapping[str, str], console: Console):
+        self.config, self.folder, self.inputs, self.console = config, folder, inputs, console
+        self.kept = _kept(folder / "tests.json", {**_identity(config), "inputs": dict(inputs)})
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        config = self.config
+        tokenizer, task, policy, reward = set_up(config, make_accelerator(config))
+        prompts = task.prompts("test", tokenizer, limit=config.evaluation.test_prompts)
+        judge = load_judge(self.folder, config, self.inputs, tokenizer, task)
+        return Loaded(policy, reward, prompts, sample_measures(policy, judge, load_reader(config, tokenizer, task)))
+
+    def put(self, adapter: Path) -> None:
+        """Give the policy this checkpoint's weights.
+
+        Raises:
+            GradeError: they cannot be read.
+        """
+        load_adapter(adapter, self.loaded.policy)
+
+    def test(
+        self, step: int, base: Spread | None, prompts: Sequence[list[int]], config: Config
+    ) -> tuple[dict[str, Any], Spread]:
+        """Numbers of the policy as it is, and the spread of its responses.
+
+        Args:
+            base: the base model's spread on the same prompts; None tests the base model itself.
+            config: the comparison's, or one that measures something else.
+        """
+        policy, reward, _, measure = self.loaded
+        adapters = base is not None
+        records = responses(
+            policy,
+            reward,
+            prompts,
+            config.evaluation,
+            config.generation,
+            config.method,
+            split="test",
+            adapters=adapters,
+            measure=measure,
+        )
+        model = "policy" if adapters else "base"
+        row = summary(records, config.evaluation.samples, split="test", step=step, model=model)
+        spread = spread_of(records)
+        return {**numbers(asdict(row)), **distances(spread, base or spread)}, spread
+
+    def keep(self) -> None:
+        _write(self.folder / "tests.json", self.kept)
+
+
+def evaluate_checkpoints(
+    bench: Bench, adapters: Mapping[Checkpoint, Path]
+) -> tuple[dict[Checkpoint, dict], dict[str, str], dict | None]:
+    """Test the base model and each adapter, but for what tests.json already holds of the same weights.
+
+    Args:
         adapters: folder of each checkpoint's adapter.
 
     Returns:
@@ -55,48 +124,37 @@ def evaluate_checkpoints(
         or None without a judge).
 
     Raises:
-        GradeError: tests.json or judge.json is damaged.
+        GradeError: judge.json is damaged.
     """
-    path = folder / "tests.json"
-    kept = _kept(path, {**_identity(config), "inputs": dict(inputs)})
-    results, failures = kept["results"], {}
+    results, failures = bench.kept["results"], {}
     digests = {BASE: None, **{key: adapter_digest(adapter) for key, adapter in adapters.items()}}
     missing = [
         key for key, digest in digests.items() if results.get(key_of(key), {}).get("adapter_sha256", "none") != digest
     ]
-    if missing:
-        tokenizer, task, policy, reward = set_up(config, make_accelerator(config))
-        prompts = task.prompts("test", tokenizer, limit=config.evaluation.test_prompts)
-        measure = sample_measures(policy, load_judge(folder, config, inputs, tokenizer, task))
-        for number, key in enumerate(missing, start=1):
-            console.print(f"Test {number} of {len(missing)}: {_named(key)}", highlight=False)
-            if key != BASE:
-                try:
-                    load_adapter(adapters[key], policy)
-                except GradeError as error:
-                    run_dir = adapters[key].parents[1]
-                    failures[run_dir.name] = f"{error} {make_again(run_dir)}"
-                    del digests[key]
-                    continue
-            row = evaluate(
-                policy,
-                reward,
-                prompts,
-                config.evaluation,
-                config.generation,
-                config.method,
-                split="test",
-                step=key[2],
-                adapters=key != BASE,
-                measure=measure,
-            )
-            results[key_of(key)] = {**_numbers(asdict(row)), "adapter_sha256": digests[key]}
-            _write(path, kept)
-    return {key: results[key_of(key)] for key in digests}, failures, _judge_report(folder)
+    for number, key in enumerate(missing, start=1):
+        bench.console.print(f"Test {number} of {len(missing)}: {_named(key)}", highlight=False)
+        if key != BASE:
+            try:
+                bench.put(adapters[key])
+            except GradeError as error:
+                run_dir = adapters[key].parents[1]
+                failures[run_dir.name] = f"{error} {make_again(run_dir)}"
+                del digests[key]
+                continue
+        base = None if key == BASE else bench.kept["spread"]
+        row, spread = bench.test(key[2], base, bench.loaded.prompts, bench.config)
+        if key == BASE:
+            bench.kept["spread"] = spread
+        results[key_of(key)] = {**row, "adapter_sha256": digests[key]}
+        bench.keep()
+    return {key: results[key_of(key)] for key in digests}, failures, _judge_report(bench.folder)
 
 
 def _kept(path: Path, identity: dict) -> dict:
-    """tests.json, begun anew where it holds results of other settings or inputs."""
+    """tests.json, begun anew where it holds results of other settings or inputs.
+
+    Its "spread" is that of the base model's responses in the test.
+    """
     kept = read_json(path, "Delete it: the same command tests again.") if path.is_file() else {}
     if kept.get("identity") != identity:
         kept = {"identity": identity, "results": {}}
@@ -127,41 +185,6 @@ def _identity(config: Config) -> dict:
         for name in settings_with_role("identity")
         if name == "method.kl_direction" or (name.partition(".")[0] in _TESTED and name not in _UNTESTED)
     }
-
-
-def _numbers(row: dict) -> dict:
-    """An evaluation with its details beside the rest, and perplexity from the summed log-probabilities."""
-    details = row.pop("details")
-    return {**row, **details, "perplexity": math.exp(details["base_nll"] / row["mean_length"])}
-
-
-def sample_measures(policy: Policy, judge: Judge | None) -> Callable[[Rollout], dict[str, torch.Tensor]]:
-    """Measures of samples that are not the reward: the judge's probability, if there is one, and the base model's
-    negative log-probability, nats per response."""
-
-    @torch.no_grad()
-    def measure(rollout: Rollout) -> dict[str, torch.Tensor]:
-        mask = rollout.mask
-        base = base_pass(policy, rollout, fed_embeddings(rollout, policy.embedding, policy.embedding_scale))
-        logprob, _ = linear_token_logprob(base.reference[mask], policy.head, rollout.tokens[mask])
-        measures = {"base_nll": -RealTokens(rollout).dense(logprob).sum(1)}
-        if judge is not None:
-            measures["judge"] = judge.probability(judge_rows(policy, rollout))
-        return measures
-
-    return measure
-
-
-def judge_rows(policy: Policy, rollout: Rollout) -> list[list[int]]:
-    """Ids of the text of prompt and response, special tokens left out: what the judge reads.
-
-    The text is encoded anew, as the judge's training texts were: a policy may spell a word in tokens that the
-    tokenizer never gives, which the judge has not seen.
-    """
-    ids = torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)
-    mask = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)
-    texts = [text_of(policy, row, kept) for row, kept in zip(ids, mask, strict=True)]
-    return encode(policy.tokenizer, texts, None, special_tokens=False)
 
 
 def load_judge(folder: Path, config: Config, inputs: Mapping[str, str], tokenizer: Any, task: Task) -> Judge | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,6 +67,23 @@ class Comparison:
     def run_job(self, method: str, seed: int, learning_rate: float) -> Job:
         steps, validations = self.config.train.steps, self.config.compare.validations
         return self.job(method, seed, learning_rate, steps, validations, self.folder / f"{method}-seed{seed}")
+
+    def frontier_jobs(self, rates: Mapping[str, float]) -> dict[tuple[str, int, float], Job]:
+        """By (method, seed, kl_coef), the runs of compare.kl_coefs, but for the coefficient that all runs have."""
+        own = self.config.method.kl_coef
+        return {
+            (method, seed, kl_coef): self._frontier_job(method, seed, rates[method], kl_coef)
+            for seed in self.seeds
+            for kl_coef in sorted(set(self.config.compare.kl_coefs or []) - {own})
+            for method in self.methods
+            if method in rates
+        }
+
+    def _frontier_job(self, method: str, seed: int, learning_rate: float, kl_coef: float) -> Job:
+        steps, validations = self.config.train.steps, self.config.compare.validations
+        run_dir = self.folder / "frontier" / f"{method}-kl{kl_coef:g}-seed{seed}"
+        job = self.job(method, seed, learning_rate, steps, validations, run_dir)
+        return Job(job.name, replace(job.config, method=replace(job.config.method, kl_coef=kl_coef)))
 
 
 def check_methods(comparison: Comparison, jobs: Sequence[Job]) -> None:

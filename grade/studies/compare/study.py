@@ -3,9 +3,10 @@
     1. sweep     every method with every learning rate, the same few; the best by validation is the method's own
                  (`grade.studies.compare.sweep`)
     2. runs      method x seed with it, seed by seed: a machine that is slower at one time of day is so for all methods
-                 alike; the adapter of every validation is kept
+                 alike; the adapter of every validation is kept; last those of compare.kl_coefs, for the frontier
     3. test      for each run the best checkpoint by validation within the common budget of tokens, and within that of
-                 seconds, on the test prompts (`grade.studies.compare.final_test`)
+                 seconds, on the test prompts (`grade.studies.compare.final_test`); several checkpoints of each for the
+                 frontier of reward against KL (`grade.studies.compare.frontier_test`)
     4. tables    `grade.studies.compare.comparison`, shown by `grade.studies.compare.text`
 
 Everything is kept as it is made and found again: a comparison that was stopped goes on where it was, and a run that
@@ -14,11 +15,12 @@ failed is reported and does not stop the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 
 from grade import terminal
@@ -38,8 +40,11 @@ from grade.studies.compare.comparison import (
     table,
     write_comparison,
 )
-from grade.studies.compare.final_test import evaluate_checkpoints, key_of
-from grade.studies.compare.jobs import check_jobs, curve_of, locked, run_jobs
+from grade.studies.compare.final_test import Bench, evaluate_checkpoints, key_of
+from grade.studies.compare.fluency import reader_identity, reader_name
+from grade.studies.compare.frontier_test import FrontierRun, evaluate_frontier
+from grade.studies.compare.frontier_text import frontier_tables
+from grade.studies.compare.jobs import Job, check_jobs, curve_of, locked, run_jobs
 from grade.studies.compare.plan import Comparison, check_methods, check_steps
 from grade.studies.compare.sweep import swept_rates
 from grade.studies.compare.text import TITLES, document, notes, rich_table
@@ -86,8 +91,11 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         inputs, judged = prepared_inputs(config)
         rates, sweep, failures = swept_rates(comparison, inputs, console, lock)
         jobs = {(m, s): comparison.run_job(m, s, rates[m]) for s in seeds for m in methods if m in rates}
-        check_jobs(list(jobs.values()), inputs)
-        failures |= run_jobs(list(jobs.values()), config.compare.jobs, console, lock=lock)
+        further = comparison.frontier_jobs(rates)
+        every_job = [*jobs.values(), *further.values()]
+        check_jobs(every_job, inputs)
+        check_steps(further.values(), "train.steps")
+        failures |= run_jobs(every_job, config.compare.jobs, console, lock=lock)
         curves = []
         for key in ((m, s) for m in methods for s in seeds if (m, s) in jobs and jobs[m, s].name not in failures):
             try:
@@ -97,9 +105,13 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         if not curves:
             raise GradeError(f"every run of the comparison failed: {failures}")
         chosen = _chosen(comparison, curves)
-        tests, untested, judge = evaluate_checkpoints(config, comparison.folder, {**inputs, **judged}, chosen, console)
-        failures |= untested
+        bench = Bench(config, comparison.folder, {**inputs, **judged}, console)
+        tests, untested, judge = evaluate_checkpoints(bench, chosen)
+        runs = frontier_runs(comparison, curves, further, failures)
+        frontier, unread = evaluate_frontier(bench, runs)
+        failures |= untested | unread
         payload = _payload(comparison, rates, sweep, failures, judge, curves, tests)
+        payload["frontier"] = frontier
         with writing(comparison.folder / "comparison.json", "output_dir", _TESTED):
             write_comparison(comparison.folder / "comparison.json", payload)
         show(payload, comparison.folder)
@@ -125,7 +137,7 @@ def missing_results(payload: dict) -> dict[str, str]:
 
 def prepared_inputs(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     """Find mistakes in data and prompts, and train the reward head, before several runs would each do so; in this
-    process, and given back. The fingerprints of what the runs read, and of what only their test reads."""
+    process, and given back. The fingerprints of what the runs read, and of what only their tests read."""
     accelerator = make_accelerator(config)
     tokenizer, task, policy, reward = set_up(
         config, accelerator, before_policy=lambda tokenizer, task: load_prompts(config.evaluation, task, tokenizer)
@@ -134,7 +146,7 @@ def prepared_inputs(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     del policy, reward
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
-    return inputs, {"judge": judge_digest(task)}
+    return inputs, {"judge": judge_digest(task), "fluency": reader_identity(config, inputs["model"])}
 
 
 def _chosen(comparison: Comparison, curves: Sequence[RunCurve]) -> dict[Checkpoint, Path]:
@@ -147,6 +159,32 @@ def _chosen(comparison: Comparison, curves: Sequence[RunCurve]) -> dict[Checkpoi
             if best.step > 0:
                 chosen[curve.method, curve.seed, best.step] = adapter_folder(run_dir, best.step)
     return chosen
+
+
+def frontier_runs(
+    comparison: Comparison,
+    curves: Sequence[RunCurve],
+    further: Mapping[tuple[str, int, float], Job],
+    failures: dict[str, str],
+) -> list[FrontierRun]:
+    """The runs on the frontier: those of the tables, and those of compare.kl_coefs that have ended well; why the
+    others have not goes to `failures`."""
+    runs = [
+        _frontier_run(curve, comparison.folder / f"{curve.method}-seed{curve.seed}", comparison.config.method.kl_coef)
+        for curve in curves
+    ]
+    for (method, seed, kl_coef), job in further.items():
+        if job.name not in failures:
+            try:
+                runs.append(_frontier_run(curve_of(job, method, seed), job.run_dir, kl_coef))
+            except GradeError as error:
+                failures[job.name] = str(error)
+    return sorted(runs, key=lambda run: comparison.methods.index(run.method))
+
+
+def _frontier_run(curve: RunCurve, run_dir: Path, kl_coef: float) -> FrontierRun:
+    steps = tuple(validation.step for validation in curve.validations if validation.step > 0)
+    return FrontierRun(curve.method, curve.seed, kl_coef, run_dir, steps)
 
 
 def _payload(
@@ -166,6 +204,7 @@ def _payload(
         "sweep": sweep,
         "failures": failures,
         "judge": judge,
+        "fluency": reader_name(comparison.config),
         "machine": machine(),
         "budgets": asdict(common_budgets(curves)),
         "tables": {budget: table(curves, tests, budget=budget) for budget in ("tokens", "seconds")},
@@ -175,12 +214,14 @@ def _payload(
 
 
 def show(payload: dict, folder: Path) -> None:
-    """Print the two tables with their notes; write them as comparison.md."""
+    """Print the two tables and the frontier of the reward with their notes; write them as comparison.md."""
     with writing(folder / "comparison.md", "output_dir", _TESTED):
         (folder / "comparison.md").write_text(document(payload), encoding="utf-8")
     out = Console()
     with printing():
         for budget, title in TITLES.items():
             out.print(rich_table(payload["tables"][budget], title))
+        if payload["frontier"] is not None:
+            out.print(frontier_tables(payload["frontier"])[0].rich(box=box.SIMPLE_HEAD))
         out.print(notes(payload), highlight=False, markup=False)
         out.print(f"Comparison: {folder}", soft_wrap=True, highlight=False)

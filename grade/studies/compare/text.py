@@ -10,6 +10,7 @@ from rich.console import RenderableType
 
 from grade.machine import machine_line
 from grade.studies.compare.comparison import THRESHOLD, BudgetKind, Budgets
+from grade.studies.compare.frontier_text import frontier_markdown
 from grade.tables import Column, Table, numbers
 
 TITLES: dict[BudgetKind, str] = {"tokens": "Equal generated tokens", "seconds": "Equal training time"}
@@ -24,6 +25,10 @@ _QUALITY = (
     ("test/kl", "KL, nats / token", 3),
     ("test/entropy", "entropy, nats / token", 2),
     ("test/perplexity", "perplexity", 1),
+    ("test/nats_per_byte", "nats / byte", 3),
+    ("test/repetition", "repetition", 3),
+    ("test/length_distance", "length, distance", 1),
+    ("test/entropy_distance", "entropy, distance", 2),
 )
 _COST = (
     ("used_tokens", "tokens used", 0),
@@ -44,6 +49,7 @@ _NARROW = (
     ("test/solve_rate", "solve rate", 3),
     ("best", "best valid.", 3),
     ("test/judge", "judge", 3),
+    ("test/nats_per_byte", "nats / byte", 3),
     ("test/kl", "KL / token", 3),
     ("steps_to", f"steps to {THRESHOLD:.0%}", 0),
 )
@@ -51,12 +57,14 @@ Columns = Sequence[tuple[str, str, int]]
 
 
 def document(payload: dict) -> str:
-    """comparison.json as Markdown: both tables, learning rates, judge, failures, machine."""
+    """comparison.json as Markdown: both tables, the frontier, learning rates, judge, failures, machine."""
     budgets = Budgets(**payload["budgets"])
     seeds = ", ".join(map(str, payload["seeds"]))
     parts = [f"# {payload['config']['name']}: {', '.join(payload['methods'])}; seeds {seeds}"]
     for budget, title in TITLES.items():
         parts.append(f"## {title}\n\n{markdown(payload['tables'][budget], budget, budgets).rstrip()}")
+    if payload.get("frontier") is not None:  # files of earlier versions have none
+        parts.append(f"## Frontier\n\n{frontier_markdown(payload['frontier']).rstrip()}")
     return "\n\n".join([*parts, notes(payload)]) + "\n"
 
 
@@ -74,6 +82,12 @@ def notes(payload: dict) -> str:
     if payload["judge"] is not None:
         accuracy = ", ".join(f"{value:.3f} on the first {text}" for text, value in payload["judge"]["accuracy"].items())
         lines.append(f"The judge's held-out accuracy: {accuracy}.")
+    if payload.get("fluency") is not None:
+        lines.append(
+            f"Nats per byte: of the responses' text, given the prompts, under {payload['fluency']}; lower reads "
+            "better. Repetition: share of 4-grams that stood in the response before. Distances: Wasserstein, of the "
+            "lengths (tokens) and mean entropies (nats) of responses from the base model's."
+        )
     lines += _untrained(payload)
     lines += [f"Failed: {name}: {reason}" for name, reason in payload["failures"].items()]
     if payload["failures"]:
