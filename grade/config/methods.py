@@ -158,6 +158,8 @@ def method_named(method: MethodConfig, name: str) -> MethodConfig:
     """`method` with the name of METHODS or the changes of VARIANTS."""
     base, changes = VARIANTS.get(name, (name, {}))
     sections = {base: replace(getattr(method, base), **changes)} if changes else {}
+    if base == "grade":
+        sections["estimator"] = "gumbel"  # the only one it has, whatever grade-ste is given
     return replace(method, **{"name": base, **sections})
 
 

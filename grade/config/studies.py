@@ -8,6 +8,7 @@ from typing import Literal
 
 from grade.config.bounds import BATCH, COUNT, ROWS, SEED, TOKENS, WEIGHT, setting, shown
 from grade.config.methods import COMPARED
+from grade.config.training import Schedule
 from grade.errors import GradeError
 
 Estimator = Literal["gumbel", "rao", "straight_through", "reinmax"]
@@ -22,6 +23,9 @@ class CompareConfig:
     that is the lowest or the highest, with at most two more beyond it."""
     sweep_steps: int = setting(50, ge=0, le=COUNT)
     """Optimizer steps of each of these trials; 0: none, every method takes train.learning_rate."""
+    schedules: list[Schedule] | None = None
+    """Learning-rate schedules that every method is tried with at its learning rate, of which it keeps the best by
+    validation; null: train.schedule."""
     sweep_seed: int = setting(1000, ge=0, le=SEED)
     """Seed of these trials; none of the comparison's own."""
     validations: int = setting(15, ge=1, le=COUNT)
@@ -94,6 +98,8 @@ def check_studies(compare: CompareConfig, variance: VarianceConfig) -> None:
         )
     if compare.best_of:
         _check_list("compare.best_of", compare.best_of, "whole numbers")
+    if compare.schedules is not None:
+        _check_list("compare.schedules", compare.schedules, "schedules")
     _check_list("variance.taus", variance.taus, "numbers")
     _check_list("variance.hops", variance.hops, "whole numbers")
     _check_list("variance.estimators", variance.estimators, "rules")

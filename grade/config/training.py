@@ -7,6 +7,8 @@ from typing import Literal
 
 from grade.config.bounds import BATCH, COUNT, RATE, ROWS, SEED, setting
 
+Schedule = Literal["constant", "linear", "cosine"]
+
 
 @dataclass
 class TrainConfig:
@@ -20,7 +22,7 @@ class TrainConfig:
     """Micro-batches per optimizer step; the gradient equals that of the one large batch."""
     learning_rate: float = setting(1e-4, ge=0, le=RATE)
     """AdamW step size."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
     warmup_steps: int = setting(0, ge=0, le=COUNT)
     """Optimizer steps of linear warm-up."""

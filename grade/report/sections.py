@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from grade.machine import machine_line
 from grade.report.data import Run, Study
@@ -191,21 +192,37 @@ def _settings(view: View, section: Section) -> None:
 
 def _sweep(study: Study, section: Section) -> None:
     rows = [row for row in study.comparison.get("sweep", []) if isinstance(row, dict)]
-    chosen = study.comparison.get("learning_rates", {})
     if rows:
         section.add(
             Table(
                 "sweep",
-                [Column("method"), Column("learning rate", 6), Column("objective on validation"), Column("chosen")],
+                [
+                    Column("method"),
+                    Column("learning rate", 6),
+                    Column("schedule"),
+                    Column("objective on validation"),
+                    Column("chosen"),
+                ],
                 [
                     [
                         row.get("method"),
                         row.get("learning_rate"),
+                        row.get("schedule"),
                         row.get("objective"),
-                        "yes" if row.get("learning_rate") == chosen.get(row.get("method")) else "",
+                        "yes" if _is_chosen(row, study.comparison) else "",
                     ]
                     for row in rows
                 ],
-                "Learning rates tried, and the objective that each method's rate was chosen by.",
+                "Learning rates and schedules tried, and the objective that each method's were chosen by.",
             )
         )
+
+
+def _is_chosen(trial: dict, comparison: Mapping[str, Any]) -> bool:
+    """Whether a method's runs have the learning rate and the schedule of this trial."""
+    method = trial.get("method")
+    schedule = comparison.get("schedules", {}).get(method)  # None in files of earlier versions, in both
+    return (trial.get("learning_rate"), trial.get("schedule")) == (
+        comparison.get("learning_rates", {}).get(method),
+        schedule,
+    )

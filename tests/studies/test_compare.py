@@ -29,7 +29,7 @@ from grade.studies.compare.comparison import read_run
 from grade.studies.compare.jobs import Job, locked, run_jobs
 from grade.studies.compare.plan import Comparison
 from grade.studies.compare.study import missing_results, run_comparison
-from grade.studies.compare.sweep import swept_rates
+from grade.studies.compare.sweep import Sweep
 from grade.studies.compare.text import document
 from grade.training.run_folder import adapter_folder, decided, mark
 
@@ -159,11 +159,13 @@ def test_jobs_alternate_between_methods_and_validate_as_often_as_asked(comparabl
     """A run of 71 of 150 steps is judged at 70, not at evaluation.every's 50."""
     config = changed(comparable, train={"steps": 150})
     comparison = Comparison(config, ["ppo", "grpo"], [3])
-    assert comparison.run_job("ppo", 3, 0.1).config.evaluation.every == 10
+    assert comparison.run_job("ppo", 3, 0.1, "constant").config.evaluation.every == 10
     config = changed(config, compare={"validations": 4, "sweep_steps": 50})
     comparison = Comparison(config, ["ppo", "grpo"], [3])
-    assert comparison.run_job("ppo", 3, 0.1).config.evaluation.every == 38  # rounded up: never more than asked
-    assert comparison.sweep_job("ppo", 1.0).config.evaluation.every == 25
+    assert (
+        comparison.run_job("ppo", 3, 0.1, "constant").config.evaluation.every == 38
+    )  # rounded up: never more than asked
+    assert comparison.sweep_job("ppo", 1.0, "constant").config.evaluation.every == 25
 
     order = []
 
@@ -181,8 +183,8 @@ def test_jobs_alternate_between_methods_and_validate_as_often_as_asked(comparabl
 def test_a_method_that_fails_is_reported_and_left_out(comparable, in_process, monkeypatch):
     run = Comparison.run_job
 
-    def broken(self, method, seed, learning_rate):
-        job = run(self, method, seed, learning_rate)
+    def broken(self, method, seed, learning_rate, schedule):
+        job = run(self, method, seed, learning_rate, schedule)
         missing = {"lora": {"target_modules": ["no_such_layer"]}}
         return job if method != "grpo" else Job(job.name, changed(job.config, model=missing))
 
@@ -200,7 +202,8 @@ def trial(peak):
     def run(jobs, at_once, console, *, lock):
         for job in jobs:
             ran.append(job.name)
-            distance = abs(math.log(job.config.train.learning_rate / peak))
+            train = job.config.train
+            distance = abs(math.log(train.learning_rate / peak)) - 0.01 * (train.schedule == "linear")
             write_log(job.run_dir, [0.5, 0.9], kls=[0.0, 0.1 + distance])  # every rate has the same reward
             (job.run_dir / "config.yaml").write_text(sealed_yaml(job.config), encoding="utf-8")
         return {}
@@ -208,25 +211,43 @@ def trial(peak):
     return run, ran
 
 
-def sweep(comparable, monkeypatch, peak, factors):
-    config = changed(
-        comparable, train={"learning_rate": 1.0}, compare={"sweep_steps": 1, "learning_rate_factors": factors}
-    )
+def swept(comparable, monkeypatch, peak, factors, schedules=None):
+    compare = {"sweep_steps": 1, "learning_rate_factors": factors, "schedules": schedules}
+    config = changed(comparable, train={"learning_rate": 1.0}, compare=compare)
     run, ran = trial(peak)
     monkeypatch.setattr(grade.studies.compare.sweep, "run_jobs", run)
-    rates, tried, failures = swept_rates(Comparison(config, ["ppo", "grpo"], [0]), {}, Console(quiet=True), 0)
-    assert failures == {} and rates["ppo"] == rates["grpo"]
+    return Sweep(Comparison(config, ["ppo", "grpo"], [0]), {}, Console(quiet=True), 0).settings(), ran
+
+
+def sweep(comparable, monkeypatch, peak, factors):
+    found, ran = swept(comparable, monkeypatch, peak, factors)
+    rates, tried = found.rates, found.tried
+    assert found.failures == {} and rates["ppo"] == rates["grpo"]
+    assert found.schedules == {"ppo": "constant", "grpo": "constant"}
     assert [t["learning_rate"] for t in tried if t["method"] == "grpo"] == sorted(
         t["learning_rate"] for t in tried if t["method"] == "ppo"
     )
     return rates["ppo"], tried, ran
 
 
+def test_schedules_are_tried_with_the_best_rate(comparable, monkeypatch):
+    found, ran = swept(comparable, monkeypatch, 1.0, [0.5, 1.0, 4.0], ["cosine", "constant", "linear"])
+    assert found.rates == {"ppo": 1.0, "grpo": 1.0} and found.schedules == {"ppo": "linear", "grpo": "linear"}
+    assert ran[6:] == ["ppo-lr1-cosine", "grpo-lr1-cosine", "ppo-lr1-linear", "grpo-lr1-linear"]
+    assert [t["schedule"] for t in found.tried if t["method"] == "ppo"] == ["constant"] * 3 + ["cosine", "linear"]
+
+
+def test_one_rate_is_tried_with_several_schedules(comparable, monkeypatch):
+    found, ran = swept(comparable, monkeypatch, 1.0, [1.0], ["constant", "linear"])
+    assert found.schedules["ppo"] == "linear" and ran == ["ppo-lr1", "grpo-lr1", "ppo-lr1-linear", "grpo-lr1-linear"]
+
+
 def test_the_sweep_goes_factor_by_factor_and_weighs_kl(comparable, monkeypatch):
     rate, tried, ran = sweep(comparable, monkeypatch, 1.0, [4.0, 0.5, 1.0])
     assert rate == 1.0 and ran == ["ppo-lr0.5", "grpo-lr0.5", "ppo-lr1", "grpo-lr1", "ppo-lr4", "grpo-lr4"]
     kl_coef = comparable.method.kl_coef
-    assert tried[1] == {"method": "ppo", "learning_rate": 1.0, "objective": pytest.approx(0.9 - 0.1 * kl_coef)}
+    best = pytest.approx(0.9 - 0.1 * kl_coef)
+    assert tried[1] == {"method": "ppo", "learning_rate": 1.0, "schedule": "constant", "objective": best}
     assert tried[2]["objective"] == pytest.approx(0.9 - (0.1 + math.log(4)) * kl_coef)
 
 

@@ -75,7 +75,7 @@ def test_fewer_steps_than_a_run_has_had_are_refused_and_more_are_made(few, monke
     payload = run_comparison(few, METHODS, [0])
     assert payload["failures"] == {} and [len(curve["tokens"]) for curve in payload["curves"]] == [3, 3]
     swept = changed(few, compare={"sweep_steps": 2, "learning_rate_factors": [1.0, 2.0]})
-    finish(swept, "ppo", job=Comparison(swept, METHODS, [0]).sweep_job("ppo", 1.0))
+    finish(swept, "ppo", job=Comparison(swept, METHODS, [0]).sweep_job("ppo", 1.0, "constant"))
     with pytest.raises(GradeError, match="compare.sweep_steps is 1, but .*ppo-lr.* has had 2 steps"):
         run_comparison(changed(swept, compare={"sweep_steps": 1}), METHODS, [0])
 

@@ -122,7 +122,9 @@ def write_log(folder, rewards, *, tokens=100, seconds=2.0, every=1, cut="", solv
 
 def finish(config, method, *, seconds=1.0, seed=0, job=None) -> Path:
     """The files of a run that has had all its steps, validated after each; its folder."""
-    job = job or Comparison(config, METHODS, [seed]).run_job(method, seed, config.train.learning_rate)
+    job = job or Comparison(config, METHODS, [seed]).run_job(
+        method, seed, config.train.learning_rate, config.train.schedule
+    )
     train = job.config.train
     steps = range(train.steps + 1)
     write_log(job.run_dir, [0.5 + 0.1 * step for step in steps], kls=[0.0] * len(steps), tokens=10, seconds=seconds)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from grade.config import Config, validate
 from grade.config.methods import method_named
+from grade.config.training import Schedule
 from grade.errors import GradeError
 from grade.studies.compare.comparison import read_run
 from grade.studies.compare.jobs import Job
@@ -33,12 +34,22 @@ class Comparison:
         own = self.config.generation.samples_per_prompt
         return self.config.compare.samples_per_prompt or (own if own > 1 else _GROUP)
 
-    def job(self, method: str, seed: int, learning_rate: float, steps: int, validations: int, run_dir: Path) -> Job:
+    def job(
+        self,
+        method: str,
+        seed: int,
+        learning_rate: float,
+        schedule: Schedule,
+        steps: int,
+        validations: int,
+        run_dir: Path,
+    ) -> Job:
         """A run of a method as it would be by itself, without its own test."""
         config = self.config
         train = replace(
             config.train,
             learning_rate=learning_rate,
+            schedule=schedule,
             steps=steps,
             run_dir=str(run_dir),
             keep_adapters=True,
@@ -59,30 +70,34 @@ class Comparison:
             ),
         )
 
-    def sweep_job(self, method: str, factor: float) -> Job:
-        compare, rate = self.config.compare, self.config.train.learning_rate * factor
-        run_dir = self.folder / "sweep" / f"{method}-lr{rate:g}"
-        return self.job(method, compare.sweep_seed, rate, compare.sweep_steps, _SWEEP_VALIDATIONS, run_dir)
+    def sweep_job(self, method: str, factor: float, schedule: Schedule) -> Job:
+        compare, train = self.config.compare, self.config.train
+        rate = train.learning_rate * factor
+        name = f"{method}-lr{rate:g}" + (f"-{schedule}" if schedule != train.schedule else "")
+        run_dir = self.folder / "sweep" / name
+        return self.job(method, compare.sweep_seed, rate, schedule, compare.sweep_steps, _SWEEP_VALIDATIONS, run_dir)
 
-    def run_job(self, method: str, seed: int, learning_rate: float) -> Job:
+    def run_job(self, method: str, seed: int, learning_rate: float, schedule: Schedule) -> Job:
         steps, validations = self.config.train.steps, self.config.compare.validations
-        return self.job(method, seed, learning_rate, steps, validations, self.folder / f"{method}-seed{seed}")
+        return self.job(method, seed, learning_rate, schedule, steps, validations, self.folder / f"{method}-seed{seed}")
 
-    def frontier_jobs(self, rates: Mapping[str, float]) -> dict[tuple[str, int, float], Job]:
+    def frontier_jobs(
+        self, rates: Mapping[str, float], schedules: Mapping[str, Schedule]
+    ) -> dict[tuple[str, int, float], Job]:
         """By (method, seed, kl_coef), the runs of compare.kl_coefs, but for the coefficient that all runs have."""
         own = self.config.method.kl_coef
         return {
-            (method, seed, kl_coef): self._frontier_job(method, seed, rates[method], kl_coef)
+            (method, seed, kl_coef): self._frontier_job(method, seed, rates[method], schedules[method], kl_coef)
             for seed in self.seeds
             for kl_coef in sorted(set(self.config.compare.kl_coefs or []) - {own})
             for method in self.methods
             if method in rates
         }
 
-    def _frontier_job(self, method: str, seed: int, learning_rate: float, kl_coef: float) -> Job:
+    def _frontier_job(self, method: str, seed: int, learning_rate: float, schedule: Schedule, kl_coef: float) -> Job:
         steps, validations = self.config.train.steps, self.config.compare.validations
         run_dir = self.folder / "frontier" / f"{method}-kl{kl_coef:g}-seed{seed}"
-        job = self.job(method, seed, learning_rate, steps, validations, run_dir)
+        job = self.job(method, seed, learning_rate, schedule, steps, validations, run_dir)
         return Job(job.name, replace(job.config, method=replace(job.config.method, kl_coef=kl_coef)))
 
 

@@ -46,7 +46,7 @@ from grade.studies.compare.frontier_test import FrontierRun, evaluate_frontier
 from grade.studies.compare.frontier_text import frontier_tables
 from grade.studies.compare.jobs import Job, check_jobs, curve_of, locked, run_jobs
 from grade.studies.compare.plan import Comparison, check_methods, check_steps
-from grade.studies.compare.sweep import swept_rates
+from grade.studies.compare.sweep import Sweep, Swept
 from grade.studies.compare.text import TITLES, document, notes, rich_table
 from grade.training.run_folder import adapter_folder
 from grade.training.setup import set_up
@@ -76,7 +76,8 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         raise GradeError("rollout.source is set, but the runs of a comparison sample for themselves: set it to null.")
     if config.evaluation.test_prompts == 0:
         raise GradeError("evaluation.test_prompts is 0, and a comparison ends with a test: set it to 1 or more.")
-    planned = [comparison.run_job(method, seed, config.train.learning_rate) for method in methods for seed in seeds]
+    own = config.train
+    planned = [comparison.run_job(m, seed, own.learning_rate, own.schedule) for m in methods for seed in seeds]
     check_methods(comparison, planned[:: len(seeds)])
     check_steps(planned, "train.steps")
     check_writable("output_dir", comparison.folder)
@@ -89,9 +90,10 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
     with locked(comparison.folder) as lock:
         console.print("Preparing data and reward", highlight=False)
         inputs, judged = prepared_inputs(config)
-        rates, sweep, failures = swept_rates(comparison, inputs, console, lock)
-        jobs = {(m, s): comparison.run_job(m, s, rates[m]) for s in seeds for m in methods if m in rates}
-        further = comparison.frontier_jobs(rates)
+        swept = Sweep(comparison, inputs, console, lock).settings()
+        rates, schedules, failures = swept.rates, swept.schedules, dict(swept.failures)
+        jobs = {(m, s): comparison.run_job(m, s, rates[m], schedules[m]) for s in seeds for m in methods if m in rates}
+        further = comparison.frontier_jobs(rates, schedules)
         every_job = [*jobs.values(), *further.values()]
         check_jobs(every_job, inputs)
         check_steps(further.values(), "train.steps")
@@ -110,7 +112,7 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         runs = frontier_runs(comparison, curves, further, failures)
         frontier, unread = evaluate_frontier(bench, runs)
         failures |= untested | unread
-        payload = _payload(comparison, rates, sweep, failures, judge, curves, tests)
+        payload = _payload(comparison, swept, failures, judge, curves, tests)
         payload["frontier"] = frontier
         with writing(comparison.folder / "comparison.json", "output_dir", _TESTED):
             write_comparison(comparison.folder / "comparison.json", payload)
@@ -189,8 +191,7 @@ def _frontier_run(curve: RunCurve, run_dir: Path, kl_coef: float) -> FrontierRun
 
 def _payload(
     comparison: Comparison,
-    rates: dict[str, float],
-    sweep: list[dict],
+    swept: Swept,
     failures: dict[str, str],
     judge: dict | None,
     curves: list[RunCurve],
@@ -200,8 +201,9 @@ def _payload(
         "config": asdict(comparison.config),
         "methods": list(comparison.methods),
         "seeds": list(comparison.seeds),
-        "learning_rates": rates,
-        "sweep": sweep,
+        "learning_rates": swept.rates,
+        "schedules": swept.schedules,
+        "sweep": swept.tried,
         "failures": failures,
         "judge": judge,
         "fluency": reader_name(comparison.config),

@@ -78,6 +78,9 @@ def notes(payload: dict) -> str:
     ]
     rates = ", ".join(f"{method} {rate:g}" for method, rate in payload["learning_rates"].items())
     lines.append(f"Learning rates, by the sweep: {rates}." if payload["sweep"] else f"Learning rates: {rates}.")
+    schedules = payload.get("schedules", {})  # files of earlier versions have none
+    if len({trial.get("schedule") for trial in payload["sweep"]}) > 1:
+        lines.append(f"Schedules, likewise: {', '.join(f'{method} {name}' for method, name in schedules.items())}.")
     lines += [f"The sweep's best rate of {method} is the {edge} it tried." for method, edge in _at_edge(payload)]
     if payload["judge"] is not None:
         accuracy = ", ".join(f"{value:.3f} on the first {text}" for text, value in payload["judge"]["accuracy"].items())
