@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from comparisons import INPUTS, METHODS, finish, tested
+from comparisons import INPUTS, METHODS, finish, results_of
 from rich.console import Console
 from tiny import tiny_policy
 from tiny_run import changed
@@ -175,7 +175,7 @@ def test_an_adapter_that_cannot_be_read_fails_alone(few, no_models, tmp_path, mo
     policy = tiny_policy()
     monkeypatch.setattr(setup, "load_policy", lambda *_, **__: policy)
     adapters = {("ppo", 0, 2): adapter}
-    results, failures, _ = tested(few, tmp_path, INPUTS, adapters)
+    results, failures, _ = results_of(few, tmp_path, INPUTS, adapters)
     assert list(results) == [("base", None, 0)] and list(failures) == ["ppo-seed0"]
     assert str(adapter) in failures["ppo-seed0"] and f"Delete {adapter.parents[1]}: " in failures["ppo-seed0"]
 
@@ -195,18 +195,18 @@ def test_an_adapter_that_cannot_be_read_fails_alone(few, no_models, tmp_path, mo
 def test_only_what_changes_a_test_is_tested_again(few, no_models, tmp_path, section, settings, again):
     found = []
     for config in (few, changed(few, **{section: settings})):
-        tested(config, tmp_path, INPUTS, {})
+        results_of(config, tmp_path, INPUTS, {})
         found.append(read_json(tmp_path / "tests.json", "")["identity"])
     assert (found[0] != found[1]) is again
 
 
 @pytest.mark.parametrize("name", ["tests.json", "judge.json"])
 def test_damaged_results_are_told_in_words(few, no_models, tmp_path, name):
-    tested(few, tmp_path, INPUTS, {})
+    results_of(few, tmp_path, INPUTS, {})
     for text in ("[]", "{"):
         (tmp_path / name).write_text(text)
         with pytest.raises(GradeError, match=f"{name} .*Delete it"):
-            tested(few, tmp_path, INPUTS, {})
+            results_of(few, tmp_path, INPUTS, {})
 
 
 def test_a_damaged_report_of_the_reward_head(tmp_path):

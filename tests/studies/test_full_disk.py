@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from comparisons import METHODS, finish, tested
+from comparisons import METHODS, finish, results_of
 from report_runs import write_run
 from safetensors import SafetensorError
 
@@ -60,7 +60,7 @@ def test_a_comparison(few, full, monkeypatch, name):
 def test_test_results(few, no_models, tmp_path, monkeypatch):
     monkeypatch.setattr(final_test, "write_evaluations", no_space)
     with pytest.raises(GradeError, match=f"^output_dir: .*tests.json {NO_SPACE}.* the same command goes on"):
-        tested(few, tmp_path, {}, {})
+        results_of(few, tmp_path, {}, {})
 
 
 @pytest.mark.parametrize("name", ["judge.json", "judge.safetensors"])

@@ -137,7 +137,7 @@ def finish(config, method, *, seconds=1.0, seed=0, job=None) -> Path:
     return job.run_dir
 
 
-def tested(config, folder, inputs=INPUTS, adapters=()):
+def results_of(config, folder, inputs=INPUTS, adapters=()):
     """What `evaluate_checkpoints` gives of these adapters, by checkpoint, and of the base model."""
     bench = final_test.Bench(config, folder, inputs, Console(quiet=True))
     return final_test.evaluate_checkpoints(bench, dict(adapters))
