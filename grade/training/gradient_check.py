@@ -34,7 +34,7 @@ from grade.training.evaluation import score_settings
 from grade.training.responses import prompt_numbers
 from grade.training.swap_statistics import LEAST_RESPONSES, Agreement, Swaps, agreements, plain, table, verdict
 
-RESPONSES, SWAPS = 64, 8
+RESPONSES, SWAPS = 256, 4
 """Responses, and swaps that are drawn in each of them from either distribution."""
 _FIRST_ROW = 2**41
 """Noise rows of the responses: of no training step and no evaluation."""

@@ -11,7 +11,6 @@ at a KL of var_pi(v) / 2 to second. At equal KL they gain corr_pi(u, v) of what 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -111,11 +110,15 @@ def _agreement(drawn: str, part: str, swaps: Swaps) -> Agreement:
     )
 
 
-def _measured(statistic: Callable[[Swaps], float], swaps: Swaps, *, correlation: bool = False) -> Measured:
-    value, responses = statistic(swaps), np.unique(swaps.response)
+_Statistic = Callable[[np.ndarray, np.ndarray], float]
+
+
+def _measured(statistic: _Statistic, swaps: Swaps, *, correlation: bool = False) -> Measured:
+    value, responses = statistic(swaps.predicted, swaps.true), np.unique(swaps.response)
     if not math.isfinite(value):
         return Measured(None, None, None)
-    left_out = np.array([statistic(swaps.where(swaps.response != one)) for one in responses])
+    others = [swaps.response != one for one in responses]
+    left_out = np.array([statistic(swaps.predicted[keep], swaps.true[keep]) for keep in others])
     if len(responses) < 3 or not np.isfinite(left_out).all():
         return Measured(value, None, None)
     reach = float(stats.t.ppf((1 + _LEVEL) / 2, len(responses) - 1))
@@ -133,30 +136,24 @@ def _jackknife_error(left_out: np.ndarray) -> float:
     return float(((n - 1) / n * np.square(left_out - left_out.mean()).sum()) ** 0.5)
 
 
-def _pearson(swaps: Swaps) -> float:
-    return _correlation(stats.pearsonr, swaps)
-
-
-def _spearman(swaps: Swaps) -> float:
-    return _correlation(stats.spearmanr, swaps)
-
-
-def _correlation(measure: Callable[[np.ndarray, np.ndarray], Any], swaps: Swaps) -> float:
-    if len(swaps.true) < 2:
+def _pearson(predicted: np.ndarray, true: np.ndarray) -> float:
+    if len(true) < 2 or np.ptp(predicted) == 0 or np.ptp(true) == 0:
         return math.nan
-    with warnings.catch_warnings():  # of effects that are all the same, which have no correlation
-        warnings.simplefilter("ignore")
-        return float(measure(swaps.predicted, swaps.true).statistic)
+    return float(np.corrcoef(predicted, true)[0, 1])
 
 
-def _slope(swaps: Swaps) -> float:
-    squares = float(swaps.predicted @ swaps.predicted)
-    return float(swaps.predicted @ swaps.true) / squares if squares else math.nan
+def _spearman(predicted: np.ndarray, true: np.ndarray) -> float:
+    return _pearson(stats.rankdata(predicted), stats.rankdata(true))
 
 
-def _right_sign(swaps: Swaps) -> float:
-    moved = swaps.true != 0
-    return float((np.sign(swaps.predicted) == np.sign(swaps.true))[moved].mean()) if moved.any() else math.nan
+def _slope(predicted: np.ndarray, true: np.ndarray) -> float:
+    squares = float(predicted @ predicted)
+    return float(predicted @ true) / squares if squares else math.nan
+
+
+def _right_sign(predicted: np.ndarray, true: np.ndarray) -> float:
+    moved = true != 0
+    return float((np.sign(predicted) == np.sign(true))[moved].mean()) if moved.any() else math.nan
 
 
 def verdict(rows: list[Agreement]) -> str:
@@ -175,8 +172,8 @@ def verdict(rows: list[Agreement]) -> str:
         return f"GRADE would work against this reward: {known}, so its gradient points the wrong way."
     if low <= 0:
         return (
-            f"GRADE cannot follow this reward: {known}, and that interval includes 0. Its gradient does not tell what "
-            f"swapping a token does, as far as {whole.responses} responses can show."
+            f"Nothing shows that GRADE can follow this reward: {known}, and that interval includes 0. What its gradient "
+            f"tells of swapping a token, {whole.responses} responses do not tell from noise."
         )
     if low >= HALF:
         said = f"GRADE can follow this reward: {known}, all of it at least {HALF}."
@@ -188,10 +185,10 @@ def verdict(rows: list[Agreement]) -> str:
     else:
         said = f"GRADE follows this reward in part: {known}, above 0, and the interval includes {HALF}."
     if slope.value is not None and slope.interval is not None and not slope.interval[0] <= 1 <= slope.interval[1]:
-        length = "shorter" if slope.value < 1 else "longer"
+        weight = "less" if slope.value < 1 else "more"
         said += (
-            f" True effects are {length} than predicted (slope {slope.value:.2f}): the reward counts against the KL "
-            "otherwise than method.kl_coef says."
+            f" On average a swap does {slope.value:.2f} ({slope.interval[0]:.2f} to {slope.interval[1]:.2f}) of what is "
+            f"predicted, so the reward is worth {weight} against the KL than a step on it supposes."
         )
     return said
 

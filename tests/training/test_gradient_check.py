@@ -47,8 +47,8 @@ def rows_of(found) -> dict[tuple[str, str], Agreement]:
     return {(row.drawn, row.part): row for row in found.rows}
 
 
-def check(reward, policy=None, config=CONFIG, **options):
-    return check_gradient(policy or tiny_policy(), reward, PROMPTS, config, responses=10, swaps=4, **options)
+def check(reward, policy, config=CONFIG):
+    return check_gradient(policy, reward, PROMPTS, config, responses=10, swaps=4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -72,10 +72,9 @@ def test_half_of_a_swap_of_a_square_is_predicted_as_a_parabola_has_it():
     policy = tiny_policy()
     reward = OfEmbeddings(policy, torch.square)
     found = rows_of(check(reward, policy))
-    along = (policy.embedding @ reward.direction).double()
     # The same pairs in both: so the slopes follow from one another.
     swaps, half = found["policy", "whole"].slope.value, found["half-way", "whole"].slope.value
-    assert half - 1 == pytest.approx((swaps - 1) / 2, abs=1e-4) and along.std() > 0
+    assert half - 1 == pytest.approx((swaps - 1) / 2, abs=1e-4)
 
 
 @pytest.mark.parametrize("reads", ["prompt+response", "response"])
@@ -158,11 +157,13 @@ def said_of(true_of, **options):
 def test_verdicts_follow_the_interval_of_the_correlation():
     noise = 0.1
     assert said_of(lambda p, r: p + noise * r.normal(size=p.shape)).startswith("GRADE can follow this reward")
-    assert said_of(lambda p, r: r.normal(size=p.shape)).startswith("GRADE cannot follow this reward")
+    assert said_of(lambda p, r: r.normal(size=p.shape)).startswith("Nothing shows that GRADE can follow this reward")
     assert said_of(lambda p, r: -p).startswith("GRADE would work against this reward")
     assert said_of(lambda p, r: 0.3 * p + r.normal(size=p.shape)).startswith("GRADE follows this reward poorly")
     assert said_of(lambda p, r: 0.6 * p + r.normal(size=p.shape)).startswith("GRADE follows this reward in part")
-    assert "shorter than predicted (slope 0.50)" in said_of(lambda p, r: 0.5 * p + 0.01 * r.normal(size=p.shape))
+    assert "On average a swap does 0.50 (0.50 to 0.50) of" in said_of(
+        lambda p, r: 0.5 * p + 0.01 * r.normal(size=p.shape)
+    )
     assert said_of(lambda p, r: p, responses=2).startswith("2 responses with swaps are too few")
     assert "the same for every swap" in verdict(
         agreements("policy", replace(some_swaps(lambda p, r: p), predicted=np.zeros(240)))
@@ -189,13 +190,13 @@ def test_statistics_are_scipys_and_intervals_know_that_swaps_of_a_response_go_to
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    """Over 200 samples, a slope of 0.5 and its correlation."""
+    """Over 100 samples, a slope of 0.5 and its correlation."""
     true_correlation, held = 0.5 / (0.25 + 1.0) ** 0.5, np.zeros(2)
-    for seed in range(200):
-        row = agreements("policy", some_swaps(lambda p, r: 0.5 * p + r.normal(size=p.shape), each=3, seed=seed))[0]
+    for seed in range(100):
+        row = agreements("policy", some_swaps(lambda p, r: 0.5 * p + r.normal(size=p.shape), 20, 3, seed))[0]
         for i, (measured, truth) in enumerate(((row.slope, 0.5), (row.pearson, true_correlation))):
             held[i] += measured.interval[0] < truth < measured.interval[1]
-    assert (held > 180).all()
+    assert (held > 84).all()  # four standard deviations below 94
 
 
 def test_from_python(tiny_model):
