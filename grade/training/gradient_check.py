@@ -142,12 +142,12 @@ def _responses(
 
 
 class _Pairs(NamedTuple):
-    """R * count swaps, `count` of each of R responses together; int64 [R * count] each."""
+    """R * each swaps, `each` of every one of R responses together; int64 [R * each] tensors."""
 
     response: Tensor
     position: Tensor
     candidate: Tensor
-    count: int
+    each: int
 
 
 class _Slopes:
@@ -195,14 +195,14 @@ class _Slopes:
             first: number of the first response.
             size: sequences in a pass, about.
         """
-        response, position, candidate, count = pairs
+        response, position, candidate, each = pairs
         rollout = self.rollout
         before = rollout.tokens[response, position]
         predicted = torch.zeros(len(response), dtype=torch.float64, device=before.device)
         for gradient, rows in self.gradients:
             apart = rows[candidate].double() - rows[before].double()  # [N, d]
             predicted += share * (gradient[response, position].double() * apart).sum(-1)
-        parts = self._rollout(pairs, share).micro_batches(max(size // count, 1) * count)
+        parts = self._rollout(pairs, share).micro_batches(max(size // each, 1) * each)
         after = [frozen_passes(self.policy, self.reward, p, RealTokens(p), self.settings).reward for p in parts]
         true = torch.cat(after).double() - self.value[response].double()
         third = position * 3 // rollout.mask.sum(1)[response]
@@ -210,16 +210,16 @@ class _Slopes:
 
     def _rollout(self, pairs: _Pairs, share: float) -> Rollout:
         """The responses after each swap; what is part of the way is fed as a mixture, as soft GRADE feeds them."""
-        response, position, candidate, count = pairs
-        rollout, each = self.rollout, torch.arange(len(response), device=response.device)
+        response, position, candidate, each = pairs
+        rollout, row = self.rollout, torch.arange(len(response), device=response.device)
         tokens = rollout.tokens[response]  # [N, S]
         indices = tokens[..., None].repeat(1, 1, 2)  # [N, S, 2]
-        indices[each, position, 1] = candidate
+        indices[row, position, 1] = candidate
         weights = torch.zeros(indices.shape, dtype=rollout.token_weight.dtype, device=tokens.device)
         weights[..., 0] = 1.0
-        weights[each, position] = weights.new_tensor([1 - share, share])
+        weights[row, position] = weights.new_tensor([1 - share, share])
         if share == 1.0:
-            tokens[each, position] = candidate
+            tokens[row, position] = candidate
         return replace(
             rollout,
             prompt_ids=rollout.prompt_ids[response],
@@ -230,7 +230,7 @@ class _Slopes:
             token_weight=weights[..., 0],
             rows=rollout.rows[response],
             weights=None if share == 1.0 else weights,
-            samples_per_prompt=count,
+            samples_per_prompt=each,
             prompt_index=None if rollout.prompt_index is None else rollout.prompt_index[response],
             judged=None if rollout.judged is None else rollout.judged[response],
         )

@@ -172,8 +172,8 @@ def verdict(rows: list[Agreement]) -> str:
         return f"GRADE would work against this reward: {known}, so its gradient points the wrong way."
     if low <= 0:
         return (
-            f"Nothing shows that GRADE can follow this reward: {known}, and that interval includes 0. What its gradient "
-            f"tells of swapping a token, {whole.responses} responses do not tell from noise."
+            f"Nothing shows that GRADE can follow this reward: {known}, and that interval includes 0. The "
+            f"{whole.responses} responses do not tell from noise what its gradient says of swapping a token."
         )
     if low >= HALF:
         said = f"GRADE can follow this reward: {known}, all of it at least {HALF}."
@@ -187,8 +187,8 @@ def verdict(rows: list[Agreement]) -> str:
     if slope.value is not None and slope.interval is not None and not slope.interval[0] <= 1 <= slope.interval[1]:
         weight = "less" if slope.value < 1 else "more"
         said += (
-            f" On average a swap does {slope.value:.2f} ({slope.interval[0]:.2f} to {slope.interval[1]:.2f}) of what is "
-            f"predicted, so the reward is worth {weight} against the KL than a step on it supposes."
+            f" On average a swap does {slope.value:.2f} ({slope.interval[0]:.2f} to {slope.interval[1]:.2f}) of what "
+            f"is predicted, so the reward is worth {weight} against the KL than a step on it supposes."
         )
     return said
 
