@@ -216,5 +216,5 @@ def test_the_command_prints_and_writes(tiny_config, capsys):
 
 
 def test_the_command_refuses_a_reward_without_a_gradient(capsys):
-    assert main(["reward", "countdown_small", "--check_gradient"]) == 1
+    assert main(["reward", "countdown_small", "--check_gradient"]) == 2
     assert "this task's reward is a program, without a gradient" in " ".join(capsys.readouterr().err.split())
