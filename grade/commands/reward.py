@@ -1,17 +1,25 @@
-"""`grade reward`: train the reward head of a config by itself."""
+"""`grade reward`: train the reward head of a config by itself, and look whether GRADE can follow a reward."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from rich.console import Console
 
-from grade.config import Config, judged_length, trains_head
+from grade.config import Config, judged_length, trains_head, without_gradient
+from grade.config.methods import BY_VALUE
 from grade.config.tasks import JUDGED_BY_PROGRAM
-from grade.errors import GradeError
+from grade.errors import GradeError, writing
+from grade.files import check_writable, replace_text
 from grade.model.loading import load_policy, load_tokenizer
 from grade.processes import make_accelerator
 from grade.rewards.head_training import HeadTraining
 from grade.rewards.shared import head_lines, head_report
 from grade.tasks import load_task
+from grade.training.api import GradeTrainer
+from grade.training.gradient_check import GradientCheck
+from grade.training.swap_statistics import table
 
 
 def train_reward(config: Config) -> dict[str, float]:
@@ -36,3 +44,31 @@ def train_reward(config: Config) -> dict[str, float]:
     for line in head_lines(report):
         console.print(f"  {line}", soft_wrap=True)
     return report["accuracy"] if "accuracy" in report else report["r2"]
+
+
+def check_reward_gradient(config: Config) -> GradientCheck:
+    """`grade reward --check_gradient`: whether GRADE can follow the reward of a config; a head that is missing is
+    trained first. Prints the table and writes it beside the runs.
+
+    Raises:
+        GradeError: the reward has no gradient, or the file cannot be written.
+    """
+    reason = without_gradient(config.task, config.reward)
+    if reason is not None:
+        raise GradeError(
+            f"--check_gradient: {reason}, without a gradient that GRADE could follow. Follow it with a method that "
+            f"only needs its value: {', '.join(BY_VALUE)}."
+        )
+    path = Path(config.output_dir) / f"gradient-check-{config.name}.json"
+    check_writable("output_dir", path.parent)
+    trainer = GradeTrainer.from_config(config)
+    found = trainer.check_gradient()
+    console = Console()
+    console.print(table(found.rows).rich(keys=2))
+    console.print(found.verdict, soft_wrap=True)
+    if trainer.accelerator.is_main_process:
+        with writing(path.parent, "output_dir"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, json.dumps(found.as_dict(), indent=2) + "\n")
+        console.print(f"Written to {path}", soft_wrap=True)
+    return found

@@ -19,7 +19,7 @@ from grade.errors import GradeError, printing
 
 COMMANDS = {
     "demo": "train a tiny model on built-in reviews, from scratch to a better one: no network, no GPU",
-    "reward": "train the reward head of a config",
+    "reward": "train the reward head of a config, or look whether GRADE can follow a reward",
     "train": "train a policy",
     "evaluate": "evaluate a checkpoint of a run against its base model",
     "generate": "answer prompts with a run's policy, beside its base model if you like",
@@ -55,11 +55,28 @@ def train(argv: list[str]) -> int:
 
 
 def reward(argv: list[str]) -> int:
-    """`grade reward CONFIG [--section.field VALUE ...]`."""
-    resolved = resolve("reward", argv, "Train the reward head; `grade train` does so when it is missing.")
-    if resolved is not None:
-        from grade.commands.reward import train_reward
+    """`grade reward CONFIG [--check_gradient] [--section.field VALUE ...]`."""
+    resolved = resolve(
+        "reward",
+        argv,
+        "Train the reward head; `grade train` does so when it is missing.",
+        {
+            "check_gradient": Own(
+                None,
+                False,
+                "",
+                "Look whether GRADE can follow the reward, head or reward.model: compare what its gradient predicts of "
+                "swapped tokens with what they do.",
+            )
+        },
+    )
+    if resolved is None:
+        return 0
+    from grade.commands.reward import check_reward_gradient, train_reward
 
+    if "check_gradient" in resolved.switches:
+        check_reward_gradient(resolved.config)
+    else:
         train_reward(resolved.config)
     return 0
 

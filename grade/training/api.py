@@ -32,6 +32,7 @@ from grade.training.callbacks import Callback, Callbacks
 from grade.training.evaluation import Evaluation, evaluate
 from grade.training.export import check_target, export_merged
 from grade.training.given import given_set_up
+from grade.training.gradient_check import RESPONSES, SWAPS, GradientCheck, check_gradient
 from grade.training.run_folder import started
 from grade.training.setup import SetUp, set_up
 from grade.training.trainer import Trainer
@@ -232,6 +233,25 @@ class GradeTrainer:
                 adapters=not base,
                 accelerator=self.accelerator,
             )
+
+    def check_gradient(self, *, responses: int = RESPONSES, swaps: int = SWAPS, base: bool = False) -> GradientCheck:
+        """Whether GRADE can follow the reward: what its gradient predicts of swapped tokens, and what they really do.
+
+        Args:
+            responses: to training prompts, at least 8.
+            swaps: of tokens in every response.
+            base: in responses of the base model instead of the policy's.
+
+        Returns:
+            A table with `print`, and a `verdict` in words.
+
+        Raises:
+            GradeError: the reward has no gradient.
+        """
+        prompts = self.loaded.task.prompts("policy", self.tokenizer, limit=None)
+        return check_gradient(
+            self.policy, self.reward, prompts, self.config, responses=responses, swaps=swaps, adapters=not base
+        )
 
     def generate(
         self, prompts: Any, *, base: bool = False, samples: int = 1, max_new_tokens: int | None = None
