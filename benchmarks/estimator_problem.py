@@ -106,7 +106,7 @@ class LogitGradient(NamedTuple):
     Args:
         p: distributions of the tokens.
         probability: [Y] of the responses.
-        returns: [Y, S], the reward less KL's weight times that of the steps after; its mean is what tokens are chosen by.
+        returns: [Y, S], the reward less KL's weight times that of the steps after, by whose means tokens differ.
         gradient: the whole one; `kl_gradient` is KL's at the step itself, a part of it.
     """
 
@@ -203,7 +203,7 @@ class Problem:
         return torch.zeros_like(gradient).scatter(-1, rollout.indices, gradient)  # the sampler sorts its candidates
 
     def exact_at_logits(self) -> LogitGradient:
-        """By autograd through the sum over all responses, with the logits of every prefix as parameters of their own."""
+        """By autograd through the sum over all responses, the logits of every prefix being parameters."""
         tokens = self.responses
         with torch.no_grad():
             logits = self.logits(tokens)
@@ -222,7 +222,7 @@ class Problem:
         return LogitGradient(p, probability, returns, gradient, kl_gradient)
 
     def prefix_mean(self, values: Tensor, probability: Tensor) -> Tensor:
-        """[Y, S, V]: of values [Y, S, V] at every step, their mean over the responses with the same tokens before it."""
+        """[Y, S, V], at every step the mean of values [Y, S, V] over responses with the same tokens before it."""
         symbols, found = self.policy.vocab_size, []
         for step in range(self.length):
             prefixes = (symbols**step, -1)

@@ -154,7 +154,9 @@ def step_products(problem: Problem, exact: LogitGradient, gradients: Tensor) -> 
     )
 
 
-def drawn_products(of: Products, problem: Problem, exact: LogitGradient, rollout: Rollout, gradients: Tensor) -> Products:
+def drawn_products(
+    of: Products, problem: Problem, exact: LogitGradient, rollout: Rollout, gradients: Tensor
+) -> Products:
     """`of` with the costs of sampled gradients [N, S, V] of the responses of `rollout`."""
     symbols = exact.p.shape[-1]
     which = (rollout.tokens * symbols ** torch.arange(problem.length - 1, -1, -1)).sum(1)  # their places among all

@@ -94,7 +94,9 @@ def test_the_score_function_pays_for_every_candidate():
     s = p @ p
     quadratic = p - p**2 - 2 * (p**2 - p * s) + (p**3).sum() - s**2
     gain = (p * advantage) @ (p * advantage)
-    assert found["plain_step"] == pytest.approx((gain / ((p * advantage**2) @ quadratic * best).sqrt()).item(), rel=1e-12)
+    assert found["plain_step"] == pytest.approx(
+        (gain / ((p * advantage**2) @ quadratic * best).sqrt()).item(), rel=1e-12
+    )
 
 
 def test_no_step_exceeds_the_best():

@@ -28,7 +28,7 @@ from grade.training.responses import prompt_numbers
 from grade_kernels import logits_kl
 
 COPIES = 16
-"""Responses of a prefix: with more of them the noise of an estimator counts less, with fewer there are more prefixes."""
+"""Responses of a prefix: with more, an estimator's noise counts less; with fewer, there are more prefixes."""
 Rule = tuple[str, float]
 """(local rule, temperature)"""
 _TOKENS = ("tokens", "mask", "indices", "token_weight", "rows")
@@ -97,9 +97,9 @@ def measured(
         chosen = prompt_numbers(number, 1, len(prompts), seed)
         ids, mask = pad_prompts([prompts[n] for n in chosen], policy.pad_id, policy.device)
         first = number * (COPIES + 1) * length
-        rollout = branched(
-            policy, ids, mask, method.sampling(0), at=at, copies=COPIES, seed=seed, first_row=first
-        ).of("policy", chosen)
+        rollout = branched(policy, ids, mask, method.sampling(0), at=at, copies=COPIES, seed=seed, first_row=first).of(
+            "policy", chosen
+        )
         yield of_prefix(method, rollout, at, rules)
 
 

@@ -229,7 +229,9 @@ def steps(means: Tensor, seconds_per_sample: float) -> dict[str, float | tuple |
     def share(kind: str) -> Figure:
         if low > 0:
             return interval(
-                lambda of: getattr(of, f"{kind}_gain") / (getattr(of, f"{kind}_cost") * of.best).clamp_min(1e-300).sqrt()
+                lambda of: (
+                    getattr(of, f"{kind}_gain") / (getattr(of, f"{kind}_cost") * of.best).clamp_min(1e-300).sqrt()
+                )
             )
         _, ends = found[f"{kind}_step"]
         return None, None if ends is None or ends[0] <= 0 or high <= 0 else (ends[0] / high**0.5, None)

@@ -56,7 +56,8 @@ STEP_NOTES = (
     "natural gradient gains (above a number: that does not stand out of the noise). no noise: of infinitely many "
     "responses, which only the bias lowers. plain² / s: square of the plain step of as many responses as a second "
     "gives, as long as noise rules it. length factor: what gives the gradient through tokens the exact one's length "
-    "along itself at the logits; Fisher length factor: with the inverse Fisher information between. Brackets: 95 % intervals."
+    "along itself at the logits; Fisher length factor: with the inverse Fisher information between. Brackets: 95 % "
+    "intervals."
 )
 
 
