@@ -1,9 +1,10 @@
 """Responses that share a prefix, and what every estimator makes of the token after it (`steps.py`).
 
-A prefix is a training prompt and the first tokens of a response, as many as chance says, each number equally often;
-COPIES responses go on from it. So the gradients at the logits of the first token after it are independent draws, given
-the prefix, at one and the same distribution of tokens. All responses have the same length, whatever their prefix's, and
-are replayed as responses to the prompt: the reward sees what it would see of them in training.
+A prefix is a training prompt and the first tokens of a response, as many as chance says, each number equally often.
+COPIES responses go on from it, and PATHS of them are differentiated. So the gradients at the logits of the first token
+after it are independent draws, given the prefix, at one and the same distribution of tokens. All responses have the
+same length, whatever their prefix's, and are replayed as responses to the prompt: the reward sees what it would see of
+them in training.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from grade.methods.grade import Grade
 from grade.model.policy import Policy
 from grade.replay.replay import Prepared, prepare
 from grade.replay.score import sampled_logits
+from grade.replay.score import score as evaluated
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
@@ -27,8 +29,10 @@ from grade.studies.variance.steps import Products, products, scores
 from grade.training.responses import prompt_numbers
 from grade_kernels import logits_kl
 
-COPIES = 16
-"""Responses of a prefix: with more, an estimator's noise counts less; with fewer, there are more prefixes."""
+COPIES = 32
+"""Responses of a prefix."""
+PATHS = 8
+"""Of them, those that the estimators differentiate: a return is had for a fraction of that, and noisier by far."""
 Rule = tuple[str, float]
 """(local rule, temperature)"""
 _TOKENS = ("tokens", "mask", "indices", "token_weight", "rows")
@@ -106,21 +110,24 @@ def measured(
 def of_prefix(method: Grade, rollout: Rollout, at: int, rules: Sequence[Rule]) -> dict[Rule | None, Products]:
     """The same of responses that share a prompt and their first `at` tokens; every response counts as a step of one."""
     config, (size, length) = method.config, rollout.tokens.shape
-    tokens = kl_weight(rollout.mask, config.kl_reduction, config.kl_coef, length, 1)  # [m, S], of one response
+    weight = kl_weight(rollout.mask, config.kl_reduction, config.kl_coef, length, 1)  # [m, S], of one response
     settings = method.settings(0)
-    ones = tokens.new_ones(size)
-    prepared = prepare(method.policy, method.reward, rollout, settings, reward_weight=ones, kl_weight=tokens)
-    done = prepared.done
-    found = done.scores()
+    valued = evaluated(method.policy, method.reward, rollout, settings)
     # KL at the token's own step does not depend on the token.
-    returns = found.reward.double() - (tokens[:, at + 1 :] * found.kl[:, at + 1 :].double()).sum(1)
-    logits = sampled_logits(method.policy, rollout, done.real, present(done.swept.logits))
+    returns = valued.reward.double() - (weight * valued.kl.double())[:, at + 1 :].sum(1)
+    part = rollout.cut(0, min(PATHS, size))
+    weight = weight[: len(part)]
+    prepared = prepare(
+        method.policy, method.reward, part, settings, reward_weight=weight.new_ones(len(part)), kl_weight=weight
+    )
+    done = prepared.done
+    logits = sampled_logits(method.policy, part, done.real, present(done.swept.logits))
     p = done.real.dense(logits)[:1, at].double().softmax(-1)  # [1, k]
     indices = rollout.indices[:, at]
     assert bool((indices == indices[:1]).all())  # drawn from copies of one row of logits
     drawn = (indices == rollout.tokens[:, at, None]).double()
     score = scores(returns[None], drawn[None], p)
-    kl = -tokens[0, at] * _kl_gradient(prepared, at, p, config.kl_direction)
+    kl = -weight[0, at] * _kl_gradient(prepared, at, p, config.kl_direction)
 
     def of(path: Tensor | None) -> Products:
         return products(path, score, kl, p)

@@ -107,9 +107,9 @@ def products(path: Tensor | None, score: Tensor, kl: Tensor, p: Tensor) -> Produ
     """Unbiased, of every prefix, [G] each.
 
     Args:
-        path: [G, m, k], an estimator's gradients of the objective at the logits, without KL's at its own step; None:
+        path: [G, n, k], an estimator's gradients of the objective at the logits, without KL's at its own step; None:
             the estimator is the score function.
-        score: [G, m, k], `scores` of the same responses.
+        score: [G, m, k], `scores` of the same responses and, where m > n, of others after them.
         kl: [G, k], the objective's gradient by KL at its own step, which everyone knows.
         p: [G, k].
     """
@@ -120,9 +120,10 @@ def products(path: Tensor | None, score: Tensor, kl: Tensor, p: Tensor) -> Produ
     at = p[:, None]
 
     def pairs(u: Tensor, v: Tensor, metric: Metric) -> Tensor:
-        """Mean over ordered pairs of different responses."""
+        """Mean over pairs of different responses, u having the first of those that v has."""
+        n, m = u.shape[1], v.shape[1]
         every = metric(u.sum(1), v.sum(1), p)
-        return (every - metric(u, v, at).sum(1)) / (m * (m - 1))
+        return (every - metric(u, v[:, :n], at).sum(1)) / (n * (m - 1))
 
     def whole(u: Tensor, v: Tensor, metric: Metric, factor: float) -> Tensor:
         """With KL's own gradient added to both; `factor` is that of products of u and v alone."""
