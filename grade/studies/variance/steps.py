@@ -220,8 +220,9 @@ def steps(means: Tensor, seconds_per_sample: float) -> dict[str, float | tuple |
         return value, (value - reach, value + reach)
 
     def ratio(gain: str, over: str, power: float) -> Figure:
-        """A gain over a power of what must stand out of the noise."""
-        if interval(lambda of: getattr(of, over))[1][0] <= 0:
+        """A gain over a power of what must stand out of the noise, or of a cost, which is a mean of squares."""
+        value, (low, _) = interval(lambda of: getattr(of, over))
+        if (value if over.endswith("_cost") else low) <= 0:
             return None, None
         return interval(lambda of: getattr(of, gain) / getattr(of, over).clamp_min(1e-300) ** power)
 
