@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -21,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grade.model.passes import BasePass
 from grade.model.policy import Policy
-from grade.replay.replay import ReplaySettings, replay
+from grade.replay.replay import ReplaySettings, prepare, replay
 from grade.rewards.base import DifferentiableReward, EmbeddingTable
 from grade.rollout import Rollout
 from grade.sampling.draw import Sampling
@@ -96,6 +97,24 @@ def network_reward(policy: Policy, length: int, seed: int) -> EmbeddingReward:
     first /= table.std() * first.shape[0] ** 0.5
     second = torch.randn(16, generator=generator, dtype=table.dtype) / 4
     return EmbeddingReward(policy, lambda x: torch.tanh(x.flatten(1) @ first) @ second)
+
+
+class LogitGradient(NamedTuple):
+    """The exact gradient of -J, at every token's logits; [Y, S, V] in the order of the responses, where
+    those with the same tokens before a step have the same values at it.
+
+    Args:
+        p: distributions of the tokens.
+        probability: [Y] of the responses.
+        returns: [Y, S], the reward less KL's weight times that of the steps after, by whose means tokens differ.
+        gradient: the whole one; `kl_gradient` is KL's at the step itself, a part of it.
+    """
+
+    p: Tensor
+    probability: Tensor
+    returns: Tensor
+    gradient: Tensor
+    kl_gradient: Tensor
 
 
 @dataclass
@@ -173,6 +192,45 @@ class Problem:
         ones = torch.ones(rollout.tokens.shape, dtype=self.policy.dtype)
         weights = dict(reward_weight=ones[:, 0], kl_weight=self.kl_coef * ones)
         return response_gradients(self.policy, lambda: replay(self.policy, self.reward, rollout, settings, **weights))
+
+    def at_logits(self, rollout: Rollout, settings: ReplaySettings) -> Tensor:
+        """[B, S, V], minus the gradient of every response at its steps' logits: KL's at its own step left out."""
+        ones = torch.ones(rollout.tokens.shape, dtype=self.policy.dtype)
+        prepared = prepare(
+            self.policy, self.reward, rollout, settings, reward_weight=ones[:, 0], kl_weight=self.kl_coef * ones
+        )
+        gradient = -prepared.done.real.dense(prepared.logit_gradient(settings))
+        return torch.zeros_like(gradient).scatter(-1, rollout.indices, gradient)  # the sampler sorts its candidates
+
+    def exact_at_logits(self) -> LogitGradient:
+        """By autograd through the sum over all responses, the logits of every prefix being parameters."""
+        tokens = self.responses
+        with torch.no_grad():
+            logits = self.logits(tokens)
+            logq = self.logits(tokens, adapters=False).log_softmax(-1)
+            reward = self.reward.function(self.policy.embed(tokens))
+        logits.requires_grad_()
+        logp = logits.log_softmax(-1)
+        kl = (logp.exp() * (logp - logq)).sum(-1)  # [Y, S]
+        probability = logp.gather(-1, tokens[..., None]).sum((1, 2)).exp()
+        objective = (probability * (reward - self.kl_coef * kl.sum(1))).sum()
+        (shares,) = torch.autograd.grad(objective, logits, retain_graph=True)  # of a prefix, from every response
+        (kl_gradient,) = torch.autograd.grad(-self.kl_coef * kl.sum(), logits)
+        p, probability, kl = logp.detach().exp(), probability.detach(), kl.detach()
+        returns = reward[:, None] - self.kl_coef * (kl.sum(1, keepdim=True) - kl.cumsum(1))
+        gradient = self.prefix_mean(shares / probability[:, None, None], probability)
+        return LogitGradient(p, probability, returns, gradient, kl_gradient)
+
+    def prefix_mean(self, values: Tensor, probability: Tensor) -> Tensor:
+        """[Y, S, V], at every step the mean of values [Y, S, V] over responses with the same tokens before it."""
+        symbols, found = self.policy.vocab_size, []
+        for step in range(self.length):
+            prefixes = (symbols**step, -1)
+            weight = probability.view(prefixes)  # responses of a prefix stand next to each other
+            weight = weight / weight.sum(1, keepdim=True)
+            mean = torch.einsum("py,pyv->pv", weight, values[:, step].unflatten(0, prefixes))
+            found.append(mean.repeat_interleave(weight.shape[1], dim=0))
+        return torch.stack(found, dim=1)
 
     def score_function(self) -> tuple[Tensor, Tensor]:
         """Per response, (kl_coef * KL - r) * grad log pi + kl_coef * grad KL, and grad log pi; [Y, P] each.

@@ -13,6 +13,9 @@ it and `rao` have one expectation, so both show the bias that `rao` with 16 draw
     relative bias      |E g - grad J| / |grad J|
     cosine             between E g and grad J: what is left of the bias when the optimizer sets the scale
     relative variance  trace of the covariance of one response's g, over |E g|^2
+    plain step         what moving every token's logits along one response's g gains at equal KL, over the best step
+                       there is (`grade.studies.variance.steps`); natural step: g times the inverse Fisher information
+    ... no noise       the same along E g: what the bias leaves
     cosine, 64         cosine / sqrt(1 + relative variance / 64), about that of a mean over 64 responses with grad J
 
 `score function` is REINFORCE with the best constant baseline: no bias, hops or temperature.
@@ -29,16 +32,24 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks.estimator_problem import Problem, network_reward, symbol_policy
+from benchmarks.estimator_problem import LogitGradient, Problem, network_reward, symbol_policy
 from benchmarks.saved import command, new_parser
 from grade.machine import machine, machine_line
 from grade.replay.replay import ReplaySettings
+from grade.rollout import Rollout
+from grade.studies.variance.steps import Metric, Products, euclidean, natural, plain, shares
 from grade.tables import Column, Table
 
 SYMBOLS, LENGTH, KL_COEF = 4, 4, 0.2
 HOPS, TAUS, SPREADS = (0, 1, LENGTH - 1), (2.0, 1.0, 0.5), (0.5, 4.0)
 COPIES, DRAWN, BATCH = 3, 768, 64
 QUANTITIES = {"bias": "relative bias", "cosine": "cosine", "variance": "relative variance", "batch": f"cosine, {BATCH}"}
+STEPS = {
+    "plain_step": "plain step",
+    "plain_ceiling": "plain, no noise",
+    "natural_step": "natural step",
+    "natural_ceiling": "natural, no noise",
+}
 
 
 @dataclass
@@ -94,9 +105,12 @@ def sampled(gradients: Tensor) -> tuple[float, float]:
 
 def at_every_response(problem: Problem, settings: ReplaySettings, copies: int = 1, seed: int = 0) -> Tensor:
     """[R, Y, P] gradients of `replay`, `copies` draws of the estimator's noise for every response."""
+    return problem.replayed(_every_response(problem, copies, seed), settings).unflatten(0, (copies, -1))
+
+
+def _every_response(problem: Problem, copies: int, seed: int) -> Rollout:
     tokens = problem.responses.repeat(copies, 1)
-    rows = torch.arange(tokens.numel()).view(tokens.shape)
-    return problem.replayed(problem.rollout(tokens, rows, seed), settings).unflatten(0, (copies, -1))
+    return problem.rollout(tokens, torch.arange(tokens.numel()).view(tokens.shape), seed)
 
 
 def reinforce(problem: Problem, probability: Tensor) -> Tensor:
@@ -104,6 +118,64 @@ def reinforce(problem: Problem, probability: Tensor) -> Tensor:
     gradient, score = problem.score_function()
     weighted = probability[:, None] * score
     return (gradient - (weighted * gradient).sum() / (weighted * score).sum() * score)[None]
+
+
+def step_products(problem: Problem, exact: LogitGradient, gradients: Tensor) -> Products:
+    """Exact sums over steps, prefixes and responses.
+
+    Args:
+        gradients: [R, Y, S, V], minus those of all responses at their steps' logits, drawn R times each; KL's own
+            gradient is added here. Products of E g with itself are of different draws.
+    """
+    copies, p, kl = len(gradients), exact.p, exact.kl_gradient
+    each = torch.stack([problem.prefix_mean(one, exact.probability) for one in gradients])
+    path, target, every = each.mean(0), exact.gradient, gradients + kl
+
+    def expected(metric: Metric, u: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("y,...ys->...", exact.probability, metric(u, v, p)).mean()
+
+    def size(metric: Metric, shift: Tensor) -> Tensor:
+        every = expected(metric, path + shift, path + shift)
+        return every if copies == 1 else (copies * every - expected(metric, each + shift, each + shift)) / (copies - 1)
+
+    none = torch.zeros_like(kl)
+    return Products(
+        natural_gain=expected(natural, path + kl, target),
+        natural_cost=expected(natural, every, every),
+        natural_size=size(natural, kl),
+        plain_gain=expected(euclidean, path + kl, target),
+        plain_cost=expected(plain, every, every),
+        plain_size=size(plain, kl),
+        best=expected(natural, target, target),
+        length_gain=expected(euclidean, path, target - kl),
+        length_size=size(euclidean, none),
+        fisher_gain=expected(natural, path, target - kl),
+        fisher_size=size(natural, none),
+    )
+
+
+def drawn_products(
+    of: Products, problem: Problem, exact: LogitGradient, rollout: Rollout, gradients: Tensor
+) -> Products:
+    """`of` with the costs of sampled gradients [N, S, V] of the responses of `rollout`."""
+    symbols = exact.p.shape[-1]
+    which = (rollout.tokens * symbols ** torch.arange(problem.length - 1, -1, -1)).sum(1)  # their places among all
+    every, p = gradients + exact.kl_gradient[which], exact.p[which]
+    return of._replace(
+        natural_cost=natural(every, every, p).sum(1).mean(), plain_cost=plain(every, every, p).sum(1).mean()
+    )
+
+
+def logits_of_every_response(problem: Problem, settings: ReplaySettings, copies: int = 1, seed: int = 0) -> Tensor:
+    """[R, Y, S, V], as `at_every_response` at the logits."""
+    return problem.at_logits(_every_response(problem, copies, seed), settings).unflatten(0, (copies, -1))
+
+
+def score_at_logits(problem: Problem, exact: LogitGradient) -> Tensor:
+    """[1, Y, S, V], the score function's at the logits, with the exact value of every prefix as its baseline."""
+    returns = exact.returns[..., None].expand_as(exact.p)
+    drawn = torch.nn.functional.one_hot(problem.responses, exact.p.shape[-1])
+    return ((returns - problem.prefix_mean(returns, exact.probability)) * (drawn - exact.p))[None]
 
 
 def figures(name: str, tau: float | None, hops: int, of: Expectation, trace: float, trace_error: float) -> dict:
@@ -148,6 +220,28 @@ def measure(problem: Problem, seed: int) -> Iterator[dict]:
     yield figures("score function", None, HOPS[-1], of, of.trace, of.trace_error)
 
 
+def measure_steps(problem: Problem, seed: int) -> Iterator[dict]:
+    """(estimator, tau) and what steps along its converged gradient gain, of one problem."""
+    exact, drawn = problem.exact_at_logits(), problem.drawn(DRAWN, seed)
+
+    def settings(estimator: str, tau: float | None) -> ReplaySettings:
+        return ReplaySettings(tau=tau or 1.0, estimator=estimator, max_hops=HOPS[-1], hop_tol=0.0)
+
+    def row(name: str, tau: float | None, of: Products) -> dict:
+        return {"estimator": name, "tau": tau, **shares(of)}
+
+    for tau in TAUS:
+        rao = step_products(problem, exact, logits_of_every_response(problem, settings("rao", tau), COPIES, seed))
+        gumbel = problem.at_logits(drawn, settings("gumbel", tau))
+        yield row("gumbel", tau, drawn_products(rao, problem, exact, drawn, gumbel))
+        yield row("rao, 16 draws", tau, rao)
+    rules: list[tuple[str, float | None]] = [("straight_through", None), *(("reinmax", tau) for tau in TAUS)]
+    for name, at in rules:
+        yield row(name, at, step_products(problem, exact, logits_of_every_response(problem, settings(name, at))))
+    yield row("score function", None, step_products(problem, exact, score_at_logits(problem, exact)))
+    yield row("exact gradient", None, step_products(problem, exact, (exact.gradient - exact.kl_gradient)[None]))
+
+
 def table(rows: list[dict]) -> str:
     """The Markdown table of one spread: medians over its problems, a cell from no hop to all."""
     hops = " / ".join(map(str, HOPS))
@@ -163,6 +257,18 @@ def table(rows: list[dict]) -> str:
             cells.append(" / ".join(f"{median(values):.2f}" for values in by_hops if values))
         lines.append([name, str(tau or "any"), *cells])
     return Table("", list(map(Column, titles)), lines).markdown()
+
+
+def steps_table(rows: list[dict]) -> str:
+    """The Markdown table of the steps of one spread: medians over its problems."""
+    groups: dict[tuple[str, float | None], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["estimator"], row["tau"]), []).append(row)
+    lines = [
+        [name, str(tau or "any"), *(f"{median(row[quantity] for row in group):.2f}" for quantity in STEPS)]
+        for (name, tau), group in groups.items()
+    ]
+    return Table("", list(map(Column, ("estimator", "tau", *STEPS.values()))), lines).markdown()
 
 
 def summary(rows: list[dict]) -> str:
@@ -196,23 +302,27 @@ def document(saved: dict) -> str:
         count = len({row["problem"] for row in rows})
         parts.append(f"Embeddings spread {spread:g} times their common vector, medians over {count} problems:")
         parts += [table(rows), summary(rows)]
+        parts.append("Steps along the gradient after all hops, as shares of the best step:")
+        parts.append(steps_table([row for row in saved["steps"] if row["spread"] == spread]))
     return "\n\n".join([*parts, machine_line(saved["machine"])]) + "\n"
 
 
 def _measured(options: argparse.Namespace) -> dict:
     rows: list[dict] = []
+    steps: list[dict] = []
     for spread in SPREADS:
         for seed in range(options.problems):
             policy = symbol_policy(SYMBOLS, spread, seed)
             problem = Problem(policy, network_reward(policy, LENGTH, seed), LENGTH, KL_COEF)
             rows += [{"spread": spread, "problem": seed, **row} for row in measure(problem, seed)]
-    return {"machine": machine(), "rows": rows}
+            steps += [{"spread": spread, "problem": seed, **row} for row in measure_steps(problem, seed)]
+    return {"machine": machine(), "rows": rows, "steps": steps}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--problems", type=int, default=5, help="random policies and rewards per spread")
-    command(parser, arguments, _measured, document, "rows", "machine", of_rows=("spread", "hops", "batch"))
+    command(parser, arguments, _measured, document, "rows", "steps", "machine", of_rows=("spread", "hops", "batch"))
 
 
 if __name__ == "__main__":

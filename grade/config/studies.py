@@ -78,7 +78,10 @@ class VarianceConfig:
     reference_responses: int = setting(16384, ge=0, le=COUNT)
     """Responses behind the unbiased reference (leave-one-out REINFORCE), for lengths up to 8; at least 80 times
     variance.responses, or 0 for none."""
-    seed: int = setting(2000, ge=0, le=SEED - 1)
+    step_responses: int = setting(2048, ge=0, le=COUNT)
+    """Responses, 32 to a prefix, behind the steps and length factors of grade-ste's rules and of rloo, for every
+    length; at least 320, or 0 for none."""
+    seed: int = setting(2000, ge=0, le=SEED - 2)
     """Seed of the draws, apart from the training's."""
 
 
@@ -116,6 +119,11 @@ def check_studies(compare: CompareConfig, variance: VarianceConfig) -> None:
         raise GradeError(
             f"variance.reference_responses is {variance.reference_responses}: too few to judge by. Raise it to "
             f"{80 * variance.responses} (80 * variance.responses) or more, or set it to 0 for no reference."
+        )
+    if 0 < variance.step_responses < 320:
+        raise GradeError(
+            f"variance.step_responses is {variance.step_responses}: too few for intervals. Raise it to 320 or more, or "
+            "set it to 0 to measure no steps."
         )
     if variance.methods is not None:
         names = f"names of {', '.join(COMPARED)}"

@@ -25,7 +25,7 @@ Everything here is per sequence: micro-batches of any size give the same gradien
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from grade.model.policy import Policy
 from grade.replay.score import Forward, Incoming, RealTokens, Scores, ScoreSettings, forward, sampled_logits, vjp
 from grade.rewards.base import Reward
 from grade.rollout import Rollout
-from grade_kernels import SoftTokenRule, pull_back
+from grade_kernels import Head, SoftTokenRule, pull_back
 
 
 @dataclass(kw_only=True)
@@ -105,8 +105,16 @@ class Prepared:
 
     def _local_rule(self, settings: ReplaySettings) -> Callable[[Incoming], Tensor]:
         """D and the pull-back to the hidden state, for the draws of this rollout; linear in its argument."""
+        rule = self._rule_at_logits(settings, self.policy.head)
+
+        def hidden_rule(incoming: Incoming) -> Tensor:
+            return present(rule([g for g, _ in incoming], [table for _, table in incoming]).dhidden)
+
+        return hidden_rule
+
+    def _rule_at_logits(self, settings: ReplaySettings, head: Head | None = None) -> SoftTokenRule:
         policy, rollout, real = self.policy, self.rollout, self.done.real
-        rule = SoftTokenRule(
+        return SoftTokenRule(
             logits=sampled_logits(policy, rollout, real, present(self.done.swept.logits)),
             indices=real.indices,
             tokens=real.tokens,
@@ -115,14 +123,9 @@ class Prepared:
             tau=settings.tau,
             estimator=settings.estimator,
             samples=settings.rao_samples,
-            head=policy.head,
+            head=head,
             keep_bytes=settings.chunk_bytes,  # as much as the chunks of the sweep took, which have been freed
         )
-
-        def hidden_rule(incoming: Incoming) -> Tensor:
-            return present(rule([g for g, _ in incoming], [table for _, table in incoming]).dhidden)
-
-        return hidden_rule
 
     def hidden_gradient(self, settings: ReplaySettings) -> tuple[Tensor, Tensor, Tensor]:
         """(gradient at the policy's hidden states [n, d], hops [B], residual [B])."""
@@ -134,6 +137,20 @@ class Prepared:
         if self.score_gradient is not None:
             gradient = gradient + self.score_gradient
         return gradient, hops, residual
+
+    def logit_gradient(self, settings: ReplaySettings) -> Tensor:
+        """[n, k], the gradient at the candidates' logits that reaches them through the tokens drawn from them: what
+        `hidden_gradient` pulls back to the hidden states, without KL's at its own step and the score function's.
+
+        The series converges in `hop_tol` as there, and a cap on the hops counts the same; keeps the graph.
+        """
+        rule, incoming = self._rule_at_logits(settings), list(self.incoming)
+        if settings.max_hops > 0:  # the last hop ends at the logits
+            shorter = replace(settings, max_hops=settings.max_hops - 1)
+            gradient, _, _ = solve_hops(*self.equation(shorter), self.done.real, shorter)
+            hidden = self.done.hidden
+            incoming += vjp([self.done.fed], [hidden], [gradient.to(hidden.dtype)], retain_graph=True)
+        return rule([g for g, _ in incoming], [table for _, table in incoming]).dlogits
 
     def backward(self, gradient: Tensor, *, retain_graph: bool = False) -> None:
         """Add the gradient [n, d] at the hidden states to the policy's parameters."""

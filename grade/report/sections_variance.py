@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from grade.report.data import Study
 from grade.report.figures_variance import against_tau
 from grade.report.measures import number
 from grade.report.parts import Drawing, Section
-from grade.studies.variance.text import NOTES, measured, name_of
+from grade.studies.variance.text import measured, name_of, notes
 from grade.tables import Cell, Column, Table
 
 _COLUMNS = (
@@ -27,6 +28,24 @@ _COLUMNS = (
     ("bias", "relative bias", 2),
     ("bias_interval", "relative bias, 95% interval", 2),
     ("scale", "scale", 2),
+    ("prefixes", "prefixes", 0),
+    ("plain_step", "plain step", 3),
+    ("plain_step_interval", "plain step, 95% interval", 3),
+    ("plain_share", "plain step, of the best", 2),
+    ("plain_share_interval", "plain step, of the best, 95% interval", 2),
+    ("plain_ceiling", "plain step without noise", 3),
+    ("plain_ceiling_interval", "plain step without noise, 95% interval", 3),
+    ("plain_step_per_second", "square of the plain step per second", 3),
+    ("natural_step", "natural step", 3),
+    ("natural_step_interval", "natural step, 95% interval", 3),
+    ("natural_share", "natural step, of the best", 2),
+    ("natural_share_interval", "natural step, of the best, 95% interval", 2),
+    ("natural_ceiling", "natural step without noise", 3),
+    ("natural_ceiling_interval", "natural step without noise, 95% interval", 3),
+    ("factor", "length factor", 2),
+    ("factor_interval", "length factor, 95% interval", 2),
+    ("fisher_factor", "Fisher length factor", 2),
+    ("fisher_factor_interval", "Fisher length factor, 95% interval", 2),
     ("tensor_norm_std", "spread of tensor norms", 4),
     ("verdict", "verdict", 0),
 )
@@ -35,6 +54,10 @@ _FIGURES = (
     ("relative_variance", "Variance of the estimators", "relative variance", True),
     ("snr_per_second", "Signal to noise", "signal-to-noise ratio per second", True),
     ("cosine", "Direction of the estimators", "cosine with the unbiased reference", False),
+)
+_STEP_FIGURES = (
+    ("plain_step", "Gain of a plain step", "reward per √(2 nats)", False),
+    ("factor", "Length of the gradient through tokens", "factor to the exact length", False),
 )
 
 
@@ -53,19 +76,23 @@ def variance(study: Study, section: Section) -> None:
         parts = [f"{n} {what}" for n, what in ((length, "tokens"), (top_k, "candidates")) if n is not None]
         suffix = "_".join(str(n) for n in (length, top_k) if n is not None)
         _figures(section, here, ", ".join(parts), suffix, note)
+        if stepping := [row for row in here if "prefixes" in row]:
+            _figures(section, stepping, ", ".join(parts), suffix, note, _STEP_FIGURES)
     columns = [c for c in _COLUMNS if any(row.get(c[0]) is not None for row in rows)]
     section.add(
         Table(
             "estimator_variance",
             [Column("estimator"), *(Column(title, digits) for _, title, digits in columns)],
             [[name_of(row), *(_cell(row.get(key)) for key, _, _ in columns)] for row in rows],
-            note + NOTES,
+            note + notes(rows),
         )
     )
 
 
-def _figures(section: Section, rows: list[dict], where: str, suffix: str, note: str) -> None:
-    for key, title, axis, log in _FIGURES:
+def _figures(
+    section: Section, rows: list[dict], where: str, suffix: str, note: str, figures: Sequence[tuple] = _FIGURES
+) -> None:
+    for key, title, axis, log in figures:
         known = [row for row in rows if (value := number(row, key)) is not None and (value > 0 or not log)]
         if not known:
             section.note(f"{where}: no {axis}.")

@@ -14,8 +14,18 @@ from published import gradients, relative_error
 from tiny import KeepDouble
 
 from benchmarks.estimator_problem import EmbeddingReward, Problem, network_reward, symbol_policy
-from benchmarks.estimators import at_every_response, enumerated, reinforce, sampled
+from benchmarks.estimators import (
+    at_every_response,
+    drawn_products,
+    enumerated,
+    logits_of_every_response,
+    reinforce,
+    sampled,
+    score_at_logits,
+    step_products,
+)
 from grade.replay.replay import ReplaySettings, replay
+from grade.studies.variance.steps import shares
 from grade_kernels.common.random import gumbel
 
 ESTIMATORS = ["gumbel", "rao", "straight_through", "reinmax"]
@@ -217,3 +227,71 @@ def test_close_embeddings_leave_only_the_bias_of_the_relaxation():
     assert 3 < wide_straight / straight < 5  # of first order
     assert 12 < wide_second_order / second_order < 20  # of second
     assert straight < 0.05 < relaxed
+
+
+# -- steps at the logits -------------------------------------------------------------------------------------------
+
+
+def test_the_exact_gradient_at_the_logits_is_that_of_the_parameters():
+    """Pulled back through the policy, weighted by how likely each prefix is; and the score function's mean at every
+    prefix, with KL's own gradient, is the same."""
+    problem = problem_of()
+    exact = problem.exact_at_logits()
+    logits = problem.logits(problem.responses)
+    weighted = (exact.probability[:, None, None] * -exact.gradient * logits).sum()
+    pulled = torch.cat([g.flatten() for g in torch.autograd.grad(weighted, problem.policy.parameters())])
+    assert relative_error(pulled, problem.exact_gradient()) < 1e-9
+    mean = problem.prefix_mean(score_at_logits(problem, exact)[0], exact.probability)
+    assert relative_error(mean + exact.kl_gradient, exact.gradient) < 1e-9
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("hops", [0, 1, 8])
+def test_the_gradient_at_the_logits_is_that_of_replay(estimator, hops):
+    """With KL's own, pulled back through the policy, it is what replay gives the parameters: for responses from the
+    sampler, whose candidates are sorted, and under a cap on the hops too."""
+    problem, options = problem_of(), settings(estimator, hops=hops)
+    rollout = problem.drawn(5, seed=1)
+    kl = problem.exact_at_logits().kl_gradient[(rollout.tokens * torch.tensor([16, 4, 1])).sum(1)]
+    whole = -(problem.at_logits(rollout, options) + kl)
+    (whole * problem.logits(rollout.tokens)).sum().backward()
+    assert relative_error(gradients(problem.policy), problem.replayed(rollout, options).sum(0)) < 1e-9
+
+
+def steps_of(problem, options, copies=1):
+    exact = problem.exact_at_logits()
+    return step_products(problem, exact, logits_of_every_response(problem, options, copies))
+
+
+def test_straight_through_of_a_linear_reward_is_the_best_natural_step():
+    """It is the exact gradient without noise, of length 1."""
+    found = steps_of(problem_of(1, function=linear(0)), settings("straight_through"))
+    assert shares(found)["natural_step"] == pytest.approx(1, abs=1e-9)
+    assert (found.length_gain / found.length_size).item() == pytest.approx(1, abs=1e-9)
+    assert (found.fisher_gain / found.fisher_size).item() == pytest.approx(1, abs=1e-9)
+    assert shares(found)["plain_step"] < 0.99
+
+
+def test_gumbel_of_a_linear_reward_is_the_best_plain_step_as_tau_grows():
+    """The relaxed weights become even, and the logits move along the rewards themselves; the factor of length grows
+    with tau."""
+    problem = problem_of(1, kl_coef=0.0, function=linear(0))
+    found = [steps_of(problem, settings("rao", tau), copies=4) for tau in (1.0, 4.0, 1000.0)]
+    plain = [shares(f)["plain_step"] for f in found]
+    assert plain[0] < plain[1] < plain[2] == pytest.approx(1, abs=1e-4)
+    lengths = [(f.length_gain / f.length_size).item() for f in found]
+    assert lengths[0] < lengths[1] < lengths[2]
+
+
+def test_noise_costs_steps_and_bias_costs_the_rest():
+    problem = problem_of()
+    exact = problem.exact_at_logits()
+    score = shares(step_products(problem, exact, score_at_logits(problem, exact)))
+    assert score["natural_ceiling"] == pytest.approx(1, abs=1e-9)
+    rao = steps_of(problem, settings("rao", 0.5), copies=8)
+    rollout = problem.drawn(2000, seed=3)
+    gumbel = drawn_products(rao, problem, exact, rollout, problem.at_logits(rollout, settings("gumbel", 0.5)))
+    for kind in ("plain", "natural"):
+        assert shares(gumbel)[f"{kind}_step"] < shares(rao)[f"{kind}_step"] < shares(rao)[f"{kind}_ceiling"] < 1
+        assert score[f"{kind}_step"] < score[f"{kind}_ceiling"]
+    assert score["natural_step"] < shares(rao)["natural_step"]

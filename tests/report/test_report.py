@@ -276,6 +276,21 @@ def test_estimator_variance(tmp_path):
     assert first["relative variance, 95% interval"] == "above 9" and "bias" not in first  # no row has it
 
 
+def test_steps_of_estimators(tmp_path):
+    """Of the rows that have them; a share of a best step that is not known is a bound."""
+    first, *others = VARIANCE["rows"]
+    known = {"prefixes": 64, "plain_step": 0.02, "plain_step_interval": [0.01, 0.03], "factor": 3.0}
+    unknown = {"plain_share": None, "plain_share_interval": [0.2, None], "factor_interval": [2.0, 4.0]}
+    folder = write_run(tmp_path / "run")
+    (folder / "variance.json").write_text(json.dumps({**VARIANCE, "rows": [first | known | unknown, *others]}))
+    report = Report(folder)
+    assert report.figures("gradients")[-2:] == ["estimator_plain_step_8_64", "estimator_factor_8_64"]
+    row, *rest = report.table("gradients", "estimator_variance")
+    assert (row["plain step, 95% interval"], row["length factor, 95% interval"]) == ((0.01, 0.03), (2.0, 4.0))
+    assert row["plain step, of the best, 95% interval"] == "above 0.2" and "natural step" not in row
+    assert all(row["plain step"] is None for row in rest)
+
+
 def test_measurements_beside_a_run_and_by_themselves(tmp_path):
     """`grade variance` writes variance-NAME beside the run's folder; that folder alone makes a page too."""
     folder, measured = write_run(tmp_path / "run", settings={"name": "synthetic"}), tmp_path / "variance-synthetic"

@@ -152,6 +152,13 @@ def test_measures_every_method(lab_config, capsys):
             none, converged = (rows[f"{method} gumbel, τ {tau}, {hops}"]["trace"] for hops in ("0 hops", CONVERGED))
             assert none != pytest.approx(converged, rel=1e-4)
     assert rows["grade-ste rao, τ 0.5, converged"]["trace"] < rows["grade-ste gumbel, τ 0.5, converged"]["trace"]
+    with_steps = {name for name, row in rows.items() if "prefixes" in row}
+    rules = ("gumbel, τ 2", "gumbel, τ 0.5", "rao, τ 2", "rao, τ 0.5", "straight_through")
+    assert with_steps == {"rloo", *(f"grade-ste {rule}, {CONVERGED}" for rule in rules)}
+    for row in map(rows.get, with_steps):
+        assert row["prefixes"] == 10 and row["plain_step_interval"][0] <= row["plain_step"]
+    one, many = (rows[f"grade-ste {rule}, τ 0.5, {CONVERGED}"] for rule in ("gumbel", "rao"))
+    assert one["best_interval"] == many["best_interval"] == rows["rloo"]["best_interval"]
     assert rows["grpo"]["bias"] is None and rows["grpo"]["verdict"] != "not judged"
     folder = lab_config.output_dir + "/variance-tiny"
     written = json.loads(json.dumps(payload["rows"]))
@@ -164,6 +171,7 @@ def test_measures_every_method(lab_config, capsys):
         shown = console.file.getvalue()
         assert "…" not in shown and max(map(len, shown.splitlines())) <= width
         assert shown.count("reinforce") == shown.count("estimator ") > 1
+        assert "plain step" in shown and "length factor" in shown
         assert all(f"{row['scale']:.2f} [" in shown for row in payload["rows"] if row.get("scale_interval"))
 
     again = run_variance(lab_config)  # nothing is missing: nothing is measured
@@ -182,6 +190,7 @@ def test_measures_every_method(lab_config, capsys):
         ({"variance": {"draws": 2}}, "variance.draws is 2: it must be at least 10"),
         ({"variance": {"responses": 5}}, "variance.responses .5. is not a multiple of variance.samples_per_prompt"),
         ({"variance": {"reference_responses": 100}}, "variance.reference_responses is 100: too few to judge by"),
+        ({"variance": {"step_responses": 100}}, "variance.step_responses is 100: too few for intervals"),
         ({"variance": {"methods": ["dpo"]}}, "variance.methods is .*names of grade-ste"),
         ({"task": {"name": "countdown"}, "method": {"name": "reinforce"}}, "an answer to it must end by itself"),
     ],

@@ -85,6 +85,7 @@ def lab_config(tiny_config, shared_output, tmp_path):
             samples_per_prompt=2,
             warmup_draws=2,
             reference_responses=640,
+            step_responses=320,
         ),
     )
 

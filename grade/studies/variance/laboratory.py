@@ -33,7 +33,9 @@ from grade.replay.replay import ReplaySettings, prepare
 from grade.rewards.base import Reward
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.sample import sample
+from grade.studies.variance.branching import COPIES, Rule, measured
 from grade.studies.variance.statistics import Draws
+from grade.studies.variance.steps import Branches
 from grade.training.responses import prompt_numbers
 
 CONVERGED = "converged"
@@ -114,6 +116,28 @@ class Laboratory:
     def reference_draws(self) -> int:
         settings = self.config.variance
         return -(-settings.reference_responses // (settings.responses * _REFERENCE_DRAWS))
+
+    def steps(self, stopping: Callable[[], bool], tick: Callable[[], None]) -> dict[Estimator, Branches]:
+        """What steps along the converged gradients of `grade-ste` and along the score function's gain."""
+        settings, found = self.config.variance, dict[Estimator, Branches]()
+        method = self._method("grade-ste", tau=settings.taus[0])
+        assert isinstance(method, Grade)
+        keys: dict[Rule | None, Estimator] = {None: Estimator(_REFERENCE)}
+        for tau, estimator in _rules(settings.taus, settings.estimators):
+            keys[estimator, tau or settings.taus[0]] = Estimator("grade-ste", estimator, tau, CONVERGED)
+        rules = [rule for rule in keys if rule is not None]
+        for products in measured(method, self.prompts, rules, prefixes=self.prefixes, seed=settings.seed + 2):
+            for rule, values in products.items():
+                found.setdefault(keys[rule], Branches(self.prefixes)).add(values)
+            tick()
+            if stopping():
+                break
+        return found
+
+    @property
+    def prefixes(self) -> int:
+        """Prefixes that `steps` takes."""
+        return self.config.variance.step_responses // COPIES
 
     def _method(self, name: str, *, draws: int = 1, tau: float | None = None) -> Method:
         config = config_of(self.config, name, self.length, self.top_k, draws=draws, tau=tau)

@@ -73,8 +73,8 @@ class Draws:
             return _off_diagonal(gram[keep][:, keep]) / spread if spread > 0 else 0.0
 
         everything = torch.ones(len(sizes), dtype=torch.bool)
-        value, error = _jackknife(snr, len(sizes))
-        reach = _critical(len(sizes)) * error
+        value, error = jackknife(snr, len(sizes))
+        reach = critical(len(sizes)) * error
         return Spread(
             draws=self.taken,
             mean_norm=float((self._total() / self.taken).norm()),
@@ -153,8 +153,8 @@ def norm_error(reference: Tensor) -> float:
     """Relative half-width of the 95 % interval of the norm of an expectation, from block means [blocks, p]; inf where
     it may be 0."""
     gram = reference.double() @ reference.double().T
-    square, error = _jackknife(lambda keep: _off_diagonal(gram[keep][:, keep]), len(gram))
-    reach = _critical(len(gram)) * error
+    square, error = jackknife(lambda keep: _off_diagonal(gram[keep][:, keep]), len(gram))
+    reach = critical(len(gram)) * error
     return reach / (2 * square) if square > reach else float("inf")
 
 
@@ -174,7 +174,7 @@ def agreement(estimator: Tensor, reference: Tensor, *, same_scale: bool = True) 
         raise ValueError(f"agreement needs three blocks or more of each, got {n} and {len(theirs)}")
     if not norm_error(theirs) <= JUDGED:
         return Agreement(None, None, None, None, None, "reference too noisy to judge")
-    gram, critical = both @ both.T, _critical(min(n, len(theirs)))
+    gram, quantile = both @ both.T, critical(min(n, len(theirs)))
 
     def products(keep: Tensor) -> tuple[float, float, float]:
         """(ours·ours, ours·theirs, theirs·theirs), each over pairs of different blocks among `keep` [blocks] bool."""
@@ -182,8 +182,8 @@ def agreement(estimator: Tensor, reference: Tensor, *, same_scale: bool = True) 
         return _off_diagonal(gram[a][:, a]), float(gram[a][:, b].mean()), _off_diagonal(gram[b][:, b])
 
     def interval(statistic: Callable[[float, float, float], float]) -> tuple[float, float, float]:
-        value, error = _jackknife(lambda keep: statistic(*products(keep)), n, len(theirs))
-        return value, value - critical * error, value + critical * error
+        value, error = jackknife(lambda keep: statistic(*products(keep)), n, len(theirs))
+        return value, value - quantile * error, value + quantile * error
 
     cosine = cosine_interval = None
     if interval(lambda own, cross, reference: own)[1] > 0:
@@ -203,7 +203,7 @@ def agreement(estimator: Tensor, reference: Tensor, *, same_scale: bool = True) 
     return Agreement(max(square, 0.0) ** 0.5, (low, high), scale, cosine, cosine_interval, verdict)
 
 
-def _critical(blocks: int) -> float:
+def critical(blocks: int) -> float:
     """Two-sided 95 % quantile of Student's t for a jackknife over blocks."""
     return float(stats.t.ppf(0.975, blocks - 1))
 
@@ -214,7 +214,7 @@ def _off_diagonal(gram: Tensor) -> float:
     return float((gram.sum() - gram.diagonal().sum()) / (blocks * (blocks - 1)))
 
 
-def _jackknife(statistic: Callable[[Tensor], float], *sets: int) -> tuple[float, float]:
+def jackknife(statistic: Callable[[Tensor], float], *sets: int) -> tuple[float, float]:
     """(value, standard error) of a statistic of independent sets of blocks, given which blocks to keep [sum] bool."""
     everything = torch.ones(sum(sets), dtype=torch.bool)
     variance, first = 0.0, 0

@@ -8,6 +8,7 @@ variance.json is written after each of them, and the same command goes on with w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from grade.machine import machine
 from grade.model.checkpoint import adapter_digest, load_adapter
 from grade.model.fingerprint import check_made_from, inputs_of, policy_inputs
 from grade.processes import make_accelerator
+from grade.rewards.weighted import WeightedReward
 from grade.studies.variance.laboratory import Estimator, Laboratory, config_of
 from grade.studies.variance.statistics import Draws, agreement, norm_error
+from grade.studies.variance.steps import Branches, steps
 from grade.studies.variance.text import document, rich_table
 from grade.terminal import counting
 from grade.training.evaluation import write_evaluations
@@ -90,7 +93,7 @@ def run_variance(config: Config, checkpoint: Path | None = None) -> dict:
             for top_k in top_ks:
                 laboratory = Laboratory(config, policy, reward, prompts, length, top_k)
                 here = [row for row in payload["rows"] if (row["length"], row["top_k"]) == (length, top_k)]
-                if _complete(laboratory, here):
+                if _complete(laboratory, names, here):
                     continue
                 fresh = _measured(laboratory, names, stop)
                 if len(fresh) < len(here) or _fewest(fresh) < _fewest(here):
@@ -118,7 +121,11 @@ def _measured(laboratory: Laboratory, names: list[str], stop: StopRequest) -> li
         with counting(f"{title}: reference", laboratory.reference_draws) as tick:
             reference = laboratory.reference(lambda: stop.asked, tick)
         found[Estimator("reference")] = reference
-    rows = (_row(laboratory, key, draws, reference) for key, draws in found.items())
+    branches: dict[Estimator, Branches] = {}
+    if _takes_steps(laboratory, names) and not stop.asked:
+        with counting(f"{title}: prefixes", laboratory.prefixes) as tick:
+            branches = laboratory.steps(lambda: stop.asked, tick)
+    rows = (_row(laboratory, key, draws, reference, branches.get(key)) for key, draws in found.items())
     return [row for row in rows if row is not None]
 
 
@@ -132,18 +139,29 @@ def _judges(laboratory: Laboratory) -> bool:
     return laboratory.length <= JUDGED_LENGTH and laboratory.config.variance.reference_responses > 0
 
 
-def _complete(laboratory: Laboratory, rows: list[dict]) -> bool:
-    """Whether these rows have all the draws they should."""
+def _takes_steps(laboratory: Laboratory, names: Sequence[str]) -> bool:
+    """Whether steps are measured: not of a reward with functions, whose scores make responses of a prefix depend on
+    each other."""
+    reward = laboratory.reward
+    functions = isinstance(reward, WeightedReward) and bool(reward.functions)
+    return "grade-ste" in names and laboratory.prefixes > 0 and not functions
+
+
+def _complete(laboratory: Laboratory, names: Sequence[str], rows: list[dict]) -> bool:
+    """Whether these rows have all the draws and prefixes they should."""
     draws = {row["method"]: row["draws"] for row in rows}
     reference = draws.pop("reference", 0)
     return (
         bool(draws)
         and set(draws.values()) == {laboratory.config.variance.draws}
         and (reference == laboratory.reference_draws or not _judges(laboratory))
+        and (max(row.get("prefixes", 0) for row in rows) == laboratory.prefixes or not _takes_steps(laboratory, names))
     )
 
 
-def _row(laboratory: Laboratory, key: Estimator, draws: Draws, reference: Draws | None) -> dict | None:
+def _row(
+    laboratory: Laboratory, key: Estimator, draws: Draws, reference: Draws | None, branches: Branches | None
+) -> dict | None:
     """None of too few draws to say anything."""
     spread = draws.spread()
     if spread is None:
@@ -157,6 +175,8 @@ def _row(laboratory: Laboratory, key: Estimator, draws: Draws, reference: Draws 
         "snr_per_second": spread.snr_per_second,
         "relative_variance_interval": spread.relative_variance_interval,
     }
+    if branches is not None:
+        row |= {"prefixes": branches.taken, **steps(branches.means(), spread.seconds_per_sample)}
     if key.method == "reference":
         error = norm_error(draws.means())
         known = f"is known to ±{error:.0%}" if math.isfinite(error) else "may be 0"

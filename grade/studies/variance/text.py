@@ -24,6 +24,19 @@ _COLUMNS = (
     ("cosine", "cosine", ".2f"),
     ("tensor_norm_std", "std of tensor norms", ".2g"),
 )
+# Of rows that have steps.
+_STEPS = (
+    ("plain_step", "plain step", ".2g"),
+    ("plain_share", "of the best", ".2f"),
+    ("plain_ceiling", "plain, no noise", ".2g"),
+    ("plain_step_per_second", "plain² / s", ".2g"),
+    ("natural_step", "natural step", ".2g"),
+    ("natural_share", "of the best", ".2f"),
+    ("natural_ceiling", "natural, no noise", ".2g"),
+    ("factor", "length factor", ".2f"),
+    ("fisher_factor", "Fisher length factor", ".2f"),
+)
+_NARROW_STEPS = ("plain_step", "factor")
 _NARROW = ("relative_variance", "snr_per_second", "scale", "cosine", "tensor_norm_std")
 NOTES = (
     "norm of mean: of the mean gradient, noise included. variance: trace of the covariance of a draw, times its "
@@ -34,6 +47,17 @@ NOTES = (
     "tensor norms: standard deviation over parameter tensors of their gradients' norms, mean over draws, which the "
     "published code calls gradient variance. All responses have one length: what choosing end-of-sequence does is not "
     "in here."
+)
+
+STEP_NOTES = (
+    "plain step: what moving the logits of a token along one response's gradient raises the expected reward (KL's "
+    "weight included) by, per √(2 nats) of KL, mean over prefixes; natural step: the same with the gradient "
+    "preconditioned by the inverse Fisher information of the token's distribution. of the best: over what the exact "
+    "natural gradient gains (above a number: that does not stand out of the noise). no noise: of infinitely many "
+    "responses, which only the bias lowers. plain² / s: square of the plain step of as many responses as a second "
+    "gives, as long as noise rules it. length factor: what gives the gradient through tokens the exact one's length "
+    "along itself at the logits; Fisher length factor: with the inverse Fisher information between. Brackets: 95 % "
+    "intervals."
 )
 
 
@@ -48,7 +72,30 @@ def document(payload: dict) -> str:
             [[name_of(row), str(row["draws"]), *_cells(row, _COLUMNS), row["verdict"]] for row in rows],
         )
         parts.append(f"## {length} tokens, {top_k} candidates\n\n{shown.markdown()}")
-    return "\n\n".join([*parts, NOTES, machine_line(payload["machine"])]) + "\n"
+        if stepping := [row for row in rows if "prefixes" in row]:
+            parts += [_steps_table(stepping).markdown(), best_step(stepping[0])]
+    return "\n\n".join([*parts, notes(payload["rows"]), machine_line(payload["machine"])]) + "\n"
+
+
+def _steps_table(rows: list[dict]) -> Table:
+    titles = numbers(["prefixes", *(title for _, title, _ in _STEPS)])
+    cells = [[name_of(row), str(row["prefixes"]), *_cells(row, _STEPS)] for row in rows]
+    return Table("", [Column("estimator"), *titles], cells)
+
+
+def best_step(row: dict) -> str:
+    """What the best step gains, where that is known; a sentence."""
+    low, high = row.get("best_interval") or (None, None)
+    if low is None:
+        return "Too few prefixes for steps."
+    if row.get("best") is None:
+        return f"The best step gains at most {high:.2g}."
+    return f"The best step gains {row['best']:.2g} [{low:.2g}, {high:.2g}]."
+
+
+def notes(rows: list[dict]) -> str:
+    """What the columns of these rows mean."""
+    return f"{NOTES} {STEP_NOTES}" if any("prefixes" in row for row in rows) else NOTES
 
 
 def measured(payload: dict) -> str:
@@ -66,6 +113,8 @@ def measured(payload: dict) -> str:
 def rich_table(payload: dict) -> RenderableType:
     """The same for the terminal, narrower."""
     columns = [column for column in _COLUMNS if column[0] in _NARROW]
+    if any("prefixes" in row for row in payload["rows"]):
+        columns += [column for column in _STEPS if column[0] in _NARROW_STEPS]
     groups = _groups(payload)
     return Table(
         "Gradient estimators at fixed parameters",
@@ -75,7 +124,7 @@ def rich_table(payload: dict) -> RenderableType:
             for (length, top_k), rows in groups.items()
             for row in rows
         ],
-        NOTES,
+        notes(payload["rows"]),
     ).rich(keys=3, ends=[after - 1 for after in accumulate(map(len, groups.values()))], box=box.SIMPLE_HEAD)
 
 
