@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
@@ -16,7 +18,7 @@ from grade.errors import GradeError
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Accelerate's view of the machine: device, processes, reductions.
+    """Accelerate's view of the machine: device, processes, reductions. Several leave their group when they end.
 
     Raises:
         GradeError: device=cuda without one.
@@ -26,7 +28,21 @@ def make_accelerator(config: Config) -> Accelerator:
     # Not what accelerate would choose on Apple silicon: its GPU has no float64, which sums here use.
     # The others wait for the main process while it trains a reward head, which may take longer than libraries allow.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
-    return Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=[patience])
+    if accelerator.num_processes > 1:
+        atexit.register(_leave)
+    return accelerator
+
+
+def _leave() -> None:
+    """Join the threads of the processes' group. One that still runs when the interpreter is taken down ends the process
+    with "terminate called without an active exception", though all its work is done.
+
+    Only gloo's: NCCL's would first wait for the other processes, which may never come where this one ends by an error.
+    """
+    distributed = torch.distributed
+    if distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def shared(accelerator: Accelerator, value: Any) -> Any:

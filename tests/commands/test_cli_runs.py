@@ -1,4 +1,4 @@
-"""The commands end to end, in processes of their own, and mistakes that only show once files are read."""
+"""The commands end to end, in a process of their own and in two, and mistakes that only show once files are read."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ SHRUNK_DEMO = [
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def grade(*arguments, cwd, launcher=(), **environment):
+def started(*arguments, cwd, **environment):
     return subprocess.run(
-        [sys.executable, *launcher, "-m", "grade", *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -60,7 +60,7 @@ def grade(*arguments, cwd, launcher=(), **environment):
 
 @pytest.mark.slow
 def test_demo_from_nothing(tmp_path):
-    done = grade("demo", "--cache_dir", tmp_path / "cache", *SHRUNK_DEMO, cwd=tmp_path)
+    done = started("-m", "grade", "demo", "--cache_dir", tmp_path / "cache", *SHRUNK_DEMO, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "base" in done.stdout and "policy, step 2" in done.stdout
     assert "the same prompts, before and after" in done.stdout
@@ -87,59 +87,61 @@ def test_demo_from_nothing(tmp_path):
     assert [s["prompt"] for s in rows["base"]["samples"]] == [s["prompt"] for s in rows["best"]["samples"]]
 
 
-@pytest.mark.slow
-def test_train_evaluate_and_reload(tiny_config, tmp_path, capsys):
+def test_train_evaluate_and_reload(tiny_config, tmp_path, capfd):
     """Train, then evaluate the best checkpoint on test: the same numbers as the run's own test."""
     config = tmp_path / "config.yaml"
     config.write_text(config_to_yaml(tiny_config))
-    trained = grade("train", config, cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
-    assert "the same prompts, before and after" in trained.stdout
+    assert cli.main(["train", str(config)]) == 0
+    assert "the same prompts, before and after" in capfd.readouterr().out
     run_dir = tmp_path / "run"
-    evaluated = grade("evaluate", run_dir, "--checkpoint", "best", "--quiet", cwd=tmp_path)
-    assert evaluated.returncode == 0 and evaluated.stderr == ""
-    assert "policy" in evaluated.stdout
+    assert cli.main(["evaluate", str(run_dir), "--checkpoint", "best", "--quiet"]) == 0
+    out, error = capfd.readouterr()
+    assert "policy" in out and error == ""
     test = json.loads((run_dir / "evaluation.json").read_text())["test"]
     again = json.loads((run_dir / "evaluation-test-best.json").read_text())["rows"]
     for before, after in zip((test["base"], test["best"]), again, strict=True):
         assert {**before, "step": None} == {**after, "step": None}
     assert cli.main(["train", str(config)]) == 2
-    assert "--train.resume" in capsys.readouterr().err
+    assert "--train.resume" in capfd.readouterr().err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["grade-ste", "ppo"])
-def test_two_processes_equal_one_large_batch(tiny_config, tmp_path, method):
+def test_two_processes_equal_one_large_batch(tiny_config, tmp_path):
     """Two processes of 4 responses take the step of one process with 8. PPO needs the other process the most often:
     for totals, mean KL, whitening, early stopping."""
-
-    def run(name, batch_size):
-        config = tmp_path / f"{name}.yaml"
-        config.write_text(
-            config_to_yaml(
-                changed(
-                    tiny_config,
-                    method={"name": method, "ppo": {"minibatches": 1, "epochs": 2}},
-                    train={"batch_size": batch_size, "steps": 2, "run_dir": str(tmp_path / name)},
-                )
+    methods, configs = ("grade-ste", "ppo"), {}
+    for method in methods:
+        for processes in (1, 2):
+            run = tmp_path / f"{method}-{processes}"
+            configs[method, processes] = str(run.with_suffix(".yaml"))
+            config = changed(
+                tiny_config,
+                method={"name": method, "ppo": {"minibatches": 1, "epochs": 2}},
+                train={"batch_size": 8 // processes, "steps": 2, "run_dir": str(run)},
             )
-        )
-        if name == "two":
-            done = grade("train", config, cwd=tmp_path, launcher=TORCHRUN, OMP_NUM_THREADS="1")
-            assert done.returncode == 0, done.stderr
-        else:
-            assert cli.main(["train", str(config)]) == 0
-        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        return rows, json.loads((tmp_path / name / "evaluation.json").read_text())["test"]
+            run.with_suffix(".yaml").write_text(config_to_yaml(config))
+        assert cli.main(["train", configs[method, 1]]) == 0
+    program = tmp_path / "program.py"  # one start of two processes for both
+    program.write_text(
+        "import sys\nfrom grade import cli\nsys.exit(max(cli.main(['train', path]) for path in sys.argv[1:]))\n"
+    )
+    done = started(*TORCHRUN, program, *(configs[method, 2] for method in methods), cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
 
-    (one, test_one), (two, test_two) = run("one", 8), run("two", 4)
-    assert len(one) == len(two)
-    for first, second in zip(one, two, strict=True):
-        assert first.keys() == second.keys()
-        for name in first:
-            if not name.startswith(("seconds", "tokens_per", "memory")):
-                assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-6), name
-    assert test_two["best"]["reward"] == pytest.approx(test_one["best"]["reward"], rel=1e-5)
+    def results(method, processes):
+        run = tmp_path / f"{method}-{processes}"
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return rows, json.loads((run / "evaluation.json").read_text())["test"]
+
+    for method in methods:
+        (one, test_one), (two, test_two) = results(method, 1), results(method, 2)
+        assert len(one) == len(two)
+        for first, second in zip(one, two, strict=True):
+            assert first.keys() == second.keys()
+            for name in first:
+                if not name.startswith(("seconds", "tokens_per", "memory")):
+                    assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-6), (method, name)
+        assert test_two["best"]["reward"] == pytest.approx(test_one["best"]["reward"], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -149,7 +151,7 @@ def test_several_processes_say_once_what_is_wrong(tiny_config, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     config = tmp_path / "config.yaml"
     config.write_text(config_to_yaml(tiny_config))
-    done = grade("train", config, cwd=tmp_path, launcher=TORCHRUN, OMP_NUM_THREADS="1")
+    done = started(*TORCHRUN, "-m", "grade", "train", config, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode != 0 and done.stderr.count("grade: error:") == 1, done.stderr
     assert 'grade/commands/train.py", line' not in done.stderr
 
