@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def branched(
         first_rows=ends,
         samples_per_prompt=copies,
     )
-    together = {
+    together: dict[str, Any] = {
         name: torch.cat([getattr(prefix, name).repeat_interleave(copies, dim=0), getattr(rest, name)], dim=1)
         for name in _TOKENS
     }
