@@ -232,6 +232,11 @@ def check_method(
             f"rollout.source gives token ids, but method.name={method.name} with method.estimator=gumbel needs the "
             "noise they were drawn with. Use grade-ste with the estimator rao, straight_through or reinmax."
         )
+    if method.target_kl is not None and method.kl_coef == 0:
+        raise GradeError(
+            "method.target_kl steers method.kl_coef by multiplying it, which leaves 0 what it is. Set method.kl_coef above "
+            "0, such as 0.1, or method.target_kl to null."
+        )
     if method.name == "ppo" and method.ppo.kl == "reward" and method.kl_direction == "ref_policy":
         raise GradeError(
             "method.ppo.kl=reward pays for the log-ratio of sampled tokens, which estimates kl(policy‖ref), but "

@@ -40,6 +40,7 @@ def test_defaults_are_valid():
         ({"model__lora__target_modules": []}, "target_modules is empty"),
         ({"generation__max_new_tokens": 4}, r"max_new_tokens \(4\) is below generation.min_new_tokens \(8\)"),
         ({"method__name": "grade", "method__replay_dropout": True}, "replay_dropout cannot be true"),
+        ({"method__target_kl": 0.5, "method__kl_coef": 0.0}, "which leaves 0 what it is"),
         ({"method__name": "grade", "method__estimator": "rao"}, "estimator=rao needs method.name=grade-ste"),
         ({"train__batch_size": 3, "generation__samples_per_prompt": 2}, r"\(3\) is not a multiple"),
         ({"train__resume": True, "train__overwrite": True}, "choose one"),
