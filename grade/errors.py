@@ -25,8 +25,7 @@ _CHOICE = re.compile(r"\(\d\) ")
 
 
 class RewardFailed(GradeError):
-    """Somebody's own reward has failed, or gave no numbers; nothing of the step or evaluation that asked it has been
-    done."""
+    """Somebody's own reward has failed, or gave no numbers; the step or evaluation that asked it changed nothing."""
 
 
 class NothingLeft(GradeError):

@@ -49,10 +49,11 @@ class Switches:
         previous, self.state = self.state, state
         if state._replace(activation_checkpointing=previous.activation_checkpointing) != previous:
             for layer in self._adapter_layers:
-                if self._has_reference:  # not set_adapter(), for the same reason
+                # Not set_adapter(): it also flips requires_grad, and autograd drops the gradients of a leaf whose flag
+                # is down while a recomputation of the base runs inside its backward.
+                if self._has_reference:
                     layer._active_adapter = [REFERENCE if state.reference else TRAINED]
-                # Not enable_adapters(): it also flips requires_grad, and autograd drops the gradients of a leaf whose
-                # flag is down while a recomputation of the base runs inside its backward.
+                # Not enable_adapters(), for the same reason.
                 layer._disable_adapters = not state.adapters
                 for dropout in layer.lora_dropout.values():
                     dropout.train(state.dropout)

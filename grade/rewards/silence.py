@@ -22,7 +22,7 @@ def silent_line(name: str, where: str) -> str:
 
 
 class Silence:
-    """Listens for functions that say nothing over a run's steps.
+    """Listens for functions that say nothing over a run's steps, which it counts anew where a run goes on.
 
     Args:
         reward: of the run.

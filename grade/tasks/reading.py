@@ -99,9 +99,7 @@ def _of_disk(path: Path, parts: Parts, take: Callable[[dict[str, list]], _Taken]
     if (path / "dataset_dict.json").exists():
         for part in parts.required:  # `datasets` saves no rows as no files, and then cannot read them
             if (path / part).is_dir() and not any((path / part).glob("*.arrow")):
-                raise GradeError(
-                    f"The {part} data of task.dataset={path} is empty: it has no rows. Name data with rows."
-                )
+                raise _no_rows(str(path), part)
         with _reading(path):
             data = datasets.load_from_disk(str(path))
         return take(_wanted(str(path), {part: [data[part]] for part in data}, parts))
@@ -111,9 +109,7 @@ def _of_disk(path: Path, parts: Parts, take: Callable[[dict[str, list]], _Taken]
                 f"task.dataset is {path}, a single saved dataset: save a DatasetDict with the parts train and test."
             )
         if not any(path.glob("*.arrow")):
-            raise GradeError(
-                f"The {parts.required[0]} data of task.dataset={path} is empty: it has no rows. Name data with rows."
-            )
+            raise _no_rows(str(path), parts.required[0])
         with _reading(path):
             return take({parts.required[0]: [datasets.load_from_disk(str(path))]})
     reader, files = _data_files(path, parts)

@@ -19,7 +19,8 @@ from grade.hub_names import looks_local
 from grade.training.sessions import SESSIONS
 
 _OF_A_CALL = ("train.resume", "train.overwrite", "compare.", "variance.")
-"""Settings that say how a run was started, and those of the studies; no role tells them from what it keeps and logs."""
+"""Settings that say how a run was started, and those of the studies. Role `resume` also holds settings that the card
+shows, so these are listed."""
 _LEFT_OUT = (*(name for name in settings_with_role("place") if name != "name"), *_OF_A_CALL)
 """What the card's settings do without: it holds no folder."""
 _OF_THE_HEAD = (

@@ -47,7 +47,7 @@ def test_everything_against_dense_float64(backend, device, options, chunk_bytes,
     head, tokens = make_head(options, V, D, dtype, device), torch.randint(0, V, (3, 2), device=device)
     indices = supports(6, V, 9, device).view(3, 2, 9)
     tokens[1] = indices[1, :, 4]  # held; most of the others are missed
-    weights = {"entropy_weight": 0.3, "kl_weight": torch.randn(2, 3, device=device).T, "ref_kl_weight": -1.5}
+    weights = {"entropy_weight": 0.3, "kl_weight": -1.5, "ref_kl_weight": torch.randn(2, 3, device=device).T}
     grad, logits, ref_logits = exact_grad(hidden, ref_hidden, head, weights)
     shared = {"indices": indices, "tokens": tokens, "ref_hidden": ref_hidden}
     out = vocab_objective(hidden, head, **shared, **weights, chunk_bytes=chunk_bytes)
