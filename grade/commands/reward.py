@@ -13,7 +13,7 @@ from grade.config.tasks import JUDGED_BY_PROGRAM
 from grade.errors import GradeError, writing
 from grade.files import check_writable, replace_text
 from grade.model.loading import load_policy, load_tokenizer
-from grade.processes import make_accelerator
+from grade.processes import main_process_first, make_accelerator
 from grade.rewards.head_training import HeadTraining
 from grade.rewards.shared import head_lines, head_report
 from grade.tasks import load_task
@@ -34,15 +34,18 @@ def train_reward(config: Config) -> dict[str, float]:
         raise GradeError("the reward is a function alone: there is no head to train. Set reward.weight for one.")
     tokenizer = load_tokenizer(config.model)
     task = load_task(config.task, config.tokenizer)
-    policy = load_policy(config, tokenizer, make_accelerator(config).device)
+    accelerator = make_accelerator(config)
+    policy = load_policy(config, tokenizer, accelerator.device)
     judged = judged_length(config.task, config.reward, config.generation)
     training = HeadTraining(config.reward, judged, config.output_dir, policy, task)
-    training.head()
+    with main_process_first(accelerator):
+        training.head()
     report = head_report(training.folder)
-    console = Console()
-    console.print(f"Reward head: {training.folder}", soft_wrap=True)
-    for line in head_lines(report):
-        console.print(f"  {line}", soft_wrap=True)
+    if accelerator.is_main_process:
+        console = Console()
+        console.print(f"Reward head: {training.folder}", soft_wrap=True)
+        for line in head_lines(report):
+            console.print(f"  {line}", soft_wrap=True)
     return report["accuracy"] if "accuracy" in report else report["r2"]
 
 
@@ -63,10 +66,10 @@ def check_reward_gradient(config: Config) -> GradientCheck:
     check_writable("output_dir", path.parent)
     trainer = GradeTrainer.from_config(config)
     found = trainer.check_gradient()
-    console = Console()
-    console.print(table(found.rows).rich(keys=2))
-    console.print(found.verdict, soft_wrap=True)
     if trainer.accelerator.is_main_process:
+        console = Console()
+        console.print(table(found.rows).rich(keys=2))
+        console.print(found.verdict, soft_wrap=True)
         with writing(path.parent, "output_dir"):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, json.dumps(found.as_dict(), indent=2) + "\n")
