@@ -1,4 +1,4 @@
-"""Where and with what something was measured, for the record."""
+"""Where and with what something was measured, for the record; what memory is free, and whether it ran out."""
 
 from __future__ import annotations
 
@@ -53,6 +53,17 @@ def free_bytes(device: torch.device, processes: int = 1) -> int | None:
     found = [line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
     left = min((*(int(line.split()[1]) * 1024 for line in found), *_left_to_container()), default=None)
     return None if left is None else left // processes
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out here, on any device; not what another program answers of its own memory."""
+    import torch
+
+    if not isinstance(error, (MemoryError, RuntimeError)):
+        return False
+    # oneDNN has no other word for it.
+    words = ("DefaultCPUAllocator", "can't allocate memory", "could not create a primitive", "error: out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 def _left_to_container() -> list[int]:

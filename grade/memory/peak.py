@@ -1,4 +1,4 @@
-"""The most that a piece of work holds in memory at a time, and whether an error says that there was no more."""
+"""The most that a piece of work holds in memory at a time."""
 
 from __future__ import annotations
 
@@ -76,13 +76,6 @@ def _memory_of(tensor: Tensor) -> tuple[object, int, int]:
         return tensor, id(tensor), tensor.numel() * tensor.element_size()
     storage = tensor.untyped_storage()
     return storage, storage._cdata, storage.nbytes()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out, on any device."""
-    # oneDNN has no other word for it.
-    words = ("DefaultCPUAllocator", "can't allocate memory", "could not create a primitive", "error: out of memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 def hand_back() -> None:

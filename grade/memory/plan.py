@@ -16,7 +16,8 @@ from functools import partial
 
 from grade.config import Config
 from grade.errors import GradeError, reason_of
-from grade.memory.peak import hand_back, is_out_of_memory
+from grade.machine import is_out_of_memory
+from grade.memory.peak import hand_back
 
 Peaks = dict[str, float]
 """Bytes beside what is loaded, by phase: "rollout", "passes" (that training makes over what was sampled) and

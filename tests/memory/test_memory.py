@@ -16,8 +16,8 @@ from tiny_run import trainer_of, with_train
 from grade.config import Config, EvaluationConfig, GenerationConfig, MethodConfig, TrainConfig
 from grade.config.reading import config_from_yaml, load_config
 from grade.errors import GradeError
-from grade.machine import free_bytes
-from grade.memory.peak import is_out_of_memory, peak_bytes
+from grade.machine import free_bytes, is_out_of_memory
+from grade.memory.peak import peak_bytes
 from grade.memory.plan import SHARE, MemoryPlan, Need, Sizes, foreseen, measured, plan
 from grade.methods.grpo import GRPO
 from grade.model.checkpoint import load_state
