@@ -5,7 +5,8 @@ config.json, model.safetensors, ...               instead, a whole model that wa
 tokenizer.json, chat_template.jinja, ...          the policy's tokenizer as transformers writes it
 README.md                                         the model card, if there is one
 trainer_state.json, trainer_state.safetensors     numbers and tensors of the state, if there is one (`grade.tree`)
-manifest.json                                     step, the SHA-256 of every other file and, of an adapter, of its base
+manifest.json                                     step, the SHA-256 of every other file and, of an adapter, of its base,
+                                                  with the version of transformers that had loaded that
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from grade.errors import GradeError, read_json, reason_of, writing
 from grade.files import latest, replaced_folder, sha256
 from grade.hub_names import name_anywhere
 from grade.model.adapter import TRAINED, kept_settings
-from grade.model.adapter_base import base_digest, check_base
+from grade.model.adapter_base import Base, base_of, check_base
 from grade.model.policy import Policy
 
 MANIFEST_FILE = "manifest.json"
@@ -34,7 +35,7 @@ CARD_FILE = "README.md"
 ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
 _STATE_STEM = "trainer_state"
 _LOADED = ("is_local", "local_files_only")
-_FORMAT, _BASE = 1, "base_sha256"
+_FORMAT, _BASE, _BASE_LOADED_BY = 1, "base_sha256", "base_transformers"
 _GO_ON = "Make room, and go on from the checkpoint before, if there is one, with --train.resume auto."
 
 
@@ -62,7 +63,7 @@ def save_checkpoint(
         save_tokenizer(policy.tokenizer, fresh)
         if state is not None:
             tree.save(fresh / _STATE_STEM, state)
-        base = base_digest(policy.model) if isinstance(policy.model, PeftModel) else None
+        base = base_of(policy.model) if isinstance(policy.model, PeftModel) else None
         _finish(fresh, step, card, base)
 
 
@@ -103,21 +104,23 @@ def copy_adapter(directory: Path, target: Path) -> None:
         _finish(target, step, card.read_text(encoding="utf-8") if card.is_file() else None, base)
 
 
-def recorded_base(directory: Path) -> str | None:
-    """`base_digest` of the base of a checkpoint's adapter; None where nothing says so: of a whole model, of a quantized
-    base, of an adapter from elsewhere."""
+def recorded_base(directory: Path) -> Base | None:
+    """The base of a checkpoint's adapter; None where nothing says so: of a whole model, of a quantized base, of an
+    adapter from elsewhere."""
     path = directory / MANIFEST_FILE
-    return read_json(path, "").get(_BASE) if path.is_file() else None
+    manifest = read_json(path, "") if path.is_file() else {}
+    return Base(manifest[_BASE], manifest.get(_BASE_LOADED_BY)) if _BASE in manifest else None
 
 
-def _finish(folder: Path, step: int, card: str | None, base: str | None) -> None:
+def _finish(folder: Path, step: int, card: str | None, base: Base | None) -> None:
     """Write the card, instead of the form that peft leaves to be filled in, and the manifest of all files."""
     (folder / CARD_FILE).unlink(missing_ok=True)
     if card is not None:
         (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
-    manifest = {"format": _FORMAT, "step": step, "files": files, **({} if base is None else {_BASE: base})}
+    of_base = {} if base is None else {_BASE: base.sha256, _BASE_LOADED_BY: base.transformers}
+    manifest = {"format": _FORMAT, "step": step, "files": files, **of_base}
     text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
