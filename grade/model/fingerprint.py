@@ -6,27 +6,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grade.errors import GradeError, read_json, reason_of
 from grade.files import remembered_sha256
 from grade.model.policy import Policy
 from grade.model.quantization import quantization_of
+from grade.model.tensors import tensors_digest
 from grade.tasks.base import Task
 
 _MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "*.py")
 MODEL_GIVEN = "model_given"
 """In run.json of a run whose model was an object."""
 _KNOWN: WeakKeyDictionary[Policy, dict[str, str]] = WeakKeyDictionary()
-ATTRIBUTE = "reward, "
+_ATTRIBUTE = "the reward's "
 """Before the names of what a reward of one's own depends on."""
+_UNDERSCORE = (
+    "What a reward only keeps while it works, or what is another in every process (a device, an address), belongs "
+    "under a name that begins with an underscore."
+)
+_THEN = "{then} then, {now} now"
+"""How both values of an input stand behind its name."""
 _WORDS = {
     "model": "the base model's weights or settings",
     "tokenizer": "the tokenizer",
@@ -58,16 +63,6 @@ def model_digest(name: str, loaded: PreTrainedModel) -> str:
     return commit or tensors_digest(loaded.state_dict())
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and values."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over everything that decides which ids a text gets: vocabulary, rules, special tokens, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -93,7 +88,7 @@ def judge_digest(task: Task) -> str:
 def inputs_of(policy: Policy, task: Task, reward: str, attributes: Mapping[str, str] | None = None) -> dict[str, str]:
     """The fingerprint of what a run reads: model, tokenizer, data and reward, by its `Reward.identity` and its
     `Reward.attributes`."""
-    told = {f"{ATTRIBUTE}{name}": text for name, text in (attributes or {}).items()}
+    told = {f"{_ATTRIBUTE}{name}": text for name, text in (attributes or {}).items()}
     return {**policy_inputs(policy), "data": data_digest(task), "reward": reward, **told}
 
 
@@ -127,12 +122,43 @@ def remember_inputs(policy: Policy, model: str) -> None:
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between two fingerprints, as words; empty if nothing does."""
     names = [name for name in now if then.get(name) != now[name]]
-    return ", ".join(
-        _WORDS[name]
-        if name in _WORDS and isinstance(now[name], str)
-        else f"{_WORDS.get(name, name)} ({then.get(name)} then, {now[name]} now)"
-        for name in names
-    )
+    return _listed(names, then, now, _THEN)
+
+
+def changed_inputs(then: Mapping[str, Any], now: Mapping[str, Any], process: int | None = None) -> str:
+    """What differs between the inputs of a run and those of now, or of two processes, as words that end a sentence, and
+    behind them a hint where an attribute of the reward does; empty if nothing differs. An attribute that one of both
+    lacks differs too.
+
+    Args:
+        then: of a run's record, or of the main process. A record without attributes is one of an earlier version, which
+            kept none: they are not compared.
+        process: the number of the one that has `now`; None: `then` is a record.
+    """
+    shown = _THEN if process is None else f"in the main process {{then}}, in process {process} {{now}}"
+    told = process is not None or any(map(_is_attribute, then))
+    names = [name for name in now if told or not _is_attribute(name)]
+    names += [name for name in then if _is_attribute(name) and name not in now]
+    names = [name for name in names if then.get(name) != now.get(name)]
+    hint = f" {_UNDERSCORE}" if any(map(_is_attribute, names)) else ""
+    return f"{_listed(names, then, now, shown)}.{hint}" if names else ""
+
+
+def _is_attribute(name: str) -> bool:
+    return name.startswith(_ATTRIBUTE)
+
+
+def _listed(names: Iterable[str], then: Mapping[str, Any], now: Mapping[str, Any], shown: str) -> str:
+    """Names of inputs as words, with both values where those say something."""
+
+    def words(name: str) -> str:
+        if name in _WORDS and isinstance(now[name], str):
+            return _WORDS[name]
+        missing = "nothing" if _is_attribute(name) else None
+        values = shown.format(then=then.get(name, missing), now=now.get(name, missing))
+        return f"{_WORDS.get(name, name)} ({values})"
+
+    return ", ".join(map(words, names))
 
 
 def refuse_given(run_dir: Path) -> None:

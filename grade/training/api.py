@@ -31,7 +31,7 @@ from grade.training.answers import Answers
 from grade.training.callbacks import Callback, Callbacks
 from grade.training.evaluation import Evaluation, evaluate
 from grade.training.export import check_target, export_merged
-from grade.training.given import given_set_up
+from grade.training.given import check_length, given_set_up
 from grade.training.gradient_check import RESPONSES, SWAPS, GradientCheck, check_gradient
 from grade.training.run_folder import started
 from grade.training.setup import SetUp, set_up
@@ -309,10 +309,4 @@ class GradeTrainer:
             setting: what says how long a response may be, for the message.
         """
         response = response or self.config.generation.max_new_tokens
-        context, lengths = context_of(self.policy.config), list(map(len, rows))
-        longest = max(lengths)
-        if context is not None and longest + response > context:
-            raise GradeError(
-                f"prompts[{lengths.index(longest)}] has {longest} tokens, and with {response} new ones ({setting}) "
-                f"that exceeds the model's context, {context} tokens. Shorten the prompt, or lower {setting}."
-            )
+        check_length("prompts", rows, context_of(self.policy.config), response, setting)

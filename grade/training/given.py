@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from grade.errors import GradeError
 from grade.hub_names import GIVEN
 from grade.model.adapter import add_reference, more_than_lora
 from grade.model.adapter_base import check_base_name
-from grade.model.fingerprint import remember_inputs, tensors_digest
+from grade.model.fingerprint import remember_inputs
 from grade.model.loading import (
     add_adapter,
     check_fits,
@@ -37,6 +37,7 @@ from grade.model.loading import (
 )
 from grade.model.policy import Policy
 from grade.model.pretrained import context_of
+from grade.model.tensors import tensors_digest
 from grade.processes import everywhere
 from grade.rewards.base import Reward
 from grade.rewards.function import FunctionReward
@@ -129,14 +130,29 @@ def check_prompts_fit(config: Config, model: PretrainedConfig, splits: Mapping[s
     """
     context, response = context_of(model), config.generation.max_new_tokens
     for split, argument in _ARGUMENTS.items():
-        lengths = [len(row) for row in splits[split].ids] if split in splits else [0]
-        longest = max(lengths)
-        if context is not None and longest + response > context:
-            raise GradeError(
-                f"{argument}[{lengths.index(longest)}] has {longest} tokens, and with the response "
-                f"(config.generation.max_new_tokens, {response}) that is {longest + response}, but the context of the "
-                f"model is {context} tokens. Shorten it or leave it out, or lower config.generation.max_new_tokens."
-            )
+        if split in splits:
+            check_length(argument, splits[split].ids, context, response, "config.generation.max_new_tokens")
+
+
+def check_length(argument: str, prompts: Sequence[list[int]], context: int | None, response: int, setting: str) -> None:
+    """Refuse a prompt that does not fit a context with its response.
+
+    Args:
+        argument: what the prompts were given as, for the message.
+        context: tokens; None: there is no limit.
+        response: tokens of the longest, by `setting`.
+
+    Raises:
+        GradeError: with the argument, the prompt's number and its length.
+    """
+    lengths = list(map(len, prompts))
+    longest = max(lengths)
+    if context is not None and longest + response > context:
+        raise GradeError(
+            f"{argument}[{lengths.index(longest)}] has {longest} tokens, and with the response ({setting}, {response}) "
+            f"that is {longest + response}, but the context of the model is {context} tokens. Shorten it or leave it "
+            f"out, or lower {setting}."
+        )
 
 
 def _tokenizer_of(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

@@ -13,7 +13,7 @@ from grade.errors import GradeError, read_json, reason_of
 from grade.files import latest
 from grade.methods.base import Method
 from grade.model.checkpoint import load_adapter, load_state, verified_step
-from grade.model.fingerprint import ATTRIBUTE, differing
+from grade.model.fingerprint import changed_inputs
 from grade.model.policy import Policy
 
 _FIELDS = ("optimizer", "method", "best", "evaluations", "steps", "inputs", "logs")
@@ -32,12 +32,12 @@ def check_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> None:
 
 
 def _refuse_others(run_dir: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = differing(then, now)
+    changed = changed_inputs(then, now)
     if changed:
-        fix = "Put it back, or start another run with train.run_dir."
-        if ATTRIBUTE in changed:
-            fix += " What a reward only keeps while it works belongs under a name that begins with _."
-        raise GradeError(f"train.resume: {run_dir} was started with something else: {changed}. {fix}")
+        raise GradeError(
+            f"train.resume: {run_dir} was started with something else: {changed} Put it back, or start another run "
+            "with train.run_dir."
+        )
 
 
 def restored(

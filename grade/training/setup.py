@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grade.config import Config, judged_length
 from grade.errors import GradeError
-from grade.model.fingerprint import check_made_from, differing, policy_inputs, refuse_given
+from grade.model.fingerprint import changed_inputs, check_made_from, policy_inputs, refuse_given
 from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.processes import everywhere, main_process_first
@@ -78,9 +78,10 @@ def check_same_inputs(accelerator: Accelerator, inputs: Mapping[str, Any]) -> No
         GradeError: in every process, with what differs.
     """
     main, *others = everywhere(accelerator, inputs)
-    changed = next(filter(None, (differing(main, other) for other in others)), "")
-    if changed:
-        raise GradeError(
-            f"the processes do not have the same inputs, but different ones: {changed}. Give all of them the same, "
-            "with random numbers seeded alike."
-        )
+    for number, other in enumerate(others, 1):
+        changed = changed_inputs(main, other, number)
+        if changed:
+            raise GradeError(
+                f"the processes do not have the same inputs, but different ones: {changed} Give all of them the same, "
+                "with random numbers seeded alike."
+            )

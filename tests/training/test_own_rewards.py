@@ -122,14 +122,15 @@ def test_a_run_goes_on_with_the_attributes_that_its_reward_had(tiny_model, confi
     make(tiny_model, changed(config, train={"steps": 2}), made(5, ["a", "b"])).train()
     go_on = changed(config, train={"resume": "auto"})
     before = {"class": "Longer.", "function": "longer.", "sum": "Longer: Longer."}[kind]
-    with pytest.raises(grade.GradeError, match=rf"something else: reward, {before}threshold \(5 then, 6 now\)\. .*_"):
+    words = rf"something else: the reward's {before}threshold \(5 then, 6 now\)\. .*begins with an underscore"
+    with pytest.raises(grade.GradeError, match=words):
         make(tiny_model, go_on, made(6, ["a", "b"])).train()
-    with pytest.raises(grade.GradeError, match=rf"something else: reward, {before}words "):
+    with pytest.raises(grade.GradeError, match=rf"something else: the reward's {before}words "):
         make(tiny_model, go_on, made(5, ["a"])).train()
     result = make(tiny_model, go_on, made(5, ["b", "a"] if kind != "function" else ["a", "b"])).train()
     assert result.step == 4
     inputs = json.loads((result.run_dir / "run.json").read_text())["inputs"]
-    assert inputs[f"reward, {before}threshold"] == "5" and not any("_seen" in name for name in inputs)
+    assert inputs[f"the reward's {before}threshold"] == "5" and not any("_seen" in name for name in inputs)
 
 
 def test_attributes_are_told_by_what_they_say():
