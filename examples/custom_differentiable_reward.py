@@ -39,9 +39,6 @@ class Nearness(DifferentiableReward):
         mean = fed[0].float().sum(1) / rollout.mask.sum(1, keepdim=True)  # [B, d]; padding is zero
         return torch.nn.functional.cosine_similarity(mean, self.target, dim=-1)  # [B]
 
-    def identity(self):
-        return f"{super().identity()} {self.text}"  # a run goes on with the same text only
-
 
 class Print(Callback):
     def on_validation(self, trainer, evaluation):

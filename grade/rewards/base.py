@@ -15,15 +15,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from grade.errors import GradeError, RewardFailed, reason_of
-from grade.model.fingerprint import tensors_digest
+from grade.machine import is_out_of_memory
 from grade.model.passes import BasePass, fed_embeddings
+from grade.model.tensors import tensors_digest
 from grade.rewards.attributes import told
+from grade.rewards.dependencies import held_by
 from grade.rollout import Rollout
 
 MEND = "Mend it, and start another run: a run goes on with the same reward only."
@@ -64,6 +66,9 @@ class Reward(ABC):
         reads: "prompt+response", or "response" where the prompt does not count.
         raises: what a higher reward means, for the sentence "... is raised".
     """
+
+    _KNOWN_OTHERWISE: ClassVar[frozenset[str]] = frozenset({"modules", "tables", "raises"})
+    """Attributes that are no part of `attributes` by these names: `identity` tells of them, or they are words."""
 
     differentiable: bool = False
     shares_base_pass: bool = False
@@ -173,20 +178,25 @@ class Reward(ABC):
     def identity(self) -> str:
         """Tells by content which reward this is: runs continue, and checkpoints are judged, with an equal one only. The
         content is the weights of `modules` and, of a class that is not this package's, its source and that of the
-        rewards that it derives from. `attributes` are compared beside it; one that depends on more adds that."""
-        code = " ".join(map(source_of, _own_classes(type(self)))) or source_of(type(self))
+        rewards that it derives from. `attributes` are compared beside it, here too: one that depends on more (an
+        object, a file) adds that to `super().identity()`."""
         if not self.modules:
-            return code
+            return self._with_source() or type(self).__qualname__
         whole = self.modules[0] if len(self.modules) == 1 else nn.ModuleList(self.modules)
-        digest = tensors_digest(whole.state_dict())
-        return digest if code == type(self).__name__ else f"{code} {digest}"
+        return self._with_source(tensors_digest(whole.state_dict()))
+
+    def _with_source(self, *content: str) -> str:
+        """The content of an identity, after the sources of those of its classes that are not this package's."""
+        own = [found for found in type(self).__mro__ if issubclass(found, Reward) and not is_ours(found)]
+        return " ".join([*map(source_of, own), *content])
 
     def attributes(self) -> dict[str, str]:
         """What a reward of one's own holds beside its code and `modules`, as texts by name, each a part of its identity
-        that is told by its name: see `grade.rewards.attributes`. None of a reward that has an `identity` of its own."""
-        if _is_ours(type(self)) or type(self).identity is not Reward.identity:
+        that is told by its name: see `grade.rewards.attributes`. `tables` are among them."""
+        if is_ours(type(self)):
             return {}
-        held = {name: value for name, value in vars(self).items() if name not in ("modules", "tables")}
+        held = {name: value for name, value in held_by(self).items() if name not in self._KNOWN_OTHERWISE}
+        held |= {"tables": list(self.tables)} if self.tables else {}
         return {f"{type(self).__name__}.{name}": text for name, text in told(held).items()}
 
     def keep(self, run_dir: Path) -> dict[str, Any]:
@@ -221,7 +231,7 @@ class RewardFunction(Reward):
         return torch.where(score.isnan(), 0.0, score)
 
     def judge(self, rollout: Rollout) -> Tensor | None:
-        if _is_ours(type(self)):  # those apply to every response
+        if is_ours(type(self)):  # those apply to every response
             return None
         return asked(self, lambda: self.score(rollout), len(rollout))[:, None]
 
@@ -258,10 +268,10 @@ def of_users(reward: Reward) -> Iterator[None]:
     """
     try:
         yield
-    except (GradeError, MemoryError, torch.OutOfMemoryError):
+    except GradeError:
         raise
     except (Exception, SystemExit) as error:
-        if _is_ours(type(reward)) or "memory" in str(error):  # of which the trainer says more
+        if is_ours(type(reward)) or is_out_of_memory(error):  # of which the trainer says more
             raise
         raise RewardFailed(
             f"the reward {type(reward).__name__} failed ({type(error).__name__}: {reason_of(error)}). {MEND}"
@@ -282,7 +292,7 @@ def asked(reward: Reward, answer: Callable[[], Any], responses: int) -> Tensor:
             f"the reward {type(reward).__name__} gave {found} for {responses} responses: it must be a float tensor of "
             f"shape [{responses}], one number a response. {MEND}"
         )
-    if _is_ours(type(reward)):  # ours are finite, and looking would wait for the device
+    if is_ours(type(reward)):  # ours are finite, and looking would wait for the device
         return value
     wrong = value.isinf() if isinstance(reward, RewardFunction) else ~value.isfinite()
     if wrong.any():
@@ -293,21 +303,16 @@ def asked(reward: Reward, answer: Callable[[], Any], responses: int) -> Tensor:
     return value
 
 
-def _is_ours(code: type | Callable[..., Any]) -> bool:
+def is_ours(code: type | Callable[..., Any]) -> bool:
     """Whether it is of this package."""
     return code.__module__.split(".")[0] == __name__.split(".")[0]
-
-
-def _own_classes(code: type) -> list[type]:
-    """A reward's class and those rewards that it derives from, but for this package's."""
-    return [found for found in code.__mro__ if issubclass(found, Reward) and not _is_ours(found)]
 
 
 def source_of(code: type | Callable[..., Any]) -> str:
     """What tells a class or function again: its name in this package, elsewhere its qualified name and its source's
     SHA-256, or no hash where there is no source (a prompt of Python)."""
     module, name = code.__module__, code.__qualname__
-    if _is_ours(code):
+    if is_ours(code):
         return name
     try:
         source = inspect.getsource(code)

@@ -33,6 +33,8 @@ class ClassifierReward(DifferentiableReward):
         name: reward.model, the folder or hub name it was loaded from.
     """
 
+    _KNOWN_OTHERWISE = DifferentiableReward._KNOWN_OTHERWISE | {"name", "table"}
+
     def __init__(
         self, model: PreTrainedModel, label: int | None, reads: str = "prompt+response", name: str | None = None
     ):
@@ -60,7 +62,7 @@ class ClassifierReward(DifferentiableReward):
         return self._read(logits.to(accumulation_dtype(logits)))
 
     def identity(self) -> str:
-        return model_digest(self.name or self.model.name_or_path, self.model)
+        return self._with_source(model_digest(self.name or self.model.name_or_path, self.model))
 
     def _logits(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, T, d_r] embeddings and [B, T] bool -> [B, labels], read at the last real token."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -28,13 +27,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grade.errors import GradeError, RewardFailed, reason_of
-from grade.rewards.attributes import of_function
+from grade.machine import is_out_of_memory
+from grade.rewards.attributes import of_function, stable_repr
 from grade.rewards.base import MEND, RewardFunction
 from grade.rollout import Rollout
 from grade.tasks.base import Task
-
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-"""In the text of an object that has none of its own; another one in every process."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +124,8 @@ class FunctionReward(RewardFunction):
         GradeError: the function is async, or no function.
     """
 
+    _KNOWN_OTHERWISE = RewardFunction._KNOWN_OTHERWISE | {"function", "loaded", "name", "where", "parameters"}
+
     def __init__(
         self,
         function: Callable[..., Any],
@@ -156,6 +155,8 @@ class FunctionReward(RewardFunction):
         try:
             returned = self.function(**arguments)
         except (Exception, SystemExit) as error:
+            if is_out_of_memory(error):  # of a model that it runs; the trainer says more
+                raise
             file = None if self.loaded is None else self.loaded.file
             raise RewardFailed(f"{self.where} failed ({_shown(error, file)}). {MEND}") from error
         return torch.tensor(self._numbers(returned, len(rollout)), dtype=torch.float32, device=rollout.tokens.device)
@@ -174,13 +175,13 @@ class FunctionReward(RewardFunction):
             GradeError: it has neither source nor code, as functions written in C.
         """
         if self.loaded is not None:
-            return f"{self.loaded.sha256} {self.loaded.name}"
-        return f"{hashlib.sha256(self._content(self.function).encode()).hexdigest()} {self.name}"
+            return self._with_source(f"{self.loaded.sha256} {self.loaded.name}")
+        return self._with_source(f"{hashlib.sha256(self._content(self.function).encode()).hexdigest()} {self.name}")
 
     def _content(self, function: Callable[..., Any]) -> str:
         if isinstance(function, partial):
-            given = f"{function.args!r} {sorted(function.keywords.items())!r}"
-            return f"{self._content(function.func)} {_ADDRESS.sub('', given)}"
+            given = f"{stable_repr(function.args)} {stable_repr(sorted(function.keywords.items()))}"
+            return f"{self._content(function.func)} {given}"
         function = inspect.unwrap(function)
         try:
             return inspect.getsource(function if hasattr(function, "__code__") else type(function))
@@ -190,13 +191,16 @@ class FunctionReward(RewardFunction):
                 raise GradeError(
                     f"{self.where} has neither source nor code by which a run could know it again. Wrap it in a `def`."
                 ) from error
-            return f"{_compiled(called.__code__)} {called.__defaults__!r} {called.__kwdefaults__!r}"
+            defaults = f"{stable_repr(called.__defaults__)} {stable_repr(called.__kwdefaults__)}"
+            return f"{_compiled(called.__code__)} {defaults}"
 
     def attributes(self) -> dict[str, str]:
-        """Of a function from no file: what it depends on, as `grade.rewards.attributes.of_function` tells."""
+        """Of a function from no file: what it depends on, as `grade.rewards.attributes.of_function` tells; and what a
+        subclass of one's own holds."""
+        own = super().attributes()
         if self.loaded is not None:
-            return {}
-        return {f"{self.name}.{name}": text for name, text in of_function(self.function).items()}
+            return own
+        return {**own, **{f"{self.name}.{name}": text for name, text in of_function(self.function).items()}}
 
     def keep(self, run_dir: Path) -> dict[str, Any]:
         """Its file, name and SHA-256."""

@@ -37,6 +37,8 @@ class RetokenizedReward(RewardFunction):
         name: reward.model, the folder or hub name it was loaded from.
     """
 
+    _KNOWN_OTHERWISE = RewardFunction._KNOWN_OTHERWISE | {"name"}
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -86,7 +88,7 @@ class RetokenizedReward(RewardFunction):
 
     def identity(self) -> str:
         model = model_digest(self.name or self.model.name_or_path, self.model)
-        return f"{model} {self.reads} retokenized {tokenizer_digest(self.tokenizer)}"
+        return self._with_source(f"{model} {self.reads} retokenized {tokenizer_digest(self.tokenizer)}")
 
     def _texts(self, rollout: Rollout) -> list[str]:
         ids = rollout.real_tokens()

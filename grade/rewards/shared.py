@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from grade.errors import read_json, writing
 from grade.files import replaced_folder
-from grade.model.fingerprint import tensors_digest
 from grade.model.passes import BasePass, accumulation_dtype
 from grade.model.policy import Policy
+from grade.model.tensors import tensors_digest
 from grade.rewards.base import DifferentiableReward, EmbeddingTable
 from grade.rollout import Rollout
 from grade.tasks.base import LabelType
@@ -76,6 +76,8 @@ class SharedReward(DifferentiableReward):
         folder: that keeps the head and the report of its training.
         report: of the training of a head that lies in no folder.
     """
+
+    _KNOWN_OTHERWISE = DifferentiableReward._KNOWN_OTHERWISE | {"folder", "report"}
 
     def __init__(
         self,

@@ -207,7 +207,7 @@ class WeightedReward(Reward):
 
     def identity(self) -> str:
         own = [[t.name, t.weight, t.scale, t.offset, t.normalize, t.reward.identity()] for t in self.terms]
-        return hashlib.sha256(json.dumps(own).encode()).hexdigest()
+        return self._with_source(hashlib.sha256(json.dumps(own).encode()).hexdigest())
 
     def attributes(self) -> dict[str, str]:
         return {f"{t.name}: {name}": text for t in self.terms for name, text in t.reward.attributes().items()}
