@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from grade.config import Config
-from grade.errors import GradeError
+from grade.errors import GradeError, RewardFailed
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -60,6 +60,34 @@ def summed(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     if accelerator.num_processes == 1:
         return values
     return accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu()
+
+
+@contextmanager
+def failing_together(accelerator: Accelerator | None) -> Iterator[None]:
+    """A reward that fails inside the block in one process fails in all of them behind it: the others would wait for it
+    where they next need each other. Every process passes through as many of these blocks.
+
+    Args:
+        accelerator: None: there is one process.
+
+    Raises:
+        RewardFailed: in every process; where the reward has not failed itself, with the number of one where it has.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        yield
+        return
+    failed: RewardFailed | None = None
+    try:
+        yield
+    except RewardFailed as error:
+        failed = error
+    if summed(accelerator, torch.tensor(float(failed is not None), dtype=torch.float64)) == 0:
+        return
+    said = everywhere(accelerator, None if failed is None else str(failed))
+    if failed is not None:
+        raise failed
+    number = next(number for number, words in enumerate(said) if words is not None)
+    raise RewardFailed(f"in process {number} of {len(said)}: {said[number]}")
 
 
 @contextmanager

@@ -74,7 +74,8 @@ class Method:
         Raises:
             RewardFailed: a function of the reward fails, or they have applied to nothing for several steps.
         """
-        found = [replace(rollout, judged=self.reward.judge(rollout)) for rollout in rollouts]
+        with self.services.failing_together():
+            found = [replace(rollout, judged=self.reward.judge(rollout)) for rollout in rollouts]
         said = [rollout.judged for rollout in found if rollout.judged is not None]
         if said:
             applied = (~torch.cat(said).isnan()).sum(0).tolist()

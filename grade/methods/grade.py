@@ -17,7 +17,7 @@ published code:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -29,6 +29,7 @@ from grade.methods.metrics import add_sums, step_sums, update_metrics
 from grade.methods.score_function import advantages
 from grade.methods.services import Totals
 from grade.replay.replay import ReplayResult, ReplaySettings, replay
+from grade.rewards.base import is_ours
 from grade.rewards.weighted import WeightedReward
 from grade.rollout import Rollout
 from grade.sampling.draw import Sampling, sampling_of
@@ -78,8 +79,17 @@ class Grade(Method):
             prompt_cache=config.prompt_cache,
             chunk_bytes=config.head_chunk_bytes(self.policy.device.type),
             any_process=self.services.any_process,
-            phase=self.services.phase,
+            phase=self._phase,
         )
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """A phase of a replay. In one of them somebody's own reward may fail, and the hops behind it need all processes.
+        This package's do not fail, and processes spare themselves to agree on that for every micro-batch."""
+        theirs = any(r.differentiable and not is_ours(type(r)) for r in self.reward.summands())
+        may_fail = theirs and name == "base_forward"
+        with self.services.phase(name), self.services.failing_together() if may_fail else nullcontext():
+            yield
 
     def step(self, rollouts: list[Rollout], step: int, update: Update) -> dict[str, float]:
         # The KL's token mean divides by all real tokens of the step, so they are counted before the first pull-back.

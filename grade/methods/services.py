@@ -25,10 +25,13 @@ class Services:
     Args:
         reduce: float64 tensor -> its sum over processes, on CPU; identical shapes everywhere.
         phase: given a phase's name, a context that times it.
+        failing_together: a context behind which a reward that has failed inside it in one process has failed in all
+            (`grade.processes.failing_together`).
     """
 
     reduce: Callable[[Tensor], Tensor] = lambda values: values
     phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
+    failing_together: Callable[[], AbstractContextManager] = nullcontext
 
     def any_process(self, wanted: bool) -> bool:
         """Whether any process wants it."""

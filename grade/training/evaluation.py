@@ -20,6 +20,7 @@ from grade.config import EvaluationConfig, GenerationConfig, MethodConfig
 from grade.files import replace_text
 from grade.methods.metrics import unique_token_ratio
 from grade.model.policy import Policy
+from grade.processes import failing_together
 from grade.replay.score import Scores, ScoreSettings, score
 from grade.rewards.base import Reward
 from grade.rewards.silence import silent_line
@@ -166,16 +167,17 @@ def responses(
     passes = score_settings(method, policy.device)
     size, numbers = settings.batch_size, list(range(process, len(prompts), processes))
     records: list[dict] = []
-    for start in range(0, len(numbers), size):
-        chosen = numbers[start : start + size]
-        ids, mask = pad_prompts([prompts[i] for i in chosen], policy.pad_id, policy.device)
-        rows = SPLIT_ROWS[split] + torch.tensor(chosen, device=policy.device) * sampling.max_new_tokens
-        rollout = sample(policy, ids, mask, sampling, seed=settings.seed, first_rows=rows, adapters=adapters).of(
-            split, chosen
-        )
-        records += score_records(policy, reward, rollout, passes, chosen, adapters=adapters, measure=measure)
-        if tick is not None:
-            tick(len(chosen) * processes)
+    with failing_together(accelerator):
+        for start in range(0, len(numbers), size):
+            chosen = numbers[start : start + size]
+            ids, mask = pad_prompts([prompts[i] for i in chosen], policy.pad_id, policy.device)
+            rows = SPLIT_ROWS[split] + torch.tensor(chosen, device=policy.device) * sampling.max_new_tokens
+            rollout = sample(policy, ids, mask, sampling, seed=settings.seed, first_rows=rows, adapters=adapters).of(
+                split, chosen
+            )
+            records += score_records(policy, reward, rollout, passes, chosen, adapters=adapters, measure=measure)
+            if tick is not None:
+                tick(len(chosen) * processes)
     if processes > 1:
         records = gather_object(records)
     for name in _silent(records):

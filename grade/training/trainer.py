@@ -28,7 +28,7 @@ from grade.model.end_of_sequence import warning_without_ends
 from grade.model.fingerprint import inputs_of
 from grade.model.loading import load_prompts
 from grade.model.policy import Policy
-from grade.processes import main_process_first, summed
+from grade.processes import failing_together, main_process_first, summed
 from grade.rewards.shared import head_lines
 from grade.rollout import Rollout
 from grade.sampling.compiled import CompiledDecoding
@@ -75,7 +75,7 @@ class Trainer:
         self.config, self.accelerator, self.run_dir = config, accelerator, run_dir
         self.callbacks = callbacks or Callbacks()
         self.phases = Phases(accelerator.device)
-        self.services = Services(partial(summed, accelerator), self.phases)
+        self.services = Services(partial(summed, accelerator), self.phases, partial(failing_together, accelerator))
         self.decoding: Decoding  # by `_decode_with`, from the policy and before there is a reward
         self.validations = Validations()
         self.record = RunRecord(run_dir, config, self.validations, enabled=accelerator.is_main_process)
@@ -294,14 +294,16 @@ class Trainer:
 
     @contextmanager
     def _saved_where_a_reward_fails(self) -> Iterator[None]:
-        """Save what was done before: a step or an evaluation whose reward fails has changed nothing of it."""
+        """Save what was done before: a step or an evaluation whose reward fails has changed nothing of it. It has failed
+        in all processes, and all wait for the main one: a launcher ends the others once one of them has ended."""
         try:
             yield
         except RewardFailed as error:
-            if self.step == 0 or not self.accelerator.is_main_process:
+            if self.step == 0:
                 raise
-            if self.step != self.checkpoints.saved:
-                self._save()
+            with main_process_first(self.accelerator):
+                if self.step != self.checkpoints.saved:
+                    self._save()
             raise RewardFailed(f"{error} {self.checkpoints.kept()}") from error
 
     def _validate(self, progress: TrainingProgress, *, adapters: bool = True) -> bool:
