@@ -124,7 +124,9 @@ class FunctionReward(RewardFunction):
         GradeError: the function is async, or no function.
     """
 
-    _KNOWN_OTHERWISE = RewardFunction._KNOWN_OTHERWISE | {"function", "loaded", "name", "where", "parameters"}
+    _KNOWN_OTHERWISE = RewardFunction._KNOWN_OTHERWISE | {
+        "function", "tokenizer", "task", "loaded", "name", "where", "parameters",
+    }  # fmt: skip
 
     def __init__(
         self,

@@ -95,7 +95,7 @@ def test_what_is_no_plain_lora_adapter_is_refused(tiny_config, adapter, trained_
             loaded_policy(going_on(tiny_config, copied))
 
 
-def test_another_base_of_the_same_shapes_is_refused(tiny_config, tiny_model, adapter, tmp_path, capfd):
+def test_another_base_of_the_same_shapes_is_refused(tiny_config, tiny_model, adapter, tmp_path, capfd, monkeypatch):
     moved = tmp_path / "moved"
     shutil.copytree(tiny_model, moved)
     loaded_policy(going_on(tiny_config, adapter, name=str(moved), dtype="bfloat16"))  # the same weights, told by value
@@ -112,6 +112,9 @@ def test_another_base_of_the_same_shapes_is_refused(tiny_config, tiny_model, ada
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, moved / "model.safetensors", {"format": "pt"})
     with pytest.raises(GradeError, match=r"trained on another base than this: on .*, whose .*/moved\. Name the model"):
         loaded_policy(going_on(tiny_config, adapter, name=str(moved)))
+    monkeypatch.setattr("transformers.__version__", "99.0")  # which may have laid the same weights out otherwise
+    loaded_policy(going_on(tiny_config, adapter, name=str(moved)))
+    assert "and is put on" in (said := " ".join(capfd.readouterr().err.split())) and "with 99.0." in said
 
 
 def test_the_base_that_a_given_peft_model_names_is_compared(tiny_model, capfd):

@@ -9,12 +9,13 @@ import torch
 from classifiers import classifier
 from published import gradients, relative_error
 from rollouts import draw
-from tiny import KeepDouble, tiny_policy, tiny_reward
+from tiny import KeepDouble, TinyTokenizer, tiny_policy, tiny_reward
 
-from grade.errors import GradeError
+from grade.errors import GradeError, RewardFailed
 from grade.replay.replay import ReplaySettings, replay
-from grade.rewards.base import DifferentiableReward, RewardFunction
+from grade.rewards.base import DifferentiableReward, EmbeddingTable, RewardFunction
 from grade.rewards.classifier import ClassifierReward
+from grade.rewards.function import FunctionReward
 from grade.tasks.base import Task
 
 
@@ -133,3 +134,79 @@ def test_what_somebodys_reward_does_wrong_is_told_by_its_name(said, message):
     rollout = draw(tiny_policy(), [[5, 9], [7, 11]], max_new_tokens=2)
     with pytest.raises(GradeError, match=message):
         Says().valued(rollout, None)
+
+
+class Target(DifferentiableReward):
+    """A reward with a table and an identity of its own."""
+
+    def __init__(self, rows, target=1.0):
+        self.tables, self.target = [EmbeddingTable(rows)], target
+
+    def value(self, rollout, base, fed=(), *, activation_checkpointing=False):
+        return fed[0].sum((1, 2)) * self.target
+
+    def identity(self):
+        return f"{super().identity()} and a file"
+
+
+def test_an_identity_of_its_own_leaves_the_attributes_on():
+    one, other = Target(torch.zeros(3, 2)), Target(torch.ones(3, 2))
+    assert set(one.attributes()) == {"Target.target", "Target.tables"}
+    assert one.attributes()["Target.tables"] != other.attributes()["Target.tables"]
+    assert one.attributes()["Target.target"] == "1.0" and one.identity().endswith(" and a file")
+
+
+def called(completions):
+    return [0.0 for _ in completions]
+
+
+class Halved(FunctionReward):
+    share = 0.5
+
+    def score(self, rollout):
+        return self.share * super().score(rollout)
+
+
+class Doubled(ClassifierReward):
+    def value(self, rollout, base, fed=(), *, activation_checkpointing=False):
+        return 2 * super().value(rollout, base, fed)
+
+
+def test_the_source_of_a_subclass_counts():
+    """Of what has an identity of its own, too."""
+    halved, plain = Halved(called, TinyTokenizer()), FunctionReward(called, TinyTokenizer())
+    halved.floor = 2
+    assert halved.identity() != plain.identity() and halved.identity().endswith(plain.identity())
+    assert halved.attributes() == {"Halved.floor": "2"} and plain.attributes() == {}
+    model = classifier()
+    doubled, plain = Doubled(model, 1, name="a folder"), ClassifierReward(model, 1)
+    assert "test_base.Doubled " in doubled.identity() and "Doubled" not in plain.identity()
+    assert doubled.attributes()["Doubled.label"] == "1" and plain.attributes() == {}
+    assert not any("folder" in text for text in doubled.attributes().values())
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (ValueError("no memory of this prompt"), False),
+        (ConnectionError("the server: CUDA error: out of memory"), False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["class", "function"])
+def test_running_out_of_memory_in_a_reward_stays_what_it_is(error, kept, kind):
+    """For the trainer to say what to lower; what is only called memory is the reward's own failure."""
+
+    def judge(completions):
+        raise error
+
+    class Judge(RewardFunction):
+        def score(self, rollout):
+            raise error
+
+    reward = Judge() if kind == "class" else FunctionReward(judge, TinyTokenizer())
+    rollout = draw(tiny_policy(), [[5, 9], [7, 11]], max_new_tokens=2)
+    with pytest.raises(type(error) if kept else RewardFailed):
+        reward.judge(rollout)

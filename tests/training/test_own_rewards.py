@@ -133,6 +133,50 @@ def test_a_run_goes_on_with_the_attributes_that_its_reward_had(tiny_model, confi
     assert inputs[f"the reward's {before}threshold"] == "5" and not any("_seen" in name for name in inputs)
 
 
+class Fewer(Length):
+    """With one attribute or two, as a program may leave one out."""
+
+    def __init__(self, threshold, floor=None):
+        self.threshold = threshold
+        if floor is not None:
+            self.floor = floor
+
+
+def test_an_attribute_that_is_gone_is_another_reward(tiny_model, config):
+    make(tiny_model, changed(config, train={"steps": 2}), Fewer(5, floor=1)).train()
+    go_on = changed(config, train={"resume": "auto"})
+    with pytest.raises(grade.GradeError, match=r"the reward's Fewer.floor \(1 then, nothing now\)"):
+        make(tiny_model, go_on, Fewer(5)).train()
+
+
+def test_a_run_of_a_version_that_kept_no_attributes_goes_on(tiny_model, config, monkeypatch):
+    monkeypatch.setattr(Fewer, "attributes", lambda self: {})
+    result = make(tiny_model, changed(config, train={"steps": 2}), Fewer(5)).train()
+    monkeypatch.undo()
+    assert not any("Fewer" in name for name in json.loads((result.run_dir / "run.json").read_text())["inputs"])
+    assert make(tiny_model, changed(config, train={"resume": "auto"}), Fewer(5)).train().step == 4
+
+
+def test_attributes_that_differ_between_processes_are_told_so(tiny_model, config, monkeypatch):
+    """Either way round: of a process that has one more, and of one that lacks one."""
+    for other, words in (
+        ({"the reward's Fewer.threshold": "6"}, r"threshold \(in the main process 5, in process 1 6\)"),
+        ({"the reward's Fewer.url": '"a"'}, r'url \(in the main process nothing, in process 1 "a"\)'),
+    ):
+        monkeypatch.setattr(
+            "grade.training.setup.everywhere", lambda _, inputs, other=other: [inputs, {**inputs, **other}]
+        )
+        with pytest.raises(
+            grade.GradeError, match=rf"do not have the same inputs.*the reward's Fewer.{words}\. .*under"
+        ):
+            make(tiny_model, config, Fewer(5)).train()
+    monkeypatch.setattr(
+        "grade.training.setup.everywhere", lambda _, inputs: [{**inputs, "the reward's X.a": "1"}, inputs]
+    )
+    with pytest.raises(grade.GradeError, match=r"the reward's X.a \(in the main process 1, in process 1 nothing\)"):
+        make(tiny_model, config, Fewer(5)).train()
+
+
 def test_attributes_are_told_by_what_they_say():
     def told(reward):
         return FunctionReward(reward, TinyTokenizer()).attributes() if callable(reward) else reward.attributes()

@@ -1,0 +1,105 @@
+"""Two processes of a run, and a reward that fails in the second of them alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from tiny_run import changed
+
+from grade import ModelConfig, RewardConfig, TaskConfig
+from grade.config.reading import config_to_yaml
+from grade.files import latest
+from grade.model.checkpoint import load_state
+
+PROGRAM = """
+import os, sys, torch, grade
+from dataclasses import replace
+from grade.config.reading import config_from_yaml
+
+class Fails:
+    def __init__(self, policy):
+        self._policy = policy
+        self.tables = [grade.EmbeddingTable(policy.embedding, policy.embedding_scale)] if self.differentiable else ()
+
+    def fail(self, now):
+        # After the first update: until then one half of an adapter is 0.
+        trained = all(p.abs().sum() > 0 for p in self._policy.parameters())
+        if os.environ["RANK"] == "1" and trained and now:
+            raise ConnectionError("the judge is away")
+
+class InAStep(Fails, grade.RewardFunction):
+    def score(self, rollout):
+        self.fail(rollout.split == "policy")
+        return rollout.mask.sum(1).float()
+
+class InAnEvaluation(Fails, grade.RewardFunction):
+    def score(self, rollout):
+        self.fail(rollout.split == "validation")
+        return rollout.mask.sum(1).float()
+
+class InAReplay(Fails, grade.DifferentiableReward):
+    def value(self, rollout, base, fed=(), *, activation_checkpointing=False):
+        self.fail(rollout.split == "policy" and fed[0].requires_grad)
+        return fed[0].float().mean((1, 2))
+
+failed = []
+for reward, method in ((InAStep, "reinforce"), (InAnEvaluation, "reinforce"), (InAReplay, "grade-ste")):
+    config = config_from_yaml(sys.argv[1])
+    config = replace(
+        config,
+        method=replace(config.method, name=method),
+        train=replace(config.train, run_dir=f"{config.train.run_dir}-{reward.__name__}"),
+    )
+    trainer = grade.GradeTrainer(sys.argv[2], reward, ["I saw this film", "It is", "We saw it", "A"], config=config)
+    try:
+        trainer.train()
+    except grade.GradeError as error:
+        failed.append(reward)
+        print(error, flush=True)
+sys.exit(2 if len(failed) == 3 else 1)
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_in_one_process_ends_all_and_the_main_one_saves(tiny_model, tiny_config, tmp_path):
+    """In a step, in an evaluation, and where a replay asks it: nobody waits, and what was done is kept."""
+    unnamed = {"name": ModelConfig().name}
+    config = changed(tiny_config, task=TaskConfig(), model=unnamed, reward=RewardConfig(), train={"save_every": 100})
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in ("0", "1"):  # without a launcher, which would end one process where the other does
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        network = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        program = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "config.yaml"), str(tiny_model)]
+        started.append(
+            subprocess.Popen(
+                program,
+                env={**os.environ, **group, **network},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        said = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [2, 2], said
+    for number, (out, _) in enumerate(said):
+        lines = out.splitlines()
+        assert len(lines) == 3
+        for name, step, line in zip(("InAStep", "InAnEvaluation", "InAReplay"), (1, 2, 1), lines, strict=True):
+            where = "" if number else "in process 1 of 2: "
+            assert line.startswith(f"{where}the reward {name} failed (ConnectionError: the judge is away)."), line
+            assert f"checkpoints/last (step {step})" in line
+            folder = latest(tmp_path / f"run-{name}" / "checkpoints" / "last")
+            assert load_state(folder)["step"] == step
