@@ -39,7 +39,7 @@ from benchmarks.saved import SAVED, new_parser, read_saved, write_saved
 from benchmarks.training_floors import rates
 from benchmarks.training_setup import ALGORITHMS, SHAPES, Setting, measure
 from benchmarks.training_text import checked, document, write_csv
-from grade.memory.peak import is_out_of_memory
+from grade.machine import is_out_of_memory
 
 SAME = 2e-4
 """Largest relative difference of two float32 gradients of one step that counts as rounding."""

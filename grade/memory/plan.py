@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -244,18 +244,22 @@ def plan(
     sizes: Sizes,
     free: int | None,
     any_process: Callable[[bool], bool] = bool,
+    failing_together: Callable[[], AbstractContextManager] = nullcontext,
 ) -> MemoryPlan:
     """Run trials, and decide where method.activation_checkpointing is `auto`: on if the run would take more than 80 %
     of what is free on any process, and less with it or nobody knows how much without.
 
     Args:
         trial: a `Measurement` that also takes `recompute`, whether activations are.
+        failing_together: a context behind which a reward that has failed in one process has failed in all.
     """
     recompute = config.method.activation_checkpointing is True
-    need = measured(partial(trial, recompute=recompute), sizes.response, free)
+    with failing_together():
+        need = measured(partial(trial, recompute=recompute), sizes.response, free)
     if config.method.activation_checkpointing == "auto" and sizes.can_recompute:
         if any_process(not need.fits(None if free is None else SHARE * free)):
-            less = measured(partial(trial, recompute=True), sizes.response, free)
+            with failing_together():
+                less = measured(partial(trial, recompute=True), sizes.response, free)
             if any_process(need.how == "more than" or less.total < need.total):
                 need, recompute = less, True
     return MemoryPlan(config, sizes, need, free, recompute)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grade.machine import is_out_of_memory
 from grade.model.tensors import tensors_digest
 from grade.rewards.dependencies import held_by, read_by
 
@@ -40,7 +41,9 @@ def told(values: Mapping[str, Any]) -> dict[str, str]:
             continue
         try:
             text = json.dumps(_plain(value), sort_keys=True)
-        except Exception:  # whatever a strange object raises where it is asked for its content: it cannot be told
+        except Exception as error:  # whatever a strange object raises where it is asked for its content
+            if is_out_of_memory(error):  # which says nothing of the value
+                raise
             continue
         found[name] = text if len(text) <= _LONGEST else f"SHA-256 {hashlib.sha256(text.encode()).hexdigest()}"
     return found

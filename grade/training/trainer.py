@@ -101,7 +101,8 @@ class Trainer:
             check_inputs(run_dir, self.inputs)
         split = max(self.evaluation_prompts, key=lambda name: len(self.evaluation_prompts[name]))
         trial = Trial(self.policy, self.reward, config, self.prompts, self.evaluation_prompts[split], split)
-        self.memory = memory_plan(trial, accelerator.num_processes, self.services.any_process)
+        together = self.services.failing_together
+        self.memory = memory_plan(trial, accelerator.num_processes, self.services.any_process, together)
         self.method = make_method(
             self.policy,
             self.reward,

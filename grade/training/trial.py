@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -176,7 +176,12 @@ def mixed(prompts: Sequence[list[int]], count: int) -> list[int]:
     return [order[-1 - turn if number % 2 else turn] for number, turn in enumerate(turns)]
 
 
-def memory_plan(trial: Trial, processes: int, any_process: Callable[[bool], bool]) -> MemoryPlan:
+def memory_plan(
+    trial: Trial,
+    processes: int,
+    any_process: Callable[[bool], bool],
+    failing_together: Callable[[], AbstractContextManager] = nullcontext,
+) -> MemoryPlan:
     """`grade.memory.plan.plan` for a run of this many processes on its machine."""
     config, device = trial.config, trial.policy.device
     longest = max(map(len, [*trial.prompts, *trial.evaluated]))
@@ -187,4 +192,4 @@ def memory_plan(trial: Trial, processes: int, any_process: Callable[[bool], bool
         config.method.head_chunk_bytes(device.type),
         trial.policy.supports_activation_checkpointing,
     )
-    return plan(trial, config, sizes, free_bytes(device, processes), any_process)
+    return plan(trial, config, sizes, free_bytes(device, processes), any_process, failing_together)

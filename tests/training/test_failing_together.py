@@ -34,12 +34,12 @@ class Fails:
 class InAStep(Fails, grade.RewardFunction):
     def score(self, rollout):
         self.fail(rollout.split == "policy")
-        return rollout.mask.sum(1).float()
+        return (rollout.tokens * rollout.mask).float().mean(1)
 
 class InAnEvaluation(Fails, grade.RewardFunction):
     def score(self, rollout):
         self.fail(rollout.split == "validation")
-        return rollout.mask.sum(1).float()
+        return (rollout.tokens * rollout.mask).float().mean(1)
 
 class InAReplay(Fails, grade.DifferentiableReward):
     def value(self, rollout, base, fed=(), *, activation_checkpointing=False):
