@@ -295,8 +295,8 @@ class Trainer:
 
     @contextmanager
     def _saved_where_a_reward_fails(self) -> Iterator[None]:
-        """Save what was done before: a step or an evaluation whose reward fails has changed nothing of it. It has failed
-        in all processes, and all wait for the main one: a launcher ends the others once one of them has ended."""
+        """Save what was done before: a step or an evaluation whose reward fails has changed nothing of it. It fails in
+        all processes, and all wait for the main one: a launcher ends the others once one of them has ended."""
         try:
             yield
         except RewardFailed as error:

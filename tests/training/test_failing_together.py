@@ -46,8 +46,15 @@ class InAReplay(Fails, grade.DifferentiableReward):
         self.fail(rollout.split == "policy" and fed[0].requires_grad)
         return fed[0].float().mean((1, 2))
 
+class InATrial(InAReplay):
+    def fail(self, now):
+        if os.environ["RANK"] == "1":
+            raise ConnectionError("the judge is away")
+
 failed = []
-for reward, method in ((InAStep, "reinforce"), (InAnEvaluation, "reinforce"), (InAReplay, "grade-ste")):
+for reward, method in (
+    (InAStep, "reinforce"), (InAnEvaluation, "reinforce"), (InAReplay, "grade-ste"), (InATrial, "grade-ste")
+):
     config = config_from_yaml(sys.argv[1])
     config = replace(
         config,
@@ -60,13 +67,14 @@ for reward, method in ((InAStep, "reinforce"), (InAnEvaluation, "reinforce"), (I
     except grade.GradeError as error:
         failed.append(reward)
         print(error, flush=True)
-sys.exit(2 if len(failed) == 3 else 1)
+sys.exit(2 if len(failed) == 4 else 1)
 """
 
 
 @pytest.mark.slow
 def test_a_reward_that_fails_in_one_process_ends_all_and_the_main_one_saves(tiny_model, tiny_config, tmp_path):
-    """In a step, in an evaluation, and where a replay asks it: nobody waits, and what was done is kept."""
+    """In a step, in an evaluation, where a replay asks it, and before the first step: nobody waits, and what was done is
+    kept."""
     unnamed = {"name": ModelConfig().name}
     config = changed(tiny_config, task=TaskConfig(), model=unnamed, reward=RewardConfig(), train={"save_every": 100})
     (tmp_path / "config.yaml").write_text(config_to_yaml(config))
@@ -96,10 +104,12 @@ def test_a_reward_that_fails_in_one_process_ends_all_and_the_main_one_saves(tiny
     assert [process.returncode for process in started] == [2, 2], said
     for number, (out, _) in enumerate(said):
         lines = out.splitlines()
-        assert len(lines) == 3
-        for name, step, line in zip(("InAStep", "InAnEvaluation", "InAReplay"), (1, 2, 1), lines, strict=True):
+        assert len(lines) == 4
+        steps = {"InAStep": 1, "InAnEvaluation": 2, "InAReplay": 1, "InATrial": None}
+        for (name, step), line in zip(steps.items(), lines, strict=True):
             where = "" if number else "in process 1 of 2: "
             assert line.startswith(f"{where}the reward {name} failed (ConnectionError: the judge is away)."), line
-            assert f"checkpoints/last (step {step})" in line
-            folder = latest(tmp_path / f"run-{name}" / "checkpoints" / "last")
-            assert load_state(folder)["step"] == step
+            if step is not None:
+                assert f"checkpoints/last (step {step})" in line
+                folder = latest(tmp_path / f"run-{name}" / "checkpoints" / "last")
+                assert load_state(folder)["step"] == step
