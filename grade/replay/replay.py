@@ -139,10 +139,12 @@ class Prepared:
         return gradient, hops, residual
 
     def logit_gradient(self, settings: ReplaySettings) -> Tensor:
-        """[n, k], the gradient at the candidates' logits that reaches them through the tokens drawn from them: what
-        `hidden_gradient` pulls back to the hidden states, without KL's at its own step and the score function's.
+        """[n, k], the gradient at the candidates' logits that reaches them through the tokens drawn from them, before
+        `path_scale`: what `hidden_gradient` at a path_scale of 1 pulls back to the hidden states, without KL's at its
+        own step and the score function's.
 
-        The series converges in `hop_tol` as there, and a cap on the hops counts the same; keeps the graph.
+        A cap on the hops counts as there, the last hop ending at the logits; the tolerance is that of the hops before
+        it. Keeps the graph.
         """
         rule, incoming = self._rule_at_logits(settings), list(self.incoming)
         if settings.max_hops > 0:  # the last hop ends at the logits

@@ -238,10 +238,15 @@ class Laboratory:
 def config_of(
     config: Config, name: str, length: int, top_k: int, *, draws: int = 1, tau: float | None = None
 ) -> Config:
-    """The config under which a method meets as many responses of this length as `draws` draws have."""
+    """The config under which a method meets as many responses of this length as `draws` draws have.
+
+    Gradients are those of the published algorithm: the length that they lack, which method.path_scale is to make up
+    for, could not be seen of one that has been given it.
+    """
     settings, method = config.variance, method_named(config.method, name)
     method = replace(
         method,
+        path_scale=1.0,
         ppo=replace(method.ppo, epochs=1, minibatches=1, entropy_coef=0.0),
         grpo=replace(
             method.grpo,
