@@ -65,7 +65,7 @@ class ReplayResult(Scores):
 
     Args:
         hops: [B] int64, hops until the sequence converged or the cap.
-        residual: [B], last relative change of its gradient.
+        residual: [B], last relative change of its gradient before path_scale.
     """
 
     hops: Tensor
@@ -128,7 +128,7 @@ class Prepared:
         )
 
     def hidden_gradient(self, settings: ReplaySettings) -> tuple[Tensor, Tensor, Tensor]:
-        """(gradient at the policy's hidden states [n, d], hops [B], residual [B])."""
+        """(gradient at the policy's hidden states [n, d], hops [B], residual [B] of the gradient before path_scale)."""
         gradient, hops, residual = solve_hops(*self.equation(settings), self.done.real, settings)
         if settings.kl_prefix_grad == "none":
             gradient = settings.path_scale * gradient + self.kl_gradient

@@ -46,7 +46,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grade.studies.variance.statistics import BLOCKS, Interval, critical, jackknife
+from grade.config.studies import BLOCKS
+from grade.studies.variance.statistics import Interval, critical, jackknife
 
 
 def natural(u: Tensor, v: Tensor, p: Tensor) -> Tensor:
