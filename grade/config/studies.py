@@ -32,7 +32,7 @@ class CompareConfig:
     compare.schedules where that names one."""
     schedules: list[Schedule] | None = None
     """Learning-rate schedules that every method is tried with at its learning rate, of which it keeps the best by
-    validation; null: train.schedule. One alone is taken without a trial."""
+    validation; null: train.schedule. One alone is that of every trial and run."""
     sweep_seed: int = setting(1000, ge=0, le=SEED)
     """Seed of these trials; none of the comparison's own."""
     validations: int = setting(15, ge=1, le=COUNT)

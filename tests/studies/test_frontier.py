@@ -54,6 +54,13 @@ def test_where_nothing_is_better_than_the_base_and_where_nothing_moved():
     assert common_kls({"ppo": {0: still}}) == [] and common_kls({}) == []
 
 
+def test_a_kl_that_rounding_left_below_0_is_0():
+    knots = frontier_of([point(-1e-7, 0.6), point(4.0, 0.8)], BASE)
+    assert [knot["kl_sequence"] for knot in knots] == [0.0, 0.0, 4.0]
+    assert value_at(knots, "reward", 1.0) == pytest.approx(0.7)
+    assert frontier_of([point(-1e-7, 0.4)], BASE)[-1]["kl_sequence"] == 0.0
+
+
 def test_the_table_is_over_seeds_and_says_where_one_does_not_reach():
     points = [
         point(4.0, 0.7, judge=0.6),
