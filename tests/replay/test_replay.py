@@ -273,6 +273,7 @@ def test_path_scale_multiplies_all_but_the_kl_of_a_step_itself(setting, prefix, 
     that is followed by the score function nothing has come through an embedding."""
     policy, reward, rollout, settings = setting
     if soft:
+        policy.eos_ids = torch.tensor([EOS])
         rollout = ragged_rollout(policy, tau=1.0, soft=True)
     settings = replace(settings, kl_prefix_grad=prefix)
     loss = published_loss(
@@ -291,7 +292,7 @@ def test_path_scale_multiplies_all_but_the_kl_of_a_step_itself(setting, prefix, 
     )
     own = gradients(policy, loss)
     path = gradient(policy, reward, rollout, settings) - own
-    score_weight = torch.linspace(-1.0, 2.0, len(rollout), dtype=torch.float64) if scored else None
+    score_weight = torch.linspace(-1.0, 2.0, len(rollout), dtype=torch.float64) / len(rollout) if scored else None
     whole = gradient(policy, reward, rollout, settings, score_weight=score_weight)
     assert (relative_error(whole, own + path) > 0.1) is scored
     scaled = gradient(policy, reward, rollout, replace(settings, path_scale=3.0), score_weight=score_weight)
@@ -311,6 +312,7 @@ def test_what_reaches_the_logits_is_what_is_pulled_back_to_the_hidden_states(set
     at_logits, done = prepared.logit_gradient(replace(settings, path_scale=3.0)), prepared.done
     pulled = pull_back(at_logits, done.real.indices, policy.head, done.swept.logits)
     hidden, _, _ = prepared.hidden_gradient(settings)
-    assert relative_error(pulled, hidden - prepared.kl_gradient) < 1e-9 < relative_error(pulled, hidden)
+    error = relative_error(pulled, hidden - prepared.kl_gradient)
+    assert error < 1e-6 < relative_error(pulled, hidden)  # transformers' float32 corners
     every, _, _ = prepared.hidden_gradient(replace(settings, max_hops=20))
     assert (relative_error(every, hidden) > 1e-6) is (hops < 20)
