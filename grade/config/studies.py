@@ -86,8 +86,8 @@ class VarianceConfig:
     """Responses behind the unbiased reference (leave-one-out REINFORCE), for lengths up to 8; at least 80 times
     variance.responses, or 0 for none."""
     step_responses: int = setting(2048, ge=0, le=COUNT)
-    """Responses behind the steps and length factors of grade-ste's rules and of rloo, for every length: 32 to a prefix,
-    so the next lower multiple of 32 is taken; at least 320, or 0 for none."""
+    """Responses behind the steps and length factors of grade-ste's rules and of rloo, for every length; 32 to a prefix,
+    so rounded down to a multiple of 32. At least 320, or 0 for none."""
     seed: int = setting(2000, ge=0, le=SEED - 2)
     """Seed of the draws, apart from the training's."""
 

@@ -187,7 +187,7 @@ class _Slopes:
 
         Args:
             first: number of the first response.
-            size: sequences in a pass, about.
+            size: most sequences in a pass.
         """
         response, position, candidate, each = pairs
         rollout = self.rollout
@@ -196,7 +196,7 @@ class _Slopes:
         for gradient, rows in self.gradients:
             apart = rows[candidate].double() - rows[before].double()  # [N, d]
             predicted += share * (gradient[response, position].double() * apart).sum(-1)
-        parts = self._rollout(pairs, share).micro_batches(max(size // each, 1) * each)
+        parts = self._rollout(pairs, share).micro_batches(size // each * each or size)
         after = [frozen_passes(self.policy, self.reward, p, RealTokens(p), self.settings).reward for p in parts]
         true = torch.cat(after).double() - self.value[response].double()
         third = position * 3 // rollout.mask.sum(1)[response]

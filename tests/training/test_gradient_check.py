@@ -139,12 +139,16 @@ def test_places_are_drawn_by_their_weights():
     assert not len(drawn_places(weight[1:2], 4, generator)[0])
 
 
-def test_batches_change_nothing():
+def test_batches_change_nothing(monkeypatch):
+    """Nor do passes of fewer sequences than a response has swaps, of which none has more than was asked for."""
     policy = tiny_policy()
-    reward = tiny_reward(policy)
+    reward, sizes = tiny_reward(policy), []
     one = check(reward, policy)
+    passes = gradient_check.frozen_passes
+    monkeypatch.setattr(gradient_check, "frozen_passes", lambda *args: (sizes.append(len(args[2])), passes(*args))[1])
     config = replace(CONFIG, evaluation=EvaluationConfig(batch_size=3))
     other = check(reward, policy, config)
+    assert max(sizes) == 3
     for a, b in zip(one.rows, other.rows, strict=True):
         assert a.pearson.value == pytest.approx(b.pearson.value, abs=1e-3) and a.swaps == b.swaps
 
