@@ -247,10 +247,7 @@ def table(rows: list[dict]) -> str:
     hops = " / ".join(map(str, HOPS))
     titles = ("estimator", "tau", *(f"{title}, {hops} hops" for title in QUANTITIES.values()))
     lines = []
-    groups: dict[tuple[str, float | None], list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["estimator"], row["tau"]), []).append(row)
-    for (name, tau), group in groups.items():
+    for (name, tau), group in _groups(rows).items():
         cells = []
         for quantity in QUANTITIES:
             by_hops = [[r[quantity] for r in group if r["hops"] == h] for h in HOPS]
@@ -261,14 +258,19 @@ def table(rows: list[dict]) -> str:
 
 def steps_table(rows: list[dict]) -> str:
     """The Markdown table of the steps of one spread: medians over its problems."""
+    lines = [
+        [name, str(tau or "any"), *(f"{median(row[quantity] for row in group):.2f}" for quantity in STEPS)]
+        for (name, tau), group in _groups(rows).items()
+    ]
+    return Table("", list(map(Column, ("estimator", "tau", *STEPS.values()))), lines).markdown()
+
+
+def _groups(rows: list[dict]) -> dict[tuple[str, float | None], list[dict]]:
+    """Rows by estimator and temperature, in the order in which these come."""
     groups: dict[tuple[str, float | None], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["estimator"], row["tau"]), []).append(row)
-    lines = [
-        [name, str(tau or "any"), *(f"{median(row[quantity] for row in group):.2f}" for quantity in STEPS)]
-        for (name, tau), group in groups.items()
-    ]
-    return Table("", list(map(Column, ("estimator", "tau", *STEPS.values()))), lines).markdown()
+    return groups
 
 
 def summary(rows: list[dict]) -> str:

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.saved import new_parser, read_saved
-from grade.training.swap_statistics import Agreement, Measured, table
+from grade.training.swap_statistics import Agreement, Measured, table, verdict
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("file", type=Path)
     kind = "a file that grade reward CONFIG --check_gradient has written"
-    payload = read_saved(parser.parse_args(arguments).file, kind, "rows", "verdict", of_rows=("drawn", "pearson"))
-    print(f"{table([_agreement(row) for row in payload['rows']]).markdown()}\n\n{payload['verdict']}")
+    payload = read_saved(parser.parse_args(arguments).file, kind, "rows", of_rows=("drawn", "pearson"))
+    rows = [_agreement(row) for row in payload["rows"]]
+    print(f"{table(rows).markdown()}\n\n{verdict(rows)}")
 
 
 def _agreement(row: dict[str, Any]) -> Agreement:

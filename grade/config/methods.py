@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from grade.config.bounds import BATCH, COUNT, RATE, TOKENS, WEIGHT, setting
 from grade.errors import GradeError
@@ -47,7 +47,8 @@ class PPOConfig:
     """`reward`: every token pays kl_coef times its log-ratio to the reference; `loss`: the exact KL is a loss term.
     TRL's `kl_coef` is `reward` with kl_reduction `sequence_sum`."""
     target_kl: float | None = setting(0.1, gt=0, le=WEIGHT)
-    """Stop a step's passes once the approximate KL to the sampling policy, nats per token, exceeds this."""
+    """Stop a step's passes once the approximate KL to the policy that sampled its responses, nats per token, exceeds
+    this; method.target_kl is another quantity, the KL to the reference."""
 
 
 @dataclass
@@ -110,10 +111,11 @@ class MethodConfig:
     kl_coef: float = setting(0.1, ge=0, le=WEIGHT)
     """Weight of the KL term, per nat; with a `target_kl` what it starts from."""
     target_kl: float | None = setting(None, gt=0, le=WEIGHT)
-    """Move kl_coef after every step so that the step's KL comes to this many nats, per token or per response as
-    kl_reduction has it; null: kl_coef stays."""
+    """Move kl_coef after every step so that the step's KL to the reference comes to this many nats, per token or per
+    response as kl_reduction has it; null: kl_coef stays. method.ppo.target_kl is another quantity."""
     target_kl_rate: float = setting(0.1, gt=0, le=1)
-    """How fast: kl_coef changes by this times the KL's relative excess, of which at most a fifth counts."""
+    """How fast: kl_coef changes by this times the KL's relative excess, of which at most a fifth counts; at 0.1 at most
+    2 % a step."""
     kl_direction: Literal["policy_ref", "ref_policy"] = "policy_ref"
     """`policy_ref`: kl(policy‖ref). `ref_policy`: kl(ref‖policy). Exact over the vocabulary."""
     kl_reduction: Literal["token_mean", "sequence_sum"] = "token_mean"
@@ -129,7 +131,8 @@ class MethodConfig:
     max_hops: int = setting(16, ge=0, le=TOKENS)
     """Most applications of the hop operator per step; exact at max_new_tokens - 1."""
     hop_tol: float = setting(1e-2, ge=0, le=WEIGHT)
-    """A sequence stops hopping when its last change relative to its gradient (hidden space) is below this."""
+    """A sequence stops hopping when its last change relative to its gradient (hidden space), both of the gradient
+    before path_scale, is at most this."""
     replay_dropout: bool = False
     """Adapter dropout during replay. Breaks the fixed point of `grade`, which refuses it."""
     activation_checkpointing: Literal["auto"] | bool = setting("auto", role="speed")
@@ -155,11 +158,17 @@ class MethodConfig:
 
 
 def method_named(method: MethodConfig, name: str) -> MethodConfig:
-    """`method` with the name of METHODS or the changes of VARIANTS."""
+    """`method` with the name of METHODS or the changes of VARIANTS.
+
+    What another method was given does not hold for `grade`: its estimator is `gumbel`, the only one it has, and its
+    path_scale 1, as what grade-ste's gradient lacks of its length says nothing of that of mixtures.
+    """
     base, changes = VARIANTS.get(name, (name, {}))
-    sections = {base: replace(getattr(method, base), **changes)} if changes else {}
+    sections: dict[str, Any] = {base: replace(getattr(method, base), **changes)} if changes else {}
     if base == "grade":
-        sections["estimator"] = "gumbel"  # the only one it has, whatever grade-ste is given
+        sections["estimator"] = "gumbel"
+        if method.name != "grade":
+            sections["path_scale"] = 1.0
     return replace(method, **{"name": base, **sections})
 
 
@@ -234,8 +243,8 @@ def check_method(
         )
     if method.target_kl is not None and method.kl_coef == 0:
         raise GradeError(
-            "method.target_kl steers method.kl_coef by multiplying it, which leaves 0 what it is. Set method.kl_coef above "
-            "0, such as 0.1, or method.target_kl to null."
+            "method.target_kl steers method.kl_coef by multiplying it, which leaves 0 what it is. Set method.kl_coef "
+            "above 0, such as 0.1, or method.target_kl to null."
         )
     if method.name == "ppo" and method.ppo.kl == "reward" and method.kl_direction == "ref_policy":
         raise GradeError(

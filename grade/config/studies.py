@@ -12,6 +12,12 @@ from grade.config.training import Schedule
 from grade.errors import GradeError
 
 Estimator = Literal["gumbel", "rao", "straight_through", "reinmax"]
+BLOCKS = 10
+"""Parts that draws and prefixes fall into; intervals follow from how these differ, so each needs something in it."""
+REFERENCE_DRAWS = 8
+"""Draws that the reference takes together: short passes are cheap side by side."""
+COPIES = 32
+"""Responses of a prefix."""
 
 
 @dataclass
@@ -22,10 +28,11 @@ class CompareConfig:
     """Every method is tried with train.learning_rate times each of these, and keeps the best by validation; where
     that is the lowest or the highest, with at most two more beyond it."""
     sweep_steps: int = setting(50, ge=0, le=COUNT)
-    """Optimizer steps of each of these trials; 0: none, every method takes train.learning_rate."""
+    """Optimizer steps of each of these trials; 0: none, every method takes train.learning_rate, and the schedule of
+    compare.schedules where that names one."""
     schedules: list[Schedule] | None = None
     """Learning-rate schedules that every method is tried with at its learning rate, of which it keeps the best by
-    validation; null: train.schedule."""
+    validation; null: train.schedule. One alone is that of every trial and run."""
     sweep_seed: int = setting(1000, ge=0, le=SEED)
     """Seed of these trials; none of the comparison's own."""
     validations: int = setting(15, ge=1, le=COUNT)
@@ -67,7 +74,7 @@ class VarianceConfig:
     """Tokens of a response; null: 8, where the bias can be judged, and generation.max_new_tokens."""
     top_ks: list[int] | None = setting(None, ge=1, le=TOKENS)
     """Candidates per token; null: generation.top_k."""
-    draws: int = setting(32, ge=10, le=COUNT)
+    draws: int = setting(32, ge=BLOCKS, le=COUNT)
     """Independent draws of every gradient. Sums over ten blocks of them are kept: 40 bytes a trained parameter."""
     responses: int = setting(8, ge=2, le=BATCH)
     """Responses of a draw."""
@@ -79,8 +86,8 @@ class VarianceConfig:
     """Responses behind the unbiased reference (leave-one-out REINFORCE), for lengths up to 8; at least 80 times
     variance.responses, or 0 for none."""
     step_responses: int = setting(2048, ge=0, le=COUNT)
-    """Responses, 32 to a prefix, behind the steps and length factors of grade-ste's rules and of rloo, for every
-    length; at least 320, or 0 for none."""
+    """Responses behind the steps and length factors of grade-ste's rules and of rloo, for every length; 32 to a prefix,
+    so rounded down to a multiple of 32. At least 320, or 0 for none."""
     seed: int = setting(2000, ge=0, le=SEED - 2)
     """Seed of the draws, apart from the training's."""
 
@@ -103,6 +110,11 @@ def check_studies(compare: CompareConfig, variance: VarianceConfig) -> None:
         _check_list("compare.best_of", compare.best_of, "whole numbers")
     if compare.schedules is not None:
         _check_list("compare.schedules", compare.schedules, "schedules")
+        if compare.sweep_steps == 0 and len(compare.schedules) > 1:
+            raise GradeError(
+                f"compare.schedules is {shown(compare.schedules)}, of which trials choose, and compare.sweep_steps is "
+                "0: there are none. Set it to 1 or more, or name one schedule."
+            )
     _check_list("variance.taus", variance.taus, "numbers")
     _check_list("variance.hops", variance.hops, "whole numbers")
     _check_list("variance.estimators", variance.estimators, "rules")
@@ -115,15 +127,16 @@ def check_studies(compare: CompareConfig, variance: VarianceConfig) -> None:
             f"variance.responses ({variance.responses}) is not a multiple of variance.samples_per_prompt "
             f"({variance.samples_per_prompt}). Change one of them."
         )
-    if 0 < variance.reference_responses < 80 * variance.responses:
+    least = BLOCKS * REFERENCE_DRAWS
+    if 0 < variance.reference_responses < least * variance.responses:
         raise GradeError(
             f"variance.reference_responses is {variance.reference_responses}: too few to judge by. Raise it to "
-            f"{80 * variance.responses} (80 * variance.responses) or more, or set it to 0 for no reference."
+            f"{least * variance.responses} ({least} * variance.responses) or more, or set it to 0 for no reference."
         )
-    if 0 < variance.step_responses < 320:
+    if 0 < variance.step_responses < BLOCKS * COPIES:
         raise GradeError(
-            f"variance.step_responses is {variance.step_responses}: too few for intervals. Raise it to 320 or more, or "
-            "set it to 0 to measure no steps."
+            f"variance.step_responses is {variance.step_responses}: too few for intervals. Raise it to "
+            f"{BLOCKS * COPIES} or more, or set it to 0 to measure no steps."
         )
     if variance.methods is not None:
         names = f"names of {', '.join(COMPARED)}"

@@ -69,6 +69,11 @@ def validate(config: Config) -> None:
             f"({generation.min_new_tokens}): raise the first or lower the second."
         )
     check_studies(config.compare, config.variance)
+    if config.compare.kl_coefs is not None and method.target_kl is not None:
+        raise GradeError(
+            "compare.kl_coefs gives runs other weights of the KL, and method.target_kl moves that weight away from any "
+            "of them. Set one of the two to null."
+        )
     per_step = train.batch_size * train.accumulation_steps
     if train.steps * per_step * generation.max_new_tokens > NOISE_ROWS:
         raise GradeError(

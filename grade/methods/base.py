@@ -93,7 +93,8 @@ class Method:
         return kl_weight(mask, self.config.kl_reduction, self.kl_coef, totals.tokens, totals.responses)
 
     def loss(self, metrics: dict[str, float]) -> float:
-        """The loss above from a step's means; minus it is the objective that studies compare methods by."""
+        """The loss above from a step's means, with the coefficient of this step. Minus it is the objective that studies
+        compare methods by, but where `method.target_kl` moves the coefficient: they keep that of the settings."""
         return -metrics["reward"] + self.kl_coef * self._kl_in_loss(metrics)
 
     def steer(self, metrics: dict[str, float]) -> dict[str, float]:

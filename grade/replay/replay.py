@@ -65,7 +65,7 @@ class ReplayResult(Scores):
 
     Args:
         hops: [B] int64, hops until the sequence converged or the cap.
-        residual: [B], last relative change of its gradient.
+        residual: [B], last relative change of its gradient before path_scale.
     """
 
     hops: Tensor
@@ -128,7 +128,7 @@ class Prepared:
         )
 
     def hidden_gradient(self, settings: ReplaySettings) -> tuple[Tensor, Tensor, Tensor]:
-        """(gradient at the policy's hidden states [n, d], hops [B], residual [B])."""
+        """(gradient at the policy's hidden states [n, d], hops [B], residual [B] of the gradient before path_scale)."""
         gradient, hops, residual = solve_hops(*self.equation(settings), self.done.real, settings)
         if settings.kl_prefix_grad == "none":
             gradient = settings.path_scale * gradient + self.kl_gradient
@@ -139,10 +139,12 @@ class Prepared:
         return gradient, hops, residual
 
     def logit_gradient(self, settings: ReplaySettings) -> Tensor:
-        """[n, k], the gradient at the candidates' logits that reaches them through the tokens drawn from them: what
-        `hidden_gradient` pulls back to the hidden states, without KL's at its own step and the score function's.
+        """[n, k], the gradient at the candidates' logits that reaches them through the tokens drawn from them, before
+        `path_scale`: what `hidden_gradient` at a path_scale of 1 pulls back to the hidden states, without KL's at its
+        own step and the score function's.
 
-        The series converges in `hop_tol` as there, and a cap on the hops counts the same; keeps the graph.
+        A cap on the hops counts as there, the last hop ending at the logits; the tolerance is that of the hops before
+        it. Keeps the graph.
         """
         rule, incoming = self._rule_at_logits(settings), list(self.incoming)
         if settings.max_hops > 0:  # the last hop ends at the logits

@@ -40,7 +40,7 @@ def against_kl(
         style = styles[method]
         points = [p for p in frontier["points"] if p["method"] == method and p.get(measure) is not None]
         axes.plot(
-            [max(p[KL], 0.0) for p in points],
+            [p[KL] for p in points],
             [p[measure] for p in points],
             color=style.colour,
             marker=style.marker,
@@ -51,7 +51,8 @@ def against_kl(
         )
         for knots in seeds.values():
             known = [(k[KL], k[measure]) for k in knots if k.get(measure) is not None]
-            axes.plot(*zip(*known, strict=True), color=style.colour, linewidth=0.8, alpha=0.5) if known else None
+            if known:
+                axes.plot(*zip(*known, strict=True), color=style.colour, linewidth=0.8, alpha=0.5)
         axes.plot(
             *_mean(list(seeds.values()), measure),
             color=style.colour,

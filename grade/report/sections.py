@@ -26,6 +26,7 @@ _FACTS = (
     ("model", "model.name"),
     ("reward", "reward.model"),
     ("KL coefficient", "method.kl_coef"),
+    ("which is steered to a KL of, nats", "method.target_kl"),
     ("learning rate", "train.learning_rate"),
     ("steps planned", "train.steps"),
     ("longest response, tokens", "generation.max_new_tokens"),

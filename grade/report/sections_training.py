@@ -20,7 +20,9 @@ def learning(view: View) -> Section:
     for key, title, ylabel in _LEARNING:
         title, curves = title.format(reference=_reference(view)), view.training(section, key)
         if curves:
-            about = " The objective of every method, each with its own kl_coef." if key == "loss" else ""
+            about = (
+                f" The objective of every method, each with its own kl_coef{_steered(view)}." if key == "loss" else ""
+            )
             section.add(
                 Drawing(
                     f"learning_{key}",
@@ -38,6 +40,16 @@ def _reference(view: View) -> str:
     if len(initial) > 1:
         return "each run's reference"
     return "the policy as it started" if initial == {True} else "the base model"
+
+
+def _steered(view: View) -> str:
+    """Which kl_coef moved, and to what end."""
+    said = [
+        f"{group.label} from {group.setting('method.kl_coef'):g}, steered to a KL of {target:g}"
+        for group in view.groups
+        if (target := group.setting("method.target_kl")) is not None
+    ]
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def last_values(curves: dict[str, Curve]) -> str:

@@ -56,7 +56,7 @@ _FIGURES = (
     ("cosine", "Direction of the estimators", "cosine with the unbiased reference", False),
 )
 _STEP_FIGURES = (
-    ("plain_step", "Gain of a plain step", "reward per √(2 nats)", False),
+    ("plain_step", "Gain of a plain step", "reward / √(2 KL)", False),
     ("factor", "Length of the gradient through tokens", "factor to the exact length", False),
 )
 

@@ -160,7 +160,9 @@ def _facts(config: Config, record: Mapping[str, Any]) -> Iterator[tuple[str, obj
         )
     else:
         yield f"settings of {method.name}", _listed(asdict(getattr(method, method.name)))
-    yield f"KL to {_reference(config)}", f"coefficient {method.kl_coef:g}, {method.kl_direction}, {method.kl_reduction}"
+    steered = "" if method.target_kl is None else f", steered to a KL of {method.target_kl:g} nats"
+    coefficient = f"coefficient {'from ' if steered else ''}{method.kl_coef:g}{steered}"
+    yield f"KL to {_reference(config)}", f"{coefficient}, {method.kl_direction}, {method.kl_reduction}"
     yield "steps", train.steps
     responses = record.get("inputs", {}).get("responses_per_step", train.batch_size * train.accumulation_steps)
     yield "responses of a step", f"{responses}, {config.generation.samples_per_prompt} per prompt"

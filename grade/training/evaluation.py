@@ -160,7 +160,8 @@ def responses(
 
     Returns:
         Dictionaries: "number" of the prompt, "prompt" and "response" as texts, "reward", "kl" and "entropy" (sums over
-        the response, nats), "unique", "length" (tokens), "ended", and by name "details" and "terms".
+        the response, nats), "unique", "length" (tokens), "ended", and by name "details", "terms" and "silent" (whether
+        a function of the reward does not apply to the response).
     """
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     sampling = evaluation_sampling(settings, generation)

@@ -176,16 +176,10 @@ class _Slopes:
 
     def draw(self, weight: Tensor, count: int, generator: torch.Generator) -> _Pairs | None:
         """`count` pairs of a position and a candidate in every response that has one, by their weights [B, S, k]."""
-        flat = weight.flatten(1).double().cpu()  # [B, S * k]
-        some = (flat.sum(1) > 0).nonzero().squeeze(1)
-        if not len(some):
+        response, position, place = drawn_places(weight, count, generator)
+        if not len(response):
             return None
-        picked = torch.multinomial(flat[some], count, replacement=True, generator=generator).to(weight.device)
-        k = weight.shape[2]
-        position = picked // k
-        candidate = self.rollout.indices[some.to(weight.device)[:, None], position, picked % k]
-        response = some.to(weight.device).repeat_interleave(count)
-        return _Pairs(response, position.flatten(), candidate.flatten(), count)
+        return _Pairs(response, position, self.rollout.indices[response, position, place], count)
 
     @torch.no_grad()
     def swapped(self, pairs: _Pairs, first: int, share: float, size: int) -> Swaps:
@@ -193,7 +187,7 @@ class _Slopes:
 
         Args:
             first: number of the first response.
-            size: sequences in a pass, about.
+            size: most sequences in a pass.
         """
         response, position, candidate, each = pairs
         rollout = self.rollout
@@ -202,7 +196,7 @@ class _Slopes:
         for gradient, rows in self.gradients:
             apart = rows[candidate].double() - rows[before].double()  # [N, d]
             predicted += share * (gradient[response, position].double() * apart).sum(-1)
-        parts = self._rollout(pairs, share).micro_batches(max(size // each, 1) * each)
+        parts = self._rollout(pairs, share).micro_batches(size // each * each or size)
         after = [frozen_passes(self.policy, self.reward, p, RealTokens(p), self.settings).reward for p in parts]
         true = torch.cat(after).double() - self.value[response].double()
         third = position * 3 // rollout.mask.sum(1)[response]
@@ -234,6 +228,29 @@ class _Slopes:
             prompt_index=None if rollout.prompt_index is None else rollout.prompt_index[response],
             judged=None if rollout.judged is None else rollout.judged[response],
         )
+
+
+def drawn_places(weight: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """`count` independent draws of a position and a candidate of every response that has one, by their weights.
+
+    The position first, and then the candidate: torch draws among 2^24 at most, and S * k may be more.
+
+    Args:
+        weight: [B, S, k], bool or not negative.
+        generator: of a CPU.
+
+    Returns:
+        (response, position, place among the candidates), int64 [R * count] each, those of a response together.
+    """
+    of_positions = weight.sum(2, dtype=torch.float64).cpu()  # [B, S]
+    some = (of_positions.sum(1) > 0).nonzero().squeeze(1)  # [R]
+    if not len(some):
+        return some, some, some
+    position = torch.multinomial(of_positions[some], count, replacement=True, generator=generator).flatten()
+    response, position = (x.to(weight.device) for x in (some.repeat_interleave(count), position))
+    chances = weight[response, position].double().cpu()  # [R * count, k]
+    place = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+    return response, position, place.to(weight.device)
 
 
 def _joined(parts: list[Swaps]) -> Swaps:

@@ -74,7 +74,8 @@ class Agreement:
         part: of the response.
         swaps, responses: how many.
         pearson, spearman: correlations.
-        slope: of true on predicted effects, least squares through the origin; 1: the gradient has the right length.
+        slope: of true on predicted effects, least squares through the origin; 1: swaps do what is predicted. It is of
+            finite swaps among fixed tokens, and no length factor of `grade variance`.
         right_sign: share of the swaps that change the reward whose effect has the predicted sign.
         deviation: standard deviation of the true effects, in units of the reward.
     """
@@ -185,10 +186,9 @@ def verdict(rows: list[Agreement]) -> str:
     else:
         said = f"GRADE follows this reward in part: {known}, above 0, and the interval includes {HALF}."
     if slope.value is not None and slope.interval is not None and not slope.interval[0] <= 1 <= slope.interval[1]:
-        weight = "less" if slope.value < 1 else "more"
         said += (
             f" On average a swap does {slope.value:.2f} ({slope.interval[0]:.2f} to {slope.interval[1]:.2f}) of what "
-            f"is predicted, so the reward is worth {weight} against the KL than a step on it supposes."
+            "is predicted."
         )
     return said
 
@@ -210,7 +210,7 @@ def table(rows: list[Agreement]) -> Table:
         ],
         "Predicted: the reward's gradient at the token's embedding times the change of the embedding; true: the reward "
         "after the swap minus the reward before. ± one standard error over responses. Slope: of true on predicted, "
-        "through the origin; 1 is the right length. Half-way: the embedding in the middle between both tokens.",
+        "through the origin; at 1 swaps do what is predicted. Half-way: the embedding in the middle of both tokens.",
     )
 
 

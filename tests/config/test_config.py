@@ -7,7 +7,8 @@ import pytest
 import yaml
 from settings import set_setting
 
-from grade.config import Config, LoraSettings, ModelConfig, TrainConfig, get_setting, validate
+from grade.config import Config, LoraSettings, MethodConfig, ModelConfig, TrainConfig, get_setting, validate
+from grade.config.methods import method_named
 from grade.config.names import setting_types
 from grade.config.options import add_settings, new_parser
 from grade.config.reading import config_from_yaml, config_to_yaml, find_config, load_config, shipped_configs
@@ -41,6 +42,15 @@ def test_defaults_are_valid():
         ({"generation__max_new_tokens": 4}, r"max_new_tokens \(4\) is below generation.min_new_tokens \(8\)"),
         ({"method__name": "grade", "method__replay_dropout": True}, "replay_dropout cannot be true"),
         ({"method__target_kl": 0.5, "method__kl_coef": 0.0}, "which leaves 0 what it is"),
+        (
+            {"method__target_kl": 0.5, "compare__kl_coefs": [0.2]},
+            "compare.kl_coefs gives runs other weights of the KL, and method.target_kl moves .* one of the two to null",
+        ),
+        (
+            {"compare__sweep_steps": 0, "compare__schedules": ["constant", "linear"]},
+            r"compare.schedules is .*compare.sweep_steps is 0: there are none. Set it to 1 or more, or name one",
+        ),
+        ({"variance__step_responses": 319}, "variance.step_responses is 319: .*Raise it to 320 or more"),
         ({"method__name": "grade", "method__estimator": "rao"}, "estimator=rao needs method.name=grade-ste"),
         ({"train__batch_size": 3, "generation__samples_per_prompt": 2}, r"\(3\) is not a multiple"),
         ({"train__resume": True, "train__overwrite": True}, "choose one"),
@@ -57,6 +67,21 @@ def test_what_the_rules_allow():
     validate(with_settings(generation__max_new_tokens=8, generation__min_new_tokens=8))
     validate(with_settings(generation__samples_per_prompt=4))
     validate(with_settings(evaluation__top_p=1.0))
+    validate(with_settings(method__target_kl=0.5))
+    validate(with_settings(compare__kl_coefs=[0.2]))
+    validate(with_settings(compare__sweep_steps=0, compare__schedules=["linear"]))
+    validate(with_settings(variance__step_responses=320))
+
+
+def test_what_is_for_another_method_is_not_for_grade():
+    """Its estimator and the factor of its length; of a config that is for `grade` they are its own."""
+    others = MethodConfig(name="grade-ste", estimator="rao", path_scale=3.0)
+    assert method_named(others, "grade-ste") == others
+    named = method_named(others, "grade")
+    assert (named.name, named.estimator, named.path_scale) == ("grade", "gumbel", 1.0)
+    assert method_named(others, "ppo").path_scale == 3.0
+    own = MethodConfig(name="grade", path_scale=3.0)
+    assert method_named(own, "grade") == own
 
 
 # --- YAML --------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from enumeration import method_of, ragged_rollout, step_gradients
@@ -33,23 +35,38 @@ def test_the_optimum_of_a_steered_objective_has_the_target():
     assert kl_of(coefficient) == pytest.approx(0.2, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["grade-ste", "ppo", "reinforce", "grpo"])
+@pytest.mark.parametrize(
+    "name, own, accumulation",
+    [
+        ("grade-ste", None, 1),
+        ("grade-ste", None, 2),
+        ("ppo", None, 1),
+        ("ppo", {"kl": "loss"}, 1),
+        ("ppo", {"kl": "loss"}, 2),
+        ("reinforce", None, 1),
+        ("grpo", None, 2),
+    ],
+)
 @pytest.mark.parametrize("reduction, seen", [("token_mean", "kl"), ("sequence_sum", "kl_sequence")])
-def test_every_method_is_charged_what_the_coefficient_has_become(name, reduction, seen):
+def test_every_method_is_charged_what_the_coefficient_has_become(name, own, accumulation, reduction, seen):
     """A step with a coefficient that has moved is a step of a method that was given it."""
     policy = tiny_policy("llama", dtype=torch.float64)
     reward, rollout = tiny_reward(policy), ragged_rollout(policy)
-    options = dict(batch=len(rollout), copies=4, kl_reduction=reduction)
+    batch = len(rollout) // accumulation
+    options = dict(batch=batch, accumulation=accumulation, copies=4, kl_reduction=reduction, own=own)
     moved = method_of(policy, reward, name, target_kl=0.01, target_kl_rate=1.0, **options)
     _, metrics = step_gradients(moved, rollout)
     assert moved.steer(metrics) == {"kl_coef": 0.1}
     assert moved.kl_coef == pytest.approx(steered(0.1, metrics[seen], 0.01, 1.0)) != 0.1
     given = method_of(policy, reward, name, kl_coef=moved.kl_coef, **options)
-    given.load_state_dict(moved.state_dict())
+    unmoved = method_of(policy, reward, name, **options)
+    for method in (given, unmoved):
+        method.load_state_dict(deepcopy(moved.state_dict()))
     ours, metrics = step_gradients(moved, rollout)
     theirs, expected = step_gradients(given, rollout)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert metrics["loss"] == expected["loss"]
+    assert not all(torch.equal(a, b) for a, b in zip(ours, step_gradients(unmoved, rollout)[0], strict=True))
     assert given.steer(expected) == {}
 
 

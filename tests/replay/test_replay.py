@@ -14,11 +14,12 @@ from tiny import CONFIGS, EOS, FURTHER, VOCAB, KeepDouble, tiny_policy, tiny_rew
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grade.model.policy import Policy
-from grade.replay.replay import ReplaySettings, replay
+from grade.replay.replay import ReplaySettings, prepare, replay
 from grade.replay.score import ScoreSettings, score
 from grade.rollout import pad_prompts
 from grade.sampling.draw import Sampling
 from grade.sampling.sample import sample
+from grade_kernels import pull_back
 
 
 def ragged_rollout(policy, **options):
@@ -255,10 +256,25 @@ def test_bfloat16_base_with_float32_adapter():
     assert relative_error(rounded, exact) < 0.25
 
 
-@pytest.mark.parametrize("prefix", ["both", "policy", "none"])
-def test_path_scale_multiplies_all_but_the_kl_of_a_step_itself(setting, prefix):
-    """The KL of a step itself is what remains of the published algorithm without a reward and without prefix."""
+@pytest.mark.parametrize(
+    "prefix, soft, scored",
+    [
+        ("both", False, False),
+        ("policy", False, False),
+        ("none", False, False),
+        ("both", True, False),
+        ("none", True, False),
+        ("both", False, True),
+        ("none", False, True),
+    ],
+)
+def test_path_scale_multiplies_all_but_the_kl_of_a_step_itself(setting, prefix, soft, scored):
+    """The KL of a step itself is what remains of the published algorithm without a reward and without prefix. Of a term
+    that is followed by the score function nothing has come through an embedding."""
     policy, reward, rollout, settings = setting
+    if soft:
+        policy.eos_ids = torch.tensor([EOS])
+        rollout = ragged_rollout(policy, tau=1.0, soft=True)
     settings = replace(settings, kl_prefix_grad=prefix)
     loss = published_loss(
         policy,
@@ -266,7 +282,7 @@ def test_path_scale_multiplies_all_but_the_kl_of_a_step_itself(setting, prefix):
         rollout,
         tau=1.0,
         k=7,
-        soft=False,
+        soft=soft,
         kl_coef=0.3,
         kl_reduction="token_mean",
         kl_prefix_grad="none",
@@ -275,7 +291,28 @@ def test_path_scale_multiplies_all_but_the_kl_of_a_step_itself(setting, prefix):
         check=False,
     )
     own = gradients(policy, loss)
-    whole = gradient(policy, reward, rollout, settings)
-    scaled = gradient(policy, reward, rollout, replace(settings, path_scale=3.0))
-    assert relative_error(scaled, own + 3 * (whole - own)) < 1e-6  # transformers' float32 corners
-    assert relative_error(scaled, whole) > 0.1
+    path = gradient(policy, reward, rollout, settings) - own
+    score_weight = torch.linspace(-1.0, 2.0, len(rollout), dtype=torch.float64) / len(rollout) if scored else None
+    whole = gradient(policy, reward, rollout, settings, score_weight=score_weight)
+    assert (relative_error(whole, own + path) > 0.1) is scored
+    scaled = gradient(policy, reward, rollout, replace(settings, path_scale=3.0), score_weight=score_weight)
+    assert relative_error(scaled, whole + 2 * path) < 1e-6  # transformers' float32 corners
+    assert path.norm() > 0.02 * scaled.norm()
+
+
+@pytest.mark.parametrize(
+    "prefix, hops", [("both", 20), ("policy", 20), ("none", 20), ("both", 0), ("none", 0), ("both", 2)]
+)
+def test_what_reaches_the_logits_is_what_is_pulled_back_to_the_hidden_states(setting, prefix, hops):
+    """But for KL's own gradient, the score function's, and path_scale, which come after."""
+    policy, reward, rollout, settings = setting
+    settings = replace(settings, kl_prefix_grad=prefix, max_hops=hops)
+    ones = torch.ones(rollout.mask.shape, dtype=torch.float64)
+    prepared = prepare(policy, reward, rollout, settings, reward_weight=ones[:, 0], kl_weight=0.3 * ones)
+    at_logits, done = prepared.logit_gradient(replace(settings, path_scale=3.0)), prepared.done
+    pulled = pull_back(at_logits, done.real.indices, policy.head, done.swept.logits)
+    hidden, _, _ = prepared.hidden_gradient(settings)
+    error = relative_error(pulled, hidden - prepared.kl_gradient)
+    assert error < 1e-6 < relative_error(pulled, hidden)  # transformers' float32 corners
+    every, _, _ = prepared.hidden_gradient(replace(settings, max_hops=20))
+    assert (relative_error(every, hidden) > 1e-6) is (hops < 20)

@@ -52,6 +52,16 @@ def test_kl_is_told_to_its_reference(tmp_path):
     assert "KL to each run's reference over" in titles("base", "initial")
 
 
+def test_a_coefficient_that_moved_is_told_as_one(tmp_path):
+    write_run(tmp_path / "0", method="ppo")
+    write_run(tmp_path / "1", settings={"method.target_kl": 0.5})
+    (summary, *sections) = all_sections(load_study(tmp_path))
+    learning = next(s for s in sections if s.anchor == "learning")
+    loss = next(part for part in learning.parts if getattr(part, "name", "") == "learning_loss")
+    assert "each with its own kl_coef (grpo from 0.1, steered to a KL of 0.5)." in loss.caption
+    assert ["which is steered to a KL of, nats", "0.5"] in summary.parts[0].rows
+
+
 def test_sessions_that_say_little(tmp_path):
     """A killed one has no end; what is no session, and a run without any, is left out."""
     folder = write_run(tmp_path / "run")

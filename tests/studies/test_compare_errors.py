@@ -15,7 +15,7 @@ from benchmarks import comparison as benchmark
 from grade.errors import GradeError, read_json
 from grade.model.loading import load_prompts
 from grade.rewards.shared import head_report
-from grade.studies.compare import study
+from grade.studies.compare import plan, study
 from grade.studies.compare.jobs import Job, locked, run_jobs
 from grade.studies.compare.plan import Comparison
 from grade.studies.compare.study import run_comparison
@@ -45,6 +45,12 @@ ODD = {"batch_size": 6, "accumulation_steps": 1}
         ({"compare": {"kl_coefs": []}}, METHODS, r"compare.kl_coefs is \[\]: name one or more numbers"),
         ({"compare": {"kl_coefs": [0.2], "frontier_prompts": 0}}, METHODS, "compare.frontier_prompts is 0: set it to"),
         ({"compare": {"best_of": [2, 2]}}, METHODS, r"compare.best_of is \[2, 2\]: .*none of them twice"),
+        ({"compare": {"kl_coefs": [0.2]}, "method": {"target_kl": 0.5}}, METHODS, "compare.kl_coefs gives runs other"),
+        (
+            {"model": {"reference": "initial", "adapter": "an/adapter"}},
+            METHODS,
+            "model.reference is initial.* Set compare.frontier_prompts to 0",
+        ),
         ({"rollout": {"source": "pipe"}}, METHODS, "rollout.source is set"),
         (
             {"task": {"name": "countdown"}},
@@ -57,6 +63,31 @@ def test_what_cannot_be_compared_is_refused_before_any_work(few, changes, method
     with pytest.raises(GradeError, match=expected):
         run_comparison(changed(few, **changes), methods, [0])
     assert not (Path(few.output_dir) / "compare-few").exists()
+
+
+def test_every_coefficient_of_the_kl_is_validated_before_any_work(few, monkeypatch):
+    """A run that could not begin would otherwise be found out after the sweep and the tables' runs."""
+    seen = []
+
+    def validated(config):
+        seen.append((config.method.name, config.method.kl_coef))
+        if config.method.kl_coef == 0:
+            raise GradeError("no KL to weigh")
+
+    monkeypatch.setattr(plan, "validate", validated)
+    with pytest.raises(GradeError, match="no KL to weigh"):
+        run_comparison(changed(few, compare={"kl_coefs": [0.0, 0.5]}), METHODS, [0, 1])
+    assert not (Path(few.output_dir) / "compare-few").exists()
+    seen.clear()
+    one = Comparison(changed(few, compare={"kl_coefs": [0.5]}), METHODS, [0, 1])
+    plan.check_methods(one, [one.run_job(m, 0, few.train.learning_rate, few.train.schedule) for m in METHODS])
+    assert seen == [("reinforce", 0.1), ("ppo", 0.1), ("reinforce", 0.5), ("ppo", 0.5)]
+
+
+def test_coefficients_that_are_nearly_alike_have_folders_of_their_own(few):
+    config = changed(few, compare={"kl_coefs": [0.1234567, 0.1234568]})
+    jobs = Comparison(config, ["ppo"], [0]).frontier_jobs({"ppo": 1e-3}, {"ppo": "constant"})
+    assert [job.name for job in jobs.values()] == ["ppo-kl0.1234567-seed0", "ppo-kl0.1234568-seed0"]
 
 
 def test_fewer_steps_than_a_run_has_had_are_refused_and_more_are_made(few, monkeypatch):

@@ -292,6 +292,9 @@ def test_notes_say_where_the_sweep_ended_at_its_edge():
     text = notes(payload)
     assert "solve rate − 0.1 · KL (nats per response)" in text and "rate of ppo" not in text
     assert "best rate of grpo is the highest" in text and "best rate of grade is the lowest" in text
+    assert "steered" not in text
+    payload["config"]["method"]["target_kl"] = 0.5
+    assert "In training the KL's weight goes from 0.1, steered to a KL of 0.5." in notes(payload)
 
 
 def test_write_comparison(compared, tmp_path):

@@ -9,11 +9,17 @@ from itertools import combinations
 import numpy as np
 import pytest
 from report_runs import add_frontier, write_comparison
+from tiny import tiny_policy, tiny_reward
 
 from benchmarks import comparison as benchmark
-from grade.studies.compare.best_of import best_of, best_of_weights, kl_bound
+from grade.config import Config, EvaluationConfig, GenerationConfig
+from grade.config.studies import CompareConfig
+from grade.sampling.sample import sample
+from grade.studies.compare import best_of as sampling_of_n
+from grade.studies.compare.best_of import best_of, best_of_weights, kl_bound, sampled_best_of
 from grade.studies.compare.frontier import by_seed, common_kls, evenly_spaced, frontier_of, frontier_table, value_at
 from grade.studies.compare.frontier_text import frontier_markdown
+from grade.studies.compare.measures import repetition
 
 BASE = {"kl_sequence": -1e-9, "reward": 0.5, "judge": 0.5}
 
@@ -46,6 +52,13 @@ def test_where_nothing_is_better_than_the_base_and_where_nothing_moved():
     still = frontier_of([point(0.0, 0.5)], BASE)
     assert value_at(still, "reward", 0.0) == 0.5 and value_at(still, "reward", 0.1) is None
     assert common_kls({"ppo": {0: still}}) == [] and common_kls({}) == []
+
+
+def test_a_kl_that_rounding_left_below_0_is_0():
+    knots = frontier_of([point(-1e-7, 0.6), point(4.0, 0.8)], BASE)
+    assert [knot["kl_sequence"] for knot in knots] == [0.0, 0.0, 4.0]
+    assert value_at(knots, "reward", 1.0) == pytest.approx(0.7)
+    assert frontier_of([point(-1e-7, 0.4)], BASE)[-1]["kl_sequence"] == 0.0
 
 
 def test_the_table_is_over_seeds_and_says_where_one_does_not_reach():
@@ -135,6 +148,34 @@ def test_weights_sum_to_one_and_of_all_is_the_maximum():
     for n in (0, 17):
         with pytest.raises(ValueError):
             best_of_weights(n, 16)
+
+
+def test_no_pass_has_more_responses_than_an_evaluations(monkeypatch):
+    """With a prompt's responses in several passes, and several prompts' in one, they are the same."""
+    policy = tiny_policy()
+    reward, sizes = tiny_reward(policy), []
+    monkeypatch.setattr(sampling_of_n, "sample", lambda *args, **named: counted(sample(*args, **named)))
+
+    def counted(rollout):
+        sizes.append(len(rollout))
+        return rollout
+
+    def found(batch_size):
+        sizes.clear()
+        config = Config(
+            generation=GenerationConfig(max_new_tokens=5, min_new_tokens=2, top_k=16),
+            evaluation=EvaluationConfig(batch_size=batch_size),
+            compare=CompareConfig(best_of=[1, 2, 7]),
+        )
+        prompts = [[5, 9, 2], [7, 11, 13], [23]]
+        return sampled_best_of(policy, reward, prompts, config, lambda rollout: {"repetition": repetition(rollout)})
+
+    whole = found(100)
+    assert sizes == [21] and whole[2]["reward"] > whole[0]["reward"]
+    for size, expected in ((14, [14, 7]), (8, [7, 7, 7]), (3, [3, 3, 1] * 3)):
+        for row, other in zip(whole, found(size), strict=True):
+            assert other == pytest.approx(row, rel=1e-5)
+        assert sizes == expected
 
 
 def test_the_bound_of_its_kl():

@@ -79,16 +79,16 @@ class Bytes:
 def test_trigrams_read_what_a_text_adds_to_its_prompt():
     model = Trigrams([list(b"a good film"), list(b"a\x00ick film")], size=256)
     reader = TrigramReader(Bytes(), model)
-    costs = reader.nats(["a", "a q", "a"], ["a good", "a quick", "a"])
+    costs, sizes = zip(*reader.read(["a", "a q", "a"], ["a good", "a quick", "a"]), strict=True)
     first = model.logprobs([list(b"a good")])[0]
-    assert costs[0] == pytest.approx(-first[1:].sum()) and costs[2] == 0
+    assert costs[0] == pytest.approx(-first[1:].sum()) and costs[2] == 0 and sizes == (5, 4, 0)
     assert costs[1] == pytest.approx(-model.logprobs([list(b"a \x00ick")])[0][2:].sum())  # `qu` is the response's
 
 
 @pytest.fixture(scope="module")
 def reader(tiny_model):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
-    return ModelReader(model, tokenizer, tokenizer.bos_token_id or tokenizer.eos_token_id, "tiny")
+    return ModelReader(model, tokenizer, tokenizer.bos_token_id or tokenizer.eos_token_id)
 
 
 PAIRS = [
@@ -101,24 +101,38 @@ PAIRS = [
 
 def test_a_model_reads_what_a_text_adds_to_its_prompt(reader):
     """By one text at a time, against transformers' own loss."""
-    costs = reader.nats(*zip(*PAIRS, strict=True))
-    for (prompt, text), cost in zip(PAIRS, costs, strict=True):
+    costs = reader.read(*zip(*PAIRS, strict=True))
+    for (prompt, text), (cost, size) in zip(PAIRS, costs, strict=True):
         given, whole = reader._encoded([prompt, text])
         labels = torch.tensor([whole])
         labels[:, : max(shared(given, whole), 1)] = -100
         counted = int((labels != -100).sum())
         loss = reader.model(input_ids=torch.tensor([whole]), labels=labels).loss if counted else torch.zeros(())
         assert cost == pytest.approx(loss.item() * counted, rel=1e-4, abs=1e-6)
-        assert cost == pytest.approx(reader.nats([prompt], [text])[0], rel=1e-5)  # batches change nothing
-    assert costs[3] == 0.0
+        assert cost == pytest.approx(reader.read([prompt], [text])[0].nats, rel=1e-5)  # batches change nothing
+        assert size == len(text.encode()) - len(prompt.encode())
+    assert costs[3] == (0.0, 0)
 
 
-def test_a_prompt_is_cut_to_the_models_context_and_a_response_is_not(reader):
+def test_a_prompt_is_cut_to_the_models_context_before_a_response_is(reader):
     long = " ".join(["The film is good."] * 80)
-    (cost,) = reader.nats([long], [f"{long} It was great."])
-    assert np.isfinite(cost) and cost > 0
-    with pytest.raises(GradeError, match="compare.fluency_model=tiny: a response has .*longer context"):
-        reader.nats(["It was"], [long])
+    ((cost, size),) = reader.read([long], [f"{long} It was great."])
+    assert np.isfinite(cost) and cost > 0 and size == len(" It was great.")
+
+
+def test_of_a_response_beyond_the_context_the_first_tokens_are_read_and_their_bytes_counted(reader, monkeypatch):
+    """A short context in which the beginning of a response is read as a whole response is in a long one."""
+    prompt, beginning = "It was the film", " is good. The plot is slöw."
+    given, whole = (len(reader._encoded([text])[0]) for text in (prompt, prompt + beginning))
+    last = reader.read([prompt], [prompt + beginning])[0]
+    rest = " The film is bad and slow." * 3
+    monkeypatch.setattr(reader, "longest", whole)
+    assert reader.read([prompt], [prompt + beginning])[0] == last
+    # The prompt makes room as far as one token of it stays.
+    monkeypatch.setattr(reader, "longest", whole - given + 1)
+    found = reader.read([prompt, prompt], [prompt + beginning + rest, prompt + beginning])
+    assert found[0] == pytest.approx(found[1]) and found[0].size == last.size < len((beginning + rest).encode())
+    assert found[0].nats > 0
 
 
 def test_a_byte_means_the_same_to_every_reader(reader):
@@ -134,7 +148,7 @@ def test_a_byte_means_the_same_to_every_reader(reader):
     texts = [tokenizer.decode(ids[0] + ids[1], skip_special_tokens=True), tokenizer.decode(ids[0])]
     measured = fluency(reader, policy, found)
     assert measured[BYTES].tolist() == [len(texts[0].encode()) - len(texts[1].encode())]
-    assert measured[NATS].tolist() == pytest.approx(reader.nats(texts[1:], texts[:1]))
+    assert measured[NATS].tolist() == pytest.approx([cost.nats for cost in reader.read(texts[1:], texts[:1])])
 
 
 def test_which_reader_is_loaded(tiny_config, tiny_model, reader):

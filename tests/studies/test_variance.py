@@ -12,9 +12,11 @@ import torch
 from rich.console import Console
 from tiny_run import changed
 
+from grade.config import Config
+from grade.config.methods import COMPARED
 from grade.errors import GradeError
 from grade.studies.variance import study
-from grade.studies.variance.laboratory import CONVERGED
+from grade.studies.variance.laboratory import CONVERGED, config_of
 from grade.studies.variance.statistics import Draws, agreement
 from grade.studies.variance.study import run_variance
 from grade.studies.variance.text import document, name_of, rich_table
@@ -174,10 +176,17 @@ def test_measures_every_method(lab_config, capsys):
         assert "plain step" in shown and "length factor" in shown
         assert all(f"{row['scale']:.2f} [" in shown for row in payload["rows"] if row.get("scale_interval"))
 
-    again = run_variance(lab_config)  # nothing is missing: nothing is measured
-    assert again["rows"] == written
+    again = run_variance(changed(lab_config, method={"path_scale": 3.0}))  # nothing is missing: nothing is measured
+    assert again["rows"] == written and again["config"]["method"]["path_scale"] == 1.0
     with pytest.raises(GradeError, match="other settings, another checkpoint"):
         run_variance(changed(lab_config, variance={"seed": 7}))
+
+
+def test_gradients_are_measured_as_long_as_they_come():
+    """A length factor is what path_scale should be, not what it should still be multiplied by."""
+    config = changed(Config(), method={"path_scale": 3.0})
+    for name in COMPARED:
+        assert config_of(config, name, 4, 16).method.path_scale == 1.0
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ import torch
 from tiny import KeepDouble
 
 from benchmarks.estimator_problem import PROMPT, Problem, network_reward, symbol_policy
+from benchmarks.estimators import logits_of_every_response, step_products
 from grade.config import GenerationConfig, MethodConfig, TrainConfig
 from grade.methods import make_method
 from grade.methods.services import Services
+from grade.replay.replay import ReplaySettings
 from grade.sampling.draw import Sampling
 from grade.studies.variance import branching
 from grade.studies.variance.branching import branched, measured, prefix_lengths
@@ -33,6 +35,19 @@ def problem():
 
 def sampling(length=LENGTH):
     return Sampling(max_new_tokens=length, min_new_tokens=length, top_k=4)
+
+
+def method_of(problem, **settings):
+    return make_method(
+        problem.policy,
+        problem.reward,
+        MethodConfig(name="grade-ste", **settings),
+        GenerationConfig(max_new_tokens=LENGTH, min_new_tokens=LENGTH, top_k=4),
+        TrainConfig(),
+        Services(),
+        seed=0,
+        activation_checkpointing=False,
+    )
 
 
 @pytest.mark.parametrize("at", range(LENGTH))
@@ -73,21 +88,9 @@ def test_prefixes_have_every_length():
 def test_products_are_those_of_the_exact_gradient(problem, monkeypatch):
     """Of `straight_through`, by sampling and by enumeration, within 5 standard errors; KL to later tokens included."""
     monkeypatch.setattr(branching, "COPIES", 64)
-    method = make_method(
-        problem.policy,
-        problem.reward,
-        MethodConfig(name="grade-ste", kl_coef=KL_COEF, kl_reduction="sequence_sum"),
-        GenerationConfig(max_new_tokens=LENGTH, min_new_tokens=LENGTH, top_k=4),
-        TrainConfig(),
-        Services(),
-        seed=0,
-        activation_checkpointing=False,
-    )
+    method = method_of(problem, kl_coef=KL_COEF, kl_reduction="sequence_sum")
     rule = ("straight_through", 1.0)
     found = [f for f in measured(method, [PROMPT], [rule], prefixes=90, seed=1)]
-    from benchmarks.estimators import logits_of_every_response, step_products
-    from grade.replay.replay import ReplaySettings
-
     exact = problem.exact_at_logits()
     options = ReplaySettings(tau=1.0, estimator="straight_through", max_hops=LENGTH - 1, hop_tol=0.0)
     expected = step_products(problem, exact, logits_of_every_response(problem, options))
@@ -101,3 +104,17 @@ def test_products_are_those_of_the_exact_gradient(problem, monkeypatch):
                 wanted = expected.best
             if wanted is not None:
                 assert abs(mean - wanted) < 5 * spread + 1e-12, name
+
+
+def test_a_mean_over_tokens_is_a_sum_over_them_with_a_share_of_the_weight(problem):
+    """Of responses of one length, in every product: at the token's own step, after it, and in the gradients."""
+    rules = [("straight_through", 1.0), ("gumbel", 0.5)]
+    mean = method_of(problem, kl_coef=KL_COEF, kl_reduction="token_mean")
+    total = method_of(problem, kl_coef=KL_COEF / LENGTH, kl_reduction="sequence_sum")
+    other = method_of(problem, kl_coef=KL_COEF, kl_reduction="sequence_sum")
+    found, same, different = (
+        [torch.stack(of[rule]) for of in measured(m, [PROMPT], rules, prefixes=3, seed=1) for rule in (*rules, None)]
+        for m in (mean, total, other)
+    )
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found, same, strict=True))
+    assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(found, different, strict=True))

@@ -42,11 +42,15 @@ def rollout_of(policy, *, k=7, max_new=8, prompts=PROMPTS, copies=1, min_new=MIN
     )
 
 
-def gradient(policy, reward, rollout, settings, *, kl_coef=0.3, kl_reduction="token_mean", micro=None):
-    """All adapter gradients as one vector, from replays of `micro` responses at a time."""
+def gradient(
+    policy, reward, rollout, settings, *, kl_coef=0.3, kl_reduction="token_mean", micro=None, score_weight=None
+):
+    """All adapter gradients as one vector, from replays of `micro` responses at a time; of all at once where a
+    `score_weight` [B] is given."""
     tokens, responses = int(rollout.mask.sum()), len(rollout)
+    assert micro is None or score_weight is None
     for part in rollout.micro_batches(micro or responses):
         weight = kl_weight(part.mask, kl_reduction, kl_coef, tokens, responses)
         share = weight.new_full((len(part),), 1 / responses)
-        replay(policy, reward, part, settings, reward_weight=share, kl_weight=weight)
+        replay(policy, reward, part, settings, reward_weight=share, kl_weight=weight, score_weight=score_weight)
     return gradients(policy)

@@ -90,6 +90,10 @@ def test_a_card_is_read_by_the_hub():
     assert "the label 'a\\|b' is raised" in card and "solve_rate" in card
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert metadata["base_model"] == config.model.name and metadata["datasets"] == [config.task.dataset]
+    assert "| coefficient 0.1, policy_ref," in card
+    config.method.target_kl = 0.5
+    card = model_card(config, {}, 3, [])
+    assert "| coefficient from 0.1, steered to a KL of 0.5 nats, policy_ref, token_mean |" in card
     config.model.name, config.task.dataset = "/a/folder", "./data"
     assert not {"base_model", "datasets"} & set(yaml.safe_load(model_card(config, {}, 3, []).split("---\n")[1]))
 

@@ -17,9 +17,11 @@ from grade.cli import main
 from grade.commands.reward import check_reward_gradient
 from grade.config import Config, EvaluationConfig, GenerationConfig, TrainConfig
 from grade.errors import GradeError
+from grade.replay.score import ScoreSettings, score
 from grade.rewards.function import FunctionReward
 from grade.rewards.weighted import Term, WeightedReward
-from grade.training.gradient_check import check_gradient
+from grade.training import gradient_check
+from grade.training.gradient_check import check_gradient, drawn_places
 from grade.training.swap_statistics import Agreement, Swaps, agreements, verdict
 
 PROMPTS = [[5, 9, 2], [7, 11, 13, 17, 19], [23]]
@@ -77,23 +79,76 @@ def test_half_of_a_swap_of_a_square_is_predicted_as_a_parabola_has_it():
     assert half - 1 == pytest.approx((swaps - 1) / 2, abs=1e-4)
 
 
-@pytest.mark.parametrize("reads", ["prompt+response", "response"])
-def test_a_head_is_checked_by_the_passes_of_replay(reads):
-    """The true effect of a swap is what scoring the swapped response gives, whichever states the head reads."""
-    policy = tiny_policy()
-    found = rows_of(check(tiny_reward(policy, reads), policy))
-    whole = found["policy", "whole"]
-    assert whole.swaps == 40 and whole.deviation > 0 and abs(whole.pearson.value) <= 1
-    # Small steps are where a gradient holds: half-way it errs less.
-    assert found["half-way", "whole"].pearson.value >= whole.pearson.value - 0.05
+def states_of(policy):
+    """A reward that reads the frozen base's states through the passes that the reference shares."""
+    return tiny_reward(policy, "prompt+response")
 
 
-def test_batches_change_nothing():
+def own_states(policy):
+    """One that reads the response alone, by a pass of its own."""
+    return tiny_reward(policy, "response")
+
+
+@pytest.mark.parametrize("reward_of, shares", [(states_of, True), (own_states, False), (OfEmbeddings, False)])
+def test_a_head_is_checked_by_the_passes_of_replay(reward_of, shares, monkeypatch):
+    """The true effect of a swap is what scoring the swapped response gives minus the original's, whichever states the
+    reward reads."""
     policy = tiny_policy()
-    reward = tiny_reward(policy)
+    reward, calls = reward_of(policy), []
+    assert reward.shares_base_pass is shares
+    swapped = gradient_check._Slopes.swapped
+
+    def seen(slopes, pairs, first, share, size):
+        calls.append((slopes.rollout, pairs, share, swapped(slopes, pairs, first, share, size)))
+        return calls[-1][-1]
+
+    monkeypatch.setattr(gradient_check._Slopes, "swapped", seen)
+    check(reward, policy)
+    assert {share for _, _, share, _ in calls} == {0.5, 1.0}
+    for rollout, pairs, share, swaps in calls:
+        before = score(policy, reward, rollout, ScoreSettings()).reward
+        for i, (row, position, candidate) in enumerate(zip(*pairs[:3], strict=True)):
+            one = rollout.cut(int(row), int(row) + 1)
+            tokens = one.tokens.clone()
+            tokens[0, position] = candidate
+            other = replace(one, tokens=tokens)
+            if share == 0.5:  # the mean of both embeddings, as a mixture of two candidates
+                weights = torch.zeros(*tokens.shape, 2)
+                weights[..., 0] = 1.0
+                weights[0, position] = 0.5
+                other = replace(one, indices=torch.stack([one.tokens, tokens], dim=-1), weights=weights)
+            after = score(policy, reward, other, ScoreSettings()).reward
+            assert swaps.true[i] == pytest.approx(float(after[0] - before[row]), abs=2e-5)
+        assert np.abs(swaps.true).max() > 2e-4
+
+
+def test_places_are_drawn_by_their_weights():
+    """Also where there are more of them than torch draws among at once."""
+    weight = torch.zeros(3, 4, 5)
+    weight[0, 1, 2], weight[0, 3, 0], weight[0, 3, 4] = 1.0, 2.0, 1.0
+    weight[2, 0, 1] = 0.25
+    generator = torch.Generator().manual_seed(0)
+    response, position, place = drawn_places(weight, 4000, generator)
+    assert response.tolist() == [0] * 4000 + [2] * 4000
+    counts = torch.zeros_like(weight).index_put((response, position, place), torch.ones(8000), accumulate=True)
+    assert set(map(tuple, counts.nonzero().tolist())) == set(map(tuple, weight.nonzero().tolist()))
+    assert counts[0, 3, 0] == pytest.approx(2000, abs=160) and counts[0, 1, 2] == pytest.approx(1000, abs=140)
+    many = torch.ones(1, 1, 1).expand(1, 2**9, 2**15 + 1)
+    response, position, place = drawn_places(many, 8, generator)
+    assert response.tolist() == [0] * 8 and len(set(position.tolist())) > 1 and len(set(place.tolist())) > 1
+    assert not len(drawn_places(weight[1:2], 4, generator)[0])
+
+
+def test_batches_change_nothing(monkeypatch):
+    """Nor do passes of fewer sequences than a response has swaps, of which none has more than was asked for."""
+    policy = tiny_policy()
+    reward, sizes = tiny_reward(policy), []
     one = check(reward, policy)
+    passes = gradient_check.frozen_passes
+    monkeypatch.setattr(gradient_check, "frozen_passes", lambda *args: (sizes.append(len(args[2])), passes(*args))[1])
     config = replace(CONFIG, evaluation=EvaluationConfig(batch_size=3))
     other = check(reward, policy, config)
+    assert max(sizes) == 3
     for a, b in zip(one.rows, other.rows, strict=True):
         assert a.pearson.value == pytest.approx(b.pearson.value, abs=1e-3) and a.swaps == b.swaps
 
@@ -161,9 +216,8 @@ def test_verdicts_follow_the_interval_of_the_correlation():
     assert said_of(lambda p, r: -p).startswith("GRADE would work against this reward")
     assert said_of(lambda p, r: 0.3 * p + r.normal(size=p.shape)).startswith("GRADE follows this reward poorly")
     assert said_of(lambda p, r: 0.6 * p + r.normal(size=p.shape)).startswith("GRADE follows this reward in part")
-    assert "On average a swap does 0.50 (0.50 to 0.50) of" in said_of(
-        lambda p, r: 0.5 * p + 0.01 * r.normal(size=p.shape)
-    )
+    half = said_of(lambda p, r: 0.5 * p + 0.01 * r.normal(size=p.shape))
+    assert half.endswith(" On average a swap does 0.50 (0.50 to 0.50) of what is predicted.")
     assert said_of(lambda p, r: p, responses=2).startswith("2 responses with swaps are too few")
     assert "the same for every swap" in verdict(
         agreements("policy", replace(some_swaps(lambda p, r: p), predicted=np.zeros(240)))

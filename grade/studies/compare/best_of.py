@@ -13,7 +13,7 @@ for its value; it is an upper bound (A. Beirami et al., "Theoretical guarantees 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -107,14 +107,14 @@ def _sampled(
     measure: Callable[[Rollout], Measures],
     copies: int,
 ) -> tuple[Floats, dict[str, Floats]]:
-    """Rewards and measures [prompts, copies] of the base's responses."""
+    """Rewards and measures [prompts, copies] of the base's responses, of which at most evaluation.batch_size are in a
+    pass."""
     sampling = evaluation_sampling(config.evaluation, config.generation)
     settings = score_settings(config.method, policy.device)
-    size, records = max(config.evaluation.batch_size // copies, 1), []
-    for start in range(0, len(prompts), size):
-        chosen = list(range(start, min(start + size, len(prompts))))
+    size, records = config.evaluation.batch_size, []
+    for chosen, own in _passes(len(prompts), copies, size):
         ids, mask = pad_prompts([prompts[i] for i in chosen], policy.pad_id, policy.device)
-        numbers = torch.arange(chosen[0] * copies, (chosen[-1] + 1) * copies, device=policy.device)
+        numbers = torch.tensor([i * copies + copy for i in chosen for copy in own], device=policy.device)
         rollout = sample(
             policy,
             ids,
@@ -122,13 +122,22 @@ def _sampled(
             sampling,
             seed=config.evaluation.seed + _SEED,
             first_rows=numbers * sampling.max_new_tokens,
-            samples_per_prompt=copies,
+            samples_per_prompt=len(own),
             adapters=False,
         ).of("test", chosen)
-        of_each = [number for number in chosen for _ in range(copies)]
+        of_each = [number for number in chosen for _ in own]
         records += score_records(policy, reward, rollout, settings, of_each, adapters=False, measure=measure)
     rewards = np.array([record["reward"] for record in records]).reshape(len(prompts), copies)
     known = [name for name in _MEASURES if name in records[0]["details"]]
     return rewards, {
         name: np.array([record["details"][name] for record in records]).reshape(len(prompts), copies) for name in known
     }
+
+
+def _passes(prompts: int, copies: int, size: int) -> Iterator[tuple[range, range]]:
+    """(numbers of prompts, which of their copies) of passes of at most `size` responses: of several prompts whole, or
+    of one in parts, so that responses come in the order of prompts."""
+    together, each = max(size // copies, 1), min(size, copies)
+    for start in range(0, prompts, together):
+        for first in range(0, copies, each):
+            yield range(start, min(start + together, prompts)), range(first, min(first + each, copies))

@@ -6,7 +6,7 @@ over seeds, ± its standard error.
 
 Best is what has the highest objective, metric - kl_coef * KL: all methods are asked to maximise it, so all are chosen
 by it, learning rates and checkpoints alike. By the metric alone, a method would win that buys it with a KL that the
-objective does not pay for.
+objective does not pay for. Where method.target_kl moves kl_coef, it is the one that this starts from.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -290,7 +290,7 @@ def _method_row(runs: list[RunCurve], tests: Tests, limit: dict[str, float], thr
         "grad_norm/median": _stat(statistics.median(ordered) for ordered in norms),
         "grad_norm/p90": _stat(ordered[len(ordered) * 9 // 10] for ordered in norms),
         "grad_norm/max": _stat(ordered[-1] for ordered in norms),
-        "step_seconds": _stat(statistics.median(_differences(run.seconds)) for run in trained),
+        "step_seconds": _stat(statistics.median(b - a for a, b in pairwise([0.0, *run.seconds])) for run in trained),
         "peak_gib": _stat(run.peak_gib for run in trained),
     }
 
@@ -320,10 +320,6 @@ def _test_objective(run: RunCurve, test: Mapping[str, float | None]) -> float | 
     if metric is None or kl is None or kl_sequence is None:
         return None
     return objective(metric, kl, kl_sequence, run.kl_coef, run.kl_reduction)
-
-
-def _differences(sums: Sequence[float]) -> list[float]:
-    return [after - before for before, after in zip([0.0, *sums], sums)]  # noqa: B905  one sum fewer
 
 
 def _stat(values: Iterable[float | None]) -> dict | None:

@@ -7,14 +7,15 @@ prompt), is divided by the bytes (UTF-8) of the response: a byte means the same 
 compare.fluency_model, or trigrams (`grade.studies.compare.trigram`) of the texts that the judge learns from, which
 neither the reward nor any method has seen.
 
-Special tokens are left out of a text, so whether and how a response ends is not in it.
+Special tokens are left out of a text, so whether and how a response ends is not in it. Where a response is longer in
+the reader's tokens than the reader's context, its first tokens are read, as many as fit, and their bytes counted alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from os.path import commonprefix
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,11 +41,23 @@ _LOGITS_BYTES = 2**28
 """Of the logits of texts that are read together."""
 
 
+class Cost(NamedTuple):
+    """What reading a response costs.
+
+    Attributes:
+        nats: -log p of what was read of it.
+        size: its bytes (UTF-8).
+    """
+
+    nats: float
+    size: int
+
+
 class Reader(Protocol):
     """A language model of texts."""
 
-    def nats(self, prompts: Sequence[str], texts: Sequence[str]) -> list[float]:
-        """-log p of what each text adds to its prompt, nats.
+    def read(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Cost]:
+        """What each text adds to its prompt.
 
         Args:
             prompts: B texts.
@@ -62,10 +75,11 @@ class TrigramReader:
     def __init__(self, tokenizer: Any, trigrams: Trigrams):
         self.tokenizer, self.trigrams = tokenizer, trigrams
 
-    def nats(self, prompts: Sequence[str], texts: Sequence[str]) -> list[float]:
+    def read(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Cost]:
         given, whole = (encode(self.tokenizer, rows, None, special_tokens=False) for rows in (prompts, texts))
         found = self.trigrams.logprobs(whole)
-        return [-float(row[shared(a, b) :].sum()) for a, b, row in zip(given, whole, found, strict=True)]
+        costs = [-float(row[shared(a, b) :].sum()) for a, b, row in zip(given, whole, found, strict=True)]
+        return list(map(Cost, costs, map(_added, prompts, texts)))
 
 
 class ModelReader:
@@ -74,18 +88,22 @@ class ModelReader:
     Args:
         opening: id that a text begins with where the tokenizer puts none in front: nothing else would say how likely
             a first token is.
-        name: of the model, for messages.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opening: int, name: str):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opening: int):
         self.model, self.tokenizer = model.requires_grad_(False).eval(), tokenizer
-        self.opening, self.name, self.longest = opening, name, context_of(model.config)
+        self.opening, self.longest = opening, context_of(model.config)
 
     @torch.no_grad()
-    def nats(self, prompts: Sequence[str], texts: Sequence[str]) -> list[float]:
+    def read(self, prompts: Sequence[str], texts: Sequence[str]) -> list[Cost]:
         given, whole = (self._encoded(rows) for rows in (prompts, texts))
         starts = [max(shared(a, b), 1) for a, b in zip(given, whole, strict=True)]
-        rows = [self._fitting(row, start) for row, start in zip(whole, starts, strict=True)]
+        spans = [self._fitting(len(row), start) for row, start in zip(whole, starts, strict=True)]
+        sizes = [
+            _added(prompt, text if end == len(row) else self._beginning(text, row[:end]))
+            for prompt, text, row, (_, end) in zip(prompts, texts, whole, spans, strict=True)
+        ]
+        rows = [(row[first:end], start - first) for row, start, (first, end) in zip(whole, starts, spans, strict=True)]
         costs = [0.0] * len(rows)
         order = sorted((i for i, (row, start) in enumerate(rows) if start < len(row)), key=lambda i: len(rows[i][0]))
         while order:
@@ -94,22 +112,25 @@ class ModelReader:
             batch, order = order[-size:], order[:-size]
             for i, cost in zip(batch, self._costs([rows[i] for i in batch], longest), strict=True):
                 costs[i] = cost
-        return costs
+        return list(map(Cost, costs, sizes))
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
         rows = encode(self.tokenizer, texts, None)
         own = encode(self.tokenizer, texts, None, special_tokens=False)
         return [row if len(row) > len(alone) else [self.opening, *alone] for row, alone in zip(rows, own, strict=True)]
 
-    def _fitting(self, row: list[int], start: int) -> tuple[list[int], int]:
-        """The end of a row that the context holds, and where its response starts: of a prompt, the end counts most."""
-        excess = max(len(row) - (self.longest or len(row)), 0)
-        if excess > start - 1:
-            raise GradeError(
-                f"{_SETTING}={self.name}: a response has {len(row) - start} of its tokens, and its context is "
-                f"{self.longest}. Name a model with a longer context."
-            )
-        return row[excess:], start - excess
+    def _fitting(self, length: int, start: int) -> tuple[int, int]:
+        """The first and the end of what the context holds of a row whose response begins at `start`: the response's
+        beginning, at least one token before it, and of the prompt as much of its end as there is room for."""
+        longest = self.longest or length
+        first = max(min(length - longest, start - 1), 0)
+        return first, min(first + longest, length)
+
+    def _beginning(self, text: str, ids: list[int]) -> str:
+        """What the first tokens of a text spell, without a character of which they have only a part."""
+        said = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        said = said.rstrip("\N{REPLACEMENT CHARACTER}")
+        return said if len(said) < len(text) else text
 
     def _costs(self, rows: Sequence[tuple[list[int], int]], longest: int) -> list[float]:
         """-log p of the tokens of each row from its start on; padding comes after everything that counts."""
@@ -129,17 +150,19 @@ def shared(prompt: Sequence[int], whole: Sequence[int]) -> int:
     return len(commonprefix([list(prompt), list(whole)]))
 
 
+def _added(prompt: str, text: str) -> int:
+    """Bytes that a text adds to its prompt."""
+    return max(len(text.encode()) - len(prompt.encode()), 0)
+
+
 def fluency(reader: Reader, policy: Policy, rollout: Rollout) -> dict[str, Tensor]:
-    """`NATS` and `BYTES` of every response, float64 [B]."""
+    """`NATS` and `BYTES` of what is read of every response, float64 [B]."""
     whole = torch.cat([rollout.prompt_ids, rollout.tokens], dim=1)
     mask = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)
     prompts = [text_of(policy, *row) for row in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
     texts = [text_of(policy, *row) for row in zip(whole, mask, strict=True)]
-    sizes = [max(len(b.encode()) - len(a.encode()), 0) for a, b in zip(prompts, texts, strict=True)]
-    return {
-        NATS: torch.tensor(reader.nats(prompts, texts), dtype=torch.float64),
-        BYTES: torch.tensor(sizes, dtype=torch.float64),
-    }
+    found = torch.tensor(reader.read(prompts, texts), dtype=torch.float64)  # [B, 2]
+    return {NATS: found[:, 0], BYTES: found[:, 1]}
 
 
 # -- loading -------------------------------------------------------------------------------------------------
@@ -179,7 +202,7 @@ def _load_model(config: Config, device: torch.device) -> ModelReader:
             f"{_SETTING}={name}: its files lack {len(loaded['missing_keys'])} of the model's tensors (such as "
             f"{min(loaded['missing_keys'])}), which transformers fills with random numbers. Name a complete model."
         )
-    return ModelReader(model.to(device), tokenizer, opening, str(name))
+    return ModelReader(model.to(device), tokenizer, opening)
 
 
 def reader_name(config: Config) -> str:

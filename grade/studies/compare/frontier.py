@@ -13,7 +13,7 @@ grows about linearly with a small change of the parameters, as in L. Gao et al.,
 overoptimization" (2023). KL is KL(policy | base), nats a response.
 
 Every frontier has at most as many points as validations were tested, and its choice of the best by their own rewards
-flatters all methods alike. Needs no model: the report reads this too.
+flatters all methods alike, and not the best of n. Needs no model: the report reads this too.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ Point = Mapping[str, Any]
 
 def frontier_of(points: Sequence[Point], base: Point) -> list[Point]:
     """The knots of one seed's frontier, by rising KL: the base, the checkpoints that are above all before them, and the
-    last of these again at the largest KL of all."""
+    last of these again at the largest KL of all. No KL of theirs is below 0, as rounding may leave the base's."""
     knots: list[Point] = [{**base, KL: 0.0}]
-    for point in sorted(points, key=lambda p: (_kl(p), -p[REWARD])):
+    known = [{**point, KL: max(float(point[KL]), 0.0)} for point in points]
+    for point in sorted(known, key=lambda p: (p[KL], -p[REWARD])):
         if point[REWARD] > knots[-1][REWARD]:
             knots.append(point)
-    furthest = max(map(_kl, points), default=0.0)
-    return [*knots, {**knots[-1], KL: furthest}] if furthest > _kl(knots[-1]) else knots
+    furthest = max((point[KL] for point in known), default=0.0)
+    return [*knots, {**knots[-1], KL: furthest}] if furthest > knots[-1][KL] else knots
 
 
 def value_at(knots: Sequence[Point], measure: str, kl: float) -> float | None:
@@ -59,11 +60,11 @@ def value_at(knots: Sequence[Point], measure: str, kl: float) -> float | None:
     Returns:
         None where the frontier does not reach so far, or a knot beside it lacks the measure.
     """
-    if kl > _kl(knots[-1]):
+    if kl > knots[-1][KL]:
         return None
     for left, right in pairwise(knots):
-        a, b = math.sqrt(_kl(left)), math.sqrt(_kl(right))
-        if kl <= _kl(right) and b > a:
+        a, b = math.sqrt(left[KL]), math.sqrt(right[KL])
+        if kl <= right[KL] and b > a:
             known = left.get(measure), right.get(measure)
             if known[0] is None or known[1] is None:
                 return None
@@ -82,7 +83,7 @@ def by_seed(points: Sequence[Point], base: Point) -> dict[str, dict[int, list[Po
 def common_kls(frontiers: Mapping[str, Mapping[int, Sequence[Point]]]) -> list[float]:
     """The KLs at which methods are compared: of 1, 2, 5, 10, 20, ... (and 0.5, 0.2, ...) the largest five that all
     seeds of two methods reach, or of the one method that there is."""
-    reached = sorted((min(_kl(knots[-1]) for knots in seeds.values()) for seeds in frontiers.values()), reverse=True)
+    reached = sorted((min(knots[-1][KL] for knots in seeds.values()) for seeds in frontiers.values()), reverse=True)
     most = reached[min(1, len(reached) - 1)] if reached else 0.0
     if most <= 0:
         return []
@@ -128,11 +129,6 @@ def _over_seeds(values: Sequence[float | None]) -> dict | None:
         return None
     stderr = statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
     return {"mean": statistics.fmean(known), "stderr": stderr, "n": len(known)}
-
-
-def _kl(point: Point) -> float:
-    """Rounding may leave the base's a little below 0."""
-    return max(float(point[KL]), 0.0)
 
 
 def evenly_spaced(steps: Sequence[int], count: int) -> list[int]:

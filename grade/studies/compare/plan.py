@@ -96,32 +96,41 @@ class Comparison:
 
     def _frontier_job(self, method: str, seed: int, learning_rate: float, schedule: Schedule, kl_coef: float) -> Job:
         steps, validations = self.config.train.steps, self.config.compare.validations
-        run_dir = self.folder / "frontier" / f"{method}-kl{kl_coef:g}-seed{seed}"
+        run_dir = self.folder / "frontier" / f"{method}-kl{kl_coef!r}-seed{seed}"
         job = self.job(method, seed, learning_rate, schedule, steps, validations, run_dir)
         return Job(job.name, replace(job.config, method=replace(job.config.method, kl_coef=kl_coef)))
 
 
 def check_methods(comparison: Comparison, jobs: Sequence[Job]) -> None:
-    """Refuse methods that cannot run, and two that are the same.
+    """Refuse methods that cannot run, with their own coefficient of the KL or with one of compare.kl_coefs, and two
+    that are the same.
 
     Args:
         jobs: one of each method, in their order.
     """
-    config = comparison.config
     for i, (method, job) in enumerate(zip(comparison.methods, jobs, strict=True)):
-        try:
-            validate(job.config)
-        except GradeError as error:
-            if comparison.samples_per_prompt == config.generation.samples_per_prompt:
-                raise
-            # What is wrong is the comparison's own number, in a setting that the user has not touched.
-            text = str(error).replace("generation.samples_per_prompt", "compare.samples_per_prompt")
-            raise GradeError(text) from error
+        _check_job(comparison, job)
         for other, earlier in zip(comparison.methods[:i], jobs[:i], strict=True):
             if earlier.config.method == job.config.method:
                 raise GradeError(
                     f"--methods: {other} and {method} are the same method with these settings: leave one out."
                 )
+    train = comparison.config.train
+    one = replace(comparison, seeds=comparison.seeds[:1])
+    rates = dict.fromkeys(comparison.methods, train.learning_rate)
+    for job in one.frontier_jobs(rates, dict.fromkeys(comparison.methods, train.schedule)).values():
+        _check_job(comparison, job)
+
+
+def _check_job(comparison: Comparison, job: Job) -> None:
+    try:
+        validate(job.config)
+    except GradeError as error:
+        if comparison.samples_per_prompt == comparison.config.generation.samples_per_prompt:
+            raise
+        # What is wrong is the comparison's own number, in a setting that the user has not touched.
+        text = str(error).replace("generation.samples_per_prompt", "compare.samples_per_prompt")
+        raise GradeError(text) from error
 
 
 def check_steps(jobs: Iterable[Job], setting: str) -> None:

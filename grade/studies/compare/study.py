@@ -65,8 +65,9 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         The payload of comparison.json.
 
     Raises:
-        GradeError: a method cannot run with this config; two methods are the same; earlier runs had other settings or
-            more steps, or are damaged; another comparison uses the folder; or every run failed.
+        GradeError: a method cannot run with this config; two methods are the same; there is no KL for a frontier;
+            earlier runs had other settings or more steps, or are damaged; another comparison uses the folder; or every
+            run failed.
         KeyboardInterrupt: Ctrl-C, or SIGTERM while runs go on; the same call goes on where it was.
     """
     comparison, console = Comparison(config, methods, seeds), terminal.console(soft_wrap=True)
@@ -76,6 +77,11 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         raise GradeError("rollout.source is set, but the runs of a comparison sample for themselves: set it to null.")
     if config.evaluation.test_prompts == 0:
         raise GradeError("evaluation.test_prompts is 0, and a comparison ends with a test: set it to 1 or more.")
+    if config.compare.frontier_prompts > 0 and config.model.reference == "initial" and config.model.adapter is not None:
+        raise GradeError(
+            "model.reference is initial, and the frontier is of the reward against the KL to the base model, which is "
+            "not measured then. Set compare.frontier_prompts to 0, or model.reference to base."
+        )
     own = config.train
     planned = [comparison.run_job(m, seed, own.learning_rate, own.schedule) for m in methods for seed in seeds]
     check_methods(comparison, planned[:: len(seeds)])

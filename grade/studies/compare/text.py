@@ -76,6 +76,8 @@ def notes(payload: dict) -> str:
         f"Objective, which learning rates and checkpoints are chosen by: {metric} − {method['kl_coef']:g} · KL "
         f"(nats per {unit})."
     ]
+    if (target := method.get("target_kl")) is not None:
+        lines[0] += f" In training the KL's weight goes from {method['kl_coef']:g}, steered to a KL of {target:g}."
     rates = ", ".join(f"{method} {rate:g}" for method, rate in payload["learning_rates"].items())
     lines.append(f"Learning rates, by the sweep: {rates}." if payload["sweep"] else f"Learning rates: {rates}.")
     schedules = payload.get("schedules", {})  # files of earlier versions have none

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grade.config.studies import COPIES
 from grade.errors import present
 from grade.methods.base import kl_weight
 from grade.methods.grade import Grade
@@ -30,10 +31,9 @@ from grade.studies.variance.steps import Products, products, scores
 from grade.training.responses import prompt_numbers
 from grade_kernels import logits_kl
 
-COPIES = 32
-"""Responses of a prefix."""
 PATHS = 8
-"""Of them, those that the estimators differentiate: a return is had for a fraction of that, and noisier by far."""
+"""Of a prefix's responses, those that the estimators differentiate: a return is had for a fraction of that, and noisier
+by far."""
 Rule = tuple[str, float]
 """(local rule, temperature)"""
 _TOKENS = ("tokens", "mask", "indices", "token_weight", "rows")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from grade.config import Config, RolloutConfig
 from grade.config.methods import DIFFERENTIATING, method_named
+from grade.config.studies import COPIES, REFERENCE_DRAWS
 from grade.methods import make_method
 from grade.methods.base import Method
 from grade.methods.grade import Grade
@@ -33,14 +34,13 @@ from grade.replay.replay import ReplaySettings, prepare
 from grade.rewards.base import Reward
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.sample import sample
-from grade.studies.variance.branching import COPIES, Rule, measured
+from grade.studies.variance.branching import Rule, measured
 from grade.studies.variance.statistics import Draws
 from grade.studies.variance.steps import Branches
 from grade.training.responses import prompt_numbers
 
 CONVERGED = "converged"
 _REFERENCE = "rloo"
-_REFERENCE_DRAWS = 8  # draws that the reference takes together: short passes are cheap side by side
 
 
 class Estimator(NamedTuple):
@@ -103,7 +103,7 @@ class Laboratory:
 
     def reference(self, stopping: Callable[[], bool], tick: Callable[[], None]) -> Draws:
         """Leave-one-out REINFORCE, which is unbiased, on draws of its own."""
-        method = self._method(_REFERENCE, draws=_REFERENCE_DRAWS)
+        method = self._method(_REFERENCE, draws=REFERENCE_DRAWS)
         draws = Draws(self.reference_draws, method.train.batch_size)
         for number in range(draws.count):
             draws.add(*self._step(method, number, self.config.variance.seed + 1))
@@ -115,7 +115,7 @@ class Laboratory:
     @property
     def reference_draws(self) -> int:
         settings = self.config.variance
-        return -(-settings.reference_responses // (settings.responses * _REFERENCE_DRAWS))
+        return -(-settings.reference_responses // (settings.responses * REFERENCE_DRAWS))
 
     def steps(self, stopping: Callable[[], bool], tick: Callable[[], None]) -> dict[Estimator, Branches]:
         """What steps along the converged gradients of `grade-ste` and along the score function's gain."""
@@ -238,10 +238,15 @@ class Laboratory:
 def config_of(
     config: Config, name: str, length: int, top_k: int, *, draws: int = 1, tau: float | None = None
 ) -> Config:
-    """The config under which a method meets as many responses of this length as `draws` draws have."""
+    """The config under which a method meets as many responses of this length as `draws` draws have.
+
+    Gradients are those of the published algorithm: the length that they lack, which method.path_scale is to make up
+    for, could not be seen of one that has been given it.
+    """
     settings, method = config.variance, method_named(config.method, name)
     method = replace(
         method,
+        path_scale=1.0,
         ppo=replace(method.ppo, epochs=1, minibatches=1, entropy_coef=0.0),
         grpo=replace(
             method.grpo,

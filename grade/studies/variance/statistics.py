@@ -17,8 +17,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from grade.config.studies import BLOCKS
+
 Interval = tuple[float, float]
-BLOCKS = 10
 JUDGED = 0.25
 """A reference whose norm is known less well than this judges nothing."""
 

@@ -10,17 +10,18 @@ nats, both to leading order (F is the Fisher information of l, p A -> A the natu
 of KL e raises J by more than sqrt(2 e) sqrt(Var_p(A)): the best one moves the logits along A. Of an estimator g of
 grad J, a random vector that sums to 0 over the candidates, there are two steps:
 
-    plain      d = g        gains  E[g]^T grad J      / sqrt(E[g^T F g])      per sqrt(2 nats)
+    plain      d = g        gains  E[g]^T grad J      / sqrt(E[g^T F g])
     natural    d = F^+ g    gains  E[g]^T F^+ grad J  / sqrt(E[g^T F^+ g])
 
-where F^+ g = g / p up to a constant. Both are correlations under the policy with A, times sqrt(Var_p(A)): of g itself,
-and of g / p. The plain step is what gradient descent does to a table of logits, and SGD or Adam through a network as
-far as its logits are moved independently of each other: nothing divides by p. The natural step is that of an optimizer
-which preconditions by F (natural gradient, TRPO). Its length is a sum of g_j^2 / p_j, in which candidates count the
-more the rarer they are: the score function's, A (onehot - p), is sum_a A_a^2 (1 - p_a), not weighted by p, and grows
-with the number of candidates; a rule whose weights are flatter than sqrt(p), as Gumbel-Softmax's are above tau = 2, has
-one that rare candidates dominate. As a share of the best step, sqrt(Var_p(A)), the exact natural gradient has 1 in the
-natural step and less in the plain one, and g proportional to A - mean(A) has 1 in the plain one.
+times sqrt(2 e) if it is as long as a KL of e nats allows, where F^+ g = g / p up to a constant. Both are correlations
+under the policy with A, times sqrt(Var_p(A)): of g itself, and of g / p. The plain step is what gradient descent does
+to a table of logits, and SGD or Adam through a network as far as its logits are moved independently of each other:
+nothing divides by p. The natural step is that of an optimizer which preconditions by F (natural gradient, TRPO). Its
+length is a sum of g_j^2 / p_j, in which candidates count the more the rarer they are: the score function's,
+A (onehot - p), is sum_a A_a^2 (1 - p_a), not weighted by p, and grows with the number of candidates; a rule whose
+weights are flatter than sqrt(p), as Gumbel-Softmax's are above tau = 2, has one that rare candidates dominate. As a
+share of the best step, sqrt(Var_p(A)), the exact natural gradient has 1 in the natural step and less in the plain one,
+and g proportional to A - mean(A) has 1 in the plain one.
 
 `step` is of one response's g, noise included, and `ceiling` of infinitely many, with E[g] E[g]^T in place of E[g g^T]:
 what the bias leaves. Over many tokens numerators, denominators and the bound are averaged over prefixes as the policy
@@ -28,7 +29,8 @@ meets them: one bound on the mean KL of a table with a row per prefix. Steps of 
 is not in here.
 
 **Length.** The factor c by which g, KL's own gradient at the step's logits left out, is to be multiplied to have the
-exact one's length along itself: c = <E g, grad J> / <E g, E g>, in the Euclidean metric or with F^+ between.
+exact one's length along itself: c = <E g, grad J> / <E g, E g>, in the Euclidean metric or with F^+ between. g is what
+method.path_scale multiplies, without it: c is what that should be.
 
 By sampling, nothing of this is biased: all products are of different responses of the same prefix. With a leave-one-out
 baseline among m responses the score function s_j = (R_j - mean of the others' R) (onehot_j - p) has E[s_j] = grad J
@@ -44,7 +46,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grade.studies.variance.statistics import BLOCKS, Interval, critical, jackknife
+from grade.config.studies import BLOCKS
+from grade.studies.variance.statistics import Interval, critical, jackknife
 
 
 def natural(u: Tensor, v: Tensor, p: Tensor) -> Tensor:
@@ -199,7 +202,8 @@ def steps(means: Tensor, seconds_per_sample: float) -> dict[str, float | tuple |
     Returns:
         As a row of variance.json has it, each with NAME_interval:
 
-        plain_step, natural_step: what one response's step gains, in units of the reward per sqrt(2 nats) of KL.
+        plain_step, natural_step: what one response's step gains, in units of the reward; times sqrt(2 e) for a KL of e
+            nats.
         plain_ceiling, natural_ceiling: what infinitely many responses' gains; None where E g does not stand out of the
             noise.
         plain_share, natural_share: the steps over the best one; None where that does not stand out, and the interval

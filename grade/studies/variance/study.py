@@ -196,7 +196,10 @@ def _rescales(method: MethodConfig) -> bool:
 
 def _relevant(config: Config) -> Config:
     """The config without what its measurements do not depend on."""
-    return replace(config, output_dir="", name="", compare=CompareConfig(), evaluation=EvaluationConfig())
+    method = replace(config.method, path_scale=1.0)  # as all is measured
+    return replace(
+        config, output_dir="", name="", method=method, compare=CompareConfig(), evaluation=EvaluationConfig()
+    )
 
 
 def _kept(path: Path, identity: dict) -> dict:

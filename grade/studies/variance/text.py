@@ -50,14 +50,14 @@ NOTES = (
 )
 
 STEP_NOTES = (
-    "plain step: what moving the logits of a token along one response's gradient raises the expected reward (KL's "
-    "weight included) by, per √(2 nats) of KL, mean over prefixes; natural step: the same with the gradient "
-    "preconditioned by the inverse Fisher information of the token's distribution. of the best: over what the exact "
-    "natural gradient gains (above a number: that does not stand out of the noise). no noise: of infinitely many "
-    "responses, which only the bias lowers. plain² / s: square of the plain step of as many responses as a second "
+    "plain step: moving the logits of a token along one response's gradient raises the expected reward (KL's weight "
+    "included) by this times √(2 KL) for a step of a small KL in nats, mean over prefixes; natural step: the same with "
+    "the gradient preconditioned by the inverse Fisher information of the token's distribution. of the best: over what "
+    "the exact natural gradient gains (above a number: that does not stand out of the noise). no noise: of infinitely "
+    "many responses, which only the bias lowers. plain² / s: square of the plain step of as many responses as a second "
     "gives, as long as noise rules it. length factor: what gives the gradient through tokens the exact one's length "
-    "along itself at the logits; Fisher length factor: with the inverse Fisher information between. Brackets: 95 % "
-    "intervals."
+    "along itself at the logits; measured at path_scale 1: it is the value that method.path_scale should make up for. "
+    "Fisher length factor: with the inverse Fisher information between. Brackets: 95 % intervals."
 )
 
 
@@ -84,13 +84,13 @@ def _steps_table(rows: list[dict]) -> Table:
 
 
 def best_step(row: dict) -> str:
-    """What the best step gains, where that is known; a sentence."""
+    """What the best step gains for its KL, where that is known; a sentence."""
     low, high = row.get("best_interval") or (None, None)
     if low is None:
         return "Too few prefixes for steps."
     if row.get("best") is None:
-        return f"The best step gains at most {high:.2g}."
-    return f"The best step gains {row['best']:.2g} [{low:.2g}, {high:.2g}]."
+        return f"The best step gains at most {high:.2g} times √(2 KL)."
+    return f"The best step gains {row['best']:.2g} [{low:.2g}, {high:.2g}] times √(2 KL)."
 
 
 def notes(rows: list[dict]) -> str:
