@@ -73,8 +73,8 @@ sys.exit(2 if len(failed) == 4 else 1)
 
 @pytest.mark.slow
 def test_a_reward_that_fails_in_one_process_ends_all_and_the_main_one_saves(tiny_model, tiny_config, tmp_path):
-    """In a step, in an evaluation, where a replay asks it, and before the first step: nobody waits, and what was done
-    is kept."""
+    """In a step, an evaluation, a replay and a trial before the first step: nobody waits, and what was done is
+    kept."""
     unnamed = {"name": ModelConfig().name}
     config = changed(tiny_config, task=TaskConfig(), model=unnamed, reward=RewardConfig(), train={"save_every": 100})
     (tmp_path / "config.yaml").write_text(config_to_yaml(config))
