@@ -207,10 +207,10 @@ def test_gpt2_config_is_the_first_experiment():
     [
         ("countdown_qwen2.5_1.5b", ("Qwen/Qwen2.5-1.5B-Instruct", "bfloat16", 500, 16, 4, 1e-5, 500, 2000)),
         ("countdown_small", ("built-in:countdown", "float32", 100, 128, 1, 1e-3, 500, 2000)),
-        ("demo", ("built-in:demo", "float32", 40, 16, 1, 1e-3, 200, 400)),
+        ("demo", ("built-in:demo", "float32", 40, 16, 1, 3e-3, 200, 400)),
         ("imdb_gpt2_medium", ("openai-community/gpt2-medium", "float32", 2000, 4, 4, 1e-4, 500, 2000)),
         ("imdb_qwen3_4b", ("Qwen/Qwen3-4B", "bfloat16", 250, 1, 16, 1e-5, 500, 2000)),
-        ("imdb_small", ("../shared/models/imdb-lm", "float32", 150, 16, 1, 1e-3, 500, 2000)),
+        ("imdb_small", ("../shared/models/imdb-lm", "float32", 60, 16, 1, 3e-3, 500, 2000)),
     ],
 )
 def test_what_a_shipped_config_says_of_its_scale_is_its_own(name, expected):
@@ -307,7 +307,7 @@ def test_help_shows_a_named_config_as_defaults(capsys):
 
     assert main(["train", "imdb_small", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Optimizer steps. (type: int, default: 150)" in shown
+    assert "Optimizer steps. (type: int, default: 60)" in shown
 
 
 def test_yaml_of_a_config_lists_every_setting():
