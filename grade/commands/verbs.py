@@ -72,11 +72,13 @@ def reward(argv: list[str]) -> int:
     )
     if resolved is None:
         return 0
-    from grade.commands.reward import check_reward_gradient, train_reward
-
     if "check_gradient" in resolved.switches:
+        from grade.commands.reward import check_reward_gradient
+
         check_reward_gradient(resolved.config)
     else:
+        from grade.commands.reward import train_reward
+
         train_reward(resolved.config)
     return 0
 

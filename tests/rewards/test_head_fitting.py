@@ -127,7 +127,10 @@ def test_labels_and_pairs_of_conversations(policy):
         ({"texts": TEXTS, "targets": [float("nan")] * 60}, "it must be finite"),
         ({"texts": [None] * 60, "targets": TARGETS}, "text 0 is of type NoneType"),
         ({"pairs": [{"chosen": "a"}]}, r"pairs\[0\] has no 'rejected'"),
-        ({"pairs": [{"chosen": "a", "rejected": "a"}] * 9}, "has 0 usable rows: at least 4"),
+        (
+            {"pairs": [{"chosen": "a", "rejected": "a"}] * 9},
+            r"has 0 usable rows \(9 of 9 pairs have equal answers\): at least 4",
+        ),
         ({"texts": TEXTS, "targets": TARGETS, "held_out": 1.0}, "held_out is 1.0"),
     ],
 )
