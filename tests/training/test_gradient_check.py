@@ -64,7 +64,9 @@ def test_the_gradient_of_a_linear_reward_predicts_every_swap(scale):
     }
     for row in found.rows:
         assert row.pearson.value == pytest.approx(1, abs=1e-6) and row.slope.value == pytest.approx(1, abs=1e-4)
-        assert row.spearman.value > 0.999 and row.right_sign.value == 1
+        # Swaps of one effect are a tie in what is predicted and differ by rounding in what happens: a place of ranks.
+        place = 12 / (row.swaps * (row.swaps**2 - 1))
+        assert row.spearman.value > 1 - place and row.right_sign.value == 1
         assert row.slope.interval == pytest.approx((1, 1), abs=1e-4)
     assert rows_of(found)["policy", "whole"].swaps == 40 and "can follow" in found.verdict
 
