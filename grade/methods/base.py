@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grade.config import GenerationConfig, MethodConfig, TrainConfig
+from grade.config.bounds import WEIGHT
 from grade.methods.metrics import moments, step_metrics
 from grade.methods.services import Services, Totals
 from grade.model.policy import Policy
@@ -133,8 +134,11 @@ def kl_weight(mask: Tensor, reduction: str, kl_coef: float, total_tokens: int, t
     return mask.double() * (kl_coef / total)
 
 
+_LEAST_COEF = 1e-9  # a target out of reach must not make a weight that no factor brings back
+
+
 def steered(kl_coef: float, kl: float, target: float, rate: float) -> float:
     """The coefficient after a step with the KL `kl`: times 1 + rate * the relative excess over the target, which counts
     for a fifth at most either way (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."""
     excess = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + rate * excess)
+    return min(max(kl_coef * (1 + rate * excess), _LEAST_COEF), WEIGHT)

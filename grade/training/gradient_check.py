@@ -95,6 +95,9 @@ def check_gradient(
         raise GradeError(f"swaps is {swaps}: swap at least one token in every response.")
     if not reward.differentiable:
         raise _no_gradient(f"{reward.raises} has no gradient")
+    terms = reward.terms if isinstance(reward, WeightedReward) else []
+    if terms and not any(term.weight for term in terms if term.reward.differentiable):
+        raise _no_gradient(f"what has a gradient in {reward.raises} has the weight 0 (reward.weight)")
     settings = score_settings(config.method, policy.device)
     settings.activation_checkpointing = config.method.activation_checkpointing is True
     generator = torch.Generator().manual_seed(config.seed)
@@ -117,7 +120,9 @@ def check_gradient(
             "generation.max_new_tokens."
         )
     rows = [row for drawn, parts in found.items() for row in agreements(drawn, _joined(parts))]
-    return GradientCheck(rows, verdict(rows), responses, reward.raises)
+    left_out = [term.name for term in terms if not term.reward.differentiable]
+    apart = f" Left out, as without a gradient: {', '.join(left_out)}." if left_out else ""
+    return GradientCheck(rows, verdict(rows) + apart, responses, reward.raises)
 
 
 def _responses(

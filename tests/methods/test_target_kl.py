@@ -20,6 +20,7 @@ def test_the_coefficient_follows_the_relative_excess_within_a_fifth():
     assert steered(0.1, 5.0, 0.5, 0.5) == pytest.approx(0.1 * 1.1)
     assert steered(0.1, 0.0, 0.5, 0.5) == pytest.approx(0.1 * 0.9)
     assert steered(0.1, 0.5, 0.5, 1.0) == 0.1
+    assert steered(1e-9, 0.0, 0.5, 1.0) == 1e-9 and steered(1e6, 5.0, 0.5, 1.0) == 1e6  # and no further
 
 
 def test_the_optimum_of_a_steered_objective_has_the_target():

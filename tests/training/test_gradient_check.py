@@ -164,6 +164,9 @@ def test_functions_beside_a_reward_are_left_out_and_not_called():
     function = FunctionReward(never, policy.tokenizer)
     summed = WeightedReward([Term(reward, "head", weight=2.0), Term(function, "never")])
     assert rows_of(check(summed, policy))["policy", "whole"].slope.value == pytest.approx(1, abs=1e-4)
+    assert check(summed, policy).verdict.endswith("Left out, as without a gradient: never.")
+    with pytest.raises(GradeError, match="has the weight 0"):
+        check(WeightedReward([Term(reward, "head", weight=0.0), Term(function, "never")]), policy)
 
 
 class Length(RewardFunction):
