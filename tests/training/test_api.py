@@ -442,7 +442,7 @@ class Interrupted(grade.Callback):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_an_interrupted_policy_has_the_steps_that_it_had(tiny_model, config, tmp_path):
+def test_an_interrupted_policy_has_the_steps_that_it_had(tiny_model, config, tmp_path, keyboard):
     trainer = make(tiny_model, config, callbacks=[Interrupted()])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
