@@ -180,7 +180,8 @@ trainer = grade.GradeTrainer(
     config=config_from_yaml(sys.argv[1]),
 )
 trainer.train()
-print("sum", sum(p.double().abs().sum().item() for p in trainer.policy.parameters()), flush=True)
+total = sum(p.double().abs().sum().item() for p in trainer.policy.parameters())
+os.write(1, f"sum {total}\\n".encode())  # whole, however the other process writes: print may write piece by piece
 """
 
 
