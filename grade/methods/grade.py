@@ -86,8 +86,9 @@ class Grade(Method):
     def _phase(self, name: str) -> Iterator[None]:
         """A phase of a replay. In one of them somebody's own reward may fail, and the hops behind it need all
         processes. This package's do not fail, and processes spare themselves to agree on that for every micro-batch."""
-        theirs = any(r.differentiable and not is_ours(type(r)) for r in self.reward.summands())
-        may_fail = theirs and name == "base_forward"
+        may_fail = name == "base_forward" and any(
+            r.differentiable and not is_ours(type(r)) for r in self.reward.summands()
+        )
         with self.services.phase(name), self.services.failing_together() if may_fail else nullcontext():
             yield
 

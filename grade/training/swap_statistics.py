@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from grade.jackknife import critical, jackknife_error
 from grade.tables import Cell, Column, Estimate, Table
 
 HALF = 0.5
 """A correlation below which GRADE keeps less than half of what the true effects would gain at equal KL."""
 LEAST_RESPONSES = 8
-_LEVEL = 0.95
 _PARTS = ("whole", "first third", "middle third", "last third")
 DRAWN = {
     "policy": "by the policy's probability",
@@ -122,19 +122,14 @@ def _measured(statistic: _Statistic, swaps: Swaps, *, correlation: bool = False)
     left_out = np.array([statistic(swaps.predicted[keep], swaps.true[keep]) for keep in others])
     if len(responses) < 3 or not np.isfinite(left_out).all():
         return Measured(value, None, None)
-    reach = float(stats.t.ppf((1 + _LEVEL) / 2, len(responses) - 1))
-    error = _jackknife_error(left_out)
+    reach = critical(len(responses))
+    error = jackknife_error(left_out)
     if not correlation:
         return Measured(value, error, (value - reach * error, value + reach * error))
     inside = 1 - 1e-12  # where atanh is finite
     middle = math.atanh(min(max(value, -inside), inside))
-    around = reach * _jackknife_error(np.arctanh(np.clip(left_out, -inside, inside)))
+    around = reach * jackknife_error(np.arctanh(np.clip(left_out, -inside, inside)))
     return Measured(value, error, (math.tanh(middle - around), math.tanh(middle + around)))
-
-
-def _jackknife_error(left_out: np.ndarray) -> float:
-    n = len(left_out)
-    return float(((n - 1) / n * np.square(left_out - left_out.mean()).sum()) ** 0.5)
 
 
 def _pearson(predicted: np.ndarray, true: np.ndarray) -> float:

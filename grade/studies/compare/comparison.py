@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ import yaml
 
 from grade.errors import GradeError, reason_of
 from grade.jsonl import read_rows
+from grade.studies.compare.over_seeds import over_seeds
 from grade.training.evaluation import write_evaluations
 from grade.training.run_folder import make_again
 
@@ -255,7 +256,7 @@ def table(curves: Sequence[RunCurve], tests: Tests, *, budget: BudgetKind) -> li
             "best_steps": [],
             "threshold": threshold,
             "reached": None,
-            "best": _stat([base]),
+            "best": over_seeds([base]),
             **_test_numbers(curves[:1], [base], [tests.get(BASE, {})]),
         }
     ]
@@ -280,18 +281,20 @@ def _method_row(runs: list[RunCurve], tests: Tests, limit: dict[str, float], thr
         "best_steps": [v.step for v in best],
         "threshold": threshold,
         "reached": len(reached),
-        "best": _stat(v.metric for v in best),
+        "best": over_seeds(v.metric for v in best),
         **numbers,
-        "used_tokens": _stat(v.tokens for v in best),
-        "used_seconds": _stat(v.seconds for v in best),
-        "steps_to": _stat(v.step for v in reached) if all_reached else None,
-        "tokens_to": _stat(v.tokens for v in reached) if all_reached else None,
-        "seconds_to": _stat(v.seconds for v in reached) if all_reached else None,
-        "grad_norm/median": _stat(statistics.median(ordered) for ordered in norms),
-        "grad_norm/p90": _stat(ordered[len(ordered) * 9 // 10] for ordered in norms),
-        "grad_norm/max": _stat(ordered[-1] for ordered in norms),
-        "step_seconds": _stat(statistics.median(b - a for a, b in pairwise([0.0, *run.seconds])) for run in trained),
-        "peak_gib": _stat(run.peak_gib for run in trained),
+        "used_tokens": over_seeds(v.tokens for v in best),
+        "used_seconds": over_seeds(v.seconds for v in best),
+        "steps_to": over_seeds(v.step for v in reached) if all_reached else None,
+        "tokens_to": over_seeds(v.tokens for v in reached) if all_reached else None,
+        "seconds_to": over_seeds(v.seconds for v in reached) if all_reached else None,
+        "grad_norm/median": over_seeds(statistics.median(ordered) for ordered in norms),
+        "grad_norm/p90": over_seeds(ordered[len(ordered) * 9 // 10] for ordered in norms),
+        "grad_norm/max": over_seeds(ordered[-1] for ordered in norms),
+        "step_seconds": over_seeds(
+            statistics.median(b - a for a, b in pairwise([0.0, *run.seconds])) for run in trained
+        ),
+        "peak_gib": over_seeds(run.peak_gib for run in trained),
     }
 
 
@@ -308,8 +311,8 @@ def _test_numbers(
     found = [{**test, "objective": _test_objective(run, test)} for run, test in zip(runs, found, strict=True)]
     metric = runs[0].metric
     return {
-        **{f"test/{name}": _stat(test.get(name) for test in found) for name in ("objective", *TESTED)},
-        "gap": _stat(
+        **{f"test/{name}": over_seeds(test.get(name) for test in found) for name in ("objective", *TESTED)},
+        "gap": over_seeds(
             v - tested for v, test in zip(best, found, strict=True) if (tested := test.get(metric)) is not None
         ),
     }
@@ -320,15 +323,6 @@ def _test_objective(run: RunCurve, test: Mapping[str, float | None]) -> float | 
     if metric is None or kl is None or kl_sequence is None:
         return None
     return objective(metric, kl, kl_sequence, run.kl_coef, run.kl_reduction)
-
-
-def _stat(values: Iterable[float | None]) -> dict | None:
-    """Mean, standard error and number of the values that are there; None of none."""
-    known = [v for v in values if v is not None]
-    if not known:
-        return None
-    stderr = statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
-    return {"mean": statistics.fmean(known), "stderr": stderr, "n": len(known)}
 
 
 # -- writing -------------------------------------------------------------------------------------------------

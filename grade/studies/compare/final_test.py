@@ -76,9 +76,12 @@ class Bench:
         """Give the policy this checkpoint's weights.
 
         Raises:
-            GradeError: they cannot be read.
+            GradeError: they cannot be read; with how to make its run again.
         """
-        load_adapter(adapter, self.loaded.policy)
+        try:
+            load_adapter(adapter, self.loaded.policy)
+        except GradeError as error:
+            raise GradeError(f"{error} {make_again(adapter.parents[1])}") from error
 
     def test(
         self, step: int, base: Spread | None, prompts: Sequence[list[int]], config: Config
@@ -137,8 +140,7 @@ def evaluate_checkpoints(
             try:
                 bench.put(adapters[key])
             except GradeError as error:
-                run_dir = adapters[key].parents[1]
-                failures[run_dir.name] = f"{error} {make_again(run_dir)}"
+                failures[adapters[key].parents[1].name] = str(error)
                 del digests[key]
                 continue
         base = None if key == BASE else bench.kept["spread"]

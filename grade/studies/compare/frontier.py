@@ -19,10 +19,11 @@ flatters all methods alike, and not the best of n. Needs no model: the report re
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
+
+from grade.studies.compare.over_seeds import over_seeds
 
 KL, REWARD = "kl_sequence", "reward"
 MEASURES = {
@@ -112,23 +113,22 @@ def frontier_table(points: Sequence[Point], base: Point, best_of: Sequence[Point
         {
             "method": method,
             "seeds": list(seeds),
-            **{name: [_over_seeds([value_at(k, name, kl) for k in seeds.values()]) for kl in kls] for name in measures},
+            **{
+                name: [_of_all_seeds([value_at(k, name, kl) for k in seeds.values()]) for kl in kls]
+                for name in measures
+            },
         }
         for method, seeds in frontiers.items()
     ]
     if best_of:
         knots = frontier_of(best_of, base)
-        found = {name: [_over_seeds([value_at(knots, name, kl)]) for kl in kls] for name in measures}
+        found = {name: [_of_all_seeds([value_at(knots, name, kl)]) for kl in kls] for name in measures}
         rows.append({"method": "best of n", "seeds": [], **found})
     return {"kls": kls, "rows": rows}
 
 
-def _over_seeds(values: Sequence[float | None]) -> dict | None:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return None
-    stderr = statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
-    return {"mean": statistics.fmean(known), "stderr": stderr, "n": len(known)}
+def _of_all_seeds(values: Sequence[float | None]) -> dict | None:
+    return None if None in values else over_seeds(values)
 
 
 def evenly_spaced(steps: Sequence[int], count: int) -> list[int]:

@@ -18,7 +18,7 @@ from grade.model.checkpoint import adapter_digest
 from grade.studies.compare.best_of import sampled_best_of
 from grade.studies.compare.final_test import Bench
 from grade.studies.compare.frontier import KL, MEASURES, evenly_spaced, frontier_table
-from grade.training.run_folder import adapter_folder, make_again
+from grade.training.run_folder import adapter_folder
 
 
 class FrontierRun(NamedTuple):
@@ -101,7 +101,7 @@ def _test_points(bench: Bench, config: Config, kept: dict, wanted: Sequence[tupl
         try:
             bench.put(adapter_folder(run.run_dir, step))
         except GradeError as error:
-            failures[run.run_dir.name] = f"{error} {make_again(run.run_dir)}"
+            failures[run.run_dir.name] = str(error)
             continue
         row, _ = bench.test(step, kept["base"]["spread"], _prompts(bench), config)
         known[_key(run, step)] = {**row, "adapter_sha256": digests[run, step]}

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from grade.config.studies import BLOCKS
+from grade.jackknife import critical, jackknife_error
 
 Interval = tuple[float, float]
 JUDGED = 0.25
@@ -204,11 +204,6 @@ def agreement(estimator: Tensor, reference: Tensor, *, same_scale: bool = True) 
     return Agreement(max(square, 0.0) ** 0.5, (low, high), scale, cosine, cosine_interval, verdict)
 
 
-def critical(blocks: int) -> float:
-    """Two-sided 95 % quantile of Student's t for a jackknife over blocks."""
-    return float(stats.t.ppf(0.975, blocks - 1))
-
-
 def _off_diagonal(gram: Tensor) -> float:
     """Mean over pairs of different blocks."""
     blocks = len(gram)
@@ -225,7 +220,6 @@ def jackknife(statistic: Callable[[Tensor], float], *sets: int) -> tuple[float, 
             keep = everything.clone()
             keep[block] = False
             left_out.append(statistic(keep))
-        values = torch.tensor(left_out, dtype=torch.float64)
-        variance += float((blocks - 1) / blocks * (values - values.mean()).square().sum())
+        variance += jackknife_error(left_out) ** 2
         first += blocks
     return statistic(everything), variance**0.5

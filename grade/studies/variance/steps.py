@@ -47,7 +47,8 @@ import torch
 from torch import Tensor
 
 from grade.config.studies import BLOCKS
-from grade.studies.variance.statistics import Interval, critical, jackknife
+from grade.jackknife import critical
+from grade.studies.variance.statistics import Interval, jackknife
 
 
 def natural(u: Tensor, v: Tensor, p: Tensor) -> Tensor:
