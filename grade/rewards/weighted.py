@@ -204,6 +204,15 @@ class WeightedReward(Reward):
             [self._share(term, said, True) for term, said in zip(self.functions, judged.unbind(1), strict=True)], dim=1
         )
 
+    def proxies_shares(self, terms: Mapping[str, Tensor]) -> Tensor | None:
+        """[B] float64, what the proxies add to the total in training; None where there is none.
+
+        Args:
+            terms: as `valued` gives them.
+        """
+        shares = [self._share(term, terms[term.name].double(), True) for term in self.terms if term.proxy]
+        return torch.stack(shares).sum(0) if shares else None
+
     def _share(self, term: Term, value: Tensor, training: bool) -> Tensor:
         """[B], what a term with these values adds to the total."""
         if training and term.normalize:

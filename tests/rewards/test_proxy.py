@@ -235,7 +235,9 @@ def test_a_run_follows_both_and_is_judged_by_the_program(config, tmp_path, capsy
     run_dir = tmp_path / "run"
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     step = next(row for row in rows if "loss" in row)
-    assert step["reward"] == pytest.approx(step["rewards/verifier/mean"] + step["rewards/proxy/mean"])
+    assert step["reward"] == pytest.approx(step["rewards/verifier/mean"])
+    assert step["reward_with_proxy"] == pytest.approx(step["reward"] + step["rewards/proxy/mean"])
+    assert step["loss"] == pytest.approx(-step["reward_with_proxy"] + config.method.kl_coef * step["kl"])
     record, evaluations = (json.loads((run_dir / name).read_text()) for name in ("run.json", "evaluation.json"))
     for row in evaluations["validation"]:
         assert row["reward"] == pytest.approx(row["details"]["rewards/verifier/mean"])

@@ -135,8 +135,8 @@ def test_puzzles_for_a_proxy_are_in_no_split(monkeypatch):
     others = {puzzle.key for split in SPLITS for puzzle in task.puzzles(split)}
     assert len(learnt) == 50 and not learnt & others
     assert task.describe() == make_task().describe()  # so that a run without a proxy stays the same run
-    with pytest.raises(GradeError, match="1000020 are needed: raise one of the three or lower task.reward_examples"):
-        make_task(reward_examples=10**6).puzzles("reward")
+    with pytest.raises(GradeError, match="10020 are needed: raise one of the three or lower task.reward_examples"):
+        make_task(operands=2, reward_examples=10**4).puzzles("reward")
 
 
 def test_prompts(monkeypatch):
