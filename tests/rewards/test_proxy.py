@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from grade.rewards.proxy import ProxyTraining
 from grade.rewards.shared import head_lines
 from grade.rewards.weighted import Term, WeightedReward
 from grade.tasks import countdown, load_task
+from grade.training.api import GradeTrainer
 from grade.training.setup import set_up
 
 ALONE = SimpleNamespace(device=torch.device("cpu"), is_main_process=True, num_processes=1)
@@ -292,6 +294,14 @@ def test_other_heads_are_no_proxies(config, tmp_path):
     more = replace(config.reward, path=str(folder), proxy_samples=7)
     with pytest.raises(GradeError, match="was trained with something else: .*proxy_samples"):
         load_reward(more, policy, task, judged=38, output_dir="", generation=config.generation)
+
+
+def test_whether_grade_can_follow_the_proxy_is_measured_of_it_alone(config):
+    found = GradeTrainer.from_config(config).check_gradient(responses=16, swaps=2)
+    assert found.verdict.endswith("Left out, as without a gradient: verifier.")
+    assert found.rows[0].swaps > 16 and math.isfinite(found.rows[0].pearson.value)
+    with pytest.raises(GradeError, match="has the weight 0 .reward.proxy_weight."):
+        GradeTrainer.from_config(changed(config, reward={"proxy_weight": 0.0})).check_gradient(responses=16)
 
 
 def test_the_command_trains_a_proxy_by_itself(config, tmp_path, capsys):
