@@ -122,6 +122,7 @@ class PolicyGradient(Method):
     minibatches = 1
 
     def __post_init__(self) -> None:
+        self.reward = self.reward.by_value()
         super().__post_init__()
         responses = self.train.batch_size * self.train.accumulation_steps
         self.micro_batch = micro_batch_size(self.config, self.train.batch_size, responses)
