@@ -60,7 +60,7 @@ def restored(
             raise KeyError(missing[0])
         _refuse_others(run_dir, state["inputs"], inputs)
         load_adapter(folder, policy)
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state.pop("optimizer"))  # as large as the weights, and nobody's from here on
         method.load_state_dict(state["method"])
         method.kl_coef = state.get("kl_coef", method.kl_coef)  # checkpoints of earlier versions have none
         method.reward.load_state_dict(state.get("reward", {}))  # checkpoints of earlier versions have none
