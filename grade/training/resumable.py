@@ -69,8 +69,11 @@ def resumable(run_dir: Path) -> Resumable:
         GradeError: there is none; with what is wrong with each.
     """
     paths, wrong = _newest_first(run_dir), dict[str, None]()
+    last = run_dir / "checkpoints" / "last"
     if not paths:
-        load_state(run_dir / "checkpoints" / "last")  # says so
+        load_state(last)  # says so
+    elif latest(last) not in paths:
+        wrong[f"{last} is missing."] = None
     for path in paths:
         try:
             state = read_state(path)

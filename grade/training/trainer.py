@@ -246,13 +246,13 @@ class Trainer:
                 self.run_dir, train, enabled=main, settings=asdict(self.config), written=written, resume_step=self.step
             )
             if found is not None:
-                self.checkpoints.go_on_from(found)
+                if found.wrong or not (self.run_dir / "evaluation.json").is_file():
+                    self.record.evaluations()
+                self.checkpoints.go_on_from(found)  # last: until then a kill leaves what is found again
             if main:
                 write_run_config(self.run_dir, self.config)
                 self.record.begin(self.loaded, self.inputs, self.step, self.accelerator.num_processes)
                 notes += [f"reward head: {line}" for line in head_lines(self.record.content.get("reward_head", {}))]
-                if found is not None and (found.wrong or not (self.run_dir / "evaluation.json").is_file()):
-                    self.record.evaluations()
         if found is not None and found.resaves_best:
             self.checkpoints.save_best(self.step)
         if isinstance(self.decoding, CompiledDecoding):

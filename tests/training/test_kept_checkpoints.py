@@ -112,6 +112,10 @@ def test_a_damaged_file_of_any_kind_is_named_and_the_one_before_is_found(copied,
         assert len(found.wrong) == 1 and str(path) in found.wrong[0] and "step 3" in found.warning()
         path.write_bytes(content)
     assert resumable(run_dir).folder == last and resumable(run_dir).warning() is None
+    shutil.rmtree(last)
+    assert (
+        resumable(run_dir).folder.name == "resume-3" and "checkpoints/last is missing" in resumable(run_dir).warning()
+    )
 
 
 @pytest.mark.parametrize("damaged", ["trainer_state.safetensors", "metrics.jsonl"])
