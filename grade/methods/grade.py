@@ -53,6 +53,7 @@ class Grade(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.repeatable = not self.config.replay_dropout  # whose masks follow from what passes together
         if not self.reward.differentiable:
             raise GradeError(
                 f"method.name={self.config.name} backpropagates the reward, and {self.reward.raises} has no "
@@ -100,7 +101,7 @@ class Grade(Method):
         totals = self.services.totals(r.mask for r in rollouts)
         sums: dict[str, float] = {}
         for rollout in self.judged(rollouts):
-            for micro_batch in rollout.micro_batches(self.train.batch_size, by_length=True):
+            for micro_batch in rollout.micro_batches(self.together, by_length=True):
                 sums = add_sums(sums, self._sums(micro_batch, self.accumulate(micro_batch, step, totals)))
         norm = update()
         metrics = self.observed(sums)
