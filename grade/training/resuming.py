@@ -53,6 +53,24 @@ def restored(
     """
     folder = latest(run_dir / "checkpoints" / "last")
     state = load_state(folder)
+    put_back(folder, state, run_dir, inputs, policy, optimizer, method)
+    return state
+
+
+def put_back(
+    folder: Path,
+    state: Mapping[str, Any],
+    run_dir: Path,
+    inputs: Mapping[str, Any],
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    method: Method,
+) -> None:
+    """The same of any checkpoint with a state.
+
+    Args:
+        state: what `grade.model.checkpoint.load_state` reads in its folder.
+    """
     missing = [name for name in _FIELDS if name not in state]
     try:
         if missing:
@@ -68,7 +86,6 @@ def restored(
             f"train.resume: the trainer's state in {folder} does not fit this run ({reason_of(error)}). Start again "
             "with --train.overwrite true."
         ) from error
-    return state
 
 
 def other_schedule(steps_before: int, train: TrainConfig, step: int) -> list[str]:
