@@ -28,6 +28,14 @@ class RewardFailed(GradeError):
     """Somebody's own reward has failed, or gave no numbers; the step or evaluation that asked it changed nothing."""
 
 
+class NotFinite(RewardFailed):
+    """It gave a number that is not finite."""
+
+
+class Collapsed(GradeError):
+    """An alarm of `guard` has ended a run, whose last step is saved; the CLI exits with 3."""
+
+
 class NothingLeft(GradeError):
     """A run that is to go on has had all its steps; to one that goes on where it can, that is no mistake."""
 

@@ -53,7 +53,24 @@ def restored(
         GradeError: all checkpoints are damaged, or something that the run depends on has been replaced.
     """
     found = resumable(run_dir)
-    folder, state = found.folder, found.state
+    put_back(found.folder, found.state, run_dir, inputs, policy, optimizer, method)
+    return found
+
+
+def put_back(
+    folder: Path,
+    state: dict[str, Any],
+    run_dir: Path,
+    inputs: Mapping[str, Any],
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    method: Method,
+) -> None:
+    """The same of any checkpoint with a state.
+
+    Args:
+        state: what `grade.model.checkpoint.load_state` reads in its folder; the optimizer's part of it is taken out.
+    """
     missing = [name for name in _FIELDS if name not in state]
     try:
         if missing:
@@ -69,7 +86,6 @@ def restored(
             f"train.resume: the trainer's state in {folder} does not fit this run ({reason_of(error)}). Start again "
             "with --train.overwrite true."
         ) from error
-    return found
 
 
 def other_schedule(steps_before: int, train: TrainConfig, step: int) -> list[str]:

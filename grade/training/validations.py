@@ -24,10 +24,16 @@ class Validations:
         """Put back those of a run that goes on."""
         self.rows, self.best = rows, best
 
-    def add(self, row: Evaluation) -> bool:
-        """Whether a further validation is one of the policy, and its best so far."""
+    def add(self, row: Evaluation, *, trusted: bool = True) -> bool:
+        """Whether a further validation is one of the policy, and its best so far.
+
+        Args:
+            trusted: False: it is the best only where there was none.
+        """
         self.rows.append(asdict(row))
-        if row.model == "base" or (self.best is not None and row.metric <= self.best["metric"]):
+        if row.model == "base":
+            return False
+        if self.best is not None and (not trusted or row.metric <= self.best["metric"]):
             return False
         beats = row.metric > Evaluation(**self.rows[0]).metric
         self.best = {"step": row.step, "metric": row.metric, "reward": row.reward, "beats_base": beats}

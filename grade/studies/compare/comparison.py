@@ -71,7 +71,7 @@ class RunCurve:
     Attributes:
         metric: what `Validation.metric` is: "solve_rate" or "reward".
         kl_coef, kl_reduction: of its config.
-        reward, kl, entropy: of the step (KL and entropy in nats per token).
+        reward, kl, entropy: of the step (KL and entropy in nats per token); None where they were not finite.
         grad_norm: of the step; None where it made no update.
         validations: in order, the base model's (step 0) first.
         peak_gib: largest memory; None before the first step.
@@ -85,9 +85,9 @@ class RunCurve:
     kl_reduction: str
     tokens: list[int]
     seconds: list[float]
-    reward: list[float]
-    kl: list[float]
-    entropy: list[float]
+    reward: list[float | None]
+    kl: list[float | None]
+    entropy: list[float | None]
     grad_norm: list[float | None]
     validations: list[Validation]
     peak_gib: float | None
