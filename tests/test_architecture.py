@@ -21,7 +21,7 @@ FLOORS = (  # from the roof down; rooms of one floor do not know each other
     ("rewards", "sampling"),
     ("model",),
     ("built_in",),
-    ("tasks", "processes"),
+    ("tasks", "processes", "planning"),
     ("config",),
     ("rollout",),
     ("files", "jsonl", "tables", "tree"),
