@@ -81,14 +81,10 @@ class Plan:
 def plan(run: Run) -> Plan:
     """Seconds, memory and suggestions; recomputation is what method.activation_checkpointing comes to."""
     run = replace(run, recompute=recomputes(run))
-    phases = []
-    for phase in phases_of(run):
-        group = run.devices if phase.name == "update" else run.shards
-        phases.append(PlannedPhase(phase.name, phase.work, time_of(phase.parts, run, group)))
     micro_batches = {recompute: largest_micro_batch(replace(run, recompute=recompute)) for recompute in (False, True)}
     found = Plan(
         run,
-        phases,
+        _timed(run),
         memory_of(run),
         ways_to_sample(run),
         micro_batches,
@@ -97,6 +93,14 @@ def plan(run: Run) -> Plan:
         [],
     )
     return replace(found, suggestions=suggestions(found))
+
+
+def _timed(run: Run) -> list[PlannedPhase]:
+    groups = {"update": run.devices}
+    return [
+        PlannedPhase(phase.name, phase.work, time_of(phase.parts, run, groups.get(phase.name, run.shards)))
+        for phase in phases_of(run)
+    ]
 
 
 def ways_to_sample(run: Run) -> list[WayToSample]:
@@ -147,26 +151,32 @@ def _to_fit(found: Plan) -> list[str]:
 
 
 def _micro_batch(found: Plan) -> list[str]:
-    """The largest of a step's divisors that fits; without recomputation if one does."""
+    """The largest part of a step that fits, with activations kept or recomputed, whichever is quicker."""
     run = found.run
     if room(run) is None or (found.shards or 0) > run.shards or found.shards is None:
         return []
     of_update = run.responses // run.config.method.minibatches
     divisors = [size for size in range(1, of_update + 1) if of_update % size == 0]
     setting = run.config.method.activation_checkpointing
+    candidates = []
     for recompute in (False, True) if setting == "auto" else (setting,):
         limit = found.micro_batches[recompute]
-        if limit is None:
-            continue
-        size = max(size for size in divisors if size <= limit)
-        if size == run.micro_batch:
-            return []
-        how = ", with activations recomputed" if recompute else ""
-        return [
-            f"Of a step's {run.responses} responses on a device {size} can pass together{how}: --train.batch_size "
-            f"{size} --train.accumulation_steps {run.responses // size}."
-        ]
-    return []
+        if limit is not None:
+            size = max(size for size in divisors if size <= limit)
+            candidates.append(replace(run, passed=size, recompute=recompute))
+    quickest = min(candidates, key=_seconds, default=run)
+    size = quickest.micro_batch
+    if size == run.micro_batch:
+        return []
+    how = "recomputed" if quickest.recompute else "kept"
+    return [
+        f"Quickest by micro-batches of {size} of a device's {run.responses} responses, with activations {how}: "
+        f"--train.batch_size {size} --train.accumulation_steps {run.responses // size}."
+    ]
+
+
+def _seconds(run: Run) -> float:
+    return sum(phase.time.seconds for phase in _timed(run))
 
 
 def _sampling(found: Plan) -> list[str]:

@@ -29,6 +29,11 @@ def _figures(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+def count(value: float) -> str:
+    """A large number in words, such as `4.02 billion`."""
+    return f"{_figures(value / 1e9)} billion" if value >= 0.9995e9 else f"{_figures(value / 1e6)} million"
+
+
 def seconds(value: float) -> str:
     """Seconds or milliseconds."""
     return f"{_figures(value)} s" if value >= 0.9995 else f"{_figures(1000 * value)} ms"
@@ -38,14 +43,14 @@ def model_line(run: Run) -> str:
     """The policy, what is trained of it, and the responses."""
     shape, config = run.shape, run.config
     if run.trained.everything:
-        trained = f"all {quantity(run.trained.parameters, '')} of the backbone trained"
+        trained = f"{count(run.trained.parameters)} of them trained"
     else:
-        trained = f"{quantity(run.trained.parameters, '')} in an adapter of rank {run.trained.rank}".replace("  ", " ")
+        trained = f"{count(run.trained.parameters)} more in an adapter of rank {run.trained.rank}"
     dtype = config.model.quantization or run.dtype
     micro = f"{run.responses} in micro-batches of {run.micro_batch}"
     method = f"{config.method.name}, {run.hops:g} hops" if run.differentiates else config.method.name
     return (
-        f"{shape.name}: {quantity(shape.parameters, '').strip()} parameters in {dtype}, {trained}. {method}. P = "
+        f"{shape.name}: {count(shape.parameters)} parameters in {dtype}, {trained}. {method}. P = "
         f"{run.prompt:,}, S = {run.response:,}, k = {config.generation.top_k:,}; responses on a device: {micro}, "
         f"{run.together} sampled together."
     )

@@ -120,7 +120,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
         held = [memory_of(replace(found.run, passed=n, recompute=recompute)).total("passes") for n in (size, size + 1)]
         assert held[0] <= limit < held[1]
     assert found.micro_batches[True] > 3 * found.micro_batches[False]
-    assert "16 can pass together: --train.batch_size 16 --train.accumulation_steps 1." in " ".join(found.suggestions)
+    assert "activations kept: --train.batch_size 16 --train.accumulation_steps 1." in " ".join(found.suggestions)
 
 
 def test_recomputation_is_what_would_not_fit_otherwise():
