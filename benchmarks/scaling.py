@@ -187,7 +187,8 @@ def config_of(setting: Setting, method: str = "grade-ste", recompute: bool = Fal
 def measure(options: argparse.Namespace) -> dict:
     """Counts of every step of `_STEPS` and `_SIZES`."""
     rows: list[dict] = []
-    first = Setting(shape=_SHAPE, batch=1, prompt=1, length=1, k=_K)
+    # As many hops for each response: a batch makes those of its slowest.
+    first = Setting(shape=_SHAPE, batch=1, prompt=1, length=1, k=_K, hop_tol=0.0, max_hops=3)
     benches = {recompute: Bench(first, "checkpointed" if recompute else "replay") for recompute in (False, True)}
     for method, recompute, copies in _STEPS:
         bench = benches[recompute]

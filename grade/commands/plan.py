@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from grade.built_in import countdown_model, demo_model
 from grade.config import Config
@@ -21,7 +22,7 @@ from grade.planning.text import as_json, device_line, memory_table, model_line, 
 _SHARES = ("flops", "bandwidth", "link")
 
 
-def run_plan(config: Config, as_text: bool = True, **options: float | str | None) -> None:
+def run_plan(config: Config, as_text: bool = True, **options: Any) -> None:
     """Print tables, or with `as_text=False` JSON; `options` as `planned` takes them."""
     found = planned(config, **options)
     if as_text:

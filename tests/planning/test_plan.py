@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,21 +13,23 @@ import pytest
 
 from grade import cli
 from grade.commands.plan import planned
-from grade.config import Config, ModelConfig, RewardConfig
-from grade.config.reading import load_config, shipped_configs
+from grade.config import Config, LoraSettings, ModelConfig, RewardConfig, reading
 from grade.errors import GradeError
 from grade.memory import plan as trials
 from grade.planning.devices import DEVICES
 from grade.planning.memory import SHARE, memory_of
 from grade.planning.phases import phases_of
-from grade.planning.text import quantity
+from grade.planning.text import as_json, quantity
 
 LARGE = "meta-llama/Llama-3.1-70B"
 
 
+load_config = functools.cache(reading.load_config)
+
+
 def large(**sections) -> Config:
     """70 billion parameters, long responses."""
-    config = load_config("imdb_qwen3_4b", [])
+    config = load_config("imdb_qwen3_4b")
     config = replace(config, model=replace(config.model, name=LARGE))
     return replace(
         config,
@@ -35,26 +39,28 @@ def large(**sections) -> Config:
     )
 
 
-@pytest.mark.parametrize("name", shipped_configs())
-@pytest.mark.parametrize("as_json", [False, True])
-def test_every_shipped_config_has_a_plan(name, as_json, capsys, request):
+@pytest.mark.parametrize("name", reading.shipped_configs())
+def test_every_shipped_config_has_a_plan(name, capsys, request):
+    arguments, config = ["plan", name], load_config(name)
     if name == "imdb_small":
-        folder = request.getfixturevalue("imdb_lm")
-        arguments = ["plan", name, "--model.name", str(folder)]
-    else:
-        arguments = ["plan", name]
-    assert cli.main([*arguments, *(["--json"] if as_json else [])]) == 0
+        folder = str(request.getfixturevalue("imdb_lm"))
+        arguments += ["--model.name", folder]
+        config = replace(config, model=replace(config.model, name=folder))
+    assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
-    config = load_config(name, [])
     phases = {"policy_forward", "hops"} if config.method.name == "grade-ste" else {"score", "backward"}
-    if as_json:
-        found = json.loads(shown)
-        assert phases < {phase["name"] for phase in found["phases"]}
-        assert found["seconds"] == pytest.approx(sum(phase["seconds"] for phase in found["phases"]))
-        assert found["fits"] is (None if config.device == "cpu" else True)
-    else:
-        for word in (*phases, "rollout", "update", "bound by", "50% reached" if config.device != "cpu" else "45%"):
-            assert word in shown
+    for word in (*phases, "rollout", "update", "bound by", "50% reached" if config.device != "cpu" else "45% reached"):
+        assert word in shown
+    found = json.loads(json.dumps(as_json(planned(config))))
+    assert phases < {phase["name"] for phase in found["phases"]}
+    assert found["seconds"] == pytest.approx(sum(phase["seconds"] for phase in found["phases"]))
+    assert found["fits"] is (None if config.device == "cpu" else True)
+
+
+def test_json_is_what_a_program_reads(capsys):
+    assert cli.main(["plan", "imdb_qwen3_4b", "--json", "--gpu", "mi300x", "--flops", "0.3", "--hops", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"]["name"] == "mi300x" and found["assumptions"]["flops"] == 0.3 and found["sizes"]["hops"] == 2
 
 
 def test_it_needs_no_torch():
@@ -92,7 +98,7 @@ def test_shards_between_nodes_are_slower():
 
 @pytest.mark.parametrize("name", ["grade-ste", "grpo"])
 def test_more_devices_take_more_tokens_a_second_and_hold_less(name):
-    method = replace(load_config("imdb_qwen3_4b", []).method, name=name, activation_checkpointing=True)
+    method = replace(load_config("imdb_qwen3_4b").method, name=name, activation_checkpointing=True)
     config = large(method=method)
     if name == "grpo":
         config = replace(config, generation=replace(config.generation, samples_per_prompt=8))
@@ -105,7 +111,7 @@ def test_more_devices_take_more_tokens_a_second_and_hold_less(name):
 
 def test_longer_responses_and_larger_batches_cost_more():
     def of(length, batch):
-        config = large()
+        config = large(method=replace(load_config("imdb_qwen3_4b").method, activation_checkpointing=True))
         config = replace(config, generation=replace(config.generation, max_new_tokens=length))
         return planned(replace(config, train=replace(config.train, batch_size=batch)), gpu="b200", gpus=8, shards=8)
 
@@ -114,7 +120,7 @@ def test_longer_responses_and_larger_batches_cost_more():
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not():
-    found = planned(load_config("imdb_qwen3_4b", []), gpu="h100")
+    found = planned(load_config("imdb_qwen3_4b"), gpu="h100")
     limit = SHARE * DEVICES["h100"].memory
     for recompute, size in found.micro_batches.items():
         held = [memory_of(replace(found.run, passed=n, recompute=recompute)).total("passes") for n in (size, size + 1)]
@@ -124,7 +130,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
 
 
 def test_recomputation_is_what_would_not_fit_otherwise():
-    config = load_config("imdb_qwen3_4b", [])
+    config = load_config("imdb_qwen3_4b")
     much = replace(config, train=replace(config.train, batch_size=256, accumulation_steps=1))
     assert not planned(config, gpu="h100").run.recompute
     found = planned(much, gpu="h100")
@@ -134,13 +140,14 @@ def test_recomputation_is_what_would_not_fit_otherwise():
 
 
 def test_a_rollout_of_another_engine_is_no_phase():
-    config = load_config("imdb_qwen3_4b", ["--rollout.source", "file.jsonl", "--method.estimator", "rao"])
+    plain = load_config("imdb_qwen3_4b")
+    config = replace(plain, rollout=replace(plain.rollout, source="file.jsonl"))
     found = planned(config, gpu="h100")
     assert [phase.name for phase in found.phases][0] == "policy_forward" and not found.memory.parts["rollout"]
 
 
 def test_a_classifier_has_passes_and_memory_of_its_own():
-    config = load_config("imdb_qwen3_4b", [])
+    config = load_config("imdb_qwen3_4b")
     other = replace(config, reward=RewardConfig(model="Qwen/Qwen3-0.6B"))
     head, classifier = planned(config, gpu="h100"), planned(other, gpu="h100")
     size = classifier.memory.parts["always"]["reward's model"]
@@ -171,31 +178,48 @@ def test_quantities_have_three_figures(value, text):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--gpu", "v100"], "--gpu is 'v100': there are numbers of a100-80, h100, h200, b200, mi300x, cpu"),
-        (["--gpus", "0"], "--gpus is 0: it must be at least 1"),
-        (["--gpus", "6", "--shards", "4"], "--shards is 4, which does not divide the 6 devices"),
-        (["--gpus", "2", "--shards", "0"], "--shards is 0"),
-        (["--hops", "17"], "--hops is 17: it must be at least 0 and at most method.max_hops, 16"),
-        (["--flops", "1.5"], "--flops is 1.5: it must be above 0 and at most 1"),
-        (["--layer_seconds", "-1"], "--layer_seconds, in seconds, is -1: it must be 0 or more"),
-        (["--gpu", "cpu"], "--gpu cpu has only been measured in float32, and model.dtype is bfloat16"),
-        (["--gpu", "cpu", "--model.dtype", "float32", "--gpus", "2"], "processes on a cpu share its cores"),
-        (["--model.name", "nobody/nothing"], "Give --model.name FOLDER with its config.json"),
-        (["--model.adapter", "folder"], "model.adapter is folder, whose cost `grade plan` does not know"),
-        (["--method.replay_dropout", "true"], "method.replay_dropout is True, whose cost"),
-        (["--reward.model", "nobody/judge"], "Give --reward.model FOLDER with its config.json"),
-        (["--model.quantization", "4bit", "--gpus", "2", "--shards", "2"], "a base in 4bit is held whole"),
-        (["--model.lora.target_modules", "[wq]"], "model.lora.target_modules has 'wq'"),
+        ({"gpu": "v100"}, "--gpu is 'v100': there are numbers of a100-80, h100, h200, b200, mi300x, cpu"),
+        ({"gpus": 0}, "--gpus is 0: it must be at least 1"),
+        ({"gpus": 6, "shards": 4}, "--shards is 4, which does not divide the 6 devices"),
+        ({"gpus": 2, "shards": 0}, "--shards is 0"),
+        ({"hops": 17}, "--hops is 17: it must be at least 0 and at most method.max_hops, 16"),
+        ({"flops": 1.5}, "--flops is 1.5: it must be above 0 and at most 1"),
+        ({"layer_seconds": -1.0}, "--layer_seconds, in seconds, is -1: it must be 0 or more"),
+        ({"gpu": "cpu"}, "--gpu cpu has only been measured in float32, and model.dtype is bfloat16"),
     ],
 )
-def test_what_it_does_not_know_is_refused_by_name(options, message, capsys):
-    assert cli.main(["plan", "imdb_qwen3_4b", *options]) == 2
-    assert message in capsys.readouterr().err
+def test_devices_and_assumptions_that_cannot_be_are_refused(options, message):
+    with pytest.raises(GradeError, match=re.escape(message)):
+        planned(load_config("imdb_qwen3_4b"), **options)
+
+
+@pytest.mark.parametrize(
+    "section, changes, options, message",
+    [
+        ("model", {"dtype": "float32"}, {"gpu": "cpu", "gpus": 2}, "processes on a cpu share its cores"),
+        ("model", {"name": "nobody/nothing"}, {}, "Give --model.name FOLDER with its config.json"),
+        ("model", {"adapter": "folder"}, {}, "model.adapter is folder, whose cost `grade plan` does not know"),
+        ("model", {"quantization": "4bit"}, {"gpus": 2, "shards": 2}, "a base in 4bit is held whole"),
+        ("model", {"lora": LoraSettings(target_modules=["wq"])}, {}, "model.lora.target_modules has 'wq'"),
+        ("method", {"replay_dropout": True}, {}, "method.replay_dropout is True, whose cost"),
+        ("reward", {"model": "nobody/judge"}, {}, "Give --reward.model FOLDER with its config.json"),
+    ],
+)
+def test_settings_whose_cost_is_not_known_are_refused(section, changes, options, message):
+    config = load_config("imdb_qwen3_4b")
+    config = replace(config, **{section: replace(getattr(config, section), **changes)})
+    with pytest.raises(GradeError, match=re.escape(message)):
+        planned(config, **options)
+
+
+def test_a_mistake_is_told_in_a_line(capsys):
+    assert cli.main(["plan", "imdb_qwen3_4b", "--gpu", "v100"]) == 2
+    assert capsys.readouterr().err.startswith("grade: error: --gpu is 'v100'")
 
 
 def test_a_whole_model_cannot_be_sharded():
     model = ModelConfig(name="Qwen/Qwen3-4B", finetuning="full")
-    config = replace(load_config("imdb_qwen3_4b", []), model=model)
+    config = replace(load_config("imdb_qwen3_4b"), model=model)
     with pytest.raises(GradeError, match="model.finetuning=full trains the layers"):
         planned(config, gpu="h200", gpus=2, shards=2)
     found = planned(config, gpu="h200")

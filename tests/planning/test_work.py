@@ -15,7 +15,7 @@ from grade.planning.shape import shape_of
 from grade.planning.work import Passes
 from grade_kernels import chunk_rows
 
-SETTING = Setting(shape="tiny", batch=4, prompt=6, length=20, k=16)
+SETTING = Setting(shape="tiny", batch=4, prompt=6, length=20, k=16, hop_tol=0.0, max_hops=3)
 FLOPS = 2e-3
 """Relative; what is not in the formulas is a reward head of [d, 16]."""
 
@@ -75,7 +75,7 @@ def test_bytes_are_about_those_that_are_held(stories260k, method, recompute):
     prompts = torch.randint(4, 512, (8, SETTING.prompt))
     found = held(policy, tiny_reward(policy), config, prompts)
     shape = shape_of(policy.causal_lm.config.to_dict(), "stories260K")
-    assert planned_bytes(planned_run(shape, config, 2.0)) == pytest.approx(found, rel=0.25)
+    assert planned_bytes(planned_run(shape, config, 3.0)) == pytest.approx(found, rel=0.25)
 
 
 def test_a_decoded_token_reads_weights_and_cache():
