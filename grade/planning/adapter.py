@@ -50,9 +50,14 @@ class Trained:
         first layer that no trained parameter lies in front of, back to what they read."""
         if self.everything:
             return sum(linear.products for linear in self.shape.linears if linear.stage == 0)
-        first = min(linear.stage for linear in self.adapted)
-        before = sum(linear.products for linear in self.shape.linears if linear.stage <= first)
-        return before + self.rank * sum(linear.inputs for linear in self.adapted if linear.stage == first)
+        branches = ((0, 1), (2, 3)) if self.shape.parallel else ((0, 1, 2, 3),)
+        spared = 0
+        for stages in branches:
+            adapted = [linear for linear in self.adapted if linear.stage in stages]
+            first = min((linear.stage for linear in adapted), default=max(stages))
+            spared += sum(x.products for x in self.shape.linears if x.stage in stages and x.stage <= first)
+            spared += self.rank * sum(linear.inputs for linear in adapted if linear.stage == first)
+        return spared
 
 
 def adapter(shape: ModelShape, rank: int, targets: Sequence[str]) -> Trained:

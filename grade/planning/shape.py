@@ -53,6 +53,7 @@ class ModelShape:
         float32_norms: norms compute in float32 and keep such a copy; others keep their input.
         head_norms: queries and keys have norms of their own.
         tied: the head is the embedding table.
+        parallel: the MLP reads what attention reads, and not what it gives.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ModelShape:
     float32_norms: bool
     head_norms: bool
     tied: bool
+    parallel: bool = False
 
     @property
     def queries(self) -> int:
@@ -247,6 +249,7 @@ def _gpt_neox(config: Config, name: str) -> ModelShape:
         float32_norms=False,
         head_norms=False,
         tied=bool(config.get("tie_word_embeddings", False)),
+        parallel=bool(config.get("use_parallel_residual", True)),
     )
 
 
