@@ -54,12 +54,9 @@ def test_operations_are_those_that_are_counted(name, method, options):
 
 
 @pytest.fixture
-def two_threads():
-    """As many as the formulas take a CPU to have: each has temporaries of its own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def two_threads(monkeypatch):
+    """As many as the formulas take a CPU to have: the head has temporaries for each."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
