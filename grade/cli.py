@@ -1,4 +1,4 @@
-"""The command line: `grade {demo,reward,train,evaluate,generate,export,push,compare,variance,report,doctor}`.
+"""The command line: `grade {demo,reward,train,plan,evaluate,generate,export,push,compare,variance,report,doctor}`.
 
     grade train imdb_small                          a config that ships with the package
     grade train my.yaml --train.steps 10            a file, with an override

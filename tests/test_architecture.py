@@ -22,7 +22,7 @@ FLOORS = (  # from the roof down; rooms of one floor do not know each other
     ("sampling",),
     ("model",),
     ("built_in",),
-    ("tasks", "processes"),
+    ("tasks", "processes", "planning"),
     ("config",),
     ("rollout",),
     ("files", "jsonl", "tables", "tree"),
