@@ -4,9 +4,9 @@
     python -m benchmarks.damage --count 50 --seed 3       fewer, elsewhere
 
 A damage is a value of a JSON or YAML file that is gone or something else (null, a text, -5, NaN, a list, a number of
-400 digits, lists in lists), a line of a log that is no object or no UTF-8, a file that is cut, empty, missing, a folder,
-or has another bit. Half of them are sealed again: checksums fit, as if another program had written the file. Every
-command must end well, or refuse it in words and leave all files as they are. Exits with 1 if one does not.
+401 digits, lists in lists), a line of a log that is no object or no UTF-8, a file that is cut, empty, missing, a
+folder, or has another bit. Half of them are sealed again: checksums fit, as if another program had written the file.
+Every command must end well, or refuse it in words and leave all files as they are. Exits with 1 if one does not.
 """
 
 from __future__ import annotations
@@ -272,6 +272,8 @@ def main() -> int:
             done, wrong = one(folder / "run", place, random.Random(f"{options.seed}/{number}"), call)
             shutil.rmtree(place)
             failed += wrong is not None
+            if number % 25 == 0:
+                print(f"{number:>4}  in {time.monotonic() - begin:.0f} s", flush=True)
             if wrong is not None:
                 print(f"{number:>4}  {done}\n      {wrong}", flush=True)
         seconds = time.monotonic() - begin

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -230,6 +231,11 @@ def put_adapter(directory: Path, model: PeftModel, what: str, fix: str) -> None:
             )
     try:
         weights = load_peft_weights(str(directory), device=str(model.device))
+    except pickle.UnpicklingError as error:
+        raise GradeError(
+            f"{what}: its adapter is a pickle (adapter_model.bin) that holds more than tensors, or is damaged; reading "
+            "it could run code. Save it as safetensors where you trust it (save_pretrained does)."
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise GradeError(f"{what}: its adapter cannot be read ({reason_of(error)}).") from error
     wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
