@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,9 @@ READ_BY = {  # the commands that read a file of a run, by its name
     "tokenizer.json": ("export",),
     "tokenizer_config.json": ("export",),
 }
+
+
+READERS = tuple(dict.fromkeys(name for names in READ_BY.values() for name in names))
 
 
 def command(name: str, run: Path, further: Path) -> list[str]:
@@ -201,13 +204,18 @@ def files_of(run: Path) -> list[Path]:
 
 
 def one(
-    run: Path, place: Path, chance: random.Random, call: Callable[[list[str]], tuple[int, str]]
+    run: Path,
+    place: Path,
+    chance: random.Random,
+    call: Callable[[list[str]], tuple[int, str]],
+    readers: Collection[str] = READERS,
 ) -> tuple[str, str | None]:
     """Damage a copy of a run and let a command read it: (what was done, what is wrong with the outcome or None).
 
     Args:
         place: an empty folder.
         call: runs `grade` with these arguments; its exit code and output.
+        readers: the commands that may be asked.
     """
     copy = place / "run"
     shutil.copytree(run, copy)
@@ -215,8 +223,8 @@ def one(
     text = config_to_yaml(replace(config, train=replace(config.train, run_dir=str(copy))))
     (copy / "config.yaml").write_text(text, encoding="utf-8")
     seal(copy / "config.yaml")
-    path = chance.choice(files_of(copy))
-    reader = chance.choice(READ_BY[path.name])
+    path = chance.choice([path for path in files_of(copy) if set(READ_BY[path.name]) & set(readers)])
+    reader = chance.choice([name for name in READ_BY[path.name] if name in readers])
     arguments = command(reader, copy, place)
     if reader == "resume":  # its settings come from elsewhere: a damaged config.yaml is not what it is told to do
         shutil.copy(copy / "config.yaml", place / "settings.yaml")
