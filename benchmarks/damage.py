@@ -36,7 +36,22 @@ from grade.model.checkpoint import MANIFEST_FILE
 SIGNS_OF_A_FAULT = "Traceback (most recent call last)"
 _SEAL = "# SHA-256 of the lines above: "
 _DEEP = "@deep@"
-_VALUES = (None, "text", -5, float("nan"), [], [1], {}, 10**400, 1e308, 0.5, True, _DEEP, "../../elsewhere", 10**12)
+_VALUES: tuple[Any, ...] = (
+    None,
+    "text",
+    -5,
+    float("nan"),
+    [],
+    [1],
+    {},
+    10**400,
+    1e308,
+    0.5,
+    True,
+    _DEEP,
+    "../../elsewhere",
+    10**12,
+)
 _GONE = object()
 _WHOLE = ("missing", "empty", "a folder", "cut", "another bit", "no UTF-8", "null", "a list")
 READ_BY = {  # the commands that read a file of a run, by its name

@@ -11,11 +11,13 @@ import torch
 from grade.config import TrainConfig
 from grade.errors import GradeError, reason_of
 from grade.files import latest
+from grade.formats import LOGGED
 from grade.jsonl import rows_of
 from grade.methods.base import Method
 from grade.model.checkpoint import load_adapter, load_state, verified_step
 from grade.model.fingerprint import changed_inputs, read_record
 from grade.model.policy import Policy
+from grade.shapes import misfit
 from grade.training.log import beginning
 
 
@@ -115,8 +117,10 @@ def check_story(state: Mapping[str, Any], run_dir: Path) -> None:
         wrong = f"it was to have {state['steps']} steps"
     else:
         kept = beginning(run_dir / "metrics.jsonl", state["logs"]["metrics.jsonl"])
-        trained = [row["step"] for row in rows_of(kept).rows if "step" in row and "validation/reward" not in row]
-        if trained != list(range(step)):
+        rows = rows_of(kept).rows
+        wrong = next((f"of metrics.jsonl {one}" for row in rows if (one := misfit(row, LOGGED)) is not None), None)
+        trained = [row.get("step") for row in rows if "validation/reward" not in row]
+        if wrong is None and trained != list(range(step)):
             wrong = f"metrics.jsonl has {len(trained)} steps"
     if wrong is not None:
         raise GradeError(
