@@ -56,8 +56,16 @@ EVALUATIONS_SHOWN = {
 }
 """The same for a report."""
 
-LOGGED: dict[Any, Any] = {"step": COUNT, str: NUMBER}
-"""A line of metrics.jsonl."""
+_OF_STEPS = ("reward", "kl", "entropy", "grad_norm", "tokens", "updates", "memory/peak_gib")
+_OF_VALIDATIONS = tuple(f"validation/{name}" for name in ("reward", "solve_rate", "kl", "kl_sequence", "entropy"))
+LOGGED: dict[Any, Any] = {
+    "step": COUNT,
+    **dict.fromkeys((f"{name}?" for name in (*_OF_STEPS, *_OF_VALIDATIONS)), NUMBER),
+    str: (NUMBER, str, None),
+}
+"""A line of metrics.jsonl, of any version."""
+LOGGED_HERE: dict[Any, Any] = {"step": COUNT, str: NUMBER}
+"""The same of a run that goes on here: loggers take numbers alone."""
 
 _SESSION = {
     "command?": str,

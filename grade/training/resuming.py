@@ -11,7 +11,7 @@ import torch
 from grade.config import TrainConfig
 from grade.errors import GradeError, reason_of
 from grade.files import latest
-from grade.formats import LOGGED
+from grade.formats import LOGGED_HERE
 from grade.jsonl import rows_of
 from grade.methods.base import Method
 from grade.model.checkpoint import load_adapter, load_state, verified_step
@@ -118,7 +118,7 @@ def check_story(state: Mapping[str, Any], run_dir: Path) -> None:
     else:
         kept = beginning(run_dir / "metrics.jsonl", state["logs"]["metrics.jsonl"])
         rows = rows_of(kept).rows
-        wrong = next((f"of metrics.jsonl {one}" for row in rows if (one := misfit(row, LOGGED)) is not None), None)
+        wrong = next((f"of metrics.jsonl {one}" for row in rows if (one := misfit(row, LOGGED_HERE)) is not None), None)
         trained = [row.get("step") for row in rows if "validation/reward" not in row]
         if wrong is None and trained != list(range(step)):
             wrong = f"metrics.jsonl has {len(trained)} steps"
