@@ -26,7 +26,8 @@ FLOORS = (  # from the roof down; rooms of one floor do not know each other
     ("config",),
     ("rollout",),
     ("files", "jsonl", "tables", "tree"),
-    ("errors", "fitting", "hub", "hub_names", "jackknife", "latex", "machine", "seeds", "terminal"),
+    ("errors", "fitting", "formats", "hub", "hub_names", "jackknife", "latex", "machine", "seeds", "terminal"),
+    ("shapes",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

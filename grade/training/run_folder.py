@@ -20,6 +20,7 @@ from grade.config.methods import DIFFERENTIATING
 from grade.config.sealed import config_from_sealed, sealed_yaml
 from grade.errors import GradeError, NothingLeft, read_json, writing
 from grade.files import check_writable, locked, replace_text, sync
+from grade.formats import COUNT
 from grade.hub_names import GIVEN
 from grade.processes import main_process_first, shared
 from grade.training.resumable import has_resumable, resumable
@@ -317,6 +318,6 @@ def is_finished(run_dir: Path, steps: int, evaluation: EvaluationConfig) -> bool
     if not path.is_file():
         return False
     fix = "Delete that file: going on with the run makes it again from its checkpoint."
-    done = read_json(path, fix, "validation")
+    done = read_json(path, fix, shape={"validation": [{"step": COUNT}]})
     validated = done["validation"][-1]["step"] if done["validation"] else 0
     return validated >= steps and ("test" in done or evaluation.test_prompts == 0)
