@@ -198,7 +198,7 @@ def features_of(policy: Policy, rows: Sequence[list[int]], lengths: list[int], t
             mask[i, : len(rows[row])] = True
         ids, mask = ids.to(policy.device), mask.to(policy.device)
         with policy.state(adapters=False):
-            hidden = policy.hidden(policy.embed(ids), mask)
+            hidden = policy.hidden(policy.embed(ids), mask, padded=False)
         sums = (hidden.to(accumulation_dtype(hidden)) * mask[..., None]).cumsum(1)  # [b, T, d]
         for i, length in enumerate(lengths):
             counts = mask[:, :length].sum(1)

@@ -127,7 +127,7 @@ class SharedReward(DifferentiableReward):
     def _states(self, rollout: Rollout, x: Tensor, activation_checkpointing: bool = False) -> Tensor:
         """[B, S, d], the base's of the response by itself."""
         with self.policy.state(adapters=False, activation_checkpointing=activation_checkpointing):
-            return self.policy.hidden(x, rollout.mask)
+            return self.policy.hidden(x, rollout.mask, padded=False)
 
     def keep(self, run_dir: Path) -> dict[str, Any]:
         """Copy the head into the run: its reward stays what it was, whatever happens to the shared folder. Of one that
