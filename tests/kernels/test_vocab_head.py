@@ -221,7 +221,7 @@ def test_split_product_at_the_ends_of_float32():
 
 @pytest.mark.parametrize(("dtype", "launches"), [(torch.bfloat16, 5), (torch.float16, 20)])
 def test_a_gpu_pulls_a_chunk_back_in_one_product(monkeypatch, dtype, launches):
-    """Kernels to launch, whatever the size of the weight, and memory: both halves of the gradient, of half its width."""
+    """Kernels to launch, whatever the weight's size, and memory: both halves of the gradient, of half its width."""
     monkeypatch.setattr(head_ops, "_mm_float32", lambda a, b: torch.mm(a.float(), b.float()))
     monkeypatch.setattr(head_ops, "_BLOCK_BYTES", 4 * 64 * 100)  # a CPU would take seven
     hidden, weight = torch.randn(6, 64), torch.randn(700, 64).to(dtype)
