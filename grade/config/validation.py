@@ -70,7 +70,7 @@ def validate(config: Config) -> None:
             "model.quantization=8bit rounds what layers read to 8 bits, so that no two passes agree as those of "
             f"model.dtype={config.model.dtype} must. Set model.dtype to bfloat16, or use 4bit."
         )
-    if config.model.quantization is not None and config.rollout.compile:
+    if config.model.quantization is not None and config.rollout.compile is True:
         raise GradeError(
             f"rollout.compile records the weights' own products, which model.quantization={config.model.quantization} "
             "replaces. Set one of them to its default."
