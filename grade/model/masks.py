@@ -27,7 +27,7 @@ def known_padding(config: PretrainedConfig, padded: bool) -> Iterator[None]:
             attention does not see it, so that no mask is needed and SDPA may take its kernels for plain causal ones.
     """
     kind = getattr(config, "_attn_implementation", None)
-    if kind not in ALL_MASK_ATTENTION_FUNCTIONS:
+    if kind is None or kind not in ALL_MASK_ATTENTION_FUNCTIONS:
         yield
         return
     own = ALL_MASK_ATTENTION_FUNCTIONS[kind]

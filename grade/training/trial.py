@@ -86,7 +86,7 @@ class Trial:
                 parameter.grad = None
         moments = 2 * sum(p.nbytes for p in self.policy.parameters())  # of AdamW, beside every step but the first
         # A compiled step keeps its caches: of full rollouts, and of a step's rest.
-        always = moments
+        always: float = moments
         if config.rollout.compile and config.rollout.source is None:
             always += found["rollout"] * (2 if self.batches["step"] % self.batches["rollout"] else 1)
         found = {name: size + (moments if name == "rollout" else always) for name, size in found.items()}
