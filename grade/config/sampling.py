@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from grade.config.bounds import BATCH, TOKENS, setting
 
@@ -34,8 +35,8 @@ class RolloutConfig:
     a named pipe of them; null: sample here."""
     timeout: float = setting(600.0, gt=0, le=10**7)
     """Seconds to wait for the next response on a pipe before the run stops."""
-    compile: bool = setting(False, role="speed")
+    compile: bool | Literal["auto"] = setting(False, role="speed")
     """Decode training's responses by a compiled step over a static KV cache: CUDA graphs on a GPU, fused loops
     (and the draw with them) on a CPU. Needs sdpa attention without windows; not used with rollout.source. The first
     rollout of a batch size or greater length takes half a minute or more, the first changed temperature some seconds.
-    """
+    `auto`: on a GPU, where the run has 10,000 forwards of a token or more and the model can be compiled."""

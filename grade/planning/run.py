@@ -10,6 +10,7 @@ from grade.config.methods import DIFFERENTIATING, micro_batch_size
 from grade.errors import GradeError
 from grade.planning.adapter import Trained, adapter, whole_backbone
 from grade.planning.devices import DEVICES, Device, DType, Efficiency
+from grade.planning.recording import recording_pays
 from grade.planning.shape import ModelShape
 from grade.planning.work import Passes
 
@@ -90,6 +91,12 @@ class Run:
                 f"--shards is {self.shards}, but model.finetuning=full trains the layers, and a sharded base is "
                 "frozen. Set --shards to 1, or train an adapter."
             )
+
+    @property
+    def records(self) -> bool:
+        """Whether the rollout is a compiled, recorded step."""
+        wanted = self.config.rollout.compile
+        return recording_pays(self.config, on_gpu=self.device.is_beside_host) if wanted == "auto" else wanted
 
     # -- sizes -----------------------------------------------------------------------------------------------
 
