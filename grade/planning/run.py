@@ -20,6 +20,8 @@ docs/algorithm.md. A run's own number is `hops` in its metrics.jsonl."""
 MOST_DEVICES = 2**20
 _CHUNK_ARRAYS = 3
 """[rows, V] float32 arrays of a chunk of the head, as grade_kernels.common.chunks has them."""
+_TILE_ROWS = 128
+"""Rows of which larger chunks are multiples, as there."""
 _BITS = {"4bit": 4.5, "8bit": 8.0}
 """Of a weight of a quantized base; 4 bits have a float32 scale for every 64 weights besides."""
 
@@ -190,7 +192,8 @@ class Run:
 
     def rows_of_chunk(self, size: int) -> int:
         """Rows of the head's logits in chunks of so many bytes."""
-        return max(1, size // (_CHUNK_ARRAYS * 4 * self.shape.vocabulary))
+        rows = size // (_CHUNK_ARRAYS * 4 * self.shape.vocabulary)
+        return max(1, rows if rows < _TILE_ROWS else rows - rows % _TILE_ROWS)
 
     @property
     def trained(self) -> Trained:

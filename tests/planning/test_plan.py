@@ -27,9 +27,15 @@ LARGE = "meta-llama/Llama-3.1-70B"
 load_config = functools.cache(reading.load_config)
 
 
+def one_by_one() -> Config:
+    """A step of 16 responses that pass one after the other."""
+    config = load_config("imdb_qwen3_4b")
+    return replace(config, train=replace(config.train, batch_size=1, accumulation_steps=16))
+
+
 def large(**sections) -> Config:
     """70 billion parameters, long responses."""
-    config = load_config("imdb_qwen3_4b")
+    config = one_by_one()
     config = replace(config, model=replace(config.model, name=LARGE))
     return replace(
         config,
@@ -120,7 +126,7 @@ def test_longer_responses_and_larger_batches_cost_more():
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not():
-    found = planned(load_config("imdb_qwen3_4b"), gpu="h100")
+    found = planned(one_by_one(), gpu="h100")
     limit = SHARE * DEVICES["h100"].memory
     for recompute, size in found.micro_batches.items():
         held = [memory_of(replace(found.run, passed=n, recompute=recompute)).total("passes") for n in (size, size + 1)]

@@ -20,9 +20,12 @@ from grade.errors import GradeError
 
 @pytest.fixture
 def copied(trained_run, tmp_path):
-    """The config of a run of four steps that is to go on for two, in a copy of its folder."""
+    """The config of a run of four steps that is to go on for two, in a copy of its folder; of its checkpoints there is
+    one to go on from."""
     run_dir = tmp_path / "run"
     shutil.copytree(trained_run, run_dir)
+    for earlier in (run_dir / "checkpoints").glob("resume-*"):
+        shutil.rmtree(earlier)
     return with_train(config_from_sealed(run_dir / "config.yaml"), run_dir=str(run_dir), resume=True, steps=6)
 
 

@@ -29,8 +29,8 @@ METRIC = {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.6, 5: 0.2}
 def _known_bests():
     add = Validations.add
 
-    def added(self, row):
-        return add(self, row if row.model == "base" else replace(row, reward=METRIC[row.step]))
+    def added(self, row, **options):
+        return add(self, row if row.model == "base" else replace(row, reward=METRIC[row.step]), **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Validations, "add", added)
