@@ -164,9 +164,12 @@ def responses(
         a function of the reward does not apply to the response).
     """
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    own = len(range(process, len(prompts), processes))
     sampling = evaluation_sampling(settings, generation)
     passes = score_settings(method, policy.device)
     size, numbers = settings.batch_size, list(range(process, len(prompts), processes))
+    if policy.sharding is not None:  # all processes make as many passes: the last prompts are answered again
+        numbers += [len(prompts) - 1] * (-(-len(prompts) // processes) - own)
     records: list[dict] = []
     with failing_together(accelerator):
         for start in range(0, len(numbers), size):
@@ -179,6 +182,7 @@ def responses(
             records += score_records(policy, reward, rollout, passes, chosen, adapters=adapters, measure=measure)
             if tick is not None:
                 tick(len(chosen) * processes)
+    records = records[:own]
     if processes > 1:
         records = gather_object(records)
     for name in _silent(records):

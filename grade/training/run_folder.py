@@ -16,7 +16,6 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from grade.config import Config, EvaluationConfig, flatten, settings_with_role
-from grade.config.methods import DIFFERENTIATING
 from grade.config.sealed import config_from_sealed, sealed_yaml
 from grade.errors import GradeError, NothingLeft, read_json, writing
 from grade.files import check_writable, latest, locked, replace_text, sync
@@ -286,7 +285,7 @@ def differing_settings(before: Config, now: Config) -> str:
     """The settings in which a run would be another one, as words; empty if there are none."""
     old, new = flatten(asdict(before)), flatten(asdict(now))
     free = set(settings_with_role("resume", "speed", "place"))
-    if now.method.name not in DIFFERENTIATING:
+    if now.method.minibatches > 1:
         free -= {"generation.batch_size"}  # what is decoded together decides which responses share a mini-batch
     elif not now.method.replay_dropout:
         free |= _MICRO_BATCHES  # the responses of a whole step must stay, which the checkpoint's inputs tell

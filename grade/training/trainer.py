@@ -302,6 +302,7 @@ class Trainer:
         except RewardFailed as error:
             if self.step == 0:
                 raise
+            self._check_policy()  # by all processes, whose layers may be sharded
             with main_process_first(self.accelerator):
                 if self.step != self.checkpoints.saved:
                     self._save()
