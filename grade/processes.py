@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,18 +16,29 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 
 from grade.config import Config
 from grade.errors import GradeError, RewardFailed
+from grade.launch import check_launch
+from grade.machine import is_out_of_memory
+from grade.peers import Peers
+from grade.terminal import warn_once
+
+_SEEN = 5.0
+"""Seconds after which a process that has ended is surely seen to have (`grade.peers`)."""
+_COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|process group", re.IGNORECASE)
+"""In the errors of collectives whose other processes are gone; gloo's are of no class of their own."""
 
 
 def make_accelerator(config: Config) -> Accelerator:
     """Accelerate's view of the machine: device, processes, reductions. Several leave their group when they end.
 
     Raises:
-        GradeError: device=cuda without one.
+        GradeError: device=cuda without one, or the launcher is set to what a run does not follow.
     """
+    check_launch(config.device)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise GradeError("device=cuda, but torch sees no CUDA or ROCm device. Use device=auto or cpu.")
     # Not what accelerate would choose on Apple silicon: its GPU has no float64, which sums here use.
-    # The others wait for the main process while it trains a reward head, which may take longer than libraries allow.
+    # Processes wait for each other as long as it takes: the main one trains a reward head, one asks a slow judge. That
+    # one has ended is not seen by a timeout, but by `watching`.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=[patience])
     if accelerator.num_processes > 1:
@@ -43,6 +55,49 @@ def _leave() -> None:
     distributed = torch.distributed
     if distributed.is_initialized() and distributed.get_backend() == "gloo":
         distributed.destroy_process_group()
+
+
+@contextmanager
+def watching(accelerator: Accelerator) -> Iterator[None]:
+    """While the block runs, a process that ends without the others ends them too: in words, and soon.
+
+    Raises:
+        GradeError: another process has ended, and a collective has failed of it. A process that waits on is ended where
+            it is, with the same words and exit code 2.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+
+    def any_process(wanted: bool) -> bool:
+        return bool(summed(accelerator, torch.tensor(float(wanted), dtype=torch.float64)) > 0)
+
+    number, count = accelerator.process_index, accelerator.num_processes
+    peers = Peers(number, count, lambda value: shared(accelerator, value), any_process)
+    if not peers.watched:
+        warn_once(
+            "warning: the processes cannot connect to the main one on a port of its own, and so not see when one of "
+            "them ends: the others may then wait for it."
+        )
+    well = False
+    try:
+        yield
+        accelerator.wait_for_everyone()
+        well = True
+    except (RuntimeError, GradeError) as error:
+        if not _of_collective(error) or not peers.noticed(_SEEN):
+            raise
+        raise GradeError(str(peers)) from error
+    finally:
+        peers.leave(well)
+
+
+def _of_collective(error: BaseException | None) -> bool:
+    """Whether it comes of a collective that has failed."""
+    if error is None or isinstance(error, RuntimeError) and is_out_of_memory(error):
+        return False
+    failed = isinstance(error, RuntimeError) and _COLLECTIVE.search(str(error)) is not None
+    return failed or _of_collective(error.__cause__)
 
 
 def shared(accelerator: Accelerator, value: Any) -> Any:

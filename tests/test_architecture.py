@@ -24,7 +24,7 @@ FLOORS = (  # from the roof down; rooms of one floor do not know each other
     ("tasks", "processes"),
     ("config",),
     ("rollout",),
-    ("files", "jsonl", "tables", "tree"),
+    ("files", "jsonl", "launch", "peers", "tables", "tree"),
     ("errors", "fitting", "hub", "hub_names", "jackknife", "latex", "machine", "seeds", "terminal"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -159,8 +159,8 @@ class Policy:
         return self.head.weight.shape[0]
 
     def going_on(self, wanted: bool) -> bool:
-        """Whether a loop of passes goes on: where this process wants it or, as passes through sharded layers are made by
-        all processes or none, any of them."""
+        """Whether a loop of passes goes on: where this process wants it or, as all processes or none pass through
+        sharded layers, any of them."""
         return wanted if self.sharding is None else self.sharding.any_process(wanted)
 
     def parameters(self) -> list[torch.nn.Parameter]:

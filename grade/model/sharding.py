@@ -28,7 +28,6 @@ from grade.model.adapter_base import base_of, remember_base
 from grade.model.backbone import backbone_of
 from grade.processes import main_process_first, shared, summed
 
-
 ON_META = {"": "meta"}
 """The device map of a model without memory for its weights."""
 

@@ -24,7 +24,7 @@ from grade.errors import GradeError, writing
 from grade.model.checkpoint import save_checkpoint
 from grade.model.policy import Policy
 from grade.model.pretrained import context_of
-from grade.processes import make_accelerator
+from grade.processes import make_accelerator, watching
 from grade.rewards.base import Reward
 from grade.tasks.given import GivenTask, read_prompts
 from grade.training.answers import Answers
@@ -174,6 +174,7 @@ class GradeTrainer:
         if self._trainer is not None:
             raise GradeError("this trainer has trained already, and its policy with it. Make another one.")
         with ExitStack() as stack:
+            stack.enter_context(watching(self.accelerator))
             self.config, run_dir = stack.enter_context(started(self.config, self.accelerator))
             trainer = Trainer(self.config, self.accelerator, run_dir, self._loaded, self.callbacks)
             self._trainer, self._loaded = trainer, trainer.loaded

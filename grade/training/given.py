@@ -181,9 +181,7 @@ def _policy_of(
     if isinstance(model, (str, Path)):
         # No head is trained here: what a text may be long is no matter.
         reward = replace(config.reward, model=config.reward.model or f"{GIVEN}reward")
-        return config, load_policy(
-            replace(config, reward=reward), tokenizer, accelerator.device, accelerator
-        )
+        return config, load_policy(replace(config, reward=reward), tokenizer, accelerator.device, accelerator)
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         raise GradeError(f"model is a peft model around {_shown(inner)}: give one around a model of transformers.")

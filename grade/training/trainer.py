@@ -285,6 +285,7 @@ class Trainer:
                 if last and self.step < train.steps and not stopping:
                     break
                 if stopping and (self.step < train.steps or self.evaluation_prompts["test"]):
+                    self.accelerator.wait_for_everyone()  # the main one saves: a launcher ends it with the first to end
                     raise KeyboardInterrupt
             if self.validations.rows[-1]["step"] != self.step:  # resumed with no more steps than it had had
                 self._save(best=self._validate(progress))
