@@ -79,6 +79,12 @@ def validate(config: Config) -> None:
             f"generation.max_new_tokens ({generation.max_new_tokens}) is below generation.min_new_tokens "
             f"({generation.min_new_tokens}): raise the first or lower the second."
         )
+    if generation.batch_size is not None and generation.batch_size < generation.samples_per_prompt:
+        raise GradeError(
+            f"generation.batch_size ({generation.batch_size}) is below generation.samples_per_prompt "
+            f"({generation.samples_per_prompt}): a prompt's samples are decoded together. Raise the first or lower the "
+            "second."
+        )
     check_studies(config.compare, config.variance)
     if config.compare.kl_coefs is not None and method.target_kl is not None:
         raise GradeError(
