@@ -64,8 +64,8 @@ class Peers:
         """What has happened, once one is lost."""
         who = "the main process" if self.lost == 0 else f"process {self.lost} of {self._processes}"
         return (
-            f"{who} has ended, and the others cannot go on without it: what it said last, or the system, tells why. What "
-            "had been saved is kept."
+            f"{who} has ended, and the others cannot go on without it: what it said last, or the system, tells why. "
+            "What had been saved is kept."
         )
 
     def noticed(self, seconds: float) -> bool:

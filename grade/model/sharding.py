@@ -128,7 +128,7 @@ def _shard(base: PreTrainedModel, backbone: nn.Module, layers: list[nn.Module], 
     units[0].set_modules_to_backward_prefetch([units[0]])
 
 
-def _fill(base: PreTrainedModel, whole: dict[str, torch.Tensor], device: torch.device) -> None:
+def _fill(base: PreTrainedModel, whole: dict[str, Any], device: torch.device) -> None:
     """Put the main process' weights and buffers in every process' place for them.
 
     Args:

@@ -15,8 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from prompt_data import chat_tokenizer
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import grade
 import grade.replay.replay
@@ -30,7 +32,7 @@ from grade.config import (
     TrainConfig,
 )
 
-PROMPTS = ["I saw this film", "It is", "We saw it and", "A", "The film", "This", "They saw a film", "It"]
+PROMPTS = ["I saw this", "It", "We saw", "A", "The", "This", "They saw a film", "Is it"]
 RESPONSES = 8
 """Of a step, over all processes."""
 
@@ -49,8 +51,33 @@ class OfSomePrompts(grade.RewardFunction):
     """The same for all responses to every second prompt: their groups have no gradient."""
 
     def score(self, rollout):
-        one = (rollout.tokens * rollout.mask % 7).float().mean(1)
+        one = (rollout.tokens * rollout.mask % 7).sum(1) / rollout.mask.sum(1)
         return torch.where(rollout.prompt_index % 2 == 0, one, 1.0) if rollout.prompt_index is not None else one
+
+
+def small_model(folder: Path) -> Path:
+    """A Llama of random weights that ends some responses early, with a tokenizer of characters."""
+    tokenizer = chat_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 4
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def config_of(method: str, run_dir: Path, processes: int, *, fsdp: bool = False, steps: int = 2) -> Config:
@@ -60,7 +87,7 @@ def config_of(method: str, run_dir: Path, processes: int, *, fsdp: bool = False,
         name="several",
         device="cpu",
         model=ModelConfig(dtype="float32", fsdp=fsdp, lora=LoraSettings(r=2)),
-        generation=GenerationConfig(max_new_tokens=20, top_k=16, samples_per_prompt=2 if grpo else 1),
+        generation=GenerationConfig(max_new_tokens=20, top_k=16, batch_size=2, samples_per_prompt=2 if grpo else 1),
         method=replace(MethodConfig(), name=method, tau_start=2.0, tau_end=2.0, kl_coef=0.0 if grpo else 0.05),
         train=TrainConfig(
             steps=steps,
@@ -147,14 +174,14 @@ def commands(config: str, folder: Path) -> None:
         print(f"code {codes[-1]}", flush=True)
 
 
-def launched(*arguments: str | Path, processes: int, timeout: float = 280) -> subprocess.CompletedProcess:
+def launched(*arguments: str | Path, processes: int, timeout: float = 600) -> subprocess.CompletedProcess:
     """This program under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     program = [str(Path(__file__).resolve()), *map(str, arguments)]
     return subprocess.run([*launcher, *program], env=_environment(), capture_output=True, text=True, timeout=timeout)
 
 
-def without_launcher(*arguments: str | Path, timeout: float = 280) -> list[tuple[int, str, str]]:
+def without_launcher(*arguments: str | Path, timeout: float = 600) -> list[tuple[int, str, str]]:
     """This program in two processes that nobody ends where the other does: exit code, output and errors of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from in_processes import config_of, launched, trained, without_launcher
+from in_processes import PROMPTS, config_of, launched, small_model, trained, without_launcher
 from safetensors.torch import load_file
 from tiny_run import changed, timeless
 
@@ -49,19 +49,24 @@ def assert_same_run(one: Path, other: Path, steps: int = 2) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model, tmp_path_factory):
+def model(tmp_path_factory):
+    return small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def alone(model, tmp_path_factory):
     """Folder of runs of one process, by method, of four steps."""
     folder = tmp_path_factory.mktemp("alone")
     for method in METHODS:
-        trained(tiny_model, config_of(method, folder / method, 1, steps=4))
+        trained(model, config_of(method, folder / method, 1, steps=4))
     return folder
 
 
 @pytest.fixture(scope="module")
-def two(tiny_model, tmp_path_factory):
+def two(model, tmp_path_factory):
     """(folder of runs of two processes, of two steps; how the launch ended, whose second process was then killed)."""
     folder = tmp_path_factory.mktemp("two")
-    return folder, launched("work", tiny_model, folder, ",".join(METHODS), "killed", processes=2)
+    return folder, launched("work", model, folder, ",".join(METHODS), "killed", processes=2)
 
 
 @pytest.mark.slow
@@ -96,12 +101,12 @@ def test_hops_send_no_gradients(two):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_process_goes_on_with_a_run_of_two(alone, two, tiny_model, tmp_path, kind):
+def test_one_process_goes_on_with_a_run_of_two(alone, two, model, tmp_path, kind):
     run = two[0] / f"grade-ste-{kind}"
     few = config_of("grade-ste", run, 2, steps=4)
     with pytest.raises(grade.GradeError, match=r"responses of a step.* \(8 then, 4 now\).*train.accumulation_steps"):
-        trained(tiny_model, changed(few, train={"resume": True}))
-    trained(tiny_model, changed(config_of("grade-ste", run, 1, steps=4), train={"resume": True}))
+        trained(model, changed(few, train={"resume": True}))
+    trained(model, changed(config_of("grade-ste", run, 1, steps=4), train={"resume": True}))
     assert_same_run(run, alone / "grade-ste", steps=4)
 
 
@@ -114,17 +119,27 @@ def test_a_killed_process_ends_the_launch(two):
 
 
 @pytest.mark.slow
-def test_four_processes_take_the_steps_of_one(alone, tiny_model, tmp_path):
-    done = launched("work", tiny_model, tmp_path, "grade-ste", processes=4)
+def test_four_processes_take_the_steps_of_one(alone, model, tmp_path):
+    done = launched("work", model, tmp_path, "grade-ste", processes=4)
     assert done.returncode == 0, done.stderr
     for kind in KINDS:
         assert_same_run(tmp_path / f"grade-ste-{kind}", alone / "grade-ste")
 
 
 @pytest.mark.slow
-def test_one_process_stops_all_and_one_that_is_killed_ends_all(tiny_config, tmp_path):
+def test_one_process_stops_all_and_one_that_is_killed_ends_all(model, tmp_path):
     """Without a launcher, which would end one where the other does."""
-    config = changed(tiny_config, train={"steps": 20}, evaluation={"every": 20})
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text * 4}) + "\n" for text in PROMPTS * 5))
+    (tmp_path / "rewards.py").write_text(
+        "def length(completions, **_):\n    return [float(len(c)) for c in completions]"
+    )
+    config = changed(
+        config_of("reinforce", tmp_path / "run", 2, steps=20),
+        task={"name": "prompts", "dataset": str(tmp_path / "prompts.jsonl"), "prompt_max_tokens": 64},
+        model={"name": str(model)},
+        reward={"function": f"{tmp_path / 'rewards.py'}:length"},
+        evaluation={"every": 20},
+    )
     (tmp_path / "config.yaml").write_text(config_to_yaml(config))
     (first, out, said), (second, _, others) = without_launcher("commands", tmp_path / "config.yaml", tmp_path)
     assert (first, second) == (0, -9), said
