@@ -284,6 +284,11 @@ class GradeTrainer:
             GradeError: the folder cannot be written, or the model cannot be merged; nothing of it is then left.
         """
         target = Path(folder)
+        if merge and self.policy.sharding is not None:
+            raise GradeError(
+                "merge: model.fsdp keeps the base in parts, one a process. Save the adapter, and merge it on a machine "
+                "that holds the whole model (grade export RUN_DIR --merge)."
+            )
         card = None if self._trainer is None else self._trainer.card(self._step(), merged=merge)
         if not self.accelerator.is_main_process:
             return target

@@ -130,9 +130,13 @@ def work(model: str, folder: Path, methods: list[str]) -> None:
             sent.clear()
             trainer = trained(model, config_of(method, folder / name, processes, fsdp=fsdp))
             if main:
-                weights = trainer.policy.causal_lm.named_parameters()
+                weights = dict(trainer.policy.causal_lm.named_parameters())
+                parts = {n: p for n, p in weights.items() if isinstance(p, DTensor)}
+                here = sum(p.to_local().numel() for p in parts.values())
                 found = {
-                    "sharded": sorted(n for n, p in weights if isinstance(p, DTensor)),
+                    "sharded": sorted(parts),
+                    "share": here / sum(p.numel() for p in parts.values()) if parts else 1.0,
+                    "frozen": sorted(n for n, p in weights.items() if not p.requires_grad),
                     "trained": sorted(n for n, p in trainer.policy.model.named_parameters() if p.requires_grad),
                     "sent": sent,
                 }
@@ -217,11 +221,17 @@ def _environment() -> dict[str, str]:
     }
 
 
-if __name__ == "__main__":
-    what, first, place = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+def main(what: str, first: str, folder: str, methods: str = "", then: str = "") -> None:
+    """What the arguments ask for."""
     if what == "work":
-        work(first, place, sys.argv[4].split(","))
-        if "killed" in sys.argv[5:]:
-            killed(first, place)
+        work(first, Path(folder), methods.split(","))
+        if then == "killed":
+            killed(first, Path(folder))
     else:
-        commands(first, place)
+        commands(first, Path(folder))
+
+
+if __name__ == "__main__":
+    import in_processes  # by this name the rewards are the same in every program
+
+    in_processes.main(*sys.argv[1:])

@@ -22,6 +22,7 @@ from grade.config.reading import config_to_yaml
 from grade.files import latest
 from grade.launch import check_launch
 from grade.model.checkpoint import load_state
+from grade.training.run_folder import differing_settings
 
 METHODS = ("grade-ste", "grpo")
 KINDS = ("whole", "sharded")
@@ -38,7 +39,7 @@ def assert_same_run(one: Path, other: Path, steps: int = 2) -> None:
     first, second = (timeless(run / "metrics.jsonl") for run in (one, other))
     second = [row for row in second if row["step"] <= steps and not (row["step"] == steps and "loss" in row)]
     first = [row for row in first if row["step"] <= steps and not (row["step"] == steps and "loss" in row)]
-    assert [row.keys() for row in first] == [row.keys() for row in second] and len(first) == steps + 2
+    assert [row.keys() for row in first] == [row.keys() for row in second] and len(first) == steps + steps // 2 + 1
     for row, expected in zip(first, second, strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
     texts = [
@@ -78,8 +79,9 @@ def test_two_processes_take_the_steps_of_one(alone, two, method, kind):
     assert (run / "evaluation.json").is_file(), done.stderr
     assert_same_run(run, alone / method)
     found = json.loads((folder / f"{method}-{kind}.json").read_text())
-    assert bool(found["sharded"]) == (kind == "sharded")
-    assert all("layers" in name and "lora" not in name for name in found["sharded"])
+    layers = [name for name in found["frozen"] if ".layers." in name]
+    assert len(layers) == 2 * 9 and found["sharded"] == (layers if kind == "sharded" else [])
+    assert found["share"] == (0.5 if kind == "sharded" else 1.0)
     assert found["trained"] and all("lora" in name for name in found["trained"])
 
 
@@ -226,6 +228,16 @@ def test_what_a_launcher_is_set_to_and_a_run_does_not_follow_is_refused(variable
     check_launch("cuda", {"RANK": "0", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"})
     with pytest.raises(grade.GradeError, match=words):
         check_launch("cuda", variables)
+
+
+def test_the_parts_of_a_step_may_change_but_not_who_shares_a_mini_batch():
+    """On another number of processes; the checkpoint tells whether as many responses are left of a step."""
+    two, one = (config_of("ppo", Path("runs/none"), processes) for processes in (2, 1))
+    assert differing_settings(two, one) == "train.accumulation_steps (4 then, 8 now)"
+    for name in ("reinforce", "grade-ste"):
+        assert differing_settings(*(changed(config, method={"name": name}) for config in (two, one))) == ""
+    whole = [changed(config, method={"ppo": {"minibatches": 1}}) for config in (two, one)]
+    assert differing_settings(*whole) == ""
 
 
 @pytest.mark.parametrize(
