@@ -21,9 +21,12 @@ from typing import Any
 _CONNECT = 30.0
 """Seconds that the processes have to connect to each other."""
 _GRACE = 15.0
-"""Seconds that a process has to end by itself once another has ended; less than launchers wait before they kill."""
+"""Seconds that a process has to end by itself once another is gone; less than launchers wait before they kill."""
+_GRACE_AFTER_ERROR = 600.0
+"""The same where the other has ended by an error, or was stopped: so may this one, and still close its logs."""
 _ALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
 _ENDED = 0xFFFF  # instead of a process' number: the run has ended well
+_LEAVES = 0x8000  # added to the number of a process that ends by an error, and is not just gone
 
 
 class Peers:
@@ -79,9 +82,8 @@ class Peers:
             well: all processes end together; otherwise the others take this one's end for a loss.
         """
         self._closed.set()
-        if well:
-            for connection in self._connections.values():
-                _tell(connection, _ENDED)
+        for connection in self._connections.values():
+            _tell(connection, _ENDED if well else _LEAVES + self._process)
         self._close()
 
     def _close(self) -> None:
@@ -144,12 +146,13 @@ class Peers:
                     return
 
     def _lose(self, number: int) -> None:
-        self.lost = number
+        """Note a process' end, tell it and, after a while, end this one. `number` may have `_LEAVES` added."""
+        self.lost = number % _LEAVES
         self._found.set()
         if self._process == 0:  # the others see only this process' end
             for connection in self._connections.values():
                 _tell(connection, number)
-        if not self._closed.wait(_GRACE):
+        if not self._closed.wait(_GRACE_AFTER_ERROR if number >= _LEAVES else _GRACE):
             self._end(str(self))
 
 

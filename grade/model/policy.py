@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,8 @@ from grade.model.probe_decoding import (
 from grade.model.sharding import Sharding
 from grade.model.switches import State, Switches
 from grade_kernels import Head
+
+_Together = Callable[[], AbstractContextManager]
 
 
 class Policy:
@@ -162,6 +164,12 @@ class Policy:
         """Whether a loop of passes goes on: where this process wants it or, as all processes or none pass through
         sharded layers, any of them."""
         return wanted if self.sharding is None else self.sharding.any_process(wanted)
+
+    def parts_failing_together(self, together: _Together) -> tuple[_Together, _Together]:
+        """(context of a loop of passes, context of a part of it), in which a reward that fails in one process does in
+        all (`grade.processes.failing_together`): behind the loop or, as all processes or none pass through sharded
+        layers, behind every part."""
+        return (together, nullcontext) if self.sharding is None else (nullcontext, together)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trainable parameters, in a fixed order."""

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -171,7 +172,8 @@ def responses(
     if policy.sharding is not None:  # all processes make as many passes: the last prompts are answered again
         numbers += [len(prompts) - 1] * (-(-len(prompts) // processes) - own)
     records: list[dict] = []
-    with failing_together(accelerator):
+    parts, each = policy.parts_failing_together(partial(failing_together, accelerator))
+    with parts():
         for start in range(0, len(numbers), size):
             chosen = numbers[start : start + size]
             ids, mask = pad_prompts([prompts[i] for i in chosen], policy.pad_id, policy.device)
@@ -179,7 +181,10 @@ def responses(
             rollout = sample(policy, ids, mask, sampling, seed=settings.seed, first_rows=rows, adapters=adapters).of(
                 split, chosen
             )
-            records += score_records(policy, reward, rollout, passes, chosen, adapters=adapters, measure=measure)
+            with each():
+                rollout = replace(rollout, judged=reward.judge(rollout))
+            with each():  # of their own: passes come behind what a function says
+                records += score_records(policy, reward, rollout, passes, chosen, adapters=adapters, measure=measure)
             if tick is not None:
                 tick(len(chosen) * processes)
     records = records[:own]
@@ -200,8 +205,10 @@ def score_records(
     adapters: bool,
     measure: Callable[[Rollout], Measures] | None = None,
 ) -> list[dict]:
-    """What `responses` returns, of the B responses of a rollout, whose prompts have these B numbers."""
-    rollout = replace(rollout, judged=reward.judge(rollout))
+    """What `responses` returns, of the B responses of a rollout, whose prompts have these B numbers. The reward's
+    functions are asked unless they have been."""
+    if rollout.judged is None:
+        rollout = replace(rollout, judged=reward.judge(rollout))
     scores = score(policy, reward, rollout, settings, adapters=adapters)
     details = reward.measures(rollout, scores.reward, scores.terms)
     details |= measure(rollout) if measure is not None else {}

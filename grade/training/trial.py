@@ -23,6 +23,7 @@ from grade.methods import make_method
 from grade.methods.services import Services
 from grade.model.policy import Policy
 from grade.model.sharding import Sharding
+from grade.processes import failing_together as failing_in_all
 from grade.replay.score import score
 from grade.rewards.base import Reward
 from grade.rollout import Rollout, pad_prompts
@@ -43,6 +44,7 @@ class Trial:
     Args:
         prompts, evaluated: token ids of the prompts of training, and of the largest split that is evaluated.
         split: the name of the latter, for rewards that read the data's other columns; None: prompts have none.
+        failing_together: of processes that make the passes of a trial together (`grade.methods.services.Services`).
     """
 
     policy: Policy
@@ -51,6 +53,7 @@ class Trial:
     prompts: Sequence[list[int]]
     evaluated: Sequence[list[int]]
     split: str | None = None
+    failing_together: Callable[[], AbstractContextManager] = nullcontext
 
     @property
     def batches(self) -> dict[str, int]:
@@ -112,7 +115,7 @@ class Trial:
             config.method,
             config.generation,
             train,
-            Services(),
+            Services(failing_together=self.failing_together),
             seed=config.seed,
             activation_checkpointing=recompute,
         )
@@ -191,7 +194,8 @@ def memory_plan(
     measure: Callable[..., tuple[Peaks, float]] = trial
     if sharding is not None:
         free = None if free is None else -int(sharding.largest(-free))
-        measure = partial(_agreed, trial, sharding)
+        together = partial(failing_in_all, sharding.accelerator)
+        measure = partial(_agreed, replace(trial, failing_together=together), sharding)
     longest = max(map(len, [*trial.prompts, *trial.evaluated]))
     sizes = Sizes(
         longest,
@@ -210,7 +214,8 @@ def _agreed(trial: Trial, sharding: Sharding, length: int, width: int, *, recomp
         GradeError: memory ran out here; the other processes wait in a pass, and cannot try less together with this one.
     """
     try:
-        peaks, times = trial(length, width, recompute=recompute)
+        with trial.failing_together():
+            peaks, times = trial(length, width, recompute=recompute)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

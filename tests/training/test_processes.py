@@ -184,12 +184,17 @@ def connected(processes: int, ended: list[str]) -> list[peers.Peers]:
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_peers_see_which_process_has_ended_and_end_those_that_wait(monkeypatch, victim):
-    monkeypatch.setattr(peers, "_GRACE", 0.1)
+@pytest.mark.parametrize("grace", ["_GRACE", "_GRACE_AFTER_ERROR"])
+def test_peers_see_which_process_has_ended_and_end_those_that_wait(monkeypatch, victim, grace):
+    """One that is gone, whose connections the system has closed, or that leaves by an error."""
+    monkeypatch.setattr(peers, grace, 0.1)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     ended: list[str] = []
     made = connected(3, ended)
     assert all(each.watched for each in made)
+    if grace == "_GRACE":
+        tell = peers._tell
+        monkeypatch.setattr(peers, "_tell", lambda to, number: None if number >= peers._LEAVES else tell(to, number))
     made[victim].leave(well=False)
     others = [each for number, each in enumerate(made) if number != victim]
     assert all(each.noticed(10) and each.lost == victim for each in others)
