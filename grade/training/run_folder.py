@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from grade.errors import GradeError, NothingLeft, read_json, writing
 from grade.files import check_writable, latest, locked, replace_text, sync
 from grade.hub_names import GIVEN
 from grade.model.checkpoint import load_state
-from grade.processes import main_process_first, shared
+from grade.processes import everywhere, main_process_first, shared
 
 MARKER = ".grade-run"
 _MARKER_TEXT = (
@@ -52,6 +53,7 @@ _OF_PROMPTS = {
     "evaluation.test_prompts": "how many of test_prompts are tested",
 }
 """Settings that follow from prompts that a program gave, in its terms."""
+_SHOWS_WITHIN = 10.0  # seconds
 _MICRO_BATCHES = {"train.batch_size", "train.accumulation_steps"}
 
 
@@ -141,9 +143,23 @@ def started(config: Config, accelerator: Accelerator) -> Iterator[tuple[Config, 
         with main_process_first(accelerator):
             if accelerator.is_main_process:
                 config = stack.enter_context(run_folder(config))
+        seen = everywhere(accelerator, _seen(Path(config.run_dir)))
+        if not all(seen):
+            raise GradeError(
+                f"train.run_dir: process {seen.index(False)} of {len(seen)} does not see {config.run_dir} as the main "
+                "process does. Name a folder that all machines share: every process reads the run's checkpoints."
+            )
         decided = shared(accelerator, (config.train.resume, config.train.overwrite))
         train = replace(config.train, resume=decided[0], overwrite=decided[1])
         yield replace(config, train=train), Path(config.run_dir)
+
+
+def _seen(run_dir: Path) -> bool:
+    """Whether the folder of a run that has been begun is here; a network's drive may show it a little later."""
+    until = time.monotonic() + _SHOWS_WITHIN
+    while not (run_dir / MARKER).is_file() and time.monotonic() < until:
+        time.sleep(0.2)
+    return (run_dir / MARKER).is_file()
 
 
 def decided(config: Config) -> Config:

@@ -131,13 +131,13 @@ def test_four_processes_take_the_steps_of_one(alone, model, tmp_path):
 @pytest.mark.slow
 def test_one_process_stops_all_and_one_that_is_killed_ends_all(model, tmp_path):
     """Without a launcher, which would end one where the other does."""
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text * 4}) + "\n" for text in PROMPTS * 5))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text * 2}) + "\n" for text in PROMPTS * 5))
     (tmp_path / "rewards.py").write_text(
         "def length(completions, **_):\n    return [float(len(c)) for c in completions]"
     )
     config = changed(
         config_of("reinforce", tmp_path / "run", 2, steps=20),
-        task={"name": "prompts", "dataset": str(tmp_path / "prompts.jsonl"), "prompt_max_tokens": 64},
+        task={"name": "prompts", "dataset": str(tmp_path / "prompts.jsonl"), "prompt_max_tokens": 40},
         model={"name": str(model)},
         reward={"function": f"{tmp_path / 'rewards.py'}:length"},
         evaluation={"every": 20},
