@@ -57,11 +57,16 @@ class Peers:
         self.lost: int | None = None
         self._found, self._closed = threading.Event(), threading.Event()
         self._connections: dict[int, socket.socket] = {}
+        self._thread: threading.Thread | None = None
         self.watched = not any_process(not self._connected(exchange))
-        if self.watched:
-            threading.Thread(target=self._watch, name="grade-peers", daemon=True).start()
-        else:
+        if not self.watched:
             self._close()
+            return
+        selector = selectors.DefaultSelector()
+        for other, connection in self._connections.items():
+            selector.register(connection, selectors.EVENT_READ, other)
+        self._thread = threading.Thread(target=self._watch, args=(selector,), name="grade-peers", daemon=True)
+        self._thread.start()
 
     def __str__(self) -> str:
         """What has happened, once one is lost."""
@@ -82,14 +87,17 @@ class Peers:
             well: all processes end together; otherwise the others take this one's end for a loss.
         """
         self._closed.set()
-        for connection in self._connections.values():
+        for connection in self._connections.values():  # all, before any of the others sees the connection's end
             _tell(connection, _ENDED if well else _LEAVES + self._process)
+        for connection in self._connections.values():
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        if self._thread is not None:
+            self._thread.join(1.0)
         self._close()
 
     def _close(self) -> None:
         for connection in self._connections.values():
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)  # also wakes the thread that waits for it
             connection.close()
 
     def _connected(self, exchange: Callable[[Any], Any]) -> bool:
@@ -126,14 +134,10 @@ class Peers:
                         connection.close()
         return len(self._connections) == self._processes - 1
 
-    def _watch(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            for number, connection in self._connections.items():
-                selector.register(connection, selectors.EVENT_READ, number)
+    def _watch(self, selector: selectors.BaseSelector) -> None:
+        with selector:
             while selector.get_map():
                 for key, _ in selector.select():
-                    if self._closed.is_set():
-                        return
                     try:
                         said = _received(self._connections[key.data], 2)
                     except OSError:
@@ -142,7 +146,8 @@ class Peers:
                     if number == _ENDED:
                         selector.unregister(key.fileobj)
                         continue
-                    self._lose(number)
+                    if not self._closed.is_set():  # else this one has just closed it itself
+                        self._lose(number)
                     return
 
     def _lose(self, number: int) -> None:

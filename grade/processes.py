@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,11 +70,8 @@ def watching(accelerator: Accelerator) -> Iterator[None]:
         yield
         return
 
-    def any_process(wanted: bool) -> bool:
-        return bool(summed(accelerator, torch.tensor(float(wanted), dtype=torch.float64)) > 0)
-
     number, count = accelerator.process_index, accelerator.num_processes
-    peers = Peers(number, count, lambda value: shared(accelerator, value), any_process)
+    peers = Peers(number, count, partial(shared, accelerator), partial(any_process, accelerator))
     if not peers.watched:
         warn_once(
             "warning: the processes cannot connect to the main one on a port of its own, and so not see when one of "
@@ -115,6 +113,11 @@ def summed(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     if accelerator.num_processes == 1:
         return values
     return accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu()
+
+
+def any_process(accelerator: Accelerator, wanted: bool) -> bool:
+    """Whether any process wants something."""
+    return bool(summed(accelerator, torch.tensor(float(wanted), dtype=torch.float64)) > 0)
 
 
 @contextmanager

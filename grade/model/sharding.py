@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from grade.errors import GradeError, reason_of
 from grade.model.adapter_base import base_of, remember_base
 from grade.model.backbone import backbone_of
-from grade.processes import main_process_first, shared, summed
+from grade.processes import any_process, everywhere, main_process_first, shared
 
 ON_META = {"": "meta"}
 """The device map of a model without memory for its weights."""
@@ -44,18 +44,11 @@ class Sharding:
 
     def any_process(self, wanted: bool) -> bool:
         """Whether any process wants something."""
-        return bool(summed(self.accelerator, torch.tensor(float(wanted), dtype=torch.float64)) > 0)
+        return any_process(self.accelerator, wanted)
 
     def largest(self, value: float) -> float:
         """The largest of the processes' values."""
-        return max(shared_values(self.accelerator, value))
-
-
-def shared_values(accelerator: Accelerator, value: float) -> list[float]:
-    """The value of every process, in their order."""
-    own = torch.zeros(accelerator.num_processes, dtype=torch.float64)
-    own[accelerator.process_index] = value
-    return summed(accelerator, own).tolist()
+        return max(everywhere(self.accelerator, value))
 
 
 def load_sharded(load: Callable[..., tuple[PreTrainedModel, Any]], accelerator: Accelerator) -> PreTrainedModel:

@@ -104,7 +104,7 @@ def test_a_reward_that_fails_in_one_process_ends_all_and_the_main_one_saves(tiny
             )
         )
     try:
-        said = [process.communicate(timeout=300) for process in started]
+        said = [process.communicate(timeout=600) for process in started]
     finally:
         for process in started:
             process.kill()
