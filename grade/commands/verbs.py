@@ -34,10 +34,14 @@ COMMANDS = {
 
 _OF_RUN = " RUN_DIR: the folder of a run; its config.yaml gives the settings, and options override them."
 _CHECKPOINT = Own(
-    str, "best", "best|last|step-N|DIR", "`best` by validation, `last`, `step-N`, or the folder of a checkpoint."
+    str,
+    "best",
+    "best|last|step-N|DIR",
+    "`best` by validation, `last`, `step-N` or `resume-N`, or the folder of a checkpoint.",
 )
 _OF_THE_RUN = _CHECKPOINT._replace(
-    help="`best` by validation, `last`, `step-N`, or the folder of a checkpoint in RUN_DIR, whose card it gets."
+    help="`best` by validation, `last`, `step-N` or `resume-N`, or the folder of a checkpoint in RUN_DIR, whose card "
+    "it gets."
 )
 _MERGE = Own(
     None, False, "", "A whole model, with the adapter added to the weights; its logits are compared at the end."

@@ -76,10 +76,9 @@ def flatten(settings: dict, prefix: str = "") -> dict[str, object]:
 
 def default_methods(config: Config) -> list[str]:
     """What `grade compare` compares unless told: the methods that can use the task's reward."""
-    if without_gradient(config.task, config.reward) is None:
-        return list(METHODS)
+    methods = METHODS if without_gradient(config.task, config.reward) is None else BY_VALUE
     by_program = config.task.name in JUDGED_BY_PROGRAM and not config.reward.terms
-    return [*BY_VALUE, *(["grpo-token"] if by_program else [])]
+    return [*methods, *(["grpo-token"] if by_program else [])]
 
 
 def judged_length(task: TaskConfig, reward: RewardConfig, generation: GenerationConfig) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grade.config.bounds import check_values, shown
 from grade.config.methods import check_method
-from grade.config.reward import check_reward_settings, without_gradient
+from grade.config.reward import check_reward_settings, trains_proxy, without_gradient
 from grade.config.schema import Config
 from grade.config.studies import check_studies
 from grade.config.tasks import JUDGED_BY_PROGRAM, WRITTEN, WRITTEN_EXAMPLES, TokenizerConfig
@@ -110,7 +110,7 @@ def validate(config: Config) -> None:
             f"generation.samples_per_prompt ({generation.samples_per_prompt}): a prompt's samples would "
             "be split over two steps. Change one of the three."
         )
-    check_reward_settings(config.reward)
+    check_reward_settings(config.task, config.reward)
     _check_data(config)
     check_method(
         method,
@@ -118,7 +118,8 @@ def validate(config: Config) -> None:
         responses=per_step,
         own_sampling=config.rollout.source is None,
         no_gradient=without_gradient(config.task, config.reward),
-        functions=bool(config.reward.terms),
+        functions=bool(config.reward.terms) or trains_proxy(config.task, config.reward),
+        has_program=config.task.name in JUDGED_BY_PROGRAM,
     )
     if config.task.name in JUDGED_BY_PROGRAM and config.reward.model is not None:
         raise GradeError(

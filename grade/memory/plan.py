@@ -211,7 +211,8 @@ class MemoryPlan:
         """The settings that lower the peak of training or evaluation (None: of what is largest), those first that leave
         the result what it is."""
         config, train, generation = self.config, self.config.train, self.config.generation
-        chunk, together = self.sizes.chunk_bytes // 2**20, self.sizes.batches["rollout"]
+        chunk = self.sizes.chunk_bytes // 2**20
+        together = min(self.sizes.batches["rollout"], generation.batch_size or self.sizes.batches["rollout"])
         changes: list[str] = []
         if (section or self.need.largest) == "evaluation":
             if config.evaluation.batch_size > 1:

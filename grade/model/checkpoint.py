@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,13 @@ _GO_ON = "Make room, and go on from the checkpoint before, if there is one, with
 
 
 def save_checkpoint(
-    directory: Path, policy: Policy, step: int, state: dict | None = None, *, card: str | None = None
+    directory: Path,
+    policy: Policy,
+    step: int,
+    state: dict | None = None,
+    *,
+    card: str | None = None,
+    place: Callable[[Path], Path | None] = lambda replaced: None,
 ) -> None:
     """Write the adapter as peft does (`AutoPeftModelForCausalLM.from_pretrained` loads it from any directory), or where
     every weight is trained the model as transformers does, its tokenizer and, for resuming, the trainer's state.
@@ -51,11 +58,12 @@ def save_checkpoint(
         step: optimizer steps that the policy has had.
         state: dictionaries and lists of numbers, texts and tensors.
         card: the model card's text; None: there is none.
+        place: given the checkpoint that stood there before, where it is kept; None: it is deleted.
 
     Raises:
         GradeError: it could not be written.
     """
-    with writing(directory, "train.run_dir", _GO_ON), replaced_folder(directory) as fresh:
+    with writing(directory, "train.run_dir", _GO_ON), replaced_folder(directory, place) as fresh:
         if isinstance(policy.model, PeftModel):
             _save_adapter(policy.model, fresh)
         else:
@@ -158,6 +166,15 @@ def verified_step(directory: Path) -> int:
         if found != digest:
             raise GradeError(f"{file} is damaged: it is not what was written there (its SHA-256 differs).")
     return manifest["step"]
+
+
+def recorded_step(directory: Path) -> int | None:
+    """Optimizer steps of a checkpoint by its manifest alone, which may be damaged; None if nothing says so."""
+    try:
+        step = read_json(directory / MANIFEST_FILE, "", "step")["step"]
+    except GradeError:
+        return None
+    return step if isinstance(step, int) else None
 
 
 def load_adapter(directory: Path, policy: Policy) -> None:
@@ -276,10 +293,19 @@ def load_state(directory: Path) -> dict[str, Any]:
             "name the folder of a run with --train.run_dir."
         )
     try:
-        step = verified_step(folder)
-        state = tree.load(folder / _STATE_STEM)
-        if any(isinstance(leaf, torch.Tensor) and not leaf.isfinite().all() for leaf in tree.leaves(state)):
-            raise GradeError(f"{folder} holds values that are not finite.")
+        return read_state(folder)
     except GradeError as error:
         raise GradeError(f"train.resume: {error} Start again with --train.overwrite true.") from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """As `load_state`, of a folder that is there.
+
+    Raises:
+        GradeError: it is damaged; with what is wrong, and without what to do.
+    """
+    step = verified_step(folder)
+    state = tree.load(folder / _STATE_STEM)
+    if any(isinstance(leaf, torch.Tensor) and not leaf.isfinite().all() for leaf in tree.leaves(state)):
+        raise GradeError(f"{folder} holds values that are not finite.")
     return {**state, "step": step}

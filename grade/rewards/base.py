@@ -147,6 +147,11 @@ class Reward(ABC):
         """The rewards that it is a sum of; itself where it is none."""
         return (self,)
 
+    def by_value(self) -> Reward:
+        """What stands in for it in the training of methods that need only its value: itself, or, of a sum, its terms
+        but for proxies, which are there to be backpropagated."""
+        return self
+
     def inputs(self, rollout: Rollout) -> list[Tensor]:
         """The response's embeddings [B, S, d_r] in each of `tables`; padding is zero."""
         return [fed_embeddings(rollout, *table) for table in self.tables]

@@ -145,11 +145,13 @@ class SharedReward(DifferentiableReward):
 
 def head_lines(report: Mapping[str, Any]) -> list[str]:
     """What a head's report says of data that it has not seen, a line for each length of text."""
-    unit = "pairs" if report.get("label_type") == "pairs" else "texts"
+    unit = "pairs" if report.get("label_type") == "pairs" else report.get("unit", "texts")
     names = {
         "accuracy": "share ranked right" if unit == "pairs" else "accuracy",
         "r2": "R²",
         "mean_absolute_error": "mean absolute error",
+        "correlation": "correlation",
+        "correlation_within_prompts": "correlation within prompts",
     }
     measured = {name: values for name, values in report.items() if name in names}
     lines = []

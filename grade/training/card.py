@@ -30,6 +30,7 @@ _OF_THE_HEAD = (
     "accuracy",
     "r2",
     "mean_absolute_error",
+    "correlation",
     "loss",
     "sha256",
     "data.",

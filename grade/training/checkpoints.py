@@ -1,8 +1,9 @@
-"""The checkpoints of a run: the last one to go on from, the best by validation, and the adapters of validations."""
+"""The checkpoints of a run: the last ones to go on from, the best by validation, and the adapters of validations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from grade.model.checkpoint import load_adapter, replace_card, save_checkpoint
 from grade.model.policy import Policy
 from grade.training.callbacks import Callbacks
 from grade.training.record import RunRecord
+from grade.training.resumable import EARLIER, EARLIER_BEST, Resumable, go_on_from, keep, place_of
 from grade.training.run_folder import adapter_folder
 from grade.training.validations import Validations
 
@@ -20,6 +22,7 @@ class Checkpoints:
 
     Args:
         callbacks: hear of what was saved.
+        count: `train.keep_checkpoints`.
 
     Attributes:
         saved: optimizer steps of the last checkpoint; None: there is none yet.
@@ -34,13 +37,20 @@ class Checkpoints:
         validations: Validations,
         callbacks: Callbacks,
         *,
+        count: int,
         enabled: bool,
     ) -> None:
-        self._run_dir, self._policy, self._record = run_dir, policy, record
+        self._run_dir, self._policy, self._record, self._count = run_dir, policy, record, count
         self._validations, self._callbacks, self._enabled = validations, callbacks, enabled
         self._best = run_dir / "checkpoints" / "best"
         self.saved: int | None = None
         self.holds_best = False
+
+    def go_on_from(self, found: Resumable) -> None:
+        """Make what a run goes on from its last checkpoint, and its best the best; in the main process, once all have
+        read them."""
+        if self._enabled:
+            go_on_from(self._run_dir, found, self._count)
 
     def save_last(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """The checkpoint to go on from, after `step` optimizer steps.
@@ -50,7 +60,9 @@ class Checkpoints:
         """
         folder = self._run_dir / "checkpoints" / "last"
         if self._enabled:
-            save_checkpoint(folder, self._policy, step, state(), card=self._record.card(step))
+            place = self._place(EARLIER, step)
+            save_checkpoint(folder, self._policy, step, state(), card=self._record.card(step), place=place)
+            keep(self._run_dir, step, self._count)
         self.saved = step
         self._callbacks("on_save", folder)
 
@@ -58,7 +70,9 @@ class Checkpoints:
         """The policy as the best so far, which the checkpoint to go on from says already: one that no state names would
         be lost by the next kill, and so would the one whose place it took."""
         if self._enabled:
-            save_checkpoint(self._best, self._policy, step, card=self._record.card(step))
+            place = self._place(EARLIER_BEST, step)
+            save_checkpoint(self._best, self._policy, step, card=self._record.card(step), place=place)
+            keep(self._run_dir, step, self._count)
             self._callbacks("on_save", self._best)
 
     def keep_adapter(self, step: int) -> None:
@@ -75,6 +89,9 @@ class Checkpoints:
         """Write the test's evaluations into the best checkpoint's card."""
         if self._enabled:
             replace_card(self._best, self._record.card(step, test))
+
+    def _place(self, kind: str, step: int) -> Callable[[Path], Path | None]:
+        return partial(place_of, self._run_dir, kind, step, self._count)
 
     def kept(self) -> str:
         """Which checkpoints there are to go back to, as a sentence."""

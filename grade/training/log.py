@@ -115,8 +115,11 @@ class RunLog:
                     board.add_scalar(name, value, step)
 
 
-def beginning(path: Path, extent: Extent) -> bytes:
+def beginning(path: Path, extent: Extent, fix: str = " Put it back, or make the run again.") -> bytes:
     """The part of a file that a checkpoint knows.
+
+    Args:
+        fix: what to do where it is not there, for the message.
 
     Raises:
         GradeError: the file does not begin with it.
@@ -126,11 +129,10 @@ def beginning(path: Path, extent: Extent) -> bytes:
         content = path.read_bytes()[:size] if size else b""
     except OSError as error:
         reason = error.strerror or reason_of(error)
-        raise GradeError(f"{path} cannot be read ({reason}). Put it back, or make the run again.") from error
+        raise GradeError(f"{path} cannot be read ({reason}).{fix}") from error
     if len(content) < size or hashlib.sha256(content).hexdigest() != digest:
         raise GradeError(
-            f"{path} is damaged: it does not begin with what the run had written there at its last checkpoint. Put it "
-            "back, or make the run again."
+            f"{path} is damaged: it does not begin with what the run had written there at its last checkpoint.{fix}"
         )
     return content
 

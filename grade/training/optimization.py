@@ -69,4 +69,8 @@ class Optimization:
     def update(self) -> None:
         """Take a step along the gradients, and clear them."""
         self.adamw.step()
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop the gradients."""
         self.adamw.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Continue a run from its last checkpoint: what must still be the same, and what is put back."""
+"""Continue a run from its last whole checkpoint: what must still be the same, and what is put back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 from grade.config import TrainConfig
 from grade.errors import GradeError, read_json, reason_of
-from grade.files import latest
 from grade.methods.base import Method
-from grade.model.checkpoint import load_adapter, load_state, verified_step
+from grade.model.checkpoint import load_adapter
 from grade.model.fingerprint import changed_inputs
 from grade.model.policy import Policy
+from grade.training.resumable import Resumable, resumable
 
 _FIELDS = ("optimizer", "method", "best", "evaluations", "steps", "inputs", "logs")
 
@@ -47,24 +47,25 @@ def _refuse_others(run_dir: Path, then: Mapping[str, Any], now: Mapping[str, Any
 
 def restored(
     run_dir: Path, inputs: Mapping[str, Any], policy: Policy, optimizer: torch.optim.Optimizer, method: Method
-) -> dict[str, Any]:
-    """Put the last checkpoint's adapter, optimizer and method back; the rest of the trainer's state is returned.
+) -> Resumable:
+    """Put the adapter, optimizer and method of the newest whole checkpoint back; the rest of the trainer's state is in
+    what is returned.
 
     Args:
         inputs: fingerprint of what the run reads now (`grade.model.fingerprint`).
 
     Raises:
-        GradeError: the checkpoint is damaged, or something that the run depends on has been replaced.
+        GradeError: all checkpoints are damaged, or something that the run depends on has been replaced.
     """
-    folder = latest(run_dir / "checkpoints" / "last")
-    state = load_state(folder)
+    found = resumable(run_dir)
+    folder, state = found.folder, found.state
     missing = [name for name in _FIELDS if name not in state]
     try:
         if missing:
             raise KeyError(missing[0])
         _refuse_others(run_dir, state["inputs"], inputs)
         load_adapter(folder, policy)
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state.pop("optimizer"))  # as large as the weights, and nobody's from here on
         method.load_state_dict(state["method"])
         method.kl_coef = state.get("kl_coef", method.kl_coef)  # checkpoints of earlier versions have none
         method.reward.load_state_dict(state.get("reward", {}))  # checkpoints of earlier versions have none
@@ -73,7 +74,7 @@ def restored(
             f"train.resume: the trainer's state in {folder} does not fit this run ({reason_of(error)}). Start again "
             "with --train.overwrite true."
         ) from error
-    return state
+    return found
 
 
 def other_schedule(steps_before: int, train: TrainConfig, step: int) -> list[str]:
@@ -84,27 +85,3 @@ def other_schedule(steps_before: int, train: TrainConfig, step: int) -> list[str
         f"train.steps was {steps_before} and is {train.steps}: from here on the learning rate follows the "
         f"{train.schedule} schedule of {train.steps} steps, which the first {step} did not"
     ]
-
-
-def best_is_missing(run_dir: Path, best: Mapping[str, Any] | None, step: int) -> bool:
-    """Whether a run was stopped after it had noted that the policy it goes on with is its best, and before that was
-    saved as such.
-
-    Args:
-        best: what the state says of the best validation.
-        step: of the policy that the run goes on with.
-
-    Raises:
-        GradeError: the best checkpoint is damaged, missing or another one, and is no longer at hand.
-    """
-    if best is None:
-        return False
-    folder, at_hand = latest(run_dir / "checkpoints" / "best"), best["step"] == step
-    try:
-        found = verified_step(folder)
-        wrong = None if found == best["step"] else f"{folder} holds step {found}, but the best is step {best['step']}."
-    except GradeError as error:
-        wrong = str(error)
-    if wrong is not None and not at_hand:
-        raise GradeError(f"train.resume: {wrong} Put it back, or start again with --train.overwrite true.")
-    return wrong is not None

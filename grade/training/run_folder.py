@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from grade.config import Config, EvaluationConfig, flatten, settings_with_role
 from grade.config.sealed import config_from_sealed, sealed_yaml
 from grade.errors import GradeError, NothingLeft, read_json, writing
-from grade.files import check_writable, latest, locked, replace_text, sync
+from grade.files import check_writable, locked, replace_text, sync
 from grade.hub_names import GIVEN
-from grade.model.checkpoint import load_state
 from grade.processes import everywhere, main_process_first, shared
+from grade.training.resumable import has_resumable, resumable
 
 MARKER = ".grade-run"
 _MARKER_TEXT = (
@@ -44,8 +44,9 @@ _WRITTEN = {  # names of what a run writes, by the folder it lies in
     "tensorboard": r"events\.out\.tfevents\..*",
     "": r"(config\.yaml|(metrics|samples)\.jsonl|run\.json|evaluation(-(test|validation)-[\w.-]+)?\.json)(\.new)?",
 }
-_CHECKPOINT = r"(best|last|step-\d+)(\.old)?"
-_HOLDING = rf"{_CHECKPOINT}|(best|last|step-\d+)\.new|reward(\.new|\.old)?|tensorboard|checkpoints|{_TEMPLATES}"
+CHECKPOINT = r"(last|resume-\d+|best(-\d+)?|step-\d+)"
+"""Names of a run's checkpoints: grade.training.resumable, and `adapter_folder`."""
+_HOLDING = rf"{CHECKPOINT}(\.new|\.old)?|reward(\.new|\.old)?|tensorboard|checkpoints|{_TEMPLATES}"
 """Names of the folders that it makes."""
 
 _OF_PROMPTS = {
@@ -168,7 +169,7 @@ def decided(config: Config) -> Config:
     if config.train.resume != "auto":
         return config
     run_dir = Path(config.run_dir)
-    resume = latest(run_dir / "checkpoints" / "last").is_dir() and not (run_dir / _CLEARING).exists()
+    resume = has_resumable(run_dir) and not (run_dir / _CLEARING).exists()
     over = not resume and is_ours(run_dir) and bool(_content(run_dir)) and not _has_work(run_dir)
     return replace(config, train=replace(config.train, resume=resume, overwrite=over))
 
@@ -180,7 +181,7 @@ def _has_work(run_dir: Path) -> bool:
         return False
     folder = run_dir / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return folder.is_symlink() or any(re.fullmatch(_CHECKPOINT, name) for name in names)
+    return folder.is_symlink() or any(re.fullmatch(rf"{CHECKPOINT}(\.old)?", name) for name in names)
 
 
 def prepare_run_dir(config: Config) -> Path:
@@ -207,7 +208,8 @@ def _check_resumable(config: Config, run_dir: Path) -> None:
             f"train.resume: the run in {run_dir} was being deleted when that was stopped. Start again with "
             "--train.overwrite true."
         )
-    done = load_state(run_dir / "checkpoints" / "last")["step"]
+    found = resumable(run_dir)
+    done = found.state["step"]
     differing = differing_settings(config_from_sealed(run_dir / "config.yaml"), config)
     if differing:
         raise GradeError(
@@ -215,7 +217,8 @@ def _check_resumable(config: Config, run_dir: Path) -> None:
             "another run with --train.run_dir (in Python config.train.run_dir)."
         )
     steps = config.train.steps
-    if done > steps or (done == steps and is_finished(run_dir, steps, config.evaluation)):
+    finished = not found.wrong and is_finished(run_dir, steps, config.evaluation)  # or the files are of a later step
+    if done > steps or (done == steps and finished):
         kind = NothingLeft if done == steps else GradeError
         raise kind(
             f"train.resume: {run_dir} has had {done} steps, train.steps is {steps}: there is nothing "
@@ -243,7 +246,7 @@ def _check_replaceable(run_dir: Path, overwrite: bool, reward_path: str | None) 
                 f"Copy it elsewhere, or {elsewhere}."
             )
         return
-    if latest(run_dir / "checkpoints" / "last").is_dir():
+    if has_resumable(run_dir):
         raise GradeError(
             f"train.run_dir: {run_dir} already holds a run. Continue it with --train.resume true, replace it with "
             f"--train.overwrite true, or {elsewhere}."

@@ -66,7 +66,9 @@ def set_up(
     # Sharded layers need all processes in the passes that a head is trained on: `HeadTraining` lets one of them write.
     with main_process_first(accelerator) if policy.sharding is None else nullcontext():
         settings = config.reward if run_dir is None else with_kept_head(config.reward, run_dir)
-        reward = load_reward(settings, policy, task, judged=judged, output_dir=config.output_dir)
+        reward = load_reward(
+            settings, policy, task, judged=judged, output_dir=config.output_dir, generation=config.generation
+        )
     return SetUp(tokenizer, task, policy, reward)
 
 

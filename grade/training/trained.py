@@ -18,18 +18,19 @@ from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
 from grade.tasks.encoding import encode
 from grade.training.card import model_card
+from grade.training.run_folder import CHECKPOINT
 
 
 def checkpoint_folder(run_dir: Path, checkpoint: str) -> Path:
     """The folder that `--checkpoint` names.
 
     Args:
-        checkpoint: "best", "last" or "step-N" of the run, or a folder.
+        checkpoint: "best", "last", "step-N" or "resume-N" of the run, or a folder.
 
     Raises:
         GradeError: no adapter is saved there.
     """
-    own = re.fullmatch(r"best|last|step-\d+", checkpoint) is not None
+    own = re.fullmatch(CHECKPOINT, checkpoint) is not None
     folder = latest(run_dir / "checkpoints" / checkpoint) if own else Path(checkpoint)
     if not holds_weights(folder):
         there = sorted(path.name for path in run_dir.glob("checkpoints/*") if holds_weights(path))

@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from grade.model.end_of_sequence import warning_without_ends
 from grade.model.fingerprint import inputs_of
 from grade.model.loading import load_prompts
 from grade.model.policy import Policy
-from grade.processes import failing_together, main_process_first, summed
+from grade.processes import main_process_first
 from grade.rewards.shared import head_lines
 from grade.rollout import Rollout
 from grade.sampling.compiled import CompiledDecoding
@@ -46,7 +45,8 @@ from grade.training.optimization import Optimization
 from grade.training.progress import TrainingProgress, training_progress
 from grade.training.record import RunRecord
 from grade.training.responses import Responses
-from grade.training.resuming import best_is_missing, check_inputs, other_schedule, restored
+from grade.training.resuming import check_inputs, other_schedule, restored
+from grade.training.retry import Agreement, Retry
 from grade.training.run_folder import clear, mark, write_run_config
 from grade.training.setup import SetUp, check_same_inputs, set_up
 from grade.training.soundness import broken_measure, broken_policy
@@ -75,7 +75,8 @@ class Trainer:
         self.config, self.accelerator, self.run_dir = config, accelerator, run_dir
         self.callbacks = callbacks or Callbacks()
         self.phases = Phases(accelerator.device)
-        self.services = Services(partial(summed, accelerator), self.phases, partial(failing_together, accelerator))
+        self.agreement = Agreement(accelerator)
+        self.services = Services(self.agreement.reduce, self.phases, self.agreement.failing_together)
         self.decoding: Decoding  # by `_decode_with`, from the policy and before there is a reward
         self.validations = Validations()
         self.record = RunRecord(run_dir, config, self.validations, enabled=accelerator.is_main_process)
@@ -90,6 +91,7 @@ class Trainer:
         else:
             self._decode_with(loaded.policy)
         tokenizer, self.task, self.policy, self.reward = self.loaded = loaded
+        self.agreement.possible &= self.policy.sharding is None
         self.evaluation_prompts = load_prompts(config.evaluation, self.task, tokenizer)
         self.prompts = self.evaluation_prompts.pop("policy")
         train = config.train
@@ -134,6 +136,7 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
         )
+        self.retry = Retry(self.agreement, self.method, self.responses, self.memory, self.optimization.clear)
         self.log = RunLog(run_dir, train, enabled=False)  # until `fit` opens the run's files
         self.evaluator = Evaluator(
             self.policy,
@@ -146,7 +149,13 @@ class Trainer:
             self.memory,
         )
         self.checkpoints = Checkpoints(
-            run_dir, self.policy, self.record, self.validations, self.callbacks, enabled=accelerator.is_main_process
+            run_dir,
+            self.policy,
+            self.record,
+            self.validations,
+            self.callbacks,
+            count=train.keep_checkpoints,
+            enabled=accelerator.is_main_process,
         )
         self.step = 0
         self.stop = StopRequest()
@@ -168,9 +177,9 @@ class Trainer:
         config, step = self.config, self.step
         reset_peak_memory(self.policy.device)
         with self.phases("rollout"):
-            rollouts = list(self.rollouts(step))
+            rollouts = self.retry.rollouts(step, self.rollouts)
         self.optimization.begin(step)
-        metrics = self.method.step(rollouts, step, self._update)
+        metrics = self.retry.step(rollouts, step, self._update)
         metrics |= self.method.steer(metrics)
         seconds = self.phases.take()
         if self.accelerator.is_main_process and step % config.train.samples_every == 0:
@@ -216,17 +225,18 @@ class Trainer:
             self.config.model, train, self.config.generation, self.policy, self.reward, self.accelerator.num_processes
         )
         notes += [*self.task.notes(), self.memory.line]
-        written, resaves_best = None, False
+        written, found = None, None
         if train.resume:
-            state = restored(self.run_dir, self.inputs, self.policy, self.optimization.adamw, self.method)
+            found = restored(self.run_dir, self.inputs, self.policy, self.optimization.adamw, self.method)
+            state = found.state
             self.step = self.checkpoints.saved = state["step"]
             self.validations.restore(state["evaluations"], state["best"])
             written = state["logs"]
             notes.append(f"going on after step {self.step}, from {self.run_dir}/checkpoints/last")
             notes += other_schedule(state["steps"], train, self.step)
-            resaves_best = best_is_missing(self.run_dir, self.validations.best, self.step)
             if self.source is not None and not self.source.is_pipe:
                 self.source.skip(self.step * self.responses_per_step)
+            self.accelerator.wait_for_everyone()  # until all have read what the main one may rename
         main = self.accelerator.is_main_process
         with main_process_first(self.accelerator):
             if main:
@@ -236,13 +246,15 @@ class Trainer:
             self.log = RunLog(
                 self.run_dir, train, enabled=main, settings=asdict(self.config), written=written, resume_step=self.step
             )
+            if found is not None:
+                if found.wrong or not (self.run_dir / "evaluation.json").is_file():
+                    self.record.evaluations()
+                self.checkpoints.go_on_from(found)  # last: until then a kill leaves what is found again
             if main:
                 write_run_config(self.run_dir, self.config)
                 self.record.begin(self.loaded, self.inputs, self.step, self.accelerator.num_processes)
                 notes += [f"reward head: {line}" for line in head_lines(self.record.content.get("reward_head", {}))]
-                if train.resume and not (self.run_dir / "evaluation.json").is_file():
-                    self.record.evaluations()
-        if resaves_best:
+        if found is not None and found.resaves_best:
             self.checkpoints.save_best(self.step)
         if isinstance(self.decoding, CompiledDecoding):
             notes.append("rollout.compile: the first step compiles for half a minute or more")
@@ -254,6 +266,9 @@ class Trainer:
             )
             stack.enter_context(self._saved_where_a_reward_fails())
             self.stop = stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
+            warning = None if found is None else found.warning()
+            if warning is not None:
+                progress.warn(warning)
             for note in notes:
                 progress.say(note)
             if self.step == 0 and not self.validations.rows:

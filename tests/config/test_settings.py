@@ -65,6 +65,7 @@ def test_what_may_change_when_a_run_is_resumed():
         "train.steps",
         "train.save_every",
         "train.keep_adapters",
+        "train.keep_checkpoints",
         "train.tensorboard",
         "train.wandb",
         "train.wandb_project",
