@@ -1,5 +1,6 @@
 """Settings: their declaration with bounds and meaning, and how they are read from YAML and the command line."""
 
+from grade.config.guard import GuardConfig
 from grade.config.methods import MethodConfig
 from grade.config.model import LoraSettings, ModelConfig
 from grade.config.reward import FunctionTerm, RewardConfig, trains_head, trains_proxy, without_gradient
@@ -15,6 +16,7 @@ __all__ = [
     "EvaluationConfig",
     "FunctionTerm",
     "GenerationConfig",
+    "GuardConfig",
     "LoraSettings",
     "MethodConfig",
     "ModelConfig",

@@ -152,6 +152,11 @@ class MethodConfig:
         """Parts of a step's responses that are updates of their own: of PPO and GRPO, 1 of the others."""
         return getattr(getattr(self, self.name, None), "minibatches", 1)
 
+    @property
+    def updates(self) -> int:
+        """Most optimizer updates of a step: of PPO and GRPO its passes times their parts, 1 of the others."""
+        return self.minibatches * getattr(getattr(self, self.name, None), "epochs", 1)
+
     def head_chunk_bytes(self, device: str) -> int:
         """`head_chunk_mib` on this type of device, bytes."""
         return (self.head_chunk_mib or (64 if device == "cpu" else 256)) * 2**20

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_origin
 
 from grade.config.bounds import SEED, Role, facts_of, setting
+from grade.config.guard import GuardConfig
 from grade.config.methods import BY_VALUE, METHODS, MethodConfig
 from grade.config.model import ModelConfig
 from grade.config.reward import RewardConfig, without_gradient
@@ -39,6 +40,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = setting(default_factory=GuardConfig, role="resume")
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compare: CompareConfig = setting(default_factory=CompareConfig, role="resume")
     variance: VarianceConfig = setting(default_factory=VarianceConfig, role="resume")

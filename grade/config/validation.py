@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grade.config.bounds import check_values, shown
+from grade.config.guard import check_guard
 from grade.config.methods import check_method
 from grade.config.reward import check_reward_settings, trains_proxy, without_gradient
 from grade.config.schema import Config
@@ -146,6 +147,7 @@ def validate(config: Config) -> None:
             "method.grpo.level=token needs the reward after every token, which a function (reward.function) does not "
             "give. Use level sequence."
         )
+    check_guard(config.guard, ignore_eos=generation.ignore_eos, source=config.rollout.source)
     if train.resume and train.overwrite:
         raise GradeError(f"train.resume is {train.resume} and train.overwrite is true: choose one.")
 

@@ -103,6 +103,7 @@ class Grade(Method):
         for rollout in self.judged(rollouts):
             for micro_batch in rollout.micro_batches(self.together, by_length=True):
                 sums = add_sums(sums, self._sums(micro_batch, self.accumulate(micro_batch, step, totals)))
+        self.services.before_update(sums)
         norm = update()
         metrics = self.observed(sums)
         return {"loss": self.loss(metrics), **metrics, "tau": self.tau(step), **update_metrics([norm])}

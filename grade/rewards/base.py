@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grade.errors import GradeError, RewardFailed, reason_of
+from grade.errors import GradeError, NotFinite, RewardFailed, reason_of
 from grade.machine import is_out_of_memory
 from grade.model.passes import BasePass, fed_embeddings
 from grade.model.tensors import tensors_digest
@@ -301,7 +301,7 @@ def asked(reward: Reward, answer: Callable[[], Any], responses: int) -> Tensor:
         return value
     wrong = value.isinf() if isinstance(reward, RewardFunction) else ~value.isfinite()
     if wrong.any():
-        raise RewardFailed(
+        raise NotFinite(
             f"the reward {type(reward).__name__} gave {value[wrong][0].item()} for a response. It must be finite. "
             f"{MEND}"
         )

@@ -19,6 +19,7 @@ from grade.errors import GradeError, writing
 from grade.files import delete_folder, latest, old_copy, sync
 from grade.model.checkpoint import load_state, read_state, recorded_step, verified_step
 from grade.training.log import beginning
+from grade.training.story import check_story
 
 EARLIER, EARLIER_BEST = "resume", "best"
 """What the names of earlier checkpoints begin with, before their steps."""
@@ -79,6 +80,7 @@ def resumable(run_dir: Path) -> Resumable:
             state = read_state(path)
             for name, extent in state.get("logs", {}).items():
                 beginning(run_dir / name, extent, fix="")
+            check_story(path, state, run_dir)
             return Resumable(path, state, _best_of(run_dir, state), tuple(wrong))
         except GradeError as error:
             wrong[str(error)] = None

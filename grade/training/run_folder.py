@@ -20,6 +20,7 @@ from grade.config import Config, EvaluationConfig, flatten, settings_with_role
 from grade.config.sealed import config_from_sealed, sealed_yaml
 from grade.errors import GradeError, NothingLeft, read_json, writing
 from grade.files import check_writable, locked, replace_text, sync
+from grade.formats import COUNT
 from grade.hub_names import GIVEN
 from grade.processes import everywhere, main_process_first, shared
 from grade.training.resumable import has_resumable, resumable
@@ -37,16 +38,24 @@ _IN_CHECKPOINT = (
     r"|(generation_)?config\.json|model\.safetensors|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.(model|tiktoken)"
 )
 _TEMPLATES = "additional_chat_templates"
+SKIPPED, ROLLBACKS = "skipped", "rollbacks"
+"""Folders of what `guard` keeps: the responses of steps that were left out, and the logs' rows of steps made again."""
+SOUND = "rollback"
+"""The name of the checkpoint that a rollback goes back to."""
 _WRITTEN = {  # names of what a run writes, by the folder it lies in
     "checkpoints/*": _IN_CHECKPOINT,
     f"checkpoints/*/{_TEMPLATES}": r".+\.jinja",
     "reward*": r"head\.safetensors|reward\.json",
     "tensorboard": r"events\.out\.tfevents\..*",
+    SKIPPED: r"step-\d+\.json(\.new)?",
+    ROLLBACKS: r"\d+-(metrics|samples)\.jsonl(\.new)?",
     "": r"(config\.yaml|(metrics|samples)\.jsonl|run\.json|evaluation(-(test|validation)-[\w.-]+)?\.json)(\.new)?",
 }
-CHECKPOINT = r"(last|resume-\d+|best(-\d+)?|step-\d+)"
-"""Names of a run's checkpoints: grade.training.resumable, and `adapter_folder`."""
-_HOLDING = rf"{CHECKPOINT}(\.new|\.old)?|reward(\.new|\.old)?|tensorboard|checkpoints|{_TEMPLATES}"
+CHECKPOINT = rf"(last|resume-\d+|best(-\d+)?|{SOUND}|step-\d+)"
+"""Names of a run's checkpoints: grade.training.resumable, grade.training.rollback and `adapter_folder`."""
+_HOLDING = (
+    rf"{CHECKPOINT}(\.new|\.old)?|reward(\.new|\.old)?|tensorboard|checkpoints|{_TEMPLATES}|{SKIPPED}|{ROLLBACKS}"
+)
 """Names of the folders that it makes."""
 
 _OF_PROMPTS = {
@@ -271,7 +280,8 @@ def _written(run_dir: Path) -> list[Path]:
     """What a run has written, in the order in which it may go: files, then the folders that held them."""
     folders = [run_dir / "checkpoints", *sorted(run_dir.glob("checkpoints/*")), *sorted(run_dir.glob("reward*"))]
     folders += sorted(run_dir.glob(f"checkpoints/*/{_TEMPLATES}"))
-    folders = [path for path in [*folders, run_dir / "tensorboard"] if re.fullmatch(_HOLDING, path.name)]
+    folders += [run_dir / name for name in ("tensorboard", SKIPPED, ROLLBACKS)]
+    folders = [path for path in folders if re.fullmatch(_HOLDING, path.name)]
     folders = [path for path in folders if path.is_dir() or path.is_symlink()]
     files = []
     for pattern, names in _WRITTEN.items():
@@ -323,6 +333,6 @@ def is_finished(run_dir: Path, steps: int, evaluation: EvaluationConfig) -> bool
     if not path.is_file():
         return False
     fix = "Delete that file: going on with the run makes it again from its checkpoint."
-    done = read_json(path, fix, "validation")
+    done = read_json(path, fix, shape={"validation": [{"step": COUNT}]})
     validated = done["validation"][-1]["step"] if done["validation"] else 0
     return validated >= steps and ("test" in done or evaluation.test_prompts == 0)
