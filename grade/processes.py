@@ -92,10 +92,15 @@ def watching(accelerator: Accelerator) -> Iterator[None]:
 
 def _of_collective(error: BaseException | None) -> bool:
     """Whether it comes of a collective that has failed."""
-    if error is None or isinstance(error, RuntimeError) and is_out_of_memory(error):
-        return False
-    failed = isinstance(error, RuntimeError) and _COLLECTIVE.search(str(error)) is not None
-    return failed or _of_collective(error.__cause__)
+    seen: set[int] = set()  # an error that is raised again may be among its own causes
+    while error is not None and id(error) not in seen:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            return False
+        if isinstance(error, RuntimeError) and _COLLECTIVE.search(str(error)):
+            return True
+        seen.add(id(error))
+        error = error.__cause__
+    return False
 
 
 def shared(accelerator: Accelerator, value: Any) -> Any:
