@@ -14,10 +14,10 @@ is saved; 130 when interrupted.
 from __future__ import annotations
 
 import difflib
-import os
 import shlex
 import sys
 import time
+from contextlib import suppress
 
 from grade import __version__
 from grade.commands import verbs as commands
@@ -25,6 +25,7 @@ from grade.commands.arguments import HELP, emit
 from grade.commands.verbs import COMMANDS
 from grade.config.reading import shipped_configs
 from grade.errors import Collapsed, GradeError
+from grade.launch import processes_of
 from grade.terminal import silence_libraries
 
 _PATIENCE = 10.0
@@ -50,17 +51,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(argv)
     except GradeError as error:
-        if int(os.environ.get("RANK", "0")):  # one of several processes, which will mostly have the same to say
+        if processes_of()[0]:  # one of several, which will mostly have the same to say
             time.sleep(_PATIENCE)
         print(f"grade: error: {error}", file=sys.stderr)
         return 3 if isinstance(error, Collapsed) else 2
     except KeyboardInterrupt:
+        number, processes = processes_of()
+        if number:  # the first says it, and has saved: a launcher ends all with the first of them to end
+            with suppress(KeyboardInterrupt):
+                time.sleep(_PATIENCE)
+            return 130
         print("grade: interrupted.", file=sys.stderr)
         if argv[:1] in (["compare"], ["variance"]):
             print("What is done is kept: the same command goes on.", file=sys.stderr)
         if argv[:1] == ["train"]:
             resume = shlex.join([*_without_resume(argv), "--train.resume", "auto"])
-            print(f"Go on with: grade {resume}", file=sys.stderr)
+            launched = "the launcher and its options, then -m " if processes > 1 else ""
+            print(f"Go on with: {launched}grade {resume}", file=sys.stderr)
         return 130
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,20 +18,32 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 
 from grade.config import Config
 from grade.errors import GradeError, NotFinite, RewardFailed
+from grade.launch import check_launch
+from grade.machine import is_out_of_memory
+from grade.peers import Peers
+from grade.terminal import warn_once
+
+_SEEN = 5.0
+"""Seconds after which a process that has ended is surely seen to have (`grade.peers`)."""
+_COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|process group", re.IGNORECASE)
+"""In the errors of collectives whose other processes are gone; gloo's are of no class of their own."""
 
 
 def make_accelerator(config: Config) -> Accelerator:
     """Accelerate's view of the machine: device, processes, reductions. Several leave their group when they end.
 
     Raises:
-        GradeError: device=cuda without one, or train.deterministic where it is too late for it.
+        GradeError: device=cuda without one, train.deterministic where it is too late for it, or the launcher is set to
+            what a run does not follow.
     """
+    check_launch(config.device)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise GradeError("device=cuda, but torch sees no CUDA or ROCm device. Use device=auto or cpu.")
     if config.train.deterministic and config.device != "cpu" and torch.cuda.is_available():
         _fix_cublas()
     # Not what accelerate would choose on Apple silicon: its GPU has no float64, which sums here use.
-    # The others wait for the main process while it trains a reward head, which may take longer than libraries allow.
+    # Processes wait for each other as long as it takes: the main one trains a reward head, one asks a slow judge. That
+    # one has ended is not seen by a timeout, but by `watching`.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=[patience])
     if accelerator.num_processes > 1:
@@ -68,6 +82,51 @@ def _leave() -> None:
         distributed.destroy_process_group()
 
 
+@contextmanager
+def watching(accelerator: Accelerator) -> Iterator[None]:
+    """While the block runs, a process that ends without the others ends them too: in words, and soon.
+
+    Raises:
+        GradeError: another process has ended, and a collective has failed of it. A process that waits on is ended where
+            it is, with the same words and exit code 2.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+
+    number, count = accelerator.process_index, accelerator.num_processes
+    peers = Peers(number, count, partial(shared, accelerator), partial(any_process, accelerator))
+    if not peers.watched:
+        warn_once(
+            "warning: the processes cannot connect to the main one on a port of its own, and so not see when one of "
+            "them ends: the others may then wait for it."
+        )
+    well = False
+    try:
+        yield
+        accelerator.wait_for_everyone()
+        well = True
+    except (RuntimeError, GradeError) as error:
+        if not _of_collective(error) or not peers.noticed(_SEEN):
+            raise
+        raise GradeError(str(peers)) from error
+    finally:
+        peers.leave(well)
+
+
+def _of_collective(error: BaseException | None) -> bool:
+    """Whether it comes of a collective that has failed."""
+    seen: set[int] = set()  # an error that is raised again may be among its own causes
+    while error is not None and id(error) not in seen:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            return False
+        if isinstance(error, RuntimeError) and _COLLECTIVE.search(str(error)):
+            return True
+        seen.add(id(error))
+        error = error.__cause__
+    return False
+
+
 def shared(accelerator: Accelerator, value: Any) -> Any:
     """The main process' value, in every process."""
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
@@ -83,6 +142,11 @@ def summed(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     if accelerator.num_processes == 1:
         return values
     return accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu()
+
+
+def any_process(accelerator: Accelerator, wanted: bool) -> bool:
+    """Whether any process wants something."""
+    return bool(summed(accelerator, torch.tensor(float(wanted), dtype=torch.float64)) > 0)
 
 
 @contextmanager

@@ -61,8 +61,8 @@ def silence_libraries() -> None:
 
 
 def console(**options: Any) -> Console:
-    """Standard error for progress; silent at level "warning"."""
-    return Console(stderr=True, quiet=_level == "warning", **options)
+    """Standard error for progress; silent at level "warning", and in all but the first of a run's processes."""
+    return Console(stderr=True, quiet=_level == "warning" or not _is_first(), **options)
 
 
 def warn(line: str) -> None:
@@ -72,8 +72,12 @@ def warn(line: str) -> None:
 
 def warn_once(line: str) -> None:
     """The same, said by one of the processes that share a run."""
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         warn(line)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(line: str) -> None:

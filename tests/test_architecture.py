@@ -25,7 +25,7 @@ FLOORS = (  # from the roof down; rooms of one floor do not know each other
     ("tasks", "processes", "planning"),
     ("config",),
     ("rollout",),
-    ("files", "jsonl", "tables", "tree"),
+    ("files", "jsonl", "launch", "peers", "tables", "tree"),
     ("errors", "fitting", "formats", "hub", "hub_names", "jackknife", "latex", "machine", "seeds", "terminal"),
     ("shapes",),
 )

@@ -48,4 +48,7 @@ class ModelConfig:
     finetuning: Literal["lora", "full"] = "lora"
     """`lora`: an adapter is trained. `full` (in YAML also `lora: null`): every weight is, but head and embedding table,
     beside a frozen copy."""
+    fsdp: bool = setting(False, role="speed")
+    """Shard the frozen base's decoder layers over the processes of the run (PyTorch's FSDP2), where one device cannot
+    hold them. Every layer is gathered for each pass through it. One process has the whole base."""
     lora: LoraSettings = field(default_factory=LoraSettings)

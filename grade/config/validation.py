@@ -66,6 +66,17 @@ def validate(config: Config) -> None:
                     f"model.finetuning=full trains the model's own weights, but {name} is {shown(value)}: {reason}. "
                     f"Set it to {'null' if needed is None else str(needed).lower()}, or model.finetuning to lora."
                 )
+    if config.model.fsdp:
+        for name, value, needed, reason in (
+            ("model.finetuning", config.model.finetuning, "lora", "the weights that are trained stay whole"),
+            ("model.quantization", config.model.quantization, None, "packed weights are not sharded"),
+            ("rollout.compile", config.rollout.compile is True, False, "a compiled step holds the whole base"),
+        ):
+            if value != needed:
+                raise GradeError(
+                    f"model.fsdp shards the frozen base over processes, but {name} is {shown(value)}: {reason}. Set "
+                    f"it to {'null' if needed is None else str(needed).lower()}, or model.fsdp to false."
+                )
     if config.model.quantization == "8bit" and config.model.dtype != "bfloat16":
         raise GradeError(
             "model.quantization=8bit rounds what layers read to 8 bits, so that no two passes agree as those of "

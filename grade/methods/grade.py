@@ -82,7 +82,7 @@ class Grade(Method):
             training=True,
             prompt_cache=config.prompt_cache,
             chunk_bytes=config.head_chunk_bytes(self.policy.device.type),
-            any_process=self.services.any_process,
+            any_process=self.policy.going_on,
             phase=self._phase,
         )
 

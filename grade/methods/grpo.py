@@ -183,9 +183,10 @@ class GRPO(PolicyGradient):
     def _accumulate(self, experience: Experience, totals: Totals, means: TokenMeans) -> Terms:
         """Add a micro-batch's share of its mini-batch's gradient; the policy's terms."""
         settings, scored, mask = self.settings, experience.scored, experience.mask
-        if not experience.moves.any():
-            with torch.no_grad():
-                terms = scored.sampled or self.terms(scored)
+        moves = bool(experience.moves.any())
+        passes = self.policy.going_on(moves)
+        if not moves:
+            terms = self._unmoved(scored, passes)
             means.add(mask & False, **dict.fromkeys(_TRL_NAMES.values(), torch.zeros_like(terms.logprob)))
             return terms
         counted = token_weights(
@@ -201,6 +202,19 @@ class GRPO(PolicyGradient):
         low = (ratio < 1 - settings.clip_low) & (experience.advantage < 0)
         high = (ratio > 1 + settings.clip_high) & (experience.advantage > 0)
         means.add(mask, low=low, high=high, either=low | high, ratio=ratio, policy_loss=loss)
+        return terms
+
+    def _unmoved(self, scored: Scored, passes: bool) -> Terms:
+        """The policy's terms along a micro-batch without a gradient.
+
+        Args:
+            passes: another process needs this one's part in its forward and backward pass (`Policy.going_on`).
+        """
+        if not passes:
+            with torch.no_grad():
+                return scored.sampled or self.terms(scored)
+        terms = self.terms(scored)
+        (0.0 * terms.logprob.sum()).backward()
         return terms
 
     def _penalties(self, experience: Experience, counted: Tensor, totals: Totals) -> Weights:

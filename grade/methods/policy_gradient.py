@@ -143,13 +143,16 @@ class PolicyGradient(Method):
         out, settings = [], ScoreSettings(prompt_cache=self.config.prompt_cache, training=True)
         with self.services.phase("score"):
             batches = self._in_parts(self.judged(rollouts))
-            with self.services.failing_together():
+            parts, each = self.policy.parts_failing_together(self.services.failing_together)
+            with parts():
                 for rollout in batches:
-                    frozen = frozen_passes(self.policy, self.reward, rollout, RealTokens(rollout), settings)
-                    scored = Scored(rollout, frozen.reward, frozen.terms, frozen.reference)
-                    if gains:
-                        with of_users(self.reward):
-                            scored.gains = self.reward.prefix_values(rollout, frozen.base).diff(dim=1) * rollout.mask
+                    with each():
+                        frozen = frozen_passes(self.policy, self.reward, rollout, RealTokens(rollout), settings)
+                        scored = Scored(rollout, frozen.reward, frozen.terms, frozen.reference)
+                        if gains:
+                            with of_users(self.reward):
+                                values = self.reward.prefix_values(rollout, frozen.base)
+                                scored.gains = values.diff(dim=1) * rollout.mask
                     if sampled:
                         scored.sampled = self.terms(scored)
                     out.append(scored)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
 from peft import PeftModel
+from torch import nn
 
 from grade.errors import GradeError
 from grade.hub_names import looks_local, name_anywhere
@@ -33,8 +35,19 @@ class Base(NamedTuple):
     transformers: str | None
 
 
-def base_of(model: PeftModel) -> Base | None:
-    """The base of a model; None of a quantized one, whose values are packed."""
+_KNOWN: WeakKeyDictionary[nn.Module, Base] = WeakKeyDictionary()
+
+
+def remember_base(model: nn.Module, base: Base) -> None:
+    """Say what `base_of` answers for a model without an adapter, and for one with: its weights will not all be here."""
+    _KNOWN[model] = base
+
+
+def base_of(model: nn.Module) -> Base | None:
+    """The base of a model, with an adapter or without; None of a quantized one, whose values are packed."""
+    known = _KNOWN.get(model.get_base_model() if isinstance(model, PeftModel) else model)
+    if known is not None:
+        return known
     tensors = [p.detach() for name, p in model.named_parameters() if ".lora_" not in name]
     if not all(tensor.is_floating_point() for tensor in tensors):
         return None

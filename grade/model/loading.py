@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +25,7 @@ from grade.model.checkpoint import put_adapter, recorded_base, started_digest
 from grade.model.policy import Policy
 from grade.model.pretrained import Pretrained, context_of
 from grade.model.quantization import check_quantized, loading_options
+from grade.model.sharding import ON_META, Sharding, load_sharded
 from grade.tasks.base import Task
 
 
@@ -80,9 +83,14 @@ def padding_left(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Policy:
+def load_policy(
+    config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device, accelerator: Accelerator | None = None
+) -> Policy:
     """The base model, frozen, with the adapter of model.adapter or a fresh one drawn from config.seed; it must fit
     what the sections task, generation and reward ask.
+
+    Args:
+        accelerator: of the processes that load it together, over which model.fsdp shards it; None: this one is alone.
 
     Raises:
         GradeError: the model cannot be found or used, its context is too short, it has no such target modules, or
@@ -98,30 +106,40 @@ def load_policy(config: Config, tokenizer: PreTrainedTokenizerBase, device: torc
     head = trains_head(task, reward)
     check_fits(model.name, source.config(), task, generation, reward.max_tokens if head else None)
     transformers_logging.disable_progress_bar()  # one line per file of weights says less than it costs to read
-    base, found = source.model(
-        AutoModelForCausalLM,
-        dtype=getattr(torch, model.dtype),
-        attn_implementation=model.attn_implementation,
-        output_loading_info=True,
-        **loading_options(model, device),
-    )
-    if found["missing_keys"]:
-        raise GradeError(
-            f"model.name={model.name}: its files lack {len(found['missing_keys'])} of the model's tensors (such "
-            f"as {min(found['missing_keys'])}), which transformers fills with random numbers. Name a complete model."
+
+    def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        base, found = source.model(
+            AutoModelForCausalLM,
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=model.attn_implementation,
+            output_loading_info=True,
+            **options,
         )
-    check_vocabulary(model.name, tokenizer, base)
-    longest = max(prompt_and_response, reward.max_tokens) if head else prompt_and_response
-    if model.quantization is None:
-        base.to(device)
+        if found["missing_keys"] and options.get("device_map") != ON_META:
+            raise GradeError(
+                f"model.name={model.name}: its files lack {len(found['missing_keys'])} of the model's tensors (such "
+                f"as {min(found['missing_keys'])}), which transformers fills with random numbers. Name a complete "
+                "model."
+            )
+        check_vocabulary(model.name, tokenizer, base)
+        return base, found
+
+    sharding = None
+    if model.fsdp and accelerator is not None and accelerator.num_processes > 1:
+        base, sharding = load_sharded(load, accelerator), Sharding(accelerator)
     else:
+        base, _ = load(**loading_options(model, device))
+    longest = max(prompt_and_response, reward.max_tokens) if head else prompt_and_response
+    if model.quantization is not None:
         check_quantized(base, model)
+    elif sharding is None:
+        base.to(device)
     if model.finetuning == "full":
         _check_room(base, model)
         return Policy(base, tokenizer, length=longest)
     if adapter is None:
-        return Policy(add_adapter(base, model, config.seed), tokenizer, length=longest)
-    policy = Policy(go_on_from(base, *adapter, model), tokenizer, length=longest)
+        return Policy(add_adapter(base, model, config.seed), tokenizer, length=longest, sharding=sharding)
+    policy = Policy(go_on_from(base, *adapter, model), tokenizer, length=longest, sharding=sharding)
     policy.started_from = started_digest(adapter[0])
     return policy
 

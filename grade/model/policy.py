@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -37,8 +37,11 @@ from grade.model.probe_decoding import (
     probe_prompt_cache,
     probe_recomputation,
 )
+from grade.model.sharding import Sharding
 from grade.model.switches import State, Switches
 from grade_kernels import Head
+
+_Together = Callable[[], AbstractContextManager]
 
 
 class Policy:
@@ -52,6 +55,7 @@ class Policy:
         probe: measure on a few tokens that the model fits the contract above, and that every way in which a run calls
             it agrees with a parallel pass. Costs a few dozen tiny forwards.
         length: positions of the longest sequence of the run, which the probe tries once too; 0: no such try.
+        sharding: of the base's layers over processes, which then make all passes together; None: they are whole here.
 
     Attributes:
         backbone: the transformer without its head.
@@ -80,8 +84,9 @@ class Policy:
         *,
         probe: bool = True,
         length: int = 0,
+        sharding: Sharding | None = None,
     ):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.sharding = model, tokenizer, sharding
         self.causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.config = self.causal_lm.config
         self.backbone = backbone_of(self.causal_lm)
@@ -132,7 +137,7 @@ class Policy:
             if length:
                 probe_length(self, length)
             self.reads_prompt_cache = probe_prompt_cache(self)
-            self._merges = self.trains_all or probe_merged(self)
+            self._merges = self.trains_all or (self.sharding is None and probe_merged(self))
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
             raise GradeError(
                 f"model.name: {type(self.causal_lm).__name__} cannot run the passes that replay needs "
@@ -155,6 +160,17 @@ class Policy:
     @property
     def vocab_size(self) -> int:
         return self.head.weight.shape[0]
+
+    def going_on(self, wanted: bool) -> bool:
+        """Whether a loop of passes goes on: where this process wants it or, as all processes or none pass through
+        sharded layers, any of them."""
+        return wanted if self.sharding is None else self.sharding.any_process(wanted)
+
+    def parts_failing_together(self, together: _Together) -> tuple[_Together, _Together]:
+        """(context of a loop of passes, context of a part of it), in which a reward that fails in one process does in
+        all (`grade.processes.failing_together`): behind the loop or, as all processes or none pass through sharded
+        layers, behind every part."""
+        return (together, nullcontext) if self.sharding is None else (nullcontext, together)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trainable parameters, in a fixed order."""
@@ -249,7 +265,9 @@ class Policy:
     @property
     def merges(self) -> bool:
         """Whether the model computes with an adapter added to its weights what it computes with the adapter beside
-        them: it reads each of these weights through its layer, and no other module reads it."""
+        them: it reads each of these weights through its layer, and no other module reads it. Not of sharded layers."""
+        if self.sharding is not None:
+            return False
         weights = [layer.get_base_layer().weight for layer in self.adapter_layers]
         readers = Counter(w.data_ptr() for m in self.model.modules() for w in m.parameters(recurse=False))
         return self._merges and not any(readers[weight.data_ptr()] > 1 for weight in weights)

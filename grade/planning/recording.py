@@ -10,8 +10,9 @@ LEAST_FORWARDS = 10_000
 
 
 def recording_pays(config: Config, *, on_gpu: bool) -> bool:
-    """Whether a run decodes on a GPU, for long enough, from weights that can be recorded."""
-    if not on_gpu or config.model.quantization is not None:
+    """Whether a run decodes on a GPU, for long enough, from weights that can be recorded: neither packed nor
+    sharded."""
+    if not on_gpu or config.model.quantization is not None or config.model.fsdp:
         return False
     responses = config.train.batch_size * config.train.accumulation_steps
     rollouts = -(-responses // (config.generation.batch_size or responses))  # of a step

@@ -45,8 +45,8 @@ class ReplaySettings(ScoreSettings):
     Args:
         tau: temperature of the relaxation at this step.
         path_scale: multiplies all of the gradient but the KL's at its own step's logits.
-        any_process: given whether this process wants another hop, whether any does. Sharded models need all
-            processes to run the same number of passes; the extra ones change nothing.
+        any_process: given whether this process wants another hop, whether there is one: `Policy.going_on`, as sharded
+            layers need all processes to run the same number of passes. The extra ones change nothing.
     """
 
     tau: float

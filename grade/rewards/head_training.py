@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from grade.errors import GradeError, writing
 from grade.files import check_writable, locked, replaced_folder, sha256
 from grade.model.fingerprint import differing, model_inputs
 from grade.model.policy import Policy
+from grade.processes import main_process_first
 from grade.rewards.head_fitting import HeadData, fit_head
 from grade.rewards.shared import HEAD_FILE, KEPT_FOLDER, REPORT_FILE, RewardHead, head_report
 from grade.tasks.base import PairIds, Task, sha256_of
@@ -96,25 +98,43 @@ class HeadTraining:
         Raises:
             GradeError: reward.path holds something else than a head for this model.
         """
-        folder = self.folder
-        if (folder / HEAD_FILE).is_file():
-            return self._load(folder)
+        folder, sharding = self.folder, self.policy.sharding
         setting = "output_dir" if self.settings.path is None else "reward.path"
-        check_writable(setting, folder)
-        with writing(folder.parent, setting):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.with_name(f".{folder.name}.lock"), setting, f"{folder} is in use.", wait=_say_waiting):
-            if (folder / HEAD_FILE).is_file():  # another process has trained it meanwhile
+        # Sharded layers need all processes in the passes that a head learns from, so each fits the same one for itself.
+        writes = sharding is None or sharding.accelerator.is_main_process
+        first = nullcontext if sharding is None else partial(main_process_first, sharding.accelerator)
+        with ExitStack() as stack:
+            with first():
+                if writes and not (folder / HEAD_FILE).is_file():
+                    check_writable(setting, folder)
+                    with writing(folder.parent, setting):
+                        folder.parent.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(self._held(folder, setting))
+                missing = not (folder / HEAD_FILE).is_file()  # or another process has trained it meanwhile
+                if writes and missing:
+                    self._check_empty(folder)
+            if not self.policy.going_on(missing):
                 return self._load(folder)
-            return self._train_into(folder, setting)
+            head, report = self.train()
+            with first():
+                if writes and missing:
+                    self._keep(folder, setting, head, report)
+            return head
 
-    def _train_into(self, folder: Path, setting: str) -> RewardHead:
-        """Train the head and keep it in its folder, complete or not at all."""
+    def _held(self, folder: Path, setting: str) -> AbstractContextManager[int]:
+        """Only one process trains a head into a folder; others wait for it."""
+        in_use = f"{folder} is in use."
+        return locked(folder.with_name(f".{folder.name}.lock"), setting, in_use, wait=_say_waiting)
+
+    def _check_empty(self, folder: Path) -> None:
+        """Refuse a folder of somebody's other files."""
         if self.settings.path is not None and folder.exists() and any(folder.iterdir()):
             raise GradeError(
                 f"reward.path={folder} holds no reward head ({HEAD_FILE} is missing). Name another folder."
             )
-        head, report = self.train()
+
+    def _keep(self, folder: Path, setting: str, head: RewardHead, report: dict[str, Any]) -> None:
+        """Write a trained head into its folder, complete or not at all."""
         if not math.isfinite(report["loss"]):
             raise GradeError(
                 f"reward.learning_rate={self.settings.learning_rate}: the head's loss became {report['loss']}. Lower "
@@ -125,7 +145,6 @@ class HeadTraining:
             save_file(head.state_dict(), fresh / HEAD_FILE)
             report["sha256"] = sha256(fresh / HEAD_FILE)
             (fresh / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        return head
 
     def _load(self, folder: Path) -> RewardHead:
         try:

@@ -76,9 +76,9 @@ def sample(
             draw = out.put(step, draw)
             if not sampling.ignore_eos and (step + 1) % _END_CHECK_INTERVAL == 0:
                 going = out.alive.nonzero().squeeze(1)
-                if not len(going):
+                if not policy.going_on(len(going) > 0):
                     break
-                if decoding.drops_rows and len(going) <= _DROP_AT * len(out.alive):
+                if decoding.drops_rows and 0 < len(going) <= _DROP_AT * len(out.alive):
                     decoder.keep(going)
                     draw = out.keep(going, draw)
             if step + 1 < steps:

@@ -24,7 +24,7 @@ from grade.errors import GradeError, writing
 from grade.model.checkpoint import save_checkpoint
 from grade.model.policy import Policy
 from grade.model.pretrained import context_of
-from grade.processes import make_accelerator
+from grade.processes import make_accelerator, watching
 from grade.rewards.base import Reward
 from grade.tasks.given import GivenTask, read_prompts
 from grade.training.answers import Answers
@@ -176,6 +176,7 @@ class GradeTrainer:
         if self._trainer is not None:
             raise GradeError("this trainer has trained already, and its policy with it. Make another one.")
         with ExitStack() as stack:
+            stack.enter_context(watching(self.accelerator))
             self.config, run_dir = stack.enter_context(started(self.config, self.accelerator))
             stack.enter_context(deterministic(self.config.train.deterministic, self.accelerator.device))
             trainer = Trainer(self.config, self.accelerator, run_dir, self._loaded, self.callbacks)
@@ -286,6 +287,11 @@ class GradeTrainer:
             GradeError: the folder cannot be written, or the model cannot be merged; nothing of it is then left.
         """
         target = Path(folder)
+        if merge and self.policy.sharding is not None:
+            raise GradeError(
+                "merge: model.fsdp keeps the base in parts, one a process. Save the adapter, and merge it on a machine "
+                "that holds the whole model (grade export RUN_DIR --merge)."
+            )
         card = None if self._trainer is None else self._trainer.card(self._step(), merged=merge)
         if not self.accelerator.is_main_process:
             return target

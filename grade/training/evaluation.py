@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,15 @@ def responses(
         a function of the reward does not apply to the response).
     """
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    own = len(range(process, len(prompts), processes))
     sampling = evaluation_sampling(settings, generation)
     passes = score_settings(method, policy.device)
     size, numbers = settings.batch_size, list(range(process, len(prompts), processes))
+    if policy.sharding is not None:  # all processes make as many passes: the last prompts are answered again
+        numbers += [len(prompts) - 1] * (-(-len(prompts) // processes) - own)
     records: list[dict] = []
-    with failing_together(accelerator):
+    parts, each = policy.parts_failing_together(partial(failing_together, accelerator))
+    with parts():
         for start in range(0, len(numbers), size):
             chosen = numbers[start : start + size]
             ids, mask = pad_prompts([prompts[i] for i in chosen], policy.pad_id, policy.device)
@@ -187,9 +192,13 @@ def responses(
             rollout = sample(policy, ids, mask, sampling, seed=settings.seed, first_rows=rows, adapters=adapters).of(
                 split, chosen
             )
-            records += score_records(policy, reward, rollout, passes, chosen, adapters=adapters, measure=measure)
+            with each():
+                rollout = replace(rollout, judged=reward.judge(rollout))
+            with each():  # of their own: passes come behind what a function says
+                records += score_records(policy, reward, rollout, passes, chosen, adapters=adapters, measure=measure)
             if tick is not None:
                 tick(len(chosen) * processes)
+    records = records[:own]
     if processes > 1:
         records = gather_object(records)
     for name in _silent(records):
@@ -207,8 +216,10 @@ def score_records(
     adapters: bool,
     measure: Callable[[Rollout], Measures] | None = None,
 ) -> list[dict]:
-    """What `responses` returns, of the B responses of a rollout, whose prompts have these B numbers."""
-    rollout = replace(rollout, judged=reward.judge(rollout))
+    """What `responses` returns, of the B responses of a rollout, whose prompts have these B numbers. The reward's
+    functions are asked unless they have been."""
+    if rollout.judged is None:
+        rollout = replace(rollout, judged=reward.judge(rollout))
     scores = score(policy, reward, rollout, settings, adapters=adapters)
     details = reward.measures(rollout, scores.reward, scores.terms)
     details |= measure(rollout) if measure is not None else {}

@@ -58,6 +58,7 @@ _OF_A_NAME = (
     ("finetuning", "lora", "train its adapter"),
     ("adapter", None, "give PeftModel.from_pretrained(model, folder)"),
     ("quantization", None, "load the model with its quantization_config"),
+    ("fsdp", False, "give its name: sharded weights are never whole here"),
 )
 """Settings of a model that is loaded by its name, their defaults, and what does the same for an object."""
 
@@ -180,7 +181,7 @@ def _policy_of(
     if isinstance(model, (str, Path)):
         # No head is trained here: what a text may be long is no matter.
         reward = replace(config.reward, model=config.reward.model or f"{GIVEN}reward")
-        return config, load_policy(replace(config, reward=reward), tokenizer, accelerator.device)
+        return config, load_policy(replace(config, reward=reward), tokenizer, accelerator.device, accelerator)
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         raise GradeError(f"model is a peft model around {_shown(inner)}: give one around a model of transformers.")

@@ -6,9 +6,14 @@ import os
 import signal
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from grade.launch import processes_of
+
+_TOLD_TWICE = 2.0
+"""Seconds within which a second Ctrl-C is the first again, where a launcher has started several processes."""
 _ASKING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -31,14 +36,19 @@ def stop_between_steps(first: str) -> Iterator[StopRequest]:
     Args:
         first: what is still done, said at once when a stop is asked for, such as "this step is finished and saved".
     """
-    request = StopRequest(first)
+    request, since = StopRequest(first), [0.0]
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
     def ask(number: int, frame: object) -> None:
-        if request.asked and number == signal.SIGINT:
+        now = time.monotonic()
+        # A launcher passes Ctrl-C on to processes that the terminal has told of it already.
+        again = request.asked and (processes_of()[1] == 1 or now - since[0] > _TOLD_TWICE)
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not request.asked:
+            since[0] = now
         if number == getattr(signal, "SIGHUP", None):
             _leave_terminal()
         elif not request.asked:
@@ -58,7 +68,7 @@ def stop_between_steps(first: str) -> Iterator[StopRequest]:
 def _say(line: str) -> None:
     """A line on standard error from inside a signal handler, where Python's own streams may be in use; once for all
     processes of a run."""
-    if os.environ.get("RANK", "0") == "0":
+    if processes_of()[0] == 0:
         with suppress(OSError):
             os.write(2, f"\n{line}\n".encode())
 

@@ -26,6 +26,9 @@ def opening_lines(
     if model.adapter is not None:
         reference = "the policy as it started" if policy.has_reference else "the base without it"
         lines.append(f"model.adapter: goes on from {model.adapter}; the reference of KL is {reference}")
+    if model.fsdp:
+        where = f"sharded over {processes} processes" if policy.sharding is not None else "whole in this one process"
+        lines.append(f"model.fsdp: the base's layers lie {where}")
     if model.trust_remote_code:
         lines.append(f"model.trust_remote_code: code that comes with {model.name} may run here")
     return lines

@@ -29,6 +29,11 @@ def check_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> None:
 
 def _refuse_others(run_dir: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = changed_inputs(then, now)
+    if changed and [name for name in now if then.get(name) != now[name]] == ["responses_per_step"]:
+        raise GradeError(
+            f"train.resume: {run_dir} was started with something else: {changed} With another number of processes, set "
+            f"train.batch_size * train.accumulation_steps * processes to {then['responses_per_step']} again."
+        )
     if changed:
         raise GradeError(
             f"train.resume: {run_dir} was started with something else: {changed} Put it back, or start another run "

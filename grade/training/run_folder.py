@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -16,13 +17,12 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from grade.config import Config, EvaluationConfig, flatten, settings_with_role
-from grade.config.methods import DIFFERENTIATING
 from grade.config.sealed import config_from_sealed, sealed_yaml
 from grade.errors import GradeError, NothingLeft, read_json, writing
 from grade.files import check_writable, locked, replace_text, sync
 from grade.formats import COUNT
 from grade.hub_names import GIVEN
-from grade.processes import main_process_first, shared
+from grade.processes import everywhere, main_process_first, shared
 from grade.training.resumable import has_resumable, resumable
 
 MARKER = ".grade-run"
@@ -63,6 +63,7 @@ _OF_PROMPTS = {
     "evaluation.test_prompts": "how many of test_prompts are tested",
 }
 """Settings that follow from prompts that a program gave, in its terms."""
+_SHOWS_WITHIN = 10.0  # seconds
 _MICRO_BATCHES = {"train.batch_size", "train.accumulation_steps"}
 
 
@@ -152,9 +153,23 @@ def started(config: Config, accelerator: Accelerator) -> Iterator[tuple[Config, 
         with main_process_first(accelerator):
             if accelerator.is_main_process:
                 config = stack.enter_context(run_folder(config))
+        seen = everywhere(accelerator, _seen(Path(config.run_dir)))
+        if not all(seen):
+            raise GradeError(
+                f"train.run_dir: process {seen.index(False)} of {len(seen)} does not see {config.run_dir} as the main "
+                "process does. Name a folder that all machines share: every process reads the run's checkpoints."
+            )
         decided = shared(accelerator, (config.train.resume, config.train.overwrite))
         train = replace(config.train, resume=decided[0], overwrite=decided[1])
         yield replace(config, train=train), Path(config.run_dir)
+
+
+def _seen(run_dir: Path) -> bool:
+    """Whether the folder of a run that has been begun is here; a network's drive may show it a little later."""
+    until = time.monotonic() + _SHOWS_WITHIN
+    while not (run_dir / MARKER).is_file() and time.monotonic() < until:
+        time.sleep(0.2)
+    return (run_dir / MARKER).is_file()
 
 
 def decided(config: Config) -> Config:
@@ -299,7 +314,7 @@ def differing_settings(before: Config, now: Config) -> str:
     """The settings in which a run would be another one, as words; empty if there are none."""
     old, new = flatten(asdict(before)), flatten(asdict(now))
     free = set(settings_with_role("resume", "speed", "place"))
-    if now.method.name not in DIFFERENTIATING:
+    if now.method.minibatches > 1:
         free -= {"generation.batch_size"}  # what is decoded together decides which responses share a mini-batch
     elif not now.method.replay_dropout:
         free |= _MICRO_BATCHES  # the responses of a whole step must stay, which the checkpoint's inputs tell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,11 +59,12 @@ def set_up(
     check_reward(config.reward, tokenizer, judged=judged)
     task = load_task(config.task, config.tokenizer, labels=needs_labels(config.task, config.reward))
     before_policy(tokenizer, task)
-    policy = load_policy(policy_config or config, tokenizer, accelerator.device)
+    policy = load_policy(policy_config or config, tokenizer, accelerator.device, accelerator)
     if run_dir is not None:
         check_made_from(run_dir, policy_inputs(policy))
     before_reward(policy)
-    with main_process_first(accelerator):
+    # Sharded layers need all processes in the passes that a head is trained on: `HeadTraining` lets one of them write.
+    with main_process_first(accelerator) if policy.sharding is None else nullcontext():
         settings = config.reward if run_dir is None else with_kept_head(config.reward, run_dir)
         reward = load_reward(
             settings, policy, task, judged=judged, output_dir=config.output_dir, generation=config.generation

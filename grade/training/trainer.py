@@ -92,6 +92,7 @@ class Trainer:
         else:
             self._decode_with(loaded.policy)
         tokenizer, self.task, self.policy, self.reward = self.loaded = loaded
+        self.agreement.possible &= self.policy.sharding is None
         self.evaluation_prompts = load_prompts(config.evaluation, self.task, tokenizer)
         self.prompts = self.evaluation_prompts.pop("policy")
         train = config.train
@@ -305,6 +306,7 @@ class Trainer:
                 if last and self.step < train.steps and not stopping:
                     break
                 if stopping and (self.step < train.steps or self.evaluation_prompts["test"]):
+                    self.accelerator.wait_for_everyone()  # the main one saves: a launcher ends it with the first to end
                     raise KeyboardInterrupt
             if self.validations.rows[-1]["step"] != self.step:  # resumed with no more steps than it had had
                 self._save(best=self._validate(progress))
@@ -330,6 +332,7 @@ class Trainer:
         except RewardFailed as error:
             if self.step == 0:
                 raise
+            self.soundness.check(self.step)  # by all processes, whose layers may be sharded
             with main_process_first(self.accelerator):
                 if self.step != self.checkpoints.saved:
                     self._save()

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,12 +15,15 @@ import torch
 
 from grade.config import Config, TrainConfig
 from grade.config.methods import DIFFERENTIATING, micro_batch_size
-from grade.machine import free_bytes
+from grade.errors import GradeError, reason_of
+from grade.machine import free_bytes, is_out_of_memory
 from grade.memory.peak import peak_bytes
 from grade.memory.plan import MemoryPlan, Peaks, Sizes, plan
 from grade.methods import make_method
 from grade.methods.services import Services
 from grade.model.policy import Policy
+from grade.model.sharding import Sharding
+from grade.processes import failing_together as failing_in_all
 from grade.replay.score import score
 from grade.rewards.base import Reward
 from grade.rollout import Rollout, pad_prompts
@@ -40,6 +44,7 @@ class Trial:
     Args:
         prompts, evaluated: token ids of the prompts of training, and of the largest split that is evaluated.
         split: the name of the latter, for rewards that read the data's other columns; None: prompts have none.
+        failing_together: of processes that make the passes of a trial together (`grade.methods.services.Services`).
     """
 
     policy: Policy
@@ -48,6 +53,7 @@ class Trial:
     prompts: Sequence[list[int]]
     evaluated: Sequence[list[int]]
     split: str | None = None
+    failing_together: Callable[[], AbstractContextManager] = nullcontext
 
     @property
     def batches(self) -> dict[str, int]:
@@ -113,7 +119,7 @@ class Trial:
             config.method,
             config.generation,
             train,
-            Services(),
+            Services(failing_together=self.failing_together),
             seed=config.seed,
             activation_checkpointing=recompute,
         )
@@ -187,7 +193,13 @@ def memory_plan(
     failing_together: Callable[[], AbstractContextManager] = nullcontext,
 ) -> MemoryPlan:
     """`grade.memory.plan.plan` for a run of this many processes on its machine."""
-    config, device = trial.config, trial.policy.device
+    config, device, sharding = trial.config, trial.policy.device, trial.policy.sharding
+    free = free_bytes(device, processes)
+    measure: Callable[..., tuple[Peaks, float]] = trial
+    if sharding is not None:
+        free = None if free is None else -int(sharding.largest(-free))
+        together = partial(failing_in_all, sharding.accelerator)
+        measure = partial(_agreed, replace(trial, failing_together=together), sharding)
     longest = max(map(len, [*trial.prompts, *trial.evaluated]))
     sizes = Sizes(
         longest,
@@ -196,4 +208,24 @@ def memory_plan(
         config.method.head_chunk_bytes(device.type),
         trial.policy.supports_activation_checkpointing,
     )
-    return plan(trial, config, sizes, free_bytes(device, processes), any_process, failing_together)
+    return plan(measure, config, sizes, free, any_process, failing_together)
+
+
+def _agreed(trial: Trial, sharding: Sharding, length: int, width: int, *, recompute: bool) -> tuple[Peaks, float]:
+    """A trial with the largest peaks of all processes, so that all of them make the same ones.
+
+    Raises:
+        GradeError: memory ran out here; the other processes wait in a pass, and cannot try less together with this one.
+    """
+    try:
+        with trial.failing_together():
+            peaks, times = trial(length, width, recompute=recompute)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise GradeError(
+            f"out of memory in a trial of {width} responses of {length} tokens ({reason_of(error)}). Set "
+            "method.activation_checkpointing to true, train.batch_size lower (with train.accumulation_steps above for "
+            "the same gradient), or run on more processes, over which model.fsdp shards the base."
+        ) from error
+    return {name: sharding.largest(size) for name, size in peaks.items()}, times

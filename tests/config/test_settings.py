@@ -58,6 +58,7 @@ def test_what_may_change_when_a_run_is_resumed():
     assert {name for name in changing if not name.startswith(("compare.", "variance.", "guard."))} == {
         "name",
         "output_dir",
+        "model.fsdp",
         "train.run_dir",
         "train.resume",
         "train.overwrite",

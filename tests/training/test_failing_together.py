@@ -53,14 +53,21 @@ class InATrial(InAReplay):
             raise ConnectionError("the judge is away")
 
 failed = []
-for reward, method in (
-    (InAStep, "reinforce"), (InAnEvaluation, "reinforce"), (InAReplay, "grade-ste"), (InATrial, "grade-ste")
+for reward, method, fsdp in (
+    (InAStep, "reinforce", False),
+    (InAnEvaluation, "reinforce", False),
+    (InAReplay, "grade-ste", False),
+    (InATrial, "grade-ste", False),
+    (InAnEvaluation, "reinforce", True),  # of sharded layers, through which all processes pass or none
+    (InAReplay, "grade-ste", True),
+    (InATrial, "grade-ste", True),
 ):
     config = config_from_yaml(sys.argv[1])
     config = replace(
         config,
+        model=replace(config.model, fsdp=fsdp),
         method=replace(config.method, name=method),
-        train=replace(config.train, run_dir=f"{config.train.run_dir}-{reward.__name__}"),
+        train=replace(config.train, run_dir=f"{config.train.run_dir}-{reward.__name__}{'-sharded' * fsdp}"),
     )
     trainer = grade.GradeTrainer(sys.argv[2], reward, ["I saw this film", "It is", "We saw it", "A"], config=config)
     try:
@@ -84,7 +91,7 @@ config = replace(config, method=replace(config.method, name="reinforce"))
 trainer = grade.GradeTrainer(sys.argv[2], NoNumberOnce, ["I saw this film", "It is", "We saw it", "A"], config=config)
 trainer.train()
 print("weights", [p.double().sum().item() for p in trainer.policy.parameters()], flush=True)
-sys.exit(2 if len(failed) == 4 else 1)
+sys.exit(2 if len(failed) == 7 else 1)
 """
 
 
@@ -114,21 +121,23 @@ def test_a_reward_that_fails_in_one_process_ends_all_and_the_main_one_saves(tiny
             )
         )
     try:
-        said = [process.communicate(timeout=300) for process in started]
+        said = [process.communicate(timeout=600) for process in started]
     finally:
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [2, 2], said
     for number, (out, _) in enumerate(said):
         lines = out.splitlines()
-        assert len(lines) == 5 and lines.pop() == said[0][0].splitlines()[-1]  # weights that stayed the same
-        steps = {"InAStep": 1, "InAnEvaluation": 2, "InAReplay": 1, "InATrial": None}
-        for (name, step), line in zip(steps.items(), lines, strict=True):
+        assert lines.pop() == said[0][0].splitlines()[-1]  # weights that stayed the same
+        whole = {"InAStep": 1, "InAnEvaluation": 2, "InAReplay": 1, "InATrial": None}
+        steps = [(name, step, "") for name, step in whole.items()]
+        steps += [(name, whole[name], "-sharded") for name in ("InAnEvaluation", "InAReplay", "InATrial")]
+        for (name, step, kind), line in zip(steps, lines, strict=True):
             where = "" if number else "in process 1 of 2: "
             assert line.startswith(f"{where}the reward {name} failed (ConnectionError: the judge is away)."), line
             if step is not None:
                 assert f"checkpoints/last (step {step})" in line
-                folder = latest(tmp_path / f"run-{name}" / "checkpoints" / "last")
+                folder = latest(tmp_path / f"run-{name}{kind}" / "checkpoints" / "last")
                 assert load_state(folder)["step"] == step
     (left_out,) = json.loads((tmp_path / "run" / "run.json").read_text())["guard"]["skipped_updates"]
     assert left_out["step"] == 1 and "gave inf for a response" in left_out["reason"]
