@@ -28,6 +28,10 @@ class RewardFailed(GradeError):
     """Somebody's own reward has failed, or gave no numbers; the step or evaluation that asked it changed nothing."""
 
 
+class RolloutFailed(GradeError):
+    """Responses from elsewhere could not be had, or cannot be used; nothing of the step that needs them was done."""
+
+
 class NothingLeft(GradeError):
     """A run that is to go on has had all its steps; to one that goes on where it can, that is no mistake."""
 

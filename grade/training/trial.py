@@ -86,7 +86,7 @@ class Trial:
                 parameter.grad = None
         moments = 2 * sum(p.nbytes for p in self.policy.parameters())  # of AdamW, beside every step but the first
         # A compiled step keeps its cache.
-        always = moments + (found["rollout"] if config.rollout.compile and config.rollout.source is None else 0)
+        always = moments + (found["rollout"] if config.rollout.compile and config.rollout.sampled_here else 0)
         found = {name: size + (moments if name == "rollout" else always) for name, size in found.items()}
         return found, max(count / few.batches[name] for name, count in self.batches.items())
 
