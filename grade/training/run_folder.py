@@ -23,6 +23,7 @@ from grade.files import check_writable, latest, locked, replace_text, sync
 from grade.hub_names import GIVEN
 from grade.model.checkpoint import load_state
 from grade.processes import main_process_first, shared
+from grade.sampling.engine_rollouts import FOLDER as ROLLOUT
 
 MARKER = ".grade-run"
 _MARKER_TEXT = (
@@ -40,12 +41,16 @@ _TEMPLATES = "additional_chat_templates"
 _WRITTEN = {  # names of what a run writes, by the folder it lies in
     "checkpoints/*": _IN_CHECKPOINT,
     f"checkpoints/*/{_TEMPLATES}": r".+\.jinja",
+    f"{ROLLOUT}/*": r"adapter_config\.json|adapter_model\.safetensors|README\.md",
     "reward*": r"head\.safetensors|reward\.json",
     "tensorboard": r"events\.out\.tfevents\..*",
     "": r"(config\.yaml|(metrics|samples)\.jsonl|run\.json|evaluation(-(test|validation)-[\w.-]+)?\.json)(\.new)?",
 }
 _CHECKPOINT = r"(best|last|step-\d+)(\.old)?"
-_HOLDING = rf"{_CHECKPOINT}|(best|last|step-\d+)\.new|reward(\.new|\.old)?|tensorboard|checkpoints|{_TEMPLATES}"
+_HOLDING = (
+    rf"{_CHECKPOINT}|(best|last|step-\d+)\.new|reward(\.new|\.old)?|tensorboard|checkpoints|{_TEMPLATES}"
+    rf"|{ROLLOUT}|grade-[0-9a-f]+-[0-9a-f]+-\d+"
+)
 """Names of the folders that it makes."""
 
 _OF_PROMPTS = {
@@ -252,6 +257,7 @@ def _content(run_dir: Path) -> list[Path]:
 def _written(run_dir: Path) -> list[Path]:
     """What a run has written, in the order in which it may go: files, then the folders that held them."""
     folders = [run_dir / "checkpoints", *sorted(run_dir.glob("checkpoints/*")), *sorted(run_dir.glob("reward*"))]
+    folders += [run_dir / ROLLOUT, *sorted(run_dir.glob(f"{ROLLOUT}/*"))]
     folders += sorted(run_dir.glob(f"checkpoints/*/{_TEMPLATES}"))
     folders = [path for path in [*folders, run_dir / "tensorboard"] if re.fullmatch(_HOLDING, path.name)]
     folders = [path for path in folders if path.is_dir() or path.is_symlink()]

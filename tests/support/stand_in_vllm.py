@@ -161,7 +161,9 @@ class Handler(BaseHTTPRequestHandler):
     def load(self, body):
         name, folder = body["lora_name"], Path(body["lora_path"])
         if name in self.owner.loaded:
-            self.error(400, f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in ...")
+            self.error(
+                400, f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in ..."
+            )
         elif not (folder / "adapter_config.json").is_file():
             self.error(500, f"Worker failed with error 'Loading lora {name} failed: No adapter found for {folder}'")
         else:
