@@ -139,10 +139,10 @@ def _check_rollout(config: Config) -> None:
     """Refuse what a vLLM server cannot do, and what only such a server's responses could need."""
     rollout = config.rollout
     if rollout.engine == "here":
-        for name, value in (("max_lag", rollout.max_lag or None), ("importance_cap", rollout.importance_cap)):
-            if value is not None:
+        for name, given in (("max_lag", rollout.max_lag or None), ("importance_cap", rollout.importance_cap)):
+            if given is not None:
                 raise GradeError(
-                    f"rollout.{name} is {shown(value)}, but rollout.engine is here, which samples with the policy that "
+                    f"rollout.{name} is {shown(given)}, but rollout.engine is here, which samples with the policy that "
                     "learns. Leave it out, or set rollout.engine to vllm."
                 )
         return

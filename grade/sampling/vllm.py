@@ -135,9 +135,9 @@ class VllmServer:
 
     def complete(self, version: Version, request: Request) -> Sampled:
         choice = self._completed(version, request.prompt, {**self._drawn, "seed": request.seed})
-        tokens, logprobs = choice["token_ids"], (choice.get("logprobs") or {}).get("token_logprobs")
-        good = isinstance(logprobs, list) and len(logprobs) == len(tokens)
-        if not good or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in logprobs):
+        tokens, said = choice["token_ids"], choice.get("logprobs")
+        logprobs: Any = said.get("token_logprobs") if isinstance(said, dict) else None
+        if not isinstance(logprobs, list) or len(logprobs) != len(tokens) or not all(map(_is_number, logprobs)):
             raise RolloutFailed(f"{self.where}: it gave {len(tokens)} tokens without their log-probabilities. {_NEWER}")
         return Sampled(request.prompt, tokens, [float(value) for value in logprobs], version.step)
 
@@ -237,6 +237,10 @@ def least_rank(rank: int) -> int:
 
 
 _NEWER = "Use vLLM 0.10.2 or newer."
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _said(answer: Answer) -> str:
