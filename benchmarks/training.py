@@ -275,7 +275,7 @@ def run_apart(
     if done.returncode:
         print(f"{algorithm} at S = {setting.length} failed:\n{done.stderr}", file=sys.stderr)
         return {"status": f"failed: {(done.stderr.strip().splitlines() or [str(done.returncode)])[-1]}"}
-    return {"status": "ok", **torch.load(path)}
+    return {"status": "ok", **torch.load(path, weights_only=True)}
 
 
 def _child(task: str) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from benchmarks.measure import Machine
 from benchmarks.training_setup import ALGORITHMS, SHAPES, Setting
+from grade.planning.shape import shape_of
+from grade.planning.work import Passes
 from grade.tables import Column, Table, numbers
 
 _READ_BYTES = 2**30  # more than caches hold
@@ -40,29 +42,27 @@ def floors(setting: Setting, length: int, hops: float, measured: dict[str, float
         hops: of a sequence, on average; a batch makes as many passes as its slowest, so this is a lower bound.
         measured: `rates`.
     """
-    _, shape = SHAPES[setting.shape]
-    width, layers, vocabulary = shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]
-    heads, groups = shape["num_attention_heads"], shape["num_key_value_heads"]
-    size = shape.get("head_dim", width // heads)
-    inner = layers * (width * size * (2 * heads + 2 * groups) + 3 * width * shape["intermediate_size"])
+    kind, sizes = SHAPES[setting.shape]
+    shape = shape_of({**sizes, "model_type": kind, "tie_word_embeddings": True}, setting.shape)
     item = torch.empty(0, dtype=getattr(torch, setting.dtype)).element_size()
-    rows, tokens = setting.batch * length, setting.batch * (setting.prompt + length)
-
-    whole = setting.prompt + length
-    attention = 2 * layers * heads * size * setting.batch * whole**2  # two products of half a square
-    forward = 2 * inner * tokens + attention
-    backward = 2 * inner * tokens + 2 * attention  # an adapter's own share is small
-    outside = 2 * layers * heads * size * setting.batch * setting.prompt**2
-    to_inputs = 2 * inner * rows + 2 * (attention - outside)  # only the response's embeddings ask for a gradient
-    kept = 2 * layers * groups * size * item * setting.batch * sum(range(setting.prompt + 1, whole))
+    # At least: half of attention's square, and no more than its four products backwards; an adapter's share is small.
+    passes = Passes(shape, item, shape.products * item, attention_square=0.5, attention_backward=2.0, accelerated=False)
+    batch, prompt, whole = setting.batch, setting.prompt, setting.prompt + length
+    rows, tokens = batch * length, batch * whole
+    pairs = passes.pairs(batch, 0, whole)
+    forward = passes.forward(tokens, pairs, adapters=False).flops
+    backward = passes.backward(tokens, pairs, adapters=False).flops
+    # Only the response's embeddings ask for a gradient.
+    to_inputs = passes.backward(rows, passes.pairs(batch, prompt, length), adapters=False).flops
+    kept = passes.cache(batch * sum(range(prompt + 1, whole)))
     # A local rule reads its candidates' rows in two tables, and what many tokens share no more than once.
-    gathered = 2 * min(rows * setting.k, vocabulary) * width * item
+    gathered = passes.gathered_rows(rows, setting.k, 1, shared=True)
     operations, read = 1 / (1e9 * measured["gflop_s"]), 1 / (1e9 * measured["read_gb_s"])
     return {
-        "rollout": (length * (inner + vocabulary * width) * item + kept) * read,
+        "rollout": (length * (passes.layer_bytes + shape.table * item) + kept) * read,
         "policy_forward": forward * operations,
         "base_forward": forward * operations,
-        "head": 4 * 2 * rows * vocabulary * width * operations,
+        "head": passes.head(rows, 2, 2).flops * operations,
         "base_backward": to_inputs * operations,
         "hops": hops * to_inputs * operations + (hops + 1) * gathered * read,
         "policy_backward": backward * operations,

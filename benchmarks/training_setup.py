@@ -18,6 +18,7 @@ from grade.methods.metrics import Phases, now, peak_memory_gib, reset_peak_memor
 from grade.methods.services import Services
 from grade.model.loading import add_adapter
 from grade.model.policy import Policy
+from grade.planning.public_shapes import PUBLIC
 from grade.rewards.shared import RewardHead, SharedReward
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.decode import Decoding
@@ -41,7 +42,13 @@ _LLAMA_15M = dict(
     num_attention_heads=6,
     num_key_value_heads=6,
 )
-_QWEN3 = dict(vocab_size=151_936, num_key_value_heads=8, head_dim=128, rope_theta=1_000_000.0)
+
+
+def _qwen3(name: str) -> tuple[str, dict[str, Any]]:
+    sizes = {key: value for key, value in PUBLIC[name].items() if key not in ("model_type", "tie_word_embeddings")}
+    return "qwen3", {**sizes, "rope_theta": 1_000_000.0}
+
+
 _LLAMA_260K = dict(
     vocab_size=512,
     hidden_size=64,
@@ -53,14 +60,8 @@ _LLAMA_260K = dict(
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-260k": ("llama", _LLAMA_260K),
     "llama-15m": ("llama", _LLAMA_15M),
-    "qwen3-0.6b": (
-        "qwen3",
-        dict(_QWEN3, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
-    ),
-    "qwen3-4b": (
-        "qwen3",
-        dict(_QWEN3, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
-    ),
+    "qwen3-0.6b": _qwen3("Qwen/Qwen3-0.6B"),
+    "qwen3-4b": _qwen3("Qwen/Qwen3-4B"),
 }
 
 

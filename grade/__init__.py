@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from grade.config import (
         EvaluationConfig,
         GenerationConfig,
+        GuardConfig,
         LoraSettings,
         MethodConfig,
         ModelConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "GradeConfig",
     "GradeError",
     "GradeTrainer",
+    "GuardConfig",
     "LoraSettings",
     "MethodConfig",
     "ModelConfig",

@@ -1,4 +1,4 @@
-"""The command line: `grade {demo,reward,train,evaluate,generate,export,push,compare,variance,report,doctor}`.
+"""The command line: `grade {demo,reward,train,plan,evaluate,generate,export,push,compare,variance,report,doctor}`.
 
     grade train imdb_small                          a config that ships with the package
     grade train my.yaml --train.steps 10            a file, with an override
@@ -7,7 +7,8 @@
 Relative paths in settings are relative to the current directory. Torch and everything that needs it is
 imported after the settings have been checked: help is quick, and mistakes show before anything is loaded.
 Exit codes: 0; 1 when `compare` lacks the results of a run that failed (its tables are printed, what failed is named
-last); 2 for a mistake the user can mend (one message, no traceback); 130 when interrupted.
+last); 2 for a mistake the user can mend (one message, no traceback); 3 when an alarm of `guard` has ended a run, which
+is saved; 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from grade.commands import verbs as commands
 from grade.commands.arguments import HELP, emit
 from grade.commands.verbs import COMMANDS
 from grade.config.reading import shipped_configs
-from grade.errors import GradeError
+from grade.errors import Collapsed, GradeError
 from grade.terminal import silence_libraries
 
 _PATIENCE = 10.0
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", "0")):  # one of several processes, which will mostly have the same to say
             time.sleep(_PATIENCE)
         print(f"grade: error: {error}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, Collapsed) else 2
     except KeyboardInterrupt:
         print("grade: interrupted.", file=sys.stderr)
         if argv[:1] in (["compare"], ["variance"]):

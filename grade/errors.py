@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from grade.shapes import Shape, is_too_deep, misfit
+
 T = TypeVar("T")
 
 
@@ -30,6 +32,14 @@ class RewardFailed(GradeError):
 
 class RolloutFailed(GradeError):
     """Responses from elsewhere could not be had, or cannot be used; nothing of the step that needs them was done."""
+
+
+class NotFinite(RewardFailed):
+    """It gave a number that is not finite."""
+
+
+class Collapsed(GradeError):
+    """An alarm of `guard` has ended a run, whose last step is saved; the CLI exits with 3."""
 
 
 class NothingLeft(GradeError):
@@ -69,12 +79,13 @@ def reason_of(error: BaseException) -> str:
     return " ".join(shown if len(shown) == len(lines) else [*shown, "...", lines[-1]])
 
 
-def read_json(path: Path, fix: str, *keys: str) -> dict:
+def read_json(path: Path, fix: str, *keys: str, shape: Shape = None) -> dict:
     """The object in a JSON file.
 
     Args:
         fix: a sentence that says what to do if it cannot be had.
         keys: what the object must have.
+        shape: what it must be, in the terms of `grade.shapes`; None: any object.
 
     Raises:
         GradeError: the file cannot be read, is damaged, or holds something else; with its name and the fix.
@@ -89,6 +100,9 @@ def read_json(path: Path, fix: str, *keys: str) -> dict:
     missing = [key for key in keys if key not in found]
     if missing:
         raise GradeError(f"{path} has no entry {missing[0]!r}. {fix}".strip())
+    wrong = "it is nested too deeply" if is_too_deep(found) else None if shape is None else misfit(found, shape)
+    if wrong is not None:
+        raise GradeError(f"{path} is damaged, or of something else: {wrong}. {fix}".strip())
     return found
 
 

@@ -57,17 +57,20 @@ def replace_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
+def replaced_folder(folder: Path, place: Callable[[Path], Path | None] = lambda old: None) -> Iterator[Path]:
     """Write a folder anew as a whole: yields an empty folder to fill, which takes the place of `folder` at the end.
 
     At every moment `folder` or its old copy is complete, if there ever was one (see `latest`). One process at a time
     may do so: its callers hold a lock.
 
+    Args:
+        place: given an old copy, where it goes once it is replaced, over what may stand there; None: it is deleted.
+
     Raises:
         OSError: it cannot be written; what was there before is untouched, or, if only the disk's word that it is done
             is missing, replaced.
     """
-    fresh, old = folder.with_name(folder.name + ".new"), _old(folder)
+    fresh, old = folder.with_name(folder.name + ".new"), old_copy(folder)
     _remove(fresh)
     try:
         fresh.mkdir(parents=True)
@@ -76,7 +79,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         for path in [*fresh.rglob("*"), fresh]:
             sync(path)
         if folder.exists():  # only then is the old copy one too many; else it is the only one there is
-            _remove(old)
+            _put_away(old, place)
             folder.rename(old)
         fresh.rename(folder)
         sync(folder.parent)
@@ -85,7 +88,33 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         if not folder.exists() and old.exists():
             old.rename(folder)
         raise
-    _remove(old)
+    _put_away(old, place)
+
+
+def _put_away(old: Path, place: Callable[[Path], Path | None]) -> None:
+    """Move an old copy to where it is kept, or delete it; a link is never kept."""
+    kept = place(old) if old.is_dir() and not old.is_symlink() else None
+    if kept is None:
+        _remove(old)
+        return
+    delete_folder(kept)
+    old.rename(kept)
+    sync(kept.parent)
+
+
+def delete_folder(path: Path) -> None:
+    """Delete a folder, if it is there, so that no moment leaves a part of it under its name: what a kill leaves is
+    named as a folder that is still being written.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    if not os.path.lexists(path):
+        return
+    doomed = path.with_name(path.name + ".new")
+    _remove(doomed)
+    path.rename(doomed)
+    _remove(doomed)
 
 
 def _remove(path: Path) -> None:
@@ -108,13 +137,14 @@ def _share(folder: Path) -> None:
             path.chmod(mode)
 
 
-def _old(folder: Path) -> Path:
+def old_copy(folder: Path) -> Path:
+    """Where the earlier content of a folder stands while that is replaced."""
     return folder.with_name(folder.name + ".old")
 
 
 def latest(folder: Path) -> Path:
     """`folder`, or the old copy that an interruption between two renames left in its place."""
-    old = _old(folder)
+    old = old_copy(folder)
     return old if not folder.exists() and old.exists() else folder
 
 

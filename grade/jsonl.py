@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from grade.errors import GradeError, reason_of
+from grade.shapes import is_too_deep
 
 
 class Rows(NamedTuple):
@@ -31,11 +32,16 @@ def read_rows(path: Path) -> Rows:
         GradeError: the file is there and cannot be read.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        return rows_of(path.read_bytes())
     except FileNotFoundError:
         return Rows([], [], False)
     except OSError as error:
         raise GradeError(f"{path} cannot be read ({error.strerror or reason_of(error)}).") from error
+
+
+def rows_of(content: bytes) -> Rows:
+    """The rows of a file's content."""
+    lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()  # what follows the last line's end
     rows, broken = [], []
@@ -44,7 +50,7 @@ def read_rows(path: Path) -> Rows:
             row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict):
+        if isinstance(row, dict) and not is_too_deep(row):
             rows.append(row)
         else:
             broken.append(number)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from grade.config import Config
-from grade.errors import GradeError, RewardFailed
+from grade.errors import GradeError, NotFinite, RewardFailed
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -72,6 +72,7 @@ def failing_together(accelerator: Accelerator | None) -> Iterator[None]:
 
     Raises:
         RewardFailed: in every process; where the reward has not failed itself, with the number of one where it has.
+            NotFinite if that is all that has failed.
     """
     if accelerator is None or accelerator.num_processes == 1:
         yield
@@ -83,11 +84,13 @@ def failing_together(accelerator: Accelerator | None) -> Iterator[None]:
         failed = error
     if summed(accelerator, torch.tensor(float(failed is not None), dtype=torch.float64)) == 0:
         return
-    said = everywhere(accelerator, None if failed is None else str(failed))
-    if failed is not None:
-        raise failed
+    said = everywhere(accelerator, None if failed is None else (str(failed), isinstance(failed, NotFinite)))
     number = next(number for number, words in enumerate(said) if words is not None)
-    raise RewardFailed(f"in process {number} of {len(said)}: {said[number]}")
+    # Of one kind everywhere: a step that is left out for it is left out by all.
+    kind = NotFinite if all(infinite for _, infinite in filter(None, said)) else RewardFailed
+    if failed is not None:
+        raise failed if type(failed) is kind else kind(str(failed)) from failed
+    raise kind(f"in process {number} of {len(said)}: {said[number][0]}")
 
 
 @contextmanager

@@ -102,7 +102,8 @@ def broken(line: str, width: int) -> str:
 
 
 Tick = Callable[..., None]
-"""tick(count=1, note=""): so many parts more are done, and what there is to say of the last."""
+"""tick(count=1, note=""): so many parts more are done, and what there is to say of the last; fewer of a negative count.
+"""
 
 
 class NoteColumn(ProgressColumn):
@@ -191,8 +192,11 @@ class Counter:
         first = done
 
         def tick(count: int = 1, note: str = "") -> None:
-            nonlocal done, said
+            nonlocal done, first, said
             before, done, now = done, done + count, time.monotonic()
+            if count < 0:
+                first = min(first, done)
+                return
             due = every is not None and (before == first or done // every > before // every or done == total)
             if not due and now - said < SILENCE:
                 return

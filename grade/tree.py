@@ -43,7 +43,7 @@ def load(stem: Path) -> dict[str, Any]:
     packed = read_json(stem.with_name(stem.name + ".json"), "")
     try:
         return _unpacked(packed, load_file(path))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise GradeError(f"{path} cannot be read ({reason_of(error)}).") from error
 
 

@@ -18,14 +18,16 @@ FLOORS = (  # from the roof down; rooms of one floor do not know each other
     ("training",),
     ("methods",),
     ("replay", "memory"),
-    ("rewards", "sampling"),
+    ("rewards",),
+    ("sampling",),
     ("model",),
     ("built_in",),
-    ("tasks", "processes"),
+    ("tasks", "processes", "planning"),
     ("config",),
     ("rollout",),
     ("files", "jsonl", "tables", "tree"),
-    ("errors", "fitting", "hub", "hub_names", "jackknife", "latex", "machine", "seeds", "terminal"),
+    ("errors", "fitting", "formats", "hub", "hub_names", "jackknife", "latex", "machine", "seeds", "terminal"),
+    ("shapes",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

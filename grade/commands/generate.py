@@ -13,6 +13,7 @@ from rich.table import Table
 
 from grade.config import Config
 from grade.errors import GradeError, printing, read_json
+from grade.formats import RECORD
 from grade.processes import make_accelerator
 from grade.training.answers import Answer, Answers
 from grade.training.trained import checkpoint_folder, load_trained
@@ -46,7 +47,7 @@ def generate_from(
     if not all(prompt.strip() for prompt in prompts):
         raise GradeError("a prompt is empty: write some text.")
     policy = load_trained(config, run_dir, folder, make_accelerator(config).device)
-    record = read_json(run_dir / "run.json", "Name the folder of a whole run.")
+    record = read_json(run_dir / "run.json", "Name the folder of a whole run.", shape=RECORD)
     answers = Answers(
         config,
         policy,

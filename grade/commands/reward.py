@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from grade.config import Config, judged_length, trains_head, without_gradient
+from grade.config import Config, judged_length, trains_head, trains_proxy, without_gradient
 from grade.config.methods import BY_VALUE
 from grade.config.tasks import JUDGED_BY_PROGRAM
 from grade.errors import GradeError, writing
@@ -15,6 +15,7 @@ from grade.files import check_writable, replace_text
 from grade.model.loading import load_policy, load_tokenizer
 from grade.processes import main_process_first, make_accelerator
 from grade.rewards.head_training import HeadTraining
+from grade.rewards.loading import proxy_training
 from grade.rewards.shared import head_lines, head_report
 from grade.tasks import load_task
 from grade.training.api import GradeTrainer
@@ -23,27 +24,35 @@ from grade.training.swap_statistics import table
 
 
 def train_reward(config: Config) -> dict[str, float]:
-    """`grade reward`: train the head of a config (or find it trained), print and return its held-out accuracy, or of
-    numbers its R²."""
+    """`grade reward`: train the head of a config, or the proxy of its program (or find it trained), print and return
+    its held-out accuracy, or of numbers its R²."""
 
     if config.reward.model is not None:
         raise GradeError("reward.model names a trained classifier: there is no head to train. Set it to null.")
-    if config.task.name in JUDGED_BY_PROGRAM:
-        raise GradeError(f"task.name={config.task.name} is judged by a program: there is no head to train.")
-    if not trains_head(config.task, config.reward):
+    proxy = trains_proxy(config.task, config.reward)
+    if config.task.name in JUDGED_BY_PROGRAM and not proxy:
+        raise GradeError(
+            f"task.name={config.task.name} is judged by a program: there is no head to train. Set reward.proxy to true "
+            "for a proxy of it that has a gradient."
+        )
+    if not proxy and not trains_head(config.task, config.reward):
         raise GradeError("the reward is a function alone: there is no head to train. Set reward.weight for one.")
     tokenizer = load_tokenizer(config.model)
     task = load_task(config.task, config.tokenizer)
     accelerator = make_accelerator(config)
     policy = load_policy(config, tokenizer, accelerator.device)
     judged = judged_length(config.task, config.reward, config.generation)
-    training = HeadTraining(config.reward, judged, config.output_dir, policy, task)
+    training: HeadTraining
+    if proxy:
+        training = proxy_training(config.reward, policy, task, judged, config.output_dir, config.generation)
+    else:
+        training = HeadTraining(config.reward, judged, config.output_dir, policy, task)
     with main_process_first(accelerator):
         training.head()
     report = head_report(training.folder)
     if accelerator.is_main_process:
         console = Console()
-        console.print(f"Reward head: {training.folder}", soft_wrap=True)
+        console.print(f"{'Proxy' if proxy else 'Reward head'}: {training.folder}", soft_wrap=True)
         for line in head_lines(report):
             console.print(f"  {line}", soft_wrap=True)
     return report["accuracy"] if "accuracy" in report else report["r2"]
@@ -60,7 +69,8 @@ def check_reward_gradient(config: Config) -> GradientCheck:
     if reason is not None:
         raise GradeError(
             f"--check_gradient: {reason}, without a gradient that GRADE could follow. Follow it with a method that "
-            f"only needs its value: {', '.join(BY_VALUE)}."
+            f"only needs its value: {', '.join(BY_VALUE)}"
+            + ("; or set reward.proxy to true." if config.task.name in JUDGED_BY_PROGRAM else ".")
         )
     path = Path(config.output_dir) / f"gradient-check-{config.name}.json"
     check_writable("output_dir", path.parent)

@@ -16,11 +16,13 @@ from grade.config.bounds import BATCH, COUNT, SEED, TOKENS, check_text, shown
 from grade.config.methods import COMPARED
 from grade.config.options import new_parser, split_arguments
 from grade.errors import GradeError, printing
+from grade.planning.devices import DEVICES
 
 COMMANDS = {
     "demo": "train a tiny model on built-in reviews, from scratch to a better one: no network, no GPU",
     "reward": "train the reward head of a config, or look whether GRADE can follow a reward",
     "train": "train a policy",
+    "plan": "what a step of a config costs in time and memory, on devices that need not be here",
     "evaluate": "evaluate a checkpoint of a run against its base model",
     "generate": "answer prompts with a run's policy, beside its base model if you like",
     "export": "write a run's adapter, or a whole model, as a folder for other programs",
@@ -34,10 +36,14 @@ COMMANDS = {
 
 _OF_RUN = " RUN_DIR: the folder of a run; its config.yaml gives the settings, and options override them."
 _CHECKPOINT = Own(
-    str, "best", "best|last|step-N|DIR", "`best` by validation, `last`, `step-N`, or the folder of a checkpoint."
+    str,
+    "best",
+    "best|last|step-N|DIR",
+    "`best` by validation, `last`, `step-N` or `resume-N`, or the folder of a checkpoint.",
 )
 _OF_THE_RUN = _CHECKPOINT._replace(
-    help="`best` by validation, `last`, `step-N`, or the folder of a checkpoint in RUN_DIR, whose card it gets."
+    help="`best` by validation, `last`, `step-N` or `resume-N`, or the folder of a checkpoint in RUN_DIR, whose card "
+    "it gets."
 )
 _MERGE = Own(
     None, False, "", "A whole model, with the adapter added to the weights; its logits are compared at the end."
@@ -80,6 +86,46 @@ def reward(argv: list[str]) -> int:
         from grade.commands.reward import train_reward
 
         train_reward(resolved.config)
+    return 0
+
+
+def plan(argv: list[str]) -> int:
+    """`grade plan CONFIG [--gpu NAME] [--gpus N] [--shards N] [--hops X] [--json] [--section.field VALUE ...]`."""
+    resolved = resolve(
+        "plan",
+        argv,
+        "Time and memory of a training step by formulas of the model's sizes, on devices that need not be here: per "
+        "phase what is computed, moved and received, what bounds it, and what to change. Needs no weights, only a "
+        "config.json. docs/scaling.md has the formulas.",
+        {
+            "gpu": Own(
+                str | None, None, "NAME", f"One of {', '.join(DEVICES)}; null: cpu where device is cpu, otherwise h100."
+            ),
+            "gpus": Own(int, 1, "N", "Devices, each a process with its own train.batch_size and accumulation_steps."),
+            "shards": Own(
+                int | None,
+                None,
+                "N",
+                "Devices that hold the frozen base's layers between them (a sharded base); null: the fewest that must.",
+            ),
+            "hops": Own(
+                float | None, None, "X", "Hops of a step of grade and grade-ste; null: 6, as trained models need some."
+            ),
+            "flops": Own(float | None, None, "X", "Share of the device's rate of matrix products that is reached."),
+            "bandwidth": Own(float | None, None, "X", "Share of its memory bandwidth that is reached."),
+            "link": Own(float | None, None, "X", "Share of the interconnect's rate that is reached."),
+            "layer_seconds": Own(float | None, None, "X", "Seconds that the host needs to launch a layer of a pass."),
+            "json": Own(None, False, "", "Print JSON instead of tables."),
+        },
+    )
+    if resolved is None:
+        return 0
+    from grade.commands.plan import run_plan
+
+    names = ("gpu", "gpus", "shards", "hops", "flops", "bandwidth", "link", "layer_seconds")
+    options = {name: getattr(resolved.options, name) for name in names}
+    with printing():
+        run_plan(resolved.config, as_text="json" not in resolved.switches, **options)
     return 0
 
 

@@ -1,8 +1,9 @@
 """Settings: their declaration with bounds and meaning, and how they are read from YAML and the command line."""
 
+from grade.config.guard import GuardConfig
 from grade.config.methods import MethodConfig
 from grade.config.model import LoraSettings, ModelConfig
-from grade.config.reward import FunctionTerm, RewardConfig, trains_head, without_gradient
+from grade.config.reward import FunctionTerm, RewardConfig, trains_head, trains_proxy, without_gradient
 from grade.config.sampling import GenerationConfig, RolloutConfig
 from grade.config.schema import Config, default_methods, flatten, get_setting, judged_length, settings_with_role
 from grade.config.tasks import TaskConfig, TokenizerConfig
@@ -15,6 +16,7 @@ __all__ = [
     "EvaluationConfig",
     "FunctionTerm",
     "GenerationConfig",
+    "GuardConfig",
     "LoraSettings",
     "MethodConfig",
     "ModelConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "judged_length",
     "settings_with_role",
     "trains_head",
+    "trains_proxy",
     "validate",
     "without_gradient",
 ]

@@ -152,6 +152,11 @@ class MethodConfig:
         """Parts of a step's responses that are updates of their own: of PPO and GRPO, 1 of the others."""
         return getattr(getattr(self, self.name, None), "minibatches", 1)
 
+    @property
+    def updates(self) -> int:
+        """Most optimizer updates of a step: of PPO and GRPO its passes times their parts, 1 of the others."""
+        return self.minibatches * getattr(getattr(self, self.name, None), "epochs", 1)
+
     def head_chunk_bytes(self, device: str) -> int:
         """`head_chunk_mib` on this type of device, bytes."""
         return (self.head_chunk_mib or (64 if device == "cpu" else 256)) * 2**20
@@ -191,6 +196,7 @@ def check_method(
     ids_from: str | None,
     no_gradient: str | None = None,
     functions: bool = False,
+    has_program: bool = False,
 ) -> None:
     """Refuse a method that cannot work with the rest of the settings.
 
@@ -199,7 +205,8 @@ def check_method(
         ids_from: the setting by which only the token ids of responses come from elsewhere; None where they are sampled
             here, so that their noise is known.
         no_gradient: what the reward is, if it cannot be backpropagated.
-        functions: whether functions are a part of the reward.
+        functions: whether functions are a part of the reward, or a program beside its proxy.
+        has_program: whether the task is judged by a program, which may have a proxy.
 
     Raises:
         GradeError: naming the setting, the reason and the fix.
@@ -207,12 +214,14 @@ def check_method(
     if method.name in DIFFERENTIATING and no_gradient is not None:
         raise GradeError(
             f"method.name={method.name} backpropagates the reward, and {no_gradient} without a gradient. Use a method "
-            f"that only needs its value: {', '.join(BY_VALUE)}."
+            f"that only needs its value: {', '.join(BY_VALUE)}"
+            + ("; or set reward.proxy to true, which trains a proxy with a gradient." if has_program else ".")
         )
     if method.name in DIFFERENTIATING and functions and method.replay_dropout:
+        followed = "the task's program is" if has_program else "reward.functions are"
         raise GradeError(
-            "method.replay_dropout is true, and reward.functions are followed by the probabilities of the sampled "
-            "tokens, which dropout would change. Set it to false."
+            f"method.replay_dropout is true, and {followed} followed by the probabilities of the sampled tokens, which "
+            "dropout would change. Set it to false."
         )
     if method.name not in DIFFERENTIATING and method.replay_dropout:
         raise GradeError(

@@ -11,6 +11,8 @@ from grade.errors import GradeError
 
 MODEL_TERM = "model"
 """What the log calls the head, the classifier or the task's program beside functions."""
+VERIFIER_TERM, PROXY_TERM = "verifier", "proxy"
+"""What the log calls the task's program and its differentiable proxy (reward.proxy)."""
 
 
 @dataclass
@@ -69,8 +71,8 @@ class RewardConfig:
     functions: list[FunctionTerm] = field(default_factory=list)
     """Several of them: [{function: FILE.py:NAME, name: null, weight: 1, scale: 1, offset: 0, normalize: false}]."""
     weight: float | None = setting(None, ge=-WEIGHT, le=WEIGHT)
-    """Weight of the head, of the classifier or of the task's program beside functions; null: 1, but without a head
-    where there are functions."""
+    """Weight of the head, of the classifier or of the task's program beside functions or a proxy; null: 1, but without
+    a head where there are functions."""
     scale: float = setting(1.0, ge=-WEIGHT, le=WEIGHT)
     """What the values of the head, classifier or program are multiplied with."""
     offset: float = setting(0.0, ge=-WEIGHT, le=WEIGHT)
@@ -79,6 +81,13 @@ class RewardConfig:
     """First shift and scale them to mean 0 and deviation 1 over the steps before; evaluations take them as they are."""
     bridge: Literal["retokenize"] | None = None
     """`retokenize`: reward.model may have any vocabulary and reads the written text, without a gradient."""
+    proxy: bool = False
+    """Of a task that is judged by a program: train a head on the frozen base to estimate the program's reward of the
+    base's own responses, for grade and grade-ste to backpropagate beside it. It counts in their training alone."""
+    proxy_weight: float = setting(1.0, ge=0, le=WEIGHT)
+    """Weight of the proxy beside the program, whose own is reward.weight."""
+    proxy_samples: int = setting(4, ge=1, le=BATCH)
+    """Responses of the base model that the proxy learns from, for each of the task's reward examples."""
 
     @property
     def terms(self) -> list[FunctionTerm]:
@@ -93,10 +102,15 @@ def trains_head(task: TaskConfig, reward: RewardConfig) -> bool:
     return not reward.terms or reward.weight is not None
 
 
+def trains_proxy(task: TaskConfig, reward: RewardConfig) -> bool:
+    """Whether a head on the frozen base is trained to estimate what the task's program says."""
+    return task.name in JUDGED_BY_PROGRAM and reward.proxy
+
+
 def without_gradient(task: TaskConfig, reward: RewardConfig) -> str | None:
     """What the reward is if no part of it can be backpropagated, in words; None if one can."""
     if task.name in JUDGED_BY_PROGRAM:
-        return "this task's reward is a program"
+        return None if reward.proxy else "this task's reward is a program"
     if trains_head(task, reward) or reward.model is not None and reward.bridge is None:
         return None
     if reward.model is not None:
@@ -104,8 +118,9 @@ def without_gradient(task: TaskConfig, reward: RewardConfig) -> str | None:
     return f"the reward is a function alone ({reward.terms[0].function}; reward.weight sets a head beside it)"
 
 
-def check_reward_settings(reward: RewardConfig) -> None:
-    """Refuse functions that are not named as such or not each by a name of its own, and a bridge to nothing.
+def check_reward_settings(task: TaskConfig, reward: RewardConfig) -> None:
+    """Refuse functions that are not named as such or not each by a name of its own, a bridge to nothing, and a proxy
+    of what is no program, or of what it could not see.
 
     Raises:
         GradeError: naming the setting, the reason and the fix.
@@ -118,12 +133,23 @@ def check_reward_settings(reward: RewardConfig) -> None:
             )
         if not term.called or any(c in term.called for c in "/\\") or not term.called.isprintable():
             raise GradeError(f"reward.functions: the name {shown(term.called)} stands in the log: use a plain word.")
-    names = [MODEL_TERM, *(term.called for term in reward.terms)]
+    taken = [VERIFIER_TERM, PROXY_TERM] if reward.proxy else [MODEL_TERM]
+    names = [*taken, *(term.called for term in reward.terms)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
+        meant = "they are the program and its proxy" if reward.proxy else f"{MODEL_TERM} is the head or classifier"
         raise GradeError(
-            f"reward.functions: two terms of the reward are called {twice} ({MODEL_TERM} is the head or classifier). "
-            "Give one of them another name."
+            f"reward.functions: two terms of the reward are called {twice} ({meant}). Give one of them another name."
         )
     if reward.bridge is not None and reward.model is None:
         raise GradeError(f"reward.bridge is {reward.bridge}, but reward.model is null. Name a classifier.")
+    if reward.proxy and not trains_proxy(task, reward):
+        raise GradeError(
+            f"reward.proxy is true, but task.name={task.name} is not judged by a program, and its own reward can have "
+            "a gradient. Set it to false."
+        )
+    if reward.proxy and reward.input == "response":
+        raise GradeError(
+            "reward.proxy is true, but reward.input is response: what the program says of a response depends on its "
+            "prompt. Set it to prompt+response."
+        )

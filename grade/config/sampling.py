@@ -23,7 +23,7 @@ class GenerationConfig:
     samples_per_prompt: int = setting(1, ge=1, le=BATCH)
     """Responses per prompt in training; the prompt's KV cache is computed once for all of them."""
     batch_size: int | None = setting(None, ge=1, le=BATCH, role="speed")
-    """Sequences decoded together in training; null: all of a step's."""
+    """Sequences decoded together in training, at least a prompt's samples; null: all of a step's."""
 
 
 @dataclass

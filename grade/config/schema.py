@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_origin
 
 from grade.config.bounds import SEED, Role, facts_of, setting
+from grade.config.guard import GuardConfig
 from grade.config.methods import BY_VALUE, METHODS, MethodConfig
 from grade.config.model import ModelConfig
 from grade.config.reward import RewardConfig, without_gradient
@@ -39,6 +40,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = setting(default_factory=GuardConfig, role="resume")
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compare: CompareConfig = setting(default_factory=CompareConfig, role="resume")
     variance: VarianceConfig = setting(default_factory=VarianceConfig, role="resume")
@@ -76,10 +78,9 @@ def flatten(settings: dict, prefix: str = "") -> dict[str, object]:
 
 def default_methods(config: Config) -> list[str]:
     """What `grade compare` compares unless told: the methods that can use the task's reward."""
-    if without_gradient(config.task, config.reward) is None:
-        return list(METHODS)
+    methods = METHODS if without_gradient(config.task, config.reward) is None else BY_VALUE
     by_program = config.task.name in JUDGED_BY_PROGRAM and not config.reward.terms
-    return [*BY_VALUE, *(["grpo-token"] if by_program else [])]
+    return [*methods, *(["grpo-token"] if by_program else [])]
 
 
 def judged_length(task: TaskConfig, reward: RewardConfig, generation: GenerationConfig) -> int:

@@ -45,6 +45,9 @@ class TrainConfig:
     """Delete what a run wrote in run_dir, and nothing else, and start again."""
     save_every: int = setting(50, ge=1, le=COUNT, role="resume")
     """Steps between checkpoints for resuming; one is always written at the end."""
+    keep_checkpoints: int = setting(2, ge=1, le=COUNT, role="resume")
+    """Newest checkpoints to go on from that are kept: checkpoints/last and earlier ones in checkpoints/resume-N. Where
+    the newest is damaged, the run goes on from the one before."""
     keep_adapters: bool = setting(False, role="resume")
     """Keep the adapter of every validation in checkpoints/step-N, not only the best and the last."""
     tensorboard: bool = setting(True, role="resume")

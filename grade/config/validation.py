@@ -5,8 +5,9 @@ from __future__ import annotations
 from urllib.parse import SplitResult, urlsplit
 
 from grade.config.bounds import check_values, shown
+from grade.config.guard import check_guard
 from grade.config.methods import DIFFERENTIATING, check_method
-from grade.config.reward import check_reward_settings, without_gradient
+from grade.config.reward import check_reward_settings, trains_proxy, without_gradient
 from grade.config.schema import Config
 from grade.config.studies import check_studies
 from grade.config.tasks import JUDGED_BY_PROGRAM, WRITTEN, WRITTEN_EXAMPLES, TokenizerConfig
@@ -70,6 +71,12 @@ def validate(config: Config) -> None:
             f"generation.max_new_tokens ({generation.max_new_tokens}) is below generation.min_new_tokens "
             f"({generation.min_new_tokens}): raise the first or lower the second."
         )
+    if generation.batch_size is not None and generation.batch_size < generation.samples_per_prompt:
+        raise GradeError(
+            f"generation.batch_size ({generation.batch_size}) is below generation.samples_per_prompt "
+            f"({generation.samples_per_prompt}): a prompt's samples are decoded together. Raise the first or lower the "
+            "second."
+        )
     check_studies(config.compare, config.variance)
     if config.compare.kl_coefs is not None and method.target_kl is not None:
         raise GradeError(
@@ -95,7 +102,7 @@ def validate(config: Config) -> None:
             f"generation.samples_per_prompt ({generation.samples_per_prompt}): a prompt's samples would "
             "be split over two steps. Change one of the three."
         )
-    check_reward_settings(config.reward)
+    check_reward_settings(config.task, config.reward)
     _check_data(config)
     _check_rollout(config)
     check_method(
@@ -104,7 +111,8 @@ def validate(config: Config) -> None:
         responses=per_step,
         ids_from=None if rollout.sampled_here else "rollout.source" if rollout.engine == "here" else "rollout.engine",
         no_gradient=without_gradient(config.task, config.reward),
-        functions=bool(config.reward.terms),
+        functions=bool(config.reward.terms) or trains_proxy(config.task, config.reward),
+        has_program=config.task.name in JUDGED_BY_PROGRAM,
     )
     if config.task.name in JUDGED_BY_PROGRAM and config.reward.model is not None:
         raise GradeError(
@@ -131,6 +139,7 @@ def validate(config: Config) -> None:
             "method.grpo.level=token needs the reward after every token, which a function (reward.function) does not "
             "give. Use level sequence."
         )
+    check_guard(config.guard, ignore_eos=generation.ignore_eos, source=config.rollout.source)
     if train.resume and train.overwrite:
         raise GradeError(f"train.resume is {train.resume} and train.overwrite is true: choose one.")
 

@@ -14,6 +14,17 @@ from grade.errors import GradeError
 
 _NULL = ("null", "Null", "NULL", "~")
 """Written out, unlike the nothing of an empty section."""
+_MOST_NODES = 100_000
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    yaml.YAMLError,
+)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -31,6 +42,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         root = loader.get_single_node()
         if root is None:
             return values
+        _check_size(root)
         if not isinstance(root, yaml.MappingNode):
             raise GradeError(f"{path} is not a settings file: write `section:` and `field: value` lines.")
         for name, line, value in _flatten(root, loader, setting_types()):
@@ -53,6 +65,62 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def plain_yaml(path: Path) -> Any:
+    """What a YAML file holds: objects, lists, texts and numbers, whatever their names; no code of it runs.
+
+    Raises:
+        GradeError: it cannot be read, or is malformed.
+    """
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        try:
+            root = loader.get_single_node()
+            if root is None:
+                return None
+            _check_size(root)
+            return loader.construct_document(root)
+        finally:
+            loader.dispose()
+    except _UNREADABLE as error:
+        raise GradeError(f"cannot read {path}: {one_line(error)}") from None
+    except GradeError as error:
+        raise GradeError(f"{path}: {error}") from None
+
+
+def _value(loader: yaml.SafeLoader, node: yaml.Node, line: int) -> Any:
+    """What a node stands for.
+
+    Raises:
+        GradeError: it is tagged as what it is not, such as `!!bool perhaps`, of which YAML's reader has no words.
+    """
+    try:
+        return loader.construct_object(node, deep=True)
+    except (LookupError, ValueError, ArithmeticError, TypeError, AttributeError) as error:
+        raise GradeError(f"line {line}: malformed YAML: a value is not what its tag says ({error}).") from None
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Refuse what names parts of itself again and again: written out, a few lines would fill the memory.
+
+    Raises:
+        GradeError: it is larger than any settings, or holds itself.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if isinstance(node, tuple):
+            return sum(map(size, node))
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST_NODES  # of one that holds itself: while it is counted
+            sizes[id(node)] = 1 + sum(map(size, node.value))
+        return sizes[id(node)]
+
+    if size(root) >= _MOST_NODES:
+        raise GradeError("malformed YAML: by its aliases it is larger than any settings, or holds itself.")
+
+
 def _flatten(
     node: yaml.MappingNode, loader: yaml.SafeLoader, known: dict[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, int, Any]]:
@@ -66,7 +134,7 @@ def _flatten(
                 check_node(name, value_node, known[name])
             except GradeError as error:
                 raise GradeError(f"line {line}: {error}") from None
-            value = loader.construct_object(value_node, deep=True)
+            value = _value(loader, value_node, line)
             # jsonargparse takes null for 'not set', whatever the type.
             if value is None and type(None) not in get_args(known[name]):
                 raise GradeError(f"line {line}: {name} is null: it must be {describe_type(known[name])}.")
@@ -78,7 +146,7 @@ def _flatten(
                 yield "model.finetuning", line, "full"
                 continue
             # `train:` with every line under it commented out is an empty section.
-            if loader.construct_object(value_node) is not None:
+            if _value(loader, value_node, line) is not None:
                 raise GradeError(f"line {line}: {name} is a section: write its settings below it, indented.")
         else:
             # Below a mistyped section, its first setting says best what was meant.

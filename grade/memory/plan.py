@@ -18,6 +18,7 @@ from grade.config import Config
 from grade.errors import GradeError, reason_of
 from grade.machine import is_out_of_memory
 from grade.memory.peak import hand_back
+from grade.planning.memory import SHARE
 
 Peaks = dict[str, float]
 """Bytes beside what is loaded, by phase: "rollout", "passes" (that training makes over what was sampled) and
@@ -30,8 +31,6 @@ SHORTEST = 16
 """Tokens of the shortest trial: from here on, sampling reads its weights as it does in longer ones."""
 NARROWEST = 8
 """Responses together in the first trial."""
-SHARE = 0.8
-"""Of what is free that a run may take: allocators lose some to fragments."""
 _GIB = 2**30
 _WHERE = {"rollout": "in sampling ", "passes": "", "evaluation": "in evaluation "}
 
@@ -211,7 +210,8 @@ class MemoryPlan:
         """The settings that lower the peak of training or evaluation (None: of what is largest), those first that leave
         the result what it is."""
         config, train, generation = self.config, self.config.train, self.config.generation
-        chunk, together = self.sizes.chunk_bytes // 2**20, self.sizes.batches["rollout"]
+        chunk = self.sizes.chunk_bytes // 2**20
+        together = min(self.sizes.batches["rollout"], generation.batch_size or self.sizes.batches["rollout"])
         changes: list[str] = []
         if (section or self.need.largest) == "evaluation":
             if config.evaluation.batch_size > 1:

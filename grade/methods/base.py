@@ -36,6 +36,9 @@ class Method:
 
     Attributes:
         kl_coef: weight of the KL per nat, which moves where the settings have a target for the KL.
+        together: responses that pass through the policy together, at first as many as the settings say; what a step
+            gives depends on it by rounding alone.
+        repeatable: whether a step that was stopped before its first update may be tried again with fewer together.
 
     Args:
         seed: of the run; the order of mini-batches and the masks of dropout follow from it.
@@ -53,6 +56,7 @@ class Method:
 
     def __post_init__(self) -> None:
         self.silence = Silence(self.reward)
+        self.together, self.repeatable = self.train.batch_size, True
         self.kl_coef = self.config.kl_coef
         if self.activation_checkpointing:
             self.policy.enable_activation_checkpointing()
@@ -70,18 +74,29 @@ class Method:
         raise NotImplementedError
 
     def judged(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """The rollouts with what the reward's functions say of them, which are asked once a step.
+        """The rollouts with what a method needs of the reward before it scores them; as `asked`."""
+        return self.asked(rollouts)
+
+    def asked(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """The rollouts with what the reward's functions say of them, which are asked once a step: of a rollout that
+        they have judged they are not asked again.
 
         Raises:
             RewardFailed: a function of the reward fails, or they have applied to nothing for several steps.
         """
         with self.services.failing_together():
-            found = [replace(rollout, judged=self.reward.judge(rollout)) for rollout in rollouts]
-        said = [rollout.judged for rollout in found if rollout.judged is not None]
+            found = [r if r.judged is not None else replace(r, judged=self.reward.judge(r)) for r in rollouts]
+        said = [
+            new.judged for new, old in zip(found, rollouts, strict=True) if new is not old and new.judged is not None
+        ]
         if said:
             applied = (~torch.cat(said).isnan()).sum(0).tolist()
             self.silence.hear(self.services.sum(dict(zip(self.reward.judges(), applied, strict=True))))
         return found
+
+    def same_minibatches(self, drawn: int, before: int) -> bool:
+        """Whether the same responses share a mini-batch where `drawn` of them are sampled together, not `before`."""
+        return True
 
     def observed(self, sums: dict[str, float]) -> dict[str, float]:
         """A step's means from this process' sums; the reward hears what its terms gave."""

@@ -35,6 +35,9 @@ from grade.rollout import Rollout
 from grade.sampling.draw import Sampling, sampling_of
 from grade.seeds import derived_seed
 
+_WITH_PROXY = "reward_with_proxy"
+"""The metric of what is followed where a reward has proxies."""
+
 
 def tau_at(step: int, start: float, end: float, steps: int) -> float:
     """Temperature at optimizer step `step` (from 0): linear from `start` to `end` over `steps`, then constant."""
@@ -50,6 +53,7 @@ class Grade(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.repeatable = not self.config.replay_dropout  # whose masks follow from what passes together
         if not self.reward.differentiable:
             raise GradeError(
                 f"method.name={self.config.name} backpropagates the reward, and {self.reward.raises} has no "
@@ -97,8 +101,9 @@ class Grade(Method):
         totals = self.services.totals(r.mask for r in rollouts)
         sums: dict[str, float] = {}
         for rollout in self.judged(rollouts):
-            for micro_batch in rollout.micro_batches(self.train.batch_size, by_length=True):
+            for micro_batch in rollout.micro_batches(self.together, by_length=True):
                 sums = add_sums(sums, self._sums(micro_batch, self.accumulate(micro_batch, step, totals)))
+        self.services.before_update(sums)
         norm = update()
         metrics = self.observed(sums)
         return {"loss": self.loss(metrics), **metrics, "tau": self.tau(step), **update_metrics([norm])}
@@ -142,13 +147,23 @@ class Grade(Method):
             torch.manual_seed(derived_seed(self.seed, int(micro_batch.rows[0, 0])))
             yield
 
+    def loss(self, metrics: dict[str, float]) -> float:
+        """As of every method, of a reward with its proxies where it has some."""
+        return super().loss({**metrics, "reward": metrics.get(_WITH_PROXY, metrics["reward"])})
+
     def _sums(self, micro_batch: Rollout, result: ReplayResult) -> dict[str, float]:
         """With GRADE's own measures: hops and their last change, and the relaxed weight that is not on the sampled
-        token (0: the straight-through step is exact)."""
+        token (0: the straight-through step is exact). `reward` is what every method is measured by: proxies are a part
+        of another measure, beside it."""
+        per_response = {"hops": result.hops, "hop_residual": result.residual}
+        added = self.reward.proxies_shares(result.terms) if isinstance(self.reward, WeightedReward) else None
+        if added is not None:
+            per_response[_WITH_PROXY] = result.reward
+            result = replace(result, reward=result.reward - added)
         return step_sums(
             micro_batch,
             result,
             self.policy.eos_ids,
-            per_response={"hops": result.hops, "hop_residual": result.residual},
+            per_response=per_response,
             per_token={"soft_hard_gap": (1 - micro_batch.token_weight) * micro_batch.mask},
         )

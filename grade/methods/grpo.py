@@ -144,6 +144,7 @@ class GRPO(PolicyGradient):
                             sums = add_sums(sums, self._sums(experience, terms))
                 # AdamW would move by its momentum even without a gradient.
                 if self.services.any_process(any(bool(e.moves.any()) for e in minibatch)):
+                    self.services.before_update(sums)
                     norms.append(update())
         average = means.take()  # empty in a step of which nothing moves
         own = {name: average[ours] for name, ours in _TRL_NAMES.items() if ours in average}

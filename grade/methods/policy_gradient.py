@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -129,9 +130,11 @@ class PolicyGradient(Method):
     minibatches = 1
 
     def __post_init__(self) -> None:
+        self.reward = self.reward.by_value()
         super().__post_init__()
         responses = self.train.batch_size * self.train.accumulation_steps
-        self.micro_batch = micro_batch_size(self.config, self.train.batch_size, responses)
+        self.micro_batch = self.together = micro_batch_size(self.config, self.train.batch_size, responses)
+        self._parts: list[int] = []  # of each micro-batch of the step, where fewer pass together
 
     def sampling(self, step: int) -> Sampling:
         return sampling_of(self.generation)
@@ -146,7 +149,7 @@ class PolicyGradient(Method):
         """
         out, settings = [], ScoreSettings(prompt_cache=self.config.prompt_cache, training=True)
         with self.services.phase("score"):
-            batches = [m for r in self.judged(rollouts) for m in r.micro_batches(self.micro_batch)]
+            batches = self._in_parts(self.judged(rollouts))
             with self.services.failing_together():
                 for rollout in batches:
                     frozen = frozen_passes(self.policy, self.reward, rollout, RealTokens(rollout), settings)
@@ -158,6 +161,17 @@ class PolicyGradient(Method):
                         scored.sampled = self.terms(scored)
                     out.append(scored)
         return out
+
+    def same_minibatches(self, drawn: int, before: int) -> bool:
+        return self.minibatches == 1 or (drawn % self.micro_batch == 0 and before % self.micro_batch == 0)
+
+    def _in_parts(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """Micro-batches or, where fewer responses pass together, their parts; `shuffled_minibatches` keeps these
+        together, so that the same responses share a mini-batch."""
+        whole = [m for r in rollouts for m in r.micro_batches(self.micro_batch)]
+        parts = [[m] if len(m) <= self.together else list(m.micro_batches(self.together)) for m in whole]
+        self._parts = [len(part) for part in parts]
+        return [part for of_one in parts for part in of_one]
 
     def terms(self, scored: Scored, weights: Weights | None = None, *, reference: bool = True) -> Terms:
         """The policy as it is now, along a micro-batch; with a graph unless gradients are off.
@@ -231,12 +245,17 @@ class PolicyGradient(Method):
         return list(mean[:, None].split(sizes))
 
     def shuffled_minibatches(self, batch: Sequence[T], step: int, epoch: int) -> Iterator[list[T]]:
-        """`minibatches` lists of micro-batches in an order that follows from (seed, step, epoch)."""
+        """`minibatches` lists of micro-batches in an order that follows from (seed, step, epoch).
+
+        Args:
+            batch: one for each that `score` gave.
+        """
+        parts, ends = self._parts, list(accumulate(self._parts))
         generator = torch.Generator().manual_seed(derived_seed(self.seed, step, epoch))
-        order = torch.randperm(len(batch), generator=generator).tolist()
+        order = torch.randperm(len(parts), generator=generator).tolist()
         for i in range(self.minibatches):
             start, stop = (n * len(order) // self.minibatches for n in (i, i + 1))
-            yield [batch[j] for j in order[start:stop]]
+            yield [part for j in order[start:stop] for part in batch[ends[j] - parts[j] : ends[j]]]
 
     def sums(self, scored: Scored, terms: Terms, **per_response: Tensor) -> dict[str, float]:
         """A micro-batch's contribution to the metrics that every method logs, and its own."""

@@ -137,6 +137,10 @@ class PPO(PolicyGradient):
             masks = [s.rollout.mask for s in scored]
             advantages, spread = whitened([e.advantage for e in batch], masks, totals.tokens, self.services)
             batch = [replace(e, advantage=advantage) for e, advantage in zip(batch, advantages, strict=True)]
+        sums: dict[str, float] = {}
+        for experience in batch:
+            sums = add_sums(sums, self.sums(experience.scored, experience.scored.old))
+        self.services.before_update(sums)
         means, norms = TokenMeans(self.services.sum), []
         for epoch in range(settings.epochs):
             drift = TokenMeans(self.services.sum)
@@ -149,9 +153,6 @@ class PPO(PolicyGradient):
             # The same number on every process, so all of them stop together.
             if settings.target_kl is not None and drift.take()["approxkl"] > settings.target_kl:
                 break
-        sums: dict[str, float] = {}
-        for experience in batch:
-            sums = add_sums(sums, self.sums(experience.scored, experience.scored.old))
         average = means.take()
         own = {name: average[ours] for name, ours in _TRL_NAMES.items()}
         return self.metrics(sums, norms, {**own, "ppo/updates": len(norms)})

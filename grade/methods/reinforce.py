@@ -104,6 +104,7 @@ class Reinforce(PolicyGradient):
                 (reinforce_loss(chosen, advantage) / totals.responses + terms.penalty).backward()
                 own = {"return": returns, "baseline": baseline, "advantage²": advantage.square()}
                 sums = add_sums(sums, self.sums(s, terms, **own))
+        self.services.before_update(sums)
         metrics = self.metrics(sums, [update()])
         self.average.update(metrics["return"])
         self.average_kl.update(metrics["kl"])

@@ -27,11 +27,14 @@ class Services:
         phase: given a phase's name, a context that times it.
         failing_together: a context behind which a reward that has failed inside it in one process has failed in all
             (`grade.processes.failing_together`).
+        before_update: told, before an update, the sums (`grade.methods.metrics.step_sums`) of the step so far on this
+            process: where they are not finite, the trainer does not make the update that follows.
     """
 
     reduce: Callable[[Tensor], Tensor] = lambda values: values
     phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
     failing_together: Callable[[], AbstractContextManager] = nullcontext
+    before_update: Callable[[dict[str, float]], None] = lambda sums: None
 
     def any_process(self, wanted: bool) -> bool:
         """Whether any process wants it."""

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -25,10 +27,12 @@ from transformers import PreTrainedTokenizerBase
 from grade import tree
 from grade.errors import GradeError, read_json, reason_of, writing
 from grade.files import latest, replaced_folder, sha256
+from grade.formats import MANIFEST, STATE
 from grade.hub_names import name_anywhere
 from grade.model.adapter import TRAINED, kept_settings
 from grade.model.adapter_base import Base, base_of, check_base
 from grade.model.policy import Policy
+from grade.shapes import misfit
 
 MANIFEST_FILE = "manifest.json"
 CARD_FILE = "README.md"
@@ -40,7 +44,13 @@ _GO_ON = "Make room, and go on from the checkpoint before, if there is one, with
 
 
 def save_checkpoint(
-    directory: Path, policy: Policy, step: int, state: dict | None = None, *, card: str | None = None
+    directory: Path,
+    policy: Policy,
+    step: int,
+    state: dict | None = None,
+    *,
+    card: str | None = None,
+    place: Callable[[Path], Path | None] = lambda replaced: None,
 ) -> None:
     """Write the adapter as peft does (`AutoPeftModelForCausalLM.from_pretrained` loads it from any directory), or where
     every weight is trained the model as transformers does, its tokenizer and, for resuming, the trainer's state.
@@ -51,11 +61,12 @@ def save_checkpoint(
         step: optimizer steps that the policy has had.
         state: dictionaries and lists of numbers, texts and tensors.
         card: the model card's text; None: there is none.
+        place: given the checkpoint that stood there before, where it is kept; None: it is deleted.
 
     Raises:
         GradeError: it could not be written.
     """
-    with writing(directory, "train.run_dir", _GO_ON), replaced_folder(directory) as fresh:
+    with writing(directory, "train.run_dir", _GO_ON), replaced_folder(directory, place) as fresh:
         if isinstance(policy.model, PeftModel):
             _save_adapter(policy.model, fresh)
         else:
@@ -114,7 +125,7 @@ def copy_adapter(directory: Path, target: Path) -> None:
     shutil.copytree(directory, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(f"{_STATE_STEM}.*"))
     manifest = target / MANIFEST_FILE
     if manifest.is_file():  # an adapter from elsewhere has none
-        step, base = json.loads(manifest.read_text(encoding="utf-8"))["step"], recorded_base(target)
+        step, base = read_json(manifest, "", shape=MANIFEST)["step"], recorded_base(target)
         manifest.unlink()
         card = target / CARD_FILE
         _finish(target, step, card.read_text(encoding="utf-8") if card.is_file() else None, base)
@@ -124,7 +135,7 @@ def recorded_base(directory: Path) -> Base | None:
     """The base of a checkpoint's adapter; None where nothing says so: of a whole model, of a quantized base, of an
     adapter from elsewhere."""
     path = directory / MANIFEST_FILE
-    manifest = read_json(path, "") if path.is_file() else {}
+    manifest = read_json(path, "", shape=MANIFEST) if path.is_file() else {}
     return Base(manifest[_BASE], manifest.get(_BASE_LOADED_BY)) if _BASE in manifest else None
 
 
@@ -161,12 +172,14 @@ def verified_step(directory: Path) -> int:
         GradeError: one of them is missing or differs; with its name.
     """
     path = directory / MANIFEST_FILE
-    manifest = read_json(path, "", "format", "step", "files", "sha256")
+    manifest = read_json(path, "", shape=MANIFEST)
     claimed = manifest.pop("sha256")
     if _digest(manifest) != claimed or manifest["format"] != _FORMAT:
         raise GradeError(f"{path} is damaged, or of another version of this program.")
     for name, digest in manifest["files"].items():
         file = directory / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise GradeError(f"{path} names {name!r}, which does not lie in {directory}.")
         try:
             found = sha256(file)
         except OSError as error:
@@ -174,6 +187,15 @@ def verified_step(directory: Path) -> int:
         if found != digest:
             raise GradeError(f"{file} is damaged: it is not what was written there (its SHA-256 differs).")
     return manifest["step"]
+
+
+def recorded_step(directory: Path) -> int | None:
+    """Optimizer steps of a checkpoint by its manifest alone, which may be damaged; None if nothing says so."""
+    try:
+        step = read_json(directory / MANIFEST_FILE, "", "step")["step"]
+    except GradeError:
+        return None
+    return step if isinstance(step, int) else None
 
 
 def load_adapter(directory: Path, policy: Policy) -> None:
@@ -242,6 +264,11 @@ def put_adapter(directory: Path, model: PeftModel, what: str, fix: str) -> None:
             )
     try:
         weights = load_peft_weights(str(directory), device=str(model.device))
+    except pickle.UnpicklingError as error:
+        raise GradeError(
+            f"{what}: its adapter is a pickle (adapter_model.bin) that holds more than tensors, or is damaged; reading "
+            "it could run code. Save it as safetensors where you trust it (save_pretrained does)."
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise GradeError(f"{what}: its adapter cannot be read ({reason_of(error)}).") from error
     wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
@@ -292,10 +319,22 @@ def load_state(directory: Path) -> dict[str, Any]:
             "name the folder of a run with --train.run_dir."
         )
     try:
-        step = verified_step(folder)
-        state = tree.load(folder / _STATE_STEM)
-        if any(isinstance(leaf, torch.Tensor) and not leaf.isfinite().all() for leaf in tree.leaves(state)):
-            raise GradeError(f"{folder} holds values that are not finite.")
+        return read_state(folder)
     except GradeError as error:
         raise GradeError(f"train.resume: {error} Start again with --train.overwrite true.") from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """As `load_state`, of a folder that is there.
+
+    Raises:
+        GradeError: it is damaged; with what is wrong, and without what to do.
+    """
+    step = verified_step(folder)
+    state = tree.load(folder / _STATE_STEM)
+    wrong = misfit(state, STATE)
+    if wrong is not None:
+        raise GradeError(f"the trainer's state in {folder} is damaged, or of something else: {wrong}.")
+    if any(isinstance(leaf, torch.Tensor) and not leaf.isfinite().all() for leaf in tree.leaves(state)):
+        raise GradeError(f"{folder} holds values that are not finite.")
     return {**state, "step": step}

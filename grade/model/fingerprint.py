@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grade.errors import GradeError, read_json, reason_of
 from grade.files import remembered_sha256
+from grade.formats import RECORD
 from grade.model.policy import Policy
 from grade.model.quantization import quantization_of
 from grade.model.tensors import tensors_digest
@@ -161,6 +162,16 @@ def _listed(names: Iterable[str], then: Mapping[str, Any], now: Mapping[str, Any
     return ", ".join(map(words, names))
 
 
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """run.json of a run.
+
+    Raises:
+        GradeError: it cannot be read, or holds something else.
+    """
+    record = run_dir / "run.json"
+    return read_json(record, f"Delete {record} to go without this check.", shape=RECORD)
+
+
 def refuse_given(run_dir: Path) -> None:
     """Refuse to load the base of a run that trained an object of a program: no name in its settings leads to it.
 
@@ -168,7 +179,7 @@ def refuse_given(run_dir: Path) -> None:
         GradeError: the run's record says so.
     """
     record = run_dir / "run.json"
-    if record.is_file() and read_json(record, f"Delete {record} to go without this check.").get(MODEL_GIVEN):
+    if record.is_file() and read_record(run_dir).get(MODEL_GIVEN):
         raise GradeError(
             f"{run_dir} trained a model that was given as an object in Python, and no setting tells where it is. Go on "
             "in that program: after GradeTrainer(model, ...).train(), trainer.save(folder, merge=True) writes a whole "
@@ -186,10 +197,9 @@ def check_made_from(run_dir: Path, inputs: Mapping[str, Any]) -> None:
     Raises:
         GradeError: with what differs.
     """
-    record = run_dir / "run.json"
-    if not record.is_file():
+    if not (run_dir / "run.json").is_file():
         return
-    changed = differing(read_json(record, f"Delete {record} to go without this check.", "inputs")["inputs"], inputs)
+    changed = differing(read_record(run_dir)["inputs"], inputs)
     if changed:
         raise GradeError(
             f"{run_dir} was made with something else: {changed}. Put it back: its checkpoints belong to that."

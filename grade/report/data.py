@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from grade.config import flatten
 from grade.config.methods import COMPARED, VARIANTS
+from grade.config.yaml_files import plain_yaml
 from grade.errors import GradeError
+from grade.formats import COMPARISON, COUNT, EVALUATIONS_SHOWN, RECORD, SETTINGS_SHOWN, TESTS_SHOWN, VARIANCE
 from grade.jsonl import read_rows
+from grade.shapes import is_too_deep, misfit
 
 BASE = "base/None/0"
 """The base model's key in tests.json."""
@@ -112,8 +113,8 @@ def load_study(folder: Path) -> Study:
             f"{folder} holds no run. {reasons} Name the folder of a run, of a comparison (compare-NAME), of "
             "measurements (variance-NAME), or one that holds runs."
         )
-    comparison = _json(folder / "comparison.json", problems)
-    tests = _json(folder / "tests.json", problems).get("results", {})
+    comparison = _json(folder / "comparison.json", problems, COMPARISON)
+    tests = _json(folder / "tests.json", problems, TESTS_SHOWN).get("results", {})
     if kind == "comparison":
         runs = [_with_test(run, tests, _chosen(comparison)) for run in runs]
     return Study(
@@ -129,7 +130,7 @@ def load_study(folder: Path) -> Study:
 def _variance(folder: Path, runs: list[Run], problems: list[str]) -> dict:
     """variance.json of the folder, or of the one beside it that `grade variance` makes for the same config."""
     places = [folder, *(folder.parent / f"variance-{run.config.get('name')}" for run in runs[:1])]
-    found = next((found for place in places if (found := _json(place / "variance.json", problems))), {})
+    found = next((found for place in places if (found := _json(place / "variance.json", problems, VARIANCE))), {})
     theirs = flatten(found.get("config", {}))
     shared = [name for name in ("model.name", "task.name") if name in theirs]
     other = runs and any(theirs[name] != runs[0].config.get(name) for name in shared)
@@ -147,21 +148,25 @@ def _run_folders(folder: Path) -> list[Path]:
 
 def _load_run(folder: Path, problems: list[str]) -> Run | None:
     try:
-        config: dict[str, Any] = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-        seed, method = int(config["seed"]), _method(folder.name, config)
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        problems.append(f"{folder.name}/config.yaml is not that of a run.")
+        found = plain_yaml(folder / "config.yaml")
+        config: dict[str, Any] = {} if is_too_deep(found) else flatten(found)
+        wrong = misfit(config, SETTINGS_SHOWN)
+    except (GradeError, AttributeError, TypeError):
+        wrong = "it is no file of settings"
+    if wrong is not None:
+        problems.append(f"{folder.name}/config.yaml is not that of a run: {wrong}.")
         return None
+    seed, method = config["seed"], _method(folder.name, config)
     rows = _rows(folder / "metrics.jsonl", problems)
-    evaluations = _json(folder / "evaluation.json", problems)
-    validation = [_flat_evaluation(row) for row in evaluations.get("validation") or [] if isinstance(row, dict)]
+    evaluations = _json(folder / "evaluation.json", problems, EVALUATIONS_SHOWN)
+    validation = [_flat_evaluation(row) for row in evaluations.get("validation") or []]
     test = evaluations.get("test", {})
     return Run(
         name=folder.name,
         method=method,
         seed=seed,
         config=config,
-        record=_json(folder / "run.json", problems),
+        record=_json(folder / "run.json", problems, RECORD),
         steps=[row for row in rows if "validation/reward" not in row],
         validation=validation or [_logged_evaluation(row) for row in rows if "validation/reward" in row],
         best=(evaluations.get("best") or {}).get("step"),
@@ -197,9 +202,9 @@ def _rows(path: Path, problems: list[str]) -> list[dict]:
     found = read_rows(path)
     rows, without = [], 0
     for row in found.rows:
-        try:
-            rows.append({**row, "step": int(row["step"])})
-        except (ValueError, KeyError, TypeError, OverflowError):
+        if misfit(row, {"step": COUNT}) is None:
+            rows.append(row)
+        else:
             without += 1
     if found.broken:
         problems.append(f"{path.parent.name}/{path.name}: left out what is not a row, line {found.broken[0]} first.")
@@ -208,16 +213,23 @@ def _rows(path: Path, problems: list[str]) -> list[dict]:
     return sorted(rows, key=lambda row: row["step"])
 
 
-def _json(path: Path, problems: list[str]) -> dict:
+def _json(path: Path, problems: list[str], shape: dict) -> dict:
+    """The entries of a file that are what they should be; what is not is told, and so missing."""
     if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or is_too_deep(found):
         problems.append(f"{path.name} of {path.parent.name} cannot be read: left out.")
         return {}
+    for name, part in shape.items():
+        key = name.removesuffix("?")
+        wrong = misfit(found[key], part, key) if key in found else None
+        if wrong is not None:
+            problems.append(f"{path.name} of {path.parent.name}: {wrong}. All of {key} is left out.")
+            del found[key]
     return found
 
 
@@ -227,9 +239,7 @@ def _json(path: Path, problems: list[str]) -> dict:
 def _chosen(comparison: dict) -> dict[tuple[str, int], int]:
     """Step of the checkpoint that stands for a run at equal tokens, by (method, seed)."""
     rows = comparison.get("tables", {}).get("tokens", [])
-    return {
-        (row["method"], seed): step for row in rows for seed, step in zip(row["seeds"], row["best_steps"], strict=True)
-    }
+    return {(row["method"], seed): step for row in rows for seed, step in zip(row["seeds"], row["best_steps"])}  # noqa: B905
 
 
 def _with_test(run: Run, tests: dict[str, dict], chosen: dict[tuple[str, int], int]) -> Run:
@@ -237,7 +247,7 @@ def _with_test(run: Run, tests: dict[str, dict], chosen: dict[tuple[str, int], i
     latest that is tested."""
     best = chosen.get((run.method, run.seed), run.best)
     prefix = f"{run.method}/{run.seed}/"
-    tested = sorted(int(key[len(prefix) :]) for key in tests if key.startswith(prefix))
+    tested = sorted(int(step) for key in tests if key.startswith(prefix) and (step := key[len(prefix) :]).isdecimal())
     if best != 0 and tested and best not in tested:
         best = tested[-1]
     # A comparison lets the base model stand for a run that had nothing trained within the budget.

@@ -38,9 +38,13 @@ class Curve:
 def number(row: dict | None, key: str) -> float | None:
     """A finite number of a row; None if it is not there."""
     value = (row or {}).get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+    return found if math.isfinite(found) else None
 
 
 # -- over steps ----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grade.errors import GradeError, RewardFailed, reason_of
+from grade.errors import GradeError, NotFinite, RewardFailed, reason_of
 from grade.machine import is_out_of_memory
 from grade.model.passes import BasePass, fed_embeddings
 from grade.model.tensors import tensors_digest
@@ -146,6 +146,11 @@ class Reward(ABC):
     def summands(self) -> Sequence[Reward]:
         """The rewards that it is a sum of; itself where it is none."""
         return (self,)
+
+    def by_value(self) -> Reward:
+        """What stands in for it in the training of methods that need only its value: itself, or, of a sum, its terms
+        but for proxies, which are there to be backpropagated."""
+        return self
 
     def inputs(self, rollout: Rollout) -> list[Tensor]:
         """The response's embeddings [B, S, d_r] in each of `tables`; padding is zero."""
@@ -296,7 +301,7 @@ def asked(reward: Reward, answer: Callable[[], Any], responses: int) -> Tensor:
         return value
     wrong = value.isinf() if isinstance(reward, RewardFunction) else ~value.isfinite()
     if wrong.any():
-        raise RewardFailed(
+        raise NotFinite(
             f"the reward {type(reward).__name__} gave {value[wrong][0].item()} for a response. It must be finite. "
             f"{MEND}"
         )

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grade.errors import GradeError, RewardFailed, reason_of
+from grade.errors import GradeError, NotFinite, RewardFailed, reason_of
 from grade.machine import is_out_of_memory
 from grade.rewards.attributes import of_function, stable_repr
 from grade.rewards.base import MEND, RewardFunction
@@ -267,7 +267,7 @@ class FunctionReward(RewardFunction):
         for place, value in enumerate(values):
             value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
             if value is not None and (not isinstance(value, Real) or not math.isfinite(value)):
-                raise RewardFailed(
+                raise (NotFinite if isinstance(value, Real) else RewardFailed)(
                     f"{self.where} returned {str(value)[:60]!r} for response {place} of {count}. Return a finite "
                     f"number, or None where it does not apply. {MEND}"
                 )

@@ -3,7 +3,7 @@
 The base is causal, so the mean over a text's first n states is the feature of its first n tokens: one pass gives the
 features of the whole (cut) text and of the shorter text that the policy's responses will really be. Classes and numbers
 are learnt on both and reported on both, on texts the head has not seen; pairs are read whole, as most of what is short
-would be their prompt.
+would be their prompt, and so are responses that a program has judged, which says nothing of their beginnings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grade.config import RewardConfig
-from grade.errors import GradeError
+from grade.errors import GradeError, present
 from grade.model.passes import accumulation_dtype
 from grade.model.policy import Policy
 from grade.rewards.shared import RewardHead
@@ -26,12 +26,21 @@ from grade.terminal import counted
 _FEATURE_BATCH = 32
 
 
+class Judged(NamedTuple):
+    """Token ids of a prompt and a response, the prompt's number, and what a program says of the response."""
+
+    ids: list[int]
+    prompt: int
+    reward: float
+
+
 class HeadData(NamedTuple):
-    """What a head learns from and what it is tested on: texts with labels, or pairs of answers."""
+    """What a head learns from and what it is tested on: texts with labels, pairs of answers, or responses that a
+    program has judged."""
 
     label_type: LabelType
-    learnt: Sequence[Example] | Sequence[PairIds]
-    held_out: Sequence[Example] | Sequence[PairIds]
+    learnt: Sequence[Example] | Sequence[PairIds] | Sequence[Judged]
+    held_out: Sequence[Example] | Sequence[PairIds] | Sequence[Judged]
 
 
 def fit_head(
@@ -47,7 +56,9 @@ def fit_head(
         The head, and {"label_type", "loss" (of the last epoch), "judged_length", "trained_on", "held_out"} with
         measures of the held-out data at some lengths, {"<n> tokens": value}: "accuracy" of classes, and of pairs, where
         it is the share that is ranked right; "r2" and "mean_absolute_error" of numbers ("r2" is None where all held-out
-        numbers are equal).
+        numbers are equal); of judged responses also "correlation" (Pearson) of the head's reward with the program's,
+        and "correlation_within_prompts" of what both say of a response beyond the means of its prompt's responses
+        (None where either is constant).
 
     Raises:
         GradeError: nothing is left to learn from, or to test on.
@@ -74,15 +85,12 @@ def _fit_texts(
     policy: Policy, head: RewardHead, settings: RewardConfig, data: HeadData, judged: int
 ) -> tuple[float, dict[str, Any], tuple[int, int]]:
     """Classes by cross-entropy, numbers by the squared error in their standard deviations."""
-    lengths = sorted({judged, settings.max_tokens})
-    marks = settings.input == "prompt+response"  # a response by itself has no token that opens a text
+    responses = [example for example in data.held_out if isinstance(example, Judged)]
+    lengths = [judged] if responses else sorted({judged, settings.max_tokens})
     parts = []
     for examples, title in ((data.learnt, "Reward features"), (data.held_out, "Held-out features")):
-        texts = [example for example in examples if isinstance(example, Example)]
-        rows = encode(policy.tokenizer, [e.text for e in texts], max(lengths), special_tokens=marks)
-        readable = [i for i, row in enumerate(rows) if row]
-        labels = torch.tensor([texts[i].label for i in readable], device=policy.device)
-        parts.append((features_of(policy, [rows[i] for i in readable], lengths, title), labels))
+        rows, values = _rows_and_labels(policy, settings, examples, max(lengths))
+        parts.append((features_of(policy, rows, lengths, title), torch.tensor(values, device=policy.device)))
     (train_x, train_y), (held_x, held_y) = parts
     train_x, train_y = train_x.flatten(0, 1), train_y.repeat(len(lengths))
     sizes = (len(data.learnt), len(data.held_out))
@@ -96,7 +104,8 @@ def _fit_texts(
         )
         logits = [head(x) for x in held_x]
         right = [((s[:, 1] > s[:, 0]).long() == held_y).float().mean().item() for s in logits]
-        return loss, {"accuracy": _by_length(lengths, right)}, sizes
+        found = {"accuracy": _by_length(lengths, right)}
+        return loss, found | _correlations(head, held_x, held_y, lengths, responses), sizes
     mean, deviation = train_y.mean(), train_y.std().clamp_min(1e-12)
     scaled = (train_y - mean) / deviation
     loss = _minimise(
@@ -116,9 +125,57 @@ def _fit_texts(
         {
             "r2": _by_length(lengths, [(1 - e.square().sum() / spread).item() if spread > 0 else None for e in errors]),
             "mean_absolute_error": _by_length(lengths, [error.abs().mean().item() for error in errors]),
+            **_correlations(head, held_x, held_y, lengths, responses),
         },
         sizes,
     )
+
+
+def _rows_and_labels(
+    policy: Policy,
+    settings: RewardConfig,
+    examples: Sequence[Example] | Sequence[PairIds] | Sequence[Judged],
+    limit: int,
+) -> tuple[list[list[int]], list[float]]:
+    """The token ids of what can be read of the examples, and its labels."""
+    judged = [example for example in examples if isinstance(example, Judged)]
+    if judged:
+        return [response.ids[:limit] for response in judged], [response.reward for response in judged]
+    texts = [example for example in examples if isinstance(example, Example)]
+    marks = settings.input == "prompt+response"  # a response by itself has no token that opens a text
+    rows = encode(policy.tokenizer, [e.text for e in texts], limit, special_tokens=marks)
+    readable = [i for i, row in enumerate(rows) if row]
+    return [rows[i] for i in readable], [present(texts[i].label) for i in readable]
+
+
+@torch.no_grad()
+def _correlations(
+    head: RewardHead, features: Tensor, labels: Tensor, lengths: list[int], responses: Sequence[Judged]
+) -> dict[str, Any]:
+    """How the head's reward goes with a program's, over all responses and among those of a prompt: only the latter can
+    tell a policy which of its responses to make likelier. Nothing where no program has judged."""
+    if not responses:
+        return {}
+    numbers = torch.tensor([response.prompt for response in responses], device=labels.device)
+    said, right = [head.reward(x).double() for x in features], labels.double()
+    within = [_pearson(_beyond_means(x, numbers), _beyond_means(right, numbers)) for x in said]
+    return {
+        "correlation": _by_length(lengths, [_pearson(x, right) for x in said]),
+        "correlation_within_prompts": _by_length(lengths, within),
+    }
+
+
+def _beyond_means(values: Tensor, groups: Tensor) -> Tensor:
+    """[N] values minus the mean of their group; groups are numbered from 0."""
+    sums = values.new_zeros(int(groups.max()) + 1).index_add(0, groups, values)
+    return values - (sums / groups.bincount().clamp_min(1))[groups]
+
+
+def _pearson(x: Tensor, y: Tensor) -> float | None:
+    """None where one of both is constant, to the rounding of float32."""
+    if min(x.std().item(), y.std().item()) < 1e-7:
+        return None
+    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
 
 
 def _fit_pairs(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,6 +36,9 @@ class HeadTraining:
         task: has labelled texts or pairs in "reward", to learn from, and in "validation", for the accuracy.
     """
 
+    KIND: ClassVar[str] = "reward"
+    """What the names of its folders begin with."""
+
     settings: RewardConfig
     judged: int
     output_dir: str
@@ -52,12 +55,15 @@ class HeadTraining:
             described["pairs_sha256"] = {
                 split: sha256_of(json.dumps(pair) for pair in pairs) for split, pairs in self._pairs.items()
             }
+        return {**self._fitting(), "task": described}
+
+    def _fitting(self) -> dict[str, Any]:
+        """The part of the identity that is known without the data."""
         return {
             "inputs": model_inputs(self.policy),
             "dtype": str(self.policy.dtype).removeprefix("torch."),
             "reward": self._deciding(),
             "judged_length": self.judged,
-            "task": described,
         }
 
     @cached_property
@@ -72,6 +78,8 @@ class HeadTraining:
             del chosen[name]
         for name in ("function", "functions", "weight", "scale", "offset", "normalize"):  # how it counts in a sum
             del chosen[name]
+        for name in ("proxy", "proxy_weight", "proxy_samples"):  # of another kind of head
+            del chosen[name]
         return chosen
 
     @property
@@ -80,7 +88,7 @@ class HeadTraining:
         if self.settings.path is not None:
             return Path(self.settings.path)
         text = json.dumps(self.identity(), sort_keys=True)
-        return Path(self.output_dir) / f"reward-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        return Path(self.output_dir) / f"{self.KIND}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     def head(self) -> RewardHead:
         """The trained head, from its folder or trained into it now.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from grade.errors import read_json, writing
 from grade.files import replaced_folder
+from grade.formats import HEAD
 from grade.model.passes import BasePass, accumulation_dtype
 from grade.model.policy import Policy
 from grade.model.tensors import tensors_digest
@@ -145,11 +146,13 @@ class SharedReward(DifferentiableReward):
 
 def head_lines(report: Mapping[str, Any]) -> list[str]:
     """What a head's report says of data that it has not seen, a line for each length of text."""
-    unit = "pairs" if report.get("label_type") == "pairs" else "texts"
+    unit = "pairs" if report.get("label_type") == "pairs" else report.get("unit", "texts")
     names = {
         "accuracy": "share ranked right" if unit == "pairs" else "accuracy",
         "r2": "R²",
         "mean_absolute_error": "mean absolute error",
+        "correlation": "correlation",
+        "correlation_within_prompts": "correlation within prompts",
     }
     measured = {name: values for name, values in report.items() if name in names}
     lines = []
@@ -157,16 +160,17 @@ def head_lines(report: Mapping[str, Any]) -> list[str]:
         found = ", ".join(
             f"{names[name]} {'undefined (all are equal)' if values[text] is None else format(values[text], '.3f')}"
             for name, values in measured.items()
+            if text in values
         )
-        judged = " (the length it will judge)" if text == f"{report['judged_length']} tokens" else ""
-        lines.append(f"held-out {found} on the first {text}{judged}, {report['held_out']} {unit}")
+        judged = " (the length it will judge)" if text == f"{report.get('judged_length')} tokens" else ""
+        lines.append(f"held-out {found} on the first {text}{judged}, {report.get('held_out', '?')} {unit}")
     return lines
 
 
 def head_report(folder: Path) -> dict[str, Any]:
     """The accuracies and the identity stored with a head, empty before it is trained."""
     path = folder / REPORT_FILE
-    return read_json(path, f"Delete {folder}: the head is then trained again.") if path.is_file() else {}
+    return read_json(path, f"Delete {folder}: the head is then trained again.", shape=HEAD) if path.is_file() else {}
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -5,6 +5,9 @@
 With `normalize` a term is first shifted and scaled to mean 0 and deviation 1 over the responses of the steps before, so
 that in a step the objective is a fixed function of the responses. Evaluations take the values as they are: validations
 under statistics that move could not be compared.
+
+A term may be a proxy of what the others say: it is there to be backpropagated in training, and is a part of nothing
+else, neither of an evaluation nor of what methods are given that need only the reward's value.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Term:
 
     Args:
         name: for the log, `rewards/<name>/mean` and `rewards/<name>/std`.
-        weight, scale, offset, normalize: see the top of this file.
+        weight, scale, offset, normalize, proxy: see the top of this file.
     """
 
     reward: Reward
@@ -42,6 +45,7 @@ class Term:
     scale: float = 1.0
     offset: float = 0.0
     normalize: bool = False
+    proxy: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what would make the sum no number.
@@ -89,7 +93,8 @@ class WeightedReward(Reward):
     term.
 
     Raises:
-        GradeError: there is no term, two have one name, or one is itself a sum.
+        GradeError: there is no term, two have one name, or one is itself a sum; or a proxy has no gradient, or nothing
+            beside it.
     """
 
     def __init__(self, terms: Sequence[Term]):
@@ -102,6 +107,7 @@ class WeightedReward(Reward):
             raise GradeError(f"two terms of the reward are called {twice!r}. Give one of them another name.")
         if any(isinstance(term.reward, WeightedReward) for term in self.terms):
             raise GradeError("a term of the reward is itself a sum of terms. List its terms beside the others.")
+        self._check_proxies()
         self.moments = {term.name: Moments() for term in self.terms if term.normalize}
         rewards = self.summands()
         self.functions = [term for term in self.terms if isinstance(term.reward, RewardFunction)]
@@ -111,6 +117,27 @@ class WeightedReward(Reward):
         self.modules = [module for reward in rewards for module in reward.modules]
         self.reads = "response" if all(reward.reads == "response" for reward in rewards) else "prompt+response"
         self.raises = " + ".join(map(_words, self.terms))
+
+    def _check_proxies(self) -> None:
+        for term in self.terms:
+            if term.proxy and not term.reward.differentiable:
+                raise GradeError(
+                    f"the term {term.name!r} of the reward is a proxy, which is there for its gradient, and it has "
+                    "none. Give a differentiable reward, or let it count by itself."
+                )
+        if all(term.proxy for term in self.terms):
+            raise GradeError("every term of the reward is a proxy, and nothing is there to evaluate by. Add a term.")
+
+    def by_value(self) -> Reward:
+        """As of every `Reward`: without the proxies. Running means are shared with this one."""
+        others = [term for term in self.terms if not term.proxy]
+        if len(others) == len(self.terms):
+            return self
+        if others == [Term(others[0].reward, others[0].name)]:
+            return others[0].reward
+        rest = WeightedReward(others)
+        rest.moments = self.moments
+        return rest
 
     def in_trial(self) -> WeightedReward:
         return WeightedReward([replace(term, reward=term.reward.in_trial()) for term in self.terms])
@@ -152,7 +179,9 @@ class WeightedReward(Reward):
             share = self._share(term, value.double(), training)
             if term.name in said:
                 share = torch.where(share.isnan(), 0.0, share)
-            total, terms[term.name] = total + share, value
+            terms[term.name] = value
+            if training or not term.proxy:
+                total = total + share
         return Valued(total, terms)
 
     def judge(self, rollout: Rollout) -> Tensor | None:
@@ -174,6 +203,15 @@ class WeightedReward(Reward):
         return torch.stack(
             [self._share(term, said, True) for term, said in zip(self.functions, judged.unbind(1), strict=True)], dim=1
         )
+
+    def proxies_shares(self, terms: Mapping[str, Tensor]) -> Tensor | None:
+        """[B] float64, what the proxies add to the total in training; None where there is none.
+
+        Args:
+            terms: as `valued` gives them.
+        """
+        shares = [self._share(term, terms[term.name].double(), True) for term in self.terms if term.proxy]
+        return torch.stack(shares).sum(0) if shares else None
 
     def _share(self, term: Term, value: Tensor, training: bool) -> Tensor:
         """[B], what a term with these values adds to the total."""
@@ -197,16 +235,20 @@ class WeightedReward(Reward):
 
     def observe(self, moments: Mapping[str, tuple[float, float, float]]) -> None:
         for name, running in self.moments.items():
-            running.add(*moments[name])
+            if name in moments:  # of a proxy there are none where a method needs only the value
+                running.add(*moments[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {name: [m.count, m.mean, m.squares] for name, m in self.moments.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.moments = {name: Moments(*state[name]) for name in self.moments}
+        self.moments.update({name: Moments(*state[name]) for name in self.moments})  # in place: `by_value` shares them
 
     def identity(self) -> str:
-        own = [[t.name, t.weight, t.scale, t.offset, t.normalize, t.reward.identity()] for t in self.terms]
+        own = [
+            [t.name, t.weight, t.scale, t.offset, t.normalize, t.reward.identity(), *(["proxy"] if t.proxy else [])]
+            for t in self.terms
+        ]
         return self._with_source(hashlib.sha256(json.dumps(own).encode()).hexdigest())
 
     def attributes(self) -> dict[str, str]:
@@ -228,4 +270,5 @@ def _words(term: Term) -> str:
     text = term.reward.raises + (" (normalised)" if term.normalize else "")
     if term.scale != 1 or term.offset:
         text = f"({term.scale:g} × {text} {'-' if term.offset < 0 else '+'} {abs(term.offset):g})"
-    return text if term.weight == 1 else f"{term.weight:g} × {text}"
+    text = text if term.weight == 1 else f"{term.weight:g} × {text}"
+    return f"{text} (in training alone)" if term.proxy else text

@@ -75,6 +75,7 @@ class EngineRollouts:
         self._session = secrets.token_hex(4)
         self._version: Version | None = None
         self._ahead: tuple[int, Asking[Sampled]] | None = None  # a later step's responses
+        self._found: tuple[int, list[Sampled]] | None = None  # a step's responses
         self._mismatch, self._lag, self._told = Mismatch(), 0, 0.0
         self._should_stop: Callable[[], bool] = lambda: False
         self._warn: Callable[[str], None] = lambda line: None
@@ -107,13 +108,10 @@ class EngineRollouts:
                         shutil.rmtree(left, ignore_errors=True)
             yield self._compared(step, prompts)
         finally:
-            if self._ahead is not None:
-                self._ahead[1].end()
+            self.forget()
             if self._accelerator.is_main_process:
-                self._retire(self._version)
                 with suppress(OSError):
                     self.folder.rmdir()  # if it is empty: it may be the user's own
-            self._version = self._ahead = None
 
     def _compared(self, step: int, prompts: Sequence[list[int]]) -> str:
         """See that the engine samples from this policy, by some responses that nothing is learnt from."""
@@ -139,10 +137,20 @@ class EngineRollouts:
         kind = "among the candidates" if self.engine.processed else "over the whole vocabulary"
         return f"{self.engine.where}: over {found.tokens:.0f} tokens its {said} from the policy's, taken {kind}"
 
+    def forget(self) -> None:
+        """The policy is no longer what it was after as many steps: what was sampled from it is dropped, and its next
+        versions have other names. All processes call this together."""
+        if self._ahead is not None:
+            self._ahead[1].end()
+        if self._accelerator.is_main_process:
+            self._retire(self._version)
+        self._session += "0"
+        self._version = self._ahead = self._found = None
+
     # -- a step ----------------------------------------------------------------------------------------------
 
     def sampled(self, step: int, requests: Callable[[int], Sequence[Request]]) -> list[Sampled]:
-        """This process' responses of a step.
+        """This process' responses of a step. A step that is tried again is given the same ones.
 
         Args:
             requests: this process' of any step.
@@ -151,6 +159,9 @@ class EngineRollouts:
             RolloutFailed: they could not be had, are too old, or cannot be used; in every process.
             StopAsked: a stop was asked for while they were waited for.
         """
+        self._mismatch = Mismatch()
+        if self._found is not None and self._found[0] == step:
+            return self._found[1]
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == step:
             asking = ahead[1]
@@ -159,7 +170,7 @@ class EngineRollouts:
         found = self._agreed(lambda: self._checked(asking.wait(self._should_stop, self._warn), step))
         if self._settings.max_lag and step + 1 < self._steps:
             self._ahead = step + 1, self._asking(self._published(step), requests(step + 1))
-        self._lag = step - found[0].step
+        self._lag, self._found = step - found[0].step, (step, found)
         return found
 
     def rollout(

@@ -89,7 +89,8 @@ class Task(ABC):
         """Token ids of a split's prompts, in an order that does not change.
 
         Args:
-            split: "policy" (training), "validation" or "test".
+            split: "policy" (training), "validation" or "test"; of a task that is judged by a program also "reward",
+                whose prompts are in none of them and serve a proxy of the program.
             tokenizer: the policy's.
             limit: at most this many prompts (the first ones); None: all.
 

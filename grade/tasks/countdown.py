@@ -10,6 +10,7 @@ import hashlib
 import random
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from grade.config import TaskConfig, TokenizerConfig
@@ -88,7 +89,9 @@ def puzzle_of(text: str) -> Puzzle:
     return Puzzle(tuple(int(number) for number in re.findall(r"\d+", found[1])), int(found[2]), ())
 
 
-def write_puzzles(n: int, *, seed: int, operands: int, max_number: int, max_target: int, part: str) -> list[Puzzle]:
+def write_puzzles(
+    n: int, *, seed: int, operands: int, max_number: int, max_target: int, part: str, setting: str | None = None
+) -> list[Puzzle]:
     """`n` puzzles, distinct up to the order of their numbers; the first m of them are those of `n` = m.
 
     Every puzzle starts from random numbers, which random operations merge two by two into the target. All results on
@@ -102,6 +105,7 @@ def write_puzzles(n: int, *, seed: int, operands: int, max_number: int, max_targ
         max_number: given numbers are from 1 to this, at least 2.
         max_target: targets are from 1 to this.
         part: one of `PARTS`. Puzzles of different parts never coincide.
+        setting: that says how many, for messages; None: the one that is named after the part.
 
     Raises:
         GradeError: there are not that many puzzles of this difficulty.
@@ -126,7 +130,7 @@ def write_puzzles(n: int, *, seed: int, operands: int, max_number: int, max_targ
             raise GradeError(
                 f"There are hardly more than {len(puzzles)} {part} puzzles with task.countdown.operands={operands}, "
                 f"max_number={max_number} and max_target={max_target}, but {n} are needed: raise one of the three"
-                + ("." if part in ("test", "pretraining") else f" or lower task.{part}_examples.")
+                + (f" or lower {setting or f'task.{part}_examples'}." if part in ("policy", "validation") else ".")
             )
         seen.add(puzzle.key)
         puzzles.append(puzzle)
@@ -192,7 +196,7 @@ def load(settings: TaskConfig, chat: TokenizerConfig | None = None) -> Countdown
 
 @dataclass(frozen=True)
 class CountdownTask(Task):
-    """Three disjoint splits of puzzles, and their prompts.
+    """Three disjoint splits of puzzles, and their prompts; and further puzzles for a proxy of the reward.
 
     Attributes:
         source: where the puzzles come from, for the record.
@@ -221,14 +225,35 @@ class CountdownTask(Task):
         """As of every `Task`, of a puzzle as `puzzle_of` reads it, under the limit of `prompts`."""
         return cls("a person", settings, [puzzle_of(text)], [], [], chat=chat).prompts("policy", tokenizer)[0]
 
+    @cached_property
+    def reward(self) -> list[Puzzle]:
+        """task.reward_examples puzzles for a proxy to learn from, in no split, written when they are asked for.
+
+        They are what follows the validation puzzles in their part, so that every split stays what it is without them.
+
+        Raises:
+            GradeError: there are not that many puzzles of this difficulty.
+        """
+        settings, held_out = self.settings, {puzzle.key for puzzle in self.validation}
+        puzzles = write_puzzles(
+            len(held_out) + settings.reward_examples,
+            seed=settings.split_seed,
+            operands=settings.countdown.operands,
+            max_number=settings.countdown.max_number,
+            max_target=settings.countdown.max_target,
+            part="validation",
+            setting="task.reward_examples",
+        )
+        return [puzzle for puzzle in puzzles if puzzle.key not in held_out][: settings.reward_examples]
+
     def puzzles(self, split: str) -> list[Puzzle]:
-        """The puzzles of a split named in `SPLITS`; any other name raises ValueError."""
-        if split not in SPLITS:
-            raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
+        """The puzzles of a split named in `SPLITS`, or of "reward"; any other name raises ValueError."""
+        if split not in (*SPLITS, "reward"):
+            raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}, and reward for a proxy")
         return getattr(self, split)
 
     def prompts(self, split: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[list[int]]:
-        """Token ids of the puzzles of a split named in `SPLITS`: a chat message where the tokenizer has a chat
+        """Token ids of the puzzles of a split, as `puzzles` has them: a chat message where the tokenizer has a chat
         template, which states the rules, and otherwise a line that a model must have been trained on.
 
         Raises:
@@ -274,6 +299,7 @@ class CountdownTask(Task):
             "max_number": difficulty.max_number,
             "max_target": difficulty.max_target,
             "max_steps": difficulty.max_steps,
+            "partial_credit": difficulty.partial_credit,
             "splits": {
                 split: {
                     "examples": len(self.puzzles(split)),

@@ -29,7 +29,7 @@ from grade.rewards.base import Reward
 from grade.tasks.given import GivenTask, read_prompts
 from grade.training.answers import Answers
 from grade.training.callbacks import Callback, Callbacks
-from grade.training.evaluation import Evaluation, evaluate
+from grade.training.evaluation import Evaluation, evaluate, evaluation_of
 from grade.training.export import check_target, export_merged
 from grade.training.given import check_length, given_set_up
 from grade.training.gradient_check import RESPONSES, SWAPS, GradientCheck, check_gradient
@@ -183,7 +183,7 @@ class GradeTrainer:
         assert best is not None
         if not rows:
             validated = next(r for r in validations.rows if r["model"] != "base" and r["step"] == best["step"])
-            rows = {"base": Evaluation(**validations.rows[0]), "best": Evaluation(**validated)}
+            rows = {"base": evaluation_of(validations.rows[0]), "best": evaluation_of(validated)}
         return TrainResult(
             run_dir,
             trainer.step,

@@ -30,6 +30,7 @@ _OF_THE_HEAD = (
     "accuracy",
     "r2",
     "mean_absolute_error",
+    "correlation",
     "loss",
     "sha256",
     "data.",
@@ -141,7 +142,8 @@ def _facts(config: Config, record: Mapping[str, Any]) -> Iterator[tuple[str, obj
         )
     yield "task", config.task.name
     yield "data", task.get("dataset", config.task.dataset)
-    prompts = task.get("splits", {}).get("policy", {}).get("examples")
+    of_policy = task.get("splits", {}).get("policy")
+    prompts = of_policy.get("examples") if isinstance(of_policy, dict) else None  # of a task of one's own, anything
     if prompts is not None:
         yield "training prompts", prompts
     if "reward" in record:

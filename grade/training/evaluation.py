@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -77,7 +78,17 @@ class Evaluation:
     @property
     def metric(self) -> float:
         """What the best checkpoint is chosen by: the solve rate where the task has one, else the reward."""
-        return self.details.get("solve_rate", self.reward)
+        return metric_of(asdict(self))
+
+
+def evaluation_of(row: Mapping[str, Any]) -> Evaluation:
+    """An entry of evaluation.json as an object; what else a later version has written there is left out."""
+    return Evaluation(**{field.name: row[field.name] for field in fields(Evaluation) if field.name in row})
+
+
+def metric_of(row: Mapping[str, Any]) -> float:
+    """The `Evaluation.metric` of an entry of evaluation.json."""
+    return row.get("details", {}).get("solve_rate", row["reward"])
 
 
 def evaluation_sampling(settings: EvaluationConfig, generation: GenerationConfig) -> Sampling:

@@ -97,8 +97,10 @@ def check_gradient(
         raise _no_gradient(f"{reward.raises} has no gradient")
     terms = reward.terms if isinstance(reward, WeightedReward) else []
     if terms and not any(term.weight for term in terms if term.reward.differentiable):
-        raise _no_gradient(f"what has a gradient in {reward.raises} has the weight 0 (reward.weight)")
+        setting = "reward.proxy_weight" if any(term.proxy for term in terms) else "reward.weight"
+        raise _no_gradient(f"what has a gradient in {reward.raises} has the weight 0 ({setting})")
     settings = score_settings(config.method, policy.device)
+    settings.training = any(term.proxy for term in terms)  # they count nowhere else
     settings.activation_checkpointing = config.method.activation_checkpointing is True
     generator = torch.Generator().manual_seed(config.seed)
     found: dict[str, list[Swaps]] = {"policy": [], "top_k": [], "half-way": []}

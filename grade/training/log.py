@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class RunLog:
         resume_step: int = 0,
     ):
         self.run_dir, self.enabled = run_dir, enabled
-        self._tensorboard = self._wandb = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
         if not enabled:
             return
         kept = {name: b"" if written is None else beginning(run_dir / name, written[name]) for name in _FILES}
@@ -61,21 +63,16 @@ class RunLog:
         self._sizes = {name: len(content) for name, content in kept.items()}
         self._digests = {name: hashlib.sha256(content) for name, content in kept.items()}
         if train.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            with writing(run_dir / "tensorboard", "train.run_dir"):
-                self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step or None)
-            # Purged are the scalars of all later rows and, with them, of a validation after just as many steps.
-            for row in read_rows(run_dir / "metrics.jsonl").rows:
-                if row["step"] == resume_step > 0:
-                    self._scalars(resume_step, row)
+            self._open_tensorboard(resume_step or None)
         if train.wandb:
             self._wandb = _start_wandb(train.wandb_project, run_dir, settings)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         if not self.enabled:
             return
-        self._append("metrics.jsonl", [{"step": step, **values}])
+        # JSON has no number that is not finite.
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._append("metrics.jsonl", [{"step": step, **row}])
         if self._tensorboard is not None:
             self._scalars(step, values)
         if self._wandb is not None:
@@ -93,6 +90,40 @@ class RunLog:
                     sync(path)
         return {name: (self._sizes[name], self._digests[name].hexdigest()) for name in _FILES}
 
+    def set_aside(self, written: Mapping[str, Extent], folder: Path, name: str) -> None:
+        """Go back to what a checkpoint knows, whose steps are made again: the rows since then are copied to
+        FOLDER/NAME-metrics.jsonl and FOLDER/NAME-samples.jsonl. They go from the run's own files by `cut`, once a
+        checkpoint says that the run went back: an earlier one needs them.
+
+        Args:
+            written: what `extents` said when the checkpoint was written.
+
+        Raises:
+            GradeError: the files do not begin with it, or cannot be written.
+        """
+        if not self.enabled:
+            return
+        for log in _FILES:
+            path, kept = self.run_dir / log, beginning(self.run_dir / log, written[log])
+            with writing(folder, "train.run_dir", GO_ON):
+                folder.mkdir(exist_ok=True)
+                since = path.read_bytes()[len(kept) :] if path.exists() else b""
+                replace_bytes(folder / f"{name}-{log}", since)
+            self._sizes[log], self._digests[log] = len(kept), hashlib.sha256(kept)
+
+    def cut(self, step: int) -> None:
+        """Take from the files what was set aside, and go on after `step` optimizer steps."""
+        if not self.enabled:
+            return
+        for log in _FILES:
+            path = self.run_dir / log
+            if path.exists():
+                with writing(path, "train.run_dir", GO_ON):
+                    replace_bytes(path, path.read_bytes()[: self._sizes[log]])
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._open_tensorboard(step)
+
     def close(self) -> None:
         if self._tensorboard is not None:
             with writing(self.run_dir / "tensorboard", "train.run_dir"):
@@ -107,16 +138,29 @@ class RunLog:
         self._sizes[name] += len(content)
         self._digests[name].update(content)
 
-    def _scalars(self, step: int, values: dict[str, float]) -> None:
+    def _open_tensorboard(self, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with writing(self.run_dir / "tensorboard", "train.run_dir"):
+            self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge_step)
+        # Purged are the scalars of all later rows and, with them, of a validation after just as many steps.
+        for row in read_rows(self.run_dir / "metrics.jsonl").rows:
+            if row["step"] == purge_step:
+                self._scalars(row["step"], row)
+
+    def _scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         board = present(self._tensorboard)
         with writing(self.run_dir / "tensorboard", "train.run_dir", GO_ON):
             for name, value in values.items():
-                if name != "step":
+                if name != "step" and value is not None and math.isfinite(value):
                     board.add_scalar(name, value, step)
 
 
-def beginning(path: Path, extent: Extent) -> bytes:
+def beginning(path: Path, extent: Extent, fix: str = " Put it back, or make the run again.") -> bytes:
     """The part of a file that a checkpoint knows.
+
+    Args:
+        fix: what to do where it is not there, for the message.
 
     Raises:
         GradeError: the file does not begin with it.
@@ -126,11 +170,10 @@ def beginning(path: Path, extent: Extent) -> bytes:
         content = path.read_bytes()[:size] if size else b""
     except OSError as error:
         reason = error.strerror or reason_of(error)
-        raise GradeError(f"{path} cannot be read ({reason}). Put it back, or make the run again.") from error
+        raise GradeError(f"{path} cannot be read ({reason}).{fix}") from error
     if len(content) < size or hashlib.sha256(content).hexdigest() != digest:
         raise GradeError(
-            f"{path} is damaged: it does not begin with what the run had written there at its last checkpoint. Put it "
-            "back, or make the run again."
+            f"{path} is damaged: it does not begin with what the run had written there at its last checkpoint.{fix}"
         )
     return content
 

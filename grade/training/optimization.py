@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import get_scheduler
 
 from grade.config import TrainConfig
+
+Weights = list[tuple[torch.nn.Parameter, Tensor, dict[str, Any] | None]]
+"""Every trained parameter, its value, and its moments, which it has from its first update on."""
 
 
 class Optimization:
@@ -23,10 +28,12 @@ class Optimization:
 
     Attributes:
         adamw: the optimizer itself, whose state a checkpoint keeps.
+        rate_factor: what learning rates are multiplied with beside the schedule.
     """
 
     def __init__(self, groups: Iterable[Mapping[str, Any]], settings: TrainConfig, accelerator: Accelerator) -> None:
         self._settings, self._accelerator = settings, accelerator
+        self.rate_factor = 1.0
         self.adamw = torch.optim.AdamW(
             [dict(group) for group in groups],
             lr=settings.learning_rate,
@@ -44,12 +51,12 @@ class Optimization:
 
     def learning_rate(self, step: int) -> float:
         """That of the policy in a step."""
-        return self._settings.learning_rate * self._schedule(step)
+        return self._settings.learning_rate * self._schedule(step) * self.rate_factor
 
     def begin(self, step: int) -> None:
         """Set every group's learning rate to that of a step."""
         for group in self.adamw.param_groups:
-            group["lr"] = group["initial_lr"] * self._schedule(step)
+            group["lr"] = group["initial_lr"] * self._schedule(step) * self.rate_factor
 
     def clip(self) -> list[float]:
         """Sum the gradients over processes and clip those of each group; the groups' norms before that.
@@ -69,4 +76,25 @@ class Optimization:
     def update(self) -> None:
         """Take a step along the gradients, and clear them."""
         self.adamw.step()
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop the gradients."""
         self.adamw.zero_grad(set_to_none=True)
+
+    def copied(self) -> Weights:
+        """All that an update changes, as it is now: three times the memory of what is trained."""
+        return [
+            (parameter, parameter.detach().clone(), copy.deepcopy(self.adamw.state.get(parameter)))
+            for parameter in self.parameters()
+        ]
+
+    @torch.no_grad()
+    def put_back(self, weights: Weights) -> None:
+        """What `copied` gave, bit for bit; its tensors become the optimizer's own."""
+        for parameter, value, moments in weights:
+            parameter.copy_(value)
+            if moments is None:
+                self.adamw.state.pop(parameter, None)
+            else:
+                self.adamw.state[parameter] = moments

@@ -24,6 +24,10 @@ class TrainingProgress:
             )
         )
 
+    def go_back(self, steps: int) -> None:
+        """So many steps are made again."""
+        self.tick(count=-steps)
+
     @contextmanager
     def evaluation(self, split: str, prompts: int) -> Iterator[Callable[[int], None]]:
         """Yields a function to call with the number of prompts done."""

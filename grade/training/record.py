@@ -58,6 +58,17 @@ class RunRecord:
             with writing(self._path, "train.run_dir"):
                 self._replace()
 
+    def note(self, name: str, value: Mapping[str, Any]) -> None:
+        """Add an entry to run.json, once the run has begun.
+
+        Raises:
+            GradeError: it cannot be written.
+        """
+        if self._enabled and self.content:
+            self.content[name] = value
+            with writing(self._path, "train.run_dir", GO_ON):
+                self._replace()
+
     def end_session(self) -> None:
         """Note when this session ended."""
         if self._enabled:

@@ -36,7 +36,7 @@ def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> list[int]
 
 def prompts_together(generation: GenerationConfig, responses: int) -> int:
     """Prompts whose samples are drawn at the same time, where there are `responses` to draw."""
-    return max((generation.batch_size or responses) // generation.samples_per_prompt, 1)
+    return max(generation.batch_size or responses, generation.samples_per_prompt) // generation.samples_per_prompt
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Continue a run from its last checkpoint: what must still be the same, and what is put back."""
+"""Continue a run from its last whole checkpoint: what must still be the same, and what is put back."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import Any
 import torch
 
 from grade.config import TrainConfig
-from grade.errors import GradeError, read_json, reason_of
-from grade.files import latest
+from grade.errors import GradeError, reason_of
 from grade.methods.base import Method
-from grade.model.checkpoint import load_adapter, load_state, verified_step
-from grade.model.fingerprint import changed_inputs
+from grade.model.checkpoint import load_adapter
+from grade.model.fingerprint import changed_inputs, read_record
 from grade.model.policy import Policy
-
-_FIELDS = ("optimizer", "method", "best", "evaluations", "steps", "inputs", "logs")
+from grade.training.resumable import Resumable, resumable
 
 
 def check_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> None:
@@ -25,10 +23,8 @@ def check_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> None:
     Raises:
         GradeError: with what differs.
     """
-    record = run_dir / "run.json"
-    if record.is_file():
-        before = read_json(record, f"Delete {record} to go without this check.", "inputs")
-        _refuse_others(run_dir, before["inputs"], inputs)
+    if (run_dir / "run.json").is_file():
+        _refuse_others(run_dir, read_record(run_dir)["inputs"], inputs)
 
 
 def _refuse_others(run_dir: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -42,33 +38,72 @@ def _refuse_others(run_dir: Path, then: Mapping[str, Any], now: Mapping[str, Any
 
 def restored(
     run_dir: Path, inputs: Mapping[str, Any], policy: Policy, optimizer: torch.optim.Optimizer, method: Method
-) -> dict[str, Any]:
-    """Put the last checkpoint's adapter, optimizer and method back; the rest of the trainer's state is returned.
+) -> Resumable:
+    """Put the adapter, optimizer and method of the newest whole checkpoint back; the rest of the trainer's state is in
+    what is returned.
 
     Args:
         inputs: fingerprint of what the run reads now (`grade.model.fingerprint`).
 
     Raises:
-        GradeError: the checkpoint is damaged, or something that the run depends on has been replaced.
+        GradeError: all checkpoints are damaged, or something that the run depends on has been replaced.
     """
-    folder = latest(run_dir / "checkpoints" / "last")
-    state = load_state(folder)
-    missing = [name for name in _FIELDS if name not in state]
+    found = resumable(run_dir)
+    put_back(found.folder, found.state, run_dir, inputs, policy, optimizer, method)
+    return found
+
+
+def put_back(
+    folder: Path,
+    state: dict[str, Any],
+    run_dir: Path,
+    inputs: Mapping[str, Any],
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    method: Method,
+) -> None:
+    """The same of any checkpoint with a state.
+
+    Args:
+        state: what `grade.model.checkpoint.load_state` reads in its folder; the optimizer's part of it is taken out.
+    """
     try:
-        if missing:
-            raise KeyError(missing[0])
         _refuse_others(run_dir, state["inputs"], inputs)
         load_adapter(folder, policy)
-        optimizer.load_state_dict(state["optimizer"])
+        _put_optimizer(optimizer, state.pop("optimizer"))  # as large as the weights, and nobody's from here on
         method.load_state_dict(state["method"])
         method.kl_coef = state.get("kl_coef", method.kl_coef)  # checkpoints of earlier versions have none
         method.reward.load_state_dict(state.get("reward", {}))  # checkpoints of earlier versions have none
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise GradeError(
             f"train.resume: the trainer's state in {folder} does not fit this run ({reason_of(error)}). Start again "
             "with --train.overwrite true."
         ) from error
-    return state
+
+
+def _put_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Put a state back, whose tensors have the shapes of their parameters and whose settings are of the same kinds:
+    torch compares no more than the numbers of both, and the next step would fail.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is another optimizer's.
+    """
+    settings = [{name: type(value) for name, value in group.items()} for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
+    for group, before in zip(optimizer.param_groups, settings, strict=True):
+        wrong = [name for name, kind in before.items() if not isinstance(group[name], _alike(kind))]
+        if wrong:
+            raise ValueError(f"{wrong[0]} of the optimizer is {group[wrong[0]]!r}")
+        for parameter in group["params"]:
+            for name, value in optimizer.state.get(parameter, {}).items():
+                fits = isinstance(value, torch.Tensor) and value.shape in (parameter.shape, torch.Size())
+                if not fits or (name == "step") != (value.dim() == 0):
+                    raise ValueError(f"{name} of the optimizer is not that of a parameter of {tuple(parameter.shape)}")
+
+
+def _alike(kind: type) -> tuple[type, ...]:
+    """What a setting may be: a learning rate of 0 is whole where another one is not."""
+    return (int, float) if kind in (int, float) else (kind,)
 
 
 def other_schedule(steps_before: int, train: TrainConfig, step: int) -> list[str]:
@@ -79,27 +114,3 @@ def other_schedule(steps_before: int, train: TrainConfig, step: int) -> list[str
         f"train.steps was {steps_before} and is {train.steps}: from here on the learning rate follows the "
         f"{train.schedule} schedule of {train.steps} steps, which the first {step} did not"
     ]
-
-
-def best_is_missing(run_dir: Path, best: Mapping[str, Any] | None, step: int) -> bool:
-    """Whether a run was stopped after it had noted that the policy it goes on with is its best, and before that was
-    saved as such.
-
-    Args:
-        best: what the state says of the best validation.
-        step: of the policy that the run goes on with.
-
-    Raises:
-        GradeError: the best checkpoint is damaged, missing or another one, and is no longer at hand.
-    """
-    if best is None:
-        return False
-    folder, at_hand = latest(run_dir / "checkpoints" / "best"), best["step"] == step
-    try:
-        found = verified_step(folder)
-        wrong = None if found == best["step"] else f"{folder} holds step {found}, but the best is step {best['step']}."
-    except GradeError as error:
-        wrong = str(error)
-    if wrong is not None and not at_hand:
-        raise GradeError(f"train.resume: {wrong} Put it back, or start again with --train.overwrite true.")
-    return wrong is not None

@@ -19,11 +19,12 @@ from grade.config import Config, EvaluationConfig, flatten, settings_with_role
 from grade.config.methods import DIFFERENTIATING
 from grade.config.sealed import config_from_sealed, sealed_yaml
 from grade.errors import GradeError, NothingLeft, read_json, writing
-from grade.files import check_writable, latest, locked, replace_text, sync
+from grade.files import check_writable, locked, replace_text, sync
+from grade.formats import COUNT
 from grade.hub_names import GIVEN
-from grade.model.checkpoint import load_state
 from grade.processes import main_process_first, shared
 from grade.sampling.engine_rollouts import FOLDER as ROLLOUT
+from grade.training.resumable import has_resumable, resumable
 
 MARKER = ".grade-run"
 _MARKER_TEXT = (
@@ -38,17 +39,24 @@ _IN_CHECKPOINT = (
     r"|(generation_)?config\.json|model\.safetensors|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.(model|tiktoken)"
 )
 _TEMPLATES = "additional_chat_templates"
+SKIPPED, ROLLBACKS = "skipped", "rollbacks"
+"""Folders of what `guard` keeps: the responses of steps that were left out, and the logs' rows of steps made again."""
+SOUND = "rollback"
+"""The name of the checkpoint that a rollback goes back to."""
 _WRITTEN = {  # names of what a run writes, by the folder it lies in
     "checkpoints/*": _IN_CHECKPOINT,
     f"checkpoints/*/{_TEMPLATES}": r".+\.jinja",
     f"{ROLLOUT}/*": r"adapter_config\.json|adapter_model\.safetensors|README\.md",
     "reward*": r"head\.safetensors|reward\.json",
     "tensorboard": r"events\.out\.tfevents\..*",
+    SKIPPED: r"step-\d+\.json(\.new)?",
+    ROLLBACKS: r"\d+-(metrics|samples)\.jsonl(\.new)?",
     "": r"(config\.yaml|(metrics|samples)\.jsonl|run\.json|evaluation(-(test|validation)-[\w.-]+)?\.json)(\.new)?",
 }
-_CHECKPOINT = r"(best|last|step-\d+)(\.old)?"
+CHECKPOINT = rf"(last|resume-\d+|best(-\d+)?|{SOUND}|step-\d+)"
+"""Names of a run's checkpoints: grade.training.resumable, grade.training.rollback and `adapter_folder`."""
 _HOLDING = (
-    rf"{_CHECKPOINT}|(best|last|step-\d+)\.new|reward(\.new|\.old)?|tensorboard|checkpoints|{_TEMPLATES}"
+    rf"{CHECKPOINT}(\.new|\.old)?|reward(\.new|\.old)?|tensorboard|checkpoints|{_TEMPLATES}|{SKIPPED}|{ROLLBACKS}"
     rf"|{ROLLOUT}|grade-[0-9a-f]+-[0-9a-f]+-\d+"
 )
 """Names of the folders that it makes."""
@@ -158,7 +166,7 @@ def decided(config: Config) -> Config:
     if config.train.resume != "auto":
         return config
     run_dir = Path(config.run_dir)
-    resume = latest(run_dir / "checkpoints" / "last").is_dir() and not (run_dir / _CLEARING).exists()
+    resume = has_resumable(run_dir) and not (run_dir / _CLEARING).exists()
     over = not resume and is_ours(run_dir) and bool(_content(run_dir)) and not _has_work(run_dir)
     return replace(config, train=replace(config.train, resume=resume, overwrite=over))
 
@@ -170,7 +178,7 @@ def _has_work(run_dir: Path) -> bool:
         return False
     folder = run_dir / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return folder.is_symlink() or any(re.fullmatch(_CHECKPOINT, name) for name in names)
+    return folder.is_symlink() or any(re.fullmatch(rf"{CHECKPOINT}(\.old)?", name) for name in names)
 
 
 def prepare_run_dir(config: Config) -> Path:
@@ -197,7 +205,8 @@ def _check_resumable(config: Config, run_dir: Path) -> None:
             f"train.resume: the run in {run_dir} was being deleted when that was stopped. Start again with "
             "--train.overwrite true."
         )
-    done = load_state(run_dir / "checkpoints" / "last")["step"]
+    found = resumable(run_dir)
+    done = found.state["step"]
     differing = differing_settings(config_from_sealed(run_dir / "config.yaml"), config)
     if differing:
         raise GradeError(
@@ -205,7 +214,8 @@ def _check_resumable(config: Config, run_dir: Path) -> None:
             "another run with --train.run_dir (in Python config.train.run_dir)."
         )
     steps = config.train.steps
-    if done > steps or (done == steps and is_finished(run_dir, steps, config.evaluation)):
+    finished = not found.wrong and is_finished(run_dir, steps, config.evaluation)  # or the files are of a later step
+    if done > steps or (done == steps and finished):
         kind = NothingLeft if done == steps else GradeError
         raise kind(
             f"train.resume: {run_dir} has had {done} steps, train.steps is {steps}: there is nothing "
@@ -233,7 +243,7 @@ def _check_replaceable(run_dir: Path, overwrite: bool, reward_path: str | None) 
                 f"Copy it elsewhere, or {elsewhere}."
             )
         return
-    if latest(run_dir / "checkpoints" / "last").is_dir():
+    if has_resumable(run_dir):
         raise GradeError(
             f"train.run_dir: {run_dir} already holds a run. Continue it with --train.resume true, replace it with "
             f"--train.overwrite true, or {elsewhere}."
@@ -259,7 +269,8 @@ def _written(run_dir: Path) -> list[Path]:
     folders = [run_dir / "checkpoints", *sorted(run_dir.glob("checkpoints/*")), *sorted(run_dir.glob("reward*"))]
     folders += [run_dir / ROLLOUT, *sorted(run_dir.glob(f"{ROLLOUT}/*"))]
     folders += sorted(run_dir.glob(f"checkpoints/*/{_TEMPLATES}"))
-    folders = [path for path in [*folders, run_dir / "tensorboard"] if re.fullmatch(_HOLDING, path.name)]
+    folders += [run_dir / name for name in ("tensorboard", SKIPPED, ROLLBACKS)]
+    folders = [path for path in folders if re.fullmatch(_HOLDING, path.name)]
     folders = [path for path in folders if path.is_dir() or path.is_symlink()]
     files = []
     for pattern, names in _WRITTEN.items():
@@ -311,6 +322,6 @@ def is_finished(run_dir: Path, steps: int, evaluation: EvaluationConfig) -> bool
     if not path.is_file():
         return False
     fix = "Delete that file: going on with the run makes it again from its checkpoint."
-    done = read_json(path, fix, "validation")
+    done = read_json(path, fix, shape={"validation": [{"step": COUNT}]})
     validated = done["validation"][-1]["step"] if done["validation"] else 0
     return validated >= steps and ("test" in done or evaluation.test_prompts == 0)

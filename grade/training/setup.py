@@ -64,7 +64,9 @@ def set_up(
     before_reward(policy)
     with main_process_first(accelerator):
         settings = config.reward if run_dir is None else with_kept_head(config.reward, run_dir)
-        reward = load_reward(settings, policy, task, judged=judged, output_dir=config.output_dir)
+        reward = load_reward(
+            settings, policy, task, judged=judged, output_dir=config.output_dir, generation=config.generation
+        )
     return SetUp(tokenizer, task, policy, reward)
 
 

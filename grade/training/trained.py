@@ -12,24 +12,27 @@ from grade.config import Config
 from grade.config.sealed import config_from_sealed
 from grade.errors import GradeError, read_json
 from grade.files import latest
+from grade.formats import EVALUATIONS, RECORD
 from grade.model.checkpoint import holds_weights, load_adapter, verified_step
 from grade.model.fingerprint import check_made_from, policy_inputs, refuse_given
 from grade.model.loading import load_policy, load_tokenizer
 from grade.model.policy import Policy
+from grade.shapes import Shape
 from grade.tasks.encoding import encode
 from grade.training.card import model_card
+from grade.training.run_folder import CHECKPOINT
 
 
 def checkpoint_folder(run_dir: Path, checkpoint: str) -> Path:
     """The folder that `--checkpoint` names.
 
     Args:
-        checkpoint: "best", "last" or "step-N" of the run, or a folder.
+        checkpoint: "best", "last", "step-N" or "resume-N" of the run, or a folder.
 
     Raises:
         GradeError: no adapter is saved there.
     """
-    own = re.fullmatch(r"best|last|step-\d+", checkpoint) is not None
+    own = re.fullmatch(CHECKPOINT, checkpoint) is not None
     folder = latest(run_dir / "checkpoints" / checkpoint) if own else Path(checkpoint)
     if not holds_weights(folder):
         there = sorted(path.name for path in run_dir.glob("checkpoints/*") if holds_weights(path))
@@ -65,7 +68,7 @@ def card_of(run_dir: Path, folder: Path, *, merged: bool) -> str:
     """
     config = config_from_sealed(run_dir / "config.yaml")
     step = verified_step(folder)
-    record, found = (_read(run_dir / name) for name in ("run.json", "evaluation.json"))
+    record, found = _read(run_dir / "run.json", RECORD), _read(run_dir / "evaluation.json", EVALUATIONS)
     tested = found.get("test") if (found.get("best") or {}).get("step") == step else None
     validation = [row for row in found.get("validation", []) if row["step"] <= step]
     return model_card(config, record, step, validation, tested, merged=merged)
@@ -74,11 +77,12 @@ def card_of(run_dir: Path, folder: Path, *, merged: bool) -> str:
 def sampled_prompts(run_dir: Path, tokenizer: Any, count: int = 4) -> list[list[int]]:
     """Token ids of texts to compare models on: the first prompts that the run validated with, and the base model's
     responses; some ids of the vocabulary where no texts were kept."""
-    rows = _read(run_dir / "evaluation.json").get("validation") or [{}]
-    texts = [sample["prompt"] + sample["response"] for sample in rows[0].get("samples", [])[:count]]
+    rows = _read(run_dir / "evaluation.json", EVALUATIONS).get("validation") or [{}]
+    samples = rows[0].get("samples", [])[:count]
+    texts = [sample.get("prompt", "") + sample.get("response", "") for sample in samples]
     ids = [row for row in encode(tokenizer, texts, None) if row]
     return ids or [sorted(tokenizer.get_vocab().values())[: 4 * count]]
 
 
-def _read(path: Path) -> dict:
-    return read_json(path, "Put it back.") if path.is_file() else {}
+def _read(path: Path, shape: Shape) -> dict:
+    return read_json(path, "Put it back.", shape=shape) if path.is_file() else {}

@@ -9,18 +9,16 @@ or processes changes nothing - except which responses share a mini-batch of PPO 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from grade.config import Config
-from grade.errors import GradeError, RewardFailed, RolloutFailed, present
+from grade.errors import RewardFailed, RolloutFailed, present
 from grade.methods import make_method
 from grade.methods.metrics import Phases, peak_memory_gib, reset_peak_memory
 from grade.methods.services import Services
@@ -28,7 +26,7 @@ from grade.model.end_of_sequence import warning_without_ends
 from grade.model.fingerprint import inputs_of
 from grade.model.loading import load_prompts
 from grade.model.policy import Policy
-from grade.processes import failing_together, main_process_first, summed
+from grade.processes import main_process_first
 from grade.rewards.shared import head_lines
 from grade.rollout import Rollout
 from grade.sampling.compiled import CompiledDecoding
@@ -41,6 +39,8 @@ from grade.training.callbacks import Callbacks
 from grade.training.checkpoints import Checkpoints
 from grade.training.evaluation import Evaluation, samples_of
 from grade.training.evaluator import Evaluator
+from grade.training.gate import UpdateGate
+from grade.training.guard import Guard
 from grade.training.interrupt import StopRequest, stop_between_steps
 from grade.training.log import RunLog, check_loggers
 from grade.training.opening_lines import opening_lines
@@ -48,14 +48,14 @@ from grade.training.optimization import Optimization
 from grade.training.progress import TrainingProgress, training_progress
 from grade.training.record import RunRecord
 from grade.training.responses import Responses
-from grade.training.resuming import best_is_missing, check_inputs, other_schedule, restored
+from grade.training.resuming import check_inputs, other_schedule, restored
+from grade.training.retry import Agreement, Retry
+from grade.training.rollback import Rollback
 from grade.training.run_folder import clear, mark, write_run_config
 from grade.training.setup import SetUp, check_same_inputs, set_up
-from grade.training.soundness import broken_measure, broken_policy
+from grade.training.soundness import Soundness, broken_measure
 from grade.training.trial import Trial, memory_plan
 from grade.training.validations import Validations, line_of
-
-_LOWER = "Start another run with a lower train.learning_rate."
 
 
 class Trainer:
@@ -77,7 +77,8 @@ class Trainer:
         self.config, self.accelerator, self.run_dir = config, accelerator, run_dir
         self.callbacks = callbacks or Callbacks()
         self.phases = Phases(accelerator.device)
-        self.services = Services(partial(summed, accelerator), self.phases, partial(failing_together, accelerator))
+        self.agreement = Agreement(accelerator)
+        self.services = Services(self.agreement.reduce, self.phases, self.agreement.failing_together)
         self.decoding: Decoding  # by `_decode_with`, from the policy and before there is a reward
         self.validations = Validations()
         self.record = RunRecord(run_dir, config, self.validations, enabled=accelerator.is_main_process)
@@ -118,6 +119,7 @@ class Trainer:
         )
         groups = [{"params": self.policy.parameters()}, *self.method.parameter_groups()]
         self.optimization = Optimization(groups, train, accelerator)
+        self.guard = Guard(config, run_dir, self.record, accelerator)
         self.source = rollout_source(
             config.rollout,
             self.policy,
@@ -139,6 +141,7 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
         )
+        self.retry = Retry(self.agreement, self.method, self.responses, self.memory, self.optimization.clear)
         self.log = RunLog(run_dir, train, enabled=False)  # until `fit` opens the run's files
         self.evaluator = Evaluator(
             self.policy,
@@ -151,11 +154,26 @@ class Trainer:
             self.memory,
         )
         self.checkpoints = Checkpoints(
-            run_dir, self.policy, self.record, self.validations, self.callbacks, enabled=accelerator.is_main_process
+            run_dir,
+            self.policy,
+            self.record,
+            self.validations,
+            self.callbacks,
+            count=train.keep_checkpoints,
+            enabled=accelerator.is_main_process,
         )
+        self.soundness = Soundness(self.policy, self.optimization, self.prompts, self.checkpoints)
+        self.gate = UpdateGate(
+            self.method,
+            self.retry.step,
+            self.optimization,
+            self.guard,
+            self.soundness.refuse,
+            copies=config.method.updates > 1,
+        )
+        self.rollback = Rollback(self.inputs, self.method, self.optimization, self.guard, self.checkpoints, accelerator)
         self.step = 0
         self.stop = StopRequest()
-        self._sound_at: int | None = None  # the step after which the policy was last found to be sound
 
     def _decode_with(self, policy: Policy) -> None:
         """How responses are decoded; a policy that cannot be decoded so is refused before a reward head is trained."""
@@ -169,43 +187,31 @@ class Trainer:
         return self.responses.of_step(step, self.method.sampling(step))
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step; its metrics."""
+        """One optimizer step, or none where a number of it is not finite (`UpdateGate`); its metrics."""
         config, step = self.config, self.step
         reset_peak_memory(self.policy.device)
         with self.phases("rollout"):
-            rollouts = list(self.rollouts(step))
+            rollouts = self.retry.rollouts(step, self.rollouts)
             measures = self.responses.measures()
-        self.optimization.begin(step)
-        metrics = self.method.step(rollouts, step, self._update)
-        metrics |= self.method.steer(metrics)
+        metrics, wrong = self.gate.step(rollouts, step)
+        if wrong is None:
+            metrics |= self.method.steer(metrics)
+            self.guard.made(metrics)
+        else:
+            self.soundness.check(step)  # of broken weights none ever will be made
+            self.guard.left_out(rollouts, step, wrong, metrics)
         seconds = self.phases.take()
         if self.accelerator.is_main_process and step % config.train.samples_every == 0:
             self.log.samples(step, samples_of(self.policy, rollouts[0], config.train.samples_logged))
         return {
             **metrics,
             **measures,
+            **self.guard.metrics(),
             "learning_rate": self.optimization.learning_rate(step),
             "tokens_per_second": metrics["tokens"] / sum(seconds.values()),
             "memory/peak_gib": peak_memory_gib(self.policy.device),
             **{f"seconds/{name}": value for name, value in seconds.items()},
         }
-
-    def _update(self) -> float:
-        """Sum gradients over processes, clip, step, clear; the norm of the policy's gradient before it was clipped.
-
-        Raises:
-            GradeError: the gradient is not finite; the last checkpoint is untouched.
-        """
-        with self.phases("update"):
-            norms = self.optimization.clip()
-            wrong = next((norm for norm in norms if not math.isfinite(norm)), None)
-            if wrong is not None:
-                raise GradeError(
-                    f"the gradient's norm at step {self.step} is {wrong}: the update was not made. "
-                    f"{self.checkpoints.kept()} {_LOWER} For grade and grade-ste a higher method.tau_end helps too."
-                )
-            self.optimization.update()
-        return norms[0]  # the policy's
 
     # -- the run ---------------------------------------------------------------------------------------------
 
@@ -223,17 +229,20 @@ class Trainer:
             self.config.model, train, self.config.generation, self.policy, self.reward, self.accelerator.num_processes
         )
         notes += [*self.task.notes(), self.memory.line]
-        written, resaves_best = None, False
+        written, found = None, None
         if train.resume:
-            state = restored(self.run_dir, self.inputs, self.policy, self.optimization.adamw, self.method)
+            found = restored(self.run_dir, self.inputs, self.policy, self.optimization.adamw, self.method)
+            state = found.state
             self.step = self.checkpoints.saved = state["step"]
             self.validations.restore(state["evaluations"], state["best"])
+            self.guard.load_state_dict(state.get("guard", {}))  # checkpoints of earlier versions have none
+            self.optimization.rate_factor = self.guard.rate_factor
             written = state["logs"]
             notes.append(f"going on after step {self.step}, from {self.run_dir}/checkpoints/last")
             notes += other_schedule(state["steps"], train, self.step)
-            resaves_best = best_is_missing(self.run_dir, self.validations.best, self.step)
             if self.source is not None and not self.source.is_pipe:
                 self.source.skip(self.step * self.responses_per_step)
+            self.accelerator.wait_for_everyone()  # until all have read what the main one may rename
         main = self.accelerator.is_main_process
         with main_process_first(self.accelerator):
             if main:
@@ -243,13 +252,16 @@ class Trainer:
             self.log = RunLog(
                 self.run_dir, train, enabled=main, settings=asdict(self.config), written=written, resume_step=self.step
             )
+            if found is not None:
+                if found.wrong or not (self.run_dir / "evaluation.json").is_file():
+                    self.record.evaluations()
+                self.checkpoints.go_on_from(found)  # last: until then a kill leaves what is found again
             if main:
                 write_run_config(self.run_dir, self.config)
                 self.record.begin(self.loaded, self.inputs, self.step, self.accelerator.num_processes)
+                self.guard.note()
                 notes += [f"reward head: {line}" for line in head_lines(self.record.content.get("reward_head", {}))]
-                if train.resume and not (self.run_dir / "evaluation.json").is_file():
-                    self.record.evaluations()
-        if resaves_best:
+        if found is not None and found.resaves_best:
             self.checkpoints.save_best(self.step)
         if isinstance(self.decoding, CompiledDecoding):
             notes.append("rollout.compile: the first step compiles for half a minute or more")
@@ -261,8 +273,12 @@ class Trainer:
             )
             stack.enter_context(self._saved_where_others_fail())
             self.stop = stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
+            warning = None if found is None else found.warning()
+            if warning is not None:
+                progress.warn(warning)
             for note in notes:
                 progress.say(note)
+            self._heed(progress)
             if self.engine is not None and self.step < train.steps:
                 using = self.engine.running(self.step, self.prompts, lambda: stop.asked, progress.warn)
                 try:
@@ -274,6 +290,7 @@ class Trainer:
             elif self.step % every == 0 and self.validations.rows[-1]["step"] != self.step:  # the reward failed in it
                 self._save(best=self._validate(progress))
             self.callbacks.check(self.checkpoints.kept())
+            self.rollback.prepare(self.step, self._state)
             if self.source is not None:
                 self.source.should_stop = lambda: stop.asked
             while self.step < train.steps:
@@ -283,11 +300,13 @@ class Trainer:
                 except StopAsked:  # while it waited for responses: nothing of this step has been done
                     self._save()
                     raise KeyboardInterrupt from None
-                self._refuse_broken(f"step {self.step}", broken_measure(metrics))
                 self.log.metrics(self.step, metrics)
                 progress.advance(metrics)
+                self.guard.check(progress.warn, self.checkpoints.kept())
                 self.step += 1
                 self.callbacks("on_step", self.step, metrics)
+                if self._heed(progress):
+                    continue
                 better, last = False, self.callbacks.stopping() or self.step == train.steps
                 if self.step % every == 0 or last:
                     better = self._validate(progress)
@@ -305,6 +324,16 @@ class Trainer:
             self.callbacks("on_end")
             self.callbacks.check(self.checkpoints.kept())
             return rows
+
+    def _heed(self, progress: TrainingProgress) -> bool:
+        """Whether an alarm took the run back."""
+        before = self.step
+        self.step = self.rollback.heed(self.step, progress, self.log, self._save, self._state)
+        if self.step != before:
+            self.soundness.forget()
+            if self.engine is not None:
+                self.engine.forget()
+        return self.step != before
 
     @contextmanager
     def _saved_where_others_fail(self) -> Iterator[None]:
@@ -324,10 +353,10 @@ class Trainer:
     def _validate(self, progress: TrainingProgress, *, adapters: bool = True) -> bool:
         """Whether the policy is the best so far."""
         if adapters:
-            self._check_policy()
+            self.soundness.check(self.step)
         row = self._evaluate("validation", progress, self.step, adapters=adapters)
-        self._refuse_broken(f"validation after {self.step} steps", broken_measure(row.summary()))
-        better = self.validations.add(row)
+        self.soundness.refuse(f"validation after {self.step} steps", broken_measure(row.summary()))
+        better = self.validations.add(row, trusted=not self.guard.beyond())
         self.log.metrics(self.step, {f"validation/{k}": v for k, v in row.summary().items()})
         if adapters and self.config.train.keep_adapters:
             self.checkpoints.keep_adapter(self.step)
@@ -339,22 +368,6 @@ class Trainer:
         if warning is not None:
             progress.warn(warning)
         return better
-
-    def _check_policy(self) -> None:
-        if self._sound_at != self.step:
-            broken = broken_policy(self.policy, self.optimization.parameters(), self.prompts[0])
-            self._refuse_broken(f"after {self.step} steps", broken)
-            self._sound_at = self.step
-
-    def _refuse_broken(self, when: str, broken: str | None) -> None:
-        """End the run before a broken policy is saved or chosen.
-
-        Args:
-            broken: what is wrong with it, from `grade.training.soundness`; None: nothing is.
-        """
-        if broken is not None:
-            kept = f"nothing of it is saved. {self.checkpoints.kept()}"
-            raise GradeError(f"{when}: the policy is broken ({broken}), and {kept} {_LOWER}")
 
     def _evaluate(self, split: str, progress: TrainingProgress, step: int, *, adapters: bool) -> Evaluation:
         row = self.evaluator.evaluate(split, progress, self.stop, step, adapters=adapters)
@@ -393,7 +406,13 @@ class Trainer:
 
     def _save(self, *, best: bool = False) -> None:
         """The checkpoint to go on from, and then, if the policy is the best so far, the best one."""
-        self._check_policy()
+        self.soundness.check(self.step)
+        if (
+            self.guard.rolls_back
+            and not self.guard.beyond()
+            and (best or self.step % self.config.train.save_every == 0)
+        ):
+            self.checkpoints.save_sound(self.step, self._state)
         self.checkpoints.save_last(self.step, self._state)
         if best:
             self.checkpoints.save_best(self.step)
@@ -404,6 +423,7 @@ class Trainer:
             "optimizer": self.optimization.adamw.state_dict(),
             "method": self.method.state_dict(),
             "kl_coef": self.method.kl_coef,
+            "guard": self.guard.state_dict(),
             "inputs": self.inputs,
             "reward": self.reward.state_dict(),
             "best": self.validations.best,

@@ -88,6 +88,8 @@ class Trial:
         # A compiled step keeps its cache.
         always = moments + (found["rollout"] if config.rollout.compile and config.rollout.sampled_here else 0)
         found = {name: size + (moments if name == "rollout" else always) for name, size in found.items()}
+        if config.method.updates > 1 and config.guard.max_skipped > 1:  # what a later update's failure would put back
+            found["passes"] += moments + moments / 2
         return found, max(count / few.batches[name] for name, count in self.batches.items())
 
     def _train(self, width: int) -> TrainConfig:

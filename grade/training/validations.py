@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from grade.errors import present
-from grade.training.evaluation import Evaluation
+from grade.training.evaluation import Evaluation, metric_of
 
 
 class Validations:
@@ -24,12 +24,18 @@ class Validations:
         """Put back those of a run that goes on."""
         self.rows, self.best = rows, best
 
-    def add(self, row: Evaluation) -> bool:
-        """Whether a further validation is one of the policy, and its best so far."""
+    def add(self, row: Evaluation, *, trusted: bool = True) -> bool:
+        """Whether a further validation is one of the policy, and its best so far.
+
+        Args:
+            trusted: False: it is the best only where there was none.
+        """
         self.rows.append(asdict(row))
-        if row.model == "base" or (self.best is not None and row.metric <= self.best["metric"]):
+        if row.model == "base":
             return False
-        beats = row.metric > Evaluation(**self.rows[0]).metric
+        if self.best is not None and (not trusted or row.metric <= self.best["metric"]):
+            return False
+        beats = row.metric > metric_of(self.rows[0])
         self.best = {"step": row.step, "metric": row.metric, "reward": row.reward, "beats_base": beats}
         return True
 
@@ -39,7 +45,7 @@ class Validations:
         if best["beats_base"]:
             return None
         return (
-            f"No checkpoint is better than the base model: its validation is {Evaluation(**self.rows[0]).metric:.3f}, "
+            f"No checkpoint is better than the base model: its validation is {metric_of(self.rows[0]):.3f}, "
             f"the best of the run's {best['metric']:.3f} (step {best['step']}). A lower train.learning_rate "
             "or more train.steps may help."
         )

@@ -53,6 +53,10 @@ def test_defaults_are_valid():
         ({"variance__step_responses": 319}, "variance.step_responses is 319: .*Raise it to 320 or more"),
         ({"method__name": "grade", "method__estimator": "rao"}, "estimator=rao needs method.name=grade-ste"),
         ({"train__batch_size": 3, "generation__samples_per_prompt": 2}, r"\(3\) is not a multiple"),
+        (
+            {"generation__batch_size": 3, "generation__samples_per_prompt": 4},
+            r"batch_size \(3\) is below generation.samples_per_prompt \(4\): a prompt's samples are decoded together",
+        ),
         ({"train__resume": True, "train__overwrite": True}, "choose one"),
     ],
 )
@@ -66,6 +70,7 @@ def test_what_the_rules_allow():
     validate(with_settings(method__replay_dropout=True))
     validate(with_settings(generation__max_new_tokens=8, generation__min_new_tokens=8))
     validate(with_settings(generation__samples_per_prompt=4))
+    validate(with_settings(generation__samples_per_prompt=4, generation__batch_size=4))
     validate(with_settings(evaluation__top_p=1.0))
     validate(with_settings(method__target_kl=0.5))
     validate(with_settings(compare__kl_coefs=[0.2]))

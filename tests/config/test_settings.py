@@ -55,7 +55,7 @@ def test_the_declarations_are_those_of_all_settings():
 
 def test_what_may_change_when_a_run_is_resumed():
     changing = settings_with_role("resume", "speed", "place")
-    assert {name for name in changing if not name.startswith(("compare.", "variance."))} == {
+    assert {name for name in changing if not name.startswith(("compare.", "variance.", "guard."))} == {
         "name",
         "output_dir",
         "train.run_dir",
@@ -64,6 +64,7 @@ def test_what_may_change_when_a_run_is_resumed():
         "train.steps",
         "train.save_every",
         "train.keep_adapters",
+        "train.keep_checkpoints",
         "train.tensorboard",
         "train.wandb",
         "train.wandb_project",
@@ -85,7 +86,7 @@ def test_what_may_change_when_a_run_is_resumed():
         "method.head_chunk_mib",
         "method.activation_checkpointing",
     }
-    assert {name for name in FACTS if name.startswith(("compare.", "variance."))} <= set(changing)
+    assert {name for name in FACTS if name.startswith(("compare.", "variance.", "guard."))} <= set(changing)
     assert sorted([*changing, *settings_with_role("identity")]) == sorted(FACTS)
 
 

@@ -351,6 +351,21 @@ def test_a_stop_is_heard_while_the_server_is_slow(session):
     assert time.monotonic() - asked[4] < 2.5
 
 
+def test_a_policy_that_goes_back_is_sampled_from_anew(session):
+    """A step that is tried again has its responses already; one that is made again after a rollback is asked for."""
+    settings = RolloutConfig(engine="vllm", url=session.server.url, timeout=20.0, max_lag=1)
+    config = replace(session.config, rollout=settings, train=replace(session.config.train, steps=9))
+    rollouts = engine_rollouts(config, session.policy, session.folder, make_accelerator(config))
+    with rollouts.running(3, PROMPTS, lambda: False, session.said.append):
+        first = rollouts.sampled(3, requests)
+        assert rollouts.sampled(3, requests) is first and rollouts.sampled(4, requests)[0].step == 3
+        names = {name for name, _, _ in session.server.asked}
+        rollouts.forget()
+        again = rollouts.sampled(3, requests)
+        assert again == first and again is not first
+    assert {name for name, _, _ in session.server.asked[-2:]}.isdisjoint(names) and not session.server.loaded
+
+
 # --- a run -------------------------------------------------------------------------------------------------
 
 

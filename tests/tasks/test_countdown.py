@@ -102,9 +102,10 @@ class PieceTokenizer:
         return [0] + self.encode(f"user: {messages[0]['content']}\nassistant:")
 
 
-def make_task(operands=3, prompt_max_tokens=64, **kwargs) -> CountdownTask:
+def make_task(operands=3, prompt_max_tokens=64, reward_examples=5000, **kwargs) -> CountdownTask:
     config = TaskConfig(
         name="countdown",
+        reward_examples=reward_examples,
         policy_examples=30,
         validation_examples=20,
         prompt_max_tokens=prompt_max_tokens,
@@ -121,10 +122,21 @@ def test_load_fills_the_splits(monkeypatch):
     described = task.describe()
     assert described["operands"] == 3 and described["splits"]["test"]["examples"] == 40
     assert described == make_task().describe()
-    with pytest.raises(ValueError, match="no split 'reward'"):
-        task.puzzles("reward")
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        task.puzzles("dev")
     with pytest.raises(GradeError, match="task.countdown.max_steps is 3, .* may need 4 steps"):
         make_task(operands=5, max_steps=3)
+
+
+def test_puzzles_for_a_proxy_are_in_no_split(monkeypatch):
+    monkeypatch.setattr(countdown, "TEST_PUZZLES", 40)
+    task = make_task(reward_examples=50)
+    learnt = {puzzle.key for puzzle in task.puzzles("reward")}
+    others = {puzzle.key for split in SPLITS for puzzle in task.puzzles(split)}
+    assert len(learnt) == 50 and not learnt & others
+    assert task.describe() == make_task().describe()  # so that a run without a proxy stays the same run
+    with pytest.raises(GradeError, match="10020 are needed: raise one of the three or lower task.reward_examples"):
+        make_task(operands=2, reward_examples=10**4).puzzles("reward")
 
 
 def test_prompts(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -67,14 +68,30 @@ for reward, method in (
     except grade.GradeError as error:
         failed.append(reward)
         print(error, flush=True)
+
+class NoNumberOnce(Fails, grade.RewardFunction):
+    _said = False
+
+    def score(self, rollout):
+        value = (rollout.tokens * rollout.mask).float().mean(1)
+        trained = all(p.abs().sum() > 0 for p in self._policy.parameters())
+        if os.environ["RANK"] == "1" and trained and rollout.split == "policy" and not self._said:
+            NoNumberOnce._said, value[0] = True, float("inf")
+        return value
+
+config = config_from_yaml(sys.argv[1])
+config = replace(config, method=replace(config.method, name="reinforce"))
+trainer = grade.GradeTrainer(sys.argv[2], NoNumberOnce, ["I saw this film", "It is", "We saw it", "A"], config=config)
+trainer.train()
+print("weights", [p.double().sum().item() for p in trainer.policy.parameters()], flush=True)
 sys.exit(2 if len(failed) == 4 else 1)
 """
 
 
 @pytest.mark.slow
 def test_a_reward_that_fails_in_one_process_ends_all_and_the_main_one_saves(tiny_model, tiny_config, tmp_path):
-    """In a step, an evaluation, a replay and a trial before the first step: nobody waits, and what was done is
-    kept."""
+    """In a step, an evaluation, a replay and a trial before the first step: nobody waits, and what was done is kept.
+    Where it gives no number once, all leave that step out."""
     unnamed = {"name": ModelConfig().name}
     config = changed(tiny_config, task=TaskConfig(), model=unnamed, reward=RewardConfig(), train={"save_every": 100})
     (tmp_path / "config.yaml").write_text(config_to_yaml(config))
@@ -104,7 +121,7 @@ def test_a_reward_that_fails_in_one_process_ends_all_and_the_main_one_saves(tiny
     assert [process.returncode for process in started] == [2, 2], said
     for number, (out, _) in enumerate(said):
         lines = out.splitlines()
-        assert len(lines) == 4
+        assert len(lines) == 5 and lines.pop() == said[0][0].splitlines()[-1]  # weights that stayed the same
         steps = {"InAStep": 1, "InAnEvaluation": 2, "InAReplay": 1, "InATrial": None}
         for (name, step), line in zip(steps.items(), lines, strict=True):
             where = "" if number else "in process 1 of 2: "
@@ -113,3 +130,7 @@ def test_a_reward_that_fails_in_one_process_ends_all_and_the_main_one_saves(tiny
                 assert f"checkpoints/last (step {step})" in line
                 folder = latest(tmp_path / f"run-{name}" / "checkpoints" / "last")
                 assert load_state(folder)["step"] == step
+    (left_out,) = json.loads((tmp_path / "run" / "run.json").read_text())["guard"]["skipped_updates"]
+    assert left_out["step"] == 1 and "gave inf for a response" in left_out["reason"]
+    skipped = json.loads((tmp_path / "run" / "skipped" / "step-1.json").read_text())
+    assert skipped["processes"] == 2 and len(skipped["responses"]) == 2 * config.train.batch_size

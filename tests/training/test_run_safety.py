@@ -35,9 +35,10 @@ from grade.training.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def stopped(tiny_model, tiny_data, shared_output, tmp_path_factory):
-    """The config of a run that was interrupted in its third step of four; its folder is for copying."""
+    """The config of a run that was interrupted in its third step of four; its folder is for copying. It keeps one
+    checkpoint to go on from: others are the matter of test_kept_checkpoints.py."""
     config = make_tiny_config(tiny_model, tiny_data, shared_output, tmp_path_factory.mktemp("stopped") / "run")
-    config = with_train(config, save_every=1, samples_every=1)
+    config = with_train(config, save_every=1, samples_every=1, keep_checkpoints=1)
     config = replace(config, evaluation=replace(config.evaluation, validation_prompts=4, test_prompts=4))
     stopped_after(config)
     return config

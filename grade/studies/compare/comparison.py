@@ -19,10 +19,11 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from grade.config.yaml_files import plain_yaml
 from grade.errors import GradeError, reason_of
+from grade.formats import LOGGED
 from grade.jsonl import read_rows
+from grade.shapes import misfit
 from grade.studies.compare.over_seeds import over_seeds
 from grade.training.evaluation import write_evaluations
 from grade.training.run_folder import make_again
@@ -71,7 +72,7 @@ class RunCurve:
     Attributes:
         metric: what `Validation.metric` is: "solve_rate" or "reward".
         kl_coef, kl_reduction: of its config.
-        reward, kl, entropy: of the step (KL and entropy in nats per token).
+        reward, kl, entropy: of the step (KL and entropy in nats per token); None where they were not finite.
         grad_norm: of the step; None where it made no update.
         validations: in order, the base model's (step 0) first.
         peak_gib: largest memory; None before the first step.
@@ -85,9 +86,9 @@ class RunCurve:
     kl_reduction: str
     tokens: list[int]
     seconds: list[float]
-    reward: list[float]
-    kl: list[float]
-    entropy: list[float]
+    reward: list[float | None]
+    kl: list[float | None]
+    entropy: list[float | None]
     grad_norm: list[float | None]
     validations: list[Validation]
     peak_gib: float | None
@@ -114,7 +115,7 @@ def read_run(run_dir: Path, method: str, seed: int) -> RunCurve:
     """
     try:
         return _read_run(run_dir, method, seed)
-    except (OSError, LookupError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {reason_of(error)}"
         raise GradeError(f"{run_dir} holds damaged files ({reason}). {make_again(run_dir)}") from error
 
@@ -133,7 +134,7 @@ def _read_run(run_dir: Path, method: str, seed: int) -> RunCurve:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise GradeError(f"{run_dir} holds no config.yaml. {make_again(run_dir)}")
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = plain_yaml(path)
     kl_coef, kl_reduction = config["method"]["kl_coef"], config["method"]["kl_reduction"]
     return RunCurve(
         method=method,
@@ -182,6 +183,9 @@ def _rows(run_dir: Path) -> list[dict]:
     found = read_rows(path)
     if found.broken:
         raise GradeError(f"{path}: line {found.broken[0]} is broken. {make_again(run_dir)}")
+    wrong = next((wrong for row in found.rows if (wrong := misfit(row, LOGGED)) is not None), None)
+    if wrong is not None:
+        raise GradeError(f"{path} is damaged: {wrong}. {make_again(run_dir)}")
     return found.rows
 
 

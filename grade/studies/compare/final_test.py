@@ -17,6 +17,7 @@ from rich.console import Console
 
 from grade.config import Config, flatten, judged_length, settings_with_role
 from grade.errors import GradeError, read_json, writing
+from grade.formats import JUDGE, TESTS
 from grade.model.checkpoint import adapter_digest, load_adapter
 from grade.model.policy import Policy
 from grade.processes import make_accelerator
@@ -157,7 +158,7 @@ def _kept(path: Path, identity: dict) -> dict:
 
     Its "spread" is that of the base model's responses in the test.
     """
-    kept = read_json(path, "Delete it: the same command tests again.") if path.is_file() else {}
+    kept = read_json(path, "Delete it: the same command tests again.", shape=TESTS) if path.is_file() else {}
     if kept.get("identity") != identity:
         kept = {"identity": identity, "results": {}}
         _write(path, kept)  # before a judge of these settings takes the place of those results' own
@@ -219,4 +220,4 @@ def _judge_identity(config: Config, inputs: Mapping[str, str], lengths: Sequence
 def _judge_report(folder: Path) -> dict | None:
     path = folder / "judge.json"
     fix = "Delete it and tests.json: the same command makes both again."  # the judge is trained only for a test
-    return read_json(path, fix) if path.is_file() else None
+    return read_json(path, fix, shape=JUDGE) if path.is_file() else None

@@ -86,7 +86,7 @@ def common_kls(frontiers: Mapping[str, Mapping[int, Sequence[Point]]]) -> list[f
     seeds of two methods reach, or of the one method that there is."""
     reached = sorted((min(knots[-1][KL] for knots in seeds.values()) for seeds in frontiers.values()), reverse=True)
     most = reached[min(1, len(reached) - 1)] if reached else 0.0
-    if most <= 0:
+    if not 0 < most < math.inf:
         return []
     top = math.floor(math.log10(most))
     steps = [digit * 10.0**power for power in range(top - _KLS, top + 1) for digit in (1, 2, 5)]

@@ -34,14 +34,16 @@ def _table(measure: str, table: dict) -> Table:
     columns = [Column("method"), Column("seeds", right=True)]
     columns += [Column(f"{title} at KL {kl:g}", digits, right=True) for kl in table["kls"]]
     rows: list[list[Cell]] = [
-        [row["method"], str(len(row["seeds"]) or "–"), *map(_cell, row.get(measure, [None] * len(table["kls"])))]
+        [row["method"], str(len(row["seeds"]) or "–"), *_cells(row.get(measure, []), len(table["kls"]))]
         for row in table["rows"]
     ]
     return Table(f"frontier_{measure}", columns, rows, caption(measure))
 
 
-def _cell(found: dict | None) -> Cell:
-    return None if found is None else Estimate(**found)
+def _cells(found: list[dict | None], count: int) -> list[Cell]:
+    """As many cells as there are KLs: a measure that a method lacks has no values."""
+    known: list[Cell] = [None if one is None else Estimate(one["mean"], one.get("stderr"), one["n"]) for one in found]
+    return [*known, *[None] * count][:count]
 
 
 def best_of_table(frontier: dict) -> Table | None:

@@ -20,6 +20,7 @@ from grade.config.reading import config_to_yaml
 from grade.config.sealed import config_from_sealed
 from grade.errors import GradeError, read_json, writing
 from grade.files import latest
+from grade.formats import RECORD
 from grade.model.checkpoint import load_state
 from grade.model.fingerprint import differing
 from grade.studies.compare.comparison import RunCurve, read_run
@@ -102,7 +103,7 @@ def check_jobs(jobs: Sequence[Job], inputs: Mapping[str, str]) -> None:
             before = config_from_sealed(job.run_dir / "config.yaml")
         except GradeError as error:
             raise GradeError(f"{error} {make_again(job.run_dir)}") from error
-        record = read_json(job.run_dir / "run.json", make_again(job.run_dir), "inputs")
+        record = read_json(job.run_dir / "run.json", make_again(job.run_dir), shape=RECORD)
         train = job.config.train
         now = {**inputs, "responses_per_step": train.batch_size * train.accumulation_steps}
         changed = differing_settings(before, job.config) or differing(record["inputs"], now)

@@ -77,6 +77,11 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         raise GradeError("rollout.source is set, but the runs of a comparison sample for themselves: set it to null.")
     if config.rollout.engine != "here":
         raise GradeError("rollout.engine is vllm, but the runs of a comparison sample for themselves: set it to here.")
+    if config.guard.action == "rollback":
+        raise GradeError(
+            "guard.action is rollback, but a comparison is of runs of equal cost, which would not count the steps that "
+            "are made again. Set it to warn or stop."
+        )
     if config.evaluation.test_prompts == 0:
         raise GradeError("evaluation.test_prompts is 0, and a comparison ends with a test: set it to 1 or more.")
     if config.compare.frontier_prompts > 0 and config.model.reference == "initial" and config.model.adapter is not None:

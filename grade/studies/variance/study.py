@@ -20,6 +20,7 @@ from grade.config.studies import CompareConfig
 from grade.config.tasks import JUDGED_BY_PROGRAM
 from grade.errors import GradeError, printing, read_json, writing
 from grade.files import check_writable, latest
+from grade.formats import VARIANCE
 from grade.machine import machine
 from grade.model.checkpoint import adapter_digest, load_adapter
 from grade.model.fingerprint import check_made_from, inputs_of, policy_inputs
@@ -210,7 +211,7 @@ def _kept(path: Path, identity: dict) -> dict:
     """
     if not path.is_file():
         return {**identity, "rows": []}
-    kept = read_json(path, "Delete it, or measure under another --name.", *identity, "rows")
+    kept = read_json(path, "Delete it, or measure under another --name.", *identity, shape=VARIANCE)
     if {name: kept[name] for name in identity} != identity:
         raise GradeError(
             f"{path} holds measurements of other settings, another checkpoint or another machine. Delete it, or "

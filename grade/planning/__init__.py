@@ -1,0 +1,1 @@
+"""What a training step costs in time and memory, as formulas of the policy's shape; needs neither torch nor weights."""
