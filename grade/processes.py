@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,10 +22,12 @@ def make_accelerator(config: Config) -> Accelerator:
     """Accelerate's view of the machine: device, processes, reductions. Several leave their group when they end.
 
     Raises:
-        GradeError: device=cuda without one.
+        GradeError: device=cuda without one, or train.deterministic where it is too late for it.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise GradeError("device=cuda, but torch sees no CUDA or ROCm device. Use device=auto or cpu.")
+    if config.train.deterministic and config.device != "cpu" and torch.cuda.is_available():
+        _fix_cublas()
     # Not what accelerate would choose on Apple silicon: its GPU has no float64, which sums here use.
     # The others wait for the main process while it trains a reward head, which may take longer than libraries allow.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
@@ -32,6 +35,26 @@ def make_accelerator(config: Config) -> Accelerator:
     if accelerator.num_processes > 1:
         atexit.register(_leave)
     return accelerator
+
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_FIXED = (":4096:8", ":16:8")
+
+
+def _fix_cublas() -> None:
+    """Give cuBLAS workspaces that it does not divide anew: it reads of them with its first product.
+
+    Raises:
+        GradeError: that may have been already.
+    """
+    if os.environ.get(_CUBLAS) in _FIXED:
+        return
+    if torch.cuda.is_initialized():
+        raise GradeError(
+            f"train.deterministic is true, but this program has used the GPU before {_CUBLAS} was set. Set the "
+            f"environment variable {_CUBLAS}={_FIXED[0]} before it starts."
+        )
+    os.environ[_CUBLAS] = _FIXED[0]
 
 
 def _leave() -> None:

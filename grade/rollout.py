@@ -38,6 +38,7 @@ class Rollout:
         prompt_index: [B] int64, the numbers of the prompts in that split; None likewise.
         judged: [B, T], what the T functions of the reward have said, NaN where one does not apply; None where
             they have not been asked.
+        padded: whether a prompt may have padding before it.
         advantage: [B] float64, the weight of the response's score in a gradient that is followed by the score function;
             None where none is.
     """
@@ -59,6 +60,7 @@ class Rollout:
     split: str | None = None
     prompt_index: Tensor | None = None
     judged: Tensor | None = None
+    padded: bool = True
     advantage: Tensor | None = None
 
     def __len__(self) -> int:
@@ -67,14 +69,16 @@ class Rollout:
     def cut(self, start: int, stop: int) -> Rollout:
         """Responses start..stop, with the columns that hold only padding left out."""
         part = self._at(slice(start, stop))
-        prompt, response = (int(mask.sum(1).max()) for mask in (part.prompt_mask, part.mask))
+        prompts, responses = part.prompt_mask.sum(1), part.mask.sum(1)
+        # One answer for all three, since the device has to be waited for.
+        prompt, shortest, response = torch.stack([prompts.max(), prompts.min(), responses.max()]).tolist()
         if (stop - start) % self.samples_per_prompt or start % self.samples_per_prompt:
             part.samples_per_prompt = 1  # a prompt's samples are split: treat every response by itself
         ids, mask = (tensor[:, tensor.shape[1] - prompt :] for tensor in (part.prompt_ids, part.prompt_mask))
         of_tokens: dict[str, Any] = {
             name: values[:, :response] for name, values in part._tensors() if name in _OF_TOKENS
         }
-        return replace(part, prompt_ids=ids, prompt_mask=mask, **of_tokens)
+        return replace(part, prompt_ids=ids, prompt_mask=mask, padded=shortest < prompt, **of_tokens)
 
     def of(self, split: str, numbers: Sequence[int]) -> Rollout:
         """The same, with the numbers of its prompts in a split of the task, one a prompt."""

@@ -60,11 +60,11 @@ class RolloutConfig:
     importance_cap: float | None = setting(None, gt=0, le=WEIGHT)
     """Policy gradients weight every token of a server's responses by its probability here over that at the server, at
     most this; null: no weights."""
-    compile: bool = setting(False, role="speed")
+    compile: bool | Literal["auto"] = setting(False, role="speed")
     """Decode training's responses by a compiled step over a static KV cache: CUDA graphs on a GPU, fused loops
     (and the draw with them) on a CPU. Needs sdpa attention without windows; not used with rollout.source. The first
     rollout of a batch size or greater length takes half a minute or more, the first changed temperature some seconds.
-    """
+    `auto`: on a GPU, where the run has 10,000 forwards of a token or more and the model can be compiled."""
 
     @property
     def sampled_here(self) -> bool:

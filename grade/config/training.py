@@ -39,10 +39,13 @@ class TrainConfig:
     run_dir: str | None = setting(None, text="path", role="place")
     """Folder of the run; null: output_dir/name-seed<seed>."""
     resume: bool | Literal["auto"] = setting(False, role="resume")
-    """Continue the run in run_dir from its last checkpoint; the result equals an uninterrupted run. `auto`: where there
-    is one, and start where there is none."""
+    """Continue the run in run_dir from its last checkpoint; the result equals an uninterrupted run (on a GPU only with
+    train.deterministic). `auto`: where there is one, and start where there is none."""
     overwrite: bool = setting(False, role="resume")
     """Delete what a run wrote in run_dir, and nothing else, and start again."""
+    deterministic: bool = setting(False, role="speed")
+    """On a GPU, take only operations that give the same bits each time; attention then keeps all its weights, and is
+    slower. A CPU gives the same bits in any case."""
     save_every: int = setting(50, ge=1, le=COUNT, role="resume")
     """Steps between checkpoints for resuming; one is always written at the end."""
     keep_checkpoints: int = setting(2, ge=1, le=COUNT, role="resume")

@@ -33,6 +33,18 @@ _TEMPLATE_ARGUMENTS = frozenset(
 )
 
 
+def _check_deterministic(config: Config) -> None:
+    for name, value, fix in (
+        ("model.attn_implementation", config.model.attn_implementation, "sdpa"),
+        ("model.quantization", config.model.quantization, "null"),
+    ):
+        if value not in (None, "sdpa", "eager"):
+            raise GradeError(
+                f"train.deterministic is true, but the kernels of {name}={value} do not promise the same bits each "
+                f"time. Set {name} to {fix}, or train.deterministic to false."
+            )
+
+
 def validate(config: Config) -> None:
     """Refuse settings that cannot work, before anything is loaded.
 
@@ -61,11 +73,13 @@ def validate(config: Config) -> None:
             "model.quantization=8bit rounds what layers read to 8 bits, so that no two passes agree as those of "
             f"model.dtype={config.model.dtype} must. Set model.dtype to bfloat16, or use 4bit."
         )
-    if config.model.quantization is not None and config.rollout.compile:
+    if config.model.quantization is not None and config.rollout.compile is True:
         raise GradeError(
             f"rollout.compile records the weights' own products, which model.quantization={config.model.quantization} "
             "replaces. Set one of them to its default."
         )
+    if train.deterministic:
+        _check_deterministic(config)
     if generation.max_new_tokens < generation.min_new_tokens:
         raise GradeError(
             f"generation.max_new_tokens ({generation.max_new_tokens}) is below generation.min_new_tokens "
@@ -169,7 +183,11 @@ def _check_rollout(config: Config) -> None:
         )
     for name, value, reason in (
         ("rollout.source", rollout.source, "responses come from one of them"),
-        ("rollout.compile", rollout.compile or None, "the step that it compiles is the trainer's own sampling"),
+        (
+            "rollout.compile",
+            True if rollout.compile is True else None,
+            "the step that it compiles is the trainer's own sampling",
+        ),
         (
             "model.finetuning",
             "full" if config.model.finetuning == "full" else None,

@@ -65,7 +65,7 @@ def policy_pass(
 ) -> Tensor:
     """[B, S, d] hidden states that predict the response's tokens; `x` [B, S, d] are its embeddings."""
     with policy.state(adapters=adapters, dropout=dropout, activation_checkpointing=activation_checkpointing):
-        hidden = policy.hidden(*_whole_sequence(policy, rollout, x))
+        hidden = policy.hidden(*_whole_sequence(policy, rollout, x), padded=rollout.padded)
     prompt = rollout.prompt_ids.shape[1]
     return hidden[:, prompt - 1 : -1]
 
@@ -105,7 +105,7 @@ def _frozen_states(
     """States of prompt [B, P, d] and response [B, S, d], of the reference or of the base."""
     if not cached:
         with policy.state(adapters=False, activation_checkpointing=activation_checkpointing, reference=reference):
-            hidden = policy.hidden(*_whole_sequence(policy, rollout, x))
+            hidden = policy.hidden(*_whole_sequence(policy, rollout, x), padded=rollout.padded)
         prompt = rollout.prompt_ids.shape[1]
         return hidden[:, :prompt], hidden[:, prompt:]
     copies = rollout.samples_per_prompt
@@ -113,11 +113,12 @@ def _frozen_states(
         cache = policy.new_cache()
         with torch.no_grad():
             embeddings = policy.embed(rollout.prompt_ids[::copies])
-            before = policy.hidden(embeddings, rollout.prompt_mask[::copies], cache)
+            before = policy.hidden(embeddings, rollout.prompt_mask[::copies], cache, padded=rollout.padded)
             before = before.repeat_interleave(copies, dim=0)
         if copies > 1:
             repeat_rows(cache, copies)
-        return before, policy.hidden(x, torch.cat([rollout.prompt_mask, rollout.mask], dim=1), cache)
+        whole = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)
+        return before, policy.hidden(x, whole, cache, padded=rollout.padded)
 
 
 def _whole_sequence(policy: Policy, rollout: Rollout, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from grade.model.adapter import REFERENCE
 from grade.model.backbone import backbone_of, frozen_copy
 from grade.model.cache import decoding_cache, is_recurrent
 from grade.model.end_of_sequence import end_ids
+from grade.model.masks import known_padding
 from grade.model.probe import check_finite, probe_embedding, probe_head, probe_passes
 from grade.model.probe_decoding import (
     probe_decoding,
@@ -172,13 +173,17 @@ class Policy:
         config = self.config.get_text_config()
         return DynamicCache(config=config) if capacity is None else decoding_cache(config, capacity)
 
-    def hidden(self, embeddings: Tensor, mask: Tensor | None, cache: DynamicCache | None = None) -> Tensor:
+    def hidden(
+        self, embeddings: Tensor, mask: Tensor | None, cache: DynamicCache | None = None, *, padded: bool = True
+    ) -> Tensor:
         """Final hidden states of `embeddings`, under the current state.
 
         Args:
             embeddings: [B, T, d], the last T positions of the sequence; earlier ones are in `cache`.
             mask: [B, T_past + T] bool, real positions of the whole sequence; left padding is fine. None: all are.
             cache: grows in place by T positions.
+            padded: whether a padding position may stand before a real one. False saves the mask of its attention, and
+                leaves open what the states at padding are.
 
         Returns:
             [B, T, d].
@@ -194,8 +199,10 @@ class Policy:
             positions = torch.arange(past, past + length, device=embeddings.device).expand(batch, -1)
         else:
             positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -length:]
-        mask = None if mask is None else mask.long()
-        return self.forward(embeddings, mask, positions, cache)
+        if mask is None:
+            return self.forward(embeddings, None, positions, cache)
+        with known_padding(self.backbone.config, padded):
+            return self.forward(embeddings, mask.long(), positions, cache)
 
     def forward(
         self, embeddings: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None = None

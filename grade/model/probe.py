@@ -171,7 +171,7 @@ def probe_passes(policy: Any) -> None:
     mask = torch.ones_like(ids, dtype=torch.bool)
     own = policy.backbone(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
     try:
-        hidden = policy.hidden(embeddings, mask)
+        hidden = policy.hidden(embeddings, mask, padded=False)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         reason = reason_of(error)
         raise refusal(policy, f"reads the ids beside their embeddings, or cannot do without ({reason})") from error
@@ -191,6 +191,10 @@ def probe_passes(policy: Any) -> None:
     padded_mask = torch.cat([torch.zeros_like(mask[:, :3]), mask], dim=1)
     if relative_error(policy.hidden(padded, padded_mask)[:, 3:], hidden) > tolerance:
         raise refusal(policy, "gives other hidden states under left padding")
+    followed = torch.cat([embeddings, embeddings[:, :3]], dim=1)
+    followed_mask = torch.cat([mask, torch.zeros_like(mask[:, :3])], dim=1)
+    if relative_error(policy.hidden(followed, followed_mask, padded=False)[:, :-3], hidden) > tolerance:
+        raise refusal(policy, "gives other hidden states before padding")
     under_padding = input_gradient(policy, padded, padded_mask)
     if relative_error(under_padding, input_gradient(policy, embeddings, mask)) > tolerance:
         raise refusal(policy, "has other gradients under left padding")

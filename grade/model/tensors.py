@@ -1,4 +1,4 @@
-"""Tensors told by content: the same values have the same digest in every process and on every device."""
+"""Tensors told by content, which have the same digest in every process and on every device; sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+
+def running_sum(x: Tensor, dim: int) -> Tensor:
+    """`x.cumsum(dim)`, which torch refuses on a GPU where operations are to give the same bits each time: then a CPU
+    takes it."""
+    if x.is_cuda and x.is_floating_point() and torch.are_deterministic_algorithms_enabled():
+        return x.cpu().cumsum(dim).to(x.device)
+    return x.cumsum(dim)
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

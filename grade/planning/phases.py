@@ -45,7 +45,7 @@ def rollout(run: Run) -> tuple[Work, ...]:
     if run.config.method.name == "grade":  # the mixtures of candidates that are fed
         k = run.config.generation.top_k
         tokens += Work(traffic=batch * run.response * k * run.shape.width * run.item)
-    if run.config.rollout.compile:
+    if run.records:
         tokens = replace(tokens, recorded=tokens.layers, layers=0.0)
     copies = Work()
     if merged:  # the adapter's product, added to copies

@@ -197,7 +197,7 @@ def _sampling(found: Plan) -> list[str]:
             "(rollout.source), or hold the base whole."
         )
     elif bound == LAUNCHING:
-        record = "" if run.config.rollout.compile or run.shards > 1 else " --rollout.compile true records the launches;"
+        record = "" if run.records or run.shards > 1 else " --rollout.compile true records the launches;"
         lines.append(
             f"Sampling is bound by launching a layer at a time, not by the device:{record} more responses sampled "
             "together cost the same time."

@@ -10,6 +10,7 @@ from grade.config.methods import DIFFERENTIATING, micro_batch_size
 from grade.errors import GradeError
 from grade.planning.adapter import Trained, adapter, whole_backbone
 from grade.planning.devices import DEVICES, Device, DType, Efficiency
+from grade.planning.recording import recording_pays
 from grade.planning.shape import ModelShape
 from grade.planning.work import Passes
 
@@ -91,6 +92,12 @@ class Run:
                 "frozen. Set --shards to 1, or train an adapter."
             )
 
+    @property
+    def records(self) -> bool:
+        """Whether the rollout is a compiled, recorded step."""
+        wanted = self.config.rollout.compile
+        return recording_pays(self.config, on_gpu=self.device.is_beside_host) if wanted == "auto" else wanted
+
     # -- sizes -----------------------------------------------------------------------------------------------
 
     @property
@@ -161,7 +168,7 @@ class Run:
 
     @property
     def samples_here(self) -> bool:
-        return self.config.rollout.source is None
+        return self.config.rollout.sampled_here
 
     @property
     def merges(self) -> bool:

@@ -71,7 +71,7 @@ def device_line(run: Run) -> str:
             parts.append(f"{quantity(device.link, 'B/s')} among shards")
     nodes = f" on {run.nodes} nodes" if run.nodes > 1 else ""
     layer = f"a layer takes {efficiency.layer_seconds * 1e6:g} µs to launch"
-    if run.config.rollout.compile:
+    if run.records:
         layer += f" ({efficiency.compiled_seconds * 1e6:g} µs in a recorded rollout)"
     shared = "whole base on each" if run.shards == 1 else f"sharded base, {run.shards} devices hold it between them"
     exchange = f"; an exchange {efficiency.exchange_seconds * 1e6:g} µs" if run.devices > 1 else ""

@@ -18,6 +18,7 @@ from grade.config import RewardConfig
 from grade.errors import GradeError, present
 from grade.model.passes import accumulation_dtype
 from grade.model.policy import Policy
+from grade.model.tensors import running_sum
 from grade.rewards.shared import RewardHead
 from grade.tasks.base import Example, LabelType, PairIds
 from grade.tasks.encoding import encode
@@ -255,8 +256,8 @@ def features_of(policy: Policy, rows: Sequence[list[int]], lengths: list[int], t
             mask[i, : len(rows[row])] = True
         ids, mask = ids.to(policy.device), mask.to(policy.device)
         with policy.state(adapters=False):
-            hidden = policy.hidden(policy.embed(ids), mask)
-        sums = (hidden.to(accumulation_dtype(hidden)) * mask[..., None]).cumsum(1)  # [b, T, d]
+            hidden = policy.hidden(policy.embed(ids), mask, padded=False)
+        sums = running_sum(hidden.to(accumulation_dtype(hidden)) * mask[..., None], 1)  # [b, T, d]
         for i, length in enumerate(lengths):
             counts = mask[:, :length].sum(1)
             out[i, chosen] = sums[torch.arange(len(chosen)), counts - 1] / counts[:, None]

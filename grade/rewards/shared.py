@@ -15,7 +15,7 @@ from grade.files import replaced_folder
 from grade.formats import HEAD
 from grade.model.passes import BasePass, accumulation_dtype
 from grade.model.policy import Policy
-from grade.model.tensors import tensors_digest
+from grade.model.tensors import running_sum, tensors_digest
 from grade.rewards.base import DifferentiableReward, EmbeddingTable
 from grade.rollout import Rollout
 from grade.tasks.base import LabelType
@@ -121,14 +121,14 @@ class SharedReward(DifferentiableReward):
             states = self._states(rollout, self.inputs(rollout)[0])
             sums, counts = torch.zeros_like(base.prompt_sum), torch.zeros_like(base.prompt_count)
         states = states.to(accumulation_dtype(states)) * rollout.mask[..., None]
-        sums = torch.cat([sums[:, None], states], dim=1).cumsum(1)
+        sums = running_sum(torch.cat([sums[:, None], states], dim=1), 1)
         counts = torch.cat([counts[:, None], rollout.mask.long()], dim=1).cumsum(1)
         return self.head.reward(sums / counts.clamp_min(1)[..., None])
 
     def _states(self, rollout: Rollout, x: Tensor, activation_checkpointing: bool = False) -> Tensor:
         """[B, S, d], the base's of the response by itself."""
         with self.policy.state(adapters=False, activation_checkpointing=activation_checkpointing):
-            return self.policy.hidden(x, rollout.mask)
+            return self.policy.hidden(x, rollout.mask, padded=False)
 
     def keep(self, run_dir: Path) -> dict[str, Any]:
         """Copy the head into the run: its reward stays what it was, whatever happens to the shared folder. Of one that

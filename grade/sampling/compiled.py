@@ -26,10 +26,13 @@ from grade.model.probe import tolerance_of
 from grade.model.probe_decoding import decoding_error
 from grade.sampling.decode import Decoder, Decoding
 from grade.sampling.draw import draw_from_product
+from grade.sampling.grouped_attention import grouped_attention
 from grade_kernels import SparseTokens
 
 # Prompts differ in length, and every other capacity is compiled anew.
 _CAPACITY_STEP = 64
+# Caches that are kept, one a number of rows. A step's rollouts have two: the full ones', and the rest's.
+MOST_CACHES = 2
 
 
 def capacity_of(length: int) -> int:
@@ -38,7 +41,7 @@ def capacity_of(length: int) -> int:
 
 
 class CompiledDecoding(Decoding):
-    """What one rollout leaves to the next: the compiled step, and the cache whose addresses it has recorded.
+    """What one rollout leaves to the next: the compiled step, and the caches whose addresses it has recorded.
 
     Raises:
         GradeError: the policy's attention needs another kind of mask or cache, or there is no compiler.
@@ -79,8 +82,7 @@ class CompiledDecoding(Decoding):
             except (RuntimeError, OSError) as error:
                 raise _failed(error) from error
         self._config = config
-        self._shape = (0, 0)  # rows and capacity of the cache
-        self._cache: StaticCache | None = None
+        self._caches: dict[int, StaticCache] = {}  # by their rows, the one used last at the end
         self._step = self._forward
         self._probe()
         how: dict[str, dict[str, Any]] = {
@@ -104,7 +106,7 @@ class CompiledDecoding(Decoding):
             error = decoding_error(self.policy, self.start, drops_rows=False)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as failure:
             error, reason = math.inf, reason_of(failure)
-        self._cache = None
+        self._caches.clear()
         if error > tolerance_of(self.policy.dtype):
             raise GradeError(
                 f"rollout.compile: {name} cannot be decoded with a static cache ({reason}). Set rollout.compile=false."
@@ -122,20 +124,24 @@ class CompiledDecoding(Decoding):
             return super().draw(*args, **kwargs)
 
     def cache(self, batch: int, length: int) -> StaticCache:
-        """An empty cache for `length` positions or more; the last rollout's where it fits, as any other address or size
-        is compiled or recorded anew."""
+        """An empty cache for `length` positions or more; an earlier rollout's where one fits, as any other address or
+        size is compiled or recorded anew."""
         capacity = capacity_of(length)
-        if self._cache is not None and self._shape[0] == batch and self._shape[1] >= capacity:
-            self._cache.reset()
+        cache = self._caches.pop(batch, None)
+        if cache is not None and cache.layers[0].max_cache_len >= capacity:
+            cache.reset()
         else:
-            self._shape, self._cache = (batch, capacity), StaticCache(config=self._config, max_cache_len=capacity)
-        return self._cache
+            cache = StaticCache(config=self._config, max_cache_len=capacity)
+        self._caches[batch] = cache
+        if len(self._caches) > MOST_CACHES:
+            del self._caches[next(iter(self._caches))]
+        return cache
 
     def step(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
         """[B, 1, d], mask [B, 1, 1, capacity] and positions [B, 1] -> [B, 1, d]."""
         if self.policy.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
-        with _explained():
+        with _explained(), grouped_attention():
             return self._step(embeddings, mask, positions, cache).clone()  # the graph's own output is overwritten
 
     def _forward(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:

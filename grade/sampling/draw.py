@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grade.config import GenerationConfig
 from grade.model.policy import Policy
+from grade.model.tensors import running_sum
 from grade_kernels import Head, SparseTokens, gumbel_topk, linear_gumbel_topk, vocab_head
 from grade_kernels.common.random import gumbel
 
@@ -112,5 +113,5 @@ def nucleus(logits: Tensor, lse: Tensor, top_p: float) -> Tensor:
     if top_p >= 1:
         return torch.ones_like(logits, dtype=torch.bool)
     mass = torch.exp(logits - lse[..., None])
-    before = mass.cumsum(-1) - mass  # mass of the candidates ahead of this one
+    before = running_sum(mass, -1) - mass  # mass of the candidates ahead of this one
     return before < top_p

@@ -29,6 +29,7 @@ from grade.rewards.base import Reward
 from grade.tasks.given import GivenTask, read_prompts
 from grade.training.answers import Answers
 from grade.training.callbacks import Callback, Callbacks
+from grade.training.determinism import deterministic
 from grade.training.evaluation import Evaluation, evaluate, evaluation_of
 from grade.training.export import check_target, export_merged
 from grade.training.given import check_length, given_set_up
@@ -145,7 +146,8 @@ class GradeTrainer:
     def loaded(self) -> SetUp:
         """Tokenizer, task, policy and reward."""
         if self._loaded is None:
-            self._loaded = set_up(self.config, self.accelerator)
+            with deterministic(self.config.train.deterministic, self.accelerator.device):
+                self._loaded = set_up(self.config, self.accelerator)
         return self._loaded
 
     @property
@@ -175,6 +177,7 @@ class GradeTrainer:
             raise GradeError("this trainer has trained already, and its policy with it. Make another one.")
         with ExitStack() as stack:
             self.config, run_dir = stack.enter_context(started(self.config, self.accelerator))
+            stack.enter_context(deterministic(self.config.train.deterministic, self.accelerator.device))
             trainer = Trainer(self.config, self.accelerator, run_dir, self._loaded, self.callbacks)
             self._trainer, self._loaded = trainer, trainer.loaded
             rows = trainer.fit()

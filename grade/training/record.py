@@ -53,7 +53,7 @@ class RunRecord:
                 **({MODEL_GIVEN: True} if loaded.policy.given else {}),
                 "reward": loaded.reward.raises,
                 **loaded.reward.keep(self._run_dir),
-                SESSIONS: [*before, begun(step, processes)],
+                SESSIONS: [*before, begun(step, processes, self._config.train.deterministic)],
             }
             with writing(self._path, "train.run_dir"):
                 self._replace()

@@ -4,6 +4,7 @@
     started, ended    UTC; `ended` is null while a session runs, and stays so where it was killed
     after_step    optimizer steps that the policy had had
     processes     that shared the work
+    deterministic    whether it took only operations that give the same bits each time
     versions      of Python, of this program and of the libraries that compute
     machine       processor and accelerator
     git_commit    of the code, with `-dirty` where files were changed since; null where it is not in a repository
@@ -31,7 +32,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokeni
 _PATIENCE = 10.0  # seconds for an answer of git
 
 
-def begun(step: int, processes: int) -> dict[str, Any]:
+def begun(step: int, processes: int, deterministic: bool) -> dict[str, Any]:
     """The entry of a session that starts now."""
     here = machine()
     return {
@@ -40,6 +41,7 @@ def begun(step: int, processes: int) -> dict[str, Any]:
         "ended": None,
         "after_step": step,
         "processes": processes,
+        "deterministic": deterministic,
         "versions": {"grade": __version__, "python": here["python"], **_versions()},
         "machine": {name: here[name] for name in ("cpu", "device")},
         "git_commit": git_commit(Path(__file__).parent),

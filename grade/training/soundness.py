@@ -34,7 +34,7 @@ def broken_policy(policy: Policy, trained: Iterable[Tensor], prompt: list[int]) 
         return "its weights are not finite"
     ids = torch.tensor([prompt], device=policy.device)
     with policy.state(adapters=True):
-        hidden = policy.hidden(policy.embed(ids), torch.ones_like(ids, dtype=torch.bool))
+        hidden = policy.hidden(policy.embed(ids), torch.ones_like(ids, dtype=torch.bool), padded=False)
     return None if (hidden[:, -1] @ policy.head.weight.T).isfinite().all() else "its logits are not finite"
 
 

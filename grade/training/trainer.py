@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from grade.model.policy import Policy
 from grade.processes import main_process_first
 from grade.rewards.shared import head_lines
 from grade.rollout import Rollout
+from grade.sampling.choice import decoding_of
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.decode import Decoding
 from grade.sampling.engine_rollouts import engine_rollouts
@@ -104,7 +105,9 @@ class Trainer:
         if train.resume:
             check_inputs(run_dir, self.inputs)
         split = max(self.evaluation_prompts, key=lambda name: len(self.evaluation_prompts[name]))
-        trial = Trial(self.policy, self.reward, config, self.prompts, self.evaluation_prompts[split], split)
+        compiled = replace(config.rollout, compile=isinstance(self.decoding, CompiledDecoding))
+        decided = replace(config, rollout=compiled)
+        trial = Trial(self.policy, self.reward, decided, self.prompts, self.evaluation_prompts[split], split)
         together = self.services.failing_together
         self.memory = memory_plan(trial, accelerator.num_processes, self.services.any_process, together)
         self.method = make_method(
@@ -177,8 +180,7 @@ class Trainer:
 
     def _decode_with(self, policy: Policy) -> None:
         """How responses are decoded; a policy that cannot be decoded so is refused before a reward head is trained."""
-        compiled = self.config.rollout.compile and self.config.rollout.sampled_here
-        self.decoding = (CompiledDecoding if compiled else Decoding)(policy)
+        self.decoding, self._decoding_note = decoding_of(policy, self.config)
 
     # -- one step --------------------------------------------------------------------------------------------
 
@@ -263,8 +265,7 @@ class Trainer:
                 notes += [f"reward head: {line}" for line in head_lines(self.record.content.get("reward_head", {}))]
         if found is not None and found.resaves_best:
             self.checkpoints.save_best(self.step)
-        if isinstance(self.decoding, CompiledDecoding):
-            notes.append("rollout.compile: the first step compiles for half a minute or more")
+        notes += filter(None, [self._decoding_note])
         with ExitStack() as stack:
             stack.callback(self.log.close)
             stack.callback(self.record.end_session)

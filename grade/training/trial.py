@@ -85,8 +85,10 @@ class Trial:
             for parameter in self.policy.parameters():
                 parameter.grad = None
         moments = 2 * sum(p.nbytes for p in self.policy.parameters())  # of AdamW, beside every step but the first
-        # A compiled step keeps its cache.
-        always = moments + (found["rollout"] if config.rollout.compile and config.rollout.sampled_here else 0)
+        # A compiled step keeps its caches: of full rollouts, and of a step's rest.
+        always: float = moments
+        if config.rollout.compile and config.rollout.sampled_here:
+            always += found["rollout"] * (2 if self.batches["step"] % self.batches["rollout"] else 1)
         found = {name: size + (moments if name == "rollout" else always) for name, size in found.items()}
         if config.method.updates > 1 and config.guard.max_skipped > 1:  # what a later update's failure would put back
             found["passes"] += moments + moments / 2

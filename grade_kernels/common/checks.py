@@ -107,9 +107,12 @@ def suppress_ids(suppress: Sequence[int] | Tensor | None, vocab_size: int, devic
             raise ValueError(f"suppress holds id {i}, outside the vocabulary 0..{vocab_size - 1}")
     if not ids:
         return None
-    here = torch.tensor(ids, dtype=torch.int64)
-    # A copy from memory that is not pinned would wait for the device.
-    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
+    # Written by the device, run by run of neighbours: a copy from the host would wait for it or, from pinned memory, be
+    # read again by a CUDA graph long after that memory has become something else.
+    ids = sorted(set(ids))
+    breaks = [at for at in range(1, len(ids)) if ids[at] != ids[at - 1] + 1]
+    runs = zip([0, *breaks], [*breaks, len(ids)], strict=True)
+    return torch.cat([torch.arange(ids[a], ids[b - 1] + 1, device=device) for a, b in runs])
 
 
 def check_table(name: str, weight: Tensor, width: int | None = None, device: torch.device | None = None) -> None:

@@ -16,19 +16,22 @@ from torch import Tensor
 # Arrays the size of a chunk that are alive at once: the policy's and the reference's logits (gradients
 # overwrite them) and one temporary of the product or of the soft cap.
 CHUNK_ARRAYS = 3
+# Rows that a GPU's matrix units take at a time.
+_TILE_ROWS = 128
 # Bytes of one array of a piece: per thread on a CPU; large enough to hide kernel launches elsewhere.
 _PIECE_BYTES_CPU = 2**19
 _PIECE_BYTES = 2**26
 
 
 def chunk_rows(vocab: int, chunk_bytes: int, itemsize: int = 4) -> int:
-    """Rows of a chunk such that 3 arrays [rows, vocab] fit into `chunk_bytes`; at least 1.
+    """Rows of a chunk such that 3 arrays [rows, vocab] fit into `chunk_bytes`; at least 1, above 128 a multiple of it.
 
     `itemsize` is 4 for float32 logits (16-bit and float32 inputs), 8 for float64.
     """
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
-    return max(1, chunk_bytes // (CHUNK_ARRAYS * itemsize * vocab))
+    rows = chunk_bytes // (CHUNK_ARRAYS * itemsize * vocab)
+    return max(1, rows if rows < _TILE_ROWS else rows - rows % _TILE_ROWS)
 
 
 def piece_rows(width: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from grade_kernels.common import checks
 from grade_kernels.common.chunks import spans
 
-# A 16-bit weight is widened this many bytes at a time.  That repeats for every row chunk, but costs little
+# A 16-bit weight is widened on a CPU this many bytes at a time.  That repeats for every row chunk, but costs little
 # beside the product (one pass over the block against one per row), where a widened copy of the whole
 # weight would be the largest tensor around.
 _BLOCK_BYTES = 2**25
@@ -29,20 +29,28 @@ def through_softcap(d_logits: Tensor, logits: Tensor, softcap: float | None) -> 
 
 
 def split_product(x: Tensor, weight: Tensor, mm: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """x @ weight in float32 for float32 x [r, v] and a 16-bit weight [v, d], by two 16-bit products.
+    """x @ weight in float32 for float32 x [r, v] and a 16-bit weight [v, d], by a 16-bit product of twice the rows.
 
     x is cut into a 16-bit number and the 16-bit rest, which keeps 16 (bf16) or 21 (fp16) of its bits, at the
     speed of a GPU's matrix units; rounding it to 16 bits once would keep 8 or 11.  fp16 has a short exponent, so
-    its rows are scaled by powers of two to at most 1.  `mm` multiplies 16-bit matrices into float32.
+    its rows are scaled by powers of two to about 1.  `mm` multiplies 16-bit matrices into float32.  Beside the
+    result, the halves are all the memory it takes: as much as x.
     """
+    halves = torch.empty(2, *x.shape, dtype=weight.dtype, device=x.device)
+    high, minus_low = halves.unbind()
     scale = None
     if weight.dtype == torch.float16:
-        peak = x.abs().amax(-1, keepdim=True)
-        scale = torch.where(peak.isfinite() & (peak > 0), torch.exp2(peak.log2().ceil()), 1.0)
-        x = x / scale
-    high = x.to(weight.dtype)
-    low = (x - high).to(weight.dtype)
-    out = mm(high, weight).add_(mm(low, weight))
+        peak = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
+        power = torch.exp2(peak.log2().ceil().clamp(-126, 127))  # one that has an inverse
+        scale = torch.where(peak.isfinite() & (peak > 0), power, 1.0)
+        torch.div(x, scale, out=high)
+        torch.addcmul(high, x, scale.reciprocal(), value=-1, out=minus_low)
+    else:
+        high.copy_(x)
+        torch.sub(high, x, out=minus_low)
+    products = mm(halves.flatten(0, 1), weight).view(2, x.shape[0], weight.shape[1])
+    top, rest = products.unbind()
+    out = top.sub_(rest)
     return out if scale is None else out.mul_(scale)
 
 
@@ -113,13 +121,12 @@ class Head:
         """d_raw [r, V] (before the soft cap) -> d hidden [r, d] in `dtype`."""
         if self.weight.dtype == d_raw.dtype:
             out = d_raw @ self.weight
+        elif self.weight.is_cuda:
+            out = split_product(d_raw, self.weight, _mm_float32)
         else:
             out = d_raw.new_zeros(d_raw.shape[0], self.weight.shape[1])
             for a, b in self._blocks():
-                if self.weight.is_cuda:
-                    out += split_product(d_raw[:, a:b], self.weight[a:b], _mm_float32)
-                else:
-                    out.addmm_(d_raw[:, a:b], self.weight[a:b].to(d_raw.dtype))
+                out.addmm_(d_raw[:, a:b], self.weight[a:b].to(d_raw.dtype))
         return out.mul_(self.scale)
 
     def add_grad_weight(self, d_raw: Tensor, hidden: Tensor, out: Tensor) -> None:

@@ -186,7 +186,7 @@ def test_qwen_config_is_table_3():
     assert config.model.name == "Qwen/Qwen3-4B" and config.model.dtype == "bfloat16"
     assert (lora.r, lora.alpha, lora.dropout) == (16, 32, 0.05)
     assert lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    assert (train.learning_rate, train.batch_size, train.accumulation_steps) == (1e-5, 1, 16)
+    assert (train.learning_rate, train.batch_size * train.accumulation_steps) == (1e-5, 16)
     assert (train.steps, train.max_grad_norm) == (250, 1.0)
     assert (generation.max_new_tokens, generation.min_new_tokens, generation.top_k) == (64, 8, 256)
     assert (method.tau_start, method.tau_end, method.tau_steps) == (2.0, 0.5, 2000)
@@ -214,7 +214,7 @@ def test_gpt2_config_is_the_first_experiment():
         ("countdown_small", ("built-in:countdown", "float32", 100, 128, 1, 1e-3, 500, 2000)),
         ("demo", ("built-in:demo", "float32", 40, 16, 1, 3e-3, 200, 400)),
         ("imdb_gpt2_medium", ("openai-community/gpt2-medium", "float32", 2000, 4, 4, 1e-4, 500, 2000)),
-        ("imdb_qwen3_4b", ("Qwen/Qwen3-4B", "bfloat16", 250, 1, 16, 1e-5, 500, 2000)),
+        ("imdb_qwen3_4b", ("Qwen/Qwen3-4B", "bfloat16", 250, 16, 1, 1e-5, 500, 2000)),
         ("imdb_small", ("../shared/models/imdb-lm", "float32", 60, 16, 1, 3e-3, 500, 2000)),
     ],
 )

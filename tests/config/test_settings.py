@@ -61,6 +61,7 @@ def test_what_may_change_when_a_run_is_resumed():
         "train.run_dir",
         "train.resume",
         "train.overwrite",
+        "train.deterministic",
         "train.steps",
         "train.save_every",
         "train.keep_adapters",

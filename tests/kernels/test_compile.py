@@ -4,8 +4,12 @@ import shutil
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import grade_kernels as gk
+from grade_kernels.common.checks import suppress_ids
 from grade_kernels.common.random import random_bits
 
 V, D = 64, 8
@@ -61,6 +65,42 @@ def test_one_graph(backend, device, function):
     if eager.requires_grad:
         grads = [torch.autograd.grad(x, arguments, allow_unused=True) for x in (compiled, eager)]
         torch.testing.assert_close(*grads)
+
+
+class Devices(TorchDispatchMode):
+    """Kinds of the devices that results lie on."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {leaf.device.type for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)}
+        return out
+
+
+def test_suppressed_ids_in_a_list_use_no_host_memory(monkeypatch):
+    """A CUDA graph would read a copy's source again, whatever is there by then. Tensors without data stand for a GPU's;
+    the kernels' shapes are known without one."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("GRADE_KERNELS_BACKEND", "triton")
+
+    def sampled(logits):
+        return gk.gumbel_topk(logits, 4, seed=1, suppress=[9, 3, 4, 3]).weights
+
+    with FakeTensorMode():
+        logits = torch.empty(3, V, device="cuda")
+        with Devices() as devices:
+            sampled(logits)
+        assert devices.seen == {"cuda"}
+        torch._dynamo.reset()
+        assert torch.compile(sampled, fullgraph=True, backend="eager")(logits).device.type == "cuda"
+
+
+@pytest.mark.parametrize("ids", [[9, 3, 4, 3], [0], [V - 1, 0], list(range(5, V))], ids=str)
+def test_a_list_of_ids_is_the_tensor_of_them(ids, device):
+    assert set(suppress_ids(ids, V, torch.device(device)).tolist()) == set(ids)
 
 
 @pytest.mark.skipif(not any(shutil.which(name) for name in ("g++", "c++", "clang++")), reason="needs a C++ compiler")

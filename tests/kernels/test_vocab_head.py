@@ -6,6 +6,7 @@ from kernel_checks import (
     HALF,
     HEADS,
     Allocations,
+    Launches,
     assert_no_worse,
     assert_same_fields,
     chunk_pair,
@@ -167,7 +168,8 @@ def test_makes_no_graph_and_leaves_its_inputs(backend, device):
 def test_chunk_rows():
     assert chunk_rows(1000, 12_000 * 7) == 7
     assert chunk_rows(1000, 12_000 * 7, itemsize=8) == 3
-    assert chunk_rows(151_936, 2**28) == 147
+    assert chunk_rows(151_936, 2**28) == 128  # 147 would be one tile of a GPU's product and part of a second
+    assert chunk_rows(1000, 12_000 * 300) == 256 and chunk_rows(1000, 12_000 * 127) == 127
     assert chunk_rows(1000, 1) == 1
     with pytest.raises(ValueError, match="chunk_bytes must be at least 1"):
         chunk_rows(1000, 0)
@@ -206,6 +208,45 @@ def test_split_product(dtype, bits, size):
     assert ((product - exact).abs() <= bound).all()
     rounded = x.to(dtype).double() @ weight.double()
     assert (rounded - exact).abs().max() > 20 * (product - exact).abs().max()
+
+
+def test_split_product_at_the_ends_of_float32():
+    """The largest powers of two have no inverse that is normal, the smallest none that is finite."""
+    x = torch.randn(3, 300) * torch.tensor([[5e37], [1.0], [1e-40]])
+    weight = torch.randn(300, 20).to(torch.float16) / 256
+    product = head_ops.split_product(x, weight, lambda a, b: (a.double() @ b.double()).float())
+    exact = x.double() @ weight.double()
+    assert ((product - exact).abs() <= (x.double().abs() @ weight.double().abs()) * 2.0**-12).all()
+
+
+@pytest.mark.parametrize(("dtype", "launches"), [(torch.bfloat16, 5), (torch.float16, 20)])
+def test_a_gpu_pulls_a_chunk_back_in_one_product(monkeypatch, dtype, launches):
+    """Kernels to launch, whatever the weight's size, and memory: both halves of the gradient, of half its width."""
+    monkeypatch.setattr(head_ops, "_mm_float32", lambda a, b: torch.mm(a.float(), b.float()))
+    monkeypatch.setattr(head_ops, "_BLOCK_BYTES", 4 * 64 * 100)  # a CPU would take seven
+    hidden, weight = torch.randn(6, 64), torch.randn(700, 64).to(dtype)
+    expected = 0.5 * hidden @ weight.float().T @ weight.float()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "is_cuda", True)
+        head, gradient = Head(weight, scale=0.5), hidden @ weight.float().T
+        with Launches() as counted, Allocations() as made:
+            found = head.grad_hidden(gradient)
+    assert rel_err(found, expected) < 1e-4
+    widened = 2  # copies to float32 of the product that stands for a GPU's
+    assert counted.names["mm"] == 1 and sum(counted.names.values()) - widened <= launches
+    assert made.largest <= max(2 * gradient.numel(), weight.numel())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_split_product_compiles_into_one_graph(dtype):
+    x, weight = torch.randn(5, 300), torch.randn(300, 20).to(dtype)
+
+    def product(x, weight):
+        return head_ops.split_product(x, weight, lambda a, b: a.float() @ b.float())
+
+    torch._dynamo.reset()
+    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")(x, weight)
+    torch.testing.assert_close(compiled, product(x, weight))
 
 
 def both_paths(logits, ref, *args):

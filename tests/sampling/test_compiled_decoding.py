@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -14,8 +15,9 @@ from torch._dynamo.utils import counters
 
 import grade.sampling.compiled
 from grade.errors import GradeError
+from grade.memory.peak import peak_bytes
 from grade.rollout import pad_prompts
-from grade.sampling.compiled import CompiledDecoding
+from grade.sampling.compiled import CompiledDecoding, capacity_of
 from grade.sampling.draw import Sampling, draw_from_product
 from grade.sampling.packed_head import packed_product
 from grade.sampling.sample import sample
@@ -48,6 +50,64 @@ def test_compiled_decoding_is_decoding():
                     parameter += 0.1 * torch.randn_like(parameter)
     assert decoding.cache(1, 1) is decoding.cache(1, 64) is not decoding.cache(1, 65)
     assert decoding.cache(1, 65) is decoding.cache(1, 64) is not decoding.cache(2, 64)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Graphs are recorded, but no code is made of them; the peaks of what they hold while they run, in bytes."""
+    compiled, peaks = torch.compile, []
+
+    def backend(graph, _):
+        def run(*arguments):
+            result, peak = peak_bytes(lambda: graph(*arguments), torch.device("cpu"))
+            peaks.append(peak)
+            return result
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled(call, dynamic=False, backend=backend))
+    monkeypatch.setattr(grade.sampling.compiled, "_find_compiler", lambda: None)
+    torch._dynamo.reset()
+    return peaks
+
+
+def test_batches_that_alternate_are_recorded_once(traced):
+    """As do the full batches of a step and what is left; the shape that was not used for longest makes room."""
+    decoding = CompiledDecoding(tiny_policy("llama"))
+    counters.clear()
+    graphs = []
+    for size in (4, 1, 4, 1, 4):
+        ids, mask = pad_prompts(PROMPTS[:size], decoding.policy.pad_id)
+        rows = torch.arange(size) * 100
+        sample(decoding.policy, ids, mask, Sampling(3, top_k=7), seed=0, first_rows=rows, decoding=decoding)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 2, 2, 2] and not counters["graph_break"]
+    with torch.inference_mode():
+        one, four = decoding.cache(1, 9), decoding.cache(4, 9)
+        three = decoding.cache(3, 9)
+        assert decoding.cache(4, 9) is four and decoding.cache(3, 9) is three
+        assert decoding.cache(1, 9) is not one and decoding.cache(3, 9) is three and decoding.cache(4, 9) is not four
+
+
+def test_the_compiled_step_copies_no_keys(traced, monkeypatch):
+    """Two query heads share each key and value head; transformers would copy both for each, in every layer."""
+    policy = tiny_policy("llama")
+    sampling = Sampling(3, top_k=7, ignore_eos=True)
+    ids, mask = pad_prompts(PROMPTS, policy.pad_id)
+    draw = dict(seed=0, first_rows=torch.arange(len(PROMPTS)) * 100)
+    plain, held = sample(policy, ids, mask, sampling, **draw), {}
+    for name in ("ours", "transformers"):
+        if name == "transformers":
+            monkeypatch.setattr(grade.sampling.compiled, "grouped_attention", nullcontext)
+        traced.clear()
+        decoding = CompiledDecoding(policy)
+        rollout = sample(policy, ids, mask, sampling, decoding=decoding, **draw)
+        assert torch.equal(rollout.tokens, plain.tokens)
+        held[name] = max(traced)
+    half_the_heads = policy.embedding.shape[1] // 2
+    keys = 4 * half_the_heads * len(PROMPTS) * capacity_of(9)  # bytes
+    assert held["ours"] < keys / 2  # of one layer, of which two copies of twice the size are saved
+    assert held["transformers"] > 2 * 2 * keys
 
 
 @needs_compiler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,6 +61,19 @@ def assert_same_fields(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
         exact = name in ("indices", "logits")
         tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 2e-6}
         torch.testing.assert_close(value, theirs[name], **tolerance, equal_nan=True, msg=name)
+
+
+class Launches(TorchDispatchMode):
+    """Operators that ran while it is active, by name, but for those that only make a view or reserve memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func is not torch.ops.aten.empty.memory_format:
+            self.names[func._schema.name.split("::")[1]] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Allocations(TorchDispatchMode):

@@ -143,6 +143,7 @@ def test_who_made_a_run_is_recorded_and_changes_nothing_else(trained_run, tiny_c
     Trainer(resumed, make_accelerator(resumed), prepare_run_dir(resumed)).fit()
     record = json.loads((Path(tiny_config.run_dir) / "run.json").read_text())
     before, second = record.pop("sessions")
+    assert first["deterministic"] is False
     assert before == first and (first["after_step"], second["after_step"]) == (0, 2)
     assert second["versions"]["torch"] == torch.__version__ and second["machine"]["cpu"] and second["processes"] == 1
     undisturbed = json.loads((trained_run / "run.json").read_text())

@@ -199,17 +199,17 @@ def test_a_reward_of_ones_own_that_gives_no_number(config, tmp_path):
     )
 
     def leaves(trainer):
-        step = trainer.method.step
+        asked = trainer.method.asked
 
-        def away_in(rollouts, number, update):
-            if number in (1, 3, 4):
+        def away_in(rollouts):
+            if trainer.step in (1, 3, 4):
                 away.touch()
             try:
-                return step(rollouts, number, update)
+                return asked(rollouts)
             finally:
                 away.unlink(missing_ok=True)
 
-        trainer.method.step = away_in
+        trainer.method.asked = away_in
 
     with pytest.raises(RewardFailed, match=r"judge.* returned 'inf' for response 0 .*checkpoints/last \(step 4\)"):
         fitted(config, leaves)
