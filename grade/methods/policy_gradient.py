@@ -104,6 +104,13 @@ def clipped_surrogate(
     return torch.maximum(-advantage * ratio, -advantage * clipped)
 
 
+def weighted(values: Tensor, rollout: Rollout) -> Tensor:
+    """[B, S]: `values` times the tokens' importance weights, where the rollout has any: truncated importance sampling,
+    min(pi / pi of the engine, rollout.importance_cap), held fixed (Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training")."""
+    return values if rollout.importance is None else values * rollout.importance
+
+
 def mean_of_others(sums: Tensor, tokens: Tensor, total: float, total_tokens: float) -> Tensor:
     """[n] float64: a mean over the tokens of a step's other responses, so that it does not depend on the response.
 

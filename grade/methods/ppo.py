@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from grade.errors import present
 from grade.methods.base import Update
 from grade.methods.metrics import add_sums
-from grade.methods.policy_gradient import PolicyGradient, Scored, TokenMeans, Weights, clipped_surrogate
+from grade.methods.policy_gradient import PolicyGradient, Scored, TokenMeans, Weights, clipped_surrogate, weighted
 from grade.methods.services import Services, Totals
 from grade.rollout import Rollout
 
@@ -184,6 +184,7 @@ class PPO(PolicyGradient):
         terms = self.terms(scored, weights, reference=settings.kl == "loss")
         values = self.value_head(terms.hidden) * mask
         policy_loss = clipped_surrogate(terms.logprob, old.logprob, experience.advantage, settings.clip, settings.clip)
+        policy_loss = weighted(policy_loss, scored.rollout)
         error = value_loss(values, experience.values, experience.returns, settings.value_clip)
         per_token = (policy_loss + settings.value_coef * error) * mask
         (per_token.sum() / totals.tokens + terms.penalty).backward()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from grade.methods.base import Update
 from grade.methods.metrics import add_sums
-from grade.methods.policy_gradient import PolicyGradient, Scored
+from grade.methods.policy_gradient import PolicyGradient, Scored, weighted
 from grade.methods.services import Totals
 from grade.rollout import Rollout
 
@@ -100,7 +100,8 @@ class Reinforce(PolicyGradient):
                 terms = self.terms(s, self.in_direction(weight))
                 returns = penalised_return(s.reward, self.kl_of(terms), weight, totals.responses, mean)
                 advantage = (returns - baseline).to(terms.logprob.dtype)
-                (reinforce_loss(terms.logprob, advantage) / totals.responses + terms.penalty).backward()
+                chosen = weighted(terms.logprob, s.rollout)
+                (reinforce_loss(chosen, advantage) / totals.responses + terms.penalty).backward()
                 own = {"return": returns, "baseline": baseline, "advantage²": advantage.square()}
                 sums = add_sums(sums, self.sums(s, terms, **own))
         self.services.before_update(sums)

@@ -78,6 +78,22 @@ def save_checkpoint(
         _finish(fresh, step, card, base)
 
 
+def write_adapter(folder: Path, policy: Policy, setting: str) -> None:
+    """Write the adapter alone into a new folder, as peft does, for a program that reads it at once.
+
+    Args:
+        policy: one whose adapter is trained.
+        setting: what decides the place.
+
+    Raises:
+        GradeError: it could not be written.
+    """
+    with writing(folder, setting):
+        folder.mkdir(parents=True)
+        _save_adapter(policy.model, folder)
+        (folder / CARD_FILE).unlink(missing_ok=True)  # a form of peft's, to be filled in
+
+
 def _save_adapter(model: PeftModel, folder: Path) -> None:
     settings = model.peft_config[TRAINED]
     if settings.base_model_name_or_path:  # a model that was made in memory has none

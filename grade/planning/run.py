@@ -170,7 +170,7 @@ class Run:
 
     @property
     def samples_here(self) -> bool:
-        return self.config.rollout.source is None
+        return self.config.rollout.sampled_here
 
     @property
     def merges(self) -> bool:

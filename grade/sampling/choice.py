@@ -17,7 +17,7 @@ def decoding_of(policy: Policy, config: Config) -> tuple[Decoding, str | None]:
         GradeError: rollout.compile is true, and the policy cannot be decoded so.
     """
     wanted = config.rollout.compile
-    if config.rollout.source is not None or not wanted:
+    if not config.rollout.sampled_here or not wanted:
         return Decoding(policy), None
     if wanted == "auto" and not recording_pays(config, on_gpu=policy.device.type == "cuda"):
         return Decoding(policy), None

@@ -16,7 +16,7 @@ counted (`off_support`): a few come from rounding, many from another model, temp
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from grade.config import GenerationConfig, RolloutConfig
-from grade.errors import GradeError, reason_of
+from grade.errors import GradeError, RolloutFailed, reason_of
 from grade.model.passes import fed_embeddings, policy_pass
 from grade.model.policy import Policy
 from grade.rollout import Rollout, pad_prompts
@@ -38,7 +38,7 @@ _CONDITIONAL_DRAW = 1  # draw 0 is the sampler's own
 
 
 class Response(NamedTuple):
-    """A line of the file."""
+    """A response from elsewhere: token ids."""
 
     prompt: list[int]
     tokens: list[int]
@@ -73,12 +73,9 @@ class RolloutSource:
         needed: int,
         processes: int = 1,
     ):
-        self.path, self.policy, self.generation = path, policy, generation
-        self.longest_prompt, self.timeout = longest_prompt, timeout
+        self.path, self.policy, self.timeout = path, policy, timeout
+        self._limits = Limits(policy, generation, longest_prompt)
         self.should_stop: Callable[[], bool] = lambda: False
-        self._known = torch.ones(policy.vocab_size, dtype=torch.bool)
-        self._known[policy.suppressed.cpu()] = False
-        self._ends = set(policy.eos_ids.tolist())
         if not self.path.exists() or self.path.is_dir():
             raise GradeError(f"rollout.source: there is no file {self.path}. Name one, or null to sample here.")
         self.is_pipe = not self.path.is_file()
@@ -103,18 +100,18 @@ class RolloutSource:
         """The next `count` responses, as if they had been sampled here; arguments as in `grade.sampling.sample.sample`.
 
         Raises:
-            GradeError: a pipe ended, was silent for rollout.timeout, or holds a line that cannot be used.
+            RolloutFailed: a pipe ended, was silent for rollout.timeout, or holds a line that cannot be used.
             StopAsked: `should_stop` said so while nothing came.
         """
         responses = list(islice(self._lines, count))
         if len(responses) < count:
-            raise GradeError(
+            raise RolloutFailed(
                 f"rollout.source: {self.path} ended {count - len(responses)} responses early. Go on with "
                 "--train.resume auto once there are more."
             )
         for first in range(0, count, copies):
             if any(r.prompt != responses[first].prompt for r in responses[first : first + copies]):
-                raise GradeError(
+                raise RolloutFailed(
                     f"rollout.source: {self.path} does not have the {copies} responses of a prompt next to each other. "
                     "Order them so, or lower generation.samples_per_prompt to 1."
                 )
@@ -128,17 +125,17 @@ class RolloutSource:
                 if line.strip():
                     yield self._read(line.decode("utf-8"), number)
         except Silent as silence:
-            raise GradeError(
+            raise RolloutFailed(
                 f"{where} {silence} in rollout.timeout={self.timeout:g} seconds. See whether the "
                 "engine that writes it still runs, or raise rollout.timeout. Go on with "
                 "--train.resume auto."
             ) from None
         except TooLong:
-            raise GradeError(
+            raise RolloutFailed(
                 f"{where} has a line of more than {MOST_BYTES} bytes without an end. Write one response a line."
             ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise GradeError(
+            raise RolloutFailed(
                 f"{where} cannot be read as text ({reason_of(error)}). Name a file of JSON lines, or a pipe."
             ) from error
 
@@ -148,51 +145,76 @@ class RolloutSource:
             record = json.loads(line)
             prompt, tokens = record["prompt"], record["response"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise GradeError(
+            raise RolloutFailed(
                 f'{where} is not of the form {{"prompt": [ids], "response": [ids]}} ({error!r}). Mend it.'
             ) from error
-        for name, ids in (("prompt", prompt), ("response", tokens)):
+        response = Response(prompt, tokens)
+        self._limits.check(where, response)
+        return response
+
+
+class Limits:
+    """What a response from elsewhere may be.
+
+    Args:
+        longest_prompt: task.prompt_max_tokens.
+    """
+
+    def __init__(self, policy: Policy, generation: GenerationConfig, longest_prompt: int):
+        self._generation, self._longest_prompt = generation, longest_prompt
+        self._known = torch.ones(policy.vocab_size, dtype=torch.bool)
+        self._known[policy.suppressed.cpu()] = False
+        self._ends = set(policy.eos_ids.tolist())
+
+    def check(self, where: str, response: Response) -> None:
+        """Refuse ids that the policy could not have sampled, and lengths that its settings rule out.
+
+        Args:
+            where: begins the message.
+
+        Raises:
+            RolloutFailed: with what is wrong.
+        """
+        for name, ids in (("prompt", response.prompt), ("response", response.tokens)):
             if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
-                raise GradeError(f"{where}: its {name} is not a list of one or more token ids. Mend it.")
+                raise RolloutFailed(f"{where}: its {name} is not a list of one or more token ids. Mend it.")
             wrong = next((i for i in ids if not 0 <= i < len(self._known) or not self._known[i]), None)
             if wrong is not None:
-                raise GradeError(
+                raise RolloutFailed(
                     f"{where}: its {name} has the id {wrong}, which the tokenizer of model.name does not "
                     "know. Sample with the same tokenizer."
                 )
-        self._check_length(where, prompt, tokens)
-        return Response(prompt, tokens)
+        self._check_length(where, response.prompt, response.tokens)
 
     def _check_length(self, where: str, prompt: list[int], tokens: list[int]) -> None:
-        generation, most = self.generation, self.longest_prompt
+        generation, most = self._generation, self._longest_prompt
         if len(prompt) > most:
-            raise GradeError(
+            raise RolloutFailed(
                 f"{where}: its prompt has {len(prompt)} tokens, task.prompt_max_tokens is {most}. Raise that."
             )
         if len(tokens) > generation.max_new_tokens:
-            raise GradeError(
+            raise RolloutFailed(
                 f"{where}: its response has {len(tokens)} tokens, generation.max_new_tokens is "
                 f"{generation.max_new_tokens}. Raise that or cut the response."
             )
         ends = [] if generation.ignore_eos else [i for i, token in enumerate(tokens) if token in self._ends]
         if ends and ends[0] < len(tokens) - 1:
-            raise GradeError(f"{where}: its response goes on after an end-of-sequence token. Cut it there.")
+            raise RolloutFailed(f"{where}: its response goes on after an end-of-sequence token. Cut it there.")
         if not ends and len(tokens) < generation.max_new_tokens:
-            raise GradeError(
+            raise RolloutFailed(
                 f"{where}: its response stops after {len(tokens)} tokens without an end, before "
                 f"generation.max_new_tokens={generation.max_new_tokens}. Sample as many, and keep the end-of-sequence "
                 "token of those that end."
             )
         if ends and len(tokens) < generation.min_new_tokens:
-            raise GradeError(
+            raise RolloutFailed(
                 f"{where}: its response ends after {len(tokens)} tokens, generation.min_new_tokens is "
                 f"{generation.min_new_tokens}. Set it to what the responses were sampled with."
             )
 
 
-@torch.no_grad()
 def recreate(
-    policy: Policy, responses: list[Response], sampling: Sampling, *, seed: int, first_rows: Tensor, copies: int = 1
+    policy: Policy, responses: Sequence[Response], sampling: Sampling, *, seed: int, first_rows: Tensor, copies: int = 1
 ) -> Rollout:
     """The rollout that `grade.sampling.sample.sample` would have made, had it drawn these tokens.
 
@@ -203,6 +225,14 @@ def recreate(
     Returns:
         A rollout whose candidates are the policy's as it is now; relaxed weights are drawn conditional on the tokens.
     """
+    return recreate_with_states(policy, responses, sampling, seed=seed, first_rows=first_rows, copies=copies)[0]
+
+
+@torch.no_grad()
+def recreate_with_states(
+    policy: Policy, responses: Sequence[Response], sampling: Sampling, *, seed: int, first_rows: Tensor, copies: int = 1
+) -> tuple[Rollout, Tensor]:
+    """The same, and the policy's states [B, S, d] that predict the tokens."""
     ids, prompt_mask = pad_prompts([r.prompt for r in responses], policy.pad_id, policy.device)
     flipped, flipped_mask = pad_prompts([r.tokens[::-1] for r in responses], policy.pad_id, policy.device)
     tokens, mask = flipped.flip(1), flipped_mask.flip(1)  # [B, S], padding behind
@@ -230,7 +260,7 @@ def recreate(
         if here.any():
             suppress = suppressed_ids(policy, columns.start, sampling.min_new_tokens, sampling.ignore_eos)
             _fill(policy, rollout, hidden, here, sampling, suppress)
-    return rollout
+    return rollout, hidden
 
 
 def _fill(policy: Policy, rollout: Rollout, hidden: Tensor, here: Tensor, sampling: Sampling, suppress: Tensor) -> None:
@@ -263,7 +293,7 @@ def rollout_source(
     processes: int = 1,
 ) -> RolloutSource | None:
     """The source that the settings name; None where responses are sampled here. Arguments as of `RolloutSource`."""
-    if rollout.source is None:
+    if rollout.source is None or rollout.engine != "here":
         return None
     return RolloutSource(
         Path(rollout.source),

@@ -1,4 +1,4 @@
-"""The responses of a training step: to which prompts, sampled here or read from elsewhere, and from which noise.
+"""The responses of a training step: to which prompts, sampled here, read or asked for elsewhere, and from which noise.
 
 They follow from (seed, step) alone, so a resumed run repeats the uninterrupted one, and neither batches nor processes
 change them.
@@ -16,9 +16,11 @@ from grade.model.policy import Policy
 from grade.rollout import Rollout, pad_prompts
 from grade.sampling.decode import Decoding
 from grade.sampling.draw import Sampling
+from grade.sampling.engine import Request
+from grade.sampling.engine_rollouts import EngineRollouts
 from grade.sampling.external import RolloutSource
 from grade.sampling.sample import sample
-from grade.seeds import epoch_seed
+from grade.seeds import derived_seed, epoch_seed
 
 
 def prompt_numbers(step: int, per_step: int, count: int, seed: int) -> list[int]:
@@ -43,7 +45,8 @@ class Responses:
 
     Args:
         prompts: token ids of the training split.
-        source: of another engine's responses; None samples here, by `decoding`.
+        source: of another engine's responses, in a file or a pipe.
+        engine: samples each step's responses elsewhere. Without both they are sampled here, by `decoding`.
         per_step: responses of a step, on all processes.
         process, processes: which this is, of how many.
     """
@@ -52,6 +55,7 @@ class Responses:
     prompts: Sequence[list[int]]
     decoding: Decoding
     source: RolloutSource | None
+    engine: EngineRollouts | None
     generation: GenerationConfig
     seed: int
     per_step: int
@@ -61,9 +65,8 @@ class Responses:
     def of_step(self, step: int, sampling: Sampling) -> Iterator[Rollout]:
         """At most generation.batch_size at a time."""
         copies, source, device = self.generation.samples_per_prompt, self.source, self.policy.device
-        numbers = prompt_numbers(step, self.per_step // copies, len(self.prompts), self.seed)
-        share = len(numbers) // self.processes
-        first = self.process * share
+        numbers, first, share = self._share(step)
+        sampled = [] if self.engine is None else self.engine.sampled(step, self._requests)
         together = prompts_together(self.generation, share * copies)
         if source is not None:
             source.skip(first * copies)
@@ -73,6 +76,11 @@ class Responses:
             rows = responses * self.generation.max_new_tokens
             if source is not None:
                 yield source.rollout(len(responses), sampling, copies=copies, seed=self.seed, first_rows=rows)
+                continue
+            if self.engine is not None:
+                some = sampled[(start - first) * copies : (stop - first) * copies]
+                rollout = self.engine.rollout(some, sampling, copies=copies, seed=self.seed, first_rows=rows)
+                yield rollout.of("policy", numbers[start:stop])
                 continue
             ids, mask = pad_prompts([self.prompts[n] for n in numbers[start:stop]], self.policy.pad_id, device)
             yield sample(
@@ -87,3 +95,23 @@ class Responses:
             ).of("policy", numbers[start:stop])
         if source is not None:
             source.skip((len(numbers) - first - share) * copies)
+
+    def measures(self) -> dict[str, float]:
+        """What the last step's responses say of the engine that sampled them; all processes ask together."""
+        return {} if self.engine is None else self.engine.measures()
+
+    def _share(self, step: int) -> tuple[list[int], int, int]:
+        """(numbers of a step's prompts, the first of this process, how many it has)."""
+        copies = self.generation.samples_per_prompt
+        numbers = prompt_numbers(step, self.per_step // copies, len(self.prompts), self.seed)
+        share = len(numbers) // self.processes
+        return numbers, self.process * share, share
+
+    def _requests(self, step: int) -> list[Request]:
+        """What an engine is asked for in a step: each response with a seed of its own, from (seed, step, response)."""
+        copies = self.generation.samples_per_prompt
+        numbers, first, share = self._share(step)
+        return [
+            Request(self.prompts[numbers[response // copies]], derived_seed(self.seed, step, response))
+            for response in range(first * copies, (first + share) * copies)
+        ]

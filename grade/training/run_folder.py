@@ -23,6 +23,7 @@ from grade.files import check_writable, locked, replace_text, sync
 from grade.formats import COUNT
 from grade.hub_names import GIVEN
 from grade.processes import everywhere, main_process_first, shared
+from grade.sampling.engine_rollouts import FOLDER as ROLLOUT
 from grade.training.resumable import has_resumable, resumable
 
 MARKER = ".grade-run"
@@ -45,6 +46,7 @@ SOUND = "rollback"
 _WRITTEN = {  # names of what a run writes, by the folder it lies in
     "checkpoints/*": _IN_CHECKPOINT,
     f"checkpoints/*/{_TEMPLATES}": r".+\.jinja",
+    f"{ROLLOUT}/*": r"adapter_config\.json|adapter_model\.safetensors|README\.md",
     "reward*": r"head\.safetensors|reward\.json",
     "tensorboard": r"events\.out\.tfevents\..*",
     SKIPPED: r"step-\d+\.json(\.new)?",
@@ -55,6 +57,7 @@ CHECKPOINT = rf"(last|resume-\d+|best(-\d+)?|{SOUND}|step-\d+)"
 """Names of a run's checkpoints: grade.training.resumable, grade.training.rollback and `adapter_folder`."""
 _HOLDING = (
     rf"{CHECKPOINT}(\.new|\.old)?|reward(\.new|\.old)?|tensorboard|checkpoints|{_TEMPLATES}|{SKIPPED}|{ROLLBACKS}"
+    rf"|{ROLLOUT}|grade-[0-9a-f]+-[0-9a-f]+-\d+"
 )
 """Names of the folders that it makes."""
 
@@ -279,6 +282,7 @@ def _content(run_dir: Path) -> list[Path]:
 def _written(run_dir: Path) -> list[Path]:
     """What a run has written, in the order in which it may go: files, then the folders that held them."""
     folders = [run_dir / "checkpoints", *sorted(run_dir.glob("checkpoints/*")), *sorted(run_dir.glob("reward*"))]
+    folders += [run_dir / ROLLOUT, *sorted(run_dir.glob(f"{ROLLOUT}/*"))]
     folders += sorted(run_dir.glob(f"checkpoints/*/{_TEMPLATES}"))
     folders += [run_dir / name for name in ("tensorboard", SKIPPED, ROLLBACKS)]
     folders = [path for path in folders if re.fullmatch(_HOLDING, path.name)]

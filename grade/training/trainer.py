@@ -18,7 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from grade.config import Config
-from grade.errors import RewardFailed, present
+from grade.errors import RewardFailed, RolloutFailed, present
 from grade.methods import make_method
 from grade.methods.metrics import Phases, peak_memory_gib, reset_peak_memory
 from grade.methods.services import Services
@@ -32,8 +32,10 @@ from grade.rollout import Rollout
 from grade.sampling.choice import decoding_of
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.decode import Decoding
+from grade.sampling.engine_rollouts import engine_rollouts
 from grade.sampling.external import rollout_source
 from grade.sampling.lines import StopAsked
+from grade.sampling.vllm import check_server
 from grade.training.callbacks import Callbacks
 from grade.training.checkpoints import Checkpoints
 from grade.training.evaluation import Evaluation, samples_of
@@ -84,6 +86,7 @@ class Trainer:
         with main_process_first(accelerator):
             if accelerator.is_main_process:
                 check_loggers(config.train)
+                check_server(config)
         self.callbacks.begin(accelerator.is_main_process, self.services.any_process)
         if loaded is None:
             loaded = set_up(
@@ -129,11 +132,13 @@ class Trainer:
             needed=train.steps * self.responses_per_step,
             processes=accelerator.num_processes,
         )
+        self.engine = engine_rollouts(config, self.policy, run_dir, accelerator)
         self.responses = Responses(
             self.policy,
             self.prompts,
             self.decoding,
             self.source,
+            self.engine,
             config.generation,
             config.seed,
             self.responses_per_step,
@@ -190,6 +195,7 @@ class Trainer:
         reset_peak_memory(self.policy.device)
         with self.phases("rollout"):
             rollouts = self.retry.rollouts(step, self.rollouts)
+            measures = self.responses.measures()
         metrics, wrong = self.gate.step(rollouts, step)
         if wrong is None:
             metrics |= self.method.steer(metrics)
@@ -202,6 +208,7 @@ class Trainer:
             self.log.samples(step, samples_of(self.policy, rollouts[0], config.train.samples_logged))
         return {
             **metrics,
+            **measures,
             **self.guard.metrics(),
             "learning_rate": self.optimization.learning_rate(step),
             "tokens_per_second": metrics["tokens"] / sum(seconds.values()),
@@ -266,7 +273,7 @@ class Trainer:
             progress = stack.enter_context(
                 training_progress(train.steps, self.step, every=train.log_every, enabled=main)
             )
-            stack.enter_context(self._saved_where_a_reward_fails())
+            stack.enter_context(self._saved_where_others_fail())
             self.stop = stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
             warning = None if found is None else found.warning()
             if warning is not None:
@@ -274,6 +281,12 @@ class Trainer:
             for note in notes:
                 progress.say(note)
             self._heed(progress)
+            if self.engine is not None and self.step < train.steps:
+                using = self.engine.running(self.step, self.prompts, lambda: stop.asked, progress.warn)
+                try:
+                    progress.say(stack.enter_context(using))
+                except StopAsked:  # while it waited for the engine: nothing has been done
+                    raise KeyboardInterrupt from None
             if self.step == 0 and not self.validations.rows:
                 self._validate(progress, adapters=False)
             elif self.step % every == 0 and self.validations.rows[-1]["step"] != self.step:  # the reward failed in it
@@ -321,22 +334,25 @@ class Trainer:
         self.step = self.rollback.heed(self.step, progress, self.log, self._save, self._state)
         if self.step != before:
             self.soundness.forget()
+            if self.engine is not None:
+                self.engine.forget()
         return self.step != before
 
     @contextmanager
-    def _saved_where_a_reward_fails(self) -> Iterator[None]:
-        """Save what was done before: a step or an evaluation whose reward fails has changed nothing of it. It fails in
-        all processes, and all wait for the main one: a launcher ends the others once one of them has ended."""
+    def _saved_where_others_fail(self) -> Iterator[None]:
+        """Save what was done before: a step or an evaluation whose reward fails, and a step whose responses cannot be
+        had, has changed nothing of it. It fails in all processes, and all wait for the main one: a launcher ends the
+        others once one of them has ended."""
         try:
             yield
-        except RewardFailed as error:
+        except (RewardFailed, RolloutFailed) as error:
             if self.step == 0:
                 raise
             self.soundness.check(self.step)  # by all processes, whose layers may be sharded
             with main_process_first(self.accelerator):
                 if self.step != self.checkpoints.saved:
                     self._save()
-            raise RewardFailed(f"{error} {self.checkpoints.kept()}") from error
+            raise type(error)(f"{error} {self.checkpoints.kept()}") from error
 
     def _validate(self, progress: TrainingProgress, *, adapters: bool = True) -> bool:
         """Whether the policy is the best so far."""

@@ -93,7 +93,7 @@ class Trial:
         moments = 2 * sum(p.nbytes for p in self.policy.parameters())  # of AdamW, beside every step but the first
         # A compiled step keeps its caches: of full rollouts, and of a step's rest.
         always: float = moments
-        if config.rollout.compile and config.rollout.source is None:
+        if config.rollout.compile and config.rollout.sampled_here:
             always += found["rollout"] * (2 if self.batches["step"] % self.batches["rollout"] else 1)
         found = {name: size + (moments if name == "rollout" else always) for name, size in found.items()}
         if config.method.updates > 1 and config.guard.max_skipped > 1:  # what a later update's failure would put back

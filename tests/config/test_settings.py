@@ -78,6 +78,13 @@ def test_what_may_change_when_a_run_is_resumed():
         "evaluation.batch_size",
         "generation.batch_size",
         "rollout.compile",
+        "rollout.url",
+        "rollout.adapter_dir",
+        "rollout.server_adapter_dir",
+        "rollout.concurrency",
+        "rollout.retries",
+        "rollout.timeout",
+        "rollout.max_logprob_difference",
         "method.head_chunk_mib",
         "method.activation_checkpointing",
     }

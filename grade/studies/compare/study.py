@@ -75,6 +75,8 @@ def run_comparison(config: Config, methods: Sequence[str], seeds: Sequence[int])
         raise GradeError(f"compare.sweep_seed ({config.compare.sweep_seed}) is one of --seeds: choose another.")
     if config.rollout.source is not None:
         raise GradeError("rollout.source is set, but the runs of a comparison sample for themselves: set it to null.")
+    if config.rollout.engine != "here":
+        raise GradeError("rollout.engine is vllm, but the runs of a comparison sample for themselves: set it to here.")
     if config.guard.action == "rollback":
         raise GradeError(
             "guard.action is rollback, but a comparison is of runs of equal cost, which would not count the steps that "
