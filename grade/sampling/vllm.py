@@ -41,7 +41,7 @@ class VllmServer:
         timeout: seconds of silence in an answer.
 
     Raises:
-        RolloutFailed: there are more suppressed ids than can be sent with every request.
+        RolloutFailed: there are more suppressed ids than can be sent with every request, or the key cannot be sent.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class VllmServer:
     ) -> None:
         self.where = f"rollout.url={url}"
         self.processed = False
-        self._server = JsonServer(url.rstrip("/").removesuffix("/v1"), key=os.environ.get(KEY) or None, timeout=timeout)
+        self._server = JsonServer(url.rstrip("/").removesuffix("/v1"), key=_key(), timeout=timeout)
         self._theirs = theirs
         if len(suppressed) > _MOST_SUPPRESSED:
             raise RolloutFailed(
@@ -177,7 +177,7 @@ class VllmServer:
             raise Away(str(error)) from None
         except Broken as error:
             raise Failing(str(error)) from None
-        if answer.status >= 500 and not _mentions_rank(answer) or answer.status in (408, 425, 429):
+        if answer.status >= 500 and not _is_about_adapters(answer) or answer.status in (408, 425, 429):
             raise Failing(f"it answered {_said(answer)}")
         return answer
 
@@ -239,6 +239,20 @@ def least_rank(rank: int) -> int:
 _NEWER = "Use vLLM 0.10.2 or newer."
 
 
+def _key() -> str | None:
+    """The server's key, without the line's end that a file of it has.
+
+    Raises:
+        RolloutFailed: a header of HTTP cannot hold it; the message does not either.
+    """
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise RolloutFailed(
+            f"The environment variable {KEY} holds a character that no key can have. Set it to the server's key alone."
+        )
+    return key or None
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
@@ -254,6 +268,6 @@ def _said(answer: Answer) -> str:
     return f"HTTP {answer.status}: {text[:300]}" if text else f"HTTP {answer.status}"
 
 
-def _mentions_rank(answer: Answer) -> bool:
-    """Whether a failure is about the adapter itself, which vLLM reports as its own."""
+def _is_about_adapters(answer: Answer) -> bool:
+    """Whether a failure is about the adapter itself, such as its rank, which vLLM reports as its own."""
     return "lora" in answer.text.lower()
