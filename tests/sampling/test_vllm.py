@@ -58,7 +58,7 @@ def test_what_is_asked_for_is_what_the_settings_say(policies):
 
 
 SURVIVED = {
-    "it fails": (["500", "", "500"], "it answered HTTP 500: EngineCore encountered an issue"),
+    "it fails": (["500", "", "500 in LoRA"], "it answered HTTP 500: EngineCore encountered an issue"),
     "it drops the connection": (["", "", "drop"], "the connection broke"),
     "it breaks off an answer": (["torn"], "the connection broke in the middle of an answer|1 bytes"),
     "it has lost its adapters": (["", "", "", "forget"], "it has lost the adapter, which it is given again"),
@@ -106,6 +106,7 @@ REFUSED = {
     "unknown id": "has the id 1000000, which the tokenizer of model.name does not know",
     "cut": "stops after 1 tokens without an end, before generation.max_new_tokens=8",
     "no logprobs": "tokens without their log-probabilities",
+    "too many digits": "tokens without their log-probabilities",
     "infinite": "tokens without their log-probabilities",
     "html": "gave no JSON object but '<html>a page</html>'",
 }
