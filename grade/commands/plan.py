@@ -54,8 +54,7 @@ def planned(
     device = device_named(gpu or ("cpu" if config.device == "cpu" else "h100"))
     given = {name: value for name, value in assumptions.items() if value is not None}
     for name, value in given.items():
-        least, most = (0.0, 1.0) if name in _SHARES else (-1e-12, 1.0)
-        if not least < value <= most:
+        if not (0 < value <= 1 if name in _SHARES else 0 <= value <= 1):
             span = "above 0 and at most 1" if name in _SHARES else "0 or more and at most 1 s"
             raise GradeError(f"--{name}{'' if name in _SHARES else ', in seconds,'} is {value:g}: it must be {span}.")
     if shards is not None and shards < 1:

@@ -105,7 +105,8 @@ def _timed(run: Run) -> list[PlannedPhase]:
 
 def ways_to_sample(run: Run) -> list[WayToSample]:
     """Seconds for the responses of a step by the ways there are: each device with a whole base, each with a sharded
-    one, and an engine that splits products over the devices of a group. A way that does not fit is left out."""
+    one, and an engine that splits products over the devices of a group. A way that does not fit, or that the method
+    cannot take, is left out."""
     ways = []
     for shards in dict.fromkeys((1, run.shards)):
         here = replace(run, shards=shards)
@@ -114,11 +115,21 @@ def ways_to_sample(run: Run) -> list[WayToSample]:
         name = "here, whole base" if shards == 1 else f"here, sharded base (of {shards})"
         ways.append(WayToSample(name, time_of(rollout(here), here, shards)))
     group = run.shards if run.shards > 1 else min(run.devices, run.device.per_node)
-    if group > 1:
+    if group > 1 and engine_settings(run) is not None:
         responses = group * run.responses
         engine = engine_rollout(run, group, responses)
         ways.append(WayToSample(f"an engine, tensor parallel (of {group})", time_of(engine, run, group)))
     return ways
+
+
+def engine_settings(run: Run) -> str | None:
+    """The options by which an engine samples a step's responses; None where the run needs more of the draw than its
+    tokens, or has no adapter to send."""
+    method = run.config.method
+    if method.name == "grade" or run.trained.everything:
+        return None
+    rule = " --method.estimator rao" if run.differentiates and method.estimator == "gumbel" else ""
+    return f"--rollout.engine vllm{rule}"
 
 
 def suggestions(found: Plan) -> list[str]:
@@ -189,13 +200,12 @@ def _sampling(found: Plan) -> list[str]:
             f"At most {found.rollout_batch} responses can be sampled together: --generation.batch_size "
             f"{found.rollout_batch}."
         )
-    bound = found.phases[0].time.bound
+    bound, here = found.phases[0].time.bound, found.phases[0].time.seconds
     quicker = min(found.ways, key=lambda way: way.time.seconds, default=None)
     if bound == INTERCONNECT:
-        lines.append(
-            "Sampling is bound by the interconnect: every token gathers the sharded layers anew. Let an engine sample "
-            "(rollout.source), or hold the base whole."
-        )
+        engine = engine_settings(run)
+        fix = "Hold the base whole" if engine is None else f"Let an engine sample ({engine}), or hold the base whole"
+        lines.append(f"Sampling is bound by the interconnect: every token gathers the sharded layers anew. {fix}.")
     elif bound == LAUNCHING:
         record = "" if run.records or run.shards > 1 else " --rollout.compile true records the launches;"
         lines.append(
@@ -204,8 +214,8 @@ def _sampling(found: Plan) -> list[str]:
         )
     elif bound == MEMORY and run.together < run.responses:
         lines.append("Sampling is bound by reading weights: more responses together (--generation.batch_size).")
-    if quicker is not None and quicker.name.startswith("an engine") and quicker.time.seconds < found.phases[0].time[0]:
-        times = found.phases[0].time.seconds / quicker.time.seconds
+    if quicker is not None and quicker.name.startswith("an engine") and quicker.time.seconds < here:
+        times = here / quicker.time.seconds
         lines.append(f"{quicker.name[0].upper()}{quicker.name[1:]} would sample {times:.1f} times as fast.")
     return lines
 
@@ -224,7 +234,7 @@ def _head(run: Run) -> list[str]:
         more *= 2
     return [
         f"Chunks of {run.chunk_rows} rows read the head's weight often: --method.head_chunk_mib {more // 2**20} takes "
-        "less time and that much memory."
+        f"less time, and {more // 2**20} MiB for the chunks."
     ]
 
 

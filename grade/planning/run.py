@@ -96,7 +96,9 @@ class Run:
 
     @property
     def records(self) -> bool:
-        """Whether the rollout is a compiled, recorded step."""
+        """Whether the rollout is a compiled, recorded step, which a sharded base cannot have."""
+        if self.shards > 1:
+            return False
         wanted = self.config.rollout.compile
         return recording_pays(self.config, on_gpu=self.device.is_beside_host) if wanted == "auto" else wanted
 

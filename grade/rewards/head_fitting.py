@@ -173,8 +173,8 @@ def _beyond_means(values: Tensor, groups: Tensor) -> Tensor:
 
 
 def _pearson(x: Tensor, y: Tensor) -> float | None:
-    """None where one of both is constant, to the rounding of float32."""
-    if min(x.std().item(), y.std().item()) < 1e-7:
+    """None where one of both is constant, to the rounding of float32, as a single value is."""
+    if min(x.std(correction=0).item(), y.std(correction=0).item()) < 1e-7:
         return None
     return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
 

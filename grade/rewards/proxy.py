@@ -85,7 +85,8 @@ class ProxyTraining(HeadTraining):
                 "base model, so that a proxy has nothing to learn. Raise task.reward_examples or reward.proxy_samples, "
                 "or use an easier task or a model that earns some of it."
             )
-        data = HeadData("classes" if rewards == {0.0, 1.0} else "numbers", learnt, held_out)
+        yes_or_no = rewards | {response.reward for response in held_out} == {0.0, 1.0}
+        data = HeadData("classes" if yes_or_no else "numbers", learnt, held_out)
         head, report = fit_head(self.policy, self.settings, data, judged=self.judged)
         means = {
             name: sum(response.reward for response in part) / len(part)

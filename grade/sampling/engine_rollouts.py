@@ -41,6 +41,7 @@ T = TypeVar("T")
 FOLDER = "rollout"
 """Of a run's folder, where versions of the adapter are written unless rollout.adapter_dir says otherwise."""
 _PROBES = 4  # responses that a session compares before its first step
+_UNLOAD_SECONDS = 5.0  # that a version's unloading is waited for: nothing depends on it
 
 
 def engine_rollouts(config: Config, policy: Policy, run_dir: Path, accelerator: Accelerator) -> EngineRollouts | None:
@@ -125,7 +126,7 @@ class EngineRollouts:
         responses = self._agreed(sampled)
         rows = self.policy.eos_ids.new_zeros(len(responses))
         self.rollout(responses, sampling_of(config.generation), seed=config.seed, first_rows=rows, copies=1)
-        found, self._mismatch = self._mismatch, Mismatch()
+        found, self._mismatch = together(everywhere(self._accelerator, self._mismatch)), Mismatch()
         said = f"log-probabilities differ by {found.mean:.2g} nats on average, {found.largest:.2g} at most"
         if not found.mean <= self._settings.max_logprob_difference:
             raise RolloutFailed(
@@ -166,6 +167,8 @@ class EngineRollouts:
         if ahead is not None and ahead[0] == step:
             asking = ahead[1]
         else:  # the first step of a session, or no lag
+            if ahead is not None:
+                ahead[1].end()
             asking = self._asking(self._published(step), requests(step))
         found = self._agreed(lambda: self._checked(asking.wait(self._should_stop, self._warn), step))
         if self._settings.max_lag and step + 1 < self._steps:
@@ -235,11 +238,16 @@ class EngineRollouts:
         return version
 
     def _retire(self, version: Version | None) -> None:
-        """Take a version from the engine, if it can be, and delete its folder."""
+        """Take a version from the engine, if it can be within some seconds, and delete its folder."""
         if version is None:
             return
-        with suppress(Away, Failing, RolloutFailed):
-            self.engine.unload(version)
+
+        def unload() -> None:
+            with suppress(Away, Failing):
+                self.engine.unload(version)
+
+        with suppress(RolloutFailed):  # an engine that hangs holds up neither a step nor a stop
+            Asking([unload], Patience(0, _UNLOAD_SECONDS), self.engine.where).wait(bool, self._warn)
         shutil.rmtree(version.folder, ignore_errors=True)
 
     # -- asking ----------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ class JsonServer:
             connection.connect()
         except ssl.SSLError as error:
             raise Unreachable(f"no secure connection ({_reason(error)})") from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter of a host that no name can be, such as a..b
             raise Unreachable(_reason(error)) from None
         connection.sock.settimeout(self._timeout)
         return connection

@@ -8,9 +8,9 @@ and end-of-sequence not before min_new_tokens (vLLM's min_tokens counts the toke
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class VllmServer:
         timeout: seconds of silence in an answer.
 
     Raises:
-        RolloutFailed: there are more suppressed ids than can be sent with every request.
+        RolloutFailed: there are more suppressed ids than can be sent with every request, or the key cannot be sent.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class VllmServer:
     ) -> None:
         self.where = f"rollout.url={url}"
         self.processed = False
-        self._server = JsonServer(url.rstrip("/").removesuffix("/v1"), key=os.environ.get(KEY) or None, timeout=timeout)
+        self._server = JsonServer(url.rstrip("/").removesuffix("/v1"), key=_key(), timeout=timeout)
         self._theirs = theirs
         if len(suppressed) > _MOST_SUPPRESSED:
             raise RolloutFailed(
@@ -107,7 +107,7 @@ class VllmServer:
     def load(self, version: Version) -> None:
         folder = Path(self._theirs) / version.folder.name if self._theirs is not None else version.folder.absolute()
         body = {"lora_name": version.name, "lora_path": str(folder)}
-        answer = self._ask(lambda: self._server.post("/v1/load_lora_adapter", body))
+        answer = self._ask(lambda: self._server.post("/v1/load_lora_adapter", body), adapters=True)
         if answer.status == 200 or (answer.status == 400 and "already been loaded" in answer.text):
             return
         said = _said(answer)
@@ -121,7 +121,8 @@ class VllmServer:
         raise RolloutFailed(f"{self.where}: it does not take the adapter {version.name} ({said}). {_START}")
 
     def unload(self, version: Version) -> None:
-        self._ask(lambda: self._server.post("/v1/unload_lora_adapter", {"lora_name": version.name}))
+        body = {"lora_name": version.name}
+        self._ask(lambda: self._server.post("/v1/unload_lora_adapter", body), adapters=True)
 
     def observe(self, version: Version, prompt: list[int]) -> None:
         # Of one candidate, all others are impossible by the distribution that it draws from.
@@ -169,15 +170,21 @@ class VllmServer:
             raise RolloutFailed(f"{self.where}: its token ids are no list. {_NEWER}")
         return choice
 
-    def _ask(self, question: Any) -> Answer:
-        """An answer that is not the server's own failure."""
+    def _ask(self, question: Callable[[], Answer], *, adapters: bool = False) -> Answer:
+        """An answer that is not the server's own failure.
+
+        Args:
+            adapters: it is asked to load or unload one, and reports what is wrong with that, such as its rank, as a
+                failure of its own.
+        """
         try:
-            answer: Answer = question()
+            answer = question()
         except Unreachable as error:
             raise Away(str(error)) from None
         except Broken as error:
             raise Failing(str(error)) from None
-        if answer.status >= 500 and not _mentions_rank(answer) or answer.status in (408, 425, 429):
+        failed = answer.status >= 500 and not (adapters and "lora" in answer.text.lower())
+        if failed or answer.status in (408, 425, 429):
             raise Failing(f"it answered {_said(answer)}")
         return answer
 
@@ -239,8 +246,22 @@ def least_rank(rank: int) -> int:
 _NEWER = "Use vLLM 0.10.2 or newer."
 
 
+def _key() -> str | None:
+    """The server's key, without the line's end that a file of it has.
+
+    Raises:
+        RolloutFailed: a header of HTTP cannot hold it; the message does not either.
+    """
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise RolloutFailed(
+            f"The environment variable {KEY} holds a character that no key can have. Set it to the server's key alone."
+        )
+    return key or None
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _said(answer: Answer) -> str:
@@ -252,8 +273,3 @@ def _said(answer: Answer) -> str:
         content = content.get("message") or content.get("detail") or content
     text = " ".join(str(answer.text if content is None else content).split())
     return f"HTTP {answer.status}: {text[:300]}" if text else f"HTTP {answer.status}"
-
-
-def _mentions_rank(answer: Answer) -> bool:
-    """Whether a failure is about the adapter itself, which vLLM reports as its own."""
-    return "lora" in answer.text.lower()

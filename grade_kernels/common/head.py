@@ -33,8 +33,8 @@ def split_product(x: Tensor, weight: Tensor, mm: Callable[[Tensor, Tensor], Tens
 
     x is cut into a 16-bit number and the 16-bit rest, which keeps 16 (bf16) or 21 (fp16) of its bits, at the
     speed of a GPU's matrix units; rounding it to 16 bits once would keep 8 or 11.  fp16 has a short exponent, so
-    its rows are scaled by powers of two to about 1.  `mm` multiplies 16-bit matrices into float32.  Beside the
-    result, the halves are all the memory it takes: as much as x.
+    its rows are scaled by powers of two to about 1.  `mm` multiplies 16-bit matrices into float32.  It
+    takes memory for both halves, together as much as x, and for their products, [2 r, d] in float32.
     """
     halves = torch.empty(2, *x.shape, dtype=weight.dtype, device=x.device)
     high, minus_low = halves.unbind()

@@ -87,6 +87,15 @@ def test_a_large_model_is_sharded_and_sampling_then_bound_by_the_interconnect():
     assert engine.seconds < rollout.time.seconds / 5
     text = " ".join(found.suggestions)
     assert "every token gathers the sharded layers anew" in text and "times as fast" in text
+    assert "(--rollout.engine vllm --method.estimator rao)" in text and not found.run.records
+
+
+def test_an_engine_is_named_only_where_one_can_sample():
+    """GRADE feeds mixtures, which no engine does; policy gradients take any token ids."""
+    method = load_config("imdb_qwen3_4b").method
+    soft, plain = (planned(large(method=replace(method, name=name)), gpu="h100", gpus=16) for name in ("grade", "ppo"))
+    assert not any("engine" in text for text in [*soft.suggestions, *(way.name for way in soft.ways)])
+    assert "(--rollout.engine vllm)" in " ".join(plain.suggestions)
 
 
 def test_one_device_is_not_enough_for_it():

@@ -72,8 +72,14 @@ class Prompts:
         return torch.randint(4, VOCAB, (200, 3), generator=generator).tolist()
 
 
-def fitted(program, **settings):
-    training = ProxyTraining(replace(SETTINGS, **settings), 11, "", tiny_policy(), Prompts(), program, GENERATION)
+class OneHeldOut(Prompts):
+    def prompts(self, split, tokenizer, limit=None):
+        return super().prompts(split, tokenizer, limit)[: 1 if split == "validation" else None]
+
+
+def fitted(program, prompts=None, **settings):
+    prompts = prompts or Prompts()
+    training = ProxyTraining(replace(SETTINGS, **settings), 11, "", tiny_policy(), prompts, program, GENERATION)
     return training.train()
 
 
@@ -104,6 +110,24 @@ def test_one_response_a_prompt_has_no_others_to_go_with():
     _, report = fitted(LowIds(), proxy_samples=1)
     assert report["trained_on"] == 200 and report["correlation_within_prompts"] == {"11 tokens": None}
     assert "correlation within prompts undefined" in head_lines(report)[0]
+
+
+def test_a_single_held_out_response_goes_with_nothing():
+    _, report = fitted(LowIds(), OneHeldOut(), proxy_samples=1)
+    assert report["held_out"] == 1 and report["correlation"] == {"11 tokens": None}
+    json.dumps(report, allow_nan=False)
+
+
+class HalfHeldOut(MostlyLow):
+    """Yes or no of what is learnt from, and something between of what is held out."""
+
+    def score(self, rollout):
+        return super().score(rollout) * (0.5 if rollout.split == "validation" else 1.0)
+
+
+def test_no_part_of_a_reward_is_rounded_to_a_class():
+    head, report = fitted(HalfHeldOut())
+    assert head.label_type == "numbers" and report["mean_reward"]["held_out"] < 0.5
 
 
 def test_a_program_that_says_the_same_of_everything_is_refused():

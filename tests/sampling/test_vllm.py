@@ -1,13 +1,9 @@
-"""Responses from a vLLM server: on policy, through its failures, and refused where they are not what was asked for."""
+"""Responses from a vLLM server: through its failures, and refused where they are not what was asked for."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -15,93 +11,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict, load_peft_weights
-from stand_in_vllm import StandIn
-from tiny_run import (  # noqa: F401
-    adapter_of,
-    changed,
-    make_tiny_config,
-    shared_output,
-    tiny_config,
-    tiny_data,
-    tiny_model,
-    trainer_of,
-)
+from served import PROMPTS, Session, requests, short_pauses  # noqa: F401
+from tiny_run import make_tiny_config, shared_output, tiny_data, tiny_model  # noqa: F401
 
-from grade.config import RolloutConfig, validate
-from grade.config.reading import config_to_yaml
-from grade.errors import GradeError, RolloutFailed
-from grade.model.checkpoint import load_state
+from grade.config import RolloutConfig
+from grade.errors import RolloutFailed
 from grade.model.loading import load_policy, load_tokenizer
 from grade.processes import make_accelerator
-from grade.sampling import engine
-from grade.sampling.draw import Sampling
-from grade.sampling.engine import Forgotten, Request, Sampled, Version
+from grade.sampling.engine import Asking, Forgotten, Patience, Request, Sampled, Version
 from grade.sampling.engine_rollouts import engine_rollouts
 from grade.sampling.http_json import Answer
 from grade.sampling.lines import StopAsked
-from grade.sampling.mismatch import importance_weights
 from grade.sampling.vllm import VllmServer, vllm_server
-from grade.seeds import derived_seed
-from grade.training.run_folder import prepare_run_dir
-from grade.training.trainer import Trainer
-
-SERVED = {"engine": "vllm", "url": "http://127.0.0.1:1"}
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(engine, "FIRST_PAUSE", 0.01)
+@pytest.fixture(scope="module")
+def policies(tiny_model, tiny_data, shared_output, tmp_path_factory):  # noqa: F811
+    """The trainer's policy and the server's, with the config of both."""
+    config = make_tiny_config(tiny_model, tiny_data, shared_output, tmp_path_factory.mktemp("served"))
+    return config, *(load_policy(config, load_tokenizer(config.model), torch.device("cpu")) for _ in range(2))
 
 
 @pytest.fixture
-def server(tiny_config):  # noqa: F811
-    found = StandIn(load_policy(tiny_config, load_tokenizer(tiny_config.model), torch.device("cpu")))
+def session(policies, tmp_path):
+    found = Session(policies, tmp_path)
     yield found
-    found.stop()
-
-
-@pytest.fixture
-def config(tiny_config, server):  # noqa: F811
-    """Three steps without evaluations, at a rate at which a step shows in the probabilities."""
-    return changed(
-        tiny_config,
-        method={"estimator": "rao", "rao_samples": 4},
-        train={"steps": 3, "learning_rate": 0.02, "save_every": 1000},
-        evaluation={"every": 3, "validation_prompts": 4, "test_prompts": 0},
-        rollout={"engine": "vllm", "url": server.url, "timeout": 20.0},
-    )
-
-
-def begun(config):
-    return Trainer(config, make_accelerator(config), prepare_run_dir(config))
-
-
-def fitted(config, **settings):
-    """The trainer of a finished run, and the metrics of its steps."""
-    config = changed(config, **settings)
-    validate(config)
-    trainer = begun(config)
-    trainer.fit()
-    rows = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return trainer, [row for row in rows if "loss" in row]
-
-
-def version_of(name):
-    """The step in a version's name."""
-    return int(name.rpartition("-")[2])
-
-
-def test_every_step_is_sampled_by_the_policy_as_it_is(config, server):
-    """The server's adapter is that of the step: its probabilities are the policy's, which move far in between."""
-    trainer, rows = fitted(config)
-    steps = [version_of(name) for name, _, _ in server.asked]
-    assert steps == [0] * 4 + [0] * 4 + [1] * 4 + [2] * 4  # of the first four nothing is learnt: they are compared
-    for row in rows:
-        assert row["rollout/logprob_difference_max"] < 1e-4 and row["rollout/lag"] == 0 and row["off_support"] == 0
-    assert rows[2]["kl"] > 0.05
-    assert not server.loaded and not (Path(config.run_dir) / "rollout").exists()
-    assert len({seed for _, _, seed in server.asked}) == 12  # the four that are compared have the seeds of step 0
+    with contextlib.suppress(OSError):
+        found.server.stop()
 
 
 def test_what_is_asked_for_is_what_the_settings_say(policies):
@@ -121,67 +57,8 @@ def test_what_is_asked_for_is_what_the_settings_say(policies):
     assert bodies[1]["ignore_eos"] and bodies[1]["stop_token_ids"] == [] and bodies[1]["min_tokens"] == 0
 
 
-def test_the_update_is_that_of_the_same_responses_from_a_file(config, server, tmp_path):
-    trainer, _ = fitted(config, train={"steps": 1})
-    seeds = [derived_seed(config.seed, 0, response) for response in range(4)]
-    lines = [{"prompt": server.answers[seed][0], "response": server.answers[seed][1]} for seed in seeds]
-    path = tmp_path / "ids.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    from_file = {"engine": "here", "source": str(path)}
-    other = trainer_of(changed(config, rollout=from_file, train={"steps": 1, "run_dir": str(tmp_path / "other")}))
-    other.train_step()
-    assert torch.equal(adapter_of(trainer.policy), adapter_of(other.policy))
-
-
-# --- what a server does, without a training step ------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def policies(tiny_model, tiny_data, shared_output, tmp_path_factory):  # noqa: F811
-    """The trainer's policy and the server's, with the config of both."""
-    config = make_tiny_config(tiny_model, tiny_data, shared_output, tmp_path_factory.mktemp("served"))
-    return config, *(load_policy(config, load_tokenizer(config.model), torch.device("cpu")) for _ in range(2))
-
-
-class Session:
-    """The engine of a run, asked for steps of two responses to the same prompts."""
-
-    def __init__(self, policies, folder):
-        self.config, self.policy, served = policies
-        self.server, self.folder, self.said = StandIn(served), folder, []
-        self.stop = False
-
-    def run(self, steps=1, **rollout):
-        """The responses of some steps, the policy unchanged in between."""
-        settings = RolloutConfig(**{"engine": "vllm", "url": self.server.url, "timeout": 20.0, **rollout})
-        config = replace(self.config, rollout=settings, train=replace(self.config.train, steps=steps))
-        rollouts = engine_rollouts(config, self.policy, self.folder, make_accelerator(config))
-        with rollouts.running(0, PROMPTS, lambda: self.stop, self.said.append) as line:
-            self.said.append(line)
-            found = [rollouts.sampled(step, requests) for step in range(steps)]
-            rollouts.rollout(found[0], SAMPLING, seed=0, first_rows=torch.zeros(2).long(), copies=1)
-            self.metrics = rollouts.measures()
-        return [[response.tokens for response in step] for step in found]
-
-
-PROMPTS = [[5, 9, 11], [7, 3]]
-SAMPLING = Sampling(max_new_tokens=8, min_new_tokens=2, top_k=32)
-
-
-def requests(step):
-    return [Request(prompt, 100 * step + number) for number, prompt in enumerate(PROMPTS)]
-
-
-@pytest.fixture
-def session(policies, tmp_path):
-    found = Session(policies, tmp_path)
-    yield found
-    with contextlib.suppress(OSError):
-        found.server.stop()
-
-
 SURVIVED = {
-    "it fails": (["500", "", "500"], "it answered HTTP 500: EngineCore encountered an issue"),
+    "it fails": (["500", "", "500 in LoRA"], "it answered HTTP 500: EngineCore encountered an issue"),
     "it drops the connection": (["", "", "drop"], "the connection broke"),
     "it breaks off an answer": (["torn"], "the connection broke in the middle of an answer|1 bytes"),
     "it has lost its adapters": (["", "", "", "forget"], "it has lost the adapter, which it is given again"),
@@ -229,6 +106,7 @@ REFUSED = {
     "unknown id": "has the id 1000000, which the tokenizer of model.name does not know",
     "cut": "stops after 1 tokens without an end, before generation.max_new_tokens=8",
     "no logprobs": "tokens without their log-probabilities",
+    "too many digits": "tokens without their log-probabilities",
     "infinite": "tokens without their log-probabilities",
     "html": "gave no JSON object but '<html>a page</html>'",
 }
@@ -366,149 +244,40 @@ def test_a_policy_that_goes_back_is_sampled_from_anew(session):
     assert {name for name, _, _ in session.server.asked[-2:]}.isdisjoint(names) and not session.server.loaded
 
 
-# --- a run -------------------------------------------------------------------------------------------------
+def test_an_engine_that_hangs_holds_up_no_end(session, monkeypatch):
+    """Unloading is given some seconds, and nothing depends on it."""
+    monkeypatch.setattr("grade.sampling.engine_rollouts._UNLOAD_SECONDS", 0.2)
+    session.server.before = lambda path: time.sleep(3.0 * path.endswith("unload_lora_adapter"))
+    began = time.monotonic()
+    session.run()
+    assert time.monotonic() - began < 2.5 and not (session.folder / "rollout").exists()
 
 
-@pytest.mark.parametrize("max_lag", [0, 1])
-def test_a_server_that_stays_away_costs_no_step(config, server, tmp_path, max_lag):
-    """The steps before are saved, and the run goes on from them once the server is back; on policy as if nothing had
-    been, and with lag from responses of another adapter than it would have had."""
-    reference = changed(config, rollout={"max_lag": max_lag}, train={"run_dir": str(tmp_path / "reference")})
-    trainer, rows = fitted(reference)
-    steps = [version_of(name) for name, _, _ in server.asked[4:]]
-    assert steps == [0] * 4 + [max(1 - max_lag, 0)] * 4 + [2 - max_lag] * 4
-    assert [row["rollout/lag"] for row in rows] == [0, max_lag, max_lag]
-    if max_lag:  # the policy has moved since
-        assert rows[0]["rollout/logprob_difference_max"] < 1e-4 < rows[1]["rollout/logprob_difference_max"]
-    whole = adapter_of(trainer.policy)
-    config = changed(config, rollout={"timeout": 1.0, "retries": 2, "max_lag": max_lag})
-    trainer = begun(config)
-    sampled = trainer.engine.sampled
+def test_a_version_that_was_given_up_is_not_loaded_again():
+    """A request that is under way when a version is unloaded finds that the engine does not know it."""
+    given_up, reminded = threading.Event(), []
 
-    def without_server(step, requests):
-        if step == 2 - max_lag:  # which, with lag, has its responses, and cannot ask for the next one's
-            server.stop()
-        return sampled(step, requests)
+    def forgotten():
+        assert given_up.wait(10)
+        raise Forgotten
 
-    trainer.engine.sampled = without_server
-    kept = 2 - max_lag
-    with pytest.raises(RolloutFailed, match=f"rollout.url=.*no answer in rollout.timeout=1 .*Kept .*step {kept}"):
-        trainer.fit()
-    assert load_state(Path(config.run_dir) / "checkpoints" / "last")["step"] == kept
-    server.start()
-    resumed, rows = fitted(config, train={"resume": True}, rollout={"timeout": 20.0})
-    assert rows[kept]["rollout/lag"] == 0  # the first step of a session samples anew
-    assert torch.equal(adapter_of(resumed.policy), whole) == (max_lag == 0)
-    assert not server.loaded
+    before = set(threading.enumerate())
+    asking = Asking([forgotten], Patience(retries=3, timeout=10.0), "the engine", remind=lambda: reminded.append(1))
+    threads = set(threading.enumerate()) - before
+    asking.end()
+    given_up.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(threads) == 1 and not reminded
 
 
-def test_a_server_is_looked_at_before_anything_is_loaded(config, server, monkeypatch):
-    def nothing_is_loaded(*arguments, **options):
-        raise AssertionError
-
-    monkeypatch.setattr("grade.training.trainer.set_up", nothing_is_loaded)
-    server.context = 19
-    with pytest.raises(GradeError, match=r"its context is 19 tokens, .* may have 20.*--max-model-len 20"):
-        begun(config)
-    server.stop()
-    with pytest.raises(GradeError, match=r"no vLLM server answers there \(.*vllm serve .* --max-lora-rank 8"):
-        begun(config)
-    server.start()
-
-
-# --- importance weights ------------------------------------------------------------------------------------
-
-
-def test_importance_weights_are_truncated_ratios():
-    ratio = torch.tensor([[0.25, 1.0, 2.0, 8.0]], dtype=torch.float64)
-    weights = importance_weights(ratio.log(), 2.0)
-    torch.testing.assert_close(weights, torch.tensor([[0.25, 1.0, 2.0, 2.0]]))
-
-
-@pytest.mark.parametrize("name", ["reinforce", "ppo", "grpo"])
-def test_policy_gradients_are_weighted(config, server, name):
-    """A server that reports half of every probability: the ratio is 2, which the cap makes 1.5; without the other
-    terms of the objective so is the gradient of the first update."""
-    server.offset = -0.6931471805599453
-    sections = {
-        "ppo": {"epochs": 1, "minibatches": 1, "value_coef": 0.0, "entropy_coef": 0.0},
-        "reinforce": {"baseline": "none"},
-    }
-    changes = {"method": {"name": name, "kl_coef": 0.0, **({name: sections[name]} if name in sections else {})}}
-    copies = {"generation": {"samples_per_prompt": 2}}
-    norms = []
-    for cap in (None, 1.5, 4.0):
-        metrics = trainer_of(changed(config, **changes, **copies, rollout={"importance_cap": cap})).train_step()
-        norms.append(metrics["grad_norm"])
-        if cap is not None:
-            assert metrics["rollout/importance_mean"] == pytest.approx(min(cap, 2.0), rel=1e-4)
-            assert metrics["rollout/importance_capped"] == float(cap < 2)
-    assert norms[0] > 0
-    assert [norm / norms[0] for norm in norms] == pytest.approx([1.0, 1.5, 2.0], rel=1e-3)
-
-
-# --- settings ----------------------------------------------------------------------------------------------
-
-WRONG = {
-    "no address": ({"rollout": {"engine": "vllm"}}, "needs the server's address: set rollout.url"),
-    "no scheme": ({"rollout": {**SERVED, "url": "127.0.0.1:8000"}}, "rollout.url is 127.0.0.1:8000: it must be like"),
-    "a port": (
-        {"rollout": {**SERVED, "url": "http://host:99999"}},
-        "rollout.url is http://host:99999: it must be like",
-    ),
-    "a key": ({"rollout": {**SERVED, "url": "http://me:secret@host"}}, "into the environment variable VLLM_API_KEY"),
-    "two sources": ({"rollout": {**SERVED, "source": "ids"}}, "rollout.engine=vllm and rollout.source=ids exclude"),
-    "compiled": ({"rollout": {**SERVED, "compile": True}}, "and rollout.compile=True exclude each other"),
-    "whole models": (
-        {"rollout": SERVED, "model": {"finetuning": "full"}, "method": {"estimator": "rao"}},
-        "model.finetuning=full exclude each other: the server is sent an adapter",
-    ),
-    "soft tokens": (
-        {"rollout": SERVED, "method": {"name": "grade"}},
-        "rollout.engine gives token ids, but method.name=grade",
-    ),
-    "the noise": ({"rollout": SERVED}, "rollout.engine gives token ids, but .*estimator=gumbel needs the noise"),
-    "weights of nothing": (
-        {"rollout": {**SERVED, "importance_cap": 2.0}, "method": {"estimator": "rao"}},
-        "rollout.importance_cap weights the loss of policy gradients",
-    ),
-    "lag here": ({"rollout": {"max_lag": 1}}, "rollout.max_lag is 1, but rollout.engine is here"),
-    "weights here": ({"rollout": {"importance_cap": 2.0}}, "rollout.importance_cap is 2.0, but rollout.engine is here"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_settings_that_cannot_work_are_refused(tiny_config, case):  # noqa: F811
-    settings, message = WRONG[case]
-    with pytest.raises(GradeError, match=message) as refusal:
-        validate(changed(tiny_config, **settings))
+def test_a_key_or_a_host_that_cannot_be_is_told_in_words(session, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret\nof two lines")
+    with pytest.raises(RolloutFailed, match="VLLM_API_KEY holds a character that no key can have") as refusal:
+        session.run()
     assert "secret" not in str(refusal.value)
-
-
-def test_a_policy_gradient_and_the_other_rules_are_taken(tiny_config):  # noqa: F811
-    for method in ({"estimator": "rao"}, {"estimator": "straight_through"}, {"name": "ppo"}, {"name": "reinforce"}):
-        validate(changed(tiny_config, rollout=SERVED, method=method))
-    validate(replace(tiny_config))
-
-
-@pytest.mark.slow
-def test_two_processes_ask_for_a_share_each(config, server, tmp_path):
-    """They take the steps of one process with twice the batch, from the same requests. In the third one of them is
-    given what it did not ask for: both end, and what was done is saved."""
-    one = fitted(changed(config, train={"run_dir": str(tmp_path / "one"), "steps": 2}))[0].policy
-    asked = {(prompt, seed) for _, prompt, seed in server.asked}
-    server.asked.clear()
-    server.faults.extend([""] * 16 + ["stale"])  # each process compares four, and has two a step
-    settings = tmp_path / "two.yaml"
-    settings.write_text(config_to_yaml(changed(config, train={"batch_size": 2, "run_dir": str(tmp_path / "two")})))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    own = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    words = [*launch, "grade", "train", str(settings)]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=200, env=own, cwd=tmp_path)
-    assert result.returncode != 0 and "another policy's responses are not trained on" in result.stderr, result.stderr
-    assert {(prompt, seed) for name, prompt, seed in server.asked if version_of(name) < 2} == asked
-    last = tmp_path / "two" / "checkpoints" / "last"
-    assert load_state(last)["step"] == 2 and not server.loaded
-    weights = load_peft_weights(str(last))
-    for name, weight in get_peft_model_state_dict(one.model).items():  # AdamW magnifies rounding where gradients vanish
-        assert (weights[name] - weight).norm() < 1e-3 * weight.norm()
+    session.server.key = "secret"
+    monkeypatch.setenv("VLLM_API_KEY", "secret\n")  # as a file of it ends
+    session.run()
+    with pytest.raises(RolloutFailed, match="rollout.url=http://a..b: no answer .*cannot be reached"):
+        session.run(url="http://a..b", timeout=0.3)

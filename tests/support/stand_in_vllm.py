@@ -98,6 +98,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     FAULTS = {
         "500": lambda answer: None,
+        "500 in LoRA": lambda answer: None,
         "drop": lambda answer: None,
         "torn": lambda answer: None,
         "slow": lambda answer: None,
@@ -113,6 +114,7 @@ class Handler(BaseHTTPRequestHandler):
             token_ids=answer["choices"][0]["token_ids"][:1], logprobs={"token_logprobs": [-1.0]}
         ),
         "no logprobs": lambda answer: answer["choices"][0].update(logprobs=None),
+        "too many digits": lambda answer: answer["choices"][0]["logprobs"]["token_logprobs"].__setitem__(0, 10**400),
         "infinite": lambda answer: answer["choices"][0]["logprobs"]["token_logprobs"].__setitem__(0, float("nan")),
     }
 
@@ -186,8 +188,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.error(404, f"The model `{body['model']}` does not exist. Valid aliases: base.")
                 return
             tokens, logprobs, best = owner.sample(body)
-        if fault == "500":
-            self.error(500, "EngineCore encountered an issue.")
+        if fault in ("500", "500 in LoRA"):
+            self.error(500, f"EngineCore encountered an issue{fault.removeprefix('500')}.")
             return
         if fault == "drop":
             self.close_connection = True

@@ -140,3 +140,8 @@ def timeless(path):
     """The rows of a run's log without what no two runs share: times and memory."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for r in rows]
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    """The content of every file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from killing import killed
-from tiny_run import changed, make_tiny_config, stopped_after, trainer_of, with_train
+from tiny_run import changed, files_of, make_tiny_config, stopped_after, trainer_of, with_train
 
 from benchmarks.kills import differences
 from grade.commands.train import train
@@ -75,10 +75,6 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-
-
-def files_of(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_last_ones_are_kept_and_the_best_that_they_name(stopped, whole):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from killing import killed
 from safetensors.torch import load_file, save_file
-from tiny_run import make_tiny_config, stopped_after, timeless, trainer_of, with_train
+from tiny_run import files_of, make_tiny_config, stopped_after, timeless, trainer_of, with_train
 
 from grade import cli
 from grade.commands.evaluate import evaluate_run
@@ -51,16 +51,12 @@ def copied(stopped, tmp_path):
     return with_train(stopped, run_dir=str(tmp_path / "run"), resume=True)
 
 
-def everything(folder: Path) -> dict:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def refused(config, match: str) -> None:
     """Resuming is refused in these words, and nothing in the folder is touched."""
-    before = everything(Path(config.run_dir))
+    before = files_of(Path(config.run_dir))
     with pytest.raises(GradeError, match=match):
         train(config)
-    assert everything(Path(config.run_dir)) == before
+    assert files_of(Path(config.run_dir)) == before
 
 
 # -- whose files ---------------------------------------------------------------------------------------------
@@ -82,7 +78,7 @@ def test_overwriting_deletes_only_what_the_run_wrote(copied):
         (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / name).write_text("mine")
     clear(run_dir)
-    left = {str(path.relative_to(run_dir)) for path in everything(run_dir)}
+    left = {str(path.relative_to(run_dir)) for path in files_of(run_dir)}
     assert left == {*foreign, MARKER} and all((run_dir / name).read_text() == "mine" for name in foreign)
 
 
@@ -119,7 +115,7 @@ def test_a_kill_at_any_moment_of_deleting_leaves_a_whole_run_or_none(stopped, tm
         if auto.train.resume:
             assert {verified_step(run_dir / "checkpoints" / name) for name in ("last", "best")} == {2}
         clear(run_dir)
-        assert set(everything(run_dir)) == {run_dir / MARKER}
+        assert set(files_of(run_dir)) == {run_dir / MARKER}
     assert whole == sorted(whole, reverse=True) and True in whole and False in whole  # once gone, it stays gone
 
 
@@ -146,13 +142,13 @@ def test_a_run_in_a_folder_named_checkpoints(copied, tmp_path):
     Path(copied.run_dir).rename(run_dir)
     (run_dir / "tensorboard" / "thesis").write_text("mine")
     clear(run_dir)
-    assert set(everything(run_dir)) == {run_dir / MARKER, run_dir / "tensorboard" / "thesis"}
+    assert set(files_of(run_dir)) == {run_dir / MARKER, run_dir / "tensorboard" / "thesis"}
 
 
 def test_what_a_kill_left_of_a_kept_head_goes_too(copied):
     (Path(copied.run_dir) / "reward.new").mkdir()
     clear(Path(copied.run_dir))
-    assert set(everything(Path(copied.run_dir))) == {Path(copied.run_dir) / MARKER}
+    assert set(files_of(Path(copied.run_dir))) == {Path(copied.run_dir) / MARKER}
     assert not (Path(copied.run_dir) / "reward.new").exists()
 
 
@@ -501,13 +497,13 @@ def test_an_edited_log_of_a_finished_run_is_not_compared(copied):
 
 def test_a_finished_run_has_nothing_left_and_auto_says_so_without_an_error(copied, capsys):
     train(copied)
-    before = everything(Path(copied.run_dir))
+    before = files_of(Path(copied.run_dir))
     assert train(with_train(copied, resume="auto")) == {}
     assert "nothing left to do" in " ".join(capsys.readouterr().out.split())
     refused(copied, "nothing left to do")
     refused(with_train(copied, resume="auto", learning_rate=0.5), "other settings")
     refused(with_train(copied, resume="auto", steps=3), "has had 4 steps, train.steps is 3")
-    assert everything(Path(copied.run_dir)) == before
+    assert files_of(Path(copied.run_dir)) == before
 
 
 @pytest.mark.parametrize("asked_in", ["the last step", "the test"])
