@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model_state_dict, load_peft_weights
-from stand_in_vllm import StandIn
+from stand_in_vllm import Handler, StandIn
 from tiny_run import (  # noqa: F401
     adapter_of,
     changed,
@@ -227,9 +227,12 @@ REFUSED = {
     "another prompt": "it continued another prompt than the",
     "no ids": "its answer has no token ids. Use vLLM 0.10.2 or newer",
     "unknown id": "has the id 1000000, which the tokenizer of model.name does not know",
+    "words as ids": "its token ids are no list of whole numbers",
+    "a huge id": f"has the id {10**30}, which the tokenizer of model.name does not know",
     "cut": "stops after 1 tokens without an end, before generation.max_new_tokens=8",
     "no logprobs": "tokens without their log-probabilities",
     "infinite": "tokens without their log-probabilities",
+    "beyond floats": "tokens without their log-probabilities",
     "html": "gave no JSON object but '<html>a page</html>'",
 }
 
@@ -323,6 +326,29 @@ def test_the_key_is_sent_and_said_nowhere(session, monkeypatch):
     with pytest.raises(RolloutFailed) as refusal:
         session.run()
     assert session.server.key not in f"{refusal.value} {session.said}"
+
+
+@pytest.mark.parametrize("key", ["secret\nof-the-test", "secrét", "секрет"])
+def test_a_key_that_no_header_can_hold_is_refused(session, monkeypatch, key):
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(RolloutFailed, match="The environment variable VLLM_API_KEY has a line break, or") as refusal:
+        session.run()
+    assert key not in str(refusal.value)
+
+
+@pytest.mark.parametrize("models", [[{"id": 1}], [{"id": "base"}, {"id": None, "parent": "base"}], [1], "base", None])
+def test_a_list_that_is_none_of_models_is_refused(session, monkeypatch, models):
+    monkeypatch.setattr(Handler, "do_GET", lambda handler: handler.give(200, {"data": models}))
+    with pytest.raises(RolloutFailed, match="/v1/models is no list of models as vLLM gives it"):
+        session.run()
+
+
+@pytest.mark.parametrize("best", [{}, {"a": "x", "b": "y"}, {"a": -(10**400)}, 5])
+def test_what_are_no_log_probabilities_of_other_tokens_is_refused(session, monkeypatch, best):
+    sample = StandIn.sample
+    monkeypatch.setattr(StandIn, "sample", lambda stand_in, body: (*sample(stand_in, body)[:2], [best]))
+    with pytest.raises(RolloutFailed, match="it gives no log-probabilities of other tokens"):
+        session.run()
 
 
 def test_what_an_earlier_session_left_is_cleared_away(session):
@@ -456,6 +482,21 @@ WRONG = {
         {"rollout": {**SERVED, "url": "http://host:99999"}},
         "rollout.url is http://host:99999: it must be like",
     ),
+    **{
+        f"no address {url}": (
+            {"rollout": {**SERVED, "url": url}},
+            "rollout.url is .*: it must be like http://127.0.0.1",
+        )
+        for url in (
+            "",
+            "http://",
+            "http://[::1",
+            "http://a b:80",
+            "http://h\u00f6:80",
+            "http://h:80/\u00f6",
+            "http://..:80",
+        )
+    },
     "a key": ({"rollout": {**SERVED, "url": "http://me:secret@host"}}, "into the environment variable VLLM_API_KEY"),
     "two sources": ({"rollout": {**SERVED, "source": "ids"}}, "rollout.engine=vllm and rollout.source=ids exclude"),
     "compiled": ({"rollout": {**SERVED, "compile": True}}, "and rollout.compile=True exclude each other"),

@@ -113,6 +113,9 @@ class Handler(BaseHTTPRequestHandler):
             token_ids=answer["choices"][0]["token_ids"][:1], logprobs={"token_logprobs": [-1.0]}
         ),
         "no logprobs": lambda answer: answer["choices"][0].update(logprobs=None),
+        "words as ids": lambda answer: answer["choices"][0]["token_ids"].__setitem__(0, "5"),
+        "a huge id": lambda answer: answer["choices"][0]["token_ids"].__setitem__(0, 10**30),
+        "beyond floats": lambda answer: answer["choices"][0]["logprobs"]["token_logprobs"].__setitem__(0, -(10**400)),
         "infinite": lambda answer: answer["choices"][0]["logprobs"]["token_logprobs"].__setitem__(0, float("nan")),
     }
 
