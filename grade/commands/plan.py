@@ -20,6 +20,8 @@ from grade.planning.shape import ModelShape, shape_of
 from grade.planning.text import as_json, device_line, memory_table, model_line, phase_table, sampling_table, sentences
 
 _SHARES = ("flops", "bandwidth", "link")
+_LEAST_SHARE = 1e-6
+"""A step that reaches less of a device takes years, and no table has room for them."""
 
 
 def run_plan(config: Config, as_text: bool = True, **options: Any) -> None:
@@ -51,11 +53,12 @@ def planned(
     Raises:
         GradeError: something is not known, with the setting or option that names it.
     """
-    device = device_named(gpu or ("cpu" if config.device == "cpu" else "h100"))
+    device = device_named(("cpu" if config.device == "cpu" else "h100") if gpu is None else gpu)
     given = {name: value for name, value in assumptions.items() if value is not None}
     for name, value in given.items():
-        if not (0 < value <= 1 if name in _SHARES else 0 <= value <= 1):
-            span = "above 0 and at most 1" if name in _SHARES else "0 or more and at most 1 s"
+        least = _LEAST_SHARE if name in _SHARES else 0.0
+        if not least <= value <= 1.0:
+            span = f"at least {least:g} and at most 1" if name in _SHARES else "0 or more and at most 1 s"
             raise GradeError(f"--{name}{'' if name in _SHARES else ', in seconds,'} is {value:g}: it must be {span}.")
     if shards is not None and shards < 1:
         raise GradeError(f"--shards is {shards}: it must be at least 1.")
@@ -105,7 +108,10 @@ def shape_named(setting: str, name: str, revision: str | None) -> ModelShape:
         return shape_of(read_json(path, fix), name)
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no name that a repository can have
+        cached = None
     if isinstance(cached, str):
         return shape_of(read_json(Path(cached), fix), name)
     if name not in PUBLIC:

@@ -119,7 +119,7 @@ def parse_settings(parser: ArgumentParser, path: Path, options: list[str], own: 
     try:
         return parser.parse_args(options)
     except ArgumentError as error:
-        raise GradeError(explain(error)) from None
+        raise GradeError(explain(error, own)) from None
 
 
 def build_config(namespace: Any) -> Config:
@@ -143,12 +143,16 @@ def build_config(namespace: Any) -> Config:
     return config
 
 
-def explain(error: ArgumentError) -> str:
-    """jsonargparse's message in one line: the setting, its value and what it must be."""
+def explain(error: ArgumentError, own: Mapping[str, Any] | None = None) -> str:
+    """jsonargparse's message in one line: the setting, its value and what it must be.
+
+    Args:
+        own: types of the options that are no settings, by name.
+    """
     text = str(error)
     key = re.search(r'[Kk]ey "([\w.]+)"', text)
     value = re.search(r"(?:Got|Given) value: (.*)", text)
-    kind = setting_types().get(key.group(1)) if key else None
+    kind = {**setting_types(), **(own or {})}.get(key.group(1)) if key else None
     if not key or not value or kind is None:
         return one_line(error)
     found = "null" if value.group(1) == "None" else shown(value.group(1))

@@ -184,8 +184,8 @@ def _check_rollout(config: Config) -> None:
         raise GradeError(
             "rollout.engine=vllm needs the server's address: set rollout.url, such as http://127.0.0.1:8000."
         )
-    address = urlsplit(rollout.url)
-    if address.scheme not in ("http", "https") or not address.hostname or not _has_port(address):
+    address = _address(rollout.url)
+    if address is None:
         raise GradeError(f"rollout.url is {shown(rollout.url)}: it must be like http://127.0.0.1:8000 or https://HOST.")
     if address.username is not None or address.password is not None or address.query or address.fragment:
         raise GradeError(
@@ -217,12 +217,16 @@ def _check_rollout(config: Config) -> None:
         )
 
 
-def _has_port(address: SplitResult) -> bool:
-    """Whether its port is a number that one can be, or left out."""
+def _address(url: str) -> SplitResult | None:
+    """The parts of a server's address; None where it is none that can be asked."""
+    if not url.isascii() or not url.isprintable() or " " in url:
+        return None
     try:
-        return address.port is None or address.port > 0
-    except ValueError:
-        return False
+        address = urlsplit(url)
+        usable = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:  # a port that is no number, or half a bracket
+        return None
+    return address if usable and ".." not in (address.hostname or "") else None
 
 
 def _check_data(config: Config) -> None:

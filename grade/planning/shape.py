@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from grade.config.bounds import shown
 from grade.errors import GradeError
 
 
@@ -103,6 +104,16 @@ class ModelShape:
 
 
 Config = Mapping[str, Any]
+MOST = 2**30
+"""Largest entry of a config.json that is taken for a size."""
+_OPTIONAL = ("num_key_value_heads", "head_dim", "n_inner")
+"""Sizes that may be null, or be left out."""
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"),
+    *("n_embd", "n_head", "n_layer", "n_positions"),
+    *_OPTIONAL,
+)
+_SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_parallel_residual")
 
 
 def shape_of(config: Config, name: str) -> ModelShape:
@@ -112,22 +123,44 @@ def shape_of(config: Config, name: str) -> ModelShape:
         name: of the model, for messages.
 
     Raises:
-        GradeError: its `model_type` is none of `KNOWN`, or it lacks a size.
+        GradeError: its `model_type` is none of `KNOWN`, or it lacks a size, or has one that no model can have.
     """
     kind = config.get("model_type")
-    if kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in _FAMILIES:
         raise GradeError(
-            f"{name}: its config.json has the model_type {kind!r}, whose cost is not known here. Known are "
+            f"{name}: its config.json has the model_type {shown(repr(kind))}, whose cost is not known here. Known are "
             f"{', '.join(KNOWN)}."
         )
+    _check_entries(config, name)
     try:
-        return _FAMILIES[kind](config, name)
+        shape = _FAMILIES[kind](config, name)
     except KeyError as error:
         raise GradeError(f"{name}: its config.json has no entry {error.args[0]!r}. Name a complete one.") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise GradeError(f"{name}: its config.json has a size that is no number ({error}). Name a complete one.") from (
-            error
+    if shape.heads % shape.kv_heads or not shape.head_size:
+        raise GradeError(
+            f"{name}: its config.json has {shape.heads} heads of queries, {shape.kv_heads} of keys and a width of "
+            f"{shape.width}, which cannot be divided so. Name one of a model."
         )
+    return shape
+
+
+def _check_entries(config: Config, name: str) -> None:
+    """Refuse sizes that are none: formulas would give a time for them too.
+
+    Raises:
+        GradeError: naming the entry and its value.
+    """
+    for key in _SIZES:
+        size = config.get(key)
+        missing = size is None and (key in _OPTIONAL or key not in config)
+        if not missing and (type(size) is not int or not 1 <= size <= MOST):
+            raise GradeError(
+                f"{name}: its config.json has a size that is none: {key} is {shown(size)}, and must be a whole number "
+                f"from 1 to {MOST}. Name a complete one."
+            )
+    for key in _SWITCHES:
+        if not isinstance(config.get(key), bool | None):
+            raise GradeError(f"{name}: its config.json has {key}={shown(config[key])}: it must be true or false.")
 
 
 def _llama_like(
@@ -151,10 +184,10 @@ def _llama_like(
     """
 
     def shape(config: Config, name: str) -> ModelShape:
-        width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-        heads = int(config["num_attention_heads"])
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        size = int(config.get("head_dim") or head_size or width // heads)
+        width, inner = config["hidden_size"], config["intermediate_size"]
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        size = config.get("head_dim") or head_size or width // heads
         queries, keys = heads * size, kv_heads * size
         biased = bool(config.get("attention_bias", False))
         first, behind = (biased if x is None else x for x in (query_bias, output_bias))
@@ -177,13 +210,13 @@ def _llama_like(
         of_heads = {"": 0, "head": 2 * size, "all": queries + keys}[head_norms]
         return ModelShape(
             name=name,
-            layers=int(config["num_hidden_layers"]),
+            layers=config["num_hidden_layers"],
             width=width,
             heads=heads,
             kv_heads=kv_heads,
             head_size=size,
             inner=inner,
-            vocabulary=int(config["vocab_size"]),
+            vocabulary=config["vocab_size"],
             linears=(*linears, Linear("mlp.down_proj", inner, width, 3, mlp)),
             layer_rest=norms * width + of_heads,
             model_rest=width,
@@ -197,8 +230,8 @@ def _llama_like(
 
 
 def _gpt2(config: Config, name: str) -> ModelShape:
-    width, heads = int(config["n_embd"]), int(config["n_head"])
-    inner = int(config.get("n_inner") or 4 * width)
+    width, heads = config["n_embd"], config["n_head"]
+    inner = config.get("n_inner") or 4 * width
     linears = (
         Linear("attn.c_attn", width, 3 * width, 0, True),
         Linear("attn.c_proj", width, width, 1, True),
@@ -207,16 +240,16 @@ def _gpt2(config: Config, name: str) -> ModelShape:
     )
     return ModelShape(
         name=name,
-        layers=int(config["n_layer"]),
+        layers=config["n_layer"],
         width=width,
         heads=heads,
         kv_heads=heads,
         head_size=width // heads,
         inner=inner,
-        vocabulary=int(config["vocab_size"]),
+        vocabulary=config["vocab_size"],
         linears=linears,
         layer_rest=4 * width,  # two layer norms
-        model_rest=2 * width + int(config["n_positions"]) * width,
+        model_rest=2 * width + config["n_positions"] * width,
         gated=False,
         float32_norms=False,
         head_norms=False,
@@ -225,7 +258,7 @@ def _gpt2(config: Config, name: str) -> ModelShape:
 
 
 def _gpt_neox(config: Config, name: str) -> ModelShape:
-    width, inner, heads = (int(config[key]) for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    width, inner, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
     bias = bool(config.get("attention_bias", True))
     linears = (
         Linear("attention.query_key_value", width, 3 * width, 0, bias),
@@ -235,13 +268,13 @@ def _gpt_neox(config: Config, name: str) -> ModelShape:
     )
     return ModelShape(
         name=name,
-        layers=int(config["num_hidden_layers"]),
+        layers=config["num_hidden_layers"],
         width=width,
         heads=heads,
         kv_heads=heads,
         head_size=width // heads,
         inner=inner,
-        vocabulary=int(config["vocab_size"]),
+        vocabulary=config["vocab_size"],
         linears=linears,
         layer_rest=4 * width,
         model_rest=2 * width,

@@ -87,7 +87,9 @@ class VllmServer:
     def open(self, longest: int, prefix: str | None) -> None:
         content = self._good(self._ask(lambda: self._server.get("/v1/models")), "/v1/models")
         try:
-            models = {model["id"]: model for model in content["data"]}
+            models: dict[str, Any] = {model["id"]: model for model in content["data"]}
+            if not all(isinstance(name, str) for name in models):
+                raise TypeError
             base = next(model for model in models.values() if not model.get("parent"))
         except (KeyError, TypeError, StopIteration, AttributeError):
             raise RolloutFailed(
@@ -129,10 +131,12 @@ class VllmServer:
         body = {**self._drawn, "top_k": 1, "logprobs": 2, "max_tokens": 1, "min_tokens": 0, "seed": 0}
         choice = self._completed(version, prompt, body)
         try:
-            least = min(choice["logprobs"]["top_logprobs"][0].values())
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError):
-            raise RolloutFailed(f"{self.where}: it gives no log-probabilities of other tokens. {_NEWER}") from None
-        self.processed = least <= _NEVER
+            found = list(choice["logprobs"]["top_logprobs"][0].values())
+        except (KeyError, TypeError, IndexError, AttributeError):
+            found = []
+        if not found or not all(map(_is_number, found)):
+            raise RolloutFailed(f"{self.where}: it gives no log-probabilities of other tokens. {_NEWER}")
+        self.processed = min(found) <= _NEVER
 
     def complete(self, version: Version, request: Request) -> Sampled:
         choice = self._completed(version, request.prompt, {**self._drawn, "seed": request.seed})
@@ -166,8 +170,9 @@ class VllmServer:
                 f"{self.where}: it continued another prompt than the {len(prompt)} token ids that it was given. Name "
                 "the vLLM server itself, without anything that rewrites requests."
             )
-        if not isinstance(choice["token_ids"], list):
-            raise RolloutFailed(f"{self.where}: its token ids are no list. {_NEWER}")
+        tokens = choice["token_ids"]
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise RolloutFailed(f"{self.where}: its token ids are no list of whole numbers. {_NEWER}")
         return choice
 
     def _ask(self, question: Callable[[], Answer], *, adapters: bool = False) -> Answer:
@@ -202,6 +207,21 @@ class VllmServer:
                 f"{self.where}: {path} gave no JSON object but {answer.text[:80]!r}. Name a vLLM server."
             )
         return answer.content
+
+
+def _key() -> str | None:
+    """The server's key; a header holds one line of ASCII.
+
+    Raises:
+        RolloutFailed: it cannot be sent.
+    """
+    key = os.environ.get(KEY) or None
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise RolloutFailed(
+            f"The environment variable {KEY} has a line break, or another character that is not printable ASCII, and "
+            "cannot be sent. Set it to the key alone."
+        )
+    return key
 
 
 def vllm_server(rollout: RolloutConfig, generation: GenerationConfig, policy: Policy) -> VllmServer:
@@ -261,7 +281,8 @@ def _key() -> str | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    """Whether it is one that float can hold: JSON's whole numbers have any number of digits, and NaN is below none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _said(answer: Answer) -> str:

@@ -19,6 +19,21 @@ WRONG = {
         {"rollout": {**SERVED, "url": "http://host:99999"}},
         "rollout.url is http://host:99999: it must be like",
     ),
+    **{
+        f"no address {url}": (
+            {"rollout": {**SERVED, "url": url}},
+            "rollout.url is .*: it must be like http://127.0.0.1",
+        )
+        for url in (
+            "",
+            "http://",
+            "http://[::1",
+            "http://a b:80",
+            "http://h\u00f6:80",
+            "http://h:80/\u00f6",
+            "http://..:80",
+        )
+    },
     "a key": ({"rollout": {**SERVED, "url": "http://me:secret@host"}}, "into the environment variable VLLM_API_KEY"),
     "two sources": ({"rollout": {**SERVED, "source": "ids"}}, "rollout.engine=vllm and rollout.source=ids exclude"),
     "compiled": ({"rollout": {**SERVED, "compile": True}}, "and rollout.compile=True exclude each other"),

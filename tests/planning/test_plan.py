@@ -194,11 +194,13 @@ def test_quantities_have_three_figures(value, text):
     "options, message",
     [
         ({"gpu": "v100"}, "--gpu is 'v100': there are numbers of a100-80, h100, h200, b200, mi300x, cpu"),
+        ({"gpu": ""}, "--gpu is '': there are numbers of a100-80"),
         ({"gpus": 0}, "--gpus is 0: it must be at least 1"),
         ({"gpus": 6, "shards": 4}, "--shards is 4, which does not divide the 6 devices"),
         ({"gpus": 2, "shards": 0}, "--shards is 0"),
         ({"hops": 17}, "--hops is 17: it must be at least 0 and at most method.max_hops, 16"),
-        ({"flops": 1.5}, "--flops is 1.5: it must be above 0 and at most 1"),
+        ({"flops": 1.5}, "--flops is 1.5: it must be at least 1e-06 and at most 1"),
+        ({"link": 1e-300}, "--link is 1e-300: it must be at least 1e-06 and at most 1"),
         ({"layer_seconds": -1.0}, "--layer_seconds, in seconds, is -1: it must be 0 or more"),
         ({"gpu": "cpu"}, "--gpu cpu has only been measured in float32, and model.dtype is bfloat16"),
     ],
@@ -230,6 +232,21 @@ def test_settings_whose_cost_is_not_known_are_refused(section, changes, options,
 def test_a_mistake_is_told_in_a_line(capsys):
     assert cli.main(["plan", "imdb_qwen3_4b", "--gpu", "v100"]) == 2
     assert capsys.readouterr().err.startswith("grade: error: --gpu is 'v100'")
+
+
+@pytest.mark.parametrize(
+    "option, value, kind",
+    [
+        ("gpus", "null", "a whole number"),
+        ("gpus", "", "a whole number"),
+        ("gpus", "1e9", "a whole number"),
+        ("hops", "nan", "a number or null"),
+        ("flops", "inf", "a number or null"),
+    ],
+)
+def test_what_is_no_number_is_told_as_for_settings(option, value, kind, capsys):
+    assert cli.main(["plan", "imdb_qwen3_4b", f"--{option}", value]) == 2
+    assert capsys.readouterr().err == f"grade: error: {option} is {value}: it must be {kind}.\n"
 
 
 def test_a_whole_model_cannot_be_sharded():

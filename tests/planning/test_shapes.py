@@ -16,6 +16,7 @@ from grade.planning.adapter import adapter, whole_backbone
 from grade.planning.public_shapes import PUBLIC
 from grade.planning.shape import KNOWN, shape_of
 
+QWEN = PUBLIC["Qwen/Qwen3-4B"]
 OTHERS = {
     "gemma": dict(head_dim=8, num_key_value_heads=2),
     "gemma3_text": dict(head_dim=8, num_key_value_heads=2),
@@ -91,7 +92,17 @@ def test_the_hubs_cache_counts_more_than_the_table(tmp_path, monkeypatch, conten
         ({"model_type": "mixtral"}, "model_type 'mixtral', whose cost is not known here. Known are gemma, "),
         ({}, "model_type None"),
         ({"model_type": "llama", "hidden_size": 8}, "has no entry 'intermediate_size'"),
-        ({**PUBLIC["Qwen/Qwen3-4B"], "hidden_size": "wide"}, "a size that is no number"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\], whose cost is not known"),
+        *(
+            ({**QWEN, key: value}, f"a size that is none: {key} is .*, and must be a whole number from 1")
+            for key in ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_attention_heads")
+            for value in ("wide", 0, -1, 2560.5, float("inf"), float("nan"), True, None, [1], 10**400)
+        ),
+        *(({**QWEN, key: 0}, f"a size that is none: {key} is 0") for key in ("num_key_value_heads", "head_dim")),
+        ({**PUBLIC["openai-community/gpt2-medium"], "n_inner": -5}, "a size that is none: n_inner is -5"),
+        ({**QWEN, "num_key_value_heads": 5}, "32 heads of queries, 5 of keys"),
+        ({**PUBLIC["openai-community/gpt2-medium"], "n_head": 4096}, "cannot be divided so"),
+        ({**QWEN, "tie_word_embeddings": "false"}, "tie_word_embeddings=false: it must be true or false"),
     ],
 )
 def test_what_is_not_known_is_refused(config, message):
@@ -105,6 +116,7 @@ def test_what_is_not_known_is_refused(config, message):
         ("nobody/nothing", "neither in the hub's cache .* Give --model.name FOLDER with its config.json"),
         ("./nowhere", "there is no nowhere/config.json. Give --model.name FOLDER"),
         ("built-in:other", "the built-in models are countdown, demo"),
+        ("a b/c d", "neither in the hub's cache"),
         ("given:model", "given as an object in Python"),
     ],
 )

@@ -104,6 +104,8 @@ REFUSED = {
     "another prompt": "it continued another prompt than the",
     "no ids": "its answer has no token ids. Use vLLM 0.10.2 or newer",
     "unknown id": "has the id 1000000, which the tokenizer of model.name does not know",
+    "words as ids": "its token ids are no list of whole numbers",
+    "a huge id": f"has the id {10**30}, which the tokenizer of model.name does not know",
     "cut": "stops after 1 tokens without an end, before generation.max_new_tokens=8",
     "no logprobs": "tokens without their log-probabilities",
     "too many digits": "tokens without their log-probabilities",
@@ -201,6 +203,29 @@ def test_the_key_is_sent_and_said_nowhere(session, monkeypatch):
     with pytest.raises(RolloutFailed) as refusal:
         session.run()
     assert session.server.key not in f"{refusal.value} {session.said}"
+
+
+@pytest.mark.parametrize("key", ["secret\nof-the-test", "secrét", "секрет"])
+def test_a_key_that_no_header_can_hold_is_refused(session, monkeypatch, key):
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(RolloutFailed, match="The environment variable VLLM_API_KEY has a line break, or") as refusal:
+        session.run()
+    assert key not in str(refusal.value)
+
+
+@pytest.mark.parametrize("models", [[{"id": 1}], [{"id": "base"}, {"id": None, "parent": "base"}], [1], "base", None])
+def test_a_list_that_is_none_of_models_is_refused(session, monkeypatch, models):
+    monkeypatch.setattr(Handler, "do_GET", lambda handler: handler.give(200, {"data": models}))
+    with pytest.raises(RolloutFailed, match="/v1/models is no list of models as vLLM gives it"):
+        session.run()
+
+
+@pytest.mark.parametrize("best", [{}, {"a": "x", "b": "y"}, {"a": -(10**400)}, 5])
+def test_what_are_no_log_probabilities_of_other_tokens_is_refused(session, monkeypatch, best):
+    sample = StandIn.sample
+    monkeypatch.setattr(StandIn, "sample", lambda stand_in, body: (*sample(stand_in, body)[:2], [best]))
+    with pytest.raises(RolloutFailed, match="it gives no log-probabilities of other tokens"):
+        session.run()
 
 
 def test_what_an_earlier_session_left_is_cleared_away(session):

@@ -115,6 +115,8 @@ class Handler(BaseHTTPRequestHandler):
         ),
         "no logprobs": lambda answer: answer["choices"][0].update(logprobs=None),
         "too many digits": lambda answer: answer["choices"][0]["logprobs"]["token_logprobs"].__setitem__(0, 10**400),
+        "words as ids": lambda answer: answer["choices"][0]["token_ids"].__setitem__(0, "5"),
+        "a huge id": lambda answer: answer["choices"][0]["token_ids"].__setitem__(0, 10**30),
         "infinite": lambda answer: answer["choices"][0]["logprobs"]["token_logprobs"].__setitem__(0, float("nan")),
     }
 
