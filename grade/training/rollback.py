@@ -68,7 +68,7 @@ class Rollback:
 
         Args:
             step: optimizer steps that the policy has had.
-            save: writes the checkpoint to go on from, after `step` steps.
+            save: writes the checkpoint to go on from, after `step` steps, in all processes before one of them ends.
             state: as `Checkpoints.save_last` takes it.
 
         Raises:
@@ -79,8 +79,7 @@ class Rollback:
         if alarm is None:
             return step
         if not self._guard.may_roll_back() or not self._is_within(step - 1):
-            if step != self._checkpoints.saved:
-                save()
+            save()
             raise Collapsed(self._guard.verdict(step, alarm, self._checkpoints.kept()))
         to = self._go_back(step, alarm, log, state)
         progress.warn(
@@ -91,10 +90,12 @@ class Rollback:
         return to
 
     def _is_within(self, step: int) -> bool:
-        """Whether there is such a checkpoint, of at most `step` optimizer steps: one of more is left from before the
-        run was resumed under other settings."""
-        at = self._checkpoints.sound_at() if self._accelerator.is_main_process else None
-        return self._method.services.any_process(at is not None and at <= step)
+        """Whether there is such a checkpoint, of at most `step` optimizer steps and not before the best one: another
+        one is left from before the run was resumed under other settings."""
+        checkpoints = self._checkpoints
+        at = checkpoints.sound_at() if self._accelerator.is_main_process else None
+        fits = at is not None and at <= step and checkpoints.validations.best_stays(at)
+        return self._method.services.any_process(fits)
 
     def _go_back(self, step: int, reason: str, log: RunLog, state: Callable[[], dict[str, Any]]) -> int:
         """Put everything back. The checkpoint to go on from is written before anything of the steps that are made again
