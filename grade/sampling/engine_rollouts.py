@@ -40,6 +40,8 @@ T = TypeVar("T")
 
 FOLDER = "rollout"
 """Of a run's folder, where versions of the adapter are written unless rollout.adapter_dir says otherwise."""
+FORGETTING = 10.0
+"""Seconds that an engine has at most to forget a version."""
 _PROBES = 4  # responses that a session compares before its first step
 
 
@@ -125,7 +127,8 @@ class EngineRollouts:
         responses = self._agreed(sampled)
         rows = self.policy.eos_ids.new_zeros(len(responses))
         self.rollout(responses, sampling_of(config.generation), seed=config.seed, first_rows=rows, copies=1)
-        found, self._mismatch = self._mismatch, Mismatch()
+        # Over all processes, so that all of them go on or none.
+        found, self._mismatch = together(everywhere(self._accelerator, self._mismatch)), Mismatch()
         said = f"log-probabilities differ by {found.mean:.2g} nats on average, {found.largest:.2g} at most"
         if not found.mean <= self._settings.max_logprob_difference:
             raise RolloutFailed(
@@ -238,8 +241,14 @@ class EngineRollouts:
         """Take a version from the engine, if it can be, and delete its folder."""
         if version is None:
             return
-        with suppress(Away, Failing, RolloutFailed):
-            self.engine.unload(version)
+
+        def unload() -> None:
+            with suppress(Away, Failing, RolloutFailed):
+                self.engine.unload(version)
+
+        with suppress(RolloutFailed):  # an engine that hangs must not keep a run from being saved
+            patience = Patience(0, min(FORGETTING, self._settings.timeout))
+            Asking([unload], patience, self.engine.where).wait(lambda: False, lambda line: None)
         shutil.rmtree(version.folder, ignore_errors=True)
 
     # -- asking ----------------------------------------------------------------------------------------------

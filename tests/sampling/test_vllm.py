@@ -366,6 +366,35 @@ def test_a_policy_that_goes_back_is_sampled_from_anew(session):
     assert {name for name, _, _ in session.server.asked[-2:]}.isdisjoint(names) and not session.server.loaded
 
 
+def test_an_engine_that_does_not_forget_ends_no_run_late(session, monkeypatch):
+    """What a run has done is saved behind that."""
+    monkeypatch.setattr("grade.sampling.engine_rollouts.FORGETTING", 0.2)
+    release = threading.Event()
+    session.server.before = lambda path: release.wait(15) if path == "/v1/unload_lora_adapter" else None
+    began = time.monotonic()
+    session.run(steps=1)
+    assert time.monotonic() - began < 10
+    release.set()
+
+
+def test_an_adapter_is_not_given_again_once_nobody_waits():
+    """A request that is on its way when it is taken from the engine finds it gone."""
+    sent, taken, given = threading.Event(), threading.Event(), []
+
+    def request():
+        sent.set()
+        taken.wait(10)
+        raise Forgotten
+
+    asking = engine.Asking([request], engine.Patience(2, 10.0), "somewhere", remind=lambda: given.append(1))
+    (thread,) = [t for t in threading.enumerate() if t.name == "rollout"]
+    sent.wait(10)
+    asking.end()
+    taken.set()
+    thread.join(10)
+    assert not thread.is_alive() and not given
+
+
 # --- a run -------------------------------------------------------------------------------------------------
 
 
