@@ -386,8 +386,9 @@ def test_an_adapter_is_not_given_again_once_nobody_waits():
         taken.wait(10)
         raise Forgotten
 
+    before = threading.enumerate()
     asking = engine.Asking([request], engine.Patience(2, 10.0), "somewhere", remind=lambda: given.append(1))
-    (thread,) = [t for t in threading.enumerate() if t.name == "rollout"]
+    (thread,) = set(threading.enumerate()).difference(before)
     sent.wait(10)
     asking.end()
     taken.set()
