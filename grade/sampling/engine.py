@@ -204,10 +204,10 @@ class Asking(Generic[T]):
                 self._events.put(None)
                 return
             except Forgotten:
-                if self._over.is_set():  # the version may have been unloaded on purpose, and stays so
-                    return
                 failures, trouble = failures + 1, "it has lost the adapter, which it is given again"
                 with self._reminding:  # one at a time: the others find that it knows it
+                    if self._over.is_set():  # it has been taken from the engine since then
+                        return
                     try:
                         self._remind()
                         pause = 0.0

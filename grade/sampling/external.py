@@ -58,8 +58,8 @@ class RolloutSource:
 
     Raises:
         GradeError: the file is not there, it is a pipe that several processes would read, a line cannot be used with
-            this policy and these settings, or a regular file holds fewer responses than the run needs. A regular file
-            is read once to find out.
+            this policy and these settings, or a regular file holds fewer responses than the run needs, or does not have
+            those of a prompt next to each other. A regular file is read once to find out.
     """
 
     def __init__(
@@ -84,7 +84,12 @@ class RolloutSource:
                 f"rollout.source: {self.path} is a pipe, which only one process can read. Use a file, or one process."
             )
         if not self.is_pipe:
-            found = sum(1 for _ in self._responses())
+            found, first = 0, list[int]()
+            for found, response in enumerate(self._responses(), start=1):
+                if (found - 1) % generation.samples_per_prompt == 0:
+                    first = response.prompt
+                elif found <= needed and response.prompt != first:  # here, where every process finds it
+                    raise self._apart(generation.samples_per_prompt)
             if found < needed:
                 raise GradeError(
                     f"rollout.source: {self.path} holds {found} responses, the run needs {needed} (train.steps * "
@@ -111,11 +116,14 @@ class RolloutSource:
             )
         for first in range(0, count, copies):
             if any(r.prompt != responses[first].prompt for r in responses[first : first + copies]):
-                raise RolloutFailed(
-                    f"rollout.source: {self.path} does not have the {copies} responses of a prompt next to each other. "
-                    "Order them so, or lower generation.samples_per_prompt to 1."
-                )
+                raise self._apart(copies)
         return recreate(self.policy, responses, sampling, seed=seed, first_rows=first_rows, copies=copies)
+
+    def _apart(self, copies: int) -> RolloutFailed:
+        return RolloutFailed(
+            f"rollout.source: {self.path} does not have the {copies} responses of a prompt next to each other. "
+            "Order them so, or lower generation.samples_per_prompt to 1."
+        )
 
     def _responses(self) -> Iterator[Response]:
         where = f"rollout.source: {self.path}"

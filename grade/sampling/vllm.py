@@ -209,21 +209,6 @@ class VllmServer:
         return answer.content
 
 
-def _key() -> str | None:
-    """The server's key; a header holds one line of ASCII.
-
-    Raises:
-        RolloutFailed: it cannot be sent.
-    """
-    key = os.environ.get(KEY) or None
-    if key is not None and not (key.isascii() and key.isprintable()):
-        raise RolloutFailed(
-            f"The environment variable {KEY} has a line break, or another character that is not printable ASCII, and "
-            "cannot be sent. Set it to the key alone."
-        )
-    return key
-
-
 def vllm_server(rollout: RolloutConfig, generation: GenerationConfig, policy: Policy) -> VllmServer:
     """The server that the settings name, for what this policy may sample."""
     return VllmServer(

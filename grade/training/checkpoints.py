@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grade.errors import GradeError
-from grade.files import latest
-from grade.model.checkpoint import load_adapter, replace_card, save_checkpoint, verified_step
+from grade.errors import GradeError, writing
+from grade.files import delete_folder, latest, old_copy
+from grade.model.checkpoint import load_adapter, recorded_step, replace_card, save_checkpoint, verified_step
 from grade.model.policy import Policy
 from grade.training.callbacks import Callbacks
 from grade.training.record import RunRecord
@@ -54,6 +54,10 @@ class Checkpoints:
         read them."""
         if self._enabled:
             go_on_from(self.run_dir, found, self._count)
+            if (recorded_step(latest(self._sound)) or 0) > found.state["step"]:  # of steps that are made again
+                with writing(self._sound, "train.run_dir"):
+                    delete_folder(old_copy(self._sound))
+                    delete_folder(self._sound)
 
     def save_last(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """The checkpoint to go on from, after `step` optimizer steps.

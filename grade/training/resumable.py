@@ -30,7 +30,7 @@ class Resumable:
     """The newest checkpoint that a run can go on from.
 
     Args:
-        state: the trainer's (`grade.training.trainer`), with `step`.
+        state: the trainer's (`grade.training.saving`), with `step`.
         best: the folder of the best checkpoint that the state names; None: it names none, or the one at hand, which
             was not saved as such.
         wrong: why each newer one cannot be used, in words.

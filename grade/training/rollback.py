@@ -23,6 +23,7 @@ from grade.training.optimization import Optimization
 from grade.training.progress import TrainingProgress
 from grade.training.resuming import put_back
 from grade.training.run_folder import ROLLBACKS, SOUND
+from grade.training.saving import Saving
 
 
 class Rollback:
@@ -56,20 +57,11 @@ class Rollback:
             self._checkpoints.save_last(step, state)
         self._checkpoints.save_sound(step, state)
 
-    def heed(
-        self,
-        step: int,
-        progress: TrainingProgress,
-        log: RunLog,
-        save: Callable[[], None],
-        state: Callable[[], dict[str, Any]],
-    ) -> int:
+    def heed(self, step: int, progress: TrainingProgress, log: RunLog, saving: Saving) -> int:
         """Act on an alarm, if there is one; the steps that the run goes on after: fewer where it went back.
 
         Args:
             step: optimizer steps that the policy has had.
-            save: writes the checkpoint to go on from, after `step` steps.
-            state: as `Checkpoints.save_last` takes it.
 
         Raises:
             Collapsed: the run ends here, and is saved.
@@ -79,10 +71,9 @@ class Rollback:
         if alarm is None:
             return step
         if not self._guard.may_roll_back() or not self._is_within(step - 1):
-            if step != self._checkpoints.saved:
-                save()
+            saving.save_before_an_end(step)
             raise Collapsed(self._guard.verdict(step, alarm, self._checkpoints.kept()))
-        to = self._go_back(step, alarm, log, state)
+        to = self._go_back(step, alarm, log, saving.state)
         progress.warn(
             f"warning: {alarm}. The run goes back from step {step} to step {to}, and on with "
             f"{self._guard.rate_factor:g} times train.learning_rate."
@@ -91,10 +82,12 @@ class Rollback:
         return to
 
     def _is_within(self, step: int) -> bool:
-        """Whether there is such a checkpoint, of at most `step` optimizer steps: one of more is left from before the
-        run was resumed under other settings."""
-        at = self._checkpoints.sound_at() if self._accelerator.is_main_process else None
-        return self._method.services.any_process(at is not None and at <= step)
+        """Whether there is such a checkpoint, of at most `step` optimizer steps and not before the best one: another
+        one is left from before the run was resumed under other settings."""
+        checkpoints = self._checkpoints
+        at = checkpoints.sound_at() if self._accelerator.is_main_process else None
+        fits = at is not None and at <= step and checkpoints.validations.best_stays(at)
+        return self._method.services.any_process(fits)
 
     def _go_back(self, step: int, reason: str, log: RunLog, state: Callable[[], dict[str, Any]]) -> int:
         """Put everything back. The checkpoint to go on from is written before anything of the steps that are made again

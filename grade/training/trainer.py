@@ -10,15 +10,14 @@ or processes changes nothing - except which responses share a mini-batch of PPO 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
 from grade.config import Config
-from grade.errors import RewardFailed, RolloutFailed, present
+from grade.errors import present
 from grade.methods import make_method
 from grade.methods.metrics import Phases, peak_memory_gib, reset_peak_memory
 from grade.methods.services import Services
@@ -49,10 +48,11 @@ from grade.training.optimization import Optimization
 from grade.training.progress import TrainingProgress, training_progress
 from grade.training.record import RunRecord
 from grade.training.responses import Responses
-from grade.training.resuming import check_inputs, other_schedule, restored
+from grade.training.resuming import check_inputs, other_schedule
 from grade.training.retry import Agreement, Retry
 from grade.training.rollback import Rollback
 from grade.training.run_folder import clear, mark, write_run_config
+from grade.training.saving import Saving
 from grade.training.setup import SetUp, check_same_inputs, set_up
 from grade.training.soundness import Soundness, broken_measure
 from grade.training.trial import Trial, memory_plan
@@ -176,6 +176,17 @@ class Trainer:
             copies=config.method.updates > 1,
         )
         self.rollback = Rollback(self.inputs, self.method, self.optimization, self.guard, self.checkpoints, accelerator)
+        self.saving = Saving(
+            train,
+            self.inputs,
+            self.method,
+            self.optimization,
+            self.guard,
+            self.soundness,
+            self.checkpoints,
+            accelerator,
+            lambda: self.log.extents(),
+        )
         self.step = 0
         self.stop = StopRequest()
 
@@ -234,15 +245,10 @@ class Trainer:
         notes += [*self.task.notes(), self.memory.line]
         written, found = None, None
         if train.resume:
-            found = restored(self.run_dir, self.inputs, self.policy, self.optimization.adamw, self.method)
-            state = found.state
-            self.step = self.checkpoints.saved = state["step"]
-            self.validations.restore(state["evaluations"], state["best"])
-            self.guard.load_state_dict(state.get("guard", {}))  # checkpoints of earlier versions have none
-            self.optimization.rate_factor = self.guard.rate_factor
-            written = state["logs"]
+            found = self.saving.restored()
+            self.step, written = found.state["step"], found.state["logs"]
             notes.append(f"going on after step {self.step}, from {self.run_dir}/checkpoints/last")
-            notes += other_schedule(state["steps"], train, self.step)
+            notes += other_schedule(found.state["steps"], train, self.step)
             if self.source is not None and not self.source.is_pipe:
                 self.source.skip(self.step * self.responses_per_step)
             self.accelerator.wait_for_everyone()  # until all have read what the main one may rename
@@ -273,7 +279,7 @@ class Trainer:
             progress = stack.enter_context(
                 training_progress(train.steps, self.step, every=train.log_every, enabled=main)
             )
-            stack.enter_context(self._saved_where_others_fail())
+            stack.enter_context(self.saving.saved_where_others_fail(lambda: self.step))
             self.stop = stop = stack.enter_context(stop_between_steps("this step is finished and saved"))
             warning = None if found is None else found.warning()
             if warning is not None:
@@ -290,9 +296,9 @@ class Trainer:
             if self.step == 0 and not self.validations.rows:
                 self._validate(progress, adapters=False)
             elif self.step % every == 0 and self.validations.rows[-1]["step"] != self.step:  # the reward failed in it
-                self._save(best=self._validate(progress))
+                self.saving.save(self.step, best=self._validate(progress))
             self.callbacks.check(self.checkpoints.kept())
-            self.rollback.prepare(self.step, self._state)
+            self.rollback.prepare(self.step, self.saving.state)
             if self.source is not None:
                 self.source.should_stop = lambda: stop.asked
             while self.step < train.steps:
@@ -300,7 +306,7 @@ class Trainer:
                     with self.memory.explained(f"step {self.step}", "train"):
                         metrics = self.train_step()
                 except StopAsked:  # while it waited for responses: nothing of this step has been done
-                    self._save()
+                    self.saving.save_before_an_end(self.step)
                     raise KeyboardInterrupt from None
                 self.log.metrics(self.step, metrics)
                 progress.advance(metrics)
@@ -314,7 +320,7 @@ class Trainer:
                     better = self._validate(progress)
                 stopping = self.services.any_process(stop.asked)
                 if better or stopping or self.step % train.save_every == 0 or last:
-                    self._save(best=better)
+                    self.saving.save(self.step, best=better)
                 self.callbacks.check(self.checkpoints.kept())
                 if last and self.step < train.steps and not stopping:
                     break
@@ -322,7 +328,7 @@ class Trainer:
                     self.accelerator.wait_for_everyone()  # the main one saves: a launcher ends it with the first to end
                     raise KeyboardInterrupt
             if self.validations.rows[-1]["step"] != self.step:  # resumed with no more steps than it had had
-                self._save(best=self._validate(progress))
+                self.saving.save(self.step, best=self._validate(progress))
             rows = self._test(progress)
             self.callbacks("on_end")
             self.callbacks.check(self.checkpoints.kept())
@@ -331,28 +337,12 @@ class Trainer:
     def _heed(self, progress: TrainingProgress) -> bool:
         """Whether an alarm took the run back."""
         before = self.step
-        self.step = self.rollback.heed(self.step, progress, self.log, self._save, self._state)
+        self.step = self.rollback.heed(self.step, progress, self.log, self.saving)
         if self.step != before:
             self.soundness.forget()
             if self.engine is not None:
                 self.engine.forget()
         return self.step != before
-
-    @contextmanager
-    def _saved_where_others_fail(self) -> Iterator[None]:
-        """Save what was done before: a step or an evaluation whose reward fails, and a step whose responses cannot be
-        had, has changed nothing of it. It fails in all processes, and all wait for the main one: a launcher ends the
-        others once one of them has ended."""
-        try:
-            yield
-        except (RewardFailed, RolloutFailed) as error:
-            if self.step == 0:
-                raise
-            self.soundness.check(self.step)  # by all processes, whose layers may be sharded
-            with main_process_first(self.accelerator):
-                if self.step != self.checkpoints.saved:
-                    self._save()
-            raise type(error)(f"{error} {self.checkpoints.kept()}") from error
 
     def _validate(self, progress: TrainingProgress, *, adapters: bool = True) -> bool:
         """Whether the policy is the best so far."""
@@ -407,31 +397,3 @@ class Trainer:
     def card(self, step: int, *, merged: bool = False) -> str:
         """The model card of the policy after `step` steps; of a run that `fit` has begun."""
         return self.record.card(step, merged=merged)
-
-    def _save(self, *, best: bool = False) -> None:
-        """The checkpoint to go on from, and then, if the policy is the best so far, the best one."""
-        self.soundness.check(self.step)
-        if (
-            self.guard.rolls_back
-            and not self.guard.beyond()
-            and (best or self.step % self.config.train.save_every == 0)
-        ):
-            self.checkpoints.save_sound(self.step, self._state)
-        self.checkpoints.save_last(self.step, self._state)
-        if best:
-            self.checkpoints.save_best(self.step)
-
-    def _state(self) -> dict[str, Any]:
-        """What a checkpoint to go on from holds beside the weights (`grade.training.resuming`)."""
-        return {
-            "optimizer": self.optimization.adamw.state_dict(),
-            "method": self.method.state_dict(),
-            "kl_coef": self.method.kl_coef,
-            "guard": self.guard.state_dict(),
-            "inputs": self.inputs,
-            "reward": self.reward.state_dict(),
-            "best": self.validations.best,
-            "evaluations": self.validations.rows,
-            "steps": self.config.train.steps,
-            "logs": self.log.extents(),
-        }

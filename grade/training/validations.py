@@ -39,6 +39,12 @@ class Validations:
         self.best = {"step": row.step, "metric": row.metric, "reward": row.reward, "beats_base": beats}
         return True
 
+    def best_stays(self, step: int) -> bool:
+        """Whether a run that goes back to `step` has the same best as now, or none yet: a checkpoint of a best that
+        a later one has replaced may be gone."""
+        validated = any(row["model"] != "base" and row["step"] <= step for row in self.rows)
+        return not validated or present(self.best)["step"] <= step
+
     def verdict(self) -> str | None:
         """What to say of a run of which no checkpoint was better than the base model; None of any other."""
         best = present(self.best)

@@ -192,7 +192,7 @@ def test_too_few_responses_missing_files_and_torn_groups_are_refused(sourced, tm
     torn = write(tmp_path / "torn.jsonl", [GOOD, {**GOOD, "prompt": [5]}] * 4)
     pairs = replace(sourced, generation=replace(sourced.generation, samples_per_prompt=2))
     with pytest.raises(GradeError, match="does not have the 2 responses of a prompt next to each other"):
-        trainer_of(with_source(pairs, torn)).train_step()
+        trainer_of(with_source(pairs, torn))
 
 
 def engine_of(pipe, act):

@@ -503,6 +503,56 @@ def test_a_policy_beyond_a_bound_is_not_the_best(returning):
     assert state_of(returning)["best"]["step"] == 2 and state_of(returning, "rollback")["step"] == 2
 
 
+def improving(trainer):
+    """Every validation is better than those before."""
+    evaluate = trainer.evaluator.evaluate
+
+    def evaluated(split, progress, stop, step, **options):
+        row = evaluate(split, progress, stop, step, **options)
+        return replace(row, reward=float(step), details={})
+
+    trainer.evaluator.evaluate = evaluated
+
+
+def test_what_a_rollback_goes_back_to_is_not_before_the_best(returning):
+    """A checkpoint of an earlier session's, whose best another one has replaced, has no best to go back to."""
+    fitted(changed(returning, train={"steps": 2}), improving)
+    resumed = changed(returning, train={"resume": True, "steps": 4})
+    fitted(changed(resumed, guard={"action": "warn"}), improving)
+    assert state_of(returning, "rollback")["step"] == 2 and state_of(returning)["best"]["step"] == 4
+
+    def collapsing(trainer):
+        improving(trainer)
+        measuring("kl", 50.0, lambda trainer: trainer.guard.rate_factor == 1)(trainer)
+
+    fitted(changed(resumed, train={"steps": 8}), collapsing)
+    (noted,) = record_of(returning)["guard"]["rollbacks"]
+    assert (noted["from_step"], noted["to_step"]) == (6, 4)
+    best = Path(returning.run_dir) / "checkpoints" / "best"
+    assert state_of(returning)["best"]["step"] == verified_step(best) == 8
+
+
+def test_a_checkpoint_to_go_back_to_goes_with_the_steps_after_it(returning):
+    """Where a run goes on from an earlier checkpoint, since its last one is damaged."""
+    kept = changed(returning, train={"keep_checkpoints": 3})
+    fitted(kept)
+    last = Path(returning.run_dir) / "checkpoints" / "last"
+    sound = last.with_name("rollback")
+    assert verified_step(sound) == 6
+    (last / "adapter_model.safetensors").write_bytes(b"")
+    going_on = changed(kept, train={"resume": True, "steps": 7}, guard={"action": "warn"})
+
+    def at_once(trainer):
+        trainer.train_step = lambda: pytest.fail(f"{sound} is there") if sound.exists() else stop()
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(going_on, at_once)
+    assert verified_step(last) == 4
+
+
 def test_settings_that_cannot_work_are_refused(config, tmp_path):
     for changes, words in (
         ({"generation": {"ignore_eos": True}, "guard": {"max_clipped_ratio": 0.5}}, "guard.max_clipped_ratio watches"),
