@@ -259,6 +259,8 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100, help="damages")
     parser.add_argument("--seed", type=int, default=0, help="of the places")
     options = parser.parse_args()
+    if options.count < 1:  # of none, all would end well
+        parser.error(f"--count is {options.count}: it must be at least 1")
     failed = 0
     with tempfile.TemporaryDirectory(prefix="grade-damage-") as temporary:
         folder = Path(temporary)

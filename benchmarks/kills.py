@@ -187,6 +187,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="runs that are killed twice")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
+    if options.kills < 1:  # of none, all would end well
+        parser.error(f"--kills is {options.kills}: it must be at least 1")
     chance, failed = random.Random(options.seed), 0
     with tempfile.TemporaryDirectory(prefix="grade-kills-") as temporary:
         folder = Path(temporary)
