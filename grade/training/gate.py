@@ -9,6 +9,7 @@ from collections.abc import Callable
 from grade.errors import NotFinite
 from grade.methods.base import Method, Update
 from grade.methods.metrics import step_metrics
+from grade.rewards.base import MEND
 from grade.rollout import Rollout
 from grade.training.guard import Guard
 from grade.training.optimization import Optimization, Weights
@@ -69,7 +70,7 @@ class UpdateGate:
             if not self._guard.may_leave_out():
                 raise
             self._optimization.clear()
-            self._wrong = str(error)
+            self._wrong = str(error).removesuffix(MEND).rstrip(". ")  # the run goes on: nobody has to start another
             unknown = dict.fromkeys(("loss", "reward", "kl", "entropy", "grad_norm"), math.nan)
             metrics = {**unknown, "tokens": self._services.totals(r.mask for r in rollouts).tokens}
         wrong, weights, self._weights = self._wrong or broken_measure(metrics), self._weights, None

@@ -182,7 +182,7 @@ def test_too_many_in_a_row_stop_the_run_and_a_resumed_one_counts_on(config):
     assert left == {MARKER, "skipped/notes"}
 
 
-def test_a_reward_of_ones_own_that_gives_no_number(config, tmp_path):
+def test_a_reward_of_ones_own_that_gives_no_number(config, tmp_path, capfd):
     """The same; at the end of patience it is told by its name, and what was done before is saved."""
     path, away = tmp_path / "judge.py", tmp_path / "away"
     path.write_text(
@@ -216,6 +216,9 @@ def test_a_reward_of_ones_own_that_gives_no_number(config, tmp_path):
         fitted(config, leaves)
     rows = rows_of(config)
     assert [row["guard/skipped_updates"] for row in rows] == [0, 1, 1, 2] and rows[1]["reward"] is None
+    said = " ".join(capfd.readouterr().err.split())
+    assert "None where it does not apply). Its responses: skipped/step-1.json" in said  # the run goes on
+    assert "start another run" not in said
     state = state_of(config)
     assert state["step"] == 4 and state["method"]["average"]["weight"] == pytest.approx(1 - 0.9**2)
 
