@@ -46,7 +46,7 @@ def planned(
 
     Args:
         gpu, gpus: device and number; None: the measured CPU for device=cpu, an H100 for others.
-        shards: devices that hold the base between them; None: the fewest that it needs.
+        shards: devices that hold the base between them; None: all with model.fsdp, else the fewest that it needs.
         hops: of a step; None: as trained models need, or method.max_hops if that is less.
         assumptions: fields of `Efficiency` instead of the device's usual ones.
 
@@ -62,6 +62,12 @@ def planned(
             raise GradeError(f"--{name}{'' if name in _SHARES else ', in seconds,'} is {value:g}: it must be {span}.")
     if shards is not None and shards < 1:
         raise GradeError(f"--shards is {shards}: it must be at least 1.")
+    if config.model.fsdp:
+        if shards not in (None, gpus):
+            raise GradeError(
+                f"--shards is {shards}, but model.fsdp shards the base over all {gpus} devices. Leave one of them out."
+            )
+        shards = gpus
     classifier = None
     if config.reward.model is not None and config.reward.bridge is None:
         classifier = shape_named("reward.model", config.reward.model, None)

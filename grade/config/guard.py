@@ -35,7 +35,7 @@ class GuardConfig:
     """What an alarm does. `warn`: it is said and counted. `stop`: the run is saved and ends, with exit code 3.
     `rollback`: the run goes back to its last checkpoint within all bounds, and on from there with a lower learning
     rate."""
-    rollback_factor: float = setting(0.5, gt=0, le=1)
+    rollback_factor: float = setting(0.5, ge=1e-3, le=1)
     """The learning rate is multiplied by this with every rollback."""
     max_rollbacks: int = setting(3, ge=1, le=1000)
     """Rollbacks of a run; the next alarm stops it."""

@@ -173,7 +173,8 @@ def _check_rollout(config: Config) -> None:
     """Refuse what a vLLM server cannot do, and what only such a server's responses could need."""
     rollout = config.rollout
     if rollout.engine == "here":
-        for name, given in (("max_lag", rollout.max_lag or None), ("importance_cap", rollout.importance_cap)):
+        given_for_one = (rollout.url, rollout.max_lag or None, rollout.importance_cap)
+        for name, given in zip(("url", "max_lag", "importance_cap"), given_for_one, strict=True):
             if given is not None:
                 raise GradeError(
                     f"rollout.{name} is {shown(given)}, but rollout.engine is here, which samples with the policy that "

@@ -152,7 +152,8 @@ def _to_fit(found: Plan) -> list[str]:
         where = "" if needed <= run.device.per_node else f", {-(-needed // run.device.per_node)} nodes"
         return [
             f"Does not fit with {'a whole base on each device' if run.shards == 1 else f'{run.shards} shards'}: a "
-            f"sharded base over {needed} devices{where} would (--shards {needed}, --gpus {needed} or a multiple)."
+            f"sharded base over {needed} devices{where} would (--gpus {needed} --model.fsdp true; --shards {needed} "
+            "with a multiple of them plans groups)."
         ]
     if run.shards > 1 and needed == 1:
         return ["The base fits whole on each device: without shards (--shards 1) nothing is gathered."]

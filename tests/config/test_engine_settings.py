@@ -50,6 +50,10 @@ WRONG = {
         {"rollout": {**SERVED, "importance_cap": 2.0}, "method": {"estimator": "rao"}},
         "rollout.importance_cap weights the loss of policy gradients",
     ),
+    "an address here": (
+        {"rollout": {"url": "http://127.0.0.1:8000"}},
+        "rollout.url is http://127.0.0.1:8000, but rollout.engine is here",
+    ),
     "lag here": ({"rollout": {"max_lag": 1}}, "rollout.max_lag is 1, but rollout.engine is here"),
     "weights here": ({"rollout": {"importance_cap": 2.0}}, "rollout.importance_cap is 2.0, but rollout.engine is here"),
 }

@@ -126,7 +126,10 @@ def test_a_judge_of_other_settings_is_trained_anew(reviews, tmp_path, monkeypatc
     trained = []
     monkeypatch.setattr(
         "grade.studies.compare.final_test.train_judge",
-        lambda *args, **settings: (trained.append(settings) or Judge(), {"accuracy": {}}),
+        lambda *args, **settings: (
+            trained.append(settings) or Judge(),
+            {"accuracy": {}, "trained_on": 1, "held_out": 1},
+        ),
     )
     task, config = SimpleNamespace(examples={"judge": reviews[0], "test": reviews[1]}.get), Config()
     for _ in range(2):

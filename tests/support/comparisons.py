@@ -55,8 +55,9 @@ def no_models(monkeypatch):
         prompts=6,
         details={"base_nll": 8.0},
     )
-    for name in ("load_tokenizer", "check_reward", "load_policy", "load_reward"):
+    for name in ("load_tokenizer", "check_reward", "load_reward"):
         monkeypatch.setattr(setup, name, lambda *_, **__: None)
+    monkeypatch.setattr(setup, "load_policy", lambda *_, **__: SimpleNamespace(sharding=None))
     for name in ("load_judge", "load_reader"):
         monkeypatch.setattr(final_test, name, lambda *_: None)
     alone = SimpleNamespace(device=torch.device("cpu"), is_main_process=True, num_processes=1)
