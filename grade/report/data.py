@@ -227,7 +227,10 @@ def _json(path: Path, problems: list[str], shape: dict) -> dict:
     for name, part in shape.items():
         key = name.removesuffix("?")
         wrong = misfit(found[key], part, key) if key in found else None
-        if wrong is not None:
+        if wrong is not None and isinstance(part, list) and isinstance(found[key], list):
+            problems.append(f"{path.name} of {path.parent.name}: {wrong}. What is so in {key} is left out.")
+            found[key] = [entry for entry in found[key] if misfit(entry, part[0]) is None]
+        elif wrong is not None:
             problems.append(f"{path.name} of {path.parent.name}: {wrong}. All of {key} is left out.")
             del found[key]
     return found

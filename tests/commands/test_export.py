@@ -155,7 +155,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(trained_ru
         ([trained_run, "--to", full], "not empty"),
         ([trained_run, "--to", full / "kept"], "is a file"),
         ([empty], "has no checkpoint yet"),
-        ([trained_run, "--checkpoint", "step-3"], "has best, last, step-2, step-4"),
+        ([trained_run, "--checkpoint", "step-3"], "has best, best-2, last, resume-2, step-2, step-4"),
         ([run, "--checkpoint", damaged], "is damaged"),
         ([run, "--checkpoint", foreign], "no checkpoint of a run"),
         ([run, "--checkpoint", elsewhere], "does not lie in"),
