@@ -57,6 +57,12 @@ def present(value: T | None) -> T:
     return value
 
 
+def failure_of(error: BaseException) -> str:
+    """Why something could not be read or written: what the system says, without its number and the path, which a
+    message names itself; of another error, `reason_of`."""
+    return getattr(error, "strerror", None) or reason_of(error)
+
+
 def reason_of(error: BaseException) -> str:
     """What another library's error says, in one line that holds its reason.
 
@@ -93,7 +99,7 @@ def read_json(path: Path, fix: str, *keys: str, shape: Shape = None) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or reason_of(error)
+        reason = failure_of(error)
         raise GradeError(f"{path} cannot be read ({reason}). {fix}".strip()) from error
     if not isinstance(found, dict):
         raise GradeError(f"{path} holds no JSON object. {fix}".strip())
@@ -123,7 +129,7 @@ def writing(path: Path, setting: str, fix: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason, fix = error.strerror or reason_of(error), fix or _room(setting, full)
+        reason, fix = failure_of(error), fix or _room(setting, full)
         raise GradeError(f"{setting}: {path} could not be written ({reason}). {fix}") from error
     except Exception as error:
         library = any(name in str(error) for name in _FAILED_WRITES)
@@ -148,7 +154,7 @@ def printing() -> Iterator[None]:
         # Python flushes once more at its end: give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            reason = error.strerror or reason_of(error)
+            reason = failure_of(error)
             raise GradeError(f"standard output could not be written ({reason}): make room where it goes.") from error
 
 

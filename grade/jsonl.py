@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from grade.errors import GradeError, reason_of
+from grade.errors import GradeError, failure_of
 from grade.shapes import is_too_deep
 
 
@@ -36,7 +36,7 @@ def read_rows(path: Path) -> Rows:
     except FileNotFoundError:
         return Rows([], [], False)
     except OSError as error:
-        raise GradeError(f"{path} cannot be read ({error.strerror or reason_of(error)}).") from error
+        raise GradeError(f"{path} cannot be read ({failure_of(error)}).") from error
 
 
 def rows_of(content: bytes) -> Rows:

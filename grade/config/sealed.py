@@ -7,7 +7,7 @@ from pathlib import Path
 
 from grade.config import Config
 from grade.config.reading import config_from_yaml, config_to_yaml
-from grade.errors import GradeError, reason_of
+from grade.errors import GradeError, failure_of
 
 _SEAL = "# SHA-256 of the lines above: "
 
@@ -27,7 +27,7 @@ def check_sealed(path: Path) -> None:
     try:
         text, seal, claimed = path.read_text(encoding="utf-8").rpartition(_SEAL)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or reason_of(error)
+        reason = failure_of(error)
         raise GradeError(f"{path} cannot be read ({reason}). Name the folder of a run.") from error
     if not seal or hashlib.sha256(text.encode()).hexdigest() != claimed.strip():
         raise GradeError(

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from grade import tree
-from grade.errors import GradeError, read_json, reason_of, writing
+from grade.errors import GradeError, failure_of, read_json, reason_of, writing
 from grade.files import latest, replaced_folder, sha256
 from grade.formats import MANIFEST, STATE
 from grade.hub_names import name_anywhere
@@ -183,7 +183,7 @@ def verified_step(directory: Path) -> int:
         try:
             found = sha256(file)
         except OSError as error:
-            raise GradeError(f"{file} cannot be read ({error.strerror or reason_of(error)}).") from error
+            raise GradeError(f"{file} cannot be read ({failure_of(error)}).") from error
         if found != digest:
             raise GradeError(f"{file} is damaged: it is not what was written there (its SHA-256 differs).")
     return manifest["step"]

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grade.errors import GradeError, read_json, reason_of
+from grade.errors import GradeError, failure_of, read_json
 from grade.files import remembered_sha256
 from grade.formats import RECORD
 from grade.model.policy import Policy
@@ -60,7 +60,7 @@ def model_digest(name: str, loaded: PreTrainedModel) -> str:
         try:
             return _digest({path.name: remembered_sha256(path) for path in files})
         except OSError as error:
-            raise GradeError(f"{error.filename} cannot be read ({error.strerror or reason_of(error)}).") from error
+            raise GradeError(f"{error.filename} cannot be read ({failure_of(error)}).") from error
     return commit or tensors_digest(loaded.state_dict())
 
 

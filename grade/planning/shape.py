@@ -238,22 +238,16 @@ def _gpt2(config: Config, name: str) -> ModelShape:
         Linear("mlp.c_fc", width, inner, 2, True),
         Linear("mlp.c_proj", inner, width, 3, True),
     )
-    return ModelShape(
+    return _with_layer_norms(
         name=name,
         layers=config["n_layer"],
         width=width,
         heads=heads,
-        kv_heads=heads,
-        head_size=width // heads,
         inner=inner,
         vocabulary=config["vocab_size"],
         linears=linears,
-        layer_rest=4 * width,  # two layer norms
-        model_rest=2 * width + config["n_positions"] * width,
-        gated=False,
-        float32_norms=False,
-        head_norms=False,
         tied=bool(config.get("tie_word_embeddings", True)),
+        rest=config["n_positions"] * width,
     )
 
 
@@ -266,23 +260,37 @@ def _gpt_neox(config: Config, name: str) -> ModelShape:
         Linear("mlp.dense_h_to_4h", width, inner, 2, True),
         Linear("mlp.dense_4h_to_h", inner, width, 3, True),
     )
-    return ModelShape(
+    return _with_layer_norms(
         name=name,
         layers=config["num_hidden_layers"],
         width=width,
         heads=heads,
-        kv_heads=heads,
-        head_size=width // heads,
         inner=inner,
         vocabulary=config["vocab_size"],
         linears=linears,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        parallel=bool(config.get("use_parallel_residual", True)),
+    )
+
+
+def _with_layer_norms(*, width: int, heads: int, rest: int = 0, **sizes: Any) -> ModelShape:
+    """A model with a key of every head, an MLP without a gate, and two layer norms a layer and one at the end.
+
+    Args:
+        rest: parameters beside layers, table, head and norms.
+        sizes: further ones of `ModelShape`.
+    """
+    return ModelShape(
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_size=width // heads,
         layer_rest=4 * width,
-        model_rest=2 * width,
+        model_rest=2 * width + rest,
         gated=False,
         float32_norms=False,
         head_norms=False,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        parallel=bool(config.get("use_parallel_residual", True)),
+        **sizes,
     )
 
 

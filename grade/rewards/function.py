@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grade.errors import GradeError, NotFinite, RewardFailed, reason_of
+from grade.errors import GradeError, NotFinite, RewardFailed, failure_of, reason_of
 from grade.machine import is_out_of_memory
 from grade.rewards.attributes import of_function, stable_repr
 from grade.rewards.base import MEND, RewardFunction
@@ -67,7 +67,7 @@ def load_function(called: str, setting: str = "reward.function") -> Loaded:
     try:
         source = path.read_bytes()
     except OSError as error:
-        reason = "there is no such file" if not path.exists() else error.strerror or reason_of(error)
+        reason = "there is no such file" if not path.exists() else failure_of(error)
         raise GradeError(f"{where}: {path} cannot be read ({reason}). Name a Python file.") from error
     digest = hashlib.sha256(source).hexdigest()
     try:

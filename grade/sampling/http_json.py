@@ -12,7 +12,7 @@ import ssl
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from grade.errors import reason_of
+from grade.errors import failure_of
 
 _CONNECT = 10.0  # seconds in which a server that runs accepts a connection
 _MOST_BYTES = 2**28  # of an answer: far more than any response takes, far less than memory
@@ -103,4 +103,4 @@ class JsonServer:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or reason_of(error)
+    return failure_of(error)

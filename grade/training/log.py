@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grade.config import TrainConfig
-from grade.errors import GradeError, present, reason_of, writing
+from grade.errors import GradeError, failure_of, present, reason_of, writing
 from grade.files import replace_bytes, sync
 from grade.jsonl import append_rows, encode_rows, read_rows
 
@@ -169,7 +169,7 @@ def beginning(path: Path, extent: Extent, fix: str = " Put it back, or make the 
     try:
         content = path.read_bytes()[:size] if size else b""
     except OSError as error:
-        reason = error.strerror or reason_of(error)
+        reason = failure_of(error)
         raise GradeError(f"{path} cannot be read ({reason}).{fix}") from error
     if len(content) < size or hashlib.sha256(content).hexdigest() != digest:
         raise GradeError(

@@ -185,8 +185,10 @@ def launched(*arguments: str | Path, processes: int, timeout: float = 600) -> su
     return subprocess.run([*launcher, *program], env=_environment(), capture_output=True, text=True, timeout=timeout)
 
 
-def without_launcher(*arguments: str | Path, timeout: float = 600) -> list[tuple[int, str, str]]:
-    """This program in two processes that nobody ends where the other does: exit code, output and errors of each."""
+def without_launcher(
+    *arguments: str | Path, program: str | Path = __file__, timeout: float = 600
+) -> list[tuple[int, str, str]]:
+    """A program in two processes that nobody ends where the other does: exit code, output and errors of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -195,7 +197,7 @@ def without_launcher(*arguments: str | Path, timeout: float = 600) -> list[tuple
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         started.append(
             subprocess.Popen(
-                [sys.executable, str(Path(__file__).resolve()), *map(str, arguments)],
+                [sys.executable, str(Path(program).resolve()), *map(str, arguments)],
                 env={**_environment(), **group, "MASTER_ADDR": "localhost", "MASTER_PORT": port},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
+from in_processes import without_launcher
 from tiny_run import changed
 
 from grade import ModelConfig, RewardConfig, TaskConfig
@@ -103,32 +100,12 @@ def test_a_reward_that_fails_in_one_process_ends_all_and_the_main_one_saves(tiny
     config = changed(tiny_config, task=TaskConfig(), model=unnamed, reward=RewardConfig(), train={"save_every": 100})
     (tmp_path / "config.yaml").write_text(config_to_yaml(config))
     (tmp_path / "program.py").write_text(PROGRAM)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in ("0", "1"):  # without a launcher, which would end one process where the other does
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        network = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        program = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "config.yaml"), str(tiny_model)]
-        started.append(
-            subprocess.Popen(
-                program,
-                env={**os.environ, **group, **network},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        said = [process.communicate(timeout=600) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [2, 2], said
-    for number, (out, _) in enumerate(said):
+    # Without a launcher, which would end one process where the other does.
+    said = without_launcher(tmp_path / "config.yaml", tiny_model, program=tmp_path / "program.py")
+    assert [code for code, _, _ in said] == [2, 2], said
+    for number, (_, out, _) in enumerate(said):
         lines = out.splitlines()
-        assert lines.pop() == said[0][0].splitlines()[-1]  # weights that stayed the same
+        assert lines.pop() == said[0][1].splitlines()[-1]  # weights that stayed the same
         whole = {"InAStep": 1, "InAnEvaluation": 2, "InAReplay": 1, "InATrial": None}
         steps = [(name, step, "") for name, step in whole.items()]
         steps += [(name, whole[name], "-sharded") for name in ("InAnEvaluation", "InAReplay", "InATrial")]

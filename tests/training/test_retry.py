@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from in_processes import without_launcher
 from tiny_run import adapter_of, changed, trainer_of
 
 import grade.methods.grade
@@ -204,28 +201,8 @@ def test_processes_try_again_together(tiny_config, tmp_path):
     """One runs out between two hops, at which the other waits for it; both end as with smaller micro-batches."""
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "config.yaml").write_text(config_to_yaml(tiny_config))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in ("0", "1"):
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        network = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "config.yaml")],
-                env={**os.environ, **group, **network},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        said = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], said
+    said = without_launcher(tmp_path / "config.yaml", program=tmp_path / "program.py", timeout=300)
+    assert [code for code, _, _ in said] == [0, 0], said
     # The first try, twice two micro-batches of one response; and those alone.
-    assert [out.split() for out, _ in said] == [["5", "4"], ["5", "4"]]
-    assert said[0][1].count("micro-batches of 1 instead of 2") == 1 and "out of memory" not in said[1][1]
+    assert [out.split() for _, out, _ in said] == [["5", "4"], ["5", "4"]]
+    assert said[0][2].count("micro-batches of 1 instead of 2") == 1 and "out of memory" not in said[1][2]
