@@ -49,6 +49,7 @@ class _Product(torch.autograd.Function):
 def quicken(model: nn.Module) -> None:
     """Make `FrozenLinear`s of the frozen linear layers of a model on a CPU, those that adapters wrap included."""
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if type(module) is nn.Linear and weight.device.type == "cpu" and not weight.requires_grad:
+        if type(module) is not nn.Linear:  # no subclass, which may have a forward of its own
+            continue
+        if module.weight.device.type == "cpu" and not module.weight.requires_grad:
             module.__class__ = FrozenLinear
