@@ -8,10 +8,10 @@
 
 A step is all of it: sampling S tokens, reference, reward, gradient, clipping, AdamW. All algorithms are given the same
 random weights (real shapes), prompts and noise. On a CPU the published algorithm's products are plain PyTorch's (MKL);
-replay's are made by the quicker of the two libraries that come with it. First the gradients are compared, in float32 and with all hops, at a
-short length: where one differs, nothing is timed. Then every step runs in a process of its own, and the gradient of
-the timed step is compared once more, now with `--hop-tol`. How many hops that takes depends on the weights: trained
-ones need others than these (`hops` in a run's metrics.jsonl).
+replay's are made by the quicker of the two libraries that come with it. First the gradients are compared, in float32
+and with all hops, at a short length: where one differs, nothing is timed. Then every step runs in a process of its own,
+and the gradient of the timed step is compared once more, now with `--hop-tol`. How many hops that takes depends on the
+weights: trained ones need others than these (`hops` in a run's metrics.jsonl).
 
 Seconds are the median over `--rounds` rounds of `--repeats` steps (one, where it takes long), with the 20th and 80th
 percentile; in a round every algorithm has its turn, since a machine's speed changes while it measures. Memory is
