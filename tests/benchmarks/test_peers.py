@@ -1,0 +1,348 @@
+"""TRL's trainers beside ours: what is run, how it is timed, and what the tables say of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from tiny_run import changed, make_tiny_config
+
+from benchmarks import peers
+from benchmarks.peers import PACERS, Study, beyond
+from benchmarks.peers_run import BASE, Clock, Order, run, steps_at
+from benchmarks.peers_text import (
+    LABELS,
+    best_of_theirs,
+    document,
+    first_time,
+    interval,
+    mean_curve,
+    objective_of,
+    runs_of,
+    times_faster,
+    value_at,
+)
+from benchmarks.peers_trl import Judged, copy_adapter, generation_options, rollout_of, settings_of
+from benchmarks.saved import write_saved
+from grade.config import Config
+from grade.processes import make_accelerator
+from grade.rollout import pad_prompts
+from grade.sampling.draw import sampling_of
+from grade.sampling.sample import sample
+from grade.training.setup import set_up
+
+BASE_ROW = {"stage": "base", "method": BASE, "reward": 0.5, "judge": 0.4, "objective": 0.5, "kl": 0.0, "length": 30.0}
+
+
+def as_json(settings):
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def row_of(method, values, *, seed=0, seconds=10.0, stage="run", **others):
+    """A run of as many steps as `values`, evaluated after each."""
+    curve = [
+        {"step": i, "seconds": seconds * i, "reward": v, "judge": v - 0.1, "objective": v, "kl": 0.1, "length": 31.0}
+        for i, v in enumerate(values, start=1)
+    ]
+    return {
+        **{"stage": stage, "method": method, "seed": seed, "learning_rate": 1e-3, "schedule": "cosine"},
+        **{"steps": len(values), "points": [], "options": {}, "before_seconds": 1.0, "curve": curve},
+        **{"step_seconds": [seconds] * 5, "step_cpu_seconds": [seconds] * 5, "step_tokens": [500] * 5},
+        **{"loaded_gib": 0.5, "peak_gib": 1.5},
+        **others,
+    }
+
+
+def payload_of(*rows):
+    settings = {"config": as_json(Config()), "threads": 1, "clock": "wall"}
+    return {"settings": settings, "machine": {"cpu": "one"}, "rows": [BASE_ROW, *rows]}
+
+
+TWO_SEEDS = [
+    *(row_of("trl-grpo", [0.55, 0.6], seed=seed) for seed in (0, 1)),
+    *(row_of("trl-rloo", [0.6, 0.7], seed=seed) for seed in (0, 1)),
+    row_of("grade-ste", [0.7, 0.9], seed=0, seconds=4.0),
+    row_of("grade-ste", [0.9, 0.9], seed=1, seconds=4.0),
+]
+
+
+# -- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_a_curve_is_read_on_the_lines_between_its_points():
+    points = [(0.0, 0.5), (10.0, 0.6), (30.0, 0.8)]
+    assert value_at(points, 20.0) == pytest.approx(0.7)
+    assert value_at(points, 99.0) == 0.8
+    assert first_time(points, 0.7) == pytest.approx(20.0)
+    assert first_time(points, 0.4) == 0.0
+    assert first_time(points, 0.81) is None
+
+
+def test_a_value_that_was_lost_again_was_reached():
+    assert first_time([(0.0, 0.5), (10.0, 0.9), (20.0, 0.6)], 0.7) == pytest.approx(5.0)
+
+
+def test_trl_is_what_comes_highest_and_ours_is_timed_to_there():
+    runs = runs_of(payload_of(*TWO_SEEDS))
+    assert best_of_theirs(runs, BASE_ROW, "reward") == ("trl-rloo", pytest.approx(0.7), pytest.approx(20.0))
+    assert mean_curve(runs["grade-ste"], BASE_ROW, "reward")[1] == (4.0, pytest.approx(0.8))
+    # From 0.5 to 0.8 in 4 s: 0.7 after 8/3 s.
+    assert times_faster(runs, BASE_ROW, "grade-ste", "reward") == pytest.approx(20 / (8 / 3))
+    assert times_faster(runs, BASE_ROW, "trl-rloo", "reward") == pytest.approx(1.0)
+    assert times_faster(runs, BASE_ROW, "trl-grpo", "reward") == 0.0  # it never comes there
+
+
+def test_the_interval_is_that_of_the_seeds():
+    runs = runs_of(payload_of(*TWO_SEEDS))
+    # By seed 0 alone 0.7 is reached after 4 s, by seed 1 after 2.
+    assert interval(runs, BASE_ROW, "grade-ste", "reward") == (pytest.approx(5.0), pytest.approx(10.0))
+    assert interval(runs, BASE_ROW, "trl-rloo", "reward") == (pytest.approx(1.0), pytest.approx(1.0))
+    assert interval({name: rows[:1] for name, rows in runs.items()}, BASE_ROW, "grade-ste", "reward") is None
+
+
+def test_without_a_gain_of_trl_there_is_nothing_to_reach():
+    runs = runs_of(payload_of(row_of("trl-grpo", [0.4]), row_of("grade-ste", [0.6])))
+    assert times_faster(runs, BASE_ROW, "grade-ste", "reward") is None
+
+
+def test_a_seed_counts_once_every_method_has_it():
+    rows = [row_of("trl-grpo", [0.6], seed=seed) for seed in (0, 1)] + [row_of("grade-ste", [0.6], seed=1)]
+    assert {name: [row["seed"] for row in found] for name, found in runs_of(payload_of(*rows)).items()} == {
+        "trl-grpo": [1],
+        "grade-ste": [1],
+    }
+
+
+def test_the_tables_say_where_trl_wins():
+    slow = [row_of("trl-grpo", [0.7, 0.8], seconds=2.0), row_of("grade-ste", [0.6, 0.65], seconds=5.0)]
+    text = document(payload_of(*slow, row_of("grpo", [], seconds=3.0)))
+    (line,) = [line for line in text.splitlines() if "| GRADE-STE |" in line and "reward 0.800" in line]
+    assert line.split("|")[3:5] == [" not reached ", " 0 "]
+    assert "| GRPO, here | 1 | 3 (3–3) |" in text
+    assert "After 4.0 s of training" in text
+
+
+def test_the_clock_that_counts_is_that_of_the_settings():
+    rows = [row_of(method, [0.6, 0.7], step_cpu_seconds=[2.0] * 5) for method in ("trl-grpo", "grade-ste")]
+    for row in rows:
+        for point in row["curve"]:
+            point["cpu_seconds"] = point["seconds"] / 5
+    payload = payload_of(*rows)
+    payload["settings"]["clock"] = "process"
+    text = document(payload)
+    assert "After 4.0 s of training (seconds on the CPU" in text
+    assert "| 10 (10–10) | 2 (2–2) | 250 |" in text
+
+
+def test_there_is_a_table_before_any_run_has_ended():
+    assert "s / step" in document(payload_of(row_of("trl-grpo", [0.6], stage="sweep")))
+
+
+# -- what is run -----------------------------------------------------------------------------------------------------
+
+
+class Made:
+    """In place of processes: a method's objective by its learning rate and settings, and the orders that came."""
+
+    def __init__(self, objective):
+        self.objective, self.orders, self.saved = objective, [], 0
+
+    def __call__(self, order):
+        self.orders.append(order)
+        if order.method == BASE:
+            return as_json(order) | BASE_ROW
+        value = self.objective(order)
+        seconds = 2.0 * order.options.get("num_iterations", 1)
+        made = row_of(order.method, [value] if order.points else [], seconds=seconds)
+        return made | as_json(order)
+
+    def save(self, payload):
+        self.saved += 1
+
+    def study(self, payload):
+        return Study(Config(), 60.0, 30.0, 1000, "wall", payload, self, self.save)
+
+
+def objective(order):
+    """Highest at the largest of the three rates, and with two passes."""
+    return min(order.learning_rate / Config().train.learning_rate, 5.0) + order.options.get("num_iterations", 0)
+
+
+def test_a_study_measures_what_it_lacks_and_nothing_twice():
+    payload, made = payload_of(), Made(objective)
+    payload["rows"].clear()
+    made.study(payload).run([0, 1])
+    assert made.saved == len(made.orders) == len(payload["rows"])
+    again = Made(objective)
+    again.study(payload).run([0, 1])
+    assert again.orders == []
+    again.study(payload).run([0, 1, 2])
+    assert {order.seed for order in again.orders} == {2}
+
+
+def test_runs_take_turns_with_the_best_settings_for_the_same_time():
+    payload, made = payload_of(), Made(objective)
+    payload["rows"].clear()
+    made.study(payload).run([0, 1])
+    runs = [order for order in made.orders if order.stage == "run"]
+    assert [(order.seed, order.method) for order in runs] == [
+        (seed, method) for seed in (0, 1) for method in (*peers.LEARNERS, *PACERS)
+    ]
+    by_method = {order.method: order for order in runs}
+    grpo, ste = by_method["trl-grpo"], by_method["grade-ste"]
+    # 3 was the highest of the factors, 9 lies beyond, and then 27: no better than 9, which stays.
+    assert grpo.learning_rate == ste.learning_rate == pytest.approx(9 * Config().train.learning_rate)
+    assert grpo.options == {"num_iterations": 2} and ste.options == {}
+    assert (grpo.steps, ste.steps) == (15, 30)  # of 4 and of 2 seconds, in 60
+    assert not by_method["grpo"].points
+
+
+@pytest.mark.parametrize(
+    ("found", "further"),
+    [
+        ({0.3: 1.0, 1.0: 2.0, 3.0: 1.5}, None),
+        ({0.3: 1.0, 1.0: 2.0, 3.0: 2.5}, 9.0),
+        ({0.3: 3.0, 1.0: 2.0, 3.0: 2.5}, 0.09),
+    ],
+)
+def test_the_sweep_goes_on_beyond_its_edge(found, further):
+    assert beyond(found) == (None if further is None else pytest.approx(further))
+
+
+def test_points_lie_at_shares_of_the_steps():
+    assert steps_at(40, (1 / 16, 1 / 2, 1.0)) == {2, 20, 40}
+    assert steps_at(3, (1 / 16, 1.0)) == {1, 3}
+    assert steps_at(8, ()) == set()
+
+
+def test_an_evaluation_takes_no_time_of_a_step():
+    caught = []
+    clock = Clock(lambda: time.sleep(0.2) or {"reward": 1.0}, {1}, torch.device("cpu"))
+    clock.begin()
+    clock.step(5, lambda: caught.append(1))
+    clock.step(7, lambda: caught.append(2))
+    assert sum(clock.seconds) < 0.15 and clock.tokens == [5, 7]
+    assert caught == [1]
+    (point,) = clock.points
+    assert point == {"step": 1, "seconds": clock.seconds[0], "cpu_seconds": clock.cpu_seconds[0], "reward": 1.0}
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_without_trl_it_is_refused_with_the_fix(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else find(name, *rest))
+    with pytest.raises(SystemExit, match=r"trl is not installed.*pip install -e '\.\[peers\]'"):
+        peers.main(["--save", str(tmp_path / "out.json")])
+
+
+def test_a_saved_file_is_shown_without_trl(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    write_saved(tmp_path / "kept.json", payload_of(*TWO_SEEDS))
+    peers.main(["--table", str(tmp_path / "kept.json")])
+    assert "| RLOO, TRL |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--save", "x.json", "--sweep-seed", "1"], "is one of --seeds"),
+        (["--save", "x.json", "--clock", "process", "--threads", "2"], "--threads"),
+        (["--save", "x.json", "--config", "nothing"], "nothing"),
+        (["--save", "x.json", "--generation.ignore_eos", "true"], "ignore_eos"),
+        ([], "--save"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(monkeypatch, arguments, words):
+    monkeypatch.setattr(peers, "check_trl", lambda: None)
+    with pytest.raises(SystemExit, match=words):
+        peers.main(arguments)
+
+
+def test_a_file_of_other_settings_is_not_gone_on_with(tmp_path):
+    write_saved(tmp_path / "kept.json", payload_of() | {"settings": {"seconds": 60.0}})
+    with pytest.raises(SystemExit, match=r"other settings \(seconds\)"):
+        peers.begun(tmp_path / "kept.json", {"seconds": 30.0})
+
+
+# -- the same task for both ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loaded_config(tiny_model, tiny_data, shared_output, tmp_path_factory):
+    config = make_tiny_config(tiny_model, tiny_data, shared_output, tmp_path_factory.mktemp("peers") / "run")
+    # What is left of the training texts is the judge's.
+    return changed(config, generation={"samples_per_prompt": 2}, train={"run_dir": None}, task={"policy_examples": 20})
+
+
+@pytest.fixture(scope="module")
+def loaded(loaded_config):
+    return set_up(loaded_config, make_accelerator(loaded_config))
+
+
+def test_the_reward_that_trl_is_given_is_ours(loaded, loaded_config):
+    policy, reward = loaded.policy, loaded.reward
+    prompts = loaded.task.prompts("policy", loaded.tokenizer, limit=3)
+    ids, mask = pad_prompts(prompts, policy.pad_id, policy.device)
+    rows = torch.arange(3) * 8
+    drawn = sample(policy, ids, mask, sampling_of(loaded_config.generation), seed=0, first_rows=rows)
+    judged = Judged(policy, reward, prompts)
+    found = judged.rewards(["0", "1", "2"], drawn.real_tokens())
+    alone = [Judged(policy, reward, prompts).rewards([str(i)], [drawn.real_tokens()[i]])[0] for i in range(3)]
+    assert found == pytest.approx(alone, abs=1e-5)
+    assert len(set(found)) > 1
+    again = rollout_of(prompts, drawn.real_tokens(), policy)
+    assert torch.equal(again.tokens, drawn.tokens) and torch.equal(again.mask, drawn.mask)
+    assert torch.equal(again.prompt_ids, drawn.prompt_ids)
+    assert judged.take_tokens() == int(drawn.mask.sum()) and judged.take_tokens() == 0
+
+
+def test_trl_is_told_the_same_draw_and_the_same_objective(loaded, loaded_config, tmp_path):
+    told = settings_of(loaded_config, loaded.policy, tmp_path)
+    assert told["per_device_train_batch_size"] == 4 and told["num_generations"] == 2
+    assert told["beta"] == pytest.approx(0.05 / 8)
+    # An end as token number 2 is allowed: to transformers it comes after one new token.
+    assert generation_options(loaded_config, loaded.policy)["min_new_tokens"] == 1
+    assert told["gradient_checkpointing"] is False and told["bf16"] is False
+
+
+def test_an_adapter_is_copied_by_name(loaded):
+    source, target = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    copy_adapter(source, target)
+    assert torch.equal(source.weight, target.weight)
+    with pytest.raises(ValueError, match="the adapters differ"):
+        copy_adapter(source, loaded.policy.model)
+
+
+def test_a_run_of_ours_is_timed_and_evaluated(loaded_config, tmp_path):
+    order = Order("run", "grade-ste", 1, 1e-3, "cosine", 2, (1.0,))
+    found = run(order, loaded_config, tmp_path)
+    assert len(found["step_seconds"]) == len(found["step_tokens"]) == 2
+    (point,) = found["curve"]
+    assert point["step"] == 2 and point["seconds"] == pytest.approx(sum(found["step_seconds"]))
+    assert 0 <= point["judge"] <= 1 and objective_of(found) == point["objective"]
+    assert found["peak_gib"] >= found["loaded_gib"] > 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("method", ["trl-grpo", "trl-rloo"])
+def test_a_run_of_trl_learns_on_our_prompts(loaded_config, tmp_path, method):
+    pytest.importorskip("trl", reason="the extra `peers` is not installed")
+    order = Order("run", method, 1, 3e-2, "cosine", 2, (0.5, 1.0), {"num_iterations": 2})
+    found = run(order, loaded_config, tmp_path)
+    assert len(found["step_seconds"]) == 2
+    assert all(0 < tokens <= 4 * 8 for tokens in found["step_tokens"])
+    first, last = found["curve"]
+    assert first["kl"] > 0  # the policy that is evaluated has what TRL's model has learned
+    assert (first["step"], last["step"]) == (1, 2) and last["seconds"] > first["seconds"]
+    base = run(replace(order, stage="base", method=BASE), loaded_config, tmp_path)
+    assert base["kl"] == pytest.approx(0, abs=1e-6) and base["reward"] != last["reward"]
+
+
+def test_every_method_has_a_name():
+    assert set(LABELS) == {*peers.LEARNERS, *PACERS} and set(peers.VARIANTS) == set(peers.LEARNERS)
