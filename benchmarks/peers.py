@@ -251,7 +251,7 @@ def measure(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]
     config = config_of(options.config, overrides)
     config = replace(config, evaluation=replace(config.evaluation, validation_prompts=options.prompts))
     settings = {
-        "config": asdict(config),
+        "config": {name: value for name, value in asdict(config).items() if name != "output_dir"},
         "seconds": options.seconds,
         "sweep_seconds": options.sweep_seconds,
         "sweep_seed": options.sweep_seed,

@@ -21,6 +21,7 @@ from grade import Callback, GradeTrainer
 from grade.config import Config
 from grade.config.methods import method_named
 from grade.config.reading import config_from_yaml
+from grade.config.training import Schedule
 from grade.methods.metrics import peak_memory_gib, reset_peak_memory
 from grade.model.fingerprint import inputs_of, judge_digest
 from grade.processes import make_accelerator
@@ -50,14 +51,14 @@ class Order:
     method: str
     seed: int = 0
     learning_rate: float = 0.0
-    schedule: str = "constant"
+    schedule: Schedule = "constant"
     steps: int = 0
     points: tuple[float, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
 
 class Clock:
-    """Seconds (of the wall clock, and of this process on its CPU) and memory of steps, and evaluations that take none of either.
+    """Seconds of steps by the wall clock and by that of the process, and memory; evaluations take none of them.
 
     Args:
         measure: an evaluation of the policy as it is.

@@ -234,8 +234,8 @@ def document(payload: Mapping[str, Any]) -> str:
         clock = " (seconds on the CPU, of a machine that did other work)" if settings["clock"] == "process" else ""
         parts += [
             settings_table(payload, runs).markdown(),
-            f"After {common_seconds(runs):.1f} s of training{clock}, on {count} validation prompts; mean ± standard error "
-            "over seeds (– for one seed).",
+            f"After {common_seconds(runs):.1f} s of training{clock}, on {count} validation prompts; mean ± standard "
+            "error over seeds (– for one seed).",
             equal_time_table(runs, base).markdown(),
             f"Training time{clock} until the mean over seeds reaches the best of TRL's means:",
             reach_table(runs, base).markdown(),

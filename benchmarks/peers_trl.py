@@ -24,10 +24,12 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -42,15 +44,21 @@ from grade.training.responses import prompt_numbers
 TRAINERS = {"trl-grpo": ("GRPOTrainer", "GRPOConfig"), "trl-rloo": ("RLOOTrainer", "RLOOConfig")}
 """The names of TRL's classes of trainer and settings, by the name of the method here."""
 
+OLDEST = "1.16"
+"""The first version whose settings are those that are given here."""
+
 
 def check_trl() -> None:
     """Refuse to begin without TRL.
 
     Raises:
-        SystemExit: it is not installed; with the fix.
+        SystemExit: it is not installed, or older than what was measured; with the fix.
     """
     if importlib.util.find_spec("trl") is None:
         sys.exit("trl is not installed, and its trainers are what is measured. Run pip install -e '.[peers]'.")
+    found = version("trl")
+    if Version(found) < Version(OLDEST):
+        sys.exit(f"trl {found} is installed, and {OLDEST} or later is needed. Run pip install -e '.[peers]'.")
 
 
 def trl_classes(method: str) -> tuple[Any, Any]:
@@ -58,6 +66,19 @@ def trl_classes(method: str) -> tuple[Any, Any]:
     trl = importlib.import_module("trl")
     trainer, settings = TRAINERS[method]
     return getattr(trl, trainer), getattr(trl, settings)
+
+
+def of_tokens(trainer_class: Any, prompts: Sequence[list[int]]) -> Any:
+    """The class of trainer with the token ids of prompts in place of their texts, which might be read as others.
+
+    Args:
+        prompts: token ids, by the number that stands as the text of a prompt.
+    """
+
+    def tokenize(self: Any, numbers: list[str]) -> tuple[list[list[int]], None, dict]:
+        return [prompts[int(number)] for number in numbers], None, {}
+
+    return type("OfTokens", (trainer_class,), {"_tokenize_prompts": tokenize})
 
 
 def train_by_trl(
@@ -94,12 +115,6 @@ def train_by_trl(
     settings = settings_class(**{**settings_of(config, policy, folder), **options})
     settings.max_steps = config.train.steps * settings.num_iterations
 
-    class OfTokens(trainer_class):
-        """The trainer, with the prompts' token ids instead of texts, which might be read as others."""
-
-        def _tokenize_prompts(self, prompts_: list[str]) -> tuple[list[list[int]], None, dict]:
-            return [prompts[int(number)] for number in prompts_], None, {}
-
     class Heard(TrainerCallback):
         """Tells of every batch of responses, which several optimizer steps may learn from."""
 
@@ -112,7 +127,7 @@ def train_by_trl(
 
     model = source.model(AutoModelForCausalLM, dtype=getattr(torch, config.model.dtype))
     lora = config.model.lora
-    trainer = OfTokens(
+    trainer = of_tokens(trainer_class, prompts)(
         model,
         reward_funcs=judged.rewards,
         args=settings,

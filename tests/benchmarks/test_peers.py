@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
 from tiny_run import changed, make_tiny_config
 
-from benchmarks import peers
+from benchmarks import peers, peers_trl
 from benchmarks.peers import PACERS, Study, beyond
 from benchmarks.peers_run import BASE, Clock, Order, run, steps_at
 from benchmarks.peers_text import (
@@ -241,6 +241,13 @@ def test_without_trl_it_is_refused_with_the_fix(monkeypatch, tmp_path):
         peers.main(["--save", str(tmp_path / "out.json")])
 
 
+def test_an_older_trl_is_refused_with_the_fix(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    monkeypatch.setattr(peers_trl, "version", lambda name: "0.24.0")
+    with pytest.raises(SystemExit, match=r"trl 0\.24\.0 is installed.*pip install -e '\.\[peers\]'"):
+        peers.main(["--save", str(tmp_path / "out.json")])
+
+
 def test_a_saved_file_is_shown_without_trl(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     write_saved(tmp_path / "kept.json", payload_of(*TWO_SEEDS))
@@ -340,8 +347,7 @@ def test_a_run_of_trl_learns_on_our_prompts(loaded_config, tmp_path, method):
     first, last = found["curve"]
     assert first["kl"] > 0  # the policy that is evaluated has what TRL's model has learned
     assert (first["step"], last["step"]) == (1, 2) and last["seconds"] > first["seconds"]
-    base = run(replace(order, stage="base", method=BASE), loaded_config, tmp_path)
-    assert base["kl"] == pytest.approx(0, abs=1e-6) and base["reward"] != last["reward"]
+    assert last["kl"] > first["kl"]
 
 
 def test_every_method_has_a_name():
