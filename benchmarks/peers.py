@@ -203,11 +203,13 @@ def child(folder: Path, order: Order, threads: int) -> dict[str, Any]:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """End with a mistake's words."""
+    """End with a mistake's words, and where it is stopped with how to go on."""
     try:
         yield
     except GradeError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Stopped. What was measured before is kept: the same command goes on.")
 
 
 def config_of(name: str, overrides: list[str]) -> Config:
@@ -259,6 +261,10 @@ def measure(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]
         "clock": options.clock,
     }
     payload = begun(options.save, settings)
+    try:
+        write_saved(options.save, payload)
+    except OSError as error:
+        sys.exit(f"--save {options.save} cannot be written ({error.strerror}). Name a file in a folder that is there.")
     folder = Path(config.output_dir) / f"peers-{config.name}"
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"{folder} is in use by another measurement: wait for it, or name another --output_dir."

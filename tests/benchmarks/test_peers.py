@@ -262,11 +262,13 @@ def test_a_saved_file_is_shown_without_trl(monkeypatch, tmp_path, capsys):
         (["--save", "x.json", "--clock", "process", "--threads", "2"], "--threads"),
         (["--save", "x.json", "--config", "nothing"], "nothing"),
         (["--save", "x.json", "--generation.ignore_eos", "true"], "ignore_eos"),
+        (["--save", "nowhere/x.json"], "cannot be written"),
         ([], "--save"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(monkeypatch, arguments, words):
     monkeypatch.setattr(peers, "check_trl", lambda: None)
+    monkeypatch.setattr(peers, "version", lambda name: "1.16.0")
     with pytest.raises(SystemExit, match=words):
         peers.main(arguments)
 
