@@ -33,6 +33,7 @@ from grade.processes import make_accelerator
 from grade.rollout import pad_prompts
 from grade.sampling.draw import sampling_of
 from grade.sampling.sample import sample
+from grade.training.responses import prompt_numbers
 from grade.training.setup import set_up
 
 BASE_ROW = {"stage": "base", "method": BASE, "reward": 0.5, "judge": 0.4, "objective": 0.5, "kl": 0.0, "length": 30.0}
@@ -345,11 +346,21 @@ def test_a_run_of_ours_is_timed_and_evaluated(loaded_config, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("method", ["trl-grpo", "trl-rloo"])
-def test_a_run_of_trl_learns_on_our_prompts(loaded_config, tmp_path, method):
+def test_a_run_of_trl_learns_on_our_prompts(loaded, loaded_config, tmp_path, monkeypatch, method):
     pytest.importorskip("trl", reason="the extra `peers` is not installed")
+    seen, rewards = [], Judged.rewards
+
+    def seeing(self, prompts, completion_ids, **others):
+        seen.append([int(number) for number in prompts])
+        return rewards(self, prompts, completion_ids, **others)
+
+    monkeypatch.setattr(Judged, "rewards", seeing)
     order = Order("run", method, 1, 3e-2, "cosine", 2, (0.5, 1.0), {"num_iterations": 2})
     found = run(order, loaded_config, tmp_path)
     assert len(found["step_seconds"]) == 2
+    count = len(loaded.task.prompts("policy", loaded.tokenizer, limit=None))
+    asked = [prompt_numbers(step, 2, count, order.seed) for step in range(2)]
+    assert seen == [[number for number in numbers for _ in range(2)] for numbers in asked]
     assert all(0 < tokens <= 4 * 8 for tokens in found["step_tokens"])
     first, last = found["curve"]
     assert first["kl"] > 0  # the policy that is evaluated has what TRL's model has learned
