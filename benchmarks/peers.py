@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -65,6 +66,10 @@ SWEEP_POINTS = (1 / 2, 1.0)
 _GROUP = 4  # responses to a prompt, as `grade compare` has it
 
 
+class ChildFailed(Exception):
+    """A process with an order failed."""
+
+
 @dataclass
 class Study:
     """What is measured, and what has been.
@@ -91,7 +96,13 @@ class Study:
             if all(row[key] == value for key, value in wanted.items()):
                 return row
         print(f"{order.stage}: {told(order)}", file=sys.stderr, flush=True)
-        row = self.row_of(order)
+        try:
+            row = self.row_of(order)
+        except ChildFailed as error:
+            if order.stage != "sweep":  # a trial may fail, as one at too high a learning rate does
+                sys.exit(f"{error}\n{told(order)} failed. What was measured before is kept: the same command goes on.")
+            row = {**wanted, "failed": str(error).splitlines()[-1]}
+            print(f"failed: {row['failed']}", file=sys.stderr, flush=True)
         self.payload["rows"].append(row)
         self.save(self.payload)
         return row
@@ -151,8 +162,9 @@ class Study:
         return replace(order, learning_rate=self.config.train.learning_rate * factor)
 
     def tried(self, order: Order) -> float:
-        """The best objective of a trial."""
-        return objective_of(self.row(self.timed(order, self.sweep_seconds)))
+        """The best objective of a trial; of one that failed, less than any."""
+        row = self.row(self.timed(order, self.sweep_seconds))
+        return -math.inf if "failed" in row else objective_of(row)
 
 
 def beyond(found: Mapping[float, float]) -> float | None:
@@ -179,7 +191,7 @@ def child(folder: Path, order: Order, threads: int) -> dict[str, Any]:
     """The row of an order, from a process of its own.
 
     Raises:
-        SystemExit: it failed; with the end of what it said.
+        ChildFailed: it failed; with the end of what it said.
     """
     order_file, row_file, log = folder / "order.json", folder / "row.json", folder / "child.log"
     order_file.write_text(json.dumps(asdict(order)), encoding="utf-8")
@@ -195,9 +207,7 @@ def child(folder: Path, order: Order, threads: int) -> dict[str, Any]:
         )
     if done.returncode != 0 or not row_file.is_file():
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-15:]
-        sys.exit(
-            "\n".join([*last, f"{told(order)} failed. What was measured before is kept: the same command goes on."])
-        )
+        raise ChildFailed("\n".join(last) or f"exit status {done.returncode}")
     return json.loads(row_file.read_text(encoding="utf-8"))
 
 

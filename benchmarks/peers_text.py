@@ -168,12 +168,13 @@ def settings_table(payload: Mapping[str, Any], runs: Runs) -> Table:
     lines = []
     for method, rows in runs.items():
         trials = [row for row in payload["rows"] if row["stage"] == "sweep" and row["method"] == method]
+        failed = sum("failed" in row for row in trials)
         first = rows[0]
         options = ", ".join(f"`{name}` {value}" for name, value in first["options"].items())
         lines.append(
             [
                 LABELS[method],
-                str(len(trials)),
+                f"{len(trials)}, {failed} failed" if failed else str(len(trials)),
                 f"{first['learning_rate']:.3g}",
                 first["schedule"],
                 options or "–",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import peers, peers_trl
-from benchmarks.peers import PACERS, Study, beyond
+from benchmarks.peers import PACERS, ChildFailed, Study, beyond
 from benchmarks.peers_run import BASE, Clock, steps_at
 from benchmarks.peers_text import (
     LABELS,
@@ -179,6 +179,41 @@ def test_a_study_measures_what_it_lacks_and_nothing_twice():
     assert again.orders == []
     again.study(payload).run([0, 1, 2])
     assert {order.seed for order in again.orders} == {2}
+
+
+class Failing(Made):
+    """Processes of a stage with a learning rate from so many times the config's on end in an error."""
+
+    def __init__(self, stage, least):
+        super().__init__(objective)
+        self.stage, self.least = stage, least * Config().train.learning_rate
+
+    def __call__(self, order):
+        if order.stage == self.stage and order.learning_rate >= self.least:
+            raise ChildFailed("Traceback\nRuntimeError: not a number")
+        return super().__call__(order)
+
+
+def test_a_trial_that_fails_is_kept_and_not_chosen():
+    payload = payload_of()
+    payload["rows"].clear()
+    Failing("sweep", 3.0).study(payload).run([0])
+    failed = [row for row in payload["rows"] if "failed" in row]
+    assert {row["failed"] for row in failed} == {"RuntimeError: not a number"}
+    assert {row["stage"] for row in failed} == {"sweep"}
+    runs = [row for row in payload["rows"] if row["stage"] == "run" and row["points"]]
+    assert runs and all(row["learning_rate"] == Config().train.learning_rate for row in runs)
+    again = Made(objective)
+    again.study(payload).run([0])
+    assert again.orders == []
+
+
+def test_a_run_that_fails_ends_the_measurement_in_words():
+    payload = payload_of()
+    payload["rows"].clear()
+    with pytest.raises(SystemExit, match="not a number\n.* failed. What was measured before is kept"):
+        Failing("run", 0.0).study(payload).run([0])
+    assert payload["rows"]
 
 
 def test_runs_take_turns_with_the_best_settings_for_the_same_time():
