@@ -87,7 +87,13 @@ def parts(dry: bool, everything: bool, workers: int) -> list[Part]:
 
     first, rest = ("bfloat16",), ("float32",) if dry else ("bfloat16+compile", "float32", "float32+compile")
     steps = [
-        Part(f"training: {entry.name}", "training", training.command(dry, i), 0.45, keys=(*entry.keys, training.RATES))
+        Part(
+            f"training: {entry.name}",
+            "training",
+            training.command(dry, i),
+            entry.share,
+            keys=(*entry.keys, training.RATES),
+        )
         for i, entry in enumerate(training.entries(dry))
     ]
     return [
@@ -157,8 +163,7 @@ def main() -> int:
         with locked(options.out / LOG, "--out", f"Another call is writing to {options.out}: wait for it."):
             if facts is not None:
                 call(options, facts, options.seconds - (time.monotonic() - began))
-            text, status = summary(options.out)
-            replace_text(options.out / "summary.md", text)
+            text, status = write_summary(options.out)
     except (GradeError, OSError) as error:
         sys.exit(f"{error}")
     print(f"\n{text}\nResults: {options.out}; exit status {status}.", flush=True)
@@ -179,6 +184,14 @@ def call(options: argparse.Namespace, facts: dict[str, str], seconds: float) -> 
     for part in todo:
         if part in missing or part.name == WARM and ahead:
             here.run(part)
+            write_summary(options.out)
+
+
+def write_summary(out: Path) -> tuple[str, int]:
+    """As `summary` makes it."""
+    text, status = summary(out)
+    replace_text(out / "summary.md", text)
+    return text, status
 
 
 def prepare(dry: bool) -> dict[str, str]:

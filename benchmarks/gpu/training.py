@@ -18,6 +18,7 @@ class Entry:
 
     Args:
         batch, prompt, length, k: as `benchmarks.training_setup.Setting` takes them.
+        share: of the time that is left when it begins, which compilation takes most of.
         goal: seconds that a step should take at most.
     """
 
@@ -30,6 +31,7 @@ class Entry:
     k: int
     algorithm: str
     repeats: int
+    share: float
     goal: float | None = None
 
     @property
@@ -41,18 +43,18 @@ class Entry:
         return [f"{self.name}, step {number}" for number in range(1, self.repeats + 1)]
 
 
-def _qwen3_4b(batch: int, length: int, algorithm: str, repeats: int, goal: float | None = None) -> Entry:
-    return Entry("qwen3-4b", "bfloat16", "cuda", batch, 32, length, 256, algorithm, repeats, goal)
+def _qwen3_4b(batch: int, length: int, algorithm: str, repeats: int, share: float, goal: float | None = None) -> Entry:
+    return Entry("qwen3-4b", "bfloat16", "cuda", batch, 32, length, 256, algorithm, repeats, share, goal)
 
 
 ENTRIES = (
-    _qwen3_4b(16, 64, "replay", 5, goal=1.0),
-    _qwen3_4b(16, 64, "compiled", 5, goal=1.0),
-    _qwen3_4b(8, 512, "checkpointed", 3),
-    _qwen3_4b(8, 2048, "checkpointed", 2),
+    _qwen3_4b(16, 64, "replay", 5, 0.4, goal=1.0),
+    _qwen3_4b(16, 64, "compiled", 5, 0.7, goal=1.0),
+    _qwen3_4b(8, 512, "checkpointed", 3, 0.5),
+    _qwen3_4b(8, 2048, "checkpointed", 2, 0.6),
 )
 """Random weights in the shape of Qwen3-4B; in the order of their worth."""
-DRY = (Entry("llama-260k", "float32", "cpu", 1, 2, 3, 4, "replay", 3, goal=1.0),)
+DRY = (Entry("llama-260k", "float32", "cpu", 1, 2, 3, 4, "replay", 3, 0.5, goal=1.0),)
 
 
 def entries(dry: bool) -> tuple[Entry, ...]:
@@ -77,6 +79,7 @@ def work(entry: Entry, work: Work) -> None:
     # Only what is measured needs torch and transformers.
     from benchmarks.training_floors import floors, rates
     from benchmarks.training_setup import Setting, measure
+    from grade.machine import is_out_of_memory
 
     setting = Setting(
         entry.shape, entry.batch, entry.prompt, entry.length, k=entry.k, dtype=entry.dtype, device=entry.device
@@ -96,7 +99,13 @@ def work(entry: Entry, work: Work) -> None:
         if left:
             work.enter(left[0])
 
-    measure(setting, entry.algorithm, repeats=len(left), seconds=float("inf"), counted=0.0, keep=keep)
+    try:
+        measure(setting, entry.algorithm, repeats=len(left), seconds=float("inf"), counted=0.0, keep=keep)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        for key in list(left):
+            work.done(key, {"status": "out of memory"})
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import pool
+from benchmarks.gpu import pool, tests, training
 from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.summary import FILES, SEE_ROWS, summary
 from benchmarks.gpu.work import Order
+from benchmarks.training_setup import ALGORITHMS, SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
 ABSENT = ("datasets", "jsonargparse", "rich", "scipy", "hypothesis", "matplotlib", "tensorboard", "sklearn")
@@ -106,6 +107,17 @@ def wait_for(true, process=None, seconds=600):
     while not true():
         assert time.monotonic() < until and (process is None or process.poll() is None)
         time.sleep(0.05)
+
+
+def test_what_is_listed_exists():
+    """Nobody sees it before there is a GPU: tests by name, shapes and algorithms."""
+    for name in (tests.FIRST, *tests.KERNELS, *tests.DRY):
+        path, _, function = name.partition("::")
+        text = (ROOT / path).read_text()
+        assert f"def {function or 'test_'}" in text, name
+    for entry in (*training.ENTRIES, *training.DRY):
+        assert entry.shape in SHAPES and entry.algorithm in ALGORITHMS
+    assert len({entry.name for entry in training.ENTRIES}) == len(training.ENTRIES)
 
 
 # -- parts of it ---------------------------------------------------------------------------------------------
