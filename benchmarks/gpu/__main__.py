@@ -19,7 +19,7 @@ what is there from the same device, versions and code is kept, what failed is me
 hangs or ends its process is a row that says so, and the others go on.
 
 Exit status: 0, or the sum of 1 (a test failed), 2 (a measurement failed, or a result is wrong), 8 (something is left
-to be measured) and 16 (a part could not be run); 4: there is no GPU, nothing was run.
+to be measured) and 16 (a part could not be run, or nothing written); 4: there is no GPU, nothing was run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pathlib import Path
 from benchmarks.gpu import machine, pool, tests, training
 from benchmarks.gpu.pool import Crew
 from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.summary import FILES, summary
+from benchmarks.gpu.summary import FILES, NOT_RUN, summary
 from benchmarks.gpu.work import Order
 from grade.errors import GradeError
 from grade.files import locked, replace_text
@@ -129,7 +129,9 @@ class Call:
 
     def compiled(self) -> Path:
         """Beside compiled kernels, the mark that the next parts find theirs there."""
-        return Path(os.environ["TRITON_CACHE_DIR"]) / f"ahead-{self.rows['training'].of}"
+        cache = Path(os.environ["TRITON_CACHE_DIR"])
+        cache.mkdir(parents=True, exist_ok=True)
+        return cache / f"ahead-{self.rows['training'].of}"
 
     def run(self, part: Part) -> None:
         """Run a part in its share of the time that is left."""
@@ -165,7 +167,8 @@ def main() -> int:
                 call(options, facts, options.seconds - (time.monotonic() - began))
             text, status = write_summary(options.out)
     except (GradeError, OSError) as error:
-        sys.exit(f"{error}")
+        print(error, file=sys.stderr)
+        return NOT_RUN
     print(f"\n{text}\nResults: {options.out}; exit status {status}.", flush=True)
     return status
 
@@ -200,8 +203,7 @@ def prepare(dry: bool) -> dict[str, str]:
     Raises:
         SystemExit: there is no GPU.
     """
-    cache = Path(os.environ.setdefault("TRITON_CACHE_DIR", str(_user_cache() / "triton")))
-    cache.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(_user_cache() / "triton"))
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # what a machine happens to have
     os.environ["HF_HUB_OFFLINE"] = "1"
