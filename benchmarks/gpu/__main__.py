@@ -9,7 +9,7 @@ It needs torch, triton, transformers, peft and pytest, and no network: weights a
 Every part has a share of the time that is left when it begins, in the order of their worth:
 
     tests       tests/test_gpu.py, then tests of every kernel against float64, in as many processes as there are cores
-    warm        compiles what the next parts run, in as many processes
+    ahead       compiles what the next parts run, in as many processes
     kernels     bfloat16: ours beside the textbook, at Qwen3's vocabulary
     training    a step of 16 x 64 tokens, eager and compiled, then longer responses
     more        the kernels beside torch.compile, and in float32
@@ -46,8 +46,9 @@ from grade.files import locked, replace_text
 
 SECONDS = 460.0
 """Of a call, which leaves some of eight minutes to what starts it."""
-HANGS = 150.0
-"""Seconds after which one test, kernel or training step counts as hanging: it may compile for most of them."""
+COMPILES, MEASURES = 120.0, 45.0
+"""Seconds after which one test, row or step counts as hanging, where torch.compile may take most of them, and where
+Triton alone compiles."""
 LOG = "log.txt"
 WARM = "compilation ahead"
 _LEAST = 15.0  # seconds under which no part is begun
@@ -68,6 +69,7 @@ class Part:
         file: a key of `FILES`; "" for rows that are kept nowhere.
         share: of the time that is left when it begins.
         keys: what it measures, where that is known beforehand.
+        patience: as `Crew` takes it.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Part:
     share: float
     workers: int = 1
     keys: tuple[str, ...] = ()
+    patience: float = COMPILES
 
 
 def parts(dry: bool, everything: bool, workers: int) -> list[Part]:
@@ -99,7 +102,7 @@ def parts(dry: bool, everything: bool, workers: int) -> list[Part]:
     return [
         Part("all tests" if everything else "tests", "tests", tests.command(dry, everything), 0.35, workers),
         Part(WARM, "", kernels(*first, "float32", warm=True), 0.2, workers),
-        Part("kernels", "kernels", kernels(*first), 0.45),
+        Part("kernels", "kernels", kernels(*first), 0.45, patience=MEASURES),
         *steps,
         Part("more kernels", "kernels", kernels(*rest), 1.0),
     ]
@@ -146,7 +149,7 @@ class Call:
             rows = self.rows[part.file] if part.file else Rows(Path(folder) / "rows.jsonl", "")
             order = Order(part.name, str(rows.path), rows.of, folder, until, self.dry)
             environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} if part.workers > 1 else {}
-            crew = Crew(part.command, part.workers, HANGS, environment)
+            crew = Crew(part.command, part.workers, 600.0 if self.dry else part.patience, environment)
             problems = pool.run(crew, order, self.out / LOG, lambda: self.stopped)
             if part.name == WARM and time.time() < until and not problems and not self.stopped:
                 self.compiled().touch()
@@ -227,9 +230,10 @@ def gpu() -> dict[str, str]:
         SystemExit: there is none.
     """
     command = [sys.executable, "-m", "benchmarks.gpu.machine"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILES)
+    except subprocess.SubprocessError as error:
+        print(getattr(error, "stderr", None) or error, file=sys.stderr)
         print("no usable GPU, nothing was run (--dry-run tries the command itself)")
         sys.exit(machine.NO_GPU)
     return json.loads(done.stdout)

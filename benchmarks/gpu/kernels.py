@@ -102,7 +102,8 @@ def measure(passes: list[str], sizes: Sizes, machine: Machine, work: Work) -> in
             raise TimeIsUp
         return work.rows.latest[key]  # it took its process with it in this call
 
-    for key, (case, dtype, compiling) in tasks.items():
+    for key in sorted(tasks, key=work.is_again):
+        case, dtype, compiling = tasks[key]
         if not work.enter(key):
             continue
         again = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,11 +29,12 @@ def summary(folder: Path) -> tuple[str, int]:
     sections = [
         "# Results of benchmarks/gpu.sh",
         f"Machine: {machine}.",
-        Table("", _PARTS, [_line(part) for part in parts]).markdown(),
-        _kept(files),
-        _failures(files),
         kernels(files["kernels"]),
         training(files["training"]),
+        _kept(files),
+        _failures(files),
+        # Last, where the end of a long output is what is looked at.
+        Table("", _PARTS, [_line(part) for part in parts]).markdown(),
     ]
     return "\n\n".join(filter(None, sections)) + "\n", _status(files, parts)
 
@@ -100,16 +102,21 @@ def _kept(files: dict[str, Rows]) -> str:
     """Which rows were there before the last call."""
     lines = []
     for name, rows in files.items():
-        keys = [key for key in rows.latest if key not in rows.fresh and rows.kept(key) is not None]
-        if name == "tests":
-            of_file: dict[str, int] = {}
-            for key in keys:
-                of_file[key.partition("::")[0]] = of_file.get(key.partition("::")[0], 0) + 1
-            keys = [f"{file} ({count})" for file, count in of_file.items()]
-        keys = [key for key in keys if not key.startswith("set-up ")]
-        if keys:
-            lines.append(f"- {name}: " + "; ".join(keys))
+        counts = Counter(
+            _group(row)
+            for key, row in rows.latest.items()
+            if key not in rows.fresh and rows.kept(key) is not None and not key.startswith("set-up ")
+        )
+        if counts:
+            lines.append(f"- {name}: " + "; ".join(f"{group} ({count})" for group, count in counts.items()))
     return "Kept from earlier calls, not measured again:\n\n" + "\n".join(lines) if lines else ""
+
+
+def _group(row: dict) -> str:
+    """What rows are counted together: a file of tests, a kernel in one dtype, a training step."""
+    if row.get("kernel"):
+        return f"{row['kernel']} {row['dtype']}"
+    return row.get("entry") or row["key"].partition("::")[0]
 
 
 def _failures(files: dict[str, Rows]) -> str:

@@ -80,7 +80,8 @@ class _Shared:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.work.plan([*self.unread, *(item.nodeid for item in session.items)])
-        waiting = [item for item in session.items if not self._run(item, wait=False)]
+        items = sorted(session.items, key=lambda item: self.work.is_again(item.nodeid))
+        waiting = [item for item in items if not self._run(item, wait=False)]
         for item in waiting:
             self._run(item, wait=True)
         return True

@@ -70,6 +70,10 @@ class Work:
         if take(self.folder, "plan " + json.dumps(keys)):
             self.rows.add_plan(self.order.part, keys)
 
+    def is_again(self, key: str) -> bool:
+        """Whether it was tried before: what never was comes first, so that nothing stands in its way in every call."""
+        return key in self.rows.latest
+
     def begin(self, key: str) -> bool:
         """Whether this worker is to measure it: it is not kept, not taken by another, and there is time."""
         if self.rows.kept(key) is not None or self.time_is_up() or not take(self.folder, key):
