@@ -36,7 +36,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu import machine, pool, tests, training
+from benchmarks.gpu import machine, pool, selection, training
 from benchmarks.gpu.pool import Crew
 from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.summary import FILES, NOT_RUN, summary
@@ -100,7 +100,7 @@ def parts(dry: bool, everything: bool, workers: int) -> list[Part]:
         for i, entry in enumerate(training.entries(dry))
     ]
     return [
-        Part("all tests" if everything else "tests", "tests", tests.command(dry, everything), 0.35, workers),
+        Part("all tests" if everything else "tests", "tests", selection.command(dry, everything), 0.35, workers),
         Part(WARM, "", kernels(*first, "float32", warm=True), 0.2, workers),
         Part("kernels", "kernels", kernels(*first), 0.45, patience=MEASURES),
         *steps,

@@ -37,21 +37,11 @@ class TimeIsUp(Exception):
     """What is next is not begun."""
 
 
-def command(dry: bool, warm: bool, passes: tuple[str, ...]) -> list[str]:
-    """Of a worker.
-
-    Args:
-        passes: names of dtypes, with "+compile" if torch.compile of the textbook is measured too; in this order.
-    """
-    options = [*(["--dry"] if dry else []), *(["--warm"] if warm else [])]
-    return [sys.executable, "-m", "benchmarks.gpu.kernels", *options, *passes]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--warm", action="store_true")
-    parser.add_argument("passes", nargs="+", metavar="DTYPE[+compile]")
+    parser.add_argument("passes", nargs="+", metavar="DTYPE[+compile]", help="with torch.compile too; in this order")
     options = parser.parse_args()
     machine, work = Machine("cpu" if options.dry else "cuda"), Work(ordered())
     sizes = DRY_SIZES if options.dry else sizes_for(machine, quick=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import pool, tests, training
+from benchmarks.gpu import pool, selection, training
 from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.summary import FILES, SEE_ROWS, summary
 from benchmarks.gpu.work import Order, Work
@@ -111,7 +111,7 @@ def wait_for(true, process=None, seconds=600):
 
 def test_what_is_listed_exists():
     """Nobody sees it before there is a GPU: tests by name, shapes and algorithms."""
-    for name in (tests.FIRST, *tests.KERNELS, *tests.DRY):
+    for name in (selection.FIRST, *selection.KERNELS, *selection.DRY):
         path, _, function = name.partition("::")
         text = (ROOT / path).read_text()
         assert f"def {function or 'test_'}" in text, name
