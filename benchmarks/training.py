@@ -301,12 +301,15 @@ def _child(task: str) -> None:
 
 
 def _save(stem: Path, payload: dict) -> None:
-    from benchmarks.training_plot import plot
-
     stem.parent.mkdir(parents=True, exist_ok=True)
     table, lines, figure = (stem.with_name(stem.name + kind) for kind in (".json", ".csv", ".png"))
     write_saved(table, payload)
     write_csv(lines, payload)
+    try:
+        from benchmarks.training_plot import plot
+    except ImportError as error:
+        print(f"no plot: {error} (pip install -e '.[report]')")
+        return
     plot(figure, payload)
 
 
