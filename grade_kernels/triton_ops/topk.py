@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from grade_kernels.triton_ops.device import finite_or_zero, lane_max, lane_offsets, lane_sum
+from grade_kernels.triton_ops.online import LOG2E
 
 LOWEST = tl.constexpr(-(2**63))  # below every key
 BLOCKED = tl.constexpr(-(2**31))  # the value of a suppressed id, below
@@ -110,7 +111,7 @@ def _survey_tile(
         top = lane_max(x)
         raised = tl.maximum(peak, top)
         base = finite_or_zero(raised)
-        norm = norm * tl.exp(peak - base) + lane_sum(tl.exp(x - base[None, :, None]))
+        norm = norm * tl.exp2((peak - base) * LOG2E) + lane_sum(tl.exp2((x - base[None, :, None]) * LOG2E))
         peak = raised
         if bits is not None:
             x = tl.where(_blocked(bits, ids, vocab, WIDTH), float("-inf"), x)
@@ -130,8 +131,10 @@ def _blocked(bits, ids, vocab, WIDTH: tl.constexpr):
 @triton.jit
 def merge_sums(peaks, norms):
     """(peak, norm) of the union of parts, each sum_i e^(x_i) = norm e^peak."""
+    # The peak of a part without mass is none: 0 in its place may be far above the row's.
+    peaks = tl.where(norms == 0.0, float("-inf"), peaks)
     peak = finite_or_zero(tl.max(peaks, axis=0))
-    return peak, tl.sum(norms * tl.exp(peaks - peak), axis=0)
+    return peak, tl.sum(norms * tl.exp2((peaks - peak) * LOG2E), axis=0)
 
 
 @triton.jit

@@ -57,6 +57,39 @@ def test_batches_larger_than_the_scratch(device, monkeypatch):
     check(torch.randn(5, 300, device=device), 4)
 
 
+def masked(row: torch.Tensor, kept: slice) -> torch.Tensor:
+    return torch.full_like(row, -torch.inf).index_copy(0, torch.arange(len(row))[kept], row[kept])
+
+
+LOGITS = {
+    "wide": lambda x: 30 * x,
+    "equal": lambda x: torch.full_like(x, 7.3),
+    "far above 0": lambda x: 1e4 + 3 * x,
+    "far below 0": lambda x: -1e4 + 3 * x,
+    "far above and below 0": lambda x: 1e4 * x.sign() + x,
+    "masked but for 3": lambda x: masked(x, slice(-3, None)),
+    "first tile masked, far below 0": lambda x: masked(-1e4 + 3 * x, slice(20_000, None)),
+    "masked by the lowest float": lambda x: torch.where(x > 3, x, torch.finfo(x.dtype).min),
+    "the lowest float alone": lambda x: torch.full_like(x, torch.finfo(x.dtype).min),
+    "the largest float": lambda x: torch.where(x == x.max(), torch.finfo(x.dtype).max, x),
+}
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_sum_exp_is_rounded_once(device, monkeypatch, dtype, processors):
+    """The error is the rounding of the result to float32 and three units of float32 at 1, also where logits are large,
+    for one program a row and for several."""
+    monkeypatch.setattr(sample, "multiprocessors", lambda device: processors)
+    x = torch.randn(40_000).to(dtype)
+    logits = torch.stack([row(x) for row in LOGITS.values()]).to(device)
+    assert logits.dtype == dtype
+    indices = torch.zeros(len(logits), 1, dtype=torch.int64, device=device)
+    lse = triton_ops.sample.select(logits, 1, None, indices, None, torch.float32).lse.double()
+    exact, eps = logits.double().logsumexp(-1), torch.finfo(torch.float32).eps
+    assert ((lse - exact).abs() <= eps * (exact.abs() / 2 + 3)).all()
+
+
 def test_random_candidates_are_few():
     """What `topk` claims of rows in random order, at the sizes it names: candidates for 256 of 151,936."""
     plan = sample.plan(151_936, 256, torch.empty(0, dtype=torch.bfloat16))
