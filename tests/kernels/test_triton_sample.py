@@ -7,7 +7,7 @@ import torch
 from kernel_checks import HALF
 from sampling_checks import check_sample
 
-from grade_kernels import triton_ops
+from grade_kernels import reference, triton_ops
 from grade_kernels.triton_ops import sample
 
 pytestmark = pytest.mark.triton
@@ -53,8 +53,23 @@ def test_splitting_a_row_changes_nothing(device, monkeypatch):
 
 
 def test_batches_larger_than_the_scratch(device, monkeypatch):
-    monkeypatch.setattr(sample, "_SCRATCH_BYTES", 2 * 8 * 256)  # two rows a launch
+    monkeypatch.setattr(sample, "_SCRATCH_BYTES", 2 * 4 * 256)  # two rows a launch
     check(torch.randn(5, 300, device=device), 4)
+
+
+@pytest.mark.parametrize(("k", "counts"), [(127, (127, 128)), (128, (128, 129, 255, 256, 257))])
+def test_blocks_of_candidates(device, k, counts):
+    """128 groups are read again at a time, and at most 2k: as many hold the largest entry as fill one block or two, one
+    fewer and one more."""
+    vocab = 40_000
+    plan = sample.plan(vocab, k, torch.empty(0))
+    assert plan.groups > 512 and plan.buffers["READ"] == 128
+    logits = torch.rand(len(counts), vocab)
+    for row, count in zip(logits, counts, strict=True):
+        group = torch.randperm(plan.groups)[:count]
+        row[group // plan.lanes * plan.lanes * plan.width * plan.steps + group % plan.lanes * plan.width] = 5.0
+    ids, values, _ = triton_ops.sample.select(logits.to(device), k, None, None, None, torch.float32)
+    assert torch.equal(ids.cpu(), reference.topk(logits, k)) and (values == 5.0).all()
 
 
 def masked(row: torch.Tensor, kept: slice) -> torch.Tensor:
