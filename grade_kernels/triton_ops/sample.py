@@ -35,7 +35,9 @@ from grade_kernels.triton_ops.suppress import suppress_bits
 _MAX_GROUPS = 4096
 _MAX_GROUP = 64  # entries of a group, unless the vocabulary has more than 262,144
 _MAX_SPLITS = 64
-_LOADS = 8  # of a thread that are under way at a time when groups are read again, of at most 32 entries in all
+# Loads of a thread that are under way at a time when groups are read again, of at most 32 entries in all; half of both
+# beyond k = 256, where more would spill.
+_LOADS = 8
 # Scratch of a launch, 16 k bytes a row; 32,768 rows of k = 256 fit.  A larger batch takes several launches.
 _SCRATCH_BYTES = 2**27
 
@@ -68,7 +70,7 @@ class Plan(NamedTuple):
         reach, which is up to k = 256."""
         sort = 2 * self.kept
         limit = 2 * sort if self.kept <= 256 else sort
-        loads = _LOADS * self.lanes // self.steps
+        loads = _LOADS // (1 + (self.kept > 256)) * self.lanes // self.steps
         read = min(loads, loads * 4 // self.width, next_power_of_2(self.kept + self.kept // 8))
         return {"READ": max(32, read), "SORT": sort, "LIMIT": max(256, limit), "KEPT": self.kept}
 
