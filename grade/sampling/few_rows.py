@@ -7,7 +7,8 @@ machine (`grade.sampling.quickest`), and a layer takes the better one while it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -37,22 +38,33 @@ def quick_products(modules: Iterable[nn.Module], rows: int) -> Iterator[None]:
     """Let linear layers on a CPU multiply `rows` rows of one position, [rows, 1, d], in the way that is the quickest.
 
     Args:
-        modules: of which `torch.nn.Linear` itself is meant, and no class that is derived from it.
+        modules: of which `torch.nn.Linear` itself is meant, and no class that is derived from it; in the order in which
+            a token passes through them.
     """
-    linear = [x for x in modules if type(x) is nn.Linear and x.weight.device.type == "cpu"]
-    changed = [x for x in linear if _is_quicker(x.weight, rows)]
-    for module in changed:
-        module.__class__ = WeightFirst
+    layers = [x for x in modules if type(x) is nn.Linear and x.weight.device.type == "cpu"]
+    if not layers or not _weight_first_is_quicker([layer.weight for layer in layers], rows):
+        layers = []
+    for layer in layers:
+        layer.__class__ = WeightFirst
     try:
         yield
     finally:
-        for module in changed:
-            module.__class__ = nn.Linear
+        for layer in layers:
+            layer.__class__ = nn.Linear
 
 
-def _is_quicker(weight: Tensor, rows: int) -> bool:
-    hidden = torch.ones(rows, weight.shape[1], dtype=weight.dtype)
-    what = f"{rows} rows by a layer's {tuple(weight.shape)} {weight.dtype}"
-    ways = {"linear": lambda: F.linear(hidden, weight), "weight first": lambda: weight_first(hidden, weight)}
-    with torch.no_grad():
-        return quickest(what, ways) == "weight first"
+def _weight_first_is_quicker(weights: list[Tensor], rows: int) -> bool:
+    """One after the other, as in a token: a weight that was just read would come from a nearer cache than in one."""
+    inputs = {(x.shape[1], x.dtype): torch.ones(rows, x.shape[1], dtype=x.dtype) for x in weights}
+
+    def all_of(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            for weight in weights:
+                product(inputs[weight.shape[1], weight.dtype], weight)
+
+        return run
+
+    shapes = Counter((*x.shape, str(x.dtype).removeprefix("torch.")) for x in weights)
+    what = f"{rows} rows by layers of {', '.join(f'{n} {a} x {b} {t}' for (a, b, t), n in sorted(shapes.items()))}"
+    with torch.inference_mode():
+        return quickest(what, {"linear": all_of(F.linear), "weight first": all_of(weight_first)}) == "weight first"

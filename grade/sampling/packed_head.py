@@ -24,7 +24,7 @@ def worth_packing(head: Head, rows: int, tokens: int) -> bool:
     oneDNN."""
     weight = head.weight
     able = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if not able or 4 * rows * weight.shape[0] > _MOST_BYTES:
+    if not able or not made_at_once(head, rows):
         return False
     hidden, kept = torch.ones(rows, weight.shape[1]), [weight]
 
@@ -39,6 +39,11 @@ def worth_packing(head: Head, rows: int, tokens: int) -> bool:
     with torch.inference_mode():
         seconds = seconds_of(f"{rows} rows by a head's {tuple(weight.shape)} {weight.dtype}", ways)
     return seconds["packing"] + tokens * seconds["packed"] <= ADVANTAGE * tokens * seconds["plain"]
+
+
+def made_at_once(head: Head, rows: int) -> bool:
+    """Whether the product [rows, V] is small enough to be made as a whole."""
+    return head.dtype.itemsize * rows * head.weight.shape[0] <= _MOST_BYTES
 
 
 def pack(weight: Tensor) -> Tensor:
