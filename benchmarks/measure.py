@@ -7,11 +7,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from grade.machine import free_bytes
+from grade.machine import cpu_name, free_bytes
 from grade.memory.peak import hand_back
 
 # Written between repetitions on a GPU: more than any L2 (256 MiB on an MI300X), so that every repetition starts cold.
@@ -141,13 +140,3 @@ class Machine:
         target.copy_(source)
         times = self.time(lambda: target.copy_(source), 0.5, least=5)
         return 2 * source.nbytes / times.median / 1e6
-
-
-def cpu_name() -> str:
-    """The processor's model and its number of cores."""
-    name, cores = platform.processor() or platform.machine(), 0
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name, cores = (names[0], len(names)) if names else (name, 0)
-    return f"{name}, {cores} cores" if cores else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,18 +18,31 @@ def machine() -> dict[str, object]:
     import torch
     import transformers
 
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-        cpu = f"{names[0]}, {len(names)} cores" if names else cpu
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "device": device,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def cache_folder() -> Path:
+    """Where what is made or measured once a machine is kept, whether or not it exists yet."""
+    # An empty or relative XDG_CACHE_HOME counts as unset, as its specification demands.
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "grade"
+
+
+def cpu_name() -> str:
+    """The processor's model and its number of cores."""
+    name, cores = platform.processor() or platform.machine(), 0
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name, cores = (names[0], len(names)) if names else (name, 0)
+    return f"{name}, {cores} cores" if cores else name
 
 
 def machine_line(description: dict[str, object]) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import random
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grade.errors import GradeError
+from grade.machine import cache_folder
 from grade.terminal import counting
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def cached_model(
         settings: `SETTINGS` of the model's file.
         files: with everything else that decides the model.
         train: writes a model into the folder it is given, which does not exist yet.
-        cache_dir: folder for trained models; None: `$XDG_CACHE_HOME/grade` or `~/.cache/grade`.
+        cache_dir: folder for trained models; None: `grade.machine.cache_folder`.
         steps: optimizer steps, None for the default of the settings; fewer make a worse model, for tests.
         progress: show a progress bar with the loss (nats per token) and seconds on standard error.
 
@@ -61,7 +61,7 @@ def cached_model(
         GradeError: the cache folder cannot be written.
     """
     settings = dict(settings, steps=settings["steps"] if steps is None else steps)
-    cache = Path(cache_dir) if cache_dir is not None else _user_cache()
+    cache = Path(cache_dir) if cache_dir is not None else cache_folder()
     folder = cache / f"{name}-{identity(settings, *files)}"
     if folder.is_dir():
         return folder
@@ -89,12 +89,6 @@ def identity(settings: dict, *files: str) -> str:
     """12 hexadecimal digits that change with the settings, with this file, and with any of `files`."""
     sources = [Path(path).read_bytes() for path in (*files, __file__)]
     return hashlib.sha256(b"\x00".join([*sources, json.dumps(settings).encode()])).hexdigest()[:12]
-
-
-def _user_cache() -> Path:
-    # An empty or relative XDG_CACHE_HOME counts as unset, as its specification demands.
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "grade"
 
 
 @contextlib.contextmanager

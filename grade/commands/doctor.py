@@ -19,6 +19,7 @@ from typing import Any
 
 from grade import __version__
 from grade.hub import check_hub
+from grade.machine import cache_folder
 
 # Distributions whose versions decide how a run behaves; the second column is what installs a missing one.
 PACKAGES = {
@@ -188,4 +189,9 @@ def _caches() -> dict[str, str]:
     hub_cache = Path(os.environ.get("HF_HUB_CACHE") or hub_home / "hub")
     datasets = Path(os.environ.get("HF_DATASETS_CACHE") or hub_home / "datasets")
     triton = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
-    return {"hub cache": str(hub_cache), "datasets cache": str(datasets), "triton cache": str(triton)}
+    return {
+        "hub cache": str(hub_cache),
+        "datasets cache": str(datasets),
+        "triton cache": str(triton),
+        "grade cache": str(cache_folder()),
+    }

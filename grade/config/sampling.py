@@ -64,7 +64,8 @@ class RolloutConfig:
     """Decode training's responses by a compiled step over a static KV cache: CUDA graphs on a GPU, fused loops
     (and the draw with them) on a CPU. Needs sdpa attention without windows; not used with rollout.source. The first
     rollout of a batch size or greater length takes half a minute or more, the first changed temperature some seconds.
-    `auto`: on a GPU, where the run has 10,000 forwards of a token or more and the model can be compiled."""
+    `auto`: where the model can be compiled, and the run has 10,000 forwards of a token or more on a GPU, or 20,000 in
+    float32 on a CPU."""
 
     @property
     def sampled_here(self) -> bool:

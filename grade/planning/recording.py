@@ -7,13 +7,19 @@ from grade.config import Config
 # Forwards of one token that have to come. An estimate, not measured: a token of a plain forward is hundreds of launches
 # of some microseconds each, so these take the minute that compiling may.
 LEAST_FORWARDS = 10_000
+# The same on a CPU. Compiling and what it saves a token both grow with the layers: some two seconds and a third of a
+# millisecond each, on two cores. Three times what that ratio says, as both depend on the machine.
+LEAST_FORWARDS_ON_CPU = 20_000
 
 
 def recording_pays(config: Config, *, on_gpu: bool) -> bool:
-    """Whether a run decodes on a GPU, for long enough, from weights that can be recorded: neither packed nor
-    sharded."""
-    if not on_gpu or config.model.quantization is not None or config.model.fsdp:
+    """Whether a run decodes for long enough, from weights that can be recorded: neither packed nor sharded, and on a
+    CPU in float32."""
+    if config.model.quantization is not None or config.model.fsdp:
+        return False
+    if not on_gpu and config.model.dtype != "float32":
         return False
     responses = config.train.batch_size * config.train.accumulation_steps
     rollouts = -(-responses // (config.generation.batch_size or responses))  # of a step
-    return config.train.steps * rollouts * config.generation.max_new_tokens >= LEAST_FORWARDS
+    forwards = config.train.steps * rollouts * config.generation.max_new_tokens
+    return forwards >= (LEAST_FORWARDS if on_gpu else LEAST_FORWARDS_ON_CPU)

@@ -2,17 +2,21 @@
 
 A token of a small batch is hundreds of small operations that cost more to launch than to run. Shapes must not change
 for them to be recorded, so the cache has its final length from the start, a mask says how far it is filled, and
-rows that have ended stay in the batch.
+rows that have ended stay in the batch. On a CPU nothing is recorded, and the step is compiled for every length that
+the mask may have: attention reads the filled part only.
 
 On a GPU the draw is a few kernels of ours already; from a packed head, on a CPU, it is a hundred operations on [B, k],
 so it is compiled too.
+
+Before compiled code runs, torch compares all that it was compiled for (hundreds of comparisons, a tenth of a token of
+a small model). From one token of a rollout to the next only numbers change, so it compares at the first one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,8 +29,10 @@ from grade.model.policy import Policy
 from grade.model.probe import tolerance_of
 from grade.model.probe_decoding import decoding_error
 from grade.sampling.decode import Decoder, Decoding
-from grade.sampling.draw import draw_from_product
+from grade.sampling.draw import Sampling, draw_from_product
+from grade.sampling.few_rows import weight_first
 from grade.sampling.grouped_attention import grouped_attention
+from grade.sampling.packed_head import made_at_once
 from grade_kernels import SparseTokens
 
 # Prompts differ in length, and every other capacity is compiled anew.
@@ -83,10 +89,13 @@ class CompiledDecoding(Decoding):
                 raise _failed(error) from error
         self._config = config
         self._caches: dict[int, StaticCache] = {}  # by their rows, the one used last at the end
+        self._drawn_from: set[tuple[torch.Size, torch.Size]] = set()  # shapes, in this rollout
         self._step = self._forward
         self._probe()
+        # What several operations read is computed once: of the angles of rotary positions every layer would otherwise
+        # compute its own sines, one number at a time.
         how: dict[str, dict[str, Any]] = {
-            "cpu": {"options": {"cpp_wrapper": True}},
+            "cpu": {"options": {"cpp_wrapper": True, "realize_reads_threshold": 0}},
             "cuda": {"mode": "reduce-overhead"},
         }
         self._step = torch.compile(self._forward, dynamic=False, **how.get(policy.device.type, {}))
@@ -119,9 +128,18 @@ class CompiledDecoding(Decoding):
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> CompiledDecoder:
         return CompiledDecoder(self, prompt_ids, prompt_mask, copies=copies, steps=steps)
 
-    def draw(self, *args: Any, **kwargs: Any) -> SparseTokens:
-        with _explained():
-            return super().draw(*args, **kwargs)
+    @contextmanager
+    def prepared(self, adapters: bool, sampling: Sampling, responses: int) -> Iterator[None]:
+        self._drawn_from.clear()
+        with super().prepared(adapters, sampling, responses):
+            yield
+
+    def draw(self, hidden: Tensor, sampling: Sampling, *, seed: int, rows: Tensor, suppress: Tensor) -> SparseTokens:
+        like = (hidden.shape, suppress.shape)  # nothing else that is compiled for changes within a rollout
+        with _explained(), _unchecked(like in self._drawn_from):
+            draw = super().draw(hidden, sampling, seed=seed, rows=rows, suppress=suppress)
+        self._drawn_from.add(like)
+        return draw
 
     def cache(self, batch: int, length: int) -> StaticCache:
         """An empty cache for `length` positions or more; an earlier rollout's where one fits, as any other address or
@@ -137,12 +155,30 @@ class CompiledDecoding(Decoding):
             del self._caches[next(iter(self._caches))]
         return cache
 
-    def step(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
-        """[B, 1, d], mask [B, 1, 1, capacity] and positions [B, 1] -> [B, 1, d]."""
+    def _product(self, hidden: Tensor, sampling: Sampling) -> Tensor | None:
+        """On a CPU of every head in float32, packed or not: it is the rest of the draw that is worth compiling."""
+        product, head = super()._product(hidden, sampling), self.policy.head
+        whole = sampling.top_p is None and head.weight.dtype == torch.float32 and made_at_once(head, len(hidden))
+        if product is None and whole and hidden.device.type == "cpu":
+            return weight_first(hidden, head.weight)
+        return product
+
+    def step(
+        self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache, *, checked: bool = True
+    ) -> Tensor:
+        """[B, 1, d], mask [B, 1, 1, length or capacity] and positions [B, 1] -> [B, 1, d].
+
+        Args:
+            checked: compare all that the step was compiled for; False: only numbers and the mask's length have changed
+                since a call that did.
+        """
         if self.policy.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
-        with _explained(), grouped_attention():
-            return self._step(embeddings, mask, positions, cache).clone()  # the graph's own output is overwritten
+        elif checked:
+            torch._dynamo.mark_dynamic(mask, 3)
+        with _explained(), grouped_attention(), _unchecked(not checked):
+            hidden = self._step(embeddings, mask, positions, cache)
+        return hidden.clone() if self.policy.device.type == "cuda" else hidden  # the graph's output is overwritten
 
     def _forward(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
         return self.policy.forward(embeddings, mask, positions, cache)
@@ -159,6 +195,11 @@ def _explained() -> Iterator[None]:
         yield
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
         raise _failed(error) from error
+
+
+def _unchecked(known: bool) -> AbstractContextManager:
+    """Where it is known that compiled code fits what it is given, it is not compared again."""
+    return torch.compiler.set_stance(skip_guard_eval_unsafe=True) if known else nullcontext()
 
 
 def _find_compiler() -> None:
@@ -188,11 +229,14 @@ class CompiledDecoder(Decoder):
         self._filled = prompt_mask.new_zeros(len(prompt_mask), 1, 1, self.cache.layers[0].max_cache_len)
         self._filled[:, 0, 0, : self._length] = prompt_mask
         self._positions = prompt_mask.sum(1, keepdim=True)
+        self._fits = False  # whether the step has been called with this cache
 
     def feed(self, embeddings: Tensor) -> Tensor:
         """[B, d] embeddings of the newest tokens -> [B, d] states that predict the next."""
         self._filled[..., self._length] = True
-        hidden = self._decoding.step(embeddings[:, None], self._filled, self._positions, self.cache)[:, 0]
         self._length += 1
+        mask = self._filled if embeddings.device.type == "cuda" else self._filled[..., : self._length]
+        hidden = self._decoding.step(embeddings[:, None], mask, self._positions, self.cache, checked=not self._fits)
+        self._fits = True
         self._positions += 1
-        return hidden
+        return hidden[:, 0]

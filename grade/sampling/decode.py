@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from grade.model.decoder import Decoder
 from grade.model.policy import Policy
 from grade.sampling.draw import Sampling, draw_from_product, draw_tokens
+from grade.sampling.few_rows import quick_products
 from grade.sampling.packed_head import pack, packed_product, worth_packing
 from grade_kernels import SparseTokens
 
@@ -30,12 +31,13 @@ class Decoding:
 
     @contextmanager
     def prepared(self, adapters: bool, sampling: Sampling, responses: int) -> Iterator[None]:
-        """For one rollout of at most `responses` at a time: the policy's state, and copies of weights that are quicker
-        to read."""
-        if sampling.top_p is None and worth_packing(self.policy.head.weight, responses, sampling.max_new_tokens):
-            self._packed = pack(self.policy.head.weight)
+        """For one rollout of at most `responses` at a time: the policy's state, and products in the way that is the
+        quickest for so few rows."""
+        policy = self.policy
+        if sampling.top_p is None and worth_packing(policy.head, responses, sampling.max_new_tokens):
+            self._packed = pack(policy.head.weight)
         try:
-            with self.state(adapters):
+            with self.state(adapters), quick_products(_layers(policy, adapters), responses):
                 yield
         finally:
             self._packed = None
@@ -50,15 +52,22 @@ class Decoding:
 
     def draw(self, hidden: Tensor, sampling: Sampling, *, seed: int, rows: Tensor, suppress: Tensor) -> SparseTokens:
         """`draw_tokens` of [b, d] hidden states, inside `prepared` for the same `sampling`."""
-        if self._packed is None:
+        product = self._product(hidden, sampling)
+        if product is None:
             return draw_tokens(self.policy, hidden, sampling, seed=seed, rows=rows, suppress=suppress)
         return self._draw(
-            packed_product(hidden, self._packed),
-            self.policy.head,
-            sampling.top_k,
-            sampling.tau,
-            seed,
-            rows,
-            suppress,
-            not sampling.soft,
+            product, self.policy.head, sampling.top_k, sampling.tau, seed, rows, suppress, not sampling.soft
         )
+
+    def _product(self, hidden: Tensor, sampling: Sampling) -> Tensor | None:
+        """hidden @ head.weight^T [b, V], which `_draw` overwrites; None where a draw makes its own."""
+        return None if self._packed is None else packed_product(hidden, self._packed)
+
+
+def _layers(policy: Policy, adapters: bool) -> list[nn.Module]:
+    """The modules that a token passes through, without an adapter's own; none of a model that is sharded."""
+    if policy.sharding is not None:
+        return []
+    frozen = None if adapters else policy.frozen_backbone
+    own = {m for layer in policy.adapter_layers for m in layer.modules() if m is not layer.get_base_layer()}
+    return [m for m in (frozen or policy.backbone).modules() if m not in own]

@@ -1,7 +1,9 @@
-"""Attention of one new token per row over a cache in which several query heads share a key and value head.
+"""Attention of one new token per row over a cache, of which a part may be filled, and in which several query heads may
+share a key and value head.
 
 While compiling, transformers copies keys and values once a query head that reads them, in every layer and for every
-token. For one position the query heads of a group are as well the positions of one head.
+token. For one position the query heads of a group are as well the positions of one head. And a static cache is read to
+its end, of which the mask then leaves out what is not filled; here a mask that ends earlier is where reading ends.
 """
 
 from __future__ import annotations
@@ -29,18 +31,22 @@ def grouped_attention() -> Iterator[None]:
 def grouped_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa_attention_forward`, without copies of `key` and `value` where there is one position.
+    """transformers' `sdpa_attention_forward`, without copies of `key` and `value` where there is one position, and over
+    no more of them than the mask has.
 
     Args:
         query: [B, heads, T, size].
-        key, value: [B, heads / groups, T_past + T, size].
-        attention_mask: [B, 1 or heads, T, T_past + T] bool, True where a key is seen, or of numbers to add.
+        key, value: [B, heads / groups, capacity, size], of which the first T_past + T are filled.
+        attention_mask: [B, 1 or heads, T, T_past + T] bool, True where a key is seen, or of numbers to add; for one
+            position it may also cover the whole capacity.
         options: as there.
 
     Returns:
         ([B, T, heads, size], None).
     """
     batch, heads, length, size = query.shape
+    if length == 1 and attention_mask is not None:
+        key, value = (x[:, :, : attention_mask.shape[-1]] for x in (key, value))
     shared = key.shape[1]
     masked = attention_mask is not None and attention_mask.shape[1] == 1
     if heads == shared or length > 1 or not masked or options.get("position_bias") is not None:

@@ -1,8 +1,8 @@
 """The head's product for the few rows of a token, on a CPU: the weight in oneDNN's own layout.
 
-Such a product should take as long as reading the weight once. A plain matrix product takes that long for up to three
-rows only, and several times as long for 4 to 32. Packing costs about as much as it saves in a few tokens, and a copy of
-the weight while it is used.
+Such a product should take as long as reading the weight once. A plain matrix product may take several times as long
+for 4 to 32 rows. Packing costs about as much as it may save in a few tokens, and a copy of the weight while it is used,
+so all three are measured, once a machine (`grade.sampling.quickest`).
 """
 
 from __future__ import annotations
@@ -10,19 +10,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# oneDNN's layout for 16 rows was as fast as that for the actual number, from 1 to 256.
+from grade.sampling.quickest import ADVANTAGE, seconds_of
+from grade_kernels import Head
+
+# oneDNN's layout for 16 rows was as fast as that for the actual number, from 1 to 256, with AVX-512 and with AVX2.
 _ROWS = 16
-# Below, packing or calling oneDNN costs more than it saves.
-_LEAST_NUMEL, _LEAST_ROWS, _LEAST_TOKENS = 2**20, 4, 16
 # A larger product [r, V] is left to `linear_gumbel_topk`, which makes it in chunks.
 _MOST_BYTES = 2**26
 
 
-def worth_packing(weight: Tensor, rows: int, tokens: int) -> bool:
-    """Whether packing `weight` [V, d] pays for `tokens` products with `rows` rows: float32, on a CPU with oneDNN."""
+def worth_packing(head: Head, rows: int, tokens: int) -> bool:
+    """Whether packing the head's weight [V, d] pays for `tokens` products with `rows` rows: float32, on a CPU with
+    oneDNN."""
+    weight = head.weight
     able = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    enough = weight.numel() >= _LEAST_NUMEL and rows >= _LEAST_ROWS and tokens >= _LEAST_TOKENS
-    return able and enough and 4 * rows * weight.shape[0] <= _MOST_BYTES
+    if not able or not made_at_once(head, rows):
+        return False
+    hidden, kept = torch.ones(rows, weight.shape[1]), [weight]
+
+    def packing() -> None:
+        kept[0] = pack(weight)
+
+    ways = {
+        "packing": packing,
+        "packed": lambda: head.finish(packed_product(hidden, kept[0])),
+        "plain": lambda: head.logits(hidden),
+    }
+    with torch.inference_mode():
+        seconds = seconds_of(f"{rows} rows by a head's {tuple(weight.shape)} {weight.dtype}", ways)
+    return seconds["packing"] + tokens * seconds["packed"] <= ADVANTAGE * tokens * seconds["plain"]
+
+
+def made_at_once(head: Head, rows: int) -> bool:
+    """Whether the product [rows, V] is small enough to be made as a whole."""
+    return head.dtype.itemsize * rows * head.weight.shape[0] <= _MOST_BYTES
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -56,8 +56,21 @@ def test_long_runs_on_a_gpu_compile(policy, compiled):
     assert type(choice.decoding_of(policy, forced)[0]) is compiled
 
 
-def test_a_cpu_does_not(policy):
+def test_longer_runs_on_a_cpu_compile(policy, monkeypatch):
+    """In float32, in which its gain was measured."""
+
+    class Compiled(Decoding):
+        pass
+
+    monkeypatch.setattr(choice, "CompiledDecoding", Compiled)
     assert type(choice.decoding_of(policy, LONG)[0]) is Decoding
+    longer = replace(LONG, train=replace(LONG.train, steps=500), model=ModelConfig(dtype="float32"))
+    assert type(choice.decoding_of(policy, longer)[0]) is Compiled
+    for changed in ({"steps": 499}, {"batch_size": 8}):
+        other = replace(longer, train=replace(longer.train, **changed))
+        assert type(choice.decoding_of(policy, other)[0]) is (Decoding if "steps" in changed else Compiled)
+    half = replace(longer, model=ModelConfig(dtype="bfloat16"))
+    assert type(choice.decoding_of(policy, half)[0]) is Decoding
 
 
 def test_a_model_that_cannot_be_compiled_is_decoded_plainly(policy, compiled, monkeypatch):

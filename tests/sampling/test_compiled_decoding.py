@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,12 +11,14 @@ import torch
 from rollouts import PROMPTS
 from tiny import KeepDouble, tiny_policy
 from torch._dynamo.utils import counters
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import grade.sampling.compiled
+import grade.sampling.grouped_attention
 from grade.errors import GradeError
 from grade.memory.peak import peak_bytes
 from grade.rollout import pad_prompts
-from grade.sampling.compiled import CompiledDecoding, capacity_of
+from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.draw import Sampling, draw_from_product
 from grade.sampling.packed_head import packed_product
 from grade.sampling.sample import sample
@@ -52,12 +53,21 @@ def test_compiled_decoding_is_decoding():
     assert decoding.cache(1, 65) is decoding.cache(1, 64) is not decoding.cache(2, 64)
 
 
+class Peaks(list):
+    """Of every call of a graph, and the graphs themselves."""
+
+    def __init__(self):
+        self.graphs = []
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """Graphs are recorded, but no code is made of them; the peaks of what they hold while they run, in bytes."""
-    compiled, peaks = torch.compile, []
+    compiled, peaks = torch.compile, Peaks()
 
     def backend(graph, _):
+        peaks.graphs.append(graph.graph)
+
         def run(*arguments):
             result, peak = peak_bytes(lambda: graph(*arguments), torch.device("cpu"))
             peaks.append(peak)
@@ -72,7 +82,8 @@ def traced(monkeypatch):
 
 
 def test_batches_that_alternate_are_recorded_once(traced):
-    """As do the full batches of a step and what is left; the shape that was not used for longest makes room."""
+    """As do the full batches of a step and what is left, step and draw of each; the shape that was not used for longest
+    makes room."""
     decoding = CompiledDecoding(tiny_policy("llama"))
     counters.clear()
     graphs = []
@@ -81,7 +92,7 @@ def test_batches_that_alternate_are_recorded_once(traced):
         rows = torch.arange(size) * 100
         sample(decoding.policy, ids, mask, Sampling(3, top_k=7), seed=0, first_rows=rows, decoding=decoding)
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs == [1, 2, 2, 2, 2] and not counters["graph_break"]
+    assert graphs == [2, 4, 4, 4, 4] and not counters["graph_break"]
     with torch.inference_mode():
         one, four = decoding.cache(1, 9), decoding.cache(4, 9)
         three = decoding.cache(3, 9)
@@ -89,23 +100,49 @@ def test_batches_that_alternate_are_recorded_once(traced):
         assert decoding.cache(1, 9) is not one and decoding.cache(3, 9) is three and decoding.cache(4, 9) is not four
 
 
+def _as_transformers(module, query, key, value, mask, **options):
+    """The filled part of the cache, by transformers' own attention."""
+    key, value = (x[:, :, : mask.shape[-1]] for x in (key, value))
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+def test_the_compiled_step_reads_the_filled_part_only(traced, monkeypatch):
+    """In one graph for every length; and what it was compiled for is compared at a rollout's first token only."""
+    checked, stance = [], torch.compiler.set_stance
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda **how: checked.append(how) or stance(**how))
+    decoding = CompiledDecoding(tiny_policy("llama"))
+    ids, mask = pad_prompts(PROMPTS, decoding.policy.pad_id)
+    counters.clear()
+    checked.clear()
+    for start in (0, 1000):
+        rows = start + torch.arange(len(PROMPTS)) * 100
+        sample(decoding.policy, ids, mask, Sampling(9, top_k=7), seed=0, first_rows=rows, decoding=decoding)
+    assert counters["stats"]["unique_graphs"] == 2 == len(traced.graphs)  # the draw and the step
+    calls = [node for graph in traced.graphs for node in graph.nodes if node.op == "call_function"]
+    nodes = [node for node in calls if "scaled_dot_product_attention" in str(node.target)]
+    read = [node.args[1].meta["example_value"] for node in nodes]
+    assert len(read) == 2 and all(isinstance(keys.shape[2], torch.SymInt) for keys in read)  # of each layer
+    assert checked.count({"skip_guard_eval_unsafe": True}) >= 2 * (9 - 1 - 1)
+
+
 def test_the_compiled_step_copies_no_keys(traced, monkeypatch):
     """Two query heads share each key and value head; transformers would copy both for each, in every layer."""
     policy = tiny_policy("llama")
     sampling = Sampling(3, top_k=7, ignore_eos=True)
-    ids, mask = pad_prompts(PROMPTS, policy.pad_id)
+    ids, mask = pad_prompts([list(range(4, 54 - short)) for short in range(len(PROMPTS))], policy.pad_id)
     draw = dict(seed=0, first_rows=torch.arange(len(PROMPTS)) * 100)
     plain, held = sample(policy, ids, mask, sampling, **draw), {}
     for name in ("ours", "transformers"):
         if name == "transformers":
-            monkeypatch.setattr(grade.sampling.compiled, "grouped_attention", nullcontext)
+            monkeypatch.setattr(grade.sampling.grouped_attention, "grouped_sdpa", _as_transformers)
         traced.clear()
         decoding = CompiledDecoding(policy)
         rollout = sample(policy, ids, mask, sampling, decoding=decoding, **draw)
         assert torch.equal(rollout.tokens, plain.tokens)
         held[name] = max(traced)
     half_the_heads = policy.embedding.shape[1] // 2
-    keys = 4 * half_the_heads * len(PROMPTS) * capacity_of(9)  # bytes
+    filled = ids.shape[1] + 1
+    keys = 4 * half_the_heads * len(PROMPTS) * filled  # bytes, at the first token
     assert held["ours"] < keys / 2  # of one layer, of which two copies of twice the size are saved
     assert held["transformers"] > 2 * 2 * keys
 

@@ -10,13 +10,17 @@ import torch
 from rollouts import PROMPTS, draw
 from tiny import CONFIGS, VOCAB, KeepDouble, tiny_policy
 
+import grade.sampling.few_rows
+import grade.sampling.packed_head
 import grade.sampling.sample
 from grade.model.decoder import Decoder
 from grade.model.policy import Policy
 from grade.rollout import pad_prompts
 from grade.sampling.decode import Decoding
 from grade.sampling.draw import draw_tokens
+from grade.sampling.few_rows import WeightFirst, quick_products
 from grade.sampling.packed_head import pack, packed_product, worth_packing
+from grade_kernels import Head
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -142,13 +146,70 @@ def test_a_packed_head_samples_the_same(soft, transform, packed_heads):
     assert 4 * len(PROMPTS) == packed_heads[0] > packed_heads[-1]
 
 
-def test_what_is_packed(packed_heads):
+def test_what_is_packed(packed_heads, monkeypatch):
+    """float32 that fits, where the products of a rollout are quicker by more than the packing takes."""
     weight = torch.zeros(8, 4)
-    assert worth_packing(weight, rows=4, tokens=16)
-    assert not worth_packing(weight, rows=3, tokens=16) and not worth_packing(weight, rows=4, tokens=15)
-    assert not any(worth_packing(weight.to(kind), rows=4, tokens=16) for kind in (torch.float64, torch.bfloat16))
-    large = torch.zeros(1, 1).expand(2**20, 64)
+    assert worth_packing(Head(weight), rows=4, tokens=16)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert not worth_packing(Head(weight.to(dtype)), rows=4, tokens=16)
+    large = Head(torch.zeros(1, 1).expand(2**20, 64))
     assert worth_packing(large, rows=16, tokens=16) and not worth_packing(large, rows=17, tokens=16)
     policy = tiny_policy("llama")
     draw(policy, top_p=0.9, max_new_tokens=16)  # a nucleus reads its own statistics of the head
     assert not packed_heads
+    measured = {"packing": 9.0, "packed": 1.0, "plain": 2.0}
+    monkeypatch.setattr(grade.sampling.packed_head, "seconds_of", lambda what, ways: measured)
+    assert [worth_packing(Head(weight), rows=4, tokens=tokens) for tokens in (1, 11, 12)] == [False, False, True]
+
+
+# -- the layers' products ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_weight_on_the_left_is_the_product(dtype, bias):
+    """Of whole numbers exactly, for one position a row; of several it is the layer's own."""
+    layer = torch.nn.Linear(24, 40, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_((parameter * 20).round())
+    x = torch.randint(-4, 5, (5, 1, 24)).to(dtype)
+    several = x.view(1, 5, 24)
+    expected, parallel = layer(x), layer(several)
+    layer.__class__ = WeightFirst
+    assert torch.equal(layer(x), expected) and layer(x).is_contiguous() and layer(x).shape == expected.shape
+    assert torch.equal(layer(several), parallel)
+
+
+@pytest.fixture
+def weight_first(monkeypatch):
+    """Every layer multiplies with its weight on the left; how often one did."""
+    calls, product = [], grade.sampling.few_rows.weight_first
+    monkeypatch.setattr(grade.sampling.few_rows, "quickest", lambda what, ways: "weight first")
+    monkeypatch.setattr(
+        grade.sampling.few_rows, "weight_first", lambda *args: calls.append(args[0].shape) or product(*args)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_weight_on_the_left_samples_the_same(name, weight_first, monkeypatch):
+    """Every architecture, with rows that leave the batch; afterwards the layers are as they were."""
+    with KeepDouble():
+        policy = tiny_policy(name, dtype=torch.float64)
+        policy.eos_ids = torch.arange(0, VOCAB, 6)
+        ours = draw(policy, copies=4, soft=True)
+        assert weight_first or name == "gpt2"  # whose layers are no torch.nn.Linear
+        assert not any(isinstance(module, WeightFirst) for module in policy.modules.modules())
+        monkeypatch.setattr(grade.sampling.few_rows, "quickest", lambda what, ways: "linear")
+        plain = draw(policy, copies=4, soft=True)
+    assert torch.equal(ours.tokens, plain.tokens) and torch.equal(ours.mask, plain.mask)
+    torch.testing.assert_close(ours.weights[ours.mask], plain.weights[ours.mask], rtol=1e-9, atol=1e-12)
+
+
+def test_layers_come_back_after_a_failure(weight_first):
+    layer = torch.nn.Linear(3, 2)
+    with pytest.raises(RuntimeError, match="on the way"), quick_products([layer], rows=4):
+        assert type(layer) is WeightFirst
+        raise RuntimeError("on the way")
+    assert type(layer) is torch.nn.Linear

@@ -1,0 +1,93 @@
+"""What is measured once a machine, and the ways that are chosen by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from grade.sampling import quickest
+from grade.sampling.quickest import seconds_of
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A cache folder of its own, and a process that knows nothing yet."""
+    monkeypatch.setenv(quickest.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(quickest, "_known", {})
+    return tmp_path / "cache"
+
+
+def _ways(calls, **seconds):
+    return {name: lambda name=name, s=s: calls.append(name) or _work(s) for name, s in seconds.items()}
+
+
+def _work(seconds):
+    start = time.thread_time()
+    while time.thread_time() - start < seconds:
+        pass
+
+
+def test_the_quickest_is_found_and_remembered(folder, monkeypatch):
+    calls: list[str] = []
+    assert quickest.quickest("work", _ways(calls, plain=4e-3, other=1e-3)) == "other"
+    measured = len(calls)
+    assert quickest.quickest("work", _ways(calls, plain=0, other=1e-2)) == "other" and len(calls) == measured
+    monkeypatch.setattr(quickest, "_known", {})  # another process
+    assert quickest.quickest("work", _ways(calls, plain=0, other=1e-2)) == "other" and len(calls) == measured
+    assert quickest.quickest("other work", _ways(calls, plain=1e-3, other=4e-3)) == "plain" and len(calls) > measured
+
+
+def test_a_tenth_is_no_advantage(folder, monkeypatch):
+    for other, chosen in ((0.95, "plain"), (0.89, "other")):
+        monkeypatch.setattr(quickest, "seconds_of", lambda what, ways, other=other: {"plain": 1.0, "other": other})
+        assert quickest.quickest("x", {"plain": None, "other": None}) == chosen
+
+
+def test_another_machine_measures_for_itself(folder, monkeypatch):
+    calls: list[str] = []
+    seconds_of("x", _ways(calls, plain=0))
+    before = len(calls)
+    for name, value in (("MKL_CBWR", "COMPATIBLE"), ("ONEDNN_MAX_CPU_ISA", "AVX2")):
+        monkeypatch.setenv(name, value)
+        seconds_of("x", _ways(calls, plain=0))
+    assert len(calls) == 3 * before
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 17)
+    seconds_of("x", _ways(calls, plain=0))
+    assert len(calls) == 4 * before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"x": 3}', '{"x": {"plain": "fast"}}', '{"x": {"plain": NaN}}'])
+def test_a_damaged_file_is_measured_anew(folder, text):
+    folder.mkdir()
+    (folder / "products.json").write_text(text)
+    assert seconds_of("x", _ways([], plain=0))["plain"] >= 0
+    assert len(json.loads((folder / "products.json").read_text())) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(folder):
+    folder.write_text("a file where the folder should be")
+    calls: list[str] = []
+    first = seconds_of("x", _ways(calls, plain=0))
+    assert first == seconds_of("x", _ways(calls, plain=0)) and folder.is_file()
+
+
+def test_processes_that_ask_at_once_decide_alike(folder):
+    """Whichever of them measured, and whatever it found."""
+    asks = (
+        "import random; from grade.sampling.quickest import seconds_of\n"
+        "print(seconds_of('x', {n: lambda: sum(range(random.randrange(10**5))) for n in ('plain', 'other')}))"
+    )
+    run = [
+        subprocess.Popen(
+            [sys.executable, "-c", asks], stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        for _ in range(2)
+    ]
+    answers = [process.communicate(timeout=120)[0] for process in run]
+    assert answers[0] == answers[1] != b""
