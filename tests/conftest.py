@@ -16,8 +16,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_configure(config):
     """What tests measure of this machine is no user's measurement; processes that they start share it."""
-    if "GRADE_MEASURED" not in os.environ:
-        os.environ["GRADE_MEASURED"] = folder = tempfile.mkdtemp(prefix="grade-measured-")
+    if "GRADE_KERNELS_MEASURED" not in os.environ:
+        os.environ["GRADE_KERNELS_MEASURED"] = folder = tempfile.mkdtemp(prefix="grade-measured-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 

@@ -25,7 +25,7 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if weight.requires_grad or type(weight.data) is not Tensor or not takes_onednn(x, weight):
+        if not takes_onednn(x, weight) or weight.requires_grad or type(weight.data) is not Tensor:
             return linear(x, weight, self.bias)
         out = _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
         return out if self.bias is None else out + self.bias
@@ -47,9 +47,7 @@ class _Product(torch.autograd.Function):
 
 
 def quicken(model: nn.Module) -> None:
-    """Make `FrozenLinear`s of the frozen linear layers of a model on a CPU, those that adapters wrap included."""
+    """Make `FrozenLinear`s of the linear layers of a model on a CPU, those that adapters wrap included."""
     for module in model.modules():
-        if type(module) is not nn.Linear:  # no subclass, which may have a forward of its own
-            continue
-        if module.weight.device.type == "cpu" and not module.weight.requires_grad:
+        if type(module) is nn.Linear and module.weight.device.type == "cpu":  # no subclass with a forward of its own
             module.__class__ = FrozenLinear

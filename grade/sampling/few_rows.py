@@ -2,7 +2,7 @@
 
 BLAS is made for many rows: with four, a product of a layer took twice as long as reading its weight. The same product
 with the weight on the left took half of that on one processor, and on another it may not. So both are measured, once a
-machine (`grade.sampling.quickest`), and a layer takes the better one while it is decoded.
+machine (`grade_kernels.common.quickest`), and a layer takes the better one while it is decoded.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from grade.sampling.quickest import quickest
+from grade.model.frozen_linear import FrozenLinear
+from grade_kernels.common.cpu_products import product
+from grade_kernels.common.quickest import quickest
 
 
 def weight_first(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -23,13 +24,13 @@ def weight_first(hidden: Tensor, weight: Tensor) -> Tensor:
     return (weight @ hidden.T).T.contiguous()
 
 
-class WeightFirst(nn.Linear):
+class WeightFirst(FrozenLinear):
     """A linear layer that multiplies one position a row by `weight_first`, and everything else as it always does."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if input.dim() != 3 or input.shape[1] != 1:
-            return F.linear(input, self.weight, self.bias)
-        product = weight_first(input[:, 0], self.weight)
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 3 or x.shape[1] != 1:
+            return super().forward(x)
+        product = weight_first(x[:, 0], self.weight)
         return (product if self.bias is None else product + self.bias)[:, None]
 
 
@@ -38,10 +39,10 @@ def quick_products(modules: Iterable[nn.Module], rows: int) -> Iterator[None]:
     """Let linear layers on a CPU multiply `rows` rows of one position, [rows, 1, d], in the way that is the quickest.
 
     Args:
-        modules: of which `torch.nn.Linear` itself is meant, and no class that is derived from it; in the order in which
-            a token passes through them.
+        modules: of which those are meant that a policy on a CPU has (`grade.model.frozen_linear.quicken`); in the order
+            in which a token passes through them.
     """
-    layers = [x for x in modules if type(x) is nn.Linear and x.weight.device.type == "cpu"]
+    layers = [x for x in modules if type(x) is FrozenLinear]
     if not layers or not _weight_first_is_quicker([layer.weight for layer in layers], rows):
         layers = []
     for layer in layers:
@@ -50,7 +51,7 @@ def quick_products(modules: Iterable[nn.Module], rows: int) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer.__class__ = nn.Linear
+            layer.__class__ = FrozenLinear
 
 
 def _weight_first_is_quicker(weights: list[Tensor], rows: int) -> bool:
@@ -67,4 +68,4 @@ def _weight_first_is_quicker(weights: list[Tensor], rows: int) -> bool:
     shapes = Counter((*x.shape, str(x.dtype).removeprefix("torch.")) for x in weights)
     what = f"{rows} rows by layers of {', '.join(f'{n} {a} x {b} {t}' for (a, b, t), n in sorted(shapes.items()))}"
     with torch.inference_mode():
-        return quickest(what, {"linear": all_of(F.linear), "weight first": all_of(weight_first)}) == "weight first"
+        return quickest(what, {"linear": all_of(product), "weight first": all_of(weight_first)}) == "weight first"

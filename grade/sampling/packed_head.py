@@ -2,7 +2,7 @@
 
 Such a product should take as long as reading the weight once. A plain matrix product may take several times as long
 for 4 to 32 rows. Packing costs about as much as it may save in a few tokens, and a copy of the weight while it is used,
-so all three are measured, once a machine (`grade.sampling.quickest`).
+so all three are measured, once a machine (`grade_kernels.common.quickest`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grade.sampling.quickest import ADVANTAGE, seconds_of
 from grade_kernels import Head
+from grade_kernels.common.quickest import ADVANTAGE, seconds_of
 
 # oneDNN's layout for 16 rows was as fast as that for the actual number, from 1 to 256, with AVX-512 and with AVX2.
 _ROWS = 16

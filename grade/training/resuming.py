@@ -80,8 +80,7 @@ def put_back(
         method.load_state_dict(state["method"])
         method.kl_coef = state.get("kl_coef", method.kl_coef)  # checkpoints of earlier versions have none
         method.reward.load_state_dict(state.get("reward", {}))  # checkpoints of earlier versions have none
-        if "cpu_products" in state:
-            cpu_products.restore(state["cpu_products"])
+        cpu_products.restore(state.get("measured", {}))  # checkpoints of earlier versions have none
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise GradeError(
             f"train.resume: the trainer's state in {folder} does not fit this run ({reason_of(error)}). Start again "

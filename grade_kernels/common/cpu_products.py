@@ -3,32 +3,29 @@
 torch multiplies float32 matrices by MKL, which does not take the widest vectors of every processor: on one with AVX-512
 that is not Intel's, oneDNN, which torch brings too, was 2.4 times as fast.  oneDNN may first bring the weight into a
 layout of its own, and makes code for every size, so that it pays from some number of rows and some amount of work on.
-Where that is, a measurement of a few hundredths of a second says, once a processor and version of torch: the choice
-decides how sums are rounded, so it is kept in a file, and the same seed gives the same numbers in the next process too.
+Where that is, a measurement of a tenth of a second says, once a machine (`grade_kernels.common.quickest`).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import platform
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from itertools import count
 
 import torch
 from torch import Tensor
+
+from grade_kernels.common import quickest
 
 VARIABLE = "GRADE_KERNELS_CPU_PRODUCTS"
 """`mkl` or `onednn` takes that one for every product that both can make."""
 
 # A weight in the caches, the rows that it multiplies, and a weight larger than most caches, the slowest to lay out.
 _WEIGHT, _ROWS, _LARGE = (512, 256), 256, (16384, 256)
-_REPEATS = 20
+_ROUNDS = 20
 # A size is met as often as this at least: a model's layers have equal ones.
 _USES = 8
 # As much faster must oneDNN be: where both are about equal, noise would choose.
@@ -47,7 +44,6 @@ class Limits:
 
 
 _ALWAYS = Limits(1.0, 1.0)
-_restored: list[Limits | None] = []
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -84,39 +80,19 @@ def limits() -> Limits | None:
         return None
     if forced == "onednn":
         return _ALWAYS
-    return _restored[-1] if _restored else kept_limits()
+    return measured_limits()
 
 
-def restore(recorded: dict[str, float] | None) -> None:
-    """Take the limits of an earlier process in place of measured ones."""
-    _restored[:] = [_limits_of(recorded)]
-
-
-def record() -> dict[str, float] | None:
-    """What `restore` takes, ready for JSON."""
-    return _recorded(limits())
+def restore(recorded: Mapping[str, quickest.Seconds]) -> None:
+    """Choose as the process did whose `quickest.record` this is."""
+    quickest.restore(recorded)
+    measured_limits.cache_clear()
 
 
 @cache
-def kept_limits() -> Limits | None:
-    """The limits in this user's file for this processor, torch and what switches their instructions; if they are not
-    there, they are measured and written."""
-    switches = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("MKL_", "ONEDNN_", "DNNL_"))]
-    key = ", ".join((_processor(), torch.__version__, torch.backends.cpu.get_cpu_capability(), *switches))
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grade_kernels" / "cpu_products.json"
-    kept = _read(path)
-    if key in kept:
-        return kept[key]
-    found = measured_limits()
-    _write(path, {**kept, key: found})
-    return found
-
-
 def measured_limits() -> Limits | None:
-    """Times both libraries in turns, and takes of each the best time, which other programs disturb least.
-
-    By one thread: where several share a busy machine, they wait for each other, and the times say nothing.
-    """
+    """By times of both libraries on one thread: where several share a busy machine, they wait for each other, and the
+    times say nothing."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -128,19 +104,20 @@ def measured_limits() -> Limits | None:
 def _by_one_thread() -> Limits | None:
     with torch.no_grad():
         weight, large = torch.ones(_WEIGHT), torch.ones(_LARGE)
-        rows = torch.ones(_ROWS + _REPEATS, _WEIGHT[1])
+        rows = torch.ones(_ROWS + _ROUNDS + 2, _WEIGHT[1])
+        sizes = count(_ROWS + 1)
 
-        def onednn(n: int, weight: Tensor) -> Callable[[], Tensor]:
-            return lambda: torch.ops.mkldnn._linear_pointwise(rows[:n], weight, None, "none", [], "")
+        def onednn(n: int, weight: Tensor) -> Tensor:
+            return torch.ops.mkldnn._linear_pointwise(rows[:n], weight, None, "none", [], "")
 
-        def turn(n: int) -> list[float]:
-            runs = (lambda: rows[:_ROWS] @ weight.T, onednn(_ROWS, weight), onednn(n, weight), onednn(1, large))
-            return [_seconds(run) for run in runs]
-
-        turn(_ROWS)  # what is loaded or made at first use
-        turns = [turn(_ROWS + 1 + number) for number in range(_REPEATS)]
-    # `first` is of a size not seen before; `one` is what one row costs, which is all that a weight costs by itself.
-    mkl, other, first, one = (min(times) for times in zip(*turns, strict=True))
+        ways: dict[str, Callable[[], Tensor]] = {
+            "mkl": lambda: rows[:_ROWS] @ weight.T,
+            "onednn": lambda: onednn(_ROWS, weight),
+            "onednn, of a new size": lambda: onednn(next(sizes), weight),
+            "onednn, one row by a large weight": lambda: onednn(1, large),  # all that a weight costs by itself
+        }
+        seconds = quickest.seconds_of(f"{_ROWS} rows by {_WEIGHT}, one by {_LARGE}, float32", ways, _ROUNDS)
+    mkl, other, first, one = seconds.values()
     if mkl < _GAIN * other:
         return None
     saved = (mkl - other) / (_ROWS * math.prod(_WEIGHT))  # a multiplication
@@ -150,47 +127,3 @@ def _by_one_thread() -> Limits | None:
 
 def _power_above(x: float) -> float:
     return 2.0 ** math.ceil(math.log2(max(x, 1.0)))
-
-
-def _seconds(run: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    wanted = ("vendor_id", "cpu family", "model", "model name")  # the last one may hide the first ones
-    found = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
-    return " ".join(value.strip() for name, value in sorted(found.items()) if name.strip() in wanted)
-
-
-def _recorded(limits: Limits | None) -> dict[str, float] | None:
-    return None if limits is None else asdict(limits)
-
-
-def _limits_of(recorded: dict[str, float] | None) -> Limits | None:
-    return None if recorded is None else Limits(float(recorded["rows"]), float(recorded["work"]))
-
-
-def _read(path: Path) -> dict[str, Limits | None]:
-    """Empty where there is none, or it is of another form: it is written again."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {key: _limits_of(each) for key, each in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _write(path: Path, kept: dict[str, Limits | None]) -> None:
-    """As a whole or not at all; a folder that cannot be written costs the next process a measurement."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump({key: _recorded(each) for key, each in kept.items()}, file)
-        os.replace(file.name, path)
-    except OSError:
-        return

@@ -1,33 +1,28 @@
-"""Which library multiplies on a CPU: the product is the same, and the choice is that of the first process."""
+"""Which library multiplies on a CPU: the product is the same, and from where on is measured."""
 
-import json
 import math
 
 import pytest
 import torch
 
 from grade_kernels import Head
-from grade_kernels.common import cpu_products
-from grade_kernels.common.cpu_products import VARIABLE, Limits, limits, product, record, restore, takes_onednn
+from grade_kernels.common import cpu_products, quickest
+from grade_kernels.common.cpu_products import VARIABLE, Limits, limits, product, restore, takes_onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
 @pytest.fixture
-def measured(monkeypatch, tmp_path):
-    """As in a process that has not multiplied yet, whose user has no file; what the next measurements find."""
+def seconds(monkeypatch):
+    """What is measured, in place of a measurement: a large gain of oneDNN."""
+    entries, large = (math.prod(shape) for shape in (cpu_products._WEIGHT, cpu_products._LARGE))
+    work = cpu_products._ROWS * entries
+    found = [2e-9 * work, 1e-9 * work, 1e-9 * work + 8 * 60e-9, 7e-9 * large]
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu_products, "_restored", [])
-    found = [Limits(8.0, 64.0)]
-    monkeypatch.setattr(cpu_products, "measured_limits", lambda: found.pop(0))
-    cpu_products.kept_limits.cache_clear()
+    monkeypatch.setattr(quickest, "seconds_of", lambda what, ways, rounds: dict(zip(ways, found, strict=True)))
+    cpu_products.measured_limits.cache_clear()
     yield found
-    cpu_products.kept_limits.cache_clear()
-
-
-def another_process():
-    cpu_products.kept_limits.cache_clear()
+    cpu_products.measured_limits.cache_clear()
 
 
 @pytest.mark.parametrize("library", ["mkl", "onednn"])
@@ -68,7 +63,9 @@ def test_compiles_into_one_graph(monkeypatch):
     torch.testing.assert_close(compiled(x, weight), x @ weight.T)
 
 
-def test_rows_and_work_decide(measured):
+def test_rows_and_work_decide(seconds):
+    """A row saves 1 ns an entry, the weight costs 7 ns an entry, and a new size 60 ns a use."""
+    assert limits() == Limits(8.0, 64.0)
     weight = torch.ones(2, 4)
     assert not takes_onednn(torch.ones(7, 4), weight)  # too few rows
     assert takes_onednn(torch.ones(8, 4), weight)  # 8 rows of 8 entries
@@ -76,47 +73,26 @@ def test_rows_and_work_decide(measured):
     assert not takes_onednn(torch.ones(8, 4), torch.ones(1, 4))  # too little work
 
 
-def test_next_process_chooses_alike(measured, tmp_path):
-    first = limits()
-    measured.append(None)
-    another_process()
-    assert limits() == first and measured == [None]  # read, not measured
-    path = tmp_path / "grade_kernels" / "cpu_products.json"
-    path.write_text("[1", encoding="utf-8")
-    another_process()
-    assert limits() is None  # a damaged file is measured and written again
-    another_process()
-    assert limits() is None and json.loads(path.read_text())
+def test_a_small_gain_is_none(seconds):
+    seconds[1] = 0.81 * seconds[0]
+    assert limits() is None and not takes_onednn(torch.ones(1000, 1000), torch.ones(1000, 1000))
 
 
-def test_other_processors_and_instructions_have_limits_of_their_own(measured, monkeypatch):
-    first = limits()
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    measured.append(Limits(16.0, 1.0))
-    another_process()
-    assert limits() == Limits(16.0, 1.0)
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    another_process()
-    assert limits() == first  # both are in the file
+def test_restored_times_count(seconds):
+    """A resumed run rounds its sums as before; the times themselves are tested in test_quickest.py."""
+    assert limits() is not None
+    seconds[1] = seconds[0]
+    assert limits() is not None  # nobody measures again
+    restore({})
+    assert limits() is None
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(measured, monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert limits() == Limits(8.0, 64.0)
-
-
-def test_restored_limits_count_before_measured_ones(measured):
-    restore({"rows": 4.0, "work": 2.0})
-    assert limits() == Limits(4.0, 2.0) and record() == {"rows": 4.0, "work": 2.0}
-    restore(None)
-    assert limits() is None and record() is None
-    assert measured  # nothing was measured
-
-
-def test_measurement_gives_powers_of_two():
+def test_a_measurement_gives_powers_of_two_and_leaves_the_threads():
+    threads = torch.get_num_threads()
+    cpu_products.measured_limits.cache_clear()
     found = cpu_products.measured_limits()
     assert found is None or all(math.frexp(value)[0] == 0.5 for value in (found.rows, found.work))
+    assert torch.get_num_threads() == threads
 
 
 def test_another_value_is_refused(monkeypatch):

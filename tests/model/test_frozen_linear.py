@@ -38,13 +38,20 @@ def test_graph_is_kept_for_another_backward_pass():
     assert torch.equal(one, two)
 
 
-def test_only_frozen_plain_layers_are_changed():
-    trained, other = nn.Linear(6, 5), nn.Linear(6, 5, dtype=torch.float64).requires_grad_(False)
-    model = nn.ModuleList([trained, other, nn.Conv1d(1, 1, 1).requires_grad_(False)])
+def test_only_plain_layers_are_changed():
+    class Mine(nn.Linear):
+        pass
+
+    model = nn.ModuleList([nn.Linear(6, 5), Mine(6, 5), nn.Conv1d(1, 1, 1)])
     quicken(model)
-    assert type(trained) is nn.Linear
+    assert [type(module) for module in model] == [FrozenLinear, Mine, nn.Conv1d]
+
+
+def test_other_dtypes_are_multiplied_as_ever():
+    layer = nn.Linear(6, 5, dtype=torch.float64).requires_grad_(False)
+    quicken(layer)
     x = torch.randn(4, 6, dtype=torch.float64)
-    assert torch.equal(other(x), nn.functional.linear(x, other.weight, other.bias))
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
 def test_weight_that_is_trained_later_has_its_gradient():

@@ -14,6 +14,7 @@ import grade.sampling.few_rows
 import grade.sampling.packed_head
 import grade.sampling.sample
 from grade.model.decoder import Decoder
+from grade.model.frozen_linear import quicken
 from grade.model.policy import Policy
 from grade.rollout import pad_prompts
 from grade.sampling.decode import Decoding
@@ -209,7 +210,9 @@ def test_the_weight_on_the_left_samples_the_same(name, weight_first, monkeypatch
 
 def test_layers_come_back_after_a_failure(weight_first):
     layer = torch.nn.Linear(3, 2)
+    quicken(layer)
+    before = type(layer)
     with pytest.raises(RuntimeError, match="on the way"), quick_products([layer], rows=4):
         assert type(layer) is WeightFirst
         raise RuntimeError("on the way")
-    assert type(layer) is torch.nn.Linear
+    assert type(layer) is before is not WeightFirst

@@ -20,7 +20,7 @@ from grade.training.resumable import Resumable, go_on_from, keep, resumable
 from grade.training.run_folder import MARKER, clear, prepare_run_dir
 from grade.training.trained import checkpoint_folder
 from grade.training.validations import Validations
-from grade_kernels.common import cpu_products
+from grade_kernels.common import quickest
 
 METRIC = {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.6, 5: 0.2}
 """What validations are made to say, by step: the best are those of steps 1 and 4."""
@@ -149,12 +149,13 @@ def test_fewer_steps_than_the_damaged_one_had_end_with_the_earlier_best(copied):
         prepare_run_dir(with_train(copied, steps=3))
 
 
-def test_products_are_made_by_the_library_that_made_them_before(copied, monkeypatch):
+def test_ways_to_multiply_are_chosen_as_before(copied, monkeypatch):
     """Which one is quicker a second measurement may find otherwise, and sums would be rounded otherwise."""
-    monkeypatch.setattr(cpu_products, "_restored", [cpu_products.Limits(2.0**30, 2.0**30)])
-    before = resumable(Path(copied.run_dir)).state["cpu_products"]
+    before = resumable(Path(copied.run_dir)).state["measured"]
+    assert before
+    monkeypatch.setattr(quickest, "_known", {what: dict.fromkeys(ways, 1.0) for what, ways in before.items()})
     train(copied)
-    assert cpu_products.record() == before
+    assert quickest.record() == before
 
 
 def test_where_all_are_damaged_nothing_is_touched(copied):

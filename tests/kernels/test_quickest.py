@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from grade.sampling import quickest
-from grade.sampling.quickest import seconds_of
+from grade_kernels.common import quickest
+from grade_kernels.common.quickest import seconds_of
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(folder):
 def test_processes_that_ask_at_once_decide_alike(folder):
     """Whichever of them measured, and whatever it found."""
     asks = (
-        "import random; from grade.sampling.quickest import seconds_of\n"
+        "import random; from grade_kernels.common.quickest import seconds_of\n"
         "print(seconds_of('x', {n: lambda: sum(range(random.randrange(10**5))) for n in ('plain', 'other')}))"
     )
     run = [
@@ -91,3 +91,13 @@ def test_processes_that_ask_at_once_decide_alike(folder):
     ]
     answers = [process.communicate(timeout=120)[0] for process in run]
     assert answers[0] == answers[1] != b""
+
+
+def test_what_was_recorded_counts_without_the_folder(folder, monkeypatch):
+    first = seconds_of("x", _ways([], plain=0))
+    recorded = json.loads(json.dumps(quickest.record()))
+    monkeypatch.setattr(quickest, "_known", {})
+    (folder / "products.json").unlink()
+    quickest.restore(recorded)
+    calls: list[str] = []
+    assert seconds_of("x", _ways(calls, plain=0)) == first and not calls
