@@ -85,7 +85,7 @@ class Setting:
     max_hops: int = 16
     kl_coef: float = 0.1
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu", "cuda", "meta"] = "cpu"
     seed: int = 0
 
 
@@ -156,7 +156,9 @@ class Bench:
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-        return Policy(model.to(self.device), _Tokenizer(sizes["vocab_size"]))
+        return Policy(
+            model.to(self.device), _Tokenizer(sizes["vocab_size"]), probe=setting.device != "meta"
+        )
 
     def restore(self, weights: list[Tensor]) -> None:
         """Put the adapter back; the optimizer's moments stay."""
