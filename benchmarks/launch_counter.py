@@ -232,7 +232,8 @@ def _attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )[0]
     if attn_mask.dtype == torch.bool:
-        attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
+        seen, unseen = (query.new_full((), value) for value in (0.0, -math.inf))
+        attn_mask = torch.where(attn_mask, seen, unseen)
     bias = attn_mask.expand(*query.shape[:3], key.shape[2])
     needs = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     return torch.ops.aten._scaled_dot_product_efficient_attention(

@@ -113,6 +113,7 @@ class Policy:
         bias = getattr(head, "bias", None)
         self.head = Head(head.weight.detach(), None if bias is None else bias.detach())
         self.reads_prompt_cache = self._merges = True
+        self.probed, self.joined = probe, None  # the latter made at the first use of `grade.model.decoding`
         if probe:
             self._probe(length)
 
