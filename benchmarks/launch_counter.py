@@ -1,9 +1,9 @@
 """Launches, bytes and waits of code for a GPU, counted on a machine without one.
 
 Tensors lie on torch's meta device, which has shapes and no values, and say that they lie on a GPU, so that code takes
-the ways that it takes there. Every operator that computes is a launch; ways through the values are those of a batch in
-which no position is padding, no response ends early and no hop converges. Triton's kernels are recorded by their own
-launcher.
+the ways that it takes there. Every operator that computes is a launch, and so is every kernel of this package, which
+its launcher records. Where code asks for values, they are those of a batch in which no position is padding, no response
+ends early and no hop converges.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -27,10 +27,24 @@ from torch.utils._pytree import tree_leaves
 from grade_kernels.triton_ops import launch
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
-# Of an H200 or H100 SXM.
-PROCESSORS = 132
-# Operators that are another number of kernels than one: those of flash attention's backward pass are three, of the
-# others as many as PyTorch 2.13 launches for small inputs.
+# Of an H200 SXM, as far as torch and the launchers ask for it.
+H200 = SimpleNamespace(
+    name="NVIDIA H200",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    warp_size=32,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    regs_per_multiprocessor=65536,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    L2_cache_size=50 * 2**20,
+    total_memory=141 * 10**9,
+    gcnArchName="",
+)
+# Operators that are another number of kernels than one, in PyTorch's own code for CUDA.
 KERNELS = {
     "_scaled_dot_product_flash_attention_backward": 3,
     "_scaled_dot_product_efficient_attention_backward": 2,
@@ -38,12 +52,10 @@ KERNELS = {
     "nonzero": 3,
     "sort": 2,
 }
+# Operators that read rows of their first tensor, as many as they write.
 _READS_ROWS = ("embedding", "index_select", "index", "gather")
-"""Operators that read rows of their first tensor, as many as they write."""
-# A launch over a list of tensors takes so many blocks of so many elements, and so many tensors of each of 1, 2, ... lists.
-_LIST_BLOCKS, _BLOCK_ELEMENTS, _LIST_TENSORS = 320, 65536, (110, 64, 48, 36, 30)
-
-
+# A launch over lists of tensors takes so many blocks of so many numbers, and of 1, 2, ... lists so many tensors each.
+_LIST_BLOCKS, _BLOCK_NUMBERS, _LIST_TENSORS = 320, 65536, (110, 64, 48, 36, 30)
 NUMBERS = ("launches", "waits", "moved", "least")
 
 
@@ -53,10 +65,10 @@ class Work:
 
     Attributes:
         launches: of kernels, and copies.
-        waits: times that the host waits for the device: for a value, or for a copy to or from it.
-        moved: bytes of what the launches read and write, each by itself.
-        least: bytes of these that had been there before or remain, each once; a program that keeps everything else on
-            the chip moves no more.
+        waits: times that the host waits for the device: for a value, or for a copy from or to pageable memory.
+        moved: bytes that the launches read and write, each by itself.
+        least: bytes that had been there before, each place once: weights, caches, what is given. Nothing that keeps the
+            rest on the chip moves less.
         operators: launches by name.
     """
 
@@ -73,15 +85,14 @@ class Work:
         return self._with(other, -1)
 
     def _with(self, other: Work, sign: int) -> Work:
-        numbers = (getattr(self, name) + sign * getattr(other, name) for name in NUMBERS)
         operators = Counter(self.operators)
         for name, count in other.operators.items():
             operators[name] += sign * count
-        return Work(*numbers, +operators)
+        return Work(*(getattr(self, name) + sign * getattr(other, name) for name in NUMBERS), +operators)
 
 
 class Counting:
-    """Inside `counting()`: the work so far, and by phases.
+    """The work inside `counting()`, so far and by phases.
 
     Attributes:
         phases: work by the names that `phase` was given.
@@ -96,70 +107,90 @@ class Counting:
     def work(self) -> Work:
         """All since the beginning."""
         for each in self._recorded:
-            tensors = [a for a in each.args if isinstance(a, Tensor)]
-            ids = max((t.numel() for t in tensors if t.dtype == torch.int64), default=0)
-            self.launched(f"triton.{each.kernel.__name__}", tensors, [], ids=ids)
+            if 0 not in each.grid:
+                tensors = [a for a in each.args if isinstance(a, Tensor)]
+                self.launched(f"triton.{each.kernel.__name__}", tensors, [], rows=_rows_named(tensors))
         self._recorded.clear()
-        return Work(**{**vars(self._work), "operators": self._work.operators.copy()})
+        return Work() + self._work
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add what happens inside to the phase of this name."""
+        """Add what happens inside to the phase of this name. What is there at its beginning had been there before."""
         before = self.work()
         self._read.clear()
         self._made.clear()
         yield
         self.phases[name] = self.phases.get(name, Work()) + self.work() - before
 
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What happens inside is no work."""
+        before = self.work()
+        yield
+        self.work()
+        self._work = before
+
     def launched(
-        self, name: str, read: list[Tensor], written: list[Tensor], *, kernels: int = 1, ids: int | None = None
+        self,
+        name: str,
+        read: Sequence[Tensor],
+        written: Sequence[Tensor],
+        *,
+        kernels: int = 1,
+        rows: tuple[int, int] | None = None,
     ) -> None:
         """Note a launch.
 
         Args:
-            ids: of one of our own kernels, the row numbers that it is given; from a weight it reads the rows they name.
+            rows: (n, m): of a matrix with more than n rows m are read at most.
         """
-        self._work.launches += kernels
-        self._work.operators[name] += kernels
-        rows = max((size_of(t) for t in written), default=0) if name in _READS_ROWS else None
+        done = sum(map(size_of, written))
+        moved = done
         for number, tensor in enumerate(read):
             size = size_of(tensor)
-            if rows is not None and number == 0:
-                size = min(size, rows)
-            if ids is not None and isinstance(tensor, torch.nn.Parameter):
-                size = min(size, ids * tensor.shape[-1] * tensor.dtype.itemsize)
-            self._work.moved += size
+            if number == 0 and name in _READS_ROWS:
+                size = min(size, done)
+            if rows is not None and tensor.dim() == 2 and len(tensor) > rows[0]:
+                size = min(size, rows[1] * tensor.shape[1] * tensor.dtype.itemsize)
+            moved += size
             storage = StorageWeakRef(tensor.untyped_storage())
             place = (storage, tensor.storage_offset(), tuple(tensor.shape))
             if storage not in self._made and place not in self._read:
                 self._read.add(place)
                 self._work.least += size
-        self._work.moved += sum(map(size_of, written))
+        self._work.launches += kernels
+        self._work.moved += moved
+        self._work.operators[name] += kernels
         self.made(written)
 
-    def made(self, tensors: list[Tensor]) -> None:
+    def made(self, tensors: Sequence[Tensor]) -> None:
         """Note that these were not there before."""
         self._made.update(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
 
-    def waited(self, name: str) -> None:
+    def waited(self) -> None:
+        """Note that the host waits."""
         self._work.waits += 1
-        self._work.operators[f"wait: {name}"] += 0
 
 
 def size_of(tensor: Tensor) -> int:
-    """Bytes of the elements that are different places: an expanded dimension counts once."""
+    """Bytes of a tensor's different places: an expanded dimension counts once."""
     return math.prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step) * tensor.dtype.itemsize
+
+
+def _rows_named(tensors: list[Tensor]) -> tuple[int, int] | None:
+    """(n, m) of the largest ids [n, ...], m in all, that a kernel is given: it reads these rows of a table."""
+    ids = [t for t in tensors if t.dtype == torch.int64 and t.dim()]
+    return max(((len(t), t.numel()) for t in ids), key=lambda each: each[1], default=None)
 
 
 @contextlib.contextmanager
 def counting() -> Iterator[Counting]:
-    """Count what happens inside. What it is given was made before, on the meta device."""
-    device = SimpleNamespace(multi_processor_count=PROCESSORS, warp_size=32)
-    with mock.patch.object(torch.cuda, "get_device_properties", lambda which=None: device):
+    """Count what happens inside. What that is given was made before, on the meta device."""
+    with mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: H200):
         _forget_devices()
         with launch.recording() as recorded:
             found = Counting(recorded)
-            with _Pretending(found), _Launches(found):
+            with _OnGpu(found), _Launches(found):
                 yield found
     _forget_devices()
 
@@ -170,7 +201,7 @@ def _forget_devices() -> None:
     launch.multiprocessors.cache_clear()
 
 
-class _Pretending(TorchFunctionMode):
+class _OnGpu(TorchFunctionMode):
     """Tensors on the meta device say that they are on the GPU, and what is to be made there is made on meta."""
 
     def __init__(self, found: Counting):
@@ -180,37 +211,35 @@ class _Pretending(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name = getattr(function, "__name__", "")
         if name == "__get__":
-            return self._attribute(function, args)
+            return _attribute(function, args)
         if name == "scaled_dot_product_attention":
             return _attention(*args, **kwargs)
-        if _on_gpu(kwargs.get("device")):
+        if _is_gpu(kwargs.get("device")):
             kwargs["device"] = META
             if name in ("tensor", "as_tensor"):
                 self._found.launched("copy", [], [])
-                self._found.waited("copy")
-        args = tuple(META if _on_gpu(a) else a for a in args)
-        if name in ("tolist", "numpy") and _is_meta(args[0]):
-            self._found.waited(name)
+                self._found.waited()
+        args = tuple(META if _is_gpu(a) else a for a in args)
+        if name in ("tolist", "numpy") and function_free(lambda: args[0].device == META):
+            self._found.waited()
             return getattr(torch.ones(args[0].shape, dtype=args[0].dtype), name)()
         return function(*args, **kwargs)
 
-    @staticmethod
-    def _attribute(function: Any, args: Any) -> Any:
-        found = function(*args)
-        which = getattr(function.__self__, "__name__", "")
-        if which == "device" and found.type == "meta":
-            return CUDA
-        if which in ("is_cuda", "is_meta"):
-            return which == "is_cuda" and _is_meta(args[0])
-        return found
 
-
-def _is_meta(tensor: Any) -> bool:
+def function_free(call: Any) -> Any:
+    """What `call` returns where tensors say where they are."""
     with torch._C.DisableTorchFunction():
-        return isinstance(tensor, Tensor) and tensor.device.type == "meta"
+        return call()
 
 
-def _on_gpu(device: Any) -> bool:
+def _attribute(function: Any, args: Any) -> Any:
+    """An attribute of a tensor, as one on the GPU has it."""
+    found, name = function(*args), getattr(function.__self__, "__name__", "")
+    on_meta = name in ("device", "is_cuda", "is_meta") and function_free(lambda: args[0].device == META)
+    return {"device": CUDA, "is_cuda": True, "is_meta": False}[name] if on_meta else found
+
+
+def _is_gpu(device: Any) -> bool:
     if isinstance(device, str):
         return device.split(":")[0] == "cuda"
     return isinstance(device, torch.device) and device.type == "cuda"
@@ -228,17 +257,15 @@ def _attention(
 ) -> Tensor:
     """By the kernel that PyTorch takes for 16 bits: flash attention, or with a mask the memory-efficient one."""
     if attn_mask is None:
-        return torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )[0]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     if attn_mask.dtype == torch.bool:
-        seen, unseen = (query.new_full((), value) for value in (0.0, -math.inf))
+        seen, unseen = (query.new_full((), number) for number in (0.0, -math.inf))
         attn_mask = torch.where(attn_mask, seen, unseen)
     bias = attn_mask.expand(*query.shape[:3], key.shape[2])
-    needs = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, needs, dropout_p, is_causal, scale=scale
-    )[0]
+    graph = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, bias, graph, dropout_p, is_causal, scale=scale)[0]
 
 
 class _Launches(TorchDispatchMode):
@@ -252,59 +279,56 @@ class _Launches(TorchDispatchMode):
         kwargs = kwargs or {}
         name = function._schema.name.split("::")[1]
         read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        here = [x for x in read if x.device.type == "meta"]
-        if name == "_local_scalar_dense" and here:
-            self._found.waited(name)
-            return torch.ones((), dtype=here[0].dtype).item()
+        here = [x for x in read if x.device == META]
         if name == "dropout" and not args[2]:
             return args[0]
+        if name == "_local_scalar_dense" and here:
+            self._found.waited()
+            return torch.ones((), dtype=here[0].dtype).item()
         if torch.is_inference_mode_enabled() and function._can_decompose():
-            with self:
+            with self:  # in that mode, operators that others are made of come here whole
                 whole = function.decompose(*args, **kwargs)
             if whole is not NotImplemented:
                 return whole
         if name == "nonzero" and here:
-            self._found.waited(name)
+            self._found.waited()
             out = here[0].new_empty(here[0].numel(), here[0].dim(), dtype=torch.int64)
-        elif name == "_to_copy" and here and _leaves(kwargs):
-            self._found.waited(name)
+        elif name == "_to_copy" and here and torch.device(kwargs.get("device") or META).type == "cpu":
+            self._found.waited()
             out = torch.ones(here[0].shape, dtype=kwargs.get("dtype") or here[0].dtype)
         else:
             out = function(*args, **kwargs)
         written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if here or any(x.device.type == "meta" for x in written):
+        if here or any(x.device == META for x in written):
             self._note(function, name, args, read, written)
         return out
 
     def _note(self, function: Any, name: str, args: Any, read: list[Tensor], written: list[Tensor]) -> None:
         mutates = function._schema.is_mutable
         storages = {StorageWeakRef(x.untyped_storage()) for x in read}
-        views = bool(written) and all(StorageWeakRef(x.untyped_storage()) in storages for x in written)
-        if name.startswith(("empty", "new_empty")) or (views and not mutates) or name in ("lift_fresh", "alias"):
-            if not views:
-                self._found.made(written)
+        if written and not mutates and all(StorageWeakRef(x.untyped_storage()) in storages for x in written):
+            return  # a view
+        if name.startswith(("empty", "new_empty")):
+            self._found.made(written)
             return
-        if any(x.device.type == "cpu" and x.dim() for x in read) and name in ("copy_", "_to_copy"):
-            self._found.waited("copy")
+        if name in ("copy_", "_to_copy") and any(x.device.type == "cpu" and x.dim() for x in read):
+            self._found.waited()
         kernels = KERNELS.get(name, 1)
         if name.startswith("_foreach"):
             kernels = list_launches(args)
             written = [x for x in tree_leaves(args[0]) if isinstance(x, Tensor)] if mutates else written
-        self._found.launched(name, read, written, kernels=kernels)
+        self._found.launched(name, [x for x in read if x.device == META], written, kernels=kernels)
 
 
-def _leaves(kwargs: dict[str, Any]) -> bool:
-    device = kwargs.get("device")
-    return device is not None and torch.device(device).type == "cpu"
-
-
-def list_launches(args: tuple) -> int:
+def list_launches(args: Sequence[Any]) -> int:
     """Launches of an operator over lists of tensors."""
     lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
+    if lists[0][0].device != META:
+        return 0
     most, launches, tensors, blocks = _LIST_TENSORS[min(len(lists), 5) - 1], 0, 0, 0
     for tensor in lists[0]:
         tensors += 1
-        for _ in range(-(-tensor.numel() // _BLOCK_ELEMENTS)):
+        for _ in range(-(-tensor.numel() // _BLOCK_NUMBERS)):
             blocks += 1
             if blocks == _LIST_BLOCKS:
                 launches, blocks, tensors = launches + 1, 0, 0

@@ -73,6 +73,7 @@ class Setting:
         shape: a key of SHAPES.
         batch, prompt, length, k: responses, tokens of a prompt, tokens of a response, candidates per token.
         dtype: of the frozen weights.
+        layers: of the shape; None: all.
     """
 
     shape: str
@@ -87,6 +88,7 @@ class Setting:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda", "meta"] = "cpu"
     seed: int = 0
+    layers: int | None = None
 
 
 class _Tokenizer:
@@ -137,6 +139,7 @@ class Bench:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         setting, (kind, sizes) = self.setting, SHAPES[self.setting.shape]
+        sizes = sizes if setting.layers is None else {**sizes, "num_hidden_layers": setting.layers}
         context = max(4096, setting.prompt + setting.length)
         config = AutoConfig.for_model(
             kind,
@@ -156,9 +159,7 @@ class Bench:
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-        return Policy(
-            model.to(self.device), _Tokenizer(sizes["vocab_size"]), probe=setting.device != "meta"
-        )
+        return Policy(model.to(self.device), _Tokenizer(sizes["vocab_size"]), probe=setting.device != "meta")
 
     def restore(self, weights: list[Tensor]) -> None:
         """Put the adapter back; the optimizer's moments stay."""

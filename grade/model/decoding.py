@@ -15,8 +15,8 @@ from grade.model.probe_decoding import noticed_adapter
 
 @contextmanager
 def decoding(policy: Policy, *, recorded: bool = False) -> Iterator[None]:
-    """Run forwards as the policy: with its adapter added to the weights (`Policy.merged`) where that is exact, else with
-    layers that read one tensor joined (`grade.model.joined`).
+    """Run forwards as the policy: with its adapter added to the weights (`Policy.merged`) where those are not 16-bit,
+    else with layers that read one tensor joined (`grade.model.joined`).
 
     Args:
         recorded: where weights lie may be recorded, so that none are put in others' place.

@@ -1,10 +1,10 @@
-"""Linear layers that read one tensor (queries, keys and values; gate and up), as one product, for passes without a graph.
+"""Linear layers that read one tensor (queries, keys and values; gate and up) as one product, where there is no graph.
 
-A token of a small batch costs its launches. Weights of such layers are laid below each other in memory, once, each still
-a tensor of its own: one product reads them all. What is below each other of their adapters' first factors, and on the
-diagonal of their second ones, are copies, in the dtype of the weights: the second product is added to the first without
-rounding between them. So adapted layers take three products together in the place of nine, and of a dozen operations
-besides.
+A token of a small batch costs its launches. The weights of such layers are laid below each other in memory, once, each
+still a tensor of its own, and one product reads them all. Copies of their adapters lie beside them in the weights'
+dtype, the first factors below each other, the second ones on the diagonal of one matrix: two products more, of which
+the last adds to the first without rounding between them. Queries, keys and values with adapters take nine products
+one by one, and a dozen operations besides.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class _Group:
         inside = [m for module in self._modules for m in module.modules() if m is not module]
         heard = any(m._forward_hooks or m._forward_pre_hooks for m in inside)
         places = self._weight.split(self._sizes)
-        moved = any(l.weight.data_ptr() != place.data_ptr() for l, place in zip(self._linears, places, strict=True))
+        pairs = zip((linear.weight for linear in self._linears), places, strict=True)
+        moved = any(weight.data_ptr() != place.data_ptr() for weight, place in pairs)
         replaced = any("forward" in vars(module) for module in self._modules)
         return not (heard or moved or replaced or any(layer.merged for layer in self._adapted))
 
@@ -138,7 +139,11 @@ class _Group:
         out = nn.functional.linear(x, self._weight, self._bias)
         if self._adapters is not None:
             first, second = self._adapters
-            out.view(-1, out.shape[-1]).addmm_(nn.functional.linear(x, first).view(-1, len(first)), second)
+            inner = nn.functional.linear(x, first)
+            if torch.compiler.is_compiling():  # the sum is a part of what reads it then, and of no launch of its own
+                out = out + inner @ second
+            else:
+                out.view(-1, out.shape[-1]).addmm_(inner.view(-1, len(first)), second)
         return out.split(self._sizes, -1)
 
 
@@ -176,7 +181,8 @@ def _reading_one_tensor(backbone: nn.Module, call: Callable[[], object]) -> list
 
 
 def _address(weight: Tensor) -> int:
-    return weight.data_ptr() or id(weight)  # on the meta device there is none
+    on_meta = weight.untyped_storage().data_ptr() == 0  # where there is none
+    return id(weight) if on_meta else weight.data_ptr()
 
 
 def _can_be_joined(module: nn.Module) -> bool:
