@@ -88,7 +88,8 @@ class Work:
         operators = Counter(self.operators)
         for name, count in other.operators.items():
             operators[name] += sign * count
-        return Work(*(getattr(self, name) + sign * getattr(other, name) for name in NUMBERS), +operators)
+        numbers = {name: getattr(self, name) + sign * getattr(other, name) for name in NUMBERS}
+        return Work(**numbers, operators=+operators)
 
 
 class Counting:

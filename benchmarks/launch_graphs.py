@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.launch_counter import CUDA, H200, META, Counting
 
-_NAMES = dict(
+_NAMES: dict[str, Any] = dict(
     get_device_properties=lambda device=None: H200,
     is_available=lambda: True,
     current_device=lambda: 0,
@@ -33,8 +33,8 @@ class Graphs:
         traced: by function, its operators as a graph, and what these are given.
     """
 
-    def __init__(self, found: Counting):
-        self._found = found
+    def __init__(self, found: Counting, trace: bool):
+        self._found, self._trace = found, trace
         self.calls = 0
         self.traced: dict[Callable, tuple[torch.fx.GraphModule, list[Tensor]]] = {}
 
@@ -43,7 +43,7 @@ class Graphs:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
-                if function not in self.traced:
+                if self._trace and function not in self.traced:
                     with self._found.uncounted():
                         self.traced[function] = _traced(lambda: function(*args, **kwargs))
                 self.calls += 1
@@ -58,9 +58,13 @@ class Graphs:
 
 
 @contextlib.contextmanager
-def compiled_by(found: Counting) -> Iterator[Graphs]:
-    """Inside, torch.compile is that of `Graphs`."""
-    graphs = Graphs(found)
+def compiled_by(found: Counting, *, trace: bool = True) -> Iterator[Graphs]:
+    """Inside, torch.compile is that of `Graphs`.
+
+    Args:
+        trace: for their kernels.
+    """
+    graphs = Graphs(found, trace)
     with mock.patch.object(torch, "compile", graphs.compile):
         yield graphs
 

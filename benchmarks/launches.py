@@ -25,6 +25,7 @@ from benchmarks.launch_graphs import compiled_by
 from benchmarks.saved import command, new_parser
 from benchmarks.training_setup import SHAPES as TRAINED
 from benchmarks.training_setup import Bench, Setting
+from grade.errors import present
 from grade.methods import make_method
 from grade.methods.base import Method
 from grade.methods.services import Services
@@ -78,8 +79,8 @@ class Part:
 
     def __add__(self, other: Part) -> Part:
         moved = None if self.moved is None or other.moved is None else self.moved + other.moved
-        numbers = (getattr(self, name) + getattr(other, name) for name in ("kernels", "host", "waits"))
-        return Part(*numbers, moved, self.least + other.least)
+        kernels, host, waits = self.kernels + other.kernels, self.host + other.host, self.waits + other.waits
+        return Part(kernels, host, waits, moved, self.least + other.least)
 
     def __mul__(self, times: int) -> Part:
         moved = None if self.moved is None else self.moved * times
@@ -114,7 +115,7 @@ def counted(
             once = replace(rollout + rest, least=token.least * setting.length + least)
             parts["step" + suffix] = once + parts["hop"] * (HOPS - 1)
         if beside:
-            bench.policy.joined.give_up()
+            present(bench.policy.joined).give_up()
             parts["beside" + suffix] = _token(bench, compiled, graphs.get("beside_compiled"))
             bench.policy.joined = None
     return {name: parts[name] for name in PARTS if name in parts}
@@ -138,7 +139,7 @@ def _token(bench: Bench, compiled: bool, graph: int | None) -> Part:
 def _rollout(bench: Bench, compiled: bool, prompt: int, length: int, graph: int | None) -> Part:
     """A rollout; `graph` are the kernels of its compiled step, if they are known."""
     sampling = replace(sampling_of(bench.config.generation), ignore_eos=False, max_new_tokens=length)
-    with counting() as counts, compiled_by(counts) as graphs:
+    with counting() as counts, compiled_by(counts, trace=graph is None) as graphs:
         with mock.patch("grade.sampling.compiled.decoding_error", return_value=0.0):  # it compares values
             way = CompiledDecoding(bench.policy) if compiled else Decoding(bench.policy)
         with counts.uncounted(), way.state(True):
@@ -217,9 +218,9 @@ def measure(options: argparse.Namespace) -> dict:
     for shape in options.shapes:
         layers = TRAINED[shape][1]["num_hidden_layers"]
         one, two = (counted(shape, few, whole=False) for few in (1, 2))
-        graphs = {name: part.graph for name, part in one.items() if part.graph is not None}
-        graphs = {name: first + (layers - 1) * (two[name].graph - first) for name, first in graphs.items()}
-        for name, part in counted(shape, graphs=graphs).items():
+        graphs = {name: (part.graph, two[name].graph) for name, part in one.items()}
+        known = {name: a + (layers - 1) * (b - a) for name, (a, b) in graphs.items() if a is not None and b is not None}
+        for name, part in counted(shape, graphs=known).items():
             of_layer = two[name].kernels - one[name].kernels if name in AFFINE else None
             row = {"shape": shape, "part": name, "layers": layers, **asdict(part)}
             rows.append(row | {"kernels_of_layer": of_layer})

@@ -110,7 +110,7 @@ class Bench:
         self.setting, self.algorithm = setting, algorithm
         self.config = Config(
             seed=setting.seed,
-            device=setting.device,
+            device="cpu" if setting.device == "meta" else setting.device,
             model=ModelConfig(name=setting.shape, dtype=setting.dtype, lora=LoraSettings(target_modules=_LORA)),
             generation=GenerationConfig(
                 max_new_tokens=setting.length, min_new_tokens=0, top_k=setting.k, ignore_eos=True

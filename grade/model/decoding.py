@@ -47,7 +47,7 @@ def _probe(policy: Policy, joined: JoinedLayers) -> bool:
     """Whether joined layers compute what they compute one by one, in a parallel pass and behind its cache. The adapter
     comes back as it was."""
     embeddings = policy.embed(probe_ids(policy)).repeat(2, 1, 1)
-    found = []
+    found: list[torch.Tensor] = []
     with noticed_adapter(policy):
         for context in (nullcontext(), joined()):
             cache = policy.new_cache(embeddings.shape[1] + 1)

@@ -104,11 +104,12 @@ class _Group:
         if self._adapters is not None:
             first, second = self._adapters
             rank = column = 0
-            for module, size in zip(self._modules, self._sizes, strict=True):
-                for name in module.active_adapters if isinstance(module, LoraLinear) else ():
-                    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+            layer: Any
+            for layer, size in zip(self._modules, self._sizes, strict=True):
+                for name in layer.active_adapters if isinstance(layer, LoraLinear) else ():
+                    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
                     first[rank : rank + len(a)] = a
-                    second[rank : rank + len(a), column : column + size] = b.T * module.scaling[name]
+                    second[rank : rank + len(a), column : column + size] = b.T * layer.scaling[name]
                     rank += len(a)
                 column += size
         for index, module in enumerate(self._modules):
