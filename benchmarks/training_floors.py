@@ -17,6 +17,7 @@ from benchmarks.training_setup import ALGORITHMS, SHAPES, Setting
 from grade.planning.shape import shape_of
 from grade.planning.work import Passes
 from grade.tables import Column, Table, numbers
+from grade_kernels.common.cpu_products import product
 
 _READ_BYTES = 2**30  # more than caches hold
 _SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices
@@ -30,7 +31,7 @@ def rates(device: str, dtype: str) -> dict[str, float]:
         return machine.time(lambda: operation(operand), 0.5, least=5).median  # ms
 
     read = median(torch.sum, torch.ones(_READ_BYTES // 4, device=device))
-    multiply = median(lambda a: a @ a, torch.randn(side, side, device=device, dtype=getattr(torch, dtype)))
+    multiply = median(lambda a: product(a, a), torch.randn(side, side, device=device, dtype=getattr(torch, dtype)))
     machine.clear()  # the steps run in other processes
     return {"read_gb_s": _READ_BYTES / read / 1e6, "gflop_s": 2 * side**3 / multiply / 1e6}
 

@@ -18,6 +18,10 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from grade.model.frozen_linear import FrozenLinear
+
+_LINEAR = (nn.Linear, FrozenLinear)
+"""Classes whose forward is known: a subclass may have one of its own."""
 _JOINED_DTYPES = (torch.bfloat16, torch.float32)
 """float16 has too few exponents for the factors of a young adapter."""
 
@@ -160,7 +164,7 @@ def _linear_of(module: nn.Module) -> nn.Linear:
 def _reading_one_tensor(backbone: nn.Module, call: Callable[[], object]) -> list[list[nn.Module]]:
     """Layers that can be joined, group by group: several that read one tensor, or one with an adapter."""
     within = {inner for m in backbone.modules() if isinstance(m, LoraLinear) for inner in m.modules() if inner is not m}
-    layers = [m for m in backbone.modules() if m not in within and (type(m) is nn.Linear or isinstance(m, LoraLinear))]
+    layers = [m for m in backbone.modules() if m not in within and (type(m) in _LINEAR or isinstance(m, LoraLinear))]
     read: list[tuple[Tensor, nn.Module]] = []  # the tensors too: a number of one that has gone is another's later
     hooks = [
         layer.register_forward_pre_hook(lambda module, args: read.append((args[0], module)) if args else None)
@@ -189,7 +193,7 @@ def _address(weight: Tensor) -> int:
 def _can_be_joined(module: nn.Module) -> bool:
     """Whether it computes a product with a frozen weight and, where it has an adapter, a plain product beside it."""
     linear = _linear_of(module)
-    if type(linear) is not nn.Linear or linear.weight.requires_grad or linear.weight.dtype not in _JOINED_DTYPES:
+    if type(linear) not in _LINEAR or linear.weight.requires_grad or linear.weight.dtype not in _JOINED_DTYPES:
         return False
     if not isinstance(module, LoraLinear):
         return True
