@@ -12,9 +12,8 @@ makes of it (`benchmarks/launch_counter.py`); kernels of a compiled step are tho
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -88,12 +87,7 @@ class Part:
 
 
 def counted(
-    shape: str,
-    layers: int | None = None,
-    *,
-    beside: bool = True,
-    whole: bool = True,
-    graphs: Mapping[str, int] = MappingProxyType({}),
+    shape: str, layers: int | None = None, *, beside: bool = True, whole: bool = True, compiling: bool = True
 ) -> dict[str, Part]:
     """The parts of a step of a model of this shape, by their names in PARTS.
 
@@ -101,14 +95,14 @@ def counted(
         layers: of the model; None: all.
         beside: with the tokens whose layers are not joined.
         whole: with the whole steps.
-        graphs: kernels of the compiled steps of "token_compiled" and "beside_compiled", if they are known.
+        compiling: with what compiled decoding takes.
     """
     setting = Setting(shape, 16, 32, 64, dtype="bfloat16", device="meta", hop_tol=0.0, layers=layers)
     bench = Bench(setting, "replay")
     parts = _replay(bench)
     rest = parts.pop("rest")
-    for suffix, compiled in (("", False), ("_compiled", True)):
-        parts["token" + suffix] = token = _token(bench, compiled, graphs.get("token_compiled"))
+    for suffix, compiled in (("", False), ("_compiled", True))[: 1 + compiling]:
+        parts["token" + suffix] = token = _token(bench, compiled)
         if whole:
             rollout = _rollout(bench, compiled, setting.prompt, setting.length, token.graph)
             least = sum(parts[name].least for name in ("forward", "backward", "update")) + parts["hop"].least
@@ -116,16 +110,16 @@ def counted(
             parts["step" + suffix] = once + parts["hop"] * (HOPS - 1)
         if beside:
             present(bench.policy.joined).give_up()
-            parts["beside" + suffix] = _token(bench, compiled, graphs.get("beside_compiled"))
+            parts["beside" + suffix] = _token(bench, compiled)
             bench.policy.joined = None
     return {name: parts[name] for name in PARTS if name in parts}
 
 
-def _token(bench: Bench, compiled: bool, graph: int | None) -> Part:
+def _token(bench: Bench, compiled: bool) -> Part:
     """One in the middle of a response: what a rollout of three tokens takes more than one of two."""
     setting, config = bench.setting, bench.policy.config
     prompt = setting.prompt + setting.length // 2
-    two = _rollout(bench, compiled, prompt, 2, graph)
+    two = _rollout(bench, compiled, prompt, 2)
     three = _rollout(bench, compiled, prompt, 3, two.graph)
     table = bench.policy.head.weight
     weights = {
@@ -136,7 +130,7 @@ def _token(bench: Bench, compiled: bool, graph: int | None) -> Part:
     return replace(three + two * -1, least=least, graph=two.graph)
 
 
-def _rollout(bench: Bench, compiled: bool, prompt: int, length: int, graph: int | None) -> Part:
+def _rollout(bench: Bench, compiled: bool, prompt: int, length: int, graph: int | None = None) -> Part:
     """A rollout; `graph` are the kernels of its compiled step, if they are known."""
     sampling = replace(sampling_of(bench.config.generation), ignore_eos=False, max_new_tokens=length)
     with counting() as counts, compiled_by(counts, trace=graph is None) as graphs:
@@ -171,21 +165,8 @@ def _replay(bench: Bench) -> dict[str, Part]:
     with counting() as counts:
         sampling = replace(sampling_of(bench.config.generation), ignore_eos=False)
         rollout = _sampled(bench, setting.prompt, sampling, Decoding(policy))
-        optimizer = torch.optim.AdamW(policy.parameters(), foreach=True)
-
-        def update() -> float:
-            # It asks for the device where tensors say the truth.
-            lists = mock.patch("torch.nn.utils.clip_grad._device_has_foreach_support", return_value=True)
-            with counts.phase("update"), lists:
-                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0, foreach=True).item()
-                optimizer.step()
-            return norm
-
-        for parameter in policy.parameters():
-            parameter.grad = torch.empty_like(parameter)
-        optimizer.step()  # makes its moments
+        update = _updating(bench, counts)
         for hops in (1, 2):
-            optimizer.zero_grad()
             counts.phases.clear()
             before = counts.work()
             _method(bench, hops, counts).step([rollout], 0, update)
@@ -195,6 +176,38 @@ def _replay(bench: Bench) -> dict[str, Part]:
     parts |= {"update": one["update"], "rest": one["rest"]}
     hop = replace(_part(two["hops"] - one["hops"]), least=one["hops"].least)
     return {name: _part(work) for name, work in parts.items()} | {"hop": hop}
+
+
+def updated(shape: str) -> Part:
+    """The update of all layers' parameters."""
+    bench = Bench(Setting(shape, 1, 1, 1, dtype="bfloat16", device="meta"), "replay")
+    with counting() as counts:
+        update = _updating(bench, counts)
+        for parameter in bench.policy.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        update()
+    return _part(counts.phases["update"])
+
+
+def _updating(bench: Bench, counts: Counting) -> Callable[[], float]:
+    """The update of a step, by an optimizer that has made one."""
+    parameters = bench.policy.parameters()
+    optimizer = torch.optim.AdamW(parameters, foreach=True)
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+    def update() -> float:
+        # It asks for the device where tensors say the truth.
+        lists = mock.patch("torch.nn.utils.clip_grad._device_has_foreach_support", return_value=True)
+        with counts.phase("update"), lists:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True).item()
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    return update
 
 
 def _method(bench: Bench, hops: int, counts: Counting) -> Method:
@@ -212,18 +225,20 @@ def _method(bench: Bench, hops: int, counts: Counting) -> Method:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """Of whole models, but for the kernels of compiled steps: those of one layer, and for each further layer what two
-    have more (scheduling the kernels of all takes half an hour)."""
+    """Layers of a model are alike: a whole one takes for each further layer what two take more than one. Only the
+    update is counted on all parameters, since its launches take several at a time."""
     rows = []
     for shape in options.shapes:
         layers = TRAINED[shape][1]["num_hidden_layers"]
-        one, two = (counted(shape, few, whole=False) for few in (1, 2))
-        graphs = {name: (part.graph, two[name].graph) for name, part in one.items()}
-        known = {name: a + (layers - 1) * (b - a) for name, (a, b) in graphs.items() if a is not None and b is not None}
-        for name, part in counted(shape, graphs=known).items():
+        one, two = (counted(shape, few) for few in (1, 2))
+        whole = {name: part + (two[name] + part * -1) * (layers - 1) for name, part in one.items()}
+        update = updated(shape)
+        for name in ("step", "step_compiled"):
+            whole[name] = whole[name] + update + whole["update"] * -1
+        for name, part in (whole | {"update": update}).items():
             of_layer = two[name].kernels - one[name].kernels if name in AFFINE else None
-            row = {"shape": shape, "part": name, "layers": layers, **asdict(part)}
-            rows.append(row | {"kernels_of_layer": of_layer})
+            found = {number: value for number, value in vars(part).items() if number != "graph"}
+            rows.append({"shape": shape, "part": name, "layers": layers, **found, "kernels_of_layer": of_layer})
     versions = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
     return versions | {"hops": HOPS, "rows": rows}
 

@@ -121,6 +121,15 @@ def test_launches_have_not_grown(small, part, number):
             assert one + (row["layers"] - 1) * (two - one) == row[number]
 
 
+def test_layers_launch_alike(small):
+    """As the table takes them to."""
+    four = counted("qwen3-0.6b", 4, beside=False, whole=False, compiling=False)
+    for part in ("token", "forward", "hop", "backward"):
+        for number in ("kernels", "host", "waits", "moved", "least"):
+            a, b, d = (getattr(parts[part], number) for parts in (*small, four))
+            assert d == a + 3 * (b - a), (part, number)
+
+
 def test_the_saved_table_is_whole():
     parts = {}
     for row in SAVED["rows"]:
