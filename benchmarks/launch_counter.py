@@ -215,16 +215,18 @@ class _OnGpu(TorchFunctionMode):
             return _attribute(function, args)
         if name == "scaled_dot_product_attention":
             return _attention(*args, **kwargs)
+        copies = _is_gpu(kwargs.get("device")) and name in ("tensor", "as_tensor")
         if _is_gpu(kwargs.get("device")):
             kwargs["device"] = META
-            if name in ("tensor", "as_tensor"):
-                self._found.launched("copy", [], [])
-                self._found.waited()
         args = tuple(META if _is_gpu(a) else a for a in args)
         if name in ("tolist", "numpy") and function_free(lambda: args[0].device == META):
             self._found.waited()
             return getattr(torch.ones(args[0].shape, dtype=args[0].dtype), name)()
-        return function(*args, **kwargs)
+        found = function(*args, **kwargs)
+        if copies and found.numel():
+            self._found.launched("copy", [], [])
+            self._found.waited()
+        return found
 
 
 def function_free(call: Any) -> Any:
@@ -309,7 +311,7 @@ class _Launches(TorchDispatchMode):
         storages = {StorageWeakRef(x.untyped_storage()) for x in read}
         if written and not mutates and all(StorageWeakRef(x.untyped_storage()) in storages for x in written):
             return  # a view
-        if name.startswith(("empty", "new_empty")):
+        if name.startswith(("empty", "new_empty")) or name == "detach_":
             self._found.made(written)
             return
         if name in ("copy_", "_to_copy") and any(x.device.type == "cpu" and x.dim() for x in read):

@@ -55,6 +55,7 @@ def test_reading_a_value_waits():
         assert len((x > 0).nonzero()) == 5
         assert x.tolist() == [1.0] * 5
         torch.tensor([1, 2], device="cuda")
+        torch.tensor([], device="cuda")
         torch.ones(3).to("cuda")
     assert counts.work().waits == 6
 
