@@ -1,8 +1,8 @@
 """Launches, bytes and waits of code for a GPU, counted on a machine without one.
 
 Tensors lie on torch's meta device, which has shapes and no values, and say that they lie on a GPU, so that code takes
-the ways that it takes there. Every operator that computes is a launch, and so is every kernel of this package, which
-its launcher records. Where code asks for values, they are those of a batch in which no position is padding, no response
+the ways that it takes there. Every operator that computes is a launch, and so is an operation of this package, most of
+which are one kernel; kernels that are launched past an operation are recorded by their launcher. Where code asks for values, they are those of a batch in which no position is padding, no response
 ends early and no hop converges.
 """
 

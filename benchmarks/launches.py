@@ -1,6 +1,6 @@
 """Kernel launches, waits and bytes of a training step on a GPU, counted without one.
 
-    python -m benchmarks.launches --save benchmarks/results/launches.json        # minutes on one core, no weights
+    python -m benchmarks.launches --save benchmarks/results/launches.json        # a minute or two, no weights
     python -m benchmarks.launches --table benchmarks/results/launches.json
 
 A step of GRADE-STE with 16 responses of 64 tokens behind prompts of 32, in 16-bit weights of public shapes, with a LoRA

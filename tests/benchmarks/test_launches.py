@@ -67,13 +67,13 @@ def test_rows_of_a_table_are_read_and_not_the_table():
     assert counts.work().moved == 2 * 3 * 8 * 2 + 8 * 3
 
 
-def test_kernels_of_our_own_are_launches():
+def test_operations_of_our_own_are_launches():
     logits = given(16, 151_936, dtype=torch.float32)
     with counting() as counts:
         drawn = gumbel_topk(logits, k=256, seed=0)
         assert drawn.tokens.shape == (16,)
-    operators = counts.work().operators
-    assert sum(count for name, count in operators.items() if name.startswith("triton.")) in (1, 2)
+    found = counts.work()
+    assert found.launches <= 4 and found.least >= 4 * 16 * 151_936 and not found.waits
 
 
 def test_a_backward_pass_is_counted():
