@@ -2,8 +2,8 @@
 
 Tensors lie on torch's meta device, which has shapes and no values, and say that they lie on a GPU, so that code takes
 the ways that it takes there. Every operator that computes is a launch, and so is an operation of this package, most of
-which are one kernel; kernels that are launched past an operation are recorded by their launcher. Where code asks for values, they are those of a batch in which no position is padding, no response
-ends early and no hop converges.
+which are one kernel; kernels that are launched past an operation are recorded by their launcher. Where code asks for
+values, they are those of a batch in which no position is padding, no response ends early and no hop converges.
 """
 
 from __future__ import annotations
