@@ -87,7 +87,7 @@ class Setting:
     max_hops: int = 16
     kl_coef: float = 0.1
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu", "cuda", "meta"] = "cpu"
     seed: int = 0
     layers: int | None = None
 
@@ -111,7 +111,7 @@ class Bench:
         self.setting, self.algorithm = setting, algorithm
         self.config = Config(
             seed=setting.seed,
-            device=setting.device,
+            device="cpu" if setting.device == "meta" else setting.device,
             model=ModelConfig(name=setting.shape, dtype=setting.dtype, lora=LoraSettings(target_modules=_LORA)),
             generation=GenerationConfig(
                 max_new_tokens=setting.length, min_new_tokens=0, top_k=setting.k, ignore_eos=True
@@ -161,7 +161,7 @@ class Bench:
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-        return Policy(model.to(self.device), _Tokenizer(sizes["vocab_size"]))
+        return Policy(model.to(self.device), _Tokenizer(sizes["vocab_size"]), probe=setting.device != "meta")
 
     def restore(self, weights: list[Tensor]) -> None:
         """Put the adapter back; the optimizer's moments stay."""

@@ -29,6 +29,7 @@ from grade.model.backbone import backbone_of, frozen_copy
 from grade.model.cache import decoding_cache, is_recurrent
 from grade.model.end_of_sequence import end_ids
 from grade.model.frozen_linear import quicken
+from grade.model.joined import JoinedLayers
 from grade.model.masks import known_padding
 from grade.model.probe import check_finite, probe_embedding, probe_head, probe_passes
 from grade.model.probe_decoding import (
@@ -116,6 +117,8 @@ class Policy:
         bias = getattr(head, "bias", None)
         self.head = Head(head.weight.detach(), None if bias is None else bias.detach())
         self.reads_prompt_cache = self._merges = True
+        self.probed = probe
+        self.joined: JoinedLayers | None = None  # made at the first use of `grade.model.decoding`
         if probe:
             self._probe(length)
 

@@ -7,7 +7,8 @@ before anything is trained on it: refused by name, or left out where a run can d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any  # `policy` is a grade.model.policy.Policy, whose file needs this one
 
 import torch
@@ -175,11 +176,30 @@ def probe_merged(policy: Any) -> bool:
     Raises:
         GradeError: adapters change nothing at all.
     """
+    embeddings = policy.embed(probe_ids(policy))
+    with noticed_adapter(policy):
+        beside = policy.hidden(embeddings, None)
+        with policy.state(adapters=False):
+            base = policy.hidden(embeddings, None)
+        if torch.equal(base, beside):
+            raise GradeError(
+                f"model.lora.target_modules: no adapter there changes what this {type(policy.causal_lm).__name__} "
+                "computes, so nothing would be trained. Name other layers."
+            )
+        if not all(layer.get_base_layer().weight.is_floating_point() for layer in policy.adapter_layers):
+            return False  # there is nothing to add to
+        with policy.merged():
+            merged = policy.hidden(embeddings, None)
+    return relative_error(merged, beside) <= tolerance_of(policy.dtype)
+
+
+@contextmanager
+def noticed_adapter(policy: Any) -> Iterator[None]:
+    """Inside, the adapter adds to each weight a random matrix of a certain share of its norm."""
     layers = policy.adapter_layers
     matrices = [layer.lora_B[name].weight for layer in layers for name in layer.active_adapters]
     before = [matrix.data for matrix in matrices]
     generator = torch.Generator().manual_seed(0)
-    embeddings = policy.embed(probe_ids(policy))
     try:
         for layer in layers:
             for name in layer.active_adapters:
@@ -190,22 +210,10 @@ def probe_merged(policy: Any) -> bool:
                 size = weight.norm() if weight.is_floating_point() else delta.new_tensor(layer.out_features).sqrt()
                 share = delta.norm() / size.clamp_min(1e-30)
                 matrix.data = matrix.data * (_ADAPTER_SHARE / share.clamp_min(1e-30))
-        beside = policy.hidden(embeddings, None)
-        with policy.state(adapters=False):
-            base = policy.hidden(embeddings, None)
-        if torch.equal(base, beside):
-            raise GradeError(
-                f"model.lora.target_modules: no adapter there changes what this {type(policy.causal_lm).__name__} "
-                "computes, so nothing would be trained. Name other layers."
-            )
-        if not all(layer.get_base_layer().weight.is_floating_point() for layer in layers):
-            return False  # there is nothing to add to
-        with policy.merged():
-            merged = policy.hidden(embeddings, None)
+        yield
     finally:
         for matrix, data in zip(matrices, before, strict=True):
             matrix.data = data
-    return relative_error(merged, beside) <= tolerance_of(policy.dtype)
 
 
 def probe_recomputation(policy: Any) -> None:

@@ -25,6 +25,7 @@ from transformers import StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from grade.errors import GradeError, reason_of
+from grade.model.decoding import decoding
 from grade.model.policy import Policy
 from grade.model.probe import tolerance_of
 from grade.model.probe_decoding import decoding_error
@@ -123,7 +124,9 @@ class CompiledDecoding(Decoding):
 
     def state(self, adapters: bool) -> AbstractContextManager:
         """As for the plain one, but CUDA graphs have recorded where the weights are, so none are merged there."""
-        return self.policy.state(adapters=adapters) if self.policy.device.type == "cuda" else super().state(adapters)
+        if adapters and self.policy.device.type == "cuda":
+            return decoding(self.policy, recorded=True)
+        return super().state(adapters)
 
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> CompiledDecoder:
         return CompiledDecoder(self, prompt_ids, prompt_mask, copies=copies, steps=steps)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import Tensor, nn
 
 from grade.model.decoder import Decoder
+from grade.model.decoding import decoding
 from grade.model.policy import Policy
 from grade.sampling.draw import Sampling, draw_from_product, draw_tokens
 from grade.sampling.few_rows import quick_products
@@ -44,7 +45,7 @@ class Decoding:
 
     def state(self, adapters: bool) -> AbstractContextManager:
         """The policy's state for a rollout."""
-        return self.policy.merged() if adapters else self.policy.state(adapters=False)
+        return decoding(self.policy) if adapters else self.policy.state(adapters=False)
 
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> Decoder:
         """Run the prompts [U, P]; `Decoder` has the arguments."""
