@@ -1,0 +1,225 @@
+"""Which loops of which kernels stream logits, and what they take of a thread for every entry.
+
+That is declared here and not guessed: a stream is the innermost loop in which a function's code loads from memory,
+found by the source lines of the loads. Its entries are the bytes that a turn loads over the bytes of one entry of the
+pointers that it is declared to read, in the types of the configuration, and must be a whole number of the tiles that
+the launcher asked for. A stream without a loop, or with a loop inside it, is refused: nothing about it would be known.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+from grade_kernels.aot.loops import Access, Counts, Loop
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A loop over a row of logits.
+
+    Attributes:
+        function: whose loads it makes, itself or in what it calls; file and name.
+        reads: the kernel's parameters of which a turn reads one entry for every entry of the tile.
+        given, absent: parameters without or with which the kernel has no such loop.
+        share: of the launcher's tile, one part in so many.
+    """
+
+    function: str
+    reads: tuple[str, ...]
+    given: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    share: int = 1
+
+
+_SIDES = ("policy", "ref")
+STREAMS: dict[str, tuple[Stream, ...]] = {
+    "kl._stats_kernel": (Stream("online.kl_row", ("p", "q")),),
+    "kl._grads_kernel": (Stream("online.write_kl_grads", ("p", "q")),),
+    "logprob._stats_kernel": (Stream("online.lse_row", ("x",)),),
+    "logprob._grad_kernel": (Stream("logprob._grad_kernel", ("x",)),),
+    "sweep._head_kernel": (
+        Stream("online.kl_row", _SIDES),
+        Stream("online.lse_row", ("policy",), absent=("ref",)),
+        Stream("online.write_kl_grads", _SIDES, given=("GRAD",)),
+    ),
+    "objective._objective_kernel": (
+        Stream("online.kl_row", _SIDES),
+        Stream("online.lse_row", ("policy",), absent=("ref",)),
+        Stream("objective.ref_kl_and_grad", _SIDES, share=2),
+        Stream("objective.ref_kl_and_grad", ("policy",), given=("entropy_weights",), absent=("ref",), share=2),
+    ),
+    "sample.select_kernel": (Stream("topk.survey", ("logits",), absent=("parts",)),),
+    "sample.survey_kernel": (Stream("topk.survey", ("logits",)),),
+}
+# Loops over a row that few rows enter: they must not exchange anything either, but say nothing of the speed.
+RARE = ("online.careful", "topk._count_in_row")
+# Loads that accompany those of the logits: words of suppressed ids, one for several entries.
+BESIDE = ("topk._blocked",)
+# Lines by which NVIDIA's assembler may move a load down: it takes the lines of Triton's inline assembly, a register
+# each, for lines of the source.
+_MOVED = 16
+
+
+class Configured(Protocol):
+    """What of `binary.Configuration` is needed here."""
+
+    module: str
+    signature: dict[str, str]
+
+    @property
+    def name(self) -> str: ...
+
+    def given(self, parameter: str) -> bool: ...
+
+    def constant(self, parameter: str) -> int: ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """A stream's loop: its function, entries of a turn (0 where `rare`), and what a turn takes of a thread."""
+
+    function: str
+    entries: int
+    rare: bool
+    counts: Counts
+
+    @property
+    def exchanges(self) -> str:
+        """What threads exchange in a turn, in words; empty if nothing."""
+        counts = self.counts
+        if not counts.shuffles and not counts.barriers:
+            return ""
+        return f"{counts.shuffles} shuffles and {counts.barriers} barriers in a turn of the loop of {self.function}"
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The streams of a compiled kernel."""
+
+    found: tuple[Found, ...]
+
+    def per_entry(self, what: str) -> float:
+        """A number of `Counts`, summed over the loops that every row enters, for one entry of the row (or of the pair
+        of rows, where a loop reads two)."""
+        return sum(getattr(one.counts, what) / one.entries for one in self.found if not one.rare)
+
+    @property
+    def has_speed(self) -> bool:
+        """Whether there is a loop that every row enters; without one, `per_entry` says nothing."""
+        return any(not one.rare for one in self.found)
+
+    @property
+    def bytes_per_entry(self) -> float:
+        """Loaded and stored, by instructions; what is read twice counts twice, also where a cache has it."""
+        return self.per_entry("load_bytes") + self.per_entry("store_bytes")
+
+    @property
+    def exchanges(self) -> list[str]:
+        """Of every loop that has any, in words."""
+        return list(dict.fromkeys(one.exchanges for one in self.found if one.exchanges))
+
+
+def find_streams(configuration: Configured, loops: Sequence[Loop]) -> Streamed:
+    """The declared streams of a kernel that is in `STREAMS` among its loops.
+
+    Raises:
+        RuntimeError: one has no loop, a loop inside it, or loads that are no whole number of tiles.
+    """
+    names = _Names(configuration.module)
+    wanted = [
+        stream
+        for stream in STREAMS[configuration.name]
+        if all(map(configuration.given, (*stream.reads, *stream.given)))
+        and not any(map(configuration.given, stream.absent))
+    ]
+    found = []
+    for loop in loops:
+        # The functions around every load, but for those beside.
+        chains = [(access, names.of(access)) for access in loop.counts.loads]
+        chains = [(access, chain) for access, chain in chains if not set(chain) & set(BESIDE)]
+        for rare in RARE:
+            if any(rare in chain for _, chain in chains):
+                found.append(Found(rare, 0, True, loop.counts))
+                chains = []
+        for stream in wanted:
+            size = sum(access.bytes for access, chain in chains if stream.function in chain)
+            if size:
+                found.append(_found(configuration, stream, loop, size))
+    for stream in wanted:
+        if all(one.function != stream.function or one.rare for one in found):
+            raise RuntimeError(
+                f"no loop of {configuration.name} loads in {stream.function}: either grade_kernels/aot/streams.py "
+                "declares what is not so, or TRITON_DISABLE_LINE_INFO=1 has removed the lines by which it is found"
+            )
+    return Streamed(tuple(_once(found)))
+
+
+def _found(configuration: Configured, stream: Stream, loop: Loop, size: int) -> Found:
+    where = f"the loop of {configuration.name} that loads in {stream.function}"
+    if not loop.is_innermost:
+        raise RuntimeError(f"{where} has {loop.inside} loops inside it, so its turns are not all alike")
+    if loop.counts.calls:
+        raise RuntimeError(f"{where} calls a subroutine, whose instructions are not counted")
+    entry = sum(_SIZES[configuration.signature[name].lstrip("*")] for name in stream.reads)
+    tile = configuration.constant("WIDTH") * configuration.constant("STEPS") // stream.share
+    if size % (entry * tile):
+        raise RuntimeError(
+            f"{where} loads {size} bytes a thread, which is no whole number of tiles of {tile} x {entry}"
+        )
+    return Found(stream.function, size // entry, False, loop.counts)
+
+
+_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def _once(found: list[Found]) -> list[Found]:
+    """Where the compiler made several loops of one that every row enters: the one with most entries a turn, which a
+    long row spends its time in, unless another exchanges something."""
+    best: dict[object, Found] = {}
+    for number, one in enumerate(found):
+        key = number if one.rare else one.function
+        rank = (bool(one.exchanges), one.entries)
+        if key not in best or rank > (bool(best[key].exchanges), best[key].entries):
+            best[key] = one
+    return list(best.values())
+
+
+class _Names:
+    """The functions around an instruction, from its source lines, in the folder of the kernel's module."""
+
+    def __init__(self, module: str):
+        self._folder = Path(importlib.import_module(module).__file__ or "").parent
+
+    def of(self, access: Access) -> tuple[str, ...]:
+        """As `online.kl_row`, the innermost first; other folders' functions are left out."""
+        chain = []
+        for depth, (file, line) in enumerate(access.frames):
+            path = self._folder / file
+            if path.is_file():
+                chain.append(f"{path.stem}.{_function(path, _load_at(path, line) if depth == 0 else line)}")
+        return tuple(chain)
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _load_at(path: Path, line: int) -> int:
+    """The line of the load that NVIDIA's assembler has at `line`: the last one above, if it is near."""
+    nodes = (node for node in ast.walk(_tree(path)) if isinstance(node, ast.Call))
+    lines = [node.lineno for node in nodes if isinstance(node.func, ast.Attribute) and node.func.attr == "load"]
+    return max((at for at in lines if line - _MOVED <= at <= line), default=line)
+
+
+@cache
+def _function(path: Path, line: int) -> str:
+    functions = (node for node in ast.walk(_tree(path)) if isinstance(node, ast.FunctionDef))
+    return next((f.name for f in functions if f.lineno <= line <= (f.end_lineno or f.lineno)), "")
