@@ -13,6 +13,17 @@ def row_start(row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
+def aligned(x, start, WIDTH: tl.constexpr):
+    """x + start, of which the compiler is told what `launch.vector_width` found: WIDTH entries there are aligned.
+
+    By itself it knows whether strides are divisible by 16; where they are not it would load single entries and spread
+    a lane over WIDTH threads.
+    """
+    BYTES: tl.constexpr = WIDTH * x.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(x + start, BYTES)
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x) for x > -1 to a few units in the last place (Kahan's correction of the rounded sum)."""
     y = 1.0 + x
@@ -73,11 +84,28 @@ def exponential(seed_low, seed_high, draw, row, ids):
 
 
 @triton.jit
-def lane_offsets(LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
-    """Offsets [STEPS, LANES, WIDTH] of a tile: thread `lane` reads WIDTH adjacent entries at STEPS places.
+def tile_offsets(LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """Offsets [STEPS * LANES * WIDTH] of a tile, ascending: the form in which tiles are loaded and stored.
 
-    With LANES = 32 * warps and WIDTH one vector load, all STEPS * WIDTH entries of a lane lie in one thread:
-    reducing over the first and the last axis exchanges nothing between threads.
+    In one axis the compiler has a single way to share out adjacent entries: WIDTH to a thread, thread by thread, and
+    again from the first thread.  With LANES = 32 * warps and WIDTH one vector load, `by_lane` then gives each lane
+    to one thread.  Of a load with three axes Triton 3.6 gives neighbouring threads the steps of one lane, which every
+    reduction over a lane then has to collect by exchanges.
+    """
+    return tl.max_contiguous(tl.arange(0, STEPS * LANES * WIDTH), WIDTH)
+
+
+@triton.jit
+def by_lane(x, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """A loaded tile, or what is known of its entries, as [STEPS, LANES, WIDTH]; no entry leaves its thread."""
+    return tl.reshape(x, (STEPS, LANES, WIDTH))
+
+
+@triton.jit
+def lane_offsets(LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """`tile_offsets` [STEPS, LANES, WIDTH]: thread `lane` reads WIDTH adjacent entries at STEPS places.
+
+    For arithmetic with ids; a load at these offsets may spread a lane over threads, see `tile_offsets`.
     """
     step = tl.arange(0, STEPS)[:, None, None] * (LANES * WIDTH)
     return step + tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
