@@ -11,10 +11,13 @@ because counts of a part of a kernel would look like counts of the kernel.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 Frame = tuple[str, int]
 """(name of a Python file, line); line 0 where the compiler has lost it."""
+Next = tuple[str | None, bool]
+"""Where an instruction that ends a block goes: a label or none, and whether what follows it may come next."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ _SASS_LABEL = re.compile(r"^([.$\w]+):\s*$")
 _SASS_SOURCE = re.compile(r'^\s*//## File "([^"]*)", line (\d+)(.*)$')
 
 
-def _sass_items(text: str):
+def _sass_items(text: str) -> Iterator[str | Instruction]:
     """Labels (str) and instructions, in order."""
     frames: list[Frame] = []
     complete = True  # the next source line begins another list of frames
@@ -97,8 +100,8 @@ def _sass_items(text: str):
             return
 
 
-def _sass_next(instruction: Instruction) -> tuple[str | None, bool] | None:
-    """(label it may jump to, whether what follows may come next); None where it does not end a block."""
+def _sass_next(instruction: Instruction) -> Next | None:
+    """None where it does not end a block."""
     base = instruction.name.partition(".")[0]
     if base in ("BRA", "JMP"):
         target = re.search(r"`\(([^)]+)\)", instruction.operands)
@@ -120,7 +123,8 @@ _AMD_LINE = re.compile(r"^\s+([a-z][a-z0-9]*_\w+)\s*([^;]*)")
 _AMD_SOURCE = re.compile(r"^\s*\.loc\s[^;]*;(.*)$")
 
 
-def _amdgcn_items(text: str):
+def _amdgcn_items(text: str) -> Iterator[str | Instruction]:
+    """As `_sass_items`."""
     frames: tuple[Frame, ...] = ()
     for line in text.splitlines():
         if source := _AMD_SOURCE.match(line):
@@ -133,7 +137,7 @@ def _amdgcn_items(text: str):
             raise RuntimeError(f"a line of the assembly cannot be read: {line.strip()!r}")
 
 
-def _amdgcn_next(instruction: Instruction) -> tuple[str | None, bool] | None:
+def _amdgcn_next(instruction: Instruction) -> Next | None:
     name = instruction.name
     if name == "s_branch" or name.startswith("s_cbranch_"):
         return instruction.operands, name != "s_branch"
@@ -142,7 +146,7 @@ def _amdgcn_next(instruction: Instruction) -> tuple[str | None, bool] | None:
     return (None, False) if name == "s_endpgm" else None
 
 
-def _blocks(items: list, following) -> list[Block]:
+def _blocks(items: list[str | Instruction], following: Callable[[Instruction], Next | None]) -> list[Block]:
     """Blocks of labels and instructions, joined by `following`, which is `_sass_next` or `_amdgcn_next`."""
     ends = {index: following(item) for index, item in enumerate(items) if isinstance(item, Instruction)}
     if not ends:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from grade_kernels.aot.listing import Block, Instruction
+from grade_kernels.aot.listing import Block, Frame, Instruction
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Access:
     """A load from or a store to global memory: bytes a thread, and where it comes from (`Instruction.frames`)."""
 
     bytes: int
-    frames: tuple
+    frames: tuple[Frame, ...]
 
 
 @dataclass
@@ -65,11 +65,19 @@ class Counts:
 
 @dataclass
 class Loop:
-    """Where a loop begins, what one turn of it takes without the loops inside it, and how many of those there are."""
+    """A loop, but for `inside` without the loops inside it.
+
+    Attributes:
+        label: where it begins.
+        counts: what a turn takes.
+        inside: how many loops it has inside.
+        frames: source lines of all its instructions.
+    """
 
     label: str
     counts: Counts
     inside: int
+    frames: frozenset[tuple[Frame, ...]]
 
     @property
     def is_innermost(self) -> bool:
@@ -111,10 +119,11 @@ def _find(
         before = len(found)
         depth = _find(blocks, inside, {head}, count, found)
         counts, nested = Counts(), set().union(*(loop_members for loop_members in _cycles(inside))) if depth else set()
-        for number in sorted(members - nested):
-            for instruction in blocks[number].instructions:
-                count(counts, instruction)
-        found.append(Loop(blocks[head].label, counts, len(found) - before))
+        own = [instruction for number in sorted(members - nested) for instruction in blocks[number].instructions]
+        for instruction in own:
+            count(counts, instruction)
+        frames = frozenset(instruction.frames for instruction in own)
+        found.append(Loop(blocks[head].label, counts, len(found) - before, frames))
         outermost += 1
     return outermost
 

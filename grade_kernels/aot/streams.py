@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+from grade_kernels.aot.listing import Frame
 from grade_kernels.aot.loops import Access, Counts, Loop
 
 
@@ -24,7 +25,7 @@ class Stream:
     """A loop over a row of logits.
 
     Attributes:
-        function: whose loads it makes, itself or in what it calls; file and name.
+        function: whose loop it is, with the loads in it or in what it calls; file and name.
         reads: the kernel's parameters of which a turn reads one entry for every entry of the tile.
         given, absent: parameters without or with which the kernel has no such loop.
         share: of the launcher's tile, one part in so many.
@@ -57,7 +58,8 @@ STREAMS: dict[str, tuple[Stream, ...]] = {
     "sample.select_kernel": (Stream("topk.survey", ("logits",), absent=("parts",)),),
     "sample.survey_kernel": (Stream("topk.survey", ("logits",)),),
 }
-# Loops over a row that few rows enter: they must not exchange anything either, but say nothing of the speed.
+# Loops over a row that few rows enter: they must not exchange anything either, but say nothing of the speed. So are the
+# loops of functions that stream in other kernels, or in other configurations.
 RARE = ("online.careful", "topk._count_in_row")
 # Loads that accompany those of the logits: words of suppressed ids, one for several entries.
 BESIDE = ("topk._blocked",)
@@ -69,8 +71,11 @@ _MOVED = 16
 class Configured(Protocol):
     """What of `binary.Configuration` is needed here."""
 
-    module: str
-    signature: dict[str, str]
+    @property
+    def module(self) -> str: ...
+
+    @property
+    def signature(self) -> dict[str, str]: ...
 
     @property
     def name(self) -> str: ...
@@ -140,28 +145,24 @@ def find_streams(configuration: Configured, loops: Sequence[Loop]) -> Streamed:
     ]
     found = []
     for loop in loops:
-        # The functions around every load, but for those beside.
-        chains = [(access, names.of(access)) for access in loop.counts.loads]
-        chains = [(access, chain) for access, chain in chains if not set(chain) & set(BESIDE)]
-        for rare in RARE:
-            if any(rare in chain for _, chain in chains):
-                found.append(Found(rare, 0, True, loop.counts))
-                chains = []
-        for stream in wanted:
-            size = sum(access.bytes for access, chain in chains if stream.function in chain)
-            if size:
-                found.append(_found(configuration, stream, loop, size))
+        loads = [access for access in loop.counts.loads if not set(names.of_load(access)) & set(BESIDE)]
+        owner = names.owner(loop, loads)
+        stream = next((stream for stream in wanted if stream.function == owner), None)
+        if stream is not None:
+            found.append(_found(configuration, stream, loop, sum(access.bytes for access in loads)))
+        elif owner is not None:
+            found.append(Found(owner, 0, True, loop.counts))
     for stream in wanted:
         if all(one.function != stream.function or one.rare for one in found):
             raise RuntimeError(
-                f"no loop of {configuration.name} loads in {stream.function}: either grade_kernels/aot/streams.py "
-                "declares what is not so, or TRITON_DISABLE_LINE_INFO=1 has removed the lines by which it is found"
+                f"{configuration.name} has no loop of {stream.function} that loads: grade_kernels/aot/streams.py "
+                "declares what is not so, or TRITON_DISABLE_LINE_INFO=1 has removed the source lines"
             )
     return Streamed(tuple(_once(found)))
 
 
 def _found(configuration: Configured, stream: Stream, loop: Loop, size: int) -> Found:
-    where = f"the loop of {configuration.name} that loads in {stream.function}"
+    where = f"the loop of {stream.function} in {configuration.name}"
     if not loop.is_innermost:
         raise RuntimeError(f"{where} has {loop.inside} loops inside it, so its turns are not all alike")
     if loop.counts.calls:
@@ -191,19 +192,39 @@ def _once(found: list[Found]) -> list[Found]:
 
 
 class _Names:
-    """The functions around an instruction, from its source lines, in the folder of the kernel's module."""
+    """The functions around instructions, from their source lines, in the folder of the kernel's module."""
 
     def __init__(self, module: str):
         self._folder = Path(importlib.import_module(module).__file__ or "").parent
+        self._declared = {*RARE, *(stream.function for streams in STREAMS.values() for stream in streams)}
 
-    def of(self, access: Access) -> tuple[str, ...]:
+    def of(self, frames: Sequence[Frame]) -> tuple[str, ...]:
         """As `online.kl_row`, the innermost first; other folders' functions are left out."""
-        chain = []
-        for depth, (file, line) in enumerate(access.frames):
-            path = self._folder / file
-            if path.is_file():
-                chain.append(f"{path.stem}.{_function(path, _load_at(path, line) if depth == 0 else line)}")
-        return tuple(chain)
+        paths = [(self._folder / file, line) for file, line in frames]
+        return tuple(f"{path.stem}.{_function(path, line)}" for path, line in paths if path.is_file())
+
+    def of_load(self, access: Access) -> tuple[str, ...]:
+        (file, line), *outer = access.frames or (("", 0),)
+        path = self._folder / file
+        return self.of([(file, _load_at(path, line) if path.is_file() else line), *outer])
+
+    def owner(self, loop: Loop, loads: Sequence[Access]) -> str | None:
+        """The declared function whose loop it is; None where it does not load for one.
+
+        Raises:
+            RuntimeError: it could be several.
+        """
+        if not loads:
+            return None
+        chains = map(self.of_load, loads)
+        owners: set[str | None] = {next((n for n in chain if n in self._declared), None) for chain in chains}
+        if None in owners:
+            # Of what is inlined Triton 3.6 names the innermost line alone for NVIDIA. The loop's own instructions, its
+            # addresses and sums, then say whose it is.
+            owners = {name for frames in loop.frames for name in self.of(frames[:1]) if name in self._declared}
+        if len(owners) > 1:
+            raise RuntimeError(f"a loop that loads belongs to {' or '.join(sorted(map(str, owners)))}")
+        return next(iter(owners), None)
 
 
 @cache

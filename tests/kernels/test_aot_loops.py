@@ -421,7 +421,7 @@ def test_an_exchange_in_a_stream_fails_by_name(toy, monkeypatch):
 @pytest.mark.parametrize(
     ("stream", "says"),
     [
-        (Stream("toy_streams.gone", ("x",)), "no loop of toy_streams.streaming loads in toy_streams.gone"),
+        (Stream("toy_streams.gone", ("x",)), "toy_streams.streaming has no loop of toy_streams.gone that loads"),
         (Stream("toy_streams.read", ("x", "out")), "no whole number of tiles of 16 x 6"),
         (Stream("toy_streams.read", ("y",)), "has no parameter y"),
     ],
