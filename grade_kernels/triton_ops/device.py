@@ -102,6 +102,26 @@ def by_lane(x, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
+def load_tile(x, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """The tile [STEPS, LANES, WIDTH] that begins at x, `aligned`, and lies within its row: float32, by lane."""
+    if (x.dtype.element_ty == tl.bfloat16) and (WIDTH > 1):
+        # Two entries a word, each one instruction from its float32; apart, the upper one would take two.
+        words = tl.multiple_of(x.to(tl.pointer_type(tl.int32)), 2 * WIDTH)
+        words = tl.load(words + tile_offsets(LANES, WIDTH // 2, STEPS))
+        low = (words << 16).to(tl.float32, bitcast=True)
+        entries = tl.join(low, (words & -65536).to(tl.float32, bitcast=True))
+    else:
+        entries = tl.load(x + tile_offsets(LANES, WIDTH, STEPS)).to(tl.float32)
+    return by_lane(entries, LANES, WIDTH, STEPS)
+
+
+@triton.jit
+def load_tail(x, ids, vocab, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """The same of a tile whose `ids` (`tile_offsets` of a row at x) may lie beyond the row: -inf there."""
+    return by_lane(tl.load(x + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32), LANES, WIDTH, STEPS)
+
+
+@triton.jit
 def lane_offsets(LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
     """`tile_offsets` [STEPS, LANES, WIDTH]: thread `lane` reads WIDTH adjacent entries at STEPS places.
 

@@ -125,12 +125,9 @@ def lse_row(x, vocab, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.conste
     t = tl.zeros([LANES], tl.float32)
     full = vocab // TILE
     for i in range(0, full):
-        entries = tl.load(x + i * TILE + offsets).to(tl.float32)
-        m, z, t = lse_tile(device.by_lane(entries, LANES, WIDTH, STEPS), m, z, t)
+        m, z, t = lse_tile(device.load_tile(x + i * TILE, LANES, WIDTH, STEPS), m, z, t)
     if vocab % TILE != 0:
-        ids = full * TILE + offsets
-        tail = tl.load(x + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-        m, z, t = lse_tile(device.by_lane(tail, LANES, WIDTH, STEPS), m, z, t)
+        m, z, t = lse_tile(device.load_tail(x, full * TILE + offsets, vocab, LANES, WIDTH, STEPS), m, z, t)
     return lse_merge(m, z, t)
 
 
@@ -245,23 +242,6 @@ def careful(p, q, vocab, ENTROPY: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def load_pair(
-    p, q, ids, vocab, MASKED: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr
-):  # fmt: skip
-    """A tile of both sides by lane, float32, and which entries exist; all do where not MASKED."""
-    if MASKED:
-        valid = ids < vocab
-        x = tl.load(p + ids, mask=valid, other=float("-inf")).to(tl.float32)
-        y = tl.load(q + ids, mask=valid, other=float("-inf")).to(tl.float32)
-    else:
-        valid = ids >= 0
-        x = tl.load(p + ids).to(tl.float32)
-        y = tl.load(q + ids).to(tl.float32)
-    x, y = device.by_lane(x, LANES, WIDTH, STEPS), device.by_lane(y, LANES, WIDTH, STEPS)
-    return x, y, device.by_lane(valid, LANES, WIDTH, STEPS)
-
-
-@triton.jit
 def kl_row(p, q, vocab, ENTROPY: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
     """(kl, peak_p, norm_p, peak_q, norm_q, shift, entropy) of the rows at p and q, as `KLStats` defines them.
 
@@ -273,17 +253,23 @@ def kl_row(p, q, vocab, ENTROPY: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.co
     z = tl.zeros([LANES], tl.float32)
     # A lane's centre starts at a difference of its own, which leaves its first mean the precision of u instead of
     # d: that of its likeliest first entry, since elsewhere one side may be masked with a large finite number.
-    x, y, valid = load_pair(p, q, offsets, vocab, True, LANES, WIDTH, STEPS)
+    valid = device.by_lane(offsets < vocab, LANES, WIDTH, STEPS)
+    x = device.load_tail(p, offsets, vocab, LANES, WIDTH, STEPS)
+    y = device.load_tail(q, offsets, vocab, LANES, WIDTH, STEPS)
     likeliest = x == device.lane_max(x)[None, :, None]
     c = device.finite_or_zero(device.lane_max(tl.where(likeliest & valid, y - x, float("-inf"))))
     low, a = z, z
     t, zq, tq = z, z, z
     full = vocab // TILE
     for i in range(0, full):
-        x, y, valid = load_pair(p, q, i * TILE + offsets, vocab, False, LANES, WIDTH, STEPS)
+        x = device.load_tile(p + i * TILE, LANES, WIDTH, STEPS)
+        y = device.load_tile(q + i * TILE, LANES, WIDTH, STEPS)
         m, z, c, low, a, t, zq, tq = kl_tile(x, y, valid, m, z, c, low, a, t, zq, tq, False, ENTROPY)
     if vocab % TILE != 0:
-        x, y, valid = load_pair(p, q, full * TILE + offsets, vocab, True, LANES, WIDTH, STEPS)
+        ids = full * TILE + offsets
+        valid = device.by_lane(ids < vocab, LANES, WIDTH, STEPS)
+        x = device.load_tail(p, ids, vocab, LANES, WIDTH, STEPS)
+        y = device.load_tail(q, ids, vocab, LANES, WIDTH, STEPS)
         m, z, c, low, a, t, zq, tq = kl_tile(x, y, valid, m, z, c, low, a, t, zq, tq, True, ENTROPY)
     kl, peak_p, norm_p, peak_q, norm_q, shift, entropy = kl_merge(m, z, c, low, a, t, zq, tq, ENTROPY)
     good = (kl < LARGE) & (tl.abs(norm_q) < float("inf")) & (entropy == entropy)
