@@ -29,6 +29,7 @@ class Stream:
         reads: the kernel's parameters of which a turn reads one entry for every entry of the tile.
         given, absent: parameters without or with which the kernel has no such loop.
         share: of the launcher's tile, one part in so many.
+        instead: functions that the same loop is in where the types of the logits are others.
     """
 
     function: str
@@ -36,6 +37,11 @@ class Stream:
     given: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     share: int = 1
+    instead: tuple[str, ...] = ()
+
+    @property
+    def functions(self) -> set[str]:
+        return {self.function, *self.instead}
 
 
 _SIDES = ("policy", "ref")
@@ -147,13 +153,13 @@ def find_streams(configuration: Configured, loops: Sequence[Loop]) -> Streamed:
     for loop in loops:
         loads = [access for access in loop.counts.loads if not set(names.of_load(access)) & set(BESIDE)]
         owner = names.owner(loop, loads)
-        stream = next((stream for stream in wanted if stream.function == owner), None)
-        if stream is not None:
-            found.append(_found(configuration, stream, loop, sum(access.bytes for access in loads)))
+        stream = next((stream for stream in wanted if owner in stream.functions), None)
+        if owner is not None and stream is not None:
+            found.append(_found(configuration, owner, stream, loop, sum(access.bytes for access in loads)))
         elif owner is not None:
             found.append(Found(owner, 0, True, loop.counts))
     for stream in wanted:
-        if all(one.function != stream.function or one.rare for one in found):
+        if all(one.function not in stream.functions or one.rare for one in found):
             raise RuntimeError(
                 f"{configuration.name} has no loop of {stream.function} that loads: grade_kernels/aot/streams.py "
                 "declares what is not so, or TRITON_DISABLE_LINE_INFO=1 has removed the source lines"
@@ -161,8 +167,8 @@ def find_streams(configuration: Configured, loops: Sequence[Loop]) -> Streamed:
     return Streamed(tuple(_once(found)))
 
 
-def _found(configuration: Configured, stream: Stream, loop: Loop, size: int) -> Found:
-    where = f"the loop of {stream.function} in {configuration.name}"
+def _found(configuration: Configured, owner: str, stream: Stream, loop: Loop, size: int) -> Found:
+    where = f"the loop of {owner} in {configuration.name}"
     if not loop.is_innermost:
         raise RuntimeError(f"{where} has {loop.inside} loops inside it, so its turns are not all alike")
     if loop.counts.calls:
@@ -173,7 +179,7 @@ def _found(configuration: Configured, stream: Stream, loop: Loop, size: int) -> 
         raise RuntimeError(
             f"{where} loads {size} bytes a thread, which is no whole number of tiles of {tile} x {entry}"
         )
-    return Found(stream.function, size // entry, False, loop.counts)
+    return Found(owner, size // entry, False, loop.counts)
 
 
 _SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -196,7 +202,7 @@ class _Names:
 
     def __init__(self, module: str):
         self._folder = Path(importlib.import_module(module).__file__ or "").parent
-        self._declared = {*RARE, *(stream.function for streams in STREAMS.values() for stream in streams)}
+        self._declared = set(RARE).union(*(stream.functions for streams in STREAMS.values() for stream in streams))
 
     def of(self, frames: Sequence[Frame]) -> tuple[str, ...]:
         """As `online.kl_row`, the innermost first; other folders' functions are left out."""
