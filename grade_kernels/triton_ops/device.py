@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grade_kernels.common.environment import interpreting
+
+INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
+
 
 @triton.jit
 def row_start(row, inner, outer_stride, inner_stride):
@@ -21,6 +25,14 @@ def aligned(x, start, WIDTH: tl.constexpr):
     """
     BYTES: tl.constexpr = WIDTH * x.dtype.element_ty.primitive_bitwidth // 8
     return tl.multiple_of(x + start, BYTES)
+
+
+@triton.jit
+def fma(x, y, z):
+    """x y + z, rounded once.  NumPy has no such operation, so that the interpreter takes one more accurate."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    return tl.fma(x, y, z)
 
 
 @triton.jit

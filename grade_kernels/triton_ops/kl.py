@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grade_kernels.common.chunks import Rows
 from grade_kernels.common.stats import KLStats
-from grade_kernels.triton_ops import device, online
+from grade_kernels.triton_ops import device, half, online
 from grade_kernels.triton_ops.launch import as_tensor, launch, row_addresses, store_width, vector_width
 
 _WARPS = 8
@@ -32,7 +32,10 @@ def _stats_kernel(
     row = tl.program_id(0).to(tl.int64)
     p = device.aligned(p, device.row_start(row, p_inner, p_outer, p_stride), WIDTH)
     q = device.aligned(q, device.row_start(row, q_inner, q_outer, q_stride), WIDTH)
-    kl, peak_p, norm_p, peak_q, norm_q, shift, _ = online.kl_row(p, q, vocab, 0, LANES, WIDTH, STEPS)
+    if p.dtype.element_ty.primitive_bitwidth + q.dtype.element_ty.primitive_bitwidth == 32:
+        kl, peak_p, norm_p, peak_q, norm_q, shift = half.kl_row(p, q, vocab, LANES, WIDTH, STEPS)
+    else:
+        kl, peak_p, norm_p, peak_q, norm_q, shift, _ = online.kl_row(p, q, vocab, 0, LANES, WIDTH, STEPS)
     out += row
     n = n.to(tl.int64)
     tl.store(out, kl)

@@ -182,7 +182,7 @@ def kl_merge(m, z, c, low, a, t, zq, tq, ENTROPY: tl.constexpr):
     centre = tl.sum(mass * c, axis=0) / total
     apart = (c - centre) + low
     mean = tl.sum(mass * apart, axis=0) / total
-    gain, lift = move(tl.where(z > 0.0, apart - mean, 0.0), k)
+    gain, lift = move(tl.where((z > 0.0) | (a > 0.0), apart - mean, 0.0), k)
     high, kl_low = log1p_parts(tl.sum(gain * a + lift * z, axis=0) / total)
     norm = tl.log(total)
     # A large divergence all but cancels the centre: its leading part goes first, where nothing is rounded.
