@@ -74,9 +74,13 @@ def measure(options: argparse.Namespace) -> dict:
     check_triton()
     import triton
 
-    kept: list[dict] = []
-    if options.save is not None and options.save.exists():
-        kept = read_saved(options.save, "the file to add to, or a new one", "rows", of_rows=("triton",))["rows"]
+    def kept() -> list[dict]:
+        if options.save is None or not options.save.exists():
+            return []
+        saved = read_saved(options.save, "the file to add to, or a new one", "rows", of_rows=("triton",))
+        return [row for row in saved["rows"] if row["triton"] != triton.__version__]
+
+    kept()  # a file that cannot be added to is refused before anything is compiled
     named = {configuration(made, target).key: name for name, made in cases() for target in binary.TARGETS}
     every = [configuration(made, target) for _, made in cases() for target in binary.TARGETS]
     rows = []
@@ -85,7 +89,7 @@ def measure(options: argparse.Namespace) -> dict:
             sys.exit(f"{row.configuration.name} for {row.configuration.target}: {row.error}")
         rows.append({"name": named[row.configuration.key], **record(row, triton.__version__)})
     rows.sort(key=lambda row: (list(named.values()).index(row["name"]), list(binary.TARGETS).index(row["target"])))
-    return {"vocab": VOCAB, "k": K, "rows": [row for row in kept if row["triton"] != triton.__version__] + rows}
+    return {"vocab": VOCAB, "k": K, "rows": kept() + rows}
 
 
 def document(saved: dict, parts: tuple[str, ...]) -> str:

@@ -46,7 +46,7 @@ class Stream:
 
 _SIDES = ("policy", "ref")
 STREAMS: dict[str, tuple[Stream, ...]] = {
-    "kl._stats_kernel": (Stream("online.kl_row", ("p", "q")),),
+    "kl._stats_kernel": (Stream("online.kl_row", ("p", "q"), instead=("half.kl_row",)),),
     "kl._grads_kernel": (Stream("online.write_kl_grads", ("p", "q")),),
     "logprob._stats_kernel": (Stream("online.lse_row", ("x",)),),
     "logprob._grad_kernel": (Stream("logprob._grad_kernel", ("x",)),),
@@ -66,9 +66,9 @@ STREAMS: dict[str, tuple[Stream, ...]] = {
 }
 # Loops over a row that few rows enter: they must not exchange anything either, but say nothing of the speed. So are the
 # loops of functions that stream in other kernels, or in other configurations.
-RARE = ("online.careful", "topk._count_in_row")
+RARE = ("online.careful", "bisection._count_in_row")
 # Loads that accompany those of the logits: words of suppressed ids, one for several entries.
-BESIDE = ("topk._blocked",)
+BESIDE = ("topk.suppressed", "suppress.is_blocked")
 # Lines by which NVIDIA's assembler may move a load down: it takes the lines of Triton's inline assembly, a register
 # each, for lines of the source.
 _MOVED = 16

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grade_kernels.triton_ops.device import finite_or_zero, lane_max, lane_offsets, lane_sum
+from grade_kernels.triton_ops.device import by_lane, finite_or_zero, lane_max, lane_sum, tile_offsets
 from grade_kernels.triton_ops.online import LOG2E
 from grade_kernels.triton_ops.suppress import is_blocked
 
@@ -118,11 +118,12 @@ def _survey_tile(
     PART: tl.constexpr = min(STEPS, max(1, 16 // WIDTH))
     largest = tl.full([LANES], float("-inf"), tl.float32)
     for part in tl.static_range(STEPS // PART):
-        ids = start + part * PART * LANES * WIDTH + lane_offsets(LANES, WIDTH, PART)
+        ids = start + part * PART * LANES * WIDTH + tile_offsets(LANES, WIDTH, PART)
         if MASKED:
             x = tl.load(row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
         else:
             x = tl.load(row + ids).to(tl.float32)
+        x, ids = by_lane(x, LANES, WIDTH, PART), by_lane(ids, LANES, WIDTH, PART)
         top = lane_max(x)
         raised = tl.maximum(peak, top)
         base = finite_or_zero(raised)
