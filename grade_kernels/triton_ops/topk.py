@@ -21,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grade_kernels.triton_ops import device
 from grade_kernels.triton_ops.device import finite_or_zero, lane_max, lane_offsets, lane_sum
 
 LOWEST = tl.constexpr(-(2**63))  # below every key
@@ -102,11 +103,12 @@ def _survey_tile(
     PART: tl.constexpr = min(STEPS, max(1, 16 // WIDTH))
     largest = tl.full([LANES], float("-inf"), tl.float32)
     for part in tl.static_range(STEPS // PART):
-        ids = start + part * PART * LANES * WIDTH + lane_offsets(LANES, WIDTH, PART)
+        begin = start + part * PART * LANES * WIDTH
+        ids = begin + lane_offsets(LANES, WIDTH, PART)
         if MASKED:
-            x = tl.load(row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+            x = device.load_tail(row, begin + device.tile_offsets(LANES, WIDTH, PART), vocab, LANES, WIDTH, PART)
         else:
-            x = tl.load(row + ids).to(tl.float32)
+            x = device.load_tile(row + begin, LANES, WIDTH, PART)
         top = lane_max(x)
         raised = tl.maximum(peak, top)
         base = finite_or_zero(raised)
