@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grade_kernels.common.chunks import Rows
 from grade_kernels.common.sample import Sample, Support
-from grade_kernels.triton_ops import noise, topk
+from grade_kernels.triton_ops import bisection, noise, topk
 from grade_kernels.triton_ops.device import aligned, row_start
 from grade_kernels.triton_ops.launch import (
     as_tensor,
@@ -35,7 +35,10 @@ from grade_kernels.triton_ops.suppress import suppress_bits
 _MAX_GROUPS = 4096
 _MAX_GROUP = 64  # entries of a group, unless the vocabulary has more than 262,144
 _MAX_SPLITS = 64
-# Scratch of a launch, 32 k bytes a row; 16,384 rows of k = 256 fit.  A larger batch takes several launches.
+# Loads of a thread that are under way at a time when groups are read again, of at most 32 entries in all; half of both
+# beyond k = 256, where more would spill.
+_LOADS = 8
+# Scratch of a launch, 16 k bytes a row; 32,768 rows of k = 256 fit.  A larger batch takes several launches.
 _SCRATCH_BYTES = 2**27
 
 
@@ -67,7 +70,9 @@ class Plan(NamedTuple):
         reach, which is up to k = 256."""
         sort = 2 * self.kept
         limit = 2 * sort if self.kept <= 256 else sort
-        return {"READ": 32, "SORT": sort, "LIMIT": max(256, limit), "KEPT": self.kept}
+        loads = _LOADS // (1 + (self.kept > 256)) * self.lanes // self.steps
+        read = min(loads, loads * 4 // self.width, next_power_of_2(self.kept + self.kept // 8))
+        return {"READ": max(32, read), "SORT": sort, "LIMIT": max(256, limit), "KEPT": self.kept}
 
 
 def plan(vocab: int, k: int, logits: Tensor) -> Plan:
@@ -104,7 +109,6 @@ def select_kernel(
     lane = tl.arange(0, KEPT)
     valid = lane < k
     start = aligned(logits, row_start(row, inner, outer_stride, inner_stride), WIDTH)
-    tile = tl.arange(0, TILES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     if parts is None:
         tiles = tl.cdiv(vocab, LANES * WIDTH * STEPS)
         tops, peak, norm = topk.survey(start, vocab, 0, tiles, bits, None, given is None, TILES, LANES, WIDTH, STEPS)
@@ -114,12 +118,12 @@ def select_kernel(
         peaks = tl.load(at, mask=part < parts_n, other=float("-inf"))
         peak, norm = topk.merge_sums(peaks, tl.load(at + 1, mask=part < parts_n, other=0.0))
         if given is None:
-            tops = tl.load(maxima + row * (TILES * LANES) + tile, mask=tile < groups, other=topk.BLOCKED)
+            tops = topk.read_maxima(maxima + row * (TILES * LANES), groups, TILES, LANES)
     if given is None:
         # The groups to be read again are noted in the row's place for the ids, which come later.
         hits = (out_ids + row * k).to(tl.pointer_type(tl.int32))
         ids = _top_ids(
-            start, vocab, k, groups, bits, norm, tops, hits, buffer + program * LIMIT,
+            start, vocab, k, groups, bits, peak, norm, tops, hits, buffer + program * LIMIT,
             TILES, LANES, WIDTH, STEPS, READ, SORT, LIMIT, KEPT,
         )  # fmt: skip
     else:
@@ -143,26 +147,25 @@ def select_kernel(
 
 @triton.jit
 def _top_ids(
-    start, vocab, k, groups, bits, norm, maxima, hits, buffer,
+    start, vocab, k, groups, bits, peak, norm, maxima, hits, buffer,
     TILES: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, READ: tl.constexpr,
     SORT: tl.constexpr, LIMIT: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """The ids [KEPT] of the k largest entries of a row, in order."""
-    T = topk.threshold(maxima, groups, k)
+    T, reached = bisection.threshold(maxima, groups, peak, k)
     T = tl.where(norm != norm, topk.BLOCKED, T)  # a maximum may have missed a NaN: let everything pass
     if bits is not None:  # a maximum of -inf may be that of suppressed ids, which rank below -inf
         T = tl.where(T <= topk.MASKED, topk.BLOCKED, T)
-    floor = tl.maximum(T.to(tl.int64) << 32, topk.LOWEST + 1)
     filled = topk.candidates(
-        start, vocab, bits, T, floor, maxima, hits, 2 * k, buffer, TILES, LANES, WIDTH, STEPS, READ, LIMIT
+        start, vocab, bits, T, reached, maxima, hits, 2 * k, buffer, TILES, LANES, WIDTH, STEPS, READ, LIMIT
     )
     tl.debug_barrier()  # the buffer is written
     if filled > SORT:
-        topk.narrow(start, vocab, k, bits, floor, filled, buffer, LANES, WIDTH, LIMIT)
+        bisection.narrow(start, vocab, k, bits, T, filled, buffer, LANES, WIDTH, LIMIT)
         filled = k
     entry = tl.arange(0, SORT)
-    passed = tl.load(buffer + entry, mask=entry < filled, other=topk.LOWEST)
-    return topk.key_id(tl.topk(passed, KEPT))
+    ids = tl.load(buffer + entry, mask=entry < filled, other=0)
+    return topk.key_id(tl.topk(topk.keys_of(start, ids, entry < filled, bits), KEPT))
 
 
 @triton.jit
@@ -236,8 +239,8 @@ def _launch_selection(
     at_once = max(n, 1)
     if given is None:
         limit = shape.buffers["LIMIT"]
-        at_once = min(at_once, _SCRATCH_BYTES // (8 * limit))
-        buffer = torch.empty(at_once, limit, dtype=torch.int64, device=device)
+        at_once = min(at_once, _SCRATCH_BYTES // (4 * limit))
+        buffer = torch.empty(at_once, limit, dtype=torch.int32, device=device)
 
     processors = multiprocessors(device)
     per_part = -(-shape.tiles // min(_MAX_SPLITS, max(1, 2 * processors // max(n, 1))))

@@ -1,14 +1,14 @@
-"""Exact top-k of a row without sorting the vocabulary: the device functions of `sample`.
+"""Exact top-k of a row without sorting the vocabulary: the device functions of `sample`, with those of `bisection`.
 
 1. `survey` streams the row once.  Its entries fall into groups, one per lane and tile; it leaves the maximum
    of every group, and the row's log-sum-exp.
-2. `threshold`: the k-th largest of the group maxima is a lower bound T of the k-th largest entry, for k
+2. `bisection.threshold`: the k-th largest of the group maxima is a lower bound T of the k-th largest entry, for k
    entries reach it.
 3. `candidates`: an entry >= T lies in a group whose maximum is >= T, and of those there are k, or a few more
    on ties.  Only they are read again (256 groups of 64 are a tenth of a row of 151,936); their entries >= T
    go into a buffer.  In rows whose order is random, -G ln(1 - k/G) entries pass, G being the number of
    groups: 271 for k = 256 and G = 2,560.
-4. `narrow`: where more pass than the sort takes (ties, large entries side by side, masked rows), the exact
+4. `bisection.narrow`: where more pass than the sort takes (ties, large entries side by side, masked rows), the exact
    k-th key is found by bisection, in the buffer or, if they do not fit there either, over the row.
 5. The rest is sorted.
 
@@ -23,6 +23,8 @@ import triton.language as tl
 
 from grade_kernels.triton_ops import device
 from grade_kernels.triton_ops.device import finite_or_zero, lane_max, lane_offsets, lane_sum
+from grade_kernels.triton_ops.online import LOG2E
+from grade_kernels.triton_ops.suppress import is_blocked
 
 LOWEST = tl.constexpr(-(2**63))  # below every key
 BLOCKED = tl.constexpr(-(2**31))  # the value of a suppressed id, below
@@ -37,14 +39,16 @@ def order(x):
 
 
 @triton.jit
-def sort_keys(x, ids, inside, bits, vocab, WIDTH: tl.constexpr):
-    """int64 keys of the entries x at ids (int32) [STEPS, LANES, WIDTH], `LOWEST` where not `inside`; `bits` marks
-    suppressed ids."""
-    value = order(x)
-    if bits is not None:
-        value = tl.where(_blocked(bits, ids, vocab, WIDTH), BLOCKED, value)
-    key = (value.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64))
-    return tl.where(inside, key, LOWEST)
+def from_order(value):
+    """The float32 whose `order` is `value`; `BLOCKED` is -inf."""
+    bits = value ^ ((value >> 31) & 0x7FFFFFFF)
+    return tl.where(value <= MASKED, float("-inf"), bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def key(value, ids):
+    """int64 keys of values in `order` at ids (both int32)."""
+    return (value.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64))
 
 
 @triton.jit
@@ -95,6 +99,18 @@ def _keep(kept, tile, maxima, TILES: tl.constexpr):
 
 
 @triton.jit
+def read_maxima(maxima, groups, TILES: tl.constexpr, LANES: tl.constexpr):
+    """What `survey` stored at `maxima`, as it would have returned it."""
+    lanes = tl.arange(0, LANES)
+    kept = tl.full([TILES, LANES], BLOCKED, tl.int32)
+    # A tile at a time: the compiler would spread a block of them over the warps, which then exchange it in every count.
+    for tile in tl.static_range(TILES):
+        number = tile * LANES + lanes
+        kept = _keep(kept, tile, tl.load(maxima + number, mask=number < groups, other=BLOCKED), TILES)
+    return kept
+
+
+@triton.jit
 def _survey_tile(
     row, vocab, start, bits, peak, norm,
     MASKED: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
@@ -112,19 +128,20 @@ def _survey_tile(
         top = lane_max(x)
         raised = tl.maximum(peak, top)
         base = finite_or_zero(raised)
-        norm = norm * tl.exp(peak - base) + lane_sum(tl.exp(x - base[None, :, None]))
+        norm = norm * tl.exp2((peak - base) * LOG2E) + lane_sum(tl.exp2((x - base[None, :, None]) * LOG2E))
         peak = raised
         if bits is not None:
-            x = tl.where(_blocked(bits, ids, vocab, WIDTH), float("-inf"), x)
+            x = tl.where(suppressed(bits, ids, vocab, WIDTH), float("-inf"), x)
             top = lane_max(x)
         largest = tl.maximum(largest, top)
     return largest, peak, norm
 
 
 @triton.jit
-def _blocked(bits, ids, vocab, WIDTH: tl.constexpr):
-    """Whether ids [STEPS, LANES, WIDTH] are suppressed, by one load a lane: WIDTH adjacent ids share a word."""
-    first = tl.min(ids, axis=2, keep_dims=True)
+def suppressed(bits, ids, vocab, WIDTH: tl.constexpr):
+    """Whether ids [..., WIDTH], the first of them a multiple of WIDTH, are suppressed, by one load for all WIDTH, which
+    share a word."""
+    first = tl.min(ids & -WIDTH, axis=len(ids.shape) - 1, keep_dims=True)
     word = tl.load(bits + (first >> 4), mask=first < vocab, other=0)
     return ((word >> (ids & 15)) & 1) != 0
 
@@ -132,130 +149,79 @@ def _blocked(bits, ids, vocab, WIDTH: tl.constexpr):
 @triton.jit
 def merge_sums(peaks, norms):
     """(peak, norm) of the union of parts, each sum_i e^(x_i) = norm e^peak."""
+    # The peak of a part without mass is none: 0 in its place may be far above the row's.
+    peaks = tl.where(norms == 0.0, float("-inf"), peaks)
     peak = finite_or_zero(tl.max(peaks, axis=0))
-    return peak, tl.sum(norms * tl.exp(peaks - peak), axis=0)
+    return peak, tl.sum(norms * tl.exp2((peaks - peak) * LOG2E), axis=0)
 
 
 @triton.jit
-def threshold(maxima, groups, k):
-    """T (int32): a lower bound of the k-th largest of the maxima [TILES, LANES], which k to 9k/8 of them reach, or
-    more if they are equal.  Fewer groups than k: T is below everything."""
-    # Invariant: at least k of them reach `low`, fewer reach `high`.
-    low = tl.full([], BLOCKED, tl.int64)
-    high = tl.max(tl.max(maxima, axis=0), axis=0).to(tl.int64) + 1
-    reached = tl.full([], 2147483647, tl.int32)
-    while (high - low > 1) & (reached > k + k // 8) & (groups >= k):
-        middle = (low + high) >> 1
-        count = tl.sum(tl.sum((maxima >= middle.to(tl.int32)).to(tl.int32), axis=0), axis=0)
-        enough = count >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-        reached = tl.where(enough, count, reached)
-    return low.to(tl.int32)
+def mark(take):
+    """Bool [CHUNKS, WIDTH], WIDTH at most 16, as the bits of int32 [CHUNKS], below their number in the upper half.
+
+    A chunk lies in a thread, so that what is exchanged and stored has one entry a chunk, in the layout it has already.
+    """
+    bit = 1 << tl.arange(0, take.shape[1])[None, :]
+    return tl.sum(tl.where(take, bit + (1 << 16), 0), axis=1)
 
 
 @triton.jit
-def append(keys, take, buffer, filled, LIMIT: tl.constexpr):
-    """Store the keys [STEPS, LANES, WIDTH] to be taken behind the first `filled` entries of the buffer, as far
-    as LIMIT; the new number of entries, which may be beyond it."""
-    take = take.to(tl.int32)
-    per_step = tl.sum(take, axis=2)
-    per_lane = tl.sum(per_step, axis=0)
-    before = (tl.cumsum(per_lane, axis=0) - per_lane)[None, :] + tl.cumsum(per_step, axis=0) - per_step
-    place = filled + before[:, :, None] + tl.cumsum(take, axis=2) - take
-    tl.store(buffer + place, keys, mask=(take != 0) & (place < LIMIT))
-    return filled + tl.sum(per_lane, axis=0)
+def append(ids, taken, buffer, filled, LIMIT: tl.constexpr, WIDTH: tl.constexpr):
+    """Store the ids to be taken, of WIDTH from each of `ids` on (int32 [CHUNKS]), behind the first `filled` entries of
+    the buffer (int32), as far as LIMIT; the new number of entries, which may be beyond it.
+
+    `taken` (int32 [CHUNKS]) is what `mark` gives.
+    """
+    number = taken >> 16
+    place = filled + tl.cumsum(number, axis=0) - number
+    for i in tl.static_range(WIDTH):
+        this = (taken >> i) & 1
+        tl.store(buffer + place, ids + i, mask=(this != 0) & (place < LIMIT))
+        place += this
+    return filled + tl.sum(number, axis=0)
 
 
 @triton.jit
 def candidates(
-    row, vocab, bits, T, floor, maxima, hits, capacity, buffer,
+    row, vocab, bits, T, reached, maxima, hits, capacity, buffer,
     TILES: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, READ: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Put the keys >= floor, which is that of T, into the buffer; how many there are, stored (up to LIMIT) or not.
+    """Put the ids of the entries that reach T into the buffer; how many there are, stored (up to LIMIT) or not.
 
-    `hits` is room for the numbers of `capacity` groups that reach T; with more of them, LIMIT + 1 keys are claimed
-    and none is read.  READ groups are read at a time.
+    `hits` is room for the numbers of `capacity` groups; where more have `reached` T, LIMIT + 1 ids are claimed and none
+    is read, and so where T is below everything and there may be more.  READ groups are read at a time.
     """
     TILE: tl.constexpr = LANES * WIDTH * STEPS
     hit = (maxima >= T).to(tl.int32)
     per_lane = tl.sum(hit, axis=0)
     place = (tl.cumsum(per_lane, axis=0) - per_lane)[None, :] + tl.cumsum(hit, axis=0) - hit
     number = tl.arange(0, TILES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    count = tl.sum(per_lane, axis=0)
+    count = tl.where(T == BLOCKED, TILES * LANES, reached)  # groups outside the row are `BLOCKED`
     tl.store(hits + place, number, mask=(hit != 0) & (place < capacity))
     tl.debug_barrier()
-    lanes = tl.arange(0, READ)
-    step = tl.arange(0, STEPS)[:, None, None] * (LANES * WIDTH)
-    within = step + tl.arange(0, WIDTH)[None, None, :]
+    chunk = tl.arange(0, READ * STEPS)[:, None]
+    least = from_order(T)
     filled = tl.full([], 0, tl.int32)
     for start in range(0, tl.where(count <= capacity, count, 0), READ):
-        group = tl.load(hits + start + lanes, mask=start + lanes < count, other=0)
-        ids = (group // LANES * TILE + group % LANES * WIDTH)[None, :, None] + within
-        inside = (ids < vocab) & (start + lanes < count)[None, :, None]
+        at = start + chunk // STEPS
+        group = tl.load(hits + at, mask=at < count, other=0)
+        first = group // LANES * TILE + group % LANES * WIDTH + chunk % STEPS * (LANES * WIDTH)
+        ids = first + tl.arange(0, WIDTH)[None, :]
+        inside = (ids < vocab) & (at < count)
         x = tl.load(row + ids, mask=inside, other=0.0).to(tl.float32)
-        keys = sort_keys(x, ids, inside, bits, vocab, WIDTH)
-        filled = append(keys, keys >= floor, buffer, filled, LIMIT)
+        take = inside & ~(x < least)
+        if bits is not None:
+            take &= (T == BLOCKED) | ~suppressed(bits, ids, vocab, WIDTH)
+        filled = append(tl.sum(first, axis=1), mark(take), buffer, filled, LIMIT, WIDTH)
     return tl.where(count <= capacity, filled, LIMIT + 1)
 
 
 @triton.jit
-def narrow(row, vocab, k, bits, low, filled, buffer, LANES: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr):
-    """Leave exactly the k largest keys at the front of the buffer.
-
-    Of the keys >= `low`, `filled` >= k in number, the buffer holds all or, where they are more than LIMIT, some;
-    then the row is streamed again for every step of the bisection (at most 64).
-    """
-    entries = tl.arange(0, LIMIT)
-    fits = filled <= LIMIT
-    kept = tl.load(buffer + entries, mask=entries < tl.where(fits, filled, 0), other=LOWEST)
-    high = tl.full([], 0x7FC00001, tl.int64) << 32  # above every key
-    reached = filled
-    # Mostly it is ties at the value of `low` that are too many (a masked row), so the next value is tried first.
-    # Keys are distinct, so some threshold has exactly k at or above it.
-    middle = low + (tl.full([], 1, tl.int64) << 32)
-    while (reached != k) & (low + 1 < high):
-        if fits:
-            count = tl.sum((kept >= middle).to(tl.int32), axis=0)
-        else:
-            count = _count_in_row(row, vocab, bits, middle, LANES, WIDTH)
-        enough = count >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-        reached = tl.where(enough, count, reached)
-        middle = (low & high) + ((low ^ high) >> 1)
-    tl.debug_barrier()  # everyone has read the buffer
-    if fits:
-        take = kept >= low
-        place = tl.cumsum(take.to(tl.int32), axis=0) - 1
-        tl.store(buffer + place, kept, mask=take)
-    else:
-        _collect_from_row(row, vocab, bits, low, buffer, LANES, WIDTH, LIMIT)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _row_keys(row, vocab, tile, bits, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    ids = tile * (LANES * WIDTH) + lane_offsets(LANES, WIDTH, 1)
-    inside = ids < vocab
+def keys_of(row, ids, inside, bits):
+    """int64 keys [N] of the entries of a row at ids (int32 [N]), `LOWEST` where not `inside`."""
     x = tl.load(row + ids, mask=inside, other=0.0).to(tl.float32)
-    return sort_keys(x, ids, inside, bits, vocab, WIDTH)
-
-
-@triton.jit
-def _count_in_row(row, vocab, bits, low, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    count = tl.zeros([LANES], tl.int32)
-    for tile in range(0, tl.cdiv(vocab, LANES * WIDTH)):
-        count += lane_sum((_row_keys(row, vocab, tile, bits, LANES, WIDTH) >= low).to(tl.int32))
-    return tl.sum(count, axis=0)
-
-
-@triton.jit
-def _collect_from_row(
-    row, vocab, bits, low, buffer, LANES: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr
-):  # fmt: skip
-    filled = tl.full([], 0, tl.int32)
-    for tile in range(0, tl.cdiv(vocab, LANES * WIDTH)):
-        keys = _row_keys(row, vocab, tile, bits, LANES, WIDTH)
-        filled = append(keys, keys >= low, buffer, filled, LIMIT)
+    value = order(x)
+    if bits is not None:
+        value = tl.where(is_blocked(bits, tl.where(inside, ids, 0)), BLOCKED, value)
+    return tl.where(inside, key(value, ids), LOWEST)

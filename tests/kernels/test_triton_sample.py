@@ -7,7 +7,7 @@ import torch
 from kernel_checks import HALF
 from sampling_checks import check_sample
 
-from grade_kernels import triton_ops
+from grade_kernels import reference, triton_ops
 from grade_kernels.triton_ops import sample
 
 pytestmark = pytest.mark.triton
@@ -53,8 +53,56 @@ def test_splitting_a_row_changes_nothing(device, monkeypatch):
 
 
 def test_batches_larger_than_the_scratch(device, monkeypatch):
-    monkeypatch.setattr(sample, "_SCRATCH_BYTES", 2 * 8 * 256)  # two rows a launch
+    monkeypatch.setattr(sample, "_SCRATCH_BYTES", 2 * 4 * 256)  # two rows a launch
     check(torch.randn(5, 300, device=device), 4)
+
+
+@pytest.mark.parametrize(("k", "counts"), [(127, (127, 128)), (128, (128, 129, 255, 256, 257))])
+def test_blocks_of_candidates(device, k, counts):
+    """128 groups are read again at a time, and at most 2k: as many hold the largest entry as fill one block or two, one
+    fewer and one more."""
+    vocab = 40_000
+    plan = sample.plan(vocab, k, torch.empty(0))
+    assert plan.groups > 512 and plan.buffers["READ"] == 128
+    logits = torch.rand(len(counts), vocab)
+    for row, count in zip(logits, counts, strict=True):
+        group = torch.randperm(plan.groups)[:count]
+        row[group // plan.lanes * plan.lanes * plan.width * plan.steps + group % plan.lanes * plan.width] = 5.0
+    ids, values, _ = triton_ops.sample.select(logits.to(device), k, None, None, None, torch.float32)
+    assert torch.equal(ids.cpu(), reference.topk(logits, k)) and (values == 5.0).all()
+
+
+def masked(row: torch.Tensor, kept: slice) -> torch.Tensor:
+    return torch.full_like(row, -torch.inf).index_copy(0, torch.arange(len(row))[kept], row[kept])
+
+
+LOGITS = {
+    "wide": lambda x: 30 * x,
+    "equal": lambda x: torch.full_like(x, 7.3),
+    "far above 0": lambda x: 1e4 + 3 * x,
+    "far below 0": lambda x: -1e4 + 3 * x,
+    "far above and below 0": lambda x: 1e4 * x.sign() + x,
+    "masked but for 3": lambda x: masked(x, slice(-3, None)),
+    "first tile masked, far below 0": lambda x: masked(-1e4 + 3 * x, slice(20_000, None)),
+    "masked by the lowest float": lambda x: torch.where(x > 3, x, torch.finfo(x.dtype).min),
+    "the lowest float alone": lambda x: torch.full_like(x, torch.finfo(x.dtype).min),
+    "the largest float": lambda x: torch.where(x == x.max(), torch.finfo(x.dtype).max, x),
+}
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_sum_exp_is_rounded_once(device, monkeypatch, dtype, processors):
+    """The error is the rounding of the result to float32 and three units of float32 at 1, also where logits are large,
+    for one program a row and for several."""
+    monkeypatch.setattr(sample, "multiprocessors", lambda device: processors)
+    x = torch.randn(40_000).to(dtype)
+    logits = torch.stack([row(x) for row in LOGITS.values()]).to(device)
+    assert logits.dtype == dtype
+    indices = torch.zeros(len(logits), 1, dtype=torch.int64, device=device)
+    lse = triton_ops.sample.select(logits, 1, None, indices, None, torch.float32).lse.double()
+    exact, eps = logits.double().logsumexp(-1), torch.finfo(torch.float32).eps
+    assert ((lse - exact).abs() <= eps * (exact.abs() / 2 + 3)).all()
 
 
 def test_random_candidates_are_few():
