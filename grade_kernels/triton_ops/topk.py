@@ -131,7 +131,10 @@ def _survey_tile(
         norm = norm * tl.exp2((peak - base) * LOG2E) + lane_sum(tl.exp2((x - base[None, :, None]) * LOG2E))
         peak = raised
         if bits is not None:
-            x = tl.where(suppressed(bits, ids, vocab, WIDTH), float("-inf"), x)
+            # One word for the WIDTH ids of a load, along one axis as they are: see `device.tile_offsets`.
+            firsts = begin + tl.arange(0, PART * LANES) * WIDTH
+            word = tl.reshape(tl.load(bits + (firsts >> 4), mask=firsts < vocab, other=0), (PART, LANES, 1))
+            x = tl.where(((word >> (ids & 15)) & 1) != 0, float("-inf"), x)
             top = lane_max(x)
         largest = tl.maximum(largest, top)
     return largest, peak, norm
