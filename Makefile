@@ -42,9 +42,9 @@ demo: $(STAMP)
 # Two processes at once, because Triton decides when it is imported whether its kernels are compiled or interpreted; each
 # takes half of the cores. What interprets is the shorter, so files that share no long fixture with the rest go after it.
 # Status 5 means that PYTEST_ARGS selected no test there.
-APART = tests/kernels/test_aot.py tests/kernels/test_aot_streams.py tests/benchmarks/test_training_benchmark.py \
-    tests/sampling/test_compiled_decoding.py tests/memory tests/commands tests/report tests/test_examples.py \
-    tests/test_using_a_run.py tests/test_files.py tests/training/test_failing_together.py tests/training/test_processes.py
+APART = tests/kernels/test_aot.py tests/benchmarks/test_training_benchmark.py tests/sampling/test_compiled_decoding.py \
+    tests/benchmarks/test_gpu_script.py tests/memory tests/commands tests/report tests/test_examples.py tests/test_using_a_run.py tests/test_files.py \
+    tests/training/test_failing_together.py tests/training/test_processes.py
 test: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // 2))')} \
 	    $(MAKE) --no-print-directory -k -j 2 test-main test-kernels

@@ -133,6 +133,8 @@ PARTS = {
                 "types-PyYAML",
             ],
             "report": ["matplotlib<4"],
+            # What `python -m benchmarks.peers` measures beside the methods here; it has no release for Python 3.10.
+            "peers": ["trl>=1.16,<2; python_version >= '3.11'"],
             # Older ones cannot be asked for a key without a question on the terminal.
             "wandb": ["wandb>=0.31,<1"],
         },

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grade.errors import GradeError, read_json
+from grade.files import replace_text
 
 SAVED = "a file that this command has kept with --save"
 
@@ -67,5 +68,5 @@ def command(
 
 
 def write_saved(path: Path, found: dict) -> None:
-    """As `read_saved` reads it."""
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    """As `read_saved` reads it; the file is always whole, the earlier one until this one is written."""
+    replace_text(path, json.dumps(found, indent=1) + "\n")

@@ -7,10 +7,11 @@
     python -m benchmarks.training --table benchmarks/results/training-cpu.json
 
 A step is all of it: sampling S tokens, reference, reward, gradient, clipping, AdamW. All algorithms are given the same
-random weights (real shapes), prompts and noise. First the gradients are compared, in float32 and with all hops, at a
-short length: where one differs, nothing is timed. Then every step runs in a process of its own, and the gradient of
-the timed step is compared once more, now with `--hop-tol`. How many hops that takes depends on the weights: trained
-ones need others than these (`hops` in a run's metrics.jsonl).
+random weights (real shapes), prompts and noise. On a CPU the published algorithm's products are plain PyTorch's (MKL);
+replay's are made by the quicker of the two libraries that come with it. First the gradients are compared, in float32
+and with all hops, at a short length: where one differs, nothing is timed. Then every step runs in a process of its own,
+and the gradient of the timed step is compared once more, now with `--hop-tol`. How many hops that takes depends on the
+weights: trained ones need others than these (`hops` in a run's metrics.jsonl).
 
 Seconds are the median over `--rounds` rounds of `--repeats` steps (one, where it takes long), with the 20th and 80th
 percentile; in a round every algorithm has its turn, since a machine's speed changes while it measures. Memory is
@@ -37,9 +38,10 @@ import torch
 from benchmarks.measure import Machine, Times
 from benchmarks.saved import SAVED, new_parser, read_saved, write_saved
 from benchmarks.training_floors import rates
-from benchmarks.training_setup import ALGORITHMS, SHAPES, Setting, measure
+from benchmarks.training_setup import ALGORITHMS, REPLAYED, SHAPES, Setting, measure
 from benchmarks.training_text import checked, document, write_csv
 from grade.machine import is_out_of_memory
+from grade_kernels.common.cpu_products import VARIABLE
 
 SAME = 2e-4
 """Largest relative difference of two float32 gradients of one step that counts as rounding."""
@@ -281,6 +283,8 @@ def run_apart(
 def _child(task: str) -> None:
     told = json.loads(task)
     setting = Setting(**told["setting"])
+    if told["algorithm"] not in REPLAYED:
+        os.environ.setdefault(VARIABLE, "mkl")
     free = Machine(setting.device).free_bytes()
     if setting.device == "cpu" and free is not None:  # an allocation that fails, not a machine that swaps
         import resource
@@ -297,12 +301,15 @@ def _child(task: str) -> None:
 
 
 def _save(stem: Path, payload: dict) -> None:
-    from benchmarks.training_plot import plot
-
     stem.parent.mkdir(parents=True, exist_ok=True)
     table, lines, figure = (stem.with_name(stem.name + kind) for kind in (".json", ".csv", ".png"))
     write_saved(table, payload)
     write_csv(lines, payload)
+    try:
+        from benchmarks.training_plot import plot
+    except ImportError as error:
+        print(f"no plot: {error} (pip install -e '.[report]')")
+        return
     plot(figure, payload)
 
 

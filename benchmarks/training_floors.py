@@ -17,22 +17,27 @@ from benchmarks.training_setup import ALGORITHMS, SHAPES, Setting
 from grade.planning.shape import shape_of
 from grade.planning.work import Passes
 from grade.tables import Column, Table, numbers
+from grade_kernels.common.cpu_products import product
 
 _READ_BYTES = 2**30  # more than caches hold
 _SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices
 
 
-def rates(device: str, dtype: str) -> dict[str, float]:
-    """{"read_gb_s", "gflop_s"}: reading memory, and multiplying square matrices of this dtype."""
-    machine, side = Machine(device), _SIDE[device]
+def rates(device: str, dtype: str, quick: bool = False) -> dict[str, float]:
+    """{"read_gb_s", "gflop_s"}: reading memory, and multiplying square matrices of this dtype.
+
+    Args:
+        quick: on so little of both that caches hold it, which says nothing of a machine.
+    """
+    machine, side, read_bytes = Machine(device), 256 if quick else _SIDE[device], 2**22 if quick else _READ_BYTES
 
     def median(operation: Callable[[Tensor], Tensor], operand: Tensor) -> float:
         return machine.time(lambda: operation(operand), 0.5, least=5).median  # ms
 
-    read = median(torch.sum, torch.ones(_READ_BYTES // 4, device=device))
-    multiply = median(lambda a: a @ a, torch.randn(side, side, device=device, dtype=getattr(torch, dtype)))
+    read = median(torch.sum, torch.ones(read_bytes // 4, device=device))
+    multiply = median(lambda a: product(a, a), torch.randn(side, side, device=device, dtype=getattr(torch, dtype)))
     machine.clear()  # the steps run in other processes
-    return {"read_gb_s": _READ_BYTES / read / 1e6, "gflop_s": 2 * side**3 / multiply / 1e6}
+    return {"read_gb_s": read_bytes / read / 1e6, "gflop_s": 2 * side**3 / multiply / 1e6}
 
 
 def floors(setting: Setting, length: int, hops: float, measured: dict[str, float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -73,6 +74,7 @@ class Setting:
         shape: a key of SHAPES.
         batch, prompt, length, k: responses, tokens of a prompt, tokens of a response, candidates per token.
         dtype: of the frozen weights.
+        layers: decoder layers, if fewer than the shape's: kernels are compiled for the widths alone.
     """
 
     shape: str
@@ -87,6 +89,7 @@ class Setting:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     seed: int = 0
+    layers: int | None = None
 
 
 class _Tokenizer:
@@ -137,6 +140,8 @@ class Bench:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         setting, (kind, sizes) = self.setting, SHAPES[self.setting.shape]
+        if setting.layers is not None:
+            sizes = {**sizes, "num_hidden_layers": setting.layers}
         context = max(4096, setting.prompt + setting.length)
         config = AutoConfig.for_model(
             kind,
@@ -232,14 +237,23 @@ class Bench:
         return {**measured, "seconds": now(self.device) - start, "phases": self.phases.take()}
 
 
-def measure(setting: Setting, algorithm: str, *, repeats: int, seconds: float, counted: float) -> dict:
+def measure(
+    setting: Setting,
+    algorithm: str,
+    *,
+    repeats: int,
+    seconds: float,
+    counted: float,
+    keep: Callable[[dict], None] = lambda step: None,
+) -> dict:
     """Steps of one algorithm, each from the same weights: at most `repeats`, or fewer once they took `seconds`.
 
     A step first loads what is loaded lazily: a short one, or where shapes are compiled one of the same length. Peak
     memory is that of the whole process (resident on CPU, allocated on the accelerator); `before_gib` is what it held
     before the steps. On a CPU `tensors_gib` is the peak of the bytes in living tensors, counted in one step more (not
     where a step takes longer than `counted` seconds): what a heap loses between them is no part of it. `first_seconds`
-    is the step that compiled.
+    is the step that compiled. `keep` is given every step as soon as it is measured: its seconds and phases, with hops
+    and memory so far.
     """
     if algorithm != "compiled":
         Bench(replace(setting, length=2), algorithm).step()
@@ -256,6 +270,8 @@ def measure(setting: Setting, algorithm: str, *, repeats: int, seconds: float, c
     while True:
         found = bench.step()
         taken.append({"seconds": found["seconds"], "phases": found["phases"]})
+        peak = max(before, peak_memory_gib(bench.device))
+        keep({**taken[-1], "hops": found.get("hops"), "peak_gib": peak, "before_gib": before, "first_seconds": first})
         total = sum(step["seconds"] for step in taken)
         if len(taken) == repeats or total + total / len(taken) > seconds:
             break

@@ -1,16 +1,16 @@
-"""Tables in a terminal that is narrower than they are: several below each other instead of one with cells cut."""
+"""Tables in a terminal that is narrower than they are: several below each other instead of one with cells cut.
+
+rich is loaded when a table is drawn: in its other forms a table needs nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markup import escape
-from rich.table import Table as RichTable
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 _TEXT = 16  # characters at which a cell of text may be broken
 _WORD = 24  # and a single word
@@ -39,6 +39,10 @@ class Fitting:
     options: dict[str, Any]
 
     def __rich_console__(self, to: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.markup import escape
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
         for number, columns in enumerate(self.pieces(options.max_width)):
             widths = self._widths(columns, options.max_width - _lines(len(columns)))
             shown = RichTable(title=None if number else self.title, **self.options)
@@ -91,6 +95,8 @@ class Fitting:
 
 
 def _longest(texts: Sequence[str]) -> int:
+    from rich.cells import cell_len
+
     return max(map(cell_len, texts), default=0)
 
 

@@ -117,6 +117,7 @@ STATE = {
     "evaluations": [EVALUATION],
     "steps": COUNT,
     "guard?": dict,
+    "cpu_products?": ({"rows": NUMBER, "work": NUMBER}, None),
     "logs": {"metrics.jsonl": _EXTENT, "samples.jsonl": _EXTENT},
 }
 """The trainer's state in a checkpoint."""

@@ -1,11 +1,13 @@
 """What a command says on standard error while it works, and how much of it.
 
 On a terminal: bars. Elsewhere, such as in a log: a line now and then, never a minute without one while parts are done.
-Results go to standard output, whatever the level.
+Results go to standard output, whatever the level. rich is loaded when something is drawn with it, so that a model can
+be used, and warned about, where it is not installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -13,21 +15,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.measure import Measurement
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.measure import Measurement
+    from rich.progress import Progress
 
 Level = Literal["warning", "info", "debug"]
 LEVELS: tuple[str, ...] = get_args(Level)
@@ -62,12 +55,21 @@ def silence_libraries() -> None:
 
 def console(**options: Any) -> Console:
     """Standard error for progress; silent at level "warning", and in all but the first of a run's processes."""
-    return Console(stderr=True, quiet=_level == "warning" or not _is_first(), **options)
+    return _stderr(quiet=_level == "warning" or not _is_first(), **options)
+
+
+def _stderr(**options: Any) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, **options)
 
 
 def warn(line: str) -> None:
     """A line that is shown at every level."""
-    _print(Console(stderr=True), line)
+    if importlib.util.find_spec("rich") is None:
+        print(line, file=sys.stderr)
+    else:
+        _print(_stderr(), line)
 
 
 def warn_once(line: str) -> None:
@@ -110,16 +112,40 @@ Tick = Callable[..., None]
 """
 
 
-class NoteColumn(ProgressColumn):
-    """What there is to say of the last part: of what is between two spaces, as much as there is room for."""
+def _bars(to: Console) -> Progress:
+    """Bars, and beside each what there is to say of its last part."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Column
 
-    max_refresh = None
+    class NoteColumn(ProgressColumn):
+        max_refresh = None
 
-    def render(self, task: Task) -> _Note:
-        return _Note(task.fields["note"])
+        def render(self, task: Task) -> _Note:
+            return _Note(task.fields["note"])
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        NoteColumn(Column(no_wrap=False)),
+        console=to,
+    )
 
 
 class _Note:
+    """Of what is between two spaces, as much as there is room for."""
+
     def __init__(self, text: str):
         self.parts = text.split("  ")
 
@@ -133,6 +159,8 @@ class _Note:
         yield shown
 
     def __rich_measure__(self, to: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
         return Measurement(0, min(options.max_width, len("  ".join(self.parts))))
 
 
@@ -144,22 +172,10 @@ class Counter:
     """
 
     def __init__(self, *, enabled: bool = True):
-        self.console = console() if enabled else Console(stderr=True, quiet=True)
+        self.console = console() if enabled else _stderr(quiet=True)
         self.enabled = enabled
         shows = self.console.is_interactive and not self.console.quiet
-        self.bars = (
-            Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                NoteColumn(Column(no_wrap=False)),
-                console=self.console,
-            )
-            if shows
-            else None
-        )
+        self.bars = _bars(self.console) if shows else None
 
     def say(self, line: str) -> None:
         """A line of progress that stays, above the bars."""
@@ -168,7 +184,7 @@ class Counter:
     def warn(self, line: str) -> None:
         """The same, at every level."""
         if self.enabled:
-            _print(self.console if self.bars else Console(stderr=True), line)
+            _print(self.console if self.bars else _stderr(), line)
 
     @contextmanager
     def counting(

@@ -110,7 +110,8 @@ def vocab_objective(
     Peak memory beside inputs and outputs: `chunk_bytes` (3 arrays of `chunk_rows(V, chunk_bytes)` rows by
     V columns; more only if a single row needs more), on the PyTorch path the temporaries of a piece (ten arrays of
     512 KiB a thread on a CPU, of 64 MiB elsewhere, or of one row if that is larger), and on a CPU 32 MiB for a
-    block of the weight in float32 where it is a 16-bit one.
+    block of the weight in float32 where it is a 16-bit one, or a copy of a float32 weight where oneDNN makes the
+    products.
     """
     blocked = check_sweep(hidden, head, ref_hidden, tokens, suppress)
     leading = hidden.shape[:-1]

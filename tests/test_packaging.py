@@ -113,7 +113,7 @@ def test_the_kernels_need_torch_and_triton_and_the_trainer_needs_these_kernels(b
     (triton,) = (line for line in kernels.get_all("Requires-Dist") if line.startswith("triton"))
     assert 'platform_system == "Linux"' in triton
     assert f"grade-kernels=={__version__}" in trainer.get_all("Requires-Dist")
-    assert set(trainer.get_all("Provides-Extra")) == {"dev", "report", "wandb"}
+    assert set(trainer.get_all("Provides-Extra")) == {"dev", "peers", "report", "wandb"}
     lines = [*kernels.get_all("Requires-Dist"), *trainer.get_all("Requires-Dist")]
     assert not [line for line in lines if "extra ==" not in line and "<" not in line and "==" not in line]
 

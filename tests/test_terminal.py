@@ -6,6 +6,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from grade import terminal
 from grade.training.progress import training_progress
@@ -108,6 +109,12 @@ def test_quiet_leaves_what_is_wrong(capsys):
     assert capsys.readouterr().err == "warning: no response ended\n"
 
 
+def test_a_warning_needs_no_rich(capsys, monkeypatch):
+    monkeypatch.setattr(terminal.importlib.util, "find_spec", lambda name: None)
+    terminal.warn_once("warning: no response ended")
+    assert capsys.readouterr().err == "warning: no response ended\n"
+
+
 def test_other_processes_say_nothing(capsys):
     with training_progress(1, 0, enabled=False) as progress:
         progress.say("a note")
@@ -123,7 +130,7 @@ def test_no_color(monkeypatch, no_color):
     monkeypatch.setenv("TERM", "xterm-256color")
     shown = terminal.console(color_system="standard", width=80)
     shown.file = io.StringIO()
-    with terminal.Progress(*terminal.Counter().bars.columns, console=shown) as bars:
+    with Progress(*terminal.Counter().bars.columns, console=shown) as bars:
         bars.add_task("training", total=2, completed=1, note="")
     codes = [code for part in shown.file.getvalue().split("\x1b[")[1:] for code in part.split("m")[0].split(";")]
     coloured = any(code.isdigit() and 30 <= int(code) <= 37 for code in codes)

@@ -28,6 +28,7 @@ from grade.model.adapter import REFERENCE
 from grade.model.backbone import backbone_of, frozen_copy
 from grade.model.cache import decoding_cache, is_recurrent
 from grade.model.end_of_sequence import end_ids
+from grade.model.frozen_linear import quicken
 from grade.model.masks import known_padding
 from grade.model.probe import check_finite, probe_embedding, probe_head, probe_passes
 from grade.model.probe_decoding import (
@@ -92,6 +93,8 @@ class Policy:
         self.backbone = backbone_of(self.causal_lm)
         self.frozen_backbone = None if isinstance(model, PeftModel) else frozen_copy(self.causal_lm, self.backbone)
         self.modules = nn.ModuleList(m for m in (self.model, self.frozen_backbone) if m is not None)
+        if sharding is None:
+            quicken(self.modules)
         self._names = frozenset(inspect.signature(self.backbone.forward).parameters)
         # transformers 5.24 renamed `past_key_values`, in Mamba `cache_params`, and warns at the old names.
         self.cache_name = next(filter(self.takes, ("cache", "past_key_values", "cache_params")), None)

@@ -15,6 +15,7 @@ from grade.model.checkpoint import load_adapter
 from grade.model.fingerprint import changed_inputs, read_record
 from grade.model.policy import Policy
 from grade.training.resumable import Resumable, resumable
+from grade_kernels.common import cpu_products
 
 
 def check_inputs(run_dir: Path, inputs: Mapping[str, Any]) -> None:
@@ -79,6 +80,8 @@ def put_back(
         method.load_state_dict(state["method"])
         method.kl_coef = state.get("kl_coef", method.kl_coef)  # checkpoints of earlier versions have none
         method.reward.load_state_dict(state.get("reward", {}))  # checkpoints of earlier versions have none
+        if "cpu_products" in state:
+            cpu_products.restore(state["cpu_products"])
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise GradeError(
             f"train.resume: the trainer's state in {folder} does not fit this run ({reason_of(error)}). Start again "

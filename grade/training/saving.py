@@ -20,6 +20,7 @@ from grade.training.optimization import Optimization
 from grade.training.resumable import Resumable
 from grade.training.resuming import restored
 from grade.training.soundness import Soundness
+from grade_kernels.common import cpu_products
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Saving:
             "evaluations": validations.rows,
             "steps": self.train.steps,
             "logs": self.logs(),
+            "cpu_products": cpu_products.record(),
         }
 
     def save(self, step: int, *, best: bool = False) -> None:

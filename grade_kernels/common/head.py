@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grade_kernels.common import checks
 from grade_kernels.common.chunks import spans
+from grade_kernels.common.cpu_products import product, takes_onednn
 
 # A 16-bit weight is widened on a CPU this many bytes at a time.  That repeats for every row chunk, but costs little
 # beside the product (one pass over the block against one per row), where a widened copy of the whole
@@ -120,13 +121,13 @@ class Head:
     def grad_hidden(self, d_raw: Tensor) -> Tensor:
         """d_raw [r, V] (before the soft cap) -> d hidden [r, d] in `dtype`."""
         if self.weight.dtype == d_raw.dtype:
-            out = d_raw @ self.weight
+            out = product(d_raw, self.weight.T)
         elif self.weight.is_cuda:
             out = split_product(d_raw, self.weight, _mm_float32)
         else:
             out = d_raw.new_zeros(d_raw.shape[0], self.weight.shape[1])
             for a, b in self._blocks():
-                out.addmm_(d_raw[:, a:b], self.weight[a:b].to(d_raw.dtype))
+                out += product(d_raw[:, a:b], self.weight[a:b].to(d_raw.dtype).T)
         return out.mul_(self.scale)
 
     def add_grad_weight(self, d_raw: Tensor, hidden: Tensor, out: Tensor) -> None:
@@ -136,15 +137,16 @@ class Head:
     def _product(self, hidden: Tensor) -> Tensor:
         weight, dtype = self.weight, self.dtype
         if weight.dtype == dtype:
-            if weight.device.type == "cpu" and _FEW_ROWS[0] <= hidden.shape[0] <= _FEW_ROWS[1]:
+            few = weight.device.type == "cpu" and _FEW_ROWS[0] <= hidden.shape[0] <= _FEW_ROWS[1]
+            if few and not takes_onednn(hidden, weight):
                 return (weight @ hidden.T).T.contiguous()
-            return hidden @ weight.T
+            return product(hidden, weight)
         if weight.is_cuda:
             return _mm_float32(hidden, weight.T)
         hidden = hidden.to(dtype)
         out = hidden.new_empty(hidden.shape[0], weight.shape[0])
         for a, b in self._blocks():
-            out[:, a:b] = hidden @ weight[a:b].to(dtype).T
+            out[:, a:b] = product(hidden, weight[a:b].to(dtype))
         return out
 
     def _blocks(self) -> list[tuple[int, int]]:

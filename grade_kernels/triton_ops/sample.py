@@ -19,7 +19,7 @@ from torch import Tensor
 from grade_kernels.common.chunks import Rows
 from grade_kernels.common.sample import Sample, Support
 from grade_kernels.triton_ops import bisection, noise, topk
-from grade_kernels.triton_ops.device import row_start
+from grade_kernels.triton_ops.device import aligned, row_start
 from grade_kernels.triton_ops.launch import (
     as_tensor,
     launch,
@@ -35,7 +35,9 @@ from grade_kernels.triton_ops.suppress import suppress_bits
 _MAX_GROUPS = 4096
 _MAX_GROUP = 64  # entries of a group, unless the vocabulary has more than 262,144
 _MAX_SPLITS = 64
-_LOADS = 8  # of a thread that are under way at a time when groups are read again, of at most 32 entries in all
+# Loads of a thread that are under way at a time when groups are read again, of at most 32 entries in all; half of both
+# beyond k = 256, where more would spill.
+_LOADS = 8
 # Scratch of a launch, 16 k bytes a row; 32,768 rows of k = 256 fit.  A larger batch takes several launches.
 _SCRATCH_BYTES = 2**27
 
@@ -68,7 +70,7 @@ class Plan(NamedTuple):
         reach, which is up to k = 256."""
         sort = 2 * self.kept
         limit = 2 * sort if self.kept <= 256 else sort
-        loads = _LOADS * self.lanes // self.steps
+        loads = _LOADS // (1 + (self.kept > 256)) * self.lanes // self.steps
         read = min(loads, loads * 4 // self.width, next_power_of_2(self.kept + self.kept // 8))
         return {"READ": max(32, read), "SORT": sort, "LIMIT": max(256, limit), "KEPT": self.kept}
 
@@ -106,7 +108,7 @@ def select_kernel(
     row = program + first_row
     lane = tl.arange(0, KEPT)
     valid = lane < k
-    start = logits + row_start(row, inner, outer_stride, inner_stride)
+    start = aligned(logits, row_start(row, inner, outer_stride, inner_stride), WIDTH)
     if parts is None:
         tiles = tl.cdiv(vocab, LANES * WIDTH * STEPS)
         tops, peak, norm = topk.survey(start, vocab, 0, tiles, bits, None, given is None, TILES, LANES, WIDTH, STEPS)
@@ -188,7 +190,7 @@ def survey_kernel(
     (peak, norm) [n, parts_n, 2]."""
     program = tl.program_id(0).to(tl.int64)
     row, part = program // parts_n, program % parts_n
-    start = logits + row_start(row, inner, outer_stride, inner_stride)
+    start = aligned(logits, row_start(row, inner, outer_stride, inner_stride), WIDTH)
     first = (part * per_part).to(tl.int32)
     last = tl.minimum(first + per_part, tl.cdiv(vocab, LANES * WIDTH * STEPS))
     if maxima is not None:

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # `benchmarks` is run from the repository and not installed
 
-from benchmarks import kernel_cases, kernel_setup, kernels, measure  # noqa: E402
+from benchmarks import kernel_cases, kernel_rows, kernel_setup, kernels, measure  # noqa: E402
 
 # 24 rows: more than the 16 that are checked.
 TINY = kernel_setup.Sizes(24, 640, 16, 8, (1, 3), 640, 2)
@@ -59,7 +59,7 @@ def test_a_row_has_every_column_and_sensible_values(tmp_path, capsys):
     head = [line for line in path.read_text().splitlines() if line.startswith("# ")]
     for fact in ("device: cpu", "torch: ", "triton: ", "python: ", "copy bandwidth: "):
         assert any(line.startswith(f"# {fact}") for line in head), fact
-    assert tuple(rows[0]) == kernels.COLUMNS
+    assert tuple(rows[0]) == kernel_rows.COLUMNS
     variants = ["forward", "backward", "forward+backward", "backward, both sides"]
     assert list(dict.fromkeys(row["variant"] for row in rows)) == variants
     measured = [row for row in rows if row["status"] == "ok"]
@@ -195,7 +195,7 @@ def test_a_failing_baseline_is_a_row():
     ours, textbook, _compiled = setup.runs
     too_large = replace(textbook, needs=2**60)
     setup.runs = [replace(textbook, fn=broken), too_large, ours]
-    failed, skipped, last = kernels.rows_of(setup, measure.Machine("cpu"), 10.0, 0.01)
+    failed, skipped, last = kernel_rows.rows_of(setup, measure.Machine("cpu"), 10.0, 0.01)
     assert failed["status"] == "failed: RuntimeError: no C++ compiler"
     assert skipped["status"].startswith("needs 1073741824.0 GB above its inputs")
     assert last["status"] == "ok"

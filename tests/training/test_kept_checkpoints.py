@@ -20,6 +20,7 @@ from grade.training.resumable import Resumable, go_on_from, keep, resumable
 from grade.training.run_folder import MARKER, clear, prepare_run_dir
 from grade.training.trained import checkpoint_folder
 from grade.training.validations import Validations
+from grade_kernels.common import cpu_products
 
 METRIC = {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.6, 5: 0.2}
 """What validations are made to say, by step: the best are those of steps 1 and 4."""
@@ -146,6 +147,14 @@ def test_fewer_steps_than_the_damaged_one_had_end_with_the_earlier_best(copied):
     assert evaluation["best"]["step"] == 1 and [row["step"] for row in evaluation["validation"]] == [0, 1, 2, 3]
     with pytest.raises(NothingLeft):
         prepare_run_dir(with_train(copied, steps=3))
+
+
+def test_products_are_made_by_the_library_that_made_them_before(copied, monkeypatch):
+    """Which one is quicker a second measurement may find otherwise, and sums would be rounded otherwise."""
+    monkeypatch.setattr(cpu_products, "_restored", [cpu_products.Limits(2.0**30, 2.0**30)])
+    before = resumable(Path(copied.run_dir)).state["cpu_products"]
+    train(copied)
+    assert cpu_products.record() == before
 
 
 def test_where_all_are_damaged_nothing_is_touched(copied):

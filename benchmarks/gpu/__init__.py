@@ -1,0 +1,1 @@
+"""What needs a GPU, measured in a few minutes: see `benchmarks/gpu/__main__.py`."""
