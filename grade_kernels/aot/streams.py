@@ -29,6 +29,7 @@ class Stream:
         reads: the kernel's parameters of which a turn reads one entry for every entry of the tile.
         given, absent: parameters without or with which the kernel has no such loop.
         share: of the launcher's tile, one part in so many.
+        words: parameters of 4-byte words, one of which a turn reads for every WIDTH adjacent entries.
         instead: functions that the same loop is in where the types of the logits are others.
     """
 
@@ -37,6 +38,7 @@ class Stream:
     given: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     share: int = 1
+    words: tuple[str, ...] = ()
     instead: tuple[str, ...] = ()
 
     @property
@@ -61,14 +63,12 @@ STREAMS: dict[str, tuple[Stream, ...]] = {
         Stream("objective.ref_kl_and_grad", _SIDES, share=2),
         Stream("objective.ref_kl_and_grad", ("policy",), given=("entropy_weights",), absent=("ref",), share=2),
     ),
-    "sample.select_kernel": (Stream("topk.survey", ("logits",), absent=("parts",)),),
-    "sample.survey_kernel": (Stream("topk.survey", ("logits",)),),
+    "sample.select_kernel": (Stream("topk.survey", ("logits",), absent=("parts",), words=("bits",)),),
+    "sample.survey_kernel": (Stream("topk.survey", ("logits",), words=("bits",)),),
 }
 # Loops over a row that few rows enter: they must not exchange anything either, but say nothing of the speed. So are the
 # loops of functions that stream in other kernels, or in other configurations.
 RARE = ("online.careful", "bisection._count_in_row")
-# Loads that accompany those of the logits: words of suppressed ids, one for several entries.
-BESIDE = ("topk.suppressed", "suppress.is_blocked")
 # Lines by which NVIDIA's assembler may move a load down: it takes the lines of Triton's inline assembly, a register
 # each, for lines of the source.
 _MOVED = 16
@@ -151,7 +151,7 @@ def find_streams(configuration: Configured, loops: Sequence[Loop]) -> Streamed:
     ]
     found = []
     for loop in loops:
-        loads = [access for access in loop.counts.loads if not set(names.of_load(access)) & set(BESIDE)]
+        loads = loop.counts.loads
         owner = names.owner(loop, loads)
         stream = next((stream for stream in wanted if owner in stream.functions), None)
         if owner is not None and stream is not None:
@@ -174,12 +174,14 @@ def _found(configuration: Configured, owner: str, stream: Stream, loop: Loop, si
     if loop.counts.calls:
         raise RuntimeError(f"{where} calls a subroutine, whose instructions are not counted")
     entry = sum(_SIZES[configuration.signature[name].lstrip("*")] for name in stream.reads)
-    tile = configuration.constant("WIDTH") * configuration.constant("STEPS") // stream.share
-    if size % (entry * tile):
+    width = configuration.constant("WIDTH")
+    tile = width * configuration.constant("STEPS") // stream.share
+    size_of_tile = entry * tile + 4 * (tile // width) * sum(map(configuration.given, stream.words))
+    if size % size_of_tile:
         raise RuntimeError(
             f"{where} loads {size} bytes a thread, which is no whole number of tiles of {tile} x {entry}"
         )
-    return Found(owner, size // entry, False, loop.counts)
+    return Found(owner, size // size_of_tile * tile, False, loop.counts)
 
 
 _SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
