@@ -1,7 +1,8 @@
 """Compile a kernel for a GPU that need not be here, and read from the binary what it takes of one.
 
 The compiler's own register and spill counts are filled in only when a binary is loaded onto a device, so they are
-read from the binary: by `cuobjdump`, which comes with Triton, or from the metadata of AMD's assembly.
+read from the binary: by `cuobjdump`, which comes with Triton, or from the metadata of AMD's assembly. The loops that
+stream logits are counted in the machine code (`streams`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+from grade_kernels.aot import listing, loops
+from grade_kernels.aot.streams import STREAMS, Streamed, find_streams
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,19 @@ class Configuration:
         options = tuple(sorted(self.options.items()))
         return self.target, self.module, self.kernel, options, signature, tuple(constants), tuple(attrs)
 
+    def given(self, parameter: str) -> bool:
+        """Whether it is a tensor, or a constant that is neither None nor false."""
+        return bool(self.constants.get(self._path(parameter), True))
+
+    def constant(self, parameter: str) -> int:
+        """The value of a constexpr parameter."""
+        return self.constants[self._path(parameter)]
+
+    def _path(self, parameter: str) -> tuple[int]:
+        if parameter not in self.signature:
+            raise RuntimeError(f"{self.name} has no parameter {parameter}, which grade_kernels/aot/streams.py names")
+        return (list(self.signature).index(parameter),)
+
     def __str__(self) -> str:
         """Arguments as name:type, those without a mark divisible by 16 (pointers: aligned); constants as name=value.
 
@@ -103,12 +120,16 @@ class Resources:
 
 @dataclass(frozen=True)
 class Row:
-    """The outcome of one compilation; `error` is empty where it went well, spills included."""
+    """The outcome of one compilation; `error` is empty where it went well, spills and exchanges included.
+
+    `streamed` is None of a kernel that streams no logits.
+    """
 
     configuration: Configuration
     seconds: float
     resources: Resources | None = None
     error: str = ""
+    streamed: Streamed | None = None
 
 
 def compile_one(configuration: Configuration) -> Row:
@@ -117,12 +138,12 @@ def compile_one(configuration: Configuration) -> Row:
     try:
         compiled = _compile(configuration)
         seconds = time.perf_counter() - start
-        found = resources(compiled)
+        found, streamed = resources(compiled), streams(configuration, compiled)
     except Exception as error:
         return Row(configuration, time.perf_counter() - start, error=first_line(error))
     limit = TARGETS[configuration.target].shared_limit
     problem = f"needs {found.shared} bytes of shared memory, a block has {limit}" if found.shared > limit else ""
-    return Row(configuration, seconds, found, problem)
+    return Row(configuration, seconds, found, problem, streamed)
 
 
 def _compile(configuration: Configuration) -> Any:
@@ -151,11 +172,23 @@ def resources(compiled: Any) -> Resources:
     if "amdgcn" in compiled.asm:
         found = read_amdgcn(compiled.asm["amdgcn"])
     else:
-        found = read_cuobjdump(_cuobjdump(compiled.asm["cubin"], "-res-usage"))
+        found = read_cuobjdump(_disassembled("cuobjdump", compiled.asm["cubin"], "-res-usage"))
         # A frame that no instruction touches is left over from an allocation that the compiler removed.
-        if found.spills and not touches_local_memory(_cuobjdump(compiled.asm["cubin"], "-sass")):
+        if found.spills and not touches_local_memory(_disassembled("cuobjdump", compiled.asm["cubin"], "-sass")):
             found = replace(found, spills=0)
     return Resources(found.registers, found.spills, max(found.shared, compiled.metadata.shared))
+
+
+def streams(configuration: Configuration, compiled: Any) -> Streamed | None:
+    """The loops that stream logits in what `triton.compile` returned; None for a kernel that has none."""
+    if configuration.name not in STREAMS:
+        return None
+    if "amdgcn" in compiled.asm:
+        found = loops.loops(listing.read_amdgcn_code(compiled.asm["amdgcn"]), loops.count_amdgcn)
+    else:
+        text = _disassembled("nvdisasm", compiled.asm["cubin"], "-gi", "-c")
+        found = loops.loops(listing.read_sass(text), loops.count_sass)
+    return find_streams(configuration, found)
 
 
 def read_cuobjdump(text: str) -> Resources:
@@ -191,8 +224,8 @@ def read_amdgcn(text: str) -> Resources:
     return Resources(vgprs, vgpr_spills or scratch, shared)
 
 
-def cuobjdump_path() -> Path:
-    """Where Triton keeps the tool.
+def tool_path(name: str) -> Path:
+    """Where Triton keeps `cuobjdump` or `nvdisasm`.
 
     Raises
     ------
@@ -201,22 +234,22 @@ def cuobjdump_path() -> Path:
     """
     import triton
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     if not path.exists():
         raise RuntimeError(
-            f"{path} is missing, and registers are read with it; reinstall Triton from its wheel, "
+            f"{path} is missing, and binaries are read with it; reinstall Triton from its wheel, "
             "or compile for AMD only with --target gfx942"
         )
     return path
 
 
-def _cuobjdump(cubin: bytes, what: str) -> str:
+def _disassembled(tool: str, cubin: bytes, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([cuobjdump_path(), what, file.name], capture_output=True, text=True)
+        done = subprocess.run([tool_path(tool), *options, file.name], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"cuobjdump failed: {done.stderr.strip()}")
+        raise RuntimeError(f"{tool} failed: {done.stderr.strip()}")
     return done.stdout
 
 

@@ -4,15 +4,17 @@
     python -m grade_kernels.aot --quick                    about sixty, each kernel at least once for each target
     python -m grade_kernels.aot --target sm_90 --list      what there is, without compiling
 
-One line a compilation: registers, spills, shared memory, warps, seconds.  The exit status is 1 if anything spills
-or does not compile.  The configurations come from the launchers themselves: `grade_kernels.aot.cases` calls
-them, `launch.recording` notes what they would have launched, and Triton's JIT says how it would specialise that.
+One line a compilation: registers, spills, shared memory, warps, and of the kernels that stream logits the instructions
+and bytes of an entry with the ceiling that these set.  The exit status is 1 if anything spills or does not compile, or
+if threads exchange anything in a loop that streams logits (a shuffle, a barrier).
+
+The configurations come from the launchers themselves: `grade_kernels.aot.cases` calls them, `launch.recording` notes
+what they would have launched, and Triton's JIT says how it would specialise that.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,8 +23,8 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from grade_kernels.aot import binary
-from grade_kernels.aot.binary import TARGETS, Configuration, Row
+from grade_kernels.aot import binary, table
+from grade_kernels.aot.binary import TARGETS, Configuration
 from grade_kernels.common.environment import check_triton, interpreting
 
 # Compilations of --quick.
@@ -114,73 +116,26 @@ def _size(one: Configuration) -> tuple[float, int, int]:
     return entries / one.num_warps, len(pointers), sum(kind == "*fp32" for kind in pointers)
 
 
-_HEADER = f"{'target':7} {'kernel':28} {'regs':>4} {'spills':>6} {'shared':>6} {'warps':>5} {'seconds':>7}  arguments"
+def check(every: Sequence[Configuration], jobs: int, path: str | None = None, out: TextIO | None = None) -> int:
+    """Compile, print the table and its summary to `out`, write it to the CSV file `path`; the exit status."""
+    import triton
 
-
-def line(row: Row) -> str:
-    one, found = row.configuration, row.resources
-    numbers = f"{found.registers:4} {found.spills:6} {found.shared:6}" if found else f"{'-':>4} {'-':>6} {'-':>6}"
-    text = f"{one.target:7} {one.name:28} {numbers} {one.num_warps:5} {row.seconds:7.2f}  {one}"
-    return text + (f"\n    FAILED {row.error}" if row.error else "\n    SPILLS" if found and found.spills else "")
-
-
-def check(every: Sequence[Configuration], jobs: int, table: str | None = None, out: TextIO | None = None) -> int:
-    """Compile, print the table and its summary to `out`, write it to the CSV file `table`; the exit status."""
     out = out or sys.stdout
-    print(_HEADER, file=out, flush=True)
+    print(table.LEGEND, table.HEADER, sep="\n", file=out, flush=True)
     rows = []
-    with _Table(table) as written:
+    with table.Table(path, triton.__version__) as written:
         for row in binary.compile_all(every, jobs):
             rows.append(row)
             written.add(row)
-            print(line(row), file=out, flush=True)
-    failed = [row for row in rows if row.error]
-    spilled = [row for row in rows if row.resources and row.resources.spills]
-    print(f"\n{len(rows) - len(failed)} of {len(rows)} compiled, {len(spilled)} with spills", file=out)
-    measured = [(row.resources.registers, row.configuration) for row in rows if row.resources]
-    if measured:
-        most, most_of = max(measured, key=lambda pair: pair[0])
-        slowest = max(rows, key=lambda row: row.seconds)
-        print(
-            f"most registers: {most} ({most_of.name}, {most_of.target}); "
-            f"slowest: {slowest.seconds:.1f} s ({slowest.configuration.name}, {slowest.configuration.target})",
-            file=out,
-        )
-    for title, bad in (("did not compile", failed), ("spills", spilled)):
-        for row in bad:
-            print(f"{title}: {row.configuration.target} {row.configuration.name} {row.configuration}", file=out)
-    return 1 if failed or spilled else 0
-
-
-class _Table:
-    """The CSV file, to which rows are written as they come; no file without a path."""
-
-    def __init__(self, path: str | None):
-        self._file = None if path is None else open(path, "w", newline="")
-
-    def __enter__(self) -> _Table:
-        self._write("target kernel registers spills shared_bytes warps seconds arguments error".split())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def add(self, row: Row) -> None:
-        one, found = row.configuration, row.resources
-        numbers = (found.registers, found.spills, found.shared) if found else ("", "", "")
-        self._write((one.target, one.name, *numbers, one.num_warps, f"{row.seconds:.3f}", str(one), row.error))
-
-    def _write(self, cells: Sequence[Any]) -> None:
-        if self._file is not None:
-            csv.writer(self._file).writerow(cells)
-            self._file.flush()
+            print(table.line(row), file=out, flush=True)
+    return 0 if table.print_summary(rows, triton.__version__, out) else 1
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m grade_kernels.aot",
-        description="Compile every kernel for every target without a GPU; fail on register spills.",
+        description="Compile every kernel for every target without a GPU; fail on register spills, "
+        "and on shuffles and barriers in the loops that stream logits.",
     )
     made.add_argument("--target", action="append", metavar="NAME", help=f"one of {', '.join(TARGETS)}; repeatable")
     made.add_argument("--kernel", metavar="NAME", help="only kernels whose name contains this")
@@ -223,7 +178,8 @@ def _wanted(options: argparse.Namespace) -> list[Configuration]:
         except OSError as error:
             raise ValueError(f"--csv {options.csv!r} cannot be written: {error.strerror}; name another file") from None
     if not options.list and any(TARGETS[target].backend == "cuda" for target in targets):
-        binary.cuobjdump_path()
+        binary.tool_path("cuobjdump")
+        binary.tool_path("nvdisasm")
 
     from grade_kernels.aot import cases
 

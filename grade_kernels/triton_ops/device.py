@@ -5,11 +5,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grade_kernels.common.environment import interpreting
+
+INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
+
 
 @triton.jit
 def row_start(row, inner, outer_stride, inner_stride):
     """Offset of a row (int64) in entries; see `launch.RowAddresses`."""
     return (row // inner) * outer_stride + (row % inner) * inner_stride
+
+
+@triton.jit
+def aligned(x, start, WIDTH: tl.constexpr):
+    """x + start, of which the compiler is told what `launch.vector_width` found: WIDTH entries there are aligned.
+
+    By itself it knows whether strides are divisible by 16; where they are not it would load single entries and spread
+    a lane over WIDTH threads.
+    """
+    BYTES: tl.constexpr = WIDTH * x.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(x + start, BYTES)
+
+
+@triton.jit
+def fma(x, y, z):
+    """x y + z, rounded once.  NumPy has no such operation, so that the interpreter takes one more accurate."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    return tl.fma(x, y, z)
 
 
 @triton.jit
@@ -73,11 +96,48 @@ def exponential(seed_low, seed_high, draw, row, ids):
 
 
 @triton.jit
-def lane_offsets(LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
-    """Offsets [STEPS, LANES, WIDTH] of a tile: thread `lane` reads WIDTH adjacent entries at STEPS places.
+def tile_offsets(LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """Offsets [STEPS * LANES * WIDTH] of a tile, ascending: the form in which tiles are loaded and stored.
 
-    With LANES = 32 * warps and WIDTH one vector load, all STEPS * WIDTH entries of a lane lie in one thread:
-    reducing over the first and the last axis exchanges nothing between threads.
+    In one axis the compiler has a single way to share out adjacent entries: WIDTH to a thread, thread by thread, and
+    again from the first thread.  With LANES = 32 * warps and WIDTH one vector load, `by_lane` then gives each lane
+    to one thread.  Of a load with three axes Triton 3.6 gives neighbouring threads the steps of one lane, which every
+    reduction over a lane then has to collect by exchanges.
+    """
+    return tl.max_contiguous(tl.arange(0, STEPS * LANES * WIDTH), WIDTH)
+
+
+@triton.jit
+def by_lane(x, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """A loaded tile, or what is known of its entries, as [STEPS, LANES, WIDTH]; no entry leaves its thread."""
+    return tl.reshape(x, (STEPS, LANES, WIDTH))
+
+
+@triton.jit
+def load_tile(x, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """The tile [STEPS, LANES, WIDTH] that begins at x, `aligned`, and lies within its row: float32, by lane."""
+    if (x.dtype.element_ty == tl.bfloat16) and (WIDTH > 1):
+        # Two entries a word, each one instruction from its float32; apart, the upper one would take two.
+        words = tl.multiple_of(x.to(tl.pointer_type(tl.int32)), 2 * WIDTH)
+        words = tl.load(words + tile_offsets(LANES, WIDTH // 2, STEPS))
+        low = (words << 16).to(tl.float32, bitcast=True)
+        entries = tl.join(low, (words & -65536).to(tl.float32, bitcast=True))
+    else:
+        entries = tl.load(x + tile_offsets(LANES, WIDTH, STEPS)).to(tl.float32)
+    return by_lane(entries, LANES, WIDTH, STEPS)
+
+
+@triton.jit
+def load_tail(x, ids, vocab, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """The same of a tile whose `ids` (`tile_offsets` of a row at x) may lie beyond the row: -inf there."""
+    return by_lane(tl.load(x + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32), LANES, WIDTH, STEPS)
+
+
+@triton.jit
+def lane_offsets(LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """`tile_offsets` [STEPS, LANES, WIDTH]: thread `lane` reads WIDTH adjacent entries at STEPS places.
+
+    For arithmetic with ids; a load at these offsets may spread a lane over threads, see `tile_offsets`.
     """
     step = tl.arange(0, STEPS)[:, None, None] * (LANES * WIDTH)
     return step + tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from grade_kernels.common.chunks import Rows
 from grade_kernels.common.stats import KLStats
-from grade_kernels.triton_ops import device, online
-from grade_kernels.triton_ops.launch import as_tensor, launch, row_addresses, vector_width
+from grade_kernels.triton_ops import device, half, online
+from grade_kernels.triton_ops.launch import as_tensor, launch, row_addresses, store_width, vector_width
 
 _WARPS = 8
 # Entries of each side that a thread takes per tile: more share the work of moving a lane's centre, fewer leave
@@ -30,9 +30,12 @@ def _stats_kernel(
     LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    p += device.row_start(row, p_inner, p_outer, p_stride)
-    q += device.row_start(row, q_inner, q_outer, q_stride)
-    kl, peak_p, norm_p, peak_q, norm_q, shift, _ = online.kl_row(p, q, vocab, 0, LANES, WIDTH, STEPS)
+    p = device.aligned(p, device.row_start(row, p_inner, p_outer, p_stride), WIDTH)
+    q = device.aligned(q, device.row_start(row, q_inner, q_outer, q_stride), WIDTH)
+    if p.dtype.element_ty.primitive_bitwidth + q.dtype.element_ty.primitive_bitwidth == 32:
+        kl, peak_p, norm_p, peak_q, norm_q, shift = half.kl_row(p, q, vocab, LANES, WIDTH, STEPS)
+    else:
+        kl, peak_p, norm_p, peak_q, norm_q, shift, _ = online.kl_row(p, q, vocab, 0, LANES, WIDTH, STEPS)
     out += row
     n = n.to(tl.int64)
     tl.store(out, kl)
@@ -56,12 +59,12 @@ def _grads_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1).to(tl.int64) * (TILES * LANES * WIDTH * STEPS)
-    p += device.row_start(row, p_inner, p_outer, p_stride) + first
-    q += device.row_start(row, q_inner, q_outer, q_stride) + first
+    p = device.aligned(p, device.row_start(row, p_inner, p_outer, p_stride) + first, WIDTH)
+    q = device.aligned(q, device.row_start(row, q_inner, q_outer, q_stride) + first, WIDTH)
     if out_p is not None:
-        out_p += device.row_start(row, out_p_inner, out_p_outer, out_p_stride) + first
+        out_p = device.aligned(out_p, device.row_start(row, out_p_inner, out_p_outer, out_p_stride) + first, WIDTH)
     if out_q is not None:
-        out_q += device.row_start(row, out_q_inner, out_q_outer, out_q_stride) + first
+        out_q = device.aligned(out_q, device.row_start(row, out_q_inner, out_q_outer, out_q_stride) + first, WIDTH)
     weight = None
     if weights is not None:
         weight = tl.load(weights + row).to(tl.float32)
@@ -142,7 +145,7 @@ def _kl_grads(
     out_a, out_b = (a if out is None else row_addresses(out) for out in (out_p, out_q))
     stats = [stat.contiguous() for stat in (kl, peak_p, norm_p, peak_q, norm_q, shift)]
     weights = None if row_weights is None else row_weights.contiguous()
-    vocab, width = p.shape[-1], vector_width(a.tensor, b.tensor)
+    vocab, width = p.shape[-1], store_width(a.tensor, b.tensor, *(x for x in (out_p, out_q) if x is not None))
     tile = 32 * _WARPS * _GRAD_ENTRIES
     launch(
         _grads_kernel, (a.n, triton.cdiv(vocab, tile * _GRAD_TILES)), a.tensor, b.tensor, *stats, weights,

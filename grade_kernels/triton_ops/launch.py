@@ -145,9 +145,18 @@ def vector_width(*tensors: Tensor) -> int:
     """
     width = VECTOR_BYTES // min(t.element_size() for t in tensors)
     for rows in map(row_addresses, tensors):
-        for start in (int(rows.tensor.storage_offset()), rows.outer_stride, rows.inner_stride):
+        # The address itself: memory that comes from elsewhere need not begin where torch's would.
+        first = rows.tensor.data_ptr() // rows.tensor.element_size()
+        for start in (first, rows.outer_stride, rows.inner_stride):
             width = min(width, start & -start) if start else width
     return width
+
+
+def store_width(*tensors: Tensor) -> int:
+    """`vector_width` where a thread also stores what it loads, which it does by 16 bytes at most: those of the widest
+    dtype.  Of a wider share entries would have to change threads before they are stored.
+    """
+    return min(vector_width(*tensors), VECTOR_BYTES // max(t.element_size() for t in tensors))
 
 
 def words(seed: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from grade_kernels.common.chunks import Rows
 from grade_kernels.common.stats import TokenStats
 from grade_kernels.triton_ops import device, online
-from grade_kernels.triton_ops.launch import as_tensor, launch, row_addresses, vector_width
+from grade_kernels.triton_ops.launch import as_tensor, launch, row_addresses, store_width, vector_width
 
 _WARPS = 8
 _STATS_ENTRIES = 32  # of a thread, per tile
@@ -28,7 +28,7 @@ def _stats_kernel(
     LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    x += device.row_start(row, inner, outer, stride)
+    x = device.aligned(x, device.row_start(row, inner, outer, stride), WIDTH)
     peak, norm, entropy = online.lse_row(x, vocab, LANES, WIDTH, STEPS)
     out += row
     n = n.to(tl.int64)
@@ -53,13 +53,13 @@ def _grad_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1).to(tl.int64) * (TILES * LANES * WIDTH * STEPS)
-    x += device.row_start(row, inner, outer, stride) + first
-    out += device.row_start(row, out_inner, out_outer, out_stride) + first
+    x = device.aligned(x, device.row_start(row, inner, outer, stride) + first, WIDTH)
+    out = device.aligned(out, device.row_start(row, out_inner, out_outer, out_stride) + first, WIDTH)
     token = tl.load(tokens + row) - first
     entropy, peak, norm = tl.load(entropy + row), tl.load(peak + row), tl.load(norm + row)
     d_logprob = tl.load(d_logprob + row).to(tl.float32)
     d_entropy = tl.load(d_entropy + row).to(tl.float32)
-    offsets = device.lane_offsets(LANES, WIDTH, STEPS)
+    offsets = device.tile_offsets(LANES, WIDTH, STEPS)
     left = vocab - first
     for i in range(0, tl.minimum(TILES, tl.cdiv(left, LANES * WIDTH * STEPS))):
         ids = i * (LANES * WIDTH * STEPS) + offsets
@@ -126,7 +126,7 @@ def _token_stats_grad(
 ) -> None:
     x, y = row_addresses(logits), row_addresses(out)
     per_row = [t.contiguous() for t in (tokens, entropy, peak, norm, d_logprob, d_entropy)]
-    vocab, width, tile = logits.shape[-1], vector_width(x.tensor), 32 * _WARPS * _GRAD_ENTRIES
+    vocab, width, tile = logits.shape[-1], store_width(x.tensor, out), 32 * _WARPS * _GRAD_ENTRIES
     launch(
         _grad_kernel, (x.n, triton.cdiv(vocab, tile * _GRAD_TILES)), x.tensor, *per_row, out,
         None if softcap is None else 1.0 / softcap, vocab, *x.strides, *y.strides,

@@ -33,12 +33,12 @@ def _objective_kernel(
     KEPT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    policy += row * policy_stride
+    policy = device.aligned(policy, row * policy_stride, WIDTH)
     stats += row
     n = n.to(tl.int64)
     kl, ref_kl, peak_q, norm_q, shift = 0.0, 0.0, 0.0, 0.0, 0.0
     if ref is not None:
-        ref += row * ref_stride
+        ref = device.aligned(ref, row * ref_stride, WIDTH)
         kl, peak, norm, peak_q, norm_q, shift, entropy = online.kl_row(policy, ref, vocab, 1, LANES, WIDTH, STEPS)
     else:
         peak, norm, entropy = online.lse_row(policy, vocab, LANES, WIDTH, STEPS)
@@ -73,7 +73,7 @@ def ref_kl_and_grad(
     Each entry is read first, by the thread that writes it.
     """
     TILE: tl.constexpr = LANES * WIDTH * STEPS
-    offsets = device.lane_offsets(LANES, WIDTH, STEPS)
+    offsets = device.tile_offsets(LANES, WIDTH, STEPS)
     total = tl.zeros([LANES], tl.float32)
     for i in range(0, tl.cdiv(vocab, TILE)):
         columns = i * TILE + offsets
@@ -88,7 +88,8 @@ def ref_kl_and_grad(
         if ref is not None:
             y = tl.load(ref + columns, mask=here, other=float("-inf"))
             d_kl, gap = online.kl_grad(x, y, kl, peak_p, norm_p, peak_q, norm_q, shift)
-            total += device.lane_sum(ref_kl_terms(x, y, gap, peak_q, norm_q, shift))
+            terms = ref_kl_terms(x, y, gap, peak_q, norm_q, shift)
+            total += device.lane_sum(device.by_lane(terms, LANES, WIDTH, STEPS))
             if w_kl is not None:
                 grad += weighted(w_kl, d_kl)
             if w_ref_kl is not None:

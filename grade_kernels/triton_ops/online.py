@@ -119,17 +119,15 @@ def lse_merge(m, z, t):
 def lse_row(x, vocab, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
     """(peak, norm, entropy) of the row at x."""
     TILE: tl.constexpr = LANES * WIDTH * STEPS
-    offsets = device.lane_offsets(LANES, WIDTH, STEPS)
+    offsets = device.tile_offsets(LANES, WIDTH, STEPS)
     m = tl.full([LANES], NOTHING, tl.float32)
     z = tl.zeros([LANES], tl.float32)
     t = tl.zeros([LANES], tl.float32)
     full = vocab // TILE
     for i in range(0, full):
-        m, z, t = lse_tile(tl.load(x + i * TILE + offsets).to(tl.float32), m, z, t)
+        m, z, t = lse_tile(device.load_tile(x + i * TILE, LANES, WIDTH, STEPS), m, z, t)
     if vocab % TILE != 0:
-        ids = full * TILE + offsets
-        tail = tl.load(x + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-        m, z, t = lse_tile(tail, m, z, t)
+        m, z, t = lse_tile(device.load_tail(x, full * TILE + offsets, vocab, LANES, WIDTH, STEPS), m, z, t)
     return lse_merge(m, z, t)
 
 
@@ -184,7 +182,7 @@ def kl_merge(m, z, c, low, a, t, zq, tq, ENTROPY: tl.constexpr):
     centre = tl.sum(mass * c, axis=0) / total
     apart = (c - centre) + low
     mean = tl.sum(mass * apart, axis=0) / total
-    gain, lift = move(tl.where(z > 0.0, apart - mean, 0.0), k)
+    gain, lift = move(tl.where((z > 0.0) | (a > 0.0), apart - mean, 0.0), k)
     high, kl_low = log1p_parts(tl.sum(gain * a + lift * z, axis=0) / total)
     norm = tl.log(total)
     # A large divergence all but cancels the centre: its leading part goes first, where nothing is rounded.
@@ -212,7 +210,7 @@ def careful(p, q, vocab, ENTROPY: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.c
     peak_p, norm_p, entropy_p = lse_row(p, vocab, LANES, WIDTH, STEPS)
     peak_q, norm_q, entropy_q = lse_row(q, vocab, LANES, WIDTH, STEPS)
     shift = (peak_q - peak_p) + (norm_q - norm_p)
-    offsets = device.lane_offsets(LANES, WIDTH, STEPS)
+    offsets = device.tile_offsets(LANES, WIDTH, STEPS)
     a = tl.zeros([LANES], tl.float32)
     g = tl.zeros([LANES], tl.float32)
     for i in range(0, tl.cdiv(vocab, TILE)):
@@ -226,9 +224,10 @@ def careful(p, q, vocab, ENTROPY: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.c
         grown = device.expm1(u)
         far = tl.where(u == float("-inf"), float("inf"), grown - u)
         phi = tl.where(tl.abs(u) <= NEAR, u * u * phi_ratio(u), far)
-        g += device.lane_sum(w * grown)
+        g += device.lane_sum(device.by_lane(w * grown, LANES, WIDTH, STEPS))
         # 0 * inf: p has underflown but is not masked, q is.
-        a += device.lane_sum(tl.where(u == float("-inf"), float("inf"), w * phi))
+        terms = tl.where(u == float("-inf"), float("inf"), w * phi)
+        a += device.lane_sum(device.by_lane(terms, LANES, WIDTH, STEPS))
     a_row = tl.sum(a, axis=0)
     # The difference of two rounded log-sum-exps may be off; e^(its error) - 1 is the sum of p (e^u - 1).
     error = device.log1p(tl.sum(g, axis=0))
@@ -249,27 +248,28 @@ def kl_row(p, q, vocab, ENTROPY: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.co
     ENTROPY: 0 none, 1 that of p, 2 that of q.
     """
     TILE: tl.constexpr = LANES * WIDTH * STEPS
-    offsets = device.lane_offsets(LANES, WIDTH, STEPS)
+    offsets = device.tile_offsets(LANES, WIDTH, STEPS)
     m = tl.full([LANES], NOTHING, tl.float32)
     z = tl.zeros([LANES], tl.float32)
     # A lane's centre starts at a difference of its own, which leaves its first mean the precision of u instead of
     # d: that of its likeliest first entry, since elsewhere one side may be masked with a large finite number.
-    x = tl.load(p + offsets, mask=offsets < vocab, other=float("-inf")).to(tl.float32)
-    y = tl.load(q + offsets, mask=offsets < vocab, other=float("-inf")).to(tl.float32)
+    valid = device.by_lane(offsets < vocab, LANES, WIDTH, STEPS)
+    x = device.load_tail(p, offsets, vocab, LANES, WIDTH, STEPS)
+    y = device.load_tail(q, offsets, vocab, LANES, WIDTH, STEPS)
     likeliest = x == device.lane_max(x)[None, :, None]
-    c = device.finite_or_zero(device.lane_max(tl.where(likeliest & (offsets < vocab), y - x, float("-inf"))))
+    c = device.finite_or_zero(device.lane_max(tl.where(likeliest & valid, y - x, float("-inf"))))
     low, a = z, z
     t, zq, tq = z, z, z
     full = vocab // TILE
     for i in range(0, full):
-        x = tl.load(p + i * TILE + offsets).to(tl.float32)
-        y = tl.load(q + i * TILE + offsets).to(tl.float32)
-        m, z, c, low, a, t, zq, tq = kl_tile(x, y, x, m, z, c, low, a, t, zq, tq, False, ENTROPY)
+        x = device.load_tile(p + i * TILE, LANES, WIDTH, STEPS)
+        y = device.load_tile(q + i * TILE, LANES, WIDTH, STEPS)
+        m, z, c, low, a, t, zq, tq = kl_tile(x, y, valid, m, z, c, low, a, t, zq, tq, False, ENTROPY)
     if vocab % TILE != 0:
         ids = full * TILE + offsets
-        valid = ids < vocab
-        x = tl.load(p + ids, mask=valid, other=float("-inf")).to(tl.float32)
-        y = tl.load(q + ids, mask=valid, other=float("-inf")).to(tl.float32)
+        valid = device.by_lane(ids < vocab, LANES, WIDTH, STEPS)
+        x = device.load_tail(p, ids, vocab, LANES, WIDTH, STEPS)
+        y = device.load_tail(q, ids, vocab, LANES, WIDTH, STEPS)
         m, z, c, low, a, t, zq, tq = kl_tile(x, y, valid, m, z, c, low, a, t, zq, tq, True, ENTROPY)
     kl, peak_p, norm_p, peak_q, norm_q, shift, entropy = kl_merge(m, z, c, low, a, t, zq, tq, ENTROPY)
     good = (kl < LARGE) & (tl.abs(norm_q) < float("inf")) & (entropy == entropy)
@@ -306,7 +306,7 @@ def write_kl_grads(
     The outs may be the logits: each entry is read first, by the thread that writes it.
     """
     TILE: tl.constexpr = LANES * WIDTH * STEPS
-    offsets = device.lane_offsets(LANES, WIDTH, STEPS)
+    offsets = device.tile_offsets(LANES, WIDTH, STEPS)
     for i in range(0, tl.cdiv(length, TILE)):
         columns = i * TILE + offsets
         here = columns < length

@@ -19,7 +19,7 @@ from torch import Tensor
 from grade_kernels.common.chunks import Rows
 from grade_kernels.common.sample import Sample, Support
 from grade_kernels.triton_ops import bisection, noise, topk
-from grade_kernels.triton_ops.device import row_start
+from grade_kernels.triton_ops.device import aligned, row_start
 from grade_kernels.triton_ops.launch import (
     as_tensor,
     launch,
@@ -108,7 +108,7 @@ def select_kernel(
     row = program + first_row
     lane = tl.arange(0, KEPT)
     valid = lane < k
-    start = logits + row_start(row, inner, outer_stride, inner_stride)
+    start = aligned(logits, row_start(row, inner, outer_stride, inner_stride), WIDTH)
     if parts is None:
         tiles = tl.cdiv(vocab, LANES * WIDTH * STEPS)
         tops, peak, norm = topk.survey(start, vocab, 0, tiles, bits, None, given is None, TILES, LANES, WIDTH, STEPS)
@@ -190,7 +190,7 @@ def survey_kernel(
     (peak, norm) [n, parts_n, 2]."""
     program = tl.program_id(0).to(tl.int64)
     row, part = program // parts_n, program % parts_n
-    start = logits + row_start(row, inner, outer_stride, inner_stride)
+    start = aligned(logits, row_start(row, inner, outer_stride, inner_stride), WIDTH)
     first = (part * per_part).to(tl.int32)
     last = tl.minimum(first + per_part, tl.cdiv(vocab, LANES * WIDTH * STEPS))
     if maxima is not None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grade_kernels.triton_ops import noise, online, sample
+from grade_kernels.triton_ops import device, noise, online, sample
 from grade_kernels.triton_ops.launch import launch, next_power_of_2, vector_width
 from grade_kernels.triton_ops.suppress import suppress_bits
 
@@ -30,11 +30,11 @@ def _head_kernel(
     LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    policy += row * policy_stride
+    policy = device.aligned(policy, row * policy_stride, WIDTH)
     stats += row
     n = n.to(tl.int64)
     if ref is not None:
-        ref += row * ref_stride
+        ref = device.aligned(ref, row * ref_stride, WIDTH)
         if POLICY_FIRST:
             kl, peak_p, norm_p, peak_q, norm_q, shift, entropy = online.kl_row(
                 policy, ref, vocab, 1, LANES, WIDTH, STEPS
@@ -177,7 +177,7 @@ def sweep_rows(
     n, vocab = logits.shape
     bits = None if indices is None else suppress_bits(suppress, vocab, logits.device)
     given, chosen, *per_row = (x if x is None else x.contiguous() for x in (indices, tokens, *weights))
-    width, k = vector_width(logits), ids.shape[1]
+    width, k = vector_width(*(x for x in (logits, ref_logits) if x is not None)), ids.shape[1]
     launch(
         kernel, (n,), logits, ref_logits, given, chosen, bits, *per_row, stats, ids, values, n, k,
         None if softcap is None else 1.0 / softcap, vocab, logits.stride(0),

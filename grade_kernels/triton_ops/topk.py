@@ -21,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grade_kernels.triton_ops import device
 from grade_kernels.triton_ops.device import finite_or_zero, lane_max, lane_offsets, lane_sum
 from grade_kernels.triton_ops.online import LOG2E
 from grade_kernels.triton_ops.suppress import is_blocked
@@ -118,18 +119,22 @@ def _survey_tile(
     PART: tl.constexpr = min(STEPS, max(1, 16 // WIDTH))
     largest = tl.full([LANES], float("-inf"), tl.float32)
     for part in tl.static_range(STEPS // PART):
-        ids = start + part * PART * LANES * WIDTH + lane_offsets(LANES, WIDTH, PART)
+        begin = start + part * PART * LANES * WIDTH
+        ids = begin + lane_offsets(LANES, WIDTH, PART)
         if MASKED:
-            x = tl.load(row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+            x = device.load_tail(row, begin + device.tile_offsets(LANES, WIDTH, PART), vocab, LANES, WIDTH, PART)
         else:
-            x = tl.load(row + ids).to(tl.float32)
+            x = device.load_tile(row + begin, LANES, WIDTH, PART)
         top = lane_max(x)
         raised = tl.maximum(peak, top)
         base = finite_or_zero(raised)
         norm = norm * tl.exp2((peak - base) * LOG2E) + lane_sum(tl.exp2((x - base[None, :, None]) * LOG2E))
         peak = raised
         if bits is not None:
-            x = tl.where(suppressed(bits, ids, vocab, WIDTH), float("-inf"), x)
+            # One word for the WIDTH ids of a load, along one axis as they are: see `device.tile_offsets`.
+            firsts = begin + tl.arange(0, PART * LANES) * WIDTH
+            word = tl.reshape(tl.load(bits + (firsts >> 4), mask=firsts < vocab, other=0), (PART, LANES, 1))
+            x = tl.where(((word >> (ids & 15)) & 1) != 0, float("-inf"), x)
             top = lane_max(x)
         largest = tl.maximum(largest, top)
     return largest, peak, norm

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from grade_kernels.aot import binary, command
+from grade_kernels.aot.streams import STREAMS
 from grade_kernels.common.environment import check_triton, interpreting
 
 try:
@@ -204,6 +205,8 @@ def test_the_quick_table_is_free_of_spills(shipped, tmp_path):
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert {row["target"] for row in rows} == set(TARGETS)
     assert all(int(row["registers"]) > 0 and row["spills"] == "0" for row in rows)
+    streaming = [row for row in rows if row["kernel"] in STREAMS and row["kernel"] != "sample.select_kernel"]
+    assert streaming and all(float(row["issue_per_element"]) > 1 and row["shuffles"] == "0" for row in streaming)
 
 
 # What compiling makes of good, spilling and broken kernels.
