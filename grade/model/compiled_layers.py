@@ -68,6 +68,8 @@ class CompiledLayers:
             raise failed("transformers does not say what the layers of this model are")
         if any("forward" in vars(layer) for layer in layers):
             raise failed("the forward of its layers has been replaced")
+        for layer in layers:  # on the layer itself, where it may change without changing what code was compiled for
+            layer.gradient_checkpointing = bool(layer.gradient_checkpointing)
         self.compilations = 0
         self._calls = {layer: partial(self._run, layer, _number_of(layer)) for layer in layers}
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
