@@ -142,8 +142,7 @@ def test_other_numbers_are_refused(traced, monkeypatch):
         right = run(graph, inputs, **how)
 
         def call(arguments):
-            first, *others = right(arguments)
-            return [first * 1.01, *others]
+            return [gradient if gradient is None else gradient * 1.01 for gradient in right(arguments)]
 
         call._boxed_call = True
         return call if how.get("is_backward") else right
