@@ -182,7 +182,7 @@ def test_auto_is_for_long_runs_on_a_gpu():
     "model, message",
     [
         ({"quantization": "4bit"}, "train.compile fuses layers, and the packed products of model.quantization=4bit"),
-        ({"fsdp": True}, "model.fsdp shards .*train.compile is true.*Set it to false"),
+        ({"fsdp": True}, "(?i)model.fsdp shards .*train.compile is true.*Set it to false"),
     ],
 )
 def test_settings_that_cannot_go_with_it(model, message):
