@@ -41,7 +41,7 @@ def check_launch(device: str, environment: Mapping[str, str] | None = None) -> N
     if backend not in ("no", ""):
         raise GradeError(
             f"accelerate's dynamo_backend is {backend}, which a run does not follow. {fix}: rollout.compile compiles "
-            "the decoding step."
+            "the decoding step, and train.compile the layers of the other passes."
         )
     steps = set_to.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", "auto", ""):

@@ -46,6 +46,11 @@ class TrainConfig:
     deterministic: bool = setting(False, role="speed")
     """On a GPU, take only operations that give the same bits each time; attention then keeps all its weights, and is
     slower. A CPU gives the same bits in any case."""
+    compile: bool | Literal["auto"] = setting(False, role="speed")
+    """Compile a decoder layer of each kind, and run the passes of training's steps by that code: the products and a few
+    fused kernels in place of a hundred operations a layer. Takes a minute or so at the start; another batch or length
+    is not compiled anew. Not with a quantized or sharded base. `auto`: on a GPU, where the run passes micro-batches
+    400 times or more and the model can be compiled."""
     save_every: int = setting(50, ge=1, le=COUNT, role="resume")
     """Steps between checkpoints for resuming; one is always written at the end."""
     keep_checkpoints: int = setting(2, ge=1, le=COUNT, role="resume")

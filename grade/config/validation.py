@@ -73,6 +73,7 @@ def validate(config: Config) -> None:
             ("model.finetuning", config.model.finetuning, "lora", "the weights that are trained stay whole"),
             ("model.quantization", config.model.quantization, None, "packed weights are not sharded"),
             ("rollout.compile", config.rollout.compile is True, False, "a compiled step holds the whole base"),
+            ("train.compile", train.compile is True, False, "compiled layers hold their weights"),
         ):
             if value != needed:
                 raise GradeError(
@@ -88,6 +89,12 @@ def validate(config: Config) -> None:
         raise GradeError(
             f"rollout.compile records the weights' own products, which model.quantization={config.model.quantization} "
             "replaces. Set one of them to its default."
+        )
+    if config.model.quantization is not None and train.compile is True:
+        raise GradeError(
+            f"train.compile fuses layers, and the packed products of model.quantization={config.model.quantization} "
+            "are other libraries' code that cannot be seen into. Set train.compile to false or auto, or "
+            "model.quantization to null."
         )
     if train.deterministic:
         _check_deterministic(config)

@@ -187,7 +187,7 @@ class PolicyGradient(Method):
         real = RealTokens(rollout)
         x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        hidden = policy_pass(policy, rollout, x, activation_checkpointing=recompute)
+        hidden = policy_pass(policy, rollout, x, activation_checkpointing=recompute, compiled=True)
 
         def rows(weight: Tensor | None) -> Tensor | None:
             return None if weight is None else real.rows(weight)

@@ -62,9 +62,12 @@ def policy_pass(
     dropout: bool = False,
     activation_checkpointing: bool = False,
     adapters: bool = True,
+    compiled: bool = False,
 ) -> Tensor:
     """[B, S, d] hidden states that predict the response's tokens; `x` [B, S, d] are its embeddings."""
-    with policy.state(adapters=adapters, dropout=dropout, activation_checkpointing=activation_checkpointing):
+    with policy.state(
+        adapters=adapters, dropout=dropout, activation_checkpointing=activation_checkpointing, compiled=compiled
+    ):
         hidden = policy.hidden(*_whole_sequence(policy, rollout, x), padded=rollout.padded)
     prompt = rollout.prompt_ids.shape[1]
     return hidden[:, prompt - 1 : -1]
@@ -78,6 +81,7 @@ def base_pass(
     prompt_cache: bool = True,
     activation_checkpointing: bool = False,
     reads_base: bool = True,
+    compiled: bool = False,
 ) -> BasePass:
     """The frozen base over prompt + response, and in a pass of its own a reference that is not the base.
 
@@ -88,28 +92,38 @@ def base_pass(
             whose recomputation would write the cache twice, nor where the model cannot (`Policy.reads_prompt_cache`).
         reads_base: whether anyone reads states of the base. If not, a reference that is not the base saves its pass,
             and all states are the reference's.
+        compiled: run compiled layers where the policy has them (`Switches.compile_layers`).
     """
     cached = prompt_cache and policy.reads_prompt_cache and not activation_checkpointing
-    before, response = _frozen_states(policy, rollout, x, cached, activation_checkpointing, reference=not reads_base)
+    how = {"activation_checkpointing": activation_checkpointing, "compiled": compiled}
+    before, response = _frozen_states(policy, rollout, x, cached, reference=not reads_base, **how)
     others = (before, response)
     if policy.has_reference and reads_base:
-        others = _frozen_states(policy, rollout, x, cached, activation_checkpointing, reference=True)
+        others = _frozen_states(policy, rollout, x, cached, reference=True, **how)
     reference = torch.cat([others[0][:, -1:], others[1][:, :-1]], dim=1)
     prompt_sum = (before.to(accumulation_dtype(before)) * rollout.prompt_mask[..., None]).sum(1)
     return BasePass(reference, response, prompt_sum, rollout.prompt_mask.sum(1))
 
 
 def _frozen_states(
-    policy: Policy, rollout: Rollout, x: Tensor, cached: bool, activation_checkpointing: bool, *, reference: bool
+    policy: Policy,
+    rollout: Rollout,
+    x: Tensor,
+    cached: bool,
+    *,
+    activation_checkpointing: bool,
+    reference: bool,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     """States of prompt [B, P, d] and response [B, S, d], of the reference or of the base."""
     if not cached:
-        with policy.state(adapters=False, activation_checkpointing=activation_checkpointing, reference=reference):
+        how = {"activation_checkpointing": activation_checkpointing, "compiled": compiled}
+        with policy.state(adapters=False, reference=reference, **how):
             hidden = policy.hidden(*_whole_sequence(policy, rollout, x), padded=rollout.padded)
         prompt = rollout.prompt_ids.shape[1]
         return hidden[:, :prompt], hidden[:, prompt:]
     copies = rollout.samples_per_prompt
-    with policy.state(adapters=False, reference=reference):
+    with policy.state(adapters=False, reference=reference, compiled=compiled):
         cache = policy.new_cache()
         with torch.no_grad():
             embeddings = policy.embed(rollout.prompt_ids[::copies])

@@ -65,6 +65,7 @@ class Policy:
         modules: all that holds weights.
         cache_name: what the backbone calls its cache; None where it takes none, which the probe refuses.
         adapter_layers: the layers that have one.
+        switches: what the next forward is, and whether layers are compiled.
         has_reference: whether a second, frozen adapter is the reference (`grade.model.adapter.add_reference`), and not
             the base.
         started_from: SHA-256 of the adapter that it went on from; None: it began as the base.
@@ -104,7 +105,7 @@ class Policy:
         self.started_from: str | None = None
         self.given = False
         self._recomputable = [m for m in self.modules.modules() if isinstance(m, GradientCheckpointingLayer)]
-        self._switches = Switches(self.adapter_layers, self._recomputable, self.has_reference)
+        self.switches = Switches(self.adapter_layers, self._recomputable, self.has_reference)
         model.eval()
 
         head, table = self.causal_lm.get_output_embeddings(), self.causal_lm.get_input_embeddings()
@@ -241,7 +242,7 @@ class Policy:
         if self.takes("position_ids"):
             given["position_ids"] = positions
         backbone = self.backbone
-        if self.frozen_backbone is not None and not self._switches.state.adapters:
+        if self.frozen_backbone is not None and not self.switches.state.adapters:
             backbone = self.frozen_backbone
         return backbone(**given).last_hidden_state
 
@@ -249,7 +250,13 @@ class Policy:
 
     @contextmanager
     def state(
-        self, *, adapters: bool, dropout: bool = False, activation_checkpointing: bool = False, reference: bool = False
+        self,
+        *,
+        adapters: bool,
+        dropout: bool = False,
+        activation_checkpointing: bool = False,
+        reference: bool = False,
+        compiled: bool = False,
     ) -> Iterator[None]:
         """Run forwards as the policy (`adapters=True`) or as the frozen base.
 
@@ -258,15 +265,18 @@ class Policy:
             dropout: adapter dropout on. Every other dropout is always off.
             activation_checkpointing: recompute these forwards' layers in backward (after
                 `enable_activation_checkpointing`).
+            compiled: run these forwards' layers, and the backward passes through them, as compiled code (after
+                `Switches.compile_layers`).
         """
-        previous = self._switches.state
+        previous = self.switches.state
         if reference:
             adapters, dropout = self.has_reference, False
-        self._switches.apply(State(adapters, dropout, activation_checkpointing, reference and self.has_reference))
+        reference = reference and self.has_reference
+        self.switches.apply(State(adapters, dropout, activation_checkpointing, reference, compiled))
         try:
             yield
         finally:
-            self._switches.apply(previous)
+            self.switches.apply(previous)
 
     @property
     def merges(self) -> bool:
@@ -325,5 +335,5 @@ class Policy:
         for part in filter(None, (self.causal_lm, self.frozen_backbone)):
             enable = getattr(part, "activation_checkpointing_enable", None)  # transformers >= 5.20
             enable = enable or part.gradient_checkpointing_enable
-            enable({"use_reentrant": False, "context_fn": self._switches.recomputation_contexts})
+            enable({"use_reentrant": False, "context_fn": self.switches.recomputation_contexts})
         probe_recomputation(self)

@@ -7,23 +7,26 @@ elsewhere. So every recomputed layer records the state of its own forward and pu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grade.model.adapter import REFERENCE, TRAINED
+from grade.model.compiled_layers import CompiledLayers
 
 
 class State(NamedTuple):
     """What the next forward of the shared weights is: the policy, the base or, with the second adapter, the reference;
-    with or without adapter dropout; its layers recomputed in backward or not."""
+    with or without adapter dropout; its layers recomputed in backward or not, by compiled code or their own."""
 
     adapters: bool
     dropout: bool
     activation_checkpointing: bool = False
     reference: bool = False
+    compiled: bool = False
 
 
 class Switches:
@@ -39,15 +42,23 @@ class Switches:
     """
 
     def __init__(
-        self, adapter_layers: Sequence[BaseTunerLayer], recomputable: Sequence[nn.Module], has_reference: bool
+        self,
+        adapter_layers: Sequence[BaseTunerLayer],
+        recomputable: Sequence[GradientCheckpointingLayer],
+        has_reference: bool,
     ):
         self._adapter_layers, self._recomputable, self._has_reference = adapter_layers, recomputable, has_reference
         self.state = State(adapters=True, dropout=False)
+        self._compiled: CompiledLayers | None = None
 
     def apply(self, state: State) -> None:
         """Let the next forward be of this state."""
         previous, self.state = self.state, state
-        if state._replace(activation_checkpointing=previous.activation_checkpointing) != previous:
+        if self._compiled is not None:
+            kind = (state.adapters, state.dropout, state.reference)
+            self._compiled.follow(kind if state.compiled else None)
+        as_before = dict(activation_checkpointing=previous.activation_checkpointing, compiled=previous.compiled)
+        if state._replace(**as_before) != previous:
             for layer in self._adapter_layers:
                 # Not set_adapter(): it also flips requires_grad, and autograd drops the gradients of a leaf whose flag
                 # is down while a recomputation of the base runs inside its backward.
@@ -62,6 +73,35 @@ class Switches:
             # leaves every module below it in eval mode; the layer's own code sees it down again (`_LayerState`).
             for layer in self._recomputable:
                 layer.training = state.activation_checkpointing
+
+    def compile_layers(self, wanted: bool = True) -> None:
+        """Let layers of a state that is `compiled` run compiled code; what has been compiled before is dropped.
+
+        Raises:
+            GradeError: the layers cannot be compiled.
+        """
+        inner = {below for layer in self._recomputable for below in layer.modules() if below is not layer}
+        outer = [layer for layer in self._recomputable if layer not in inner]
+        self._compiled = CompiledLayers(outer) if wanted else None
+
+    @property
+    def compilations(self) -> int:
+        """Graphs that have been compiled of layers."""
+        return 0 if self._compiled is None else self._compiled.compilations
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Inside, layers run their own code, whatever the state."""
+        compiled, self._compiled = self._compiled, None
+        try:
+            yield
+        finally:
+            self._compiled = compiled
+
+    def gradients_of_inputs(self) -> AbstractContextManager:
+        """A context for backward passes through compiled layers that need no gradient of a weight: they leave it out.
+        Without compiled layers autograd does so by itself."""
+        return nullcontext() if self._compiled is None else self._compiled.gradients_of_inputs()
 
     def recomputation_contexts(self) -> tuple[_LayerState, _LayerState]:
         """Contexts of a layer's forward and of its recomputation, which sees the state of that forward."""

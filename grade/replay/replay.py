@@ -99,7 +99,8 @@ class Prepared:
 
         def hop(gradient: Tensor) -> Tensor:
             gradient = gradient.to(done.hidden.dtype)
-            return local_rule(vjp([done.fed], [done.hidden], [gradient], retain_graph=True))
+            with self.policy.switches.gradients_of_inputs():
+                return local_rule(vjp([done.fed], [done.hidden], [gradient], retain_graph=True))
 
         return direct, hop
 
@@ -151,7 +152,8 @@ class Prepared:
             shorter = replace(settings, max_hops=settings.max_hops - 1)
             gradient, _, _ = solve_hops(*self.equation(shorter), self.done.real, shorter)
             hidden = self.done.hidden
-            incoming += vjp([self.done.fed], [hidden], [gradient.to(hidden.dtype)], retain_graph=True)
+            with self.policy.switches.gradients_of_inputs():
+                incoming += vjp([self.done.fed], [hidden], [gradient.to(hidden.dtype)], retain_graph=True)
         return rule([g for g, _ in incoming], [table for _, table in incoming]).dlogits
 
     def backward(self, gradient: Tensor, *, retain_graph: bool = False) -> None:

@@ -31,7 +31,8 @@ class ScoreSettings:
     Args:
         dropout: the adapter's, in the policy's pass.
         activation_checkpointing: recompute activations in the backward passes.
-        training: of a step, where the reward's running means count, and not in an evaluation.
+        training: of a step, where the reward's running means count and layers may be compiled, and not in an
+            evaluation.
         phase: given the name of a phase, a context that times it: "policy_forward", "base_forward" (reference and
             reward), "head" (the vocabulary sweep), and in replay "base_backward", "hops", "policy_backward".
     """
@@ -178,6 +179,7 @@ def frozen_passes(
         prompt_cache=settings.prompt_cache,
         activation_checkpointing=settings.activation_checkpointing,
         reads_base=reward.shares_base_pass,
+        compiled=settings.training,
     )
     fed_reward = [
         Fed(real.rows(x).requires_grad_(grad), table)
@@ -214,6 +216,7 @@ def forward(
                 dropout=settings.dropout,
                 activation_checkpointing=settings.activation_checkpointing,
                 adapters=adapters,
+                compiled=settings.training,
             )
         )
     with settings.phase("base_forward"):

@@ -26,6 +26,7 @@ from grade.model.fingerprint import inputs_of
 from grade.model.loading import load_prompts
 from grade.model.policy import Policy
 from grade.processes import main_process_first
+from grade.replay.compiling import compile_layers
 from grade.rewards.shared import head_lines
 from grade.rollout import Rollout
 from grade.sampling.choice import decoding_of
@@ -191,8 +192,10 @@ class Trainer:
         self.stop = StopRequest()
 
     def _decode_with(self, policy: Policy) -> None:
-        """How responses are decoded; a policy that cannot be decoded so is refused before a reward head is trained."""
-        self.decoding, self._decoding_note = decoding_of(policy, self.config)
+        """How responses are decoded and layers run; a policy for which that is not possible is refused before a reward
+        head is trained."""
+        self.decoding, decoding = decoding_of(policy, self.config)
+        self._compiling_notes = [note for note in (decoding, compile_layers(policy, self.config)) if note]
 
     # -- one step --------------------------------------------------------------------------------------------
 
@@ -272,7 +275,7 @@ class Trainer:
                 notes += [f"reward head: {line}" for line in head_lines(self.record.content.get("reward_head", {}))]
         if found is not None and found.resaves_best:
             self.checkpoints.save_best(self.step)
-        notes += filter(None, [self._decoding_note])
+        notes += self._compiling_notes
         with ExitStack() as stack:
             stack.callback(self.log.close)
             stack.callback(self.record.end_session)

@@ -85,7 +85,8 @@ class Trial:
         )
         few = replace(self, config=config, reward=self.reward.in_trial())
         try:
-            with _generators_put_back(device):
+            # What compiled layers allocate is not seen on a CPU. Their own code keeps more, operation by operation.
+            with _generators_put_back(device), self.policy.switches.uncompiled():
                 found = few._peaks(recompute)
         finally:
             for parameter in self.policy.parameters():

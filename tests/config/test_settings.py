@@ -63,6 +63,7 @@ def test_what_may_change_when_a_run_is_resumed():
         "train.resume",
         "train.overwrite",
         "train.deterministic",
+        "train.compile",
         "train.steps",
         "train.save_every",
         "train.keep_adapters",

@@ -143,9 +143,9 @@ def test_a_trial_leaves_no_trace():
     trial = trial_of(config_of("ppo"), "qwen3")
     policy, model = trial.policy, trial.policy.model
     before = {name: p.clone() for name, p in model.named_parameters()}
-    flags, state, random = [m.training for m in model.modules()], policy._switches.state, torch.get_rng_state()
+    flags, state, random = [m.training for m in model.modules()], policy.switches.state, torch.get_rng_state()
     trial(8, 8, recompute=False)
-    assert policy._switches.state == state and torch.equal(torch.get_rng_state(), random)
+    assert policy.switches.state == state and torch.equal(torch.get_rng_state(), random)
     assert flags == [m.training for m in model.modules()]
     for name, parameter in model.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, before[name])

@@ -246,7 +246,13 @@ def test_the_parts_of_a_step_may_change_but_not_who_shares_a_mini_batch():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"model": {"quantization": "4bit"}}, {"model": {"finetuning": "full"}}, {"rollout": {"compile": True}}]
+    "settings",
+    [
+        {"model": {"quantization": "4bit"}},
+        {"model": {"finetuning": "full"}},
+        {"rollout": {"compile": True}},
+        {"train": {"compile": True}},
+    ],
 )
 def test_what_does_not_work_with_sharding_is_refused(settings):
     config = config_of("grade-ste", Path("runs/none"), 2, fsdp=True)
