@@ -214,7 +214,7 @@ def reach_table(runs: Runs, base: Mapping[str, Any]) -> Table:
                     f"{measure} {value:.3f}, {LABELS[best]} after {theirs:.1f} s",
                     LABELS[method],
                     "not reached" if seconds is None else f"{seconds:.1f}",
-                    "–" if ratio is None else f"{ratio:.3g}{between}",
+                    "–" if ratio is None or seconds is None else f"{ratio:.3g}{between}",
                 ]
             )
     columns = [Column("TRL's best"), Column("method"), *numbers(["s until then", "times faster (95 %)"])]
