@@ -113,7 +113,7 @@ def test_the_tables_say_where_trl_wins():
     slow = [row_of("trl-grpo", [0.7, 0.8], seconds=2.0), row_of("grade-ste", [0.6, 0.65], seconds=5.0)]
     text = document(payload_of(*slow, row_of("grpo", [], seconds=3.0)))
     (line,) = [line for line in text.splitlines() if "| GRADE-STE |" in line and "reward 0.800" in line]
-    assert line.split("|")[3:5] == [" not reached ", " 0 "]
+    assert line.split("|")[3:5] == [" not reached ", " – "]
     assert "| GRPO, here | 1 | 3 (3–3) |" in text
     assert "After 4.0 s of training" in text
 
