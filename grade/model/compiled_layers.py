@@ -30,6 +30,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grade.errors import GradeError, reason_of
+from grade.model.inductor import vector_options
 
 MOST_KINDS = 4
 """Kinds of layers of which one pass may be made; more means that each is compiled for itself."""
@@ -167,7 +168,9 @@ class CompiledLayers:
             raise RuntimeError("its layers differ so much that each would be compiled for itself")
         given = [node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"]
         half: Any = partial(self._compile_half, [isinstance(value, nn.Parameter) for value in given])
-        patches = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else None
+        patches: dict[str, Any] = dict(vector_options())
+        if torch.are_deterministic_algorithms_enabled():
+            patches["deterministic"] = True
         # What it keeps on disk holds one backward; what both are made of is kept in any case.
         with torch._functorch.config.patch(enable_autograd_cache=False):
             compiled: Any = compile_fx(graph, inputs, inner_compile=half, config_patches=patches)

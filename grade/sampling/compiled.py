@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from grade.errors import GradeError, reason_of
 from grade.model.decoding import decoding
+from grade.model.inductor import vector_options
 from grade.model.policy import Policy
 from grade.model.probe import tolerance_of
 from grade.model.probe_decoding import decoding_error
@@ -96,12 +97,13 @@ class CompiledDecoding(Decoding):
         # What several operations read is computed once: of the angles of rotary positions every layer would otherwise
         # compute its own sines, one number at a time.
         how: dict[str, dict[str, Any]] = {
-            "cpu": {"options": {"cpp_wrapper": True, "realize_reads_threshold": 0}},
+            "cpu": {"options": {"cpp_wrapper": True, **vector_options(), "realize_reads_threshold": 0}},
             "cuda": {"mode": "reduce-overhead"},
         }
         self._step = torch.compile(self._forward, dynamic=False, **how.get(policy.device.type, {}))
         if policy.device.type == "cpu":
-            self._draw = torch.compile(draw_from_product)  # not dynamic=False: the temperature changes
+            # Not dynamic=False: the temperature changes.
+            self._draw = torch.compile(draw_from_product, options=vector_options())
 
     @torch.inference_mode()
     def _probe(self) -> None:
