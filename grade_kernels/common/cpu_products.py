@@ -3,7 +3,7 @@
 torch multiplies float32 matrices by MKL, which does not take the widest vectors of every processor: on one with AVX-512
 that is not Intel's, oneDNN, which torch brings too, was 2.4 times as fast.  oneDNN may first bring the weight into a
 layout of its own, and makes code for every size, so that it pays from some number of rows and some amount of work on.
-Where that is, a measurement of a tenth of a second says, once a machine (`grade_kernels.common.quickest`).
+Both are measured once a machine, in a fraction of a second (`grade_kernels.common.quickest`).
 """
 
 from __future__ import annotations

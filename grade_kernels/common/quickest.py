@@ -81,8 +81,17 @@ def record() -> dict[str, Seconds]:
 
 
 def restore(recorded: Mapping[str, Seconds]) -> None:
-    """Decide by what another process did, as far as it was on such a machine."""
-    _known.update(recorded)
+    """Decide by what another process did, as far as it was on such a machine.
+
+    Raises
+    ------
+    ValueError
+        It is not what `record` gives.
+    """
+    sound = _sound(recorded)
+    if sound != recorded:
+        raise ValueError(f"what was measured must be seconds by names, got {recorded!r:.200}")
+    _known.update(sound)
 
 
 def _folder() -> Path:
@@ -146,6 +155,11 @@ def _read() -> dict[str, Seconds]:
         kept = json.loads((_folder() / _FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: no home folder, or nested too deeply
         return {}
+    return _sound(kept)
+
+
+def _sound(kept: object) -> dict[str, Seconds]:
+    """The part of it that may be what `seconds_of` found."""
     found = {}
     for key, ways in kept.items() if isinstance(kept, dict) else ():
         if isinstance(ways, dict) and all(isinstance(x, float) and 0 <= x < math.inf for x in ways.values()):

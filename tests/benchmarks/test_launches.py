@@ -90,6 +90,7 @@ def test_lists_take_a_launch_for_so_many_tensors_or_blocks():
     assert list_launches((small,)) == 2 and list_launches((small[:110],)) == 1
     assert list_launches((small[:65], small[:65])) == 2
     assert list_launches((large,)) == 2
+    assert list_launches((large + small[:109],)) == 2 and list_launches((large + small[:110],)) == 3
 
 
 def test_compiled_kernels_are_fused_ones_and_products():

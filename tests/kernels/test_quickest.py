@@ -134,6 +134,13 @@ def test_processes_that_ask_at_once_decide_alike(folder):
     assert answers[0] == answers[1] != b""
 
 
+@pytest.mark.parametrize("recorded", [3, {"x": 3}, {"x": {"plain": "fast"}}, {"x": {"plain": float("nan")}}])
+def test_a_damaged_record_is_refused(folder, recorded):
+    with pytest.raises(ValueError, match="seconds by names"):
+        quickest.restore(recorded)
+    assert quickest.record() == {}
+
+
 def test_what_was_recorded_counts_without_the_folder(folder, monkeypatch):
     first = seconds_of("x", _ways([], plain=0))
     recorded = json.loads(json.dumps(quickest.record()))
