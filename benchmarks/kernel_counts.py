@@ -120,7 +120,7 @@ def _ceilings(rows: list[dict], version: str) -> Table:
 
 
 def _versions(rows: list[dict], versions: list[str]) -> Table:
-    """What threads exchange in the worst loop of any target, and instructions for an entry on sm_90, by version."""
+    """What threads exchange in all loops of the worst target, and instructions for an entry on sm_90, by version."""
     lines: dict[str, list[str]] = {}
     for version in versions:
         for name, of_target in _by_name(rows, version).items():

@@ -331,10 +331,10 @@ def list_launches(args: Sequence[Any]) -> int:
     most, launches, tensors, blocks = _LIST_TENSORS[min(len(lists), 5) - 1], 0, 0, 0
     for tensor in lists[0]:
         tensors += 1
-        for _ in range(-(-tensor.numel() // _BLOCK_NUMBERS)):
+        for left in reversed(range(-(-tensor.numel() // _BLOCK_NUMBERS))):
             blocks += 1
-            if blocks == _LIST_BLOCKS:
-                launches, blocks, tensors = launches + 1, 0, 0
+            if blocks == _LIST_BLOCKS:  # the next launch begins with what is left of this tensor
+                launches, blocks, tensors = launches + 1, 0, min(left, 1)
         if tensors == most:
             launches, blocks, tensors = launches + 1, 0, 0
     return launches + (blocks > 0)

@@ -133,9 +133,12 @@ def kernels(module: torch.fx.GraphModule, inputs: list[Tensor]) -> int:
 def _described() -> Iterator[None]:
     """Inside, Inductor finds an H200."""
     from torch._dynamo.device_interface import get_interface_for_device
+    from torch.utils._triton import has_triton
 
     interface = get_interface_for_device("cuda")
     with ExitStack() as stack:
+        has_triton.cache_clear()  # it keeps whether there is a GPU
+        stack.callback(has_triton.cache_clear)
         for name, answer in _NAMES.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
             stack.enter_context(mock.patch.object(interface, name, staticmethod(answer)))

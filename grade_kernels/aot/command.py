@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 for spills or failed compilations, 2 where nothing could be tried."""
+    """The exit status: 0, 1 for spills, exchanges or failed compilations, 2 where nothing could be tried."""
     options = parser().parse_args(argv)
     try:
         every = _wanted(options)

@@ -3,7 +3,7 @@
 torch multiplies float32 matrices by MKL, which does not take the widest vectors of every processor: on one with AVX-512
 that is not Intel's, oneDNN, which torch brings too, was 2.4 times as fast.  oneDNN may first bring the weight into a
 layout of its own, and makes code for every size, so that it pays from some number of rows and some amount of work on.
-Where that is, a measurement of a tenth of a second says, once a machine (`grade_kernels.common.quickest`).
+Both are measured once a machine, in a fraction of a second (`grade_kernels.common.quickest`).
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def _by_one_thread() -> Limits | None:
             "onednn, one row by a large weight": lambda: onednn(1, large),  # all that a weight costs by itself
         }
         seconds = quickest.seconds_of(f"{_ROWS} rows by {_WEIGHT}, one by {_LARGE}, float32", ways, _ROUNDS)
-    mkl, other, first, one = seconds.values()
-    if mkl < _GAIN * other:
+    mkl, other, first, one = (seconds[name] for name in ways)
+    if mkl <= _GAIN * other:  # both are 0 by a clock that is too coarse
         return None
     saved = (mkl - other) / (_ROWS * math.prod(_WEIGHT))  # a multiplication
     by_entry, making = one / math.prod(_LARGE), max(first - other, 0.0)

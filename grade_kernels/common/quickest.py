@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -38,10 +39,13 @@ _SECONDS = 0.5  # no further round beyond these
 _CHOOSING = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
 
 _known: dict[str, Seconds] = {}  # of this process
+_holder = threading.local()  # whether its thread holds the lock
 
 
 def seconds_of(what: str, ways: Mapping[str, Callable[[], object]], rounds: int = 7) -> Seconds:
     """Processor seconds of each way: the least of some calls in turns, now or when this machine was first asked.
+
+    They are those of the thread that calls. A way may itself ask for the seconds of others.
 
     Parameters
     ----------
@@ -54,13 +58,14 @@ def seconds_of(what: str, ways: Mapping[str, Callable[[], object]], rounds: int 
     if key in _known and set(_known[key]) == set(ways):
         return _known[key]
     with _held():
-        kept = _read()
-        if set(kept.get(key, ())) != set(ways):
-            kept[key] = _measure(ways, rounds)
-            with suppress(OSError):  # a folder that cannot be written: this process still decides once
+        found = _read().get(key, {})
+        if set(found) != set(ways):
+            found = _measure(ways, rounds)
+            kept = {**_read(), key: found}  # read after that, since a way may have measured, too
+            with suppress(OSError, RuntimeError):  # a folder that cannot be written: this process still decides once
                 _write(_folder() / _FILE, json.dumps(kept, indent=0) + "\n")
-        _known[key] = kept[key]
-    return _known[key]
+        _known[key] = found
+    return found
 
 
 def quickest(what: str, ways: Mapping[str, Callable[[], object]]) -> str:
@@ -76,11 +81,21 @@ def record() -> dict[str, Seconds]:
 
 
 def restore(recorded: Mapping[str, Seconds]) -> None:
-    """Decide by what another process did, as far as it was on such a machine."""
-    _known.update(recorded)
+    """Decide by what another process did, as far as it was on such a machine.
+
+    Raises
+    ------
+    ValueError
+        It is not what `record` gives.
+    """
+    sound = _sound(recorded)
+    if sound != recorded:
+        raise ValueError(f"what was measured must be seconds by names, got {recorded!r:.200}")
+    _known.update(sound)
 
 
 def _folder() -> Path:
+    """Raises RuntimeError where there is no home folder."""
     chosen = os.environ.get(VARIABLE)
     if chosen:
         return Path(chosen)
@@ -107,29 +122,44 @@ def _measure(ways: Mapping[str, Callable[[], object]], rounds: int) -> Seconds:
 @contextmanager
 def _held() -> Iterator[None]:
     """Two processes that ask at once measure once; without a folder to lock in, each does."""
-    folder = _folder()
+    if getattr(_holder, "holds", False):  # a way asks while it is measured: a second lock would wait for the first
+        yield
+        return
     with ExitStack() as stack:
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):
+            folder = _folder()
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((folder / "products.lock").open("a"))
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        _holder.holds = True
+        stack.callback(setattr, _holder, "holds", False)
         yield
 
 
 def _write(path: Path, text: str) -> None:
     """As a whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
+    file = tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8")
+    try:
+        with file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError:
+        os.unlink(file.name)
+        raise
 
 
 def _read() -> dict[str, Seconds]:
     """What was measured before; nothing of a file that is missing or damaged, which is then measured anew."""
     try:
         kept = json.loads((_folder() / _FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home folder, or nested too deeply
         return {}
+    return _sound(kept)
+
+
+def _sound(kept: object) -> dict[str, Seconds]:
+    """The part of it that may be what `seconds_of` found."""
     found = {}
     for key, ways in kept.items() if isinstance(kept, dict) else ():
         if isinstance(ways, dict) and all(isinstance(x, float) and 0 <= x < math.inf for x in ways.values()):

@@ -75,9 +75,7 @@ def _leading(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     size = math.isqrt(vocab // k)
     if size < _LEAST_GROUP or values.device.type != "cpu":
         return torch.topk(values, k)
-    groups = (
-        vocab // size
-    )  # the entries of group j are j, j + groups, j + 2 groups, ...: rows of which maxima are taken
+    groups = vocab // size  # the entries of group j are j, j + groups, j + 2 groups, ...
     maxima = values[:, : groups * size].unflatten(1, (size, groups)).amax(1)
     first = torch.topk(maxima, k, sorted=False).indices  # [N, k]
     offsets = torch.arange(0, groups * size, groups, device=values.device)

@@ -11,8 +11,8 @@ No exact means.  In `online` the largest entry of a lane has weight 1, so that w
 difference is the mean, exactly, whatever the divergence.  Here the mean is rounded, by some 1e-7 of its distance from
 the mean before, and KL has an error of that squared.  Of equal logits all terms are 0, as there.
 
-A row whose mass lies too far above m, or whose divergence is too small for its means, is read again by
-`online.careful`, as are those that are not finite.
+A row whose mass lies too far above m or, under q, above o, or whose divergence is too small for its means, is read
+again by `online.careful`, as are those that are not finite.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from grade_kernels.triton_ops import device, online
 
 LOG2E: tl.constexpr = online.LOG2E
 LN2: tl.constexpr = online.LN2
-# Up to this log of the mass the exponents of likely entries are right to 2^-20, and their weights to 7e-7.
+# Up to this log of the mass of either side, over e^m or e^o, the exponents of likely entries are right to 2^-20, and
+# their weights to 7e-7.
 ABOVE: tl.constexpr = tl.constexpr(16.0)
 # Times the square of the largest step of a mean (its rounding is 2^-23 of that): below, KL may be off by 1e-6.
 LEAST: tl.constexpr = tl.constexpr(7e-9)
@@ -95,7 +96,9 @@ def kl_row(p, q, vocab, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.cons
     error = device.fma(-m, LOG2E, m2) * LN2
     norm_p, norm_q = norm_p + error, norm_q + error
     step = tl.max(step, axis=0)
-    good = (kl < online.LARGE) & (kl >= LEAST * step * step) & (norm_p < ABOVE) & (tl.abs(norm_q) < float("inf"))
+    above_q = shift + norm_p - apart * LN2  # the log of q's mass over e^o
+    good = (kl < online.LARGE) & (kl >= LEAST * step * step) & (norm_p < ABOVE) & (above_q < ABOVE)
+    good &= tl.abs(norm_q) < float("inf")
     if tl.where(good, 0, 1) == 1:
         kl, peak_p, norm_p, peak_q, norm_q, shift, _ = online.careful(p, q, vocab, 0, LANES, WIDTH, STEPS)
     return kl, peak_p, norm_p, peak_q, norm_q, shift

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch.utils._triton import has_triton
 
 from benchmarks.launch_counter import META, counting, list_launches
 from benchmarks.launch_graphs import compiled_by
@@ -90,6 +91,7 @@ def test_lists_take_a_launch_for_so_many_tensors_or_blocks():
     assert list_launches((small,)) == 2 and list_launches((small[:110],)) == 1
     assert list_launches((small[:65], small[:65])) == 2
     assert list_launches((large,)) == 2
+    assert list_launches((large + small[:109],)) == 2 and list_launches((large + small[:110],)) == 3
 
 
 def test_compiled_kernels_are_fused_ones_and_products():
@@ -101,7 +103,9 @@ def test_compiled_kernels_are_fused_ones_and_products():
     with counting() as counts, compiled_by(counts) as graphs:
         step = torch.compile(program)
         assert step(x).shape == step(x).shape == (64, 256)
+    before = has_triton()  # what torch keeps of that it must find anew, and so must who compiles later
     assert graphs.calls == 2 and graphs.kernels() == 3
+    assert has_triton() == before
     assert counts.phases["graph"].launches == 2 * 6
 
 

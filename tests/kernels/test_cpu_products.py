@@ -78,6 +78,18 @@ def test_a_small_gain_is_none(seconds):
     assert limits() is None and not takes_onednn(torch.ones(1000, 1000), torch.ones(1000, 1000))
 
 
+def test_a_clock_that_is_too_coarse_says_no_gain(seconds):
+    seconds[:] = [0.0, 0.0, 0.0, 0.0]
+    assert limits() is None
+
+
+def test_times_are_told_by_name(seconds, monkeypatch):
+    """Whoever kept them may have sorted them."""
+    told = quickest.seconds_of
+    monkeypatch.setattr(quickest, "seconds_of", lambda *given: dict(reversed(told(*given).items())))
+    assert limits() == Limits(8.0, 64.0)
+
+
 def test_restored_times_count(seconds):
     """A resumed run rounds its sums as before; the times themselves are tested in test_quickest.py."""
     assert limits() is not None

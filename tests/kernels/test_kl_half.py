@@ -85,3 +85,16 @@ def test_a_few_likely_entries_and_small_divergences(ops, pair):
     (stats, *_), (kl, *_) = stats_and_grads(ops, p, q), judge(p, q)
     assert kl.min() < 1e-5
     torch.testing.assert_close(stats.kl.double(), kl, rtol=3e-6, atol=0)
+
+
+def test_a_row_whose_first_likely_entry_is_nothing_under_the_other_side(ops, device, dtype):
+    """Equal lanes, whose errors add up: the exponents of q are about 90 where that of its mass is taken for 0."""
+    pattern = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0)).expand(2, 256, 8).reshape(-1)
+    p = pattern.repeat(4)[None].to(dtype)
+    step = 4 * 64 * torch.finfo(dtype).eps
+    q = p.float() + 64.0 + step * (torch.arange(4 * TILE) // TILE % 2)
+    p[:, 0], q[:, 0] = 4.0, 4.0
+    p, q = p.to(device), q.to(device, dtype)
+    (stats, *_), (kl, *_) = stats_and_grads(ops, p, q), judge(p, q)
+    assert kl < 1.0
+    torch.testing.assert_close(stats.kl.double(), kl, rtol=2e-6, atol=0)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -77,6 +78,46 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(folder):
     assert first == seconds_of("x", _ways(calls, plain=0)) and folder.is_file()
 
 
+def test_no_home_is_no_obstacle(monkeypatch):
+    """As that of a user without an entry in the system's list."""
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in (quickest.VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(quickest, "_known", {})
+    monkeypatch.setattr(quickest.Path, "home", nowhere)
+    calls: list[str] = []
+    first, measured = seconds_of("x", _ways(calls, plain=0)), len(calls)
+    assert first == seconds_of("x", _ways(calls, plain=0)) and len(calls) == measured
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(folder, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert seconds_of("x", _ways([], plain=0))["plain"] >= 0
+    assert [path.name for path in folder.iterdir()] == ["products.lock"]
+
+
+def test_a_way_may_ask_itself(folder, monkeypatch):
+    """As a head's product does, which is measured by one who knows nothing of the two libraries behind it."""
+    calls: list[str] = []
+    thread = threading.Thread(
+        target=lambda: seconds_of("outer", {"way": lambda: seconds_of("inner", _ways(calls, plain=0))}), daemon=True
+    )
+    thread.start()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert {what.split(";")[0] for what in json.loads((folder / "products.json").read_text())} == {"outer", "inner"}
+    monkeypatch.setattr(quickest, "_known", {})
+    measured = len(calls)
+    seconds_of("inner", _ways(calls, plain=0))
+    assert len(calls) == measured
+
+
 def test_processes_that_ask_at_once_decide_alike(folder):
     """Whichever of them measured, and whatever it found."""
     asks = (
@@ -91,6 +132,13 @@ def test_processes_that_ask_at_once_decide_alike(folder):
     ]
     answers = [process.communicate(timeout=120)[0] for process in run]
     assert answers[0] == answers[1] != b""
+
+
+@pytest.mark.parametrize("recorded", [3, {"x": 3}, {"x": {"plain": "fast"}}, {"x": {"plain": float("nan")}}])
+def test_a_damaged_record_is_refused(folder, recorded):
+    with pytest.raises(ValueError, match="seconds by names"):
+        quickest.restore(recorded)
+    assert quickest.record() == {}
 
 
 def test_what_was_recorded_counts_without_the_folder(folder, monkeypatch):
