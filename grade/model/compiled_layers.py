@@ -29,7 +29,8 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grade.errors import GradeError, reason_of
+from grade.errors import GradeError
+from grade.model.compiler import explained
 
 MOST_KINDS = 4
 """Kinds of layers of which one pass may be made; more means that each is compiled for itself."""
@@ -240,12 +241,7 @@ def _explained(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The same; a failure of torch.compile is a GradeError that says what to do."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        try:
+        with explained("train.compile"):
             return compiled(*args, **kwargs)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            raise GradeError(
-                f"train.compile: torch.compile failed ({reason_of(error)}). Mend what it names (it needs a C++ "
-                "compiler on a CPU, Triton on a GPU), or set train.compile=false."
-            ) from error
 
     return call
