@@ -129,9 +129,12 @@ class CompiledLayers:
         return call(*args, **kwargs)
 
     def _input(self, name: str, value: Any) -> Any:
-        """What a layer is given, so that code for one batch is code for all: the sizes that follow from the batch are
-        marked, and what needs no gradient is no view and has the strides of its sizes, since code is compiled for a
-        view's base and strides. Layers share masks and positions, which are copied once a pass."""
+        """`value` as a layer is given it, such that code for one batch is code for all.
+
+        Sizes that follow from the batch are left open. Code is also compiled for strides, and for the tensor that a
+        view is of, so what needs no gradient is handed over contiguous and as no view. All layers of a pass are given
+        the same masks and positions, which are copied once.
+        """
         if isinstance(value, (tuple, list)):
             return type(value)([self._input(name, part) for part in value])
         if isinstance(value, Held):
@@ -169,7 +172,7 @@ class CompiledLayers:
         given = [node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"]
         half: Any = partial(self._compile_half, [isinstance(value, nn.Parameter) for value in given])
         patches = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else None
-        # What it keeps on disk holds one backward; what both are made of is kept in any case.
+        # Autograd's cache on disk would keep one of the two backwards. Inductor's own keeps the code of both.
         with torch._functorch.config.patch(enable_autograd_cache=False):
             compiled: Any = compile_fx(graph, inputs, inner_compile=half, config_patches=patches)
         return compiled
