@@ -150,7 +150,9 @@ def _rounded(policy: Policy) -> Iterator[None]:
 
 def _logits(policy: Policy, rollout: Rollout, *, adapters: bool = True) -> Tensor:
     """[n, V] float64 at the real tokens."""
-    hidden = policy_pass(policy, rollout, fed_embeddings(rollout, policy.embedding, 1.0), adapters=adapters)
+    hidden = policy_pass(
+        policy, rollout, fed_embeddings(rollout, policy.embedding, policy.embedding_scale), adapters=adapters
+    )
     return policy.head.logits(hidden[rollout.mask]).double()
 
 

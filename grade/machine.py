@@ -29,7 +29,7 @@ def machine() -> dict[str, object]:
 
 
 def cache_folder() -> Path:
-    """Where what is made or measured once a machine is kept, whether or not it exists yet."""
+    """Where what is made once a machine is kept, such as small models, whether or not it exists yet."""
     # An empty or relative XDG_CACHE_HOME counts as unset, as its specification demands.
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "grade"

@@ -43,6 +43,7 @@ from benchmarks.gpu.summary import FILES, NOT_RUN, summary
 from benchmarks.gpu.work import Order
 from grade.errors import GradeError
 from grade.files import locked, replace_text
+from grade.machine import cache_folder
 
 SECONDS = 460.0
 """Of a call, which leaves some of eight minutes to what starts it."""
@@ -206,7 +207,7 @@ def prepare(dry: bool) -> dict[str, str]:
     Raises:
         SystemExit: there is no GPU.
     """
-    os.environ.setdefault("TRITON_CACHE_DIR", str(_user_cache() / "triton"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # what a machine happens to have
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -216,11 +217,6 @@ def prepare(dry: bool) -> dict[str, str]:
     no_gpu = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **no_gpu}
     return {"device": "dry run"}
-
-
-def _user_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "grade"
 
 
 def gpu() -> dict[str, str]:

@@ -29,7 +29,8 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grade.errors import GradeError, reason_of
+from grade.errors import GradeError
+from grade.model.compiler import explained
 from grade.model.inductor import vector_options
 
 MOST_KINDS = 4
@@ -129,9 +130,12 @@ class CompiledLayers:
         return call(*args, **kwargs)
 
     def _input(self, name: str, value: Any) -> Any:
-        """What a layer is given, so that code for one batch is code for all: the sizes that follow from the batch are
-        marked, and what needs no gradient is no view and has the strides of its sizes, since code is compiled for a
-        view's base and strides. Layers share masks and positions, which are copied once a pass."""
+        """`value` as a layer is given it, such that code for one batch is code for all.
+
+        Sizes that follow from the batch are left open. Code is also compiled for strides, and for the tensor that a
+        view is of, so what needs no gradient is handed over contiguous and as no view. All layers of a pass are given
+        the same masks and positions, which are copied once.
+        """
         if isinstance(value, (tuple, list)):
             return type(value)([self._input(name, part) for part in value])
         if isinstance(value, Held):
@@ -171,7 +175,7 @@ class CompiledLayers:
         patches: dict[str, Any] = dict(vector_options())
         if torch.are_deterministic_algorithms_enabled():
             patches["deterministic"] = True
-        # What it keeps on disk holds one backward; what both are made of is kept in any case.
+        # Autograd's cache on disk would keep one of the two backwards. Inductor's own keeps the code of both.
         with torch._functorch.config.patch(enable_autograd_cache=False):
             compiled: Any = compile_fx(graph, inputs, inner_compile=half, config_patches=patches)
         return compiled
@@ -243,12 +247,7 @@ def _explained(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The same; a failure of torch.compile is a GradeError that says what to do."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        try:
+        with explained("train.compile"):
             return compiled(*args, **kwargs)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            raise GradeError(
-                f"train.compile: torch.compile failed ({reason_of(error)}). Mend what it names (it needs a C++ "
-                "compiler on a CPU, Triton on a GPU), or set train.compile=false."
-            ) from error
 
     return call

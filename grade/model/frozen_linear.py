@@ -27,7 +27,7 @@ class FrozenLinear(nn.Linear):
         weight = self.weight
         if not takes_onednn(x, weight) or weight.requires_grad or type(weight.data) is not Tensor:
             return linear(x, weight, self.bias)
-        out = _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        out = _Product.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
 
 

@@ -41,6 +41,9 @@ class JoinedLayers:
         """Join none of them."""
         self._groups = []
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model has none yet: its weights do not lie below each other, and these would be kept for nothing."""
+
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Inside, passes without a graph and with adapters make one product of each group.

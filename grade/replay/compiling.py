@@ -9,6 +9,7 @@ from grade.config import Config
 from grade.config.methods import DIFFERENTIATING, micro_batch_size
 from grade.errors import GradeError, reason_of
 from grade.model.compiled_layers import failed
+from grade.model.compiler import without_fix
 from grade.model.passes import base_pass, fed_embeddings, policy_pass
 from grade.model.policy import Policy
 from grade.model.probe import combination, relative_error, tolerance_of
@@ -36,8 +37,7 @@ def compile_layers(policy: Policy, config: Config) -> str | None:
         policy.switches.compile_layers(False)
         if wanted != "auto":
             raise
-        reason = str(error).removeprefix("train.compile: ").split(" Set ")[0].split(" Mend ")[0]
-        return f"train.compile=auto: layers are not compiled. {reason}"
+        return f"train.compile=auto: layers are not compiled. {without_fix('train.compile', error)}"
     return (
         f"train.compile: layers compiled as {count} graphs; another kind of batch, such as without padding, adds some"
     )

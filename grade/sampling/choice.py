@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from grade.config import Config
 from grade.errors import GradeError
+from grade.model.compiler import without_fix
 from grade.model.policy import Policy
 from grade.planning.recording import recording_pays
 from grade.sampling.compiled import CompiledDecoding
@@ -26,5 +27,5 @@ def decoding_of(policy: Policy, config: Config) -> tuple[Decoding, str | None]:
     except GradeError as error:
         if wanted != "auto":
             raise
-        reason = str(error).removeprefix("rollout.compile: ").split(" Set ")[0]
+        reason = without_fix("rollout.compile", error)
         return Decoding(policy), f"rollout.compile=auto: decodes without compiling. {reason}"

@@ -15,8 +15,11 @@ a small model). From one token of a rollout to the next only numbers change, so 
 from __future__ import annotations
 
 import math
+import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from transformers import StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from grade.errors import GradeError, reason_of
+from grade.model.compiler import compiler_failure, explained
 from grade.model.decoding import decoding
 from grade.model.inductor import vector_options
 from grade.model.policy import Policy
@@ -37,6 +41,7 @@ from grade.sampling.grouped_attention import grouped_attention
 from grade.sampling.packed_head import made_at_once
 from grade_kernels import SparseTokens
 
+_SETTING = "rollout.compile"
 # Prompts differ in length, and every other capacity is compiled anew.
 _CAPACITY_STEP = 64
 # Caches that are kept, one a number of rows. A step's rollouts have two: the full ones', and the rest's.
@@ -88,7 +93,7 @@ class CompiledDecoding(Decoding):
             try:
                 _find_compiler()
             except (RuntimeError, OSError) as error:
-                raise _failed(error) from error
+                raise compiler_failure(_SETTING, error) from error
         self._config = config
         self._caches: dict[int, StaticCache] = {}  # by their rows, the one used last at the end
         self._drawn_from: set[tuple[torch.Size, torch.Size]] = set()  # shapes, in this rollout
@@ -141,7 +146,7 @@ class CompiledDecoding(Decoding):
 
     def draw(self, hidden: Tensor, sampling: Sampling, *, seed: int, rows: Tensor, suppress: Tensor) -> SparseTokens:
         like = (hidden.shape, suppress.shape)  # nothing else that is compiled for changes within a rollout
-        with _explained(), _unchecked(like in self._drawn_from):
+        with explained(_SETTING), _unchecked(like in self._drawn_from):
             draw = super().draw(hidden, sampling, seed=seed, rows=rows, suppress=suppress)
         self._drawn_from.add(like)
         return draw
@@ -181,25 +186,12 @@ class CompiledDecoding(Decoding):
             torch.compiler.cudagraph_mark_step_begin()
         elif checked:
             torch._dynamo.mark_dynamic(mask, 3)
-        with _explained(), grouped_attention(), _unchecked(not checked):
+        with explained(_SETTING), grouped_attention(), _unchecked(not checked):
             hidden = self._step(embeddings, mask, positions, cache)
         return hidden.clone() if self.policy.device.type == "cuda" else hidden  # the graph's output is overwritten
 
     def _forward(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
         return self.policy.forward(embeddings, mask, positions, cache)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turn a failure of torch.compile into what to do.
-
-    Raises:
-        GradeError: it failed.
-    """
-    try:
-        yield
-    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-        raise _failed(error) from error
 
 
 def _unchecked(known: bool) -> AbstractContextManager:
@@ -208,17 +200,13 @@ def _unchecked(known: bool) -> AbstractContextManager:
 
 
 def _find_compiler() -> None:
-    """Raises what torch.compile would raise at its first call."""
+    """Raises what torch.compile would raise at its first call, or OSError where that is a compiler's message."""
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds, and is torch's own affair
 
     get_cpp_compiler()
-
-
-def _failed(error: Exception) -> GradeError:
-    return GradeError(
-        f"rollout.compile: torch.compile failed ({reason_of(error)}). Mend what it names (it needs a C++ compiler on "
-        "a CPU, Triton on a GPU), or set rollout.compile=false."
-    )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if sys.platform == "linux" and not header.is_file():  # elsewhere torch looks in other places too
+        raise OSError(f"{header} is missing, which comes with Python's development files")
 
 
 class CompiledDecoder(Decoder):

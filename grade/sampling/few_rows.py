@@ -39,8 +39,8 @@ def quick_products(modules: Iterable[nn.Module], rows: int) -> Iterator[None]:
     """Let linear layers on a CPU multiply `rows` rows of one position, [rows, 1, d], in the way that is the quickest.
 
     Args:
-        modules: of which those are meant that a policy on a CPU has (`grade.model.frozen_linear.quicken`); in the order
-            in which a token passes through them.
+        modules: in the order in which a token passes through them. Others than the `FrozenLinear`s among them stay as
+            they are.
     """
     layers = [x for x in modules if type(x) is FrozenLinear]
     if not layers or not _weight_first_is_quicker([layer.weight for layer in layers], rows):

@@ -73,6 +73,11 @@ def test_rows_and_work_decide(seconds):
     assert not takes_onednn(torch.ones(8, 4), torch.ones(1, 4))  # too little work
 
 
+def test_what_a_clock_does_not_see_is_no_gain(seconds):
+    seconds[:] = [0.0] * 4
+    assert limits() is None
+
+
 def test_a_small_gain_is_none(seconds):
     seconds[1] = 0.81 * seconds[0]
     assert limits() is None and not takes_onednn(torch.ones(1000, 1000), torch.ones(1000, 1000))

@@ -31,6 +31,12 @@ def test_values_and_gradients_are_those_of_a_linear_layer(bias):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 1, 3, 6)], ids=str)
+def test_any_number_of_dimensions(shape):
+    layer, x = frozen(), torch.randn(shape)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
 def test_graph_is_kept_for_another_backward_pass():
     layer, x = frozen(), torch.randn(4, 6, requires_grad=True)
     y = layer(x).square()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 import torch
@@ -83,6 +84,19 @@ def test_weights_stay_what_they_were():
     after = policy.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.is_contiguous() for p in policy.model.parameters())
+
+
+@torch.no_grad()
+def test_a_copied_policy_joins_its_own():
+    """And keeps nothing of the first one's, whose weights would be there twice."""
+    policy = tiny_policy("llama", dtype=torch.bfloat16)
+    with decoding(policy):
+        expected = policy.hidden(inputs(policy), None)
+    copied = deepcopy(policy)
+    assert policy.joined is not None and copied.joined is None
+    with decoding(copied), Products() as products:
+        assert torch.equal(copied.hidden(inputs(copied), None), expected)
+    assert products.found["addmm_"]
 
 
 @torch.no_grad()

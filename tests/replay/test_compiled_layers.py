@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch._inductor.compile_fx
 from rollouts import PROMPTS, gradient, rollout_of
-from tiny import tiny_policy, tiny_reward
+from tiny import CONFIGS, TinyTokenizer, base_model, tiny_policy, tiny_reward, two_references
 from tiny_run import changed
 
 import grade.replay.compiling
 from grade.config import Config, GenerationConfig, MethodConfig, TaskConfig, TrainConfig, validate
 from grade.errors import GradeError
+from grade.model.policy import Policy
 from grade.planning.recording import LEAST_MICRO_BATCHES, layers_pay
 from grade.processes import make_accelerator
 from grade.replay.compiling import compile_layers
@@ -201,3 +202,22 @@ def test_a_run_with_it(traced, tiny_config):
     trainer.fit()
     ran = [half[2] for half in traced]
     assert trainer.step == config.train.steps and before == 2 and all(ran)
+
+
+@pytest.mark.parametrize(
+    "policy_of, graphs",
+    [
+        (lambda: Policy(base_model(CONFIGS["llama"]()), TinyTokenizer()), 2),
+        (lambda: Policy(base_model(CONFIGS["gpt2"]()), TinyTokenizer()), 2),
+        (two_references, 3),
+    ],
+    ids=["whole llama", "whole gpt2", "second adapter"],
+)
+def test_whole_models_and_other_references(traced, policy_of, graphs):
+    """Of a whole model the trained layers and the frozen ones; the base and a reference that is not the base."""
+    policy = policy_of()
+    compile_layers(policy, SHORT)
+    found = policy.switches.compilations
+    assert graphs <= found <= graphs + 1  # torch tries first whether a number that other tests' layers had differs
+    assert compared(policy, tiny_reward(policy), rollout_of(policy, max_new=8)) < 1e-5
+    assert policy.switches.compilations == found and any(half[2] for half in traced)

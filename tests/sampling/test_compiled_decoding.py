@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
+import sysconfig
 from dataclasses import replace
 
 import pytest
@@ -202,6 +204,15 @@ def test_a_missing_compiler_is_told_at_once(monkeypatch):
 
     monkeypatch.setattr(grade.sampling.compiled, "_find_compiler", missing)
     with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed \(no working C\+\+ compiler\)"):
+        CompiledDecoding(tiny_policy("llama"))
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch looks for headers in other places too")
+def test_missing_headers_are_told_at_once(monkeypatch, tmp_path):
+    """A C++ compiler is often there without them; `auto` decodes plainly then, and does not end at the first step."""
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed \(.*Python\.h is missing"):
         CompiledDecoding(tiny_policy("llama"))
 
 
