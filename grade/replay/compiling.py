@@ -109,12 +109,15 @@ def _gradients(policy: Policy, rollout: Rollout, config: Config) -> list[Tensor]
 
 
 def _values(policy: Policy, rollout: Rollout, config: Config) -> list[Tensor]:
-    """Of a policy gradient: states and the gradient of the policy's weights, states of the base and the policy."""
+    """Of a policy gradient: states and the gradient of the policy's weights, those of the policy as it was, and of
+    the base."""
     x = _fed(policy, rollout)
     with torch.enable_grad():
         hidden = policy_pass(policy, rollout, x, compiled=True)
         found = [hidden.detach(), _of_weights(policy, hidden)]
     with torch.no_grad():
+        if config.method.name in ("ppo", "grpo"):  # the old policy's, where there are several updates
+            found.append(policy_pass(policy, rollout, x, compiled=True))
         base = base_pass(policy, rollout, x, prompt_cache=config.method.prompt_cache, compiled=True)
     return [*found, base.reference, base.response]
 

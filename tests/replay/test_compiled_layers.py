@@ -49,7 +49,9 @@ def compared(policy, reward, rollout, settings=SETTINGS):
 def traced(monkeypatch):
     """Graphs are made as for the compiler, but run as they are: (whether it is a backward, operations, calls so far) of
     each half that would have been compiled."""
-    torch._dynamo.reset()  # sizes that other tests saw change would be left open in more graphs
+    # What other tests saw change, a size or a number of another model, would be left open in more graphs.
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", False)
     halves = []
 
     def run(graph, inputs, **how):
@@ -129,12 +131,14 @@ def test_layers_of_other_kinds(traced, name):
     assert policy.switches.compilations == found
 
 
-def test_policy_gradients_compile_their_passes(traced):
-    policy = tiny_policy("llama")
-    note = compile_layers(policy, replace(SHORT, method=MethodConfig(name="reinforce")))
-    assert note is not None and "3 graphs" in note  # of the first layer, whose input has no gradient, and of the others
-    print([half[0] for half in traced])
-    assert [half[0] for half in traced] == [False, True, True, False, True, True, False]  # none back through the base
+@pytest.mark.parametrize("name", ["reinforce", "ppo"])
+def test_policy_gradients_compile_their_passes(traced, name):
+    """A graph of the first layer, whose input has no gradient, one of the others, and of what needs no backward: the
+    base, and in PPO the policy as it was."""
+    note = compile_layers(tiny_policy("llama"), replace(SHORT, method=MethodConfig(name=name)))
+    forwards = 4 if name == "ppo" else 3
+    assert note is not None and f"{forwards} graphs" in note
+    assert [half[0] for half in traced] == [False, True, True, False, True, True] + [False] * (forwards - 2)
 
 
 def test_other_numbers_are_refused(traced, monkeypatch):
