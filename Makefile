@@ -42,8 +42,9 @@ demo: $(STAMP)
 # Two processes at once, because Triton decides when it is imported whether its kernels are compiled or interpreted; each
 # takes half of the cores. What interprets is the shorter, so files that share no long fixture with the rest go after it.
 # Status 5 means that PYTEST_ARGS selected no test there.
-APART = tests/kernels/test_aot.py tests/benchmarks/test_training_benchmark.py tests/sampling/test_compiled_decoding.py \
-    tests/benchmarks/test_gpu_script.py tests/memory tests/commands tests/report tests/test_examples.py tests/test_using_a_run.py tests/test_files.py \
+APART = tests/kernels/test_aot.py tests/benchmarks/test_training_benchmark.py tests/benchmarks/test_gpu_script.py \
+    tests/sampling/test_compiled_decoding.py tests/memory tests/commands tests/report tests/test_examples.py \
+    tests/test_using_a_run.py tests/test_files.py \
     tests/training/test_failing_together.py tests/training/test_processes.py
 test: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // 2))')} \
@@ -58,7 +59,9 @@ test-kernels: $(STAMP)
 	@$(MAKE) --no-print-directory test-portable
 
 # The libraries take other kernels, and so round otherwise, on a processor with AVX2 only. These make them do so anywhere.
-PORTABLE = tests/sampling/test_decoding.py tests/sampling/test_rollout.py tests/replay $(addprefix tests/methods/test_,policy_gradient_steps.py methods_bandit.py)
+PORTABLE = tests/sampling/test_decoding.py tests/sampling/test_rollout.py \
+    $(filter-out %/test_compiled_layers.py,$(wildcard tests/replay/test_*.py)) \
+    $(addprefix tests/methods/test_,policy_gradient_steps.py methods_bandit.py)
 test-portable: $(STAMP)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE \
 	    $(BIN)/python -m pytest $(PORTABLE) $(PYTEST_ARGS) || [ $$? -eq 5 ]

@@ -157,14 +157,14 @@ DEVICES = {
             "cpu",
             "two CPU cores, as measured in benchmarks/results/training-cpu.json",
             None,
-            21.4 * GB,
-            {"float32": 234.7e9},
+            66.1 * GB,
+            {"float32": 475.1e9},
             0.0,
             0.0,
             1,
             "measured by python -m benchmarks.training",
             # Fitted to the phases of that file (benchmarks/scaling.py --seconds), whose prompts have one length.
-            Efficiency(flops=0.45, bandwidth=1.0, layer_seconds=2e-3, compiled_seconds=1.5e-3, attention_square=0.5),
+            Efficiency(flops=0.45, bandwidth=0.8, layer_seconds=5e-4, compiled_seconds=3.75e-4, attention_square=0.5),
             is_beside_host=False,
         ),
     )

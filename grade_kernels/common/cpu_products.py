@@ -1,7 +1,7 @@
 """Products with a float32 weight on a CPU, by the quicker of torch's two libraries for them.
 
 torch multiplies float32 matrices by MKL, which does not take the widest vectors of every processor: on one with AVX-512
-that is not Intel's, oneDNN, which torch brings too, was 2.4 times as fast.  oneDNN may first bring the weight into a
+that is not Intel's, oneDNN, which torch brings too, was far faster.  oneDNN may first bring the weight into a
 layout of its own, and makes code for every size, so that it pays from some number of rows and some amount of work on.
 Both are measured once a machine, in a fraction of a second (`grade_kernels.common.quickest`).
 """
