@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 # Bits of the vectors that its code for an instruction set is written for; others have one width, or none.
 _VECTOR_BITS = {"AVX2": 256, "AVX512": 512}
 
 
-def vector_options() -> dict[str, int]:
+def vector_options() -> dict[str, Any]:
     """The width of the vectors that its code is written for, as options of Inductor; empty where there is one only.
 
     What it keeps on disk is found by the graph and the options. Torch up to 2.13 leaves the instruction set out: code

@@ -51,7 +51,6 @@ def traced(monkeypatch):
     each half that would have been compiled."""
     # What other tests saw change, a size or a number of another model, would be left open in more graphs.
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", False)
     halves = []
 
     def run(graph, inputs, **how):
@@ -66,7 +65,8 @@ def traced(monkeypatch):
         return call
 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", run)
-    return halves
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        yield halves
 
 
 @needs_compiler
