@@ -42,7 +42,7 @@ demo: $(STAMP)
 # Two processes at once, because Triton decides when it is imported whether its kernels are compiled or interpreted; each
 # takes half of the cores. What interprets is the shorter, so files that share no long fixture with the rest go after it.
 # Status 5 means that PYTEST_ARGS selected no test there.
-APART = tests/kernels/test_aot.py tests/benchmarks/test_training_benchmark.py tests/benchmarks/test_gpu_script.py \
+APART = tests/kernels/test_aot.py $(addprefix tests/benchmarks/test_,training_benchmark.py gpu_script.py kills.py launches.py) \
     tests/sampling/test_compiled_decoding.py tests/memory tests/commands tests/report tests/test_examples.py \
     tests/test_using_a_run.py tests/test_files.py \
     tests/training/test_failing_together.py tests/training/test_processes.py
