@@ -274,7 +274,7 @@ def document(saved: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES), help="default: all")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all")
     command(parser, arguments, measure, document, "hops", "rows", of_rows=("part", "kernels_of_layer"))
 
 

@@ -37,10 +37,10 @@ from typing import Any
 from benchmarks.peers_run import BASE, Order
 from benchmarks.peers_text import LABELS, STEP_SECONDS, document, objective_of
 from benchmarks.peers_trl import TRAINERS, check_trl
-from benchmarks.saved import SAVED, new_parser, read_saved, write_saved
+from benchmarks.saved import SAVED, check_plot, document_of, new_parser, number, read_saved, write_saved
 from grade.config import Config
 from grade.config.reading import config_to_yaml, load_config
-from grade.errors import GradeError
+from grade.errors import GradeError, failure_of
 from grade.files import locked
 from grade.machine import machine
 
@@ -247,6 +247,8 @@ def begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         return {"settings": settings, "machine": {**machine(), "trl": version("trl")}, "rows": []}
     payload = read_saved(path, SAVED, "settings", "machine", "rows")
+    if not isinstance(payload["settings"], dict) or not isinstance(payload["rows"], list):
+        sys.exit(f"{path} is damaged: its settings or rows are of another type. Save to another file.")
     differing = [name for name, value in settings.items() if payload["settings"].get(name) != value]
     if differing:
         sys.exit(f"{path} was measured with other settings ({', '.join(differing)}). Save to another file.")
@@ -298,31 +300,48 @@ def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--config", default="imdb_small", help="name or file of a config (default: imdb_small)")
     parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], help="of the runs (default: 0,1,2)")
-    parser.add_argument("--seconds", type=float, default=45.0, help="training time of a run (default: 45)")
-    parser.add_argument("--sweep-seconds", type=float, default=20.0, help="of a trial; 0: none (default: 20)")
-    parser.add_argument("--sweep-seed", type=int, default=1000, help="seed of the trials (default: 1000)")
-    parser.add_argument("--prompts", type=int, default=200, help="validation prompts of an evaluation (default: 200)")
-    parser.add_argument("--threads", type=int, default=1, help="of every process (default: 1)")
+    parser.add_argument(
+        "--seconds", type=number(float, 0, above=True), default=45.0, help="training time of a run (default: 45)"
+    )
+    parser.add_argument(
+        "--sweep-seconds", type=number(float, 0), default=20.0, help="of a trial; 0: none (default: 20)"
+    )
+    parser.add_argument("--sweep-seed", type=number(int, 0), default=1000, help="seed of the trials (default: 1000)")
+    parser.add_argument(
+        "--prompts", type=number(int, 1), default=200, help="validation prompts of an evaluation (default: 200)"
+    )
+    parser.add_argument("--threads", type=number(int, 1), default=1, help="of every process (default: 1)")
     parser.add_argument("--clock", choices=STEP_SECONDS, default="wall", help="what seconds are (default: wall)")
     parser.add_argument("--save", type=Path, help="where what is measured is kept, as JSON; it goes on from there")
     parser.add_argument("--table", type=Path, help="print the tables of a saved file, measure nothing")
     parser.add_argument("--plot", type=Path, help="draw reward against training time into this file")
     options, overrides = parser.parse_known_args(arguments)
+    if options.plot is not None:
+        check_plot(options.plot)
     if options.table is not None:
+        if overrides:
+            parser.error(f"--table measures nothing, so that {overrides[0]} changes nothing: leave it out")
         payload = read_saved(options.table, SAVED, "settings", "machine", "rows", of_rows=("stage", "method"))
     elif options.save is None:
         sys.exit("Name a file to keep it in with --save, or one to read with --table.")
     else:
         payload = measure(options, overrides)
+    print(document_of(options.table or options.save, payload, document), end="")
     if options.plot is not None:
         from benchmarks.peers_plot import plot  # matplotlib is an extra
 
-        plot(options.plot, payload)
-    print(document(payload), end="")
+        try:
+            plot(options.plot, payload)
+        except (OSError, ValueError) as error:  # also of an ending that is no picture's
+            sys.exit(f"--plot {options.plot} could not be drawn ({failure_of(error)}). Draw it again with --table.")
 
 
 def _seeds(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    parts = text.split(",")
+    seeds = [int(part) for part in parts if part.strip().isdecimal()]
+    if len(set(seeds)) < len(parts):
+        raise argparse.ArgumentTypeError(f"must be different whole numbers from 0 on, such as 0,1,2, got {text!r}")
+    return seeds
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grade.errors import GradeError, read_json
+from grade.errors import GradeError, read_json, reason_of
 from grade.files import replace_text
 
 SAVED = "a file that this command has kept with --save"
@@ -30,10 +33,29 @@ def read_saved(path: Path, kind: str, *keys: str, of_rows: Sequence[str] = ()) -
         found = read_json(path, fix, *keys)
     except GradeError as error:
         sys.exit(str(error))
-    missing = [key for key in of_rows if any(key not in row for row in found["rows"])]
-    if missing:
-        sys.exit(f"{path} has rows without {missing[0]!r}: it is another command's. {fix}")
+    if of_rows:
+        rows = found["rows"]
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            sys.exit(f"{path} is damaged: its rows are no list of objects. {fix}")
+        if not rows:
+            sys.exit(f"{path} has no rows: nothing was measured. {fix}")
+        missing = [key for key in of_rows if any(key not in row for row in rows)]
+        if missing:
+            sys.exit(f"{path} has rows without {missing[0]!r}: it is another command's. {fix}")
     return found
+
+
+def document_of(path: Path, found: dict, document: Callable[[dict], str]) -> str:
+    """What `document` makes of what `read_saved` has found.
+
+    Raises:
+        SystemExit: it lacks something, or something is of another type.
+    """
+    try:
+        return document(found)
+    except (AttributeError, LookupError, TypeError, ValueError, StopIteration) as error:
+        reason = reason_of(error)
+        sys.exit(f"{path} is damaged, or of another version of this command ({reason}). Measure again with --save.")
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
@@ -59,12 +81,57 @@ def command(
     parser.add_argument("--table", type=Path, help="print the tables of a saved file, measure nothing")
     options = parser.parse_args(arguments)
     if options.table is not None:
-        saved = read_saved(options.table, SAVED, *keys, of_rows=of_rows)
-    else:
-        saved = json.loads(json.dumps(measure(options)))
-        if options.save is not None:
-            write_saved(options.save, saved)
+        found = read_saved(options.table, SAVED, *keys, of_rows=of_rows)
+        print(document_of(options.table, found, document), end="")
+        return
+    if options.save is not None:
+        check_place("--save", options.save)
+    saved = json.loads(json.dumps(measure(options)))
+    if options.save is not None:
+        write_saved(options.save, saved)
     print(document(saved), end="")
+
+
+def check_place(option: str, path: Path) -> None:
+    """Find out before any work whether a file can be written.
+
+    Raises:
+        SystemExit: it cannot; with the reason and the fix.
+    """
+    reason = None
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not path.absolute().parent.is_dir():
+        reason = "its folder does not exist"
+    elif not os.access(path.absolute().parent, os.W_OK):
+        reason = "its folder cannot be written to"
+    if reason is not None:
+        sys.exit(f"{option} {path} cannot be written: {reason}. Name a file in a folder that is there.")
+
+
+def check_plot(path: Path) -> None:
+    """The same of --plot, which needs matplotlib too."""
+    if importlib.util.find_spec("matplotlib") is None:
+        sys.exit("--plot needs matplotlib, which is not installed. Run pip install -e '.[report]'.")
+    check_place("--plot", path)
+
+
+def number(kind: type[int] | type[float], least: float, *, above: bool = False) -> Callable[[str], float]:
+    """The type of an option that is a finite number from `least` on, or above it."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and (value > least if above else value >= least)):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"must be {what} {f'above {least:g}' if above else f'from {least:g} on'}, got {text!r}"
+            )
+        return value
+
+    return read
 
 
 def write_saved(path: Path, found: dict) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.saved import SAVED, command, new_parser, read_saved
+from benchmarks.saved import SAVED, command, document_of, new_parser, read_saved
 from benchmarks.training_setup import SHAPES, Bench, Setting
 from grade.config import Config, GenerationConfig, ModelConfig, TaskConfig, TrainConfig
 from grade.config.methods import MethodConfig, PPOConfig, ReinforceConfig
@@ -271,7 +271,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=Path, help="compare with a saved measurement of benchmarks.training instead")
     options, others = parser.parse_known_args(arguments)
     if options.seconds is not None:
-        print(seconds_document(read_saved(options.seconds, SAVED, "setting", "rows")), end="")
+        saved = read_saved(options.seconds, SAVED, "setting", "rows")
+        print(document_of(options.seconds, saved, seconds_document), end="")
         return
     parser = new_parser(__doc__)
     command(parser, others, measure, document, "rows", of_rows=("setting", "flops", "bytes"))

@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import Machine, Times
-from benchmarks.saved import SAVED, new_parser, read_saved, write_saved
+from benchmarks.saved import SAVED, document_of, new_parser, read_saved, write_saved
 from benchmarks.training_floors import rates
 from benchmarks.training_setup import ALGORITHMS, REPLAYED, SHAPES, Setting, measure
 from benchmarks.training_text import checked, document, write_csv
@@ -58,10 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.table:
         payload = read_saved(options.table, SAVED, "setting", "machine", "check", "rows")
-        try:
-            print(document(payload), end="")
-        except (AttributeError, KeyError, TypeError) as error:
-            sys.exit(f"{options.table} is damaged, or of another version of this benchmark ({error!r}). Measure again.")
+        print(document_of(options.table, payload, document), end="")
         return
     _check_options(options)
     if options.device == "cuda" and not torch.cuda.is_available():

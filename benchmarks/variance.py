@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.saved import new_parser, read_saved
+from benchmarks.saved import document_of, new_parser, read_saved
 from grade.studies.variance.text import document
 
 
@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="a variance.json")
     file = parser.parse_args(arguments).file
     kind = "a variance.json that `grade variance` has written"
-    print(document(read_saved(file, kind, "rows", "config", "machine")), end="")
+    print(document_of(file, read_saved(file, kind, "rows", "config", "machine"), document), end="")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from grade.launch import check_launch
 from grade.machine import is_out_of_memory
 from grade.peers import Peers
 from grade.terminal import warn_once
+from grade_kernels.backend import backend_for
+from grade_kernels.common.cpu_products import forced_library
 
 _SEEN = 5.0
 """Seconds after which a process that has ended is surely seen to have (`grade.peers`)."""
@@ -33,8 +35,8 @@ def make_accelerator(config: Config) -> Accelerator:
     """Accelerate's view of the machine: device, processes, reductions. Several leave their group when they end.
 
     Raises:
-        GradeError: device=cuda without one, train.deterministic where it is too late for it, or the launcher is set to
-            what a run does not follow.
+        GradeError: device=cuda without one, train.deterministic where it is too late for it, the launcher is set to
+            what a run does not follow, or the kernels' environment variables to what cannot be done here.
     """
     check_launch(config.device)
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -46,9 +48,24 @@ def make_accelerator(config: Config) -> Accelerator:
     # one has ended is not seen by a timeout, but by `watching`.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available(), kwargs_handlers=[patience])
+    _check_kernels(accelerator.device, config.generation.top_k)
     if accelerator.num_processes > 1:
         atexit.register(_leave)
     return accelerator
+
+
+def _check_kernels(device: torch.device, candidates: int) -> None:
+    """Refuse what the kernels' environment variables demand and the device cannot do: a kernel would say so in the
+    middle of the first pass.
+
+    Raises:
+        GradeError: naming the variable.
+    """
+    try:
+        backend_for("the run", torch.empty(0, device=device), k=candidates)
+        forced_library()
+    except (RuntimeError, ValueError) as error:
+        raise GradeError(f"The environment variable {error}.") from error
 
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"

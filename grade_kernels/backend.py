@@ -34,7 +34,7 @@ def backend_for(op_name: str, *tensors: Tensor, k: int | None = None) -> str:
     """
     forced = os.environ.get(VARIABLE, "")
     if forced not in ("", "torch", "triton"):
-        raise ValueError(f"{VARIABLE} must be 'torch' or 'triton', got {forced!r}")
+        raise ValueError(f"{VARIABLE} must be 'torch' or 'triton', or unset to choose by device, got {forced!r}")
     device = tensors[0].device
     double = any(t.dtype == torch.float64 for t in tensors)
     runs_here = device.type == "cuda" or (device.type == "cpu" and interpreting())

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -41,8 +40,8 @@ from benchmarks.gpu.pool import Crew
 from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.summary import FILES, NOT_RUN, summary
 from benchmarks.gpu.work import Order
-from grade.errors import GradeError
-from grade.files import locked, replace_text
+from grade.errors import GradeError, reason_of, writing
+from grade.files import locked, replace_bytes, replace_text
 from grade.machine import cache_folder
 
 SECONDS = 460.0
@@ -165,7 +164,8 @@ def main() -> int:
     options, began = parse(), time.monotonic()
     facts = None if options.summary else prepare(options.dry_run)
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        with writing(options.out, "--out (or $OUT)"):
+            options.out.mkdir(parents=True, exist_ok=True)
         with locked(options.out / LOG, "--out", f"Another call is writing to {options.out}: wait for it."):
             if facts is not None:
                 call(options, facts, options.seconds - (time.monotonic() - began))
@@ -179,9 +179,8 @@ def main() -> int:
 
 def call(options: argparse.Namespace, facts: dict[str, str], seconds: float) -> None:
     """Measure what is missing."""
-    for name in FILES.values() if options.earlier else ():
-        if not (options.out / name).exists() and (options.earlier / name).exists():
-            shutil.copyfile(options.earlier / name, options.out / name)
+    if options.earlier is not None:
+        take_over(options.earlier, options.out)
     here = Call(options.out, options.dry_run, seconds, facts)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, here.stop)
@@ -194,9 +193,36 @@ def call(options: argparse.Namespace, facts: dict[str, str], seconds: float) -> 
             write_summary(options.out)
 
 
+def take_over(earlier: Path, out: Path) -> None:
+    """Copy what an earlier call has left, where `out` has nothing of its own.
+
+    Raises:
+        GradeError: it has left nothing.
+        OSError: a file cannot be copied.
+    """
+    found = [name for name in FILES.values() if (earlier / name).is_file()]
+    if not found:
+        raise GradeError(f"--earlier: {earlier} has none of {', '.join(FILES.values())}. Name an earlier call's --out.")
+    for name in found:
+        if not (out / name).exists():
+            replace_bytes(out / name, (earlier / name).read_bytes())
+        elif not (out / name).samefile(earlier / name):
+            print(f"--earlier: {out / name} is there already and goes on; {earlier / name} is not read", flush=True)
+
+
 def write_summary(out: Path) -> tuple[str, int]:
-    """As `summary` makes it."""
-    text, status = summary(out)
+    """As `summary` makes it.
+
+    Raises:
+        GradeError: rows are damaged.
+    """
+    try:
+        text, status = summary(out)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise GradeError(
+            f"{out}: a row of {', '.join(FILES.values())} is damaged, or of another version ({reason_of(error)}). Name "
+            "another folder with --out."
+        ) from error
     replace_text(out / "summary.md", text)
     return text, status
 

@@ -11,7 +11,15 @@ import datetime
 from pathlib import Path
 
 from grade.jsonl import append_rows, read_rows
+from grade.shapes import NUMBER, misfit
 
+_SHAPES = {
+    "key": {"key": str, "status": str},
+    "plan": {"plan": [str], "part": str},
+    "machine": {"machine": dict, "at": str},
+    "end": {"end": {"seconds": NUMBER, "problems": [str]}, "part": str},
+}
+"""What a row must be, by the entry that says which kind it is, in the terms of `grade.shapes`."""
 AGAIN = ("failed", "stopped", "wrong")
 """What a status begins with that is measured again in the next call: it may have been the machine's fault."""
 
@@ -45,8 +53,9 @@ class Rows:
             self._take(row)
 
     def _take(self, row: dict) -> None:
-        if row.get("of") != self.of:
-            return
+        kind = next((name for name in _SHAPES if name in row), None)
+        if row.get("of") != self.of or kind is None or misfit(row, _SHAPES[kind]) is not None:
+            return  # a damaged one counts for nothing: what it was of is measured again
         if "key" in row:
             self.latest[row["key"]] = row
             self.fresh.add(row["key"])

@@ -162,8 +162,13 @@ def _kernels(torch: Any, kinds: list[str], problems: list[str]) -> dict[str, dic
     """The backend of every public operation of `grade_kernels`, on each kind of device."""
     kernels = _import("grade_kernels", problems)
     backend = _import("grade_kernels.backend", problems)
-    if kernels is None or backend is None:
+    products = _import("grade_kernels.common.cpu_products", problems)
+    if kernels is None or backend is None or products is None:
         return {}
+    try:
+        products.forced_library()
+    except ValueError as error:
+        problems.append(f"kernels: {error}")
     table: dict[str, dict[str, str]] = {}
     for name in sorted(getattr(kernels, "__all__", [])):
         function = inspect.unwrap(getattr(kernels, name))

@@ -186,7 +186,9 @@ def _control(value: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: on one line, and not longer than a line or two."""
+    """A value in a message: as it would be typed, on one line, and not longer than a line or two."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     try:
         text = ascii(value)[1:-1] if isinstance(value, str) and not value.isprintable() else str(value)
     except ValueError:  # Python does not write out whole numbers of thousands of digits

@@ -71,16 +71,28 @@ def limits() -> Limits | None:
     Raises
     ------
     ValueError
-        The environment variable has another value.
+        As `forced_library` does.
     """
-    forced = os.environ.get(VARIABLE, "")
-    if forced not in ("", "mkl", "onednn"):
-        raise ValueError(f"{VARIABLE} must be 'mkl' or 'onednn', or unset to measure, got {forced!r}")
+    forced = forced_library()
     if forced == "mkl" or not torch.backends.mkldnn.is_available():
         return None
     if forced == "onednn":
         return _ALWAYS
     return measured_limits()
+
+
+def forced_library() -> str:
+    """The library that the environment variable names; "" where it names none.
+
+    Raises
+    ------
+    ValueError
+        It has another value.
+    """
+    forced = os.environ.get(VARIABLE, "")
+    if forced not in ("", "mkl", "onednn"):
+        raise ValueError(f"{VARIABLE} must be 'mkl' or 'onednn', or unset to measure, got {forced!r}")
+    return forced
 
 
 def restore(recorded: Mapping[str, quickest.Seconds]) -> None:

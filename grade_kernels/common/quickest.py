@@ -34,6 +34,7 @@ ADVANTAGE = 0.9
 """Another way than the plain one is taken if it needs at most this share of its time: less is a clock's noise."""
 Seconds = dict[str, float]
 _FILE = "products.json"
+_LARGEST = 2**24  # bytes that no file of ours reaches
 _SECONDS = 0.5  # no further round beyond these
 # What makes the libraries take other kernels on the same processor.
 _CHOOSING = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
@@ -156,7 +157,10 @@ def _write(path: Path, text: str) -> None:
 def _read() -> dict[str, Seconds]:
     """What was measured before; nothing of a file that is missing or damaged, which is then measured anew."""
     try:
-        kept = json.loads((_folder() / _FILE).read_text(encoding="utf-8"))
+        path = _folder() / _FILE
+        if not path.is_file() or path.stat().st_size > _LARGEST:  # reading a pipe might never end
+            return {}
+        kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: no home folder, or nested too deeply
         return {}
     return _sound(kept)

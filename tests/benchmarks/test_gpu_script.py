@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import pool, selection, training
 from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.summary import FILES, SEE_ROWS, summary
 from benchmarks.gpu.work import Order, Work
 from benchmarks.training_setup import ALGORITHMS, SHAPES
+from grade.errors import GradeError
 
 ROOT = Path(__file__).resolve().parents[2]
 ABSENT = ("datasets", "jsonargparse", "rich", "scipy", "hypothesis", "matplotlib", "tensorboard", "sklearn")
@@ -198,6 +200,44 @@ def test_rows_of_another_device_or_code_count_for_nothing(tmp_path):
     path = tmp_path / "rows.jsonl"
     Rows(path, "this").add("a", {"status": "ok"})
     assert Rows(path, "this").kept("a") and Rows(path, "another").kept("a") is None
+
+
+def test_damaged_rows_count_for_nothing(tmp_path):
+    rows = Rows(tmp_path / FILES["tests"], "this")
+    rows.begin({"device": "H200"})
+    rows.add_plan("tests", ["a", "b"])
+    rows.add("a", {"status": "ok"})
+    with rows.path.open("ab") as file:
+        file.write(b'\x00\xff\n[]\n{"of": "this"}\n{"key": "b", "of": "this"}\n{"machine": 3, "of": "this"}\n')
+        file.write(b'{"key": 3, "status": "ok", "of": "this"}\n{"key": "b", "status": null, "of": "this"}\n')
+        file.write(b'{"plan": 3, "part": "tests", "of": "this"}\n{"end": 3, "part": "tests", "of": "this"}\n')
+    assert Rows(rows.path, "this").missing("tests") == ["b"] and "device H200" in summary(tmp_path)[0]
+    Rows(tmp_path / FILES["training"], "this").add("step 1", {"status": "ok", "entry": "e"})
+    Rows(tmp_path / FILES["training"], "this").begin({"device": "H200"})
+    with pytest.raises(GradeError, match=f"{tmp_path}: a row of .* is damaged"):
+        command.write_summary(tmp_path)
+
+
+def test_what_an_earlier_call_has_left_is_taken_over_as_a_whole_or_named(tmp_path, capsys):
+    earlier, out = tmp_path / "earlier", tmp_path / "out"
+    earlier.mkdir()
+    out.mkdir()
+    with pytest.raises(GradeError, match=f"--earlier: {earlier} has none of tests.jsonl"):
+        command.take_over(earlier, out)
+    (earlier / FILES["tests"]).write_text("1")
+    (earlier / FILES["kernels"]).write_text("2")
+    (out / FILES["kernels"]).write_text("3")
+    command.take_over(earlier, out)
+    command.take_over(out, out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {FILES["tests"]: "1", FILES["kernels"]: "3"}
+    assert f"{earlier / FILES['kernels']} is not read" in capsys.readouterr().out
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu.sh", "--summary", "--out", str(tmp_path / "file")])
+    assert command.main() == command.NOT_RUN
+    assert f"--out (or $OUT): {tmp_path / 'file'} could not be written (File exists)" in capsys.readouterr().err
 
 
 PROBES = """

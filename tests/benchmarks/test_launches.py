@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch.utils._triton import has_triton
 
+from benchmarks import launches
 from benchmarks.launch_counter import META, counting, list_launches
 from benchmarks.launch_graphs import compiled_by
 from benchmarks.launches import PARTS, counted
@@ -144,3 +145,9 @@ def test_the_saved_table_is_whole():
         assert rows["token"]["kernels"] < 0.75 * rows["beside"]["kernels"]
         assert rows["token_compiled"]["kernels"] < 0.8 * rows["beside_compiled"]["kernels"]
         assert rows["token_compiled"]["host"] < 40
+
+
+def test_no_shape_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        launches.main(["--shapes"])
+    assert "--shapes: expected at least one argument" in capsys.readouterr().err

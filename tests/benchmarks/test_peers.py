@@ -305,6 +305,34 @@ def test_what_cannot_be_measured_is_refused(monkeypatch, arguments, words):
         peers.main(arguments)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--seeds", "0,x", "different whole numbers"),
+        ("--seeds", "1,1", "different whole numbers"),
+        ("--seconds", "nan", "a number above 0"),
+        ("--sweep-seconds", "-1", "a number from 0 on"),
+        ("--threads", "0", "a whole number from 1 on"),
+        ("--prompts", "0", "a whole number from 1 on"),
+        ("--learning_rate", "1", "changes nothing"),
+    ],
+)
+def test_a_wrong_option_is_refused_at_once(tmp_path, capsys, option, value, words):
+    with pytest.raises(SystemExit):
+        peers.main(["--table", str(tmp_path / "none.json"), f"{option}={value}"])
+    shown = capsys.readouterr().err
+    assert option in shown and words in shown
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_in_words(tmp_path, capsys):
+    write_saved(tmp_path / "kept.json", payload_of(*TWO_SEEDS))
+    with pytest.raises(SystemExit, match="--plot .* its folder does not exist"):
+        peers.main(["--table", str(tmp_path / "kept.json"), "--plot", str(tmp_path / "nowhere" / "x.png")])
+    with pytest.raises(SystemExit, match="--plot .* could not be drawn"):
+        peers.main(["--table", str(tmp_path / "kept.json"), "--plot", str(tmp_path / "x.xyz")])
+    assert "| RLOO, TRL |" in capsys.readouterr().out
+
+
 def test_a_file_of_other_settings_is_not_gone_on_with(tmp_path):
     write_saved(tmp_path / "kept.json", payload_of() | {"settings": {"seconds": 60.0}})
     with pytest.raises(SystemExit, match=r"other settings \(seconds\)"):

@@ -156,7 +156,7 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().out == document(payload)
     payload["rows"][1].pop("phases")
     saved.write_text(json.dumps(payload))
-    with pytest.raises(SystemExit, match="is damaged, or of another version of this benchmark"):
+    with pytest.raises(SystemExit, match="is damaged, or of another version of this command"):
         training.main(["--table", str(saved)])
 
 

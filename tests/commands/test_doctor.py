@@ -57,9 +57,11 @@ def test_tables_are_printed(offline, capsys):
 
 def test_backend_that_cannot_run_is_a_problem_not_a_crash(offline, monkeypatch):
     monkeypatch.setenv("GRADE_KERNELS_BACKEND", "nonsense")
+    monkeypatch.setenv("GRADE_KERNELS_CPU_PRODUCTS", "blas")
     report = doctor.examine()
     assert all(backends["cpu"] == "none" for backends in report["kernels"].values())
-    assert any("GRADE_KERNELS_BACKEND" in problem for problem in report["problems"])
+    for variable in ("GRADE_KERNELS_BACKEND", "GRADE_KERNELS_CPU_PRODUCTS"):
+        assert any(variable in problem for problem in report["problems"])
 
 
 def test_missing_package_says_how_to_install_it(offline, monkeypatch):

@@ -36,7 +36,7 @@ WRONG = {
     },
     "a key": ({"rollout": {**SERVED, "url": "http://me:secret@host"}}, "into the environment variable VLLM_API_KEY"),
     "two sources": ({"rollout": {**SERVED, "source": "ids"}}, "rollout.engine=vllm and rollout.source=ids exclude"),
-    "compiled": ({"rollout": {**SERVED, "compile": True}}, "and rollout.compile=True exclude each other"),
+    "compiled": ({"rollout": {**SERVED, "compile": True}}, "and rollout.compile=true exclude each other"),
     "whole models": (
         {"rollout": SERVED, "model": {"finetuning": "full"}, "method": {"estimator": "rao"}},
         "model.finetuning=full exclude each other: the server is sent an adapter",

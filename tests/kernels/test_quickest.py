@@ -71,6 +71,36 @@ def test_a_damaged_file_is_measured_anew(folder, text):
     assert len(json.loads((folder / "products.json").read_text())) == 1
 
 
+def test_what_is_no_such_file_is_measured_anew(folder, monkeypatch):
+    """A pipe would be waited for, and a file of any size be read as a whole."""
+    folder.mkdir()
+    os.mkfifo(folder / "products.json")
+    assert seconds_of("x", _ways([], plain=0))["plain"] >= 0
+    monkeypatch.setattr(quickest, "_known", {})
+    with (folder / "products.json").open("ab") as file:
+        file.truncate(2**30)
+    assert seconds_of("x", _ways([], plain=0))["plain"] >= 0
+    assert len(json.loads((folder / "products.json").read_text())) == 1
+
+
+def test_a_folder_in_place_of_the_file_is_left(folder):
+    (folder / "products.json").mkdir(parents=True)
+    calls: list[str] = []
+    first = seconds_of("x", _ways(calls, plain=0))
+    assert first == seconds_of("x", _ways(calls, plain=0))
+    assert {path.name for path in folder.iterdir()} == {"products.json", "products.lock"}
+
+
+@pytest.mark.parametrize("wrong", [{}, {"other": 1.0}, {"plain": 1.0, "more": 1.0}])
+def test_other_ways_than_those_that_are_asked_for_count_for_nothing(folder, wrong):
+    """As another version would keep them, on disk or in a checkpoint."""
+    seconds_of("x", _ways([], plain=0))
+    ((what, _),) = quickest.record().items()
+    (folder / "products.json").write_text(json.dumps({what: wrong}))
+    quickest.restore({what: wrong})
+    assert set(seconds_of("x", _ways([], plain=0))) == {"plain"}
+
+
 def test_a_folder_that_cannot_be_written_is_no_obstacle(folder):
     folder.write_text("a file where the folder should be")
     calls: list[str] = []
