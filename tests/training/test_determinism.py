@@ -82,7 +82,8 @@ def test_kernels_that_promise_nothing_are_refused(setting, value):
 def test_cublas_is_told_before_it_starts(monkeypatch, used, given, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
-    monkeypatch.setattr(grade.processes, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    stand_in = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    monkeypatch.setattr(grade.processes, "Accelerator", lambda **_: stand_in)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given or "")
     if expected is None:
         with pytest.raises(GradeError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 before it starts"):
