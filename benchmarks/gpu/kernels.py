@@ -157,20 +157,9 @@ def _run(case: Case, sizes: Sizes, dtype: torch.dtype, machine: Machine) -> None
 
 def _train() -> None:
     """A short step of one decoder layer: its kernels are those of the whole model."""
-    from benchmarks.training_setup import Bench, Setting
+    from benchmarks.training_setup import Bench
 
-    entry = entries(ordered().dry)[0]
-    setting = Setting(
-        entry.shape,
-        entry.batch,
-        entry.prompt,
-        entry.length,
-        k=entry.k,
-        dtype=entry.dtype,
-        device=entry.device,
-        layers=1,
-    )
-    Bench(setting, "replay").step()
+    Bench(entries(ordered().dry)[0].setting(layers=1), "replay").step()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from benchmarks.gpu.work import Work, ordered
+
+if TYPE_CHECKING:
+    from benchmarks.training_setup import Setting
 
 RATES = "what the device reads and multiplies"
 
@@ -41,6 +44,17 @@ class Entry:
     @property
     def keys(self) -> list[str]:
         return [f"{self.name}, step {number}" for number in range(1, self.repeats + 1)]
+
+    def setting(self, layers: int | None = None) -> Setting:
+        """What a step of it is given.
+
+        Args:
+            layers: decoder layers; None: all.
+        """
+        from benchmarks.training_setup import Setting  # only what is measured needs torch and transformers
+
+        sizes = {"batch": self.batch, "prompt": self.prompt, "length": self.length, "k": self.k}
+        return Setting(self.shape, **sizes, dtype=self.dtype, device=self.device, layers=layers)
 
 
 def _qwen3_4b(batch: int, length: int, algorithm: str, repeats: int, share: float, goal: float | None = None) -> Entry:
@@ -78,12 +92,10 @@ def work(entry: Entry, work: Work) -> None:
     """Measure what is missing of the entry's steps."""
     # Only what is measured needs torch and transformers.
     from benchmarks.training_floors import floors, rates
-    from benchmarks.training_setup import Setting, measure
+    from benchmarks.training_setup import measure
     from grade.machine import is_out_of_memory
 
-    setting = Setting(
-        entry.shape, entry.batch, entry.prompt, entry.length, k=entry.k, dtype=entry.dtype, device=entry.device
-    )
+    setting = entry.setting()
     if work.begin(RATES):
         work.done(RATES, {"status": "ok", **rates(setting.device, setting.dtype, quick=work.order.dry)})
     device = work.rows.kept(RATES)

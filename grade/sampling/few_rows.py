@@ -15,13 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from grade.model.frozen_linear import FrozenLinear
-from grade_kernels.common.cpu_products import product
+from grade_kernels.common.cpu_products import product, weight_first
 from grade_kernels.common.quickest import quickest
-
-
-def weight_first(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [r, d] @ weight^T -> [r, out], multiplied with the weight [out, d] on the left."""
-    return (weight @ hidden.T).T.contiguous()
 
 
 class WeightFirst(FrozenLinear):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grade_kernels.common import checks
 from grade_kernels.common.chunks import spans
-from grade_kernels.common.cpu_products import product, takes_onednn
+from grade_kernels.common.cpu_products import product, takes_onednn, weight_first
 
 # A 16-bit weight is widened on a CPU this many bytes at a time.  That repeats for every row chunk, but costs little
 # beside the product (one pass over the block against one per row), where a widened copy of the whole
@@ -139,7 +139,7 @@ class Head:
         if weight.dtype == dtype:
             few = weight.device.type == "cpu" and _FEW_ROWS[0] <= hidden.shape[0] <= _FEW_ROWS[1]
             if few and not takes_onednn(hidden, weight):
-                return (weight @ hidden.T).T.contiguous()
+                return weight_first(hidden, weight)
             return product(hidden, weight)
         if weight.is_cuda:
             return _mm_float32(hidden, weight.T)
