@@ -34,7 +34,7 @@ LEAST_MICRO_BATCHES = 400
 
 def layers_pay(config: Config, *, on_gpu: bool) -> bool:
     """Whether a run passes micro-batches on a GPU, often enough, through weights that are neither packed nor
-    sharded. On a CPU fused operations save less than other libraries' products do (docs/training.md)."""
+    sharded. On a CPU fused operations save little of what products take (docs/training.md)."""
     if not on_gpu or config.model.quantization is not None or config.model.fsdp:
         return False
     responses = config.train.batch_size * config.train.accumulation_steps

@@ -23,6 +23,7 @@ from grade.replay.replay import ReplaySettings
 from grade.replay.score import score
 from grade.training.run_folder import prepare_run_dir
 from grade.training.trainer import Trainer
+from grade_kernels.common.cpu_products import VARIABLE
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "c++", "clang++")), reason="needs a C++ compiler"
@@ -47,14 +48,15 @@ def compared(policy, reward, rollout, settings=SETTINGS):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Graphs are made as for the compiler, but run as they are: (whether it is a backward, operations, calls so far) of
-    each half that would have been compiled."""
+    """Graphs are made as for the compiler, but run as they are: (whether it is a backward, operations, calls so far,
+    products that are chosen when they run) of each half that would have been compiled."""
     # What other tests saw change, a size or a number of another model, would be left open in more graphs.
     torch._dynamo.reset()
     halves = []
 
     def run(graph, inputs, **how):
-        half = [bool(how.get("is_backward")), len(graph.graph.nodes), 0]
+        chosen = [node.target for node in graph.graph.nodes].count(torch.ops.grade_kernels.cpu_product.default)
+        half = [bool(how.get("is_backward")), len(graph.graph.nodes), 0, chosen]
         halves.append(half)
 
         def call(arguments):
@@ -85,12 +87,18 @@ def test_compiled_layers_give_the_gradient_of_their_own_code():
     assert policy.switches.compilations == 2 and not any("forward" in vars(m) for m in policy.modules.modules())
 
 
-def test_hops_leave_out_the_gradients_of_weights(traced):
-    """Of the policy's backward there are two: the hops take the smaller, once a layer each, and the end the other."""
+def test_hops_leave_out_the_gradients_of_weights(traced, monkeypatch):
+    """Of the policy's backward there are two: the hops take the smaller, once a layer each, and the end the other.
+
+    Products by weights are chosen when they run, those of 7 linear layers and of two factors of 4 adapters; gradients
+    of weights are products of two things of the batch."""
+    monkeypatch.setenv(VARIABLE, "onednn")
     policy = tiny_policy("llama")
     compile_layers(policy, SHORT)
     policy_forward, whole, part, base_forward, base_backward = traced
     assert [half[0] for half in traced] == [False, True, True, False, True]
+    if torch.backends.mkldnn.is_available():
+        assert [half[3] for half in traced] == [7 + 8, 7 + 8, 7 + 8, 7, 7]
     assert part[1] < whole[1] - 14  # two products for each of the four adapters, and what is around them
     before = [half[2] for half in traced]
     rollout = rollout_of(policy, max_new=8)
