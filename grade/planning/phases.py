@@ -86,7 +86,7 @@ def _base_backward(run: Run, passes: Passes, batch: float) -> Work:
 
 def _replayed(run: Run) -> list[Phase]:
     """GRADE and GRADE-STE: forwards, the sweep over the vocabulary, and the backward passes, of every micro-batch."""
-    passes, batch = run.passes, run.micro_batch
+    passes, batch = run.training_passes, run.micro_batch
     times = run.responses / batch
     tokens, rows, pairs = batch * run.whole, batch * run.response, passes.pairs(batch, 0, run.whole)
     # A hop differentiates the response's embeddings alone, but the layers compute whole sequences.
@@ -106,7 +106,7 @@ def _replayed(run: Run) -> list[Phase]:
 def _policy_gradient(run: Run) -> list[Phase]:
     """PPO, REINFORCE and GRPO: what is fixed is scored once, then every pass over the responses is a forward of the
     policy, a sweep over its head, and a backward pass."""
-    passes, method, batch = run.passes, run.config.method, run.micro_batch
+    passes, method, batch = run.training_passes, run.config.method, run.micro_batch
     times = run.responses / batch
     tokens, rows, pairs = batch * run.whole, batch * run.response, passes.pairs(batch, 0, run.whole)
     forward = passes.forward(tokens, pairs, adapters=True)
