@@ -127,8 +127,12 @@ def test_compiled_kernels_are_fused_ones_and_products():
 
 @pytest.fixture(scope="module")
 def small():
-    """Compiled layers, which take the longest, of the smaller model alone."""
-    return [counted("qwen3-0.6b", layers, beside=False, whole=False, compiled_layers=layers == 1) for layers in (1, 2)]
+    return [counted("qwen3-0.6b", layers, beside=False, whole=False, compiled_layers=False) for layers in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def fused():
+    return counted("qwen3-0.6b", 1, beside=False, whole=False, compiling=False)
 
 
 @of_the_same_versions
@@ -143,11 +147,12 @@ def test_launches_have_not_grown(small, part, number):
             assert one + (row["layers"] - 1) * (two - one) == row[number]
 
 
+@pytest.mark.slow
 @of_the_same_versions
 @pytest.mark.parametrize("part", COMPILED_LAYERS)
-def test_launches_of_compiled_layers_have_not_grown(small, part):
+def test_launches_of_compiled_layers_have_not_grown(fused, part):
     (row,) = (row for row in SAVED["rows"] if row["part"] == part and row["shape"] == "qwen3-0.6b")
-    found = small[0][part]
+    found = fused[part]
     assert found.kernels + (row["layers"] - 1) * row["kernels_of_layer"] == row["kernels"]
     assert found.host == found.kernels and found.waits == row["waits"] and found.moved is None
 
