@@ -165,5 +165,10 @@ def words(seed: int) -> tuple[int, int]:
     return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
+def split_tau(tau: float | Tensor) -> tuple[float, Tensor | None]:
+    """A temperature as the two arguments of a kernel: a number, or where it lies."""
+    return (1.0, tau) if isinstance(tau, Tensor) else (float(tau), None)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
