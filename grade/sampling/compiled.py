@@ -107,6 +107,7 @@ class CompiledDecoding(Decoding):
         self._places: dict[int, Places] = {}  # by their rows, the ones used last at the end
         self._noted: dict[int, Drawn] = {}  # likewise
         self._ids: dict[int, Tensor] = {}  # that may not be drawn, by their number
+        self._newest_ids: Tensor | None = None  # of this rollout, whose values are there
         self._known: set[tuple] = set()  # calls of this rollout, with the shapes that change within it
         self._tau = torch.ones((), dtype=torch.promote_types(policy.dtype, torch.float32), device=policy.device)
         self._probe()
@@ -151,6 +152,7 @@ class CompiledDecoding(Decoding):
     @contextmanager
     def prepared(self, adapters: bool, sampling: Sampling, responses: int) -> Iterator[None]:
         self._known.clear()
+        self._newest_ids = None
         with super().prepared(adapters, sampling, responses):
             yield
 
@@ -194,12 +196,10 @@ class CompiledDecoding(Decoding):
             if step == 0:
                 self._note_tokens(hidden, drawn, suppress)
                 return
-            call = ("token", suppress.shape)
-            if call not in self._known:  # its first of this rollout, whose ids may lie elsewhere than the last one's
-                self._suppressed(len(suppress)).copy_(suppress)
+            ids = self._suppressed(suppress)
             torch.compiler.cudagraph_mark_step_begin()
-            with self._compiled(*call):
-                self._token(drawn, places, self._suppressed(len(suppress)))
+            with self._compiled("token", ids.shape):
+                self._token(drawn, places, ids)
             return
         if step > 0:
             mask = places.mask[..., : decoder.length_with(step)]
@@ -214,12 +214,18 @@ class CompiledDecoding(Decoding):
         with self._compiled("finish", suppress.shape):
             self._finish(product, drawn, suppress)
 
-    def _suppressed(self, number: int) -> Tensor:
-        """Where so many ids are kept that may not be drawn."""
+    def _suppressed(self, suppress: Tensor) -> Tensor:
+        """The same ids [n] in memory of their own: none, or the first once more up to the most that there can be, so
+        that all tokens are one graph."""
+        number = (len(self.policy.suppressed) + len(self.policy.eos_ids)) if len(suppress) else 0
         if number not in self._ids:
             self._ids[number] = torch.zeros(number, dtype=torch.int64, device=self.policy.device)
             _remember(self._ids[number])
-        return self._ids[number]
+        kept = self._ids[number]
+        if suppress is not self._newest_ids and number:
+            kept[: len(suppress)], kept[len(suppress) :] = suppress, suppress[:1]
+            self._newest_ids = suppress
+        return kept
 
     @contextmanager
     def _compiled(self, *call: Any) -> Iterator[None]:
