@@ -72,9 +72,11 @@ def test_compiled_decoding(dtype):
         plain, ours = (sample(there, ids, mask, sampling, decoding=how, **draw) for how in (None, decoding))
         same = plain.tokens == ours.tokens
         agree.append(same.float().mean())
-        # roundings of logits below some 10 and of 16-bit states, over the temperature
-        bound = (1e-3 if dtype == torch.float32 else 0.3) / tau
-        assert ((plain.token_weight - ours.token_weight).abs() <= bound * plain.token_weight + 1e-6)[:, 0].all()
+        if dtype == torch.float32:  # the second token is the graph's first, and reads this temperature
+            second = same[:, :2].all(1)
+            torch.testing.assert_close(
+                ours.token_weight[second, 1], plain.token_weight[second, 1], rtol=1e-2, atol=1e-4
+            )
         rows = rows + 1000
         with torch.no_grad():
             for parameter in there.parameters():
