@@ -62,8 +62,8 @@ def launch(
     """kernel[grid](*args, **constants) on the device of the first tensor; an empty grid is no launch.
 
     Positional arguments are tensors (or None) and numbers that may change from call to call; `constants`
-    are the constexpr ones, each value of which is a compilation; one may be a `PerVendor`.  `max_registers` a thread bounds NVIDIA's compiler,
-    which otherwise takes as many as help one warp, though fewer warps then fit.
+    are the constexpr ones, each value of which is a compilation; one may be a `PerVendor`.  `max_registers` a
+    thread bounds NVIDIA's compiler, which otherwise takes as many as help one warp, though fewer warps then fit.
     """
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, num_warps, max_registers, constants))

@@ -17,12 +17,13 @@ import torch
 from grade_kernels.aot import binary, command
 from grade_kernels.aot.streams import STREAMS
 from grade_kernels.common.environment import check_triton, interpreting
-from grade_kernels.triton_ops.launch import PerVendor
 
 try:
     check_triton()
 except RuntimeError as error:
     pytest.skip(str(error), allow_module_level=True)
+
+from grade_kernels.triton_ops.launch import PerVendor  # noqa: E402
 
 OPS = Path(command.__file__).parents[1] / "triton_ops"
 TARGETS = list(binary.TARGETS)
