@@ -20,7 +20,7 @@ from grade_kernels.sparse import SparseTokens
 def gumbel_topk(
     logits: Tensor,
     k: int = 256,
-    tau: float = 1.0,
+    tau: float | Tensor = 1.0,
     *,
     seed: int,
     rows: Tensor | None = None,
@@ -46,8 +46,9 @@ def gumbel_topk(
         weights are NaN.  A row that holds a NaN has mass NaN.
     k : int
         Candidates, 1 <= k <= V.  Not used where `indices` is given.
-    tau : float
-        Temperature of the weights, > 0.
+    tau : float or 0-d float32 or float64
+        Temperature of the weights, > 0.  A tensor lies where the logits do, gets no gradient, and is not checked, since
+        reading it would wait for the device; a CUDA graph, or code that was compiled, reads what it holds at each call.
     seed : int
         Wraps at 64 bits.
     rows : int64 [...], optional
@@ -112,10 +113,10 @@ class SampleArgs:
     """The validated arguments that `gumbel_topk` and `linear_gumbel_topk` share; tensors are flat, [N, ...]."""
 
     def __init__(
-        self, leading: torch.Size, vocab: int, device: torch.device, k: int, tau: float,
+        self, leading: torch.Size, vocab: int, device: torch.device, k: int, tau: float | Tensor,
         seed: int, rows: Tensor | None, draw: int, indices: Tensor | None, tokens: Tensor | None,
     ):  # fmt: skip
-        checks.check_positive("tau", tau)
+        self.tau = checks.check_tau(tau, device)
         n = math.prod(leading)
         if indices is None:
             self.k = checks.check_k(k, vocab)
@@ -124,7 +125,6 @@ class SampleArgs:
             self.k = indices.shape[-1]
         if tokens is not None:
             checks.check_ids("tokens", tokens, leading, device)
-        self.tau = float(tau)
         self.seed, self.draw = checks.check_int("seed", seed), checks.check_int("draw", draw)
         self.keys = row_keys(rows, leading, device)
         self.indices = None if indices is None else indices.reshape(n, self.k)

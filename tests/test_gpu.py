@@ -59,20 +59,25 @@ def test_vocab_head(dtype, bound):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_decoding(dtype):
-    """CUDA graphs over a static cache draw what plain decoding draws, also once the weights have changed."""
+    """A CUDA graph of a token draws what plain decoding draws, also once weights and temperature have changed."""
     policy = tiny_policy("llama", dtype=dtype)
     there = Policy(policy.model.to("cuda"), policy.tokenizer)
     decoding = CompiledDecoding(there)
     ids, mask = pad_prompts(PROMPTS, there.pad_id, "cuda")
     rows = torch.arange(2 * len(PROMPTS), device="cuda") * 100
     agree = []
-    for seed in range(3):
-        draw = dict(seed=seed, first_rows=rows, samples_per_prompt=2)
-        plain, ours = (
-            sample(there, ids, mask, Sampling(max_new_tokens=8, top_k=7, ignore_eos=True), decoding=how, **draw)
-            for how in (None, decoding)
-        )
-        agree.append((plain.tokens == ours.tokens).float().mean())
+    for tau in (1.0, 0.5, 2.0):
+        draw = dict(seed=0, first_rows=rows, samples_per_prompt=2)
+        sampling = Sampling(max_new_tokens=8, top_k=7, ignore_eos=True, tau=tau)
+        plain, ours = (sample(there, ids, mask, sampling, decoding=how, **draw) for how in (None, decoding))
+        same = plain.tokens == ours.tokens
+        agree.append(same.float().mean())
+        if dtype == torch.float32:  # the second token is the graph's first, and reads this temperature
+            second = same[:, :2].all(1)
+            torch.testing.assert_close(
+                ours.token_weight[second, 1], plain.token_weight[second, 1], rtol=1e-2, atol=1e-4
+            )
+        rows = rows + 1000
         with torch.no_grad():
             for parameter in there.parameters():
                 parameter += 0.05 * torch.randn_like(parameter)

@@ -23,6 +23,8 @@ try:
 except RuntimeError as error:
     pytest.skip(str(error), allow_module_level=True)
 
+from grade_kernels.triton_ops.launch import PerVendor  # noqa: E402
+
 OPS = Path(command.__file__).parents[1] / "triton_ops"
 TARGETS = list(binary.TARGETS)
 
@@ -146,6 +148,12 @@ def test_a_bound_on_registers_is_told_to_nvidia_only(toys):
     one = command.configuration(bound, "sm_90")
     assert str(one).endswith(" maxnreg=40")
     assert binary.compile_one(one).resources.registers <= 40
+
+
+@needs_compiler
+def test_a_constant_may_differ_between_vendors(toys):
+    launch = good_launch(toys, block=PerVendor(nvidia=64, amd=32))
+    assert [str(command.configuration(launch, name))[-8:] for name in ("sm_90", "gfx942")] == ["BLOCK=64", "BLOCK=32"]
 
 
 @needs_compiler

@@ -6,8 +6,9 @@ import pytest
 import torch
 from kernel_checks import HALF
 from sampling_checks import check_sample
+from torch._dynamo.utils import counters
 
-from grade_kernels import gumbel_topk, place_tokens, reference
+from grade_kernels import Head, gumbel_topk, linear_gumbel_topk, place_tokens, reference
 from grade_kernels.torch_ops import support as support_ops
 
 DTYPES = [torch.float64, torch.float32, *HALF]
@@ -115,6 +116,32 @@ def test_weights_and_tokens_follow_the_definition(ops, device, dtype, tau):
     # Rows of a given support, since it is selecting one that takes the interpreter long.
     indices = torch.stack([torch.randperm(400)[:12] for _ in range(12)]).to(device)
     check_sample(ops, 3 * torch.randn(12, 400).to(device, dtype), 12, tau=tau, indices=indices)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+def test_a_tau_in_a_tensor_is_that_number(backend, device, head):
+    """At each call it is what the tensor then holds, in one compiled graph too."""
+    logits, v = (torch.randn(4, n, device=device) for n in (50, 6))
+    tau = torch.ones((), device=device)
+
+    def weights(logits, tau):
+        if head:
+            return linear_gumbel_topk(logits, Head(torch.eye(50, device=device)), 6, tau, seed=3).weights
+        return gumbel_topk(logits, 6, tau, seed=3).weights
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(weights, fullgraph=True, dynamic=False, backend="aot_eager")
+    for value in (0.3, 2.0, 1.1):
+        tau.fill_(value)
+        results = []
+        for call, temperature in ((weights, tau.item()), (weights, tau), (compiled, tau)):
+            x = logits.clone().requires_grad_()
+            out = call(x, temperature)
+            results.append((out, *torch.autograd.grad(out, x, v)))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(results[2], results[0], rtol=1e-6, atol=1e-7)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_tau_does_not_touch_the_tokens(backend, device):
