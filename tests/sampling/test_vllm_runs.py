@@ -152,7 +152,11 @@ def test_two_processes_ask_for_a_share_each(config, server, tmp_path):
     server.faults.extend([""] * 16 + ["stale"])  # each process compares four, and has two a step
     settings = tmp_path / "two.yaml"
     settings.write_text(config_to_yaml(changed(config, train={"batch_size": 2, "run_dir": str(tmp_path / "two")})))
-    done = without_launcher("train", settings, program=("-m", "grade"), cwd=tmp_path, timeout=200)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, grade.cli\ngrade.cli._PATIENCE = 0.1\nsys.exit(grade.cli.main(['train', sys.argv[1]]))\n"
+    )
+    done = without_launcher(settings, program=program, cwd=tmp_path, timeout=200)
     assert all(code != 0 for code, _, _ in done), done
     assert any("another policy's responses are not trained on" in errors for _, _, errors in done), done
     assert {(prompt, seed) for name, prompt, seed in server.asked if version_of(name) < 2} == asked

@@ -188,22 +188,21 @@ def launched(*arguments: str | Path, processes: int, timeout: float = 600) -> su
 
 def without_launcher(
     *arguments: str | Path,
-    program: str | Path | tuple[str, ...] = __file__,
+    program: str | Path = __file__,
     processes: int = 2,
     cwd: Path | None = None,
     timeout: float = 600,
 ) -> list[tuple[int, str, str]]:
-    """A program, or ("-m", a module), in processes that nobody ends where another does: exit code, output and errors of
-    each. They are forked from one that has imported what they need."""
+    """A program in processes that nobody ends where another does, forked from one that has imported what they need:
+    exit code, output and errors of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    words = program if isinstance(program, tuple) else (Path(program).resolve(),)
     ranks = map(str, range(processes))
     return forked(
-        [([*words, *arguments], {**group, "RANK": rank, "LOCAL_RANK": rank}) for rank in ranks],
+        [([Path(program).resolve(), *arguments], {**group, "RANK": rank, "LOCAL_RANK": rank}) for rank in ranks],
         cwd=cwd,
         timeout=timeout,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forked import forked
 from tiny_run import stopped_after, with_train
 
 from grade import __version__
