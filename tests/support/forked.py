@@ -43,6 +43,7 @@ def forked(
         paths = [str(support), str(support.parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
         environment["OMP_NUM_THREADS"] = "1"
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a library that asks for a GPU leaves it fit for forks
         command = [sys.executable, __file__]
         _server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
     assert _server.stdin is not None and _server.stdout is not None
