@@ -46,6 +46,7 @@ def forked(
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a library that asks for a GPU leaves it fit for forks
         command = [sys.executable, __file__]
         _server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
+        atexit.register(_server.communicate)  # which closes its input, at which it ends
     assert _server.stdin is not None and _server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         streams = [(f"{folder}/{number}.out", f"{folder}/{number}.err") for number in range(len(programs))]
