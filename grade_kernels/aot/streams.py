@@ -63,8 +63,15 @@ STREAMS: dict[str, tuple[Stream, ...]] = {
         Stream("objective.ref_kl_and_grad", _SIDES, share=2),
         Stream("objective.ref_kl_and_grad", ("policy",), given=("entropy_weights",), absent=("ref",), share=2),
     ),
-    "sample.select_kernel": (Stream("topk.survey", ("logits",), absent=("parts",), words=("bits",)),),
-    "sample.survey_kernel": (Stream("topk.survey", ("logits",), words=("bits",)),),
+    # Which ids are suppressed is asked for the maxima alone.
+    "sample.select_kernel": (
+        Stream("topk.survey", ("logits",), absent=("parts", "given"), words=("bits",)),
+        Stream("topk.survey", ("logits",), absent=("parts",), given=("given",)),
+    ),
+    "sample.survey_kernel": (
+        Stream("topk.survey", ("logits",), given=("maxima",), words=("bits",)),
+        Stream("topk.survey", ("logits",), absent=("maxima",)),
+    ),
 }
 # Loops over a row that few rows enter: they must not exchange anything either, but say nothing of the speed. So are the
 # loops of functions that stream in other kernels, or in other configurations.

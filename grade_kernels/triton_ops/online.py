@@ -161,7 +161,8 @@ def kl_tile(p, q, valid, m, z, c, low, a, t, zq, tq, TAIL: tl.constexpr, ENTROPY
     if TAIL:
         f = tl.where(valid, f, FLOOR)
     wq = tl.exp2(f)
-    terms = tl.where(tl.abs(u) <= NEAR, w * (u * u * phi_ratio(u)), (wq - w) - w * u)
+    wu = w * u  # of both forms: apart they take AMD more registers than two programs of a multiprocessor have
+    terms = tl.where(tl.abs(u) <= NEAR, wu * u * phi_ratio(u), (wq - w) - wu)
     a = gain * a + lift * z + device.lane_sum(terms)
     if ENTROPY == 1:
         t = (t + k * z) * tl.exp2(k) + device.lane_sum(w * e)
