@@ -22,7 +22,7 @@ import math
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,16 @@ from grade.sampling.drawn import Drawn, embedded
 from grade.sampling.few_rows import weight_first
 from grade.sampling.grouped_attention import grouped_attention
 from grade.sampling.packed_head import made_at_once
+from grade_kernels.common.checks import check_positive
 
 _SETTING = "rollout.compile"
 # Prompts differ in length, and every other capacity is compiled anew.
 _CAPACITY_STEP = 64
 # Numbers of rows whose memory is kept. A step's rollouts have two: the full ones', and the rest's.
 MOST_BATCHES = 2
+# Where torch stops at the number of shapes for which it compiles a function, 8, calls that are not compared would fail.
+# Lengths, batches and trainings of one process may be more; each is compiled once.
+_LIMITS = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
 
 
 def capacity_of(length: int) -> int:
@@ -158,13 +162,16 @@ class CompiledDecoding(Decoding):
 
     def begin(self, sampling: Sampling, *, seed: int, first_rows: Tensor) -> Drawn:
         """As for the plain one, with the temperature in a tensor; in one graph an earlier rollout's, if it fits."""
+        if not isinstance(sampling.tau, Tensor):
+            check_positive("tau", sampling.tau)  # nobody reads the tensor to check it
         self._tau.fill_(sampling.tau)
-        sampling = replace(sampling, tau=self._tau)
+        ours = replace(sampling, tau=self._tau)
         if not self._one_graph:
-            return Drawn(self.policy, sampling, seed=seed, first_rows=first_rows)
+            return Drawn(self.policy, ours, seed=seed, first_rows=first_rows)
         drawn = self._noted.pop(len(first_rows), None)
-        if drawn is None or drawn.sampling != sampling:
-            drawn = Drawn(self.policy, sampling, seed=seed, first_rows=first_rows.clone())
+        # Compared without the tensors, whose comparison waits for the device.
+        if drawn is None or replace(drawn.sampling, tau=1.0) != replace(sampling, tau=1.0):
+            drawn = Drawn(self.policy, ours, seed=seed, first_rows=first_rows.clone())
             _remember(*(tensor for _, tensor in drawn.tensors()))
         drawn.restart(seed=seed, first_rows=first_rows)
         _keep(self._noted, len(first_rows), drawn)
@@ -196,13 +203,13 @@ class CompiledDecoding(Decoding):
             if step == 0:
                 self._note_tokens(hidden, drawn, suppress)
                 return
-            ids = self._suppressed(suppress)
+            ids = self._suppressed(suppress, drawn.sampling)
             torch.compiler.cudagraph_mark_step_begin()
             with self._compiled("token", ids.shape):
                 self._token(drawn, places, ids)
             return
         if step > 0:
-            mask = places.mask[..., : decoder.length_with(step)]
+            mask = self.mask(places, decoder.length_with(step))
             if step == 1:
                 torch._dynamo.mark_dynamic(mask, 3)
             with self._compiled("states"):
@@ -214,10 +221,16 @@ class CompiledDecoding(Decoding):
         with self._compiled("finish", suppress.shape):
             self._finish(product, drawn, suppress)
 
-    def _suppressed(self, suppress: Tensor) -> Tensor:
+    def mask(self, places: Places, length: int) -> Tensor:
+        """[B, 1, 1, length] or, for one graph, [B, 1, 1, capacity]: which of the first `length` positions are seen."""
+        return places.seen(length) if self._one_graph else places.mask[..., :length]
+
+    def _suppressed(self, suppress: Tensor, sampling: Sampling) -> Tensor:
         """The same ids [n] in memory of their own: none, or the first once more up to the most that there can be, so
-        that all tokens are one graph."""
-        number = (len(self.policy.suppressed) + len(self.policy.eos_ids)) if len(suppress) else 0
+        that all tokens are one graph. A nucleus adds up their probabilities, so there each is once."""
+        number = len(suppress)
+        if number and sampling.top_p is None:
+            number = len(self.policy.suppressed) + len(self.policy.eos_ids)
         if number not in self._ids:
             self._ids[number] = torch.zeros(number, dtype=torch.int64, device=self.policy.device)
             _remember(self._ids[number])
@@ -230,7 +243,9 @@ class CompiledDecoding(Decoding):
     @contextmanager
     def _compiled(self, *call: Any) -> Iterator[None]:
         """Run compiled code, unless it is known to fit without comparing what it was compiled for."""
-        with explained(_SETTING), grouped_attention(), _unchecked(call in self._known):
+        known = call in self._known
+        how = _unchecked() if known else torch._dynamo.config.patch(_LIMITS)
+        with explained(_SETTING), grouped_attention(), how:
             yield
         self._known.add(call)
 
@@ -253,8 +268,7 @@ class CompiledDecoding(Decoding):
 
     def _next_token(self, drawn: Drawn, places: Places, suppress: Tensor) -> None:
         """All of a token but the first, its states and its draw."""
-        seen = torch.arange(places.mask.shape[-1], device=places.mask.device) < places.start + drawn.at
-        hidden = self._next_states(drawn, places.mask & seen, places.lengths, places.cache)
+        hidden = self._next_states(drawn, places.seen(places.start + drawn.at), places.lengths, places.cache)
         self._note_tokens(hidden, drawn, suppress)
 
     def _note_tokens(self, hidden: Tensor, drawn: Drawn, suppress: Tensor) -> None:
@@ -288,6 +302,10 @@ class Places:
         self.lengths = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.start = torch.zeros(1, dtype=torch.int64, device=device)
 
+    def seen(self, length: int | Tensor) -> Tensor:
+        """[B, 1, 1, capacity], True where a position is real and one of the first `length`, a number or [1]."""
+        return self.mask & (torch.arange(self.mask.shape[-1], device=self.mask.device) < length)
+
     def fill(self, prompts: Cache, prompt_mask: Tensor) -> None:
         """Begin with the prompts [B, P], of which `prompts` has keys and values."""
         for layer, prompt in zip(self.cache.layers, prompts.layers, strict=True):
@@ -312,9 +330,9 @@ def _remember(*tensors: Tensor | None) -> None:
             torch._dynamo.mark_static_address(tensor, guard=False)
 
 
-def _unchecked(known: bool) -> AbstractContextManager:
+def _unchecked() -> AbstractContextManager:
     """Where it is known that compiled code fits what it is given, it is not compared again."""
-    return torch.compiler.set_stance(skip_guard_eval_unsafe=True) if known else nullcontext()
+    return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
 
 
 def _find_compiler() -> None:
@@ -345,6 +363,7 @@ class CompiledDecoder(Decoder):
     def feed(self, embeddings: Tensor) -> Tensor:
         """[B, d] embeddings of the newest tokens -> [B, d] states that predict the next, without compiling."""
         self._fed += 1
-        mask, positions = self.places.mask[..., : self._length + self._fed], self.places.lengths + self._fed - 1
+        mask = self._decoding.mask(self.places, self.length_with(self._fed))
+        positions = self.places.lengths + self._fed - 1
         with grouped_attention():
             return self._decoding.forward(embeddings, mask, positions, self.places.cache)
