@@ -6,7 +6,7 @@ rows that have ended stay in the batch.
 
 On a GPU all of a token, from what is fed of the draw before to its own draw, is one graph, which the host launches
 once. It reads and writes the same memory every time: what lies elsewhere would be copied there for every token
-(`_remember`).
+(`grade.sampling.places`).
 
 On a CPU nothing is recorded. The step is compiled for every length that the mask may have, since attention reads the
 filled part only; and the draw, which is a few kernels of ours on a GPU, is a hundred operations on [B, k] behind the
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, StaticCache
+from transformers import StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from grade.errors import GradeError, reason_of
@@ -45,11 +45,10 @@ from grade.sampling.drawn import Drawn, embedded
 from grade.sampling.few_rows import weight_first
 from grade.sampling.grouped_attention import grouped_attention
 from grade.sampling.packed_head import made_at_once
+from grade.sampling.places import Places, capacity_of, remember
 from grade_kernels.common.checks import check_positive
 
 _SETTING = "rollout.compile"
-# Prompts differ in length, and every other capacity is compiled anew.
-_CAPACITY_STEP = 64
 # Numbers of rows whose memory is kept. A step's rollouts have two: the full ones', and the rest's.
 MOST_BATCHES = 2
 # Where torch stops at the number of shapes for which it compiles a function, 8, calls that are not compared would fail.
@@ -57,13 +56,10 @@ MOST_BATCHES = 2
 _LIMITS = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
 
 
-def capacity_of(length: int) -> int:
-    """Positions of a cache for `length` of them."""
-    return -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
-
-
 class CompiledDecoding(Decoding):
     """What one rollout leaves to the next: compiled code, and the memory whose addresses it has recorded.
+
+    Compiled code has the noise's seed as a constant, so that another one is compiled anew.
 
     Args:
         one_graph: make one graph of all that a token is; None: on a GPU.
@@ -116,7 +112,7 @@ class CompiledDecoding(Decoding):
         self._tau = torch.ones((), dtype=torch.promote_types(policy.dtype, torch.float32), device=policy.device)
         self._probe()
         if self._one_graph:
-            _remember(self._tau, policy.embedding, policy.head.weight, policy.head.bias)
+            remember(self._tau, policy.embedding, policy.head.weight, policy.head.bias)
             self._token = torch.compile(self._next_token, dynamic=False, mode="reduce-overhead")
             return
         # What several operations read is computed once: of the angles of rotary positions every layer would otherwise
@@ -172,7 +168,7 @@ class CompiledDecoding(Decoding):
         # Compared without the tensors, whose comparison waits for the device.
         if drawn is None or replace(drawn.sampling, tau=1.0) != replace(sampling, tau=1.0):
             drawn = Drawn(self.policy, ours, seed=seed, first_rows=first_rows.clone())
-            _remember(*(tensor for _, tensor in drawn.tensors()))
+            remember(*(tensor for _, tensor in drawn.tensors()))
         drawn.restart(seed=seed, first_rows=first_rows)
         _keep(self._noted, len(first_rows), drawn)
         return drawn
@@ -191,7 +187,7 @@ class CompiledDecoding(Decoding):
             cache = StaticCache(config=self._config, max_cache_len=capacity)
             places = Places(cache, batch, capacity, self.policy.device)
             if self._one_graph:
-                _remember(places.mask, places.lengths, places.start)
+                remember(places.mask, places.lengths, places.start)
         _keep(self._places, batch, places)
         return places
 
@@ -233,7 +229,7 @@ class CompiledDecoding(Decoding):
             number = len(self.policy.suppressed) + len(self.policy.eos_ids)
         if number not in self._ids:
             self._ids[number] = torch.zeros(number, dtype=torch.int64, device=self.policy.device)
-            _remember(self._ids[number])
+            remember(self._ids[number])
         kept = self._ids[number]
         if suppress is not self._newest_ids and number:
             kept[: len(suppress)], kept[len(suppress) :] = suppress, suppress[:1]
@@ -287,47 +283,11 @@ class CompiledDecoding(Decoding):
         drawn.at += 1
 
 
-class Places:
-    """Where the positions of a batch of responses are kept.
-
-    Attributes:
-        mask: [B, 1, 1, capacity], False where a prompt is padded.
-        lengths: [B, 1], real tokens of the prompts.
-        start: [1], the prompts' length with padding.
-    """
-
-    def __init__(self, cache: StaticCache, batch: int, capacity: int, device: torch.device):
-        self.cache = cache
-        self.mask = torch.ones(batch, 1, 1, capacity, dtype=torch.bool, device=device)
-        self.lengths = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.start = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def seen(self, length: int | Tensor) -> Tensor:
-        """[B, 1, 1, capacity], True where a position is real and one of the first `length`, a number or [1]."""
-        return self.mask & (torch.arange(self.mask.shape[-1], device=self.mask.device) < length)
-
-    def fill(self, prompts: Cache, prompt_mask: Tensor) -> None:
-        """Begin with the prompts [B, P], of which `prompts` has keys and values."""
-        for layer, prompt in zip(self.cache.layers, prompts.layers, strict=True):
-            layer.update(prompt.keys, prompt.values)
-        self.mask.fill_(True)
-        self.mask[:, 0, 0, : prompt_mask.shape[1]] = prompt_mask
-        self.lengths.copy_(prompt_mask.sum(1, keepdim=True))
-        self.start.fill_(prompt_mask.shape[1])
-
-
 def _keep(kept: dict[int, Any], rows: int, newest: Any) -> None:
     """Keep it, and of the others those that were used last."""
     kept[rows] = newest
     if len(kept) > MOST_BATCHES:
         del kept[next(iter(kept))]
-
-
-def _remember(*tensors: Tensor | None) -> None:
-    """Tell the compiler that the tensors stay where they are, or graphs would copy them for every token."""
-    for tensor in tensors:
-        if tensor is not None:
-            torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 def _unchecked() -> AbstractContextManager:
