@@ -49,6 +49,7 @@ def gumbel_topk(
     tau : float or 0-d float32 or float64
         Temperature of the weights, > 0.  A tensor lies where the logits do, gets no gradient, and is not checked, since
         reading it would wait for the device; a CUDA graph, or code that was compiled, reads what it holds at each call.
+        A backward pass must come before it is changed.
     seed : int
         Wraps at 64 bits.
     rows : int64 [...], optional
@@ -117,6 +118,9 @@ class SampleArgs:
         seed: int, rows: Tensor | None, draw: int, indices: Tensor | None, tokens: Tensor | None,
     ):  # fmt: skip
         self.tau = checks.check_tau(tau, device)
+        # A tensor is saved as one, so that a backward pass behind a change of it is refused.
+        self.tau_tensors = [self.tau] if isinstance(self.tau, Tensor) else []
+        self.tau_number = None if self.tau_tensors else self.tau
         n = math.prod(leading)
         if indices is None:
             self.k = checks.check_k(k, vocab)
@@ -164,18 +168,18 @@ class _GumbelTopk(torch.autograd.Function):
             args.chosen,
             checks.compute_dtype(logits),
         )
-        ctx.save_for_backward(ids, sample.weights)
-        ctx.like, ctx.tau, ctx.backend = (logits.shape, logits.dtype), args.tau, backend
+        ctx.save_for_backward(ids, sample.weights, *args.tau_tensors)
+        ctx.like, ctx.tau, ctx.backend = (logits.shape, logits.dtype), args.tau_number, backend
         ctx.mark_non_differentiable(ids, sample.tokens, sample.mass)
         return ids, *sample
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _ids: Any, v: Tensor, _tokens: Any, _mass: Any) -> tuple[Tensor | None, ...]:
-        ids, weights = ctx.saved_tensors
+        ids, weights, *tau = ctx.saved_tensors
         shape, dtype = ctx.like
         ops = implementation(ctx.backend).scatter
-        grad = ops.scatter(ids, ops.weights_vjp(weights, v, ctx.tau), shape[-1], dtype)
+        grad = ops.scatter(ids, ops.weights_vjp(weights, v, *(tau or [ctx.tau])), shape[-1], dtype)
         return grad.view(shape), None, None, None
 
 
@@ -189,14 +193,14 @@ class SampleSupport(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ops = implementation(backend).sample
         sample = ops.sample(Support(ids, values, lse), args.keys, args.seed, args.draw, args.chosen, args.tau)
-        ctx.save_for_backward(sample.weights)
-        ctx.tau, ctx.backend = args.tau, backend
+        ctx.save_for_backward(sample.weights, *args.tau_tensors)
+        ctx.tau, ctx.backend = args.tau_number, backend
         ctx.mark_non_differentiable(sample.tokens, sample.mass)
         return tuple(sample)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor, _tokens: Any, _mass: Any) -> tuple[Tensor | None, ...]:
-        (weights,) = ctx.saved_tensors
-        grad = implementation(ctx.backend).scatter.weights_vjp(weights, v, ctx.tau)
+        weights, *tau = ctx.saved_tensors
+        grad = implementation(ctx.backend).scatter.weights_vjp(weights, v, *(tau or [ctx.tau]))
         return grad, None, None, None, None

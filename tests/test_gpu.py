@@ -7,6 +7,7 @@ import torch
 from published import relative_error
 from rollouts import PROMPTS, gradient, rollout_of
 from tiny import tiny_policy, tiny_reward
+from torch._dynamo.utils import counters
 
 from grade.model.policy import Policy
 from grade.replay.replay import ReplaySettings
@@ -66,6 +67,7 @@ def test_compiled_decoding(dtype):
     ids, mask = pad_prompts(PROMPTS, there.pad_id, "cuda")
     rows = torch.arange(2 * len(PROMPTS), device="cuda") * 100
     agree = []
+    counters.clear()
     for tau in (1.0, 0.5, 2.0):
         draw = dict(seed=0, first_rows=rows, samples_per_prompt=2)
         sampling = Sampling(max_new_tokens=8, top_k=7, ignore_eos=True, tau=tau)
@@ -81,4 +83,6 @@ def test_compiled_decoding(dtype):
         with torch.no_grad():
             for parameter in there.parameters():
                 parameter += 0.05 * torch.randn_like(parameter)
+    # Compiled once, and recorded: code that cannot be is run without a graph, and only slower.
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["inductor"]["cudagraph_skips"]
     assert min(agree) > (0.99 if dtype == torch.float32 else 0.8)  # roundings differ, and one token changes the next

@@ -6,7 +6,7 @@ rows that have ended stay in the batch.
 
 On a GPU all of a token, from what is fed of the draw before to its own draw, is one graph, which the host launches
 once. It reads and writes the same memory every time: what lies elsewhere would be copied there for every token
-(`_remember`).
+(`grade.sampling.places`).
 
 On a CPU nothing is recorded. The step is compiled for every length that the mask may have, since attention reads the
 filled part only; and the draw, which is a few kernels of ours on a GPU, is a hundred operations on [B, k] behind the
@@ -22,14 +22,14 @@ import math
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, StaticCache
+from transformers import StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from grade.errors import GradeError, reason_of
@@ -45,21 +45,21 @@ from grade.sampling.drawn import Drawn, embedded
 from grade.sampling.few_rows import weight_first
 from grade.sampling.grouped_attention import grouped_attention
 from grade.sampling.packed_head import made_at_once
+from grade.sampling.places import Places, capacity_of, remember
+from grade_kernels.common.checks import check_positive
 
 _SETTING = "rollout.compile"
-# Prompts differ in length, and every other capacity is compiled anew.
-_CAPACITY_STEP = 64
 # Numbers of rows whose memory is kept. A step's rollouts have two: the full ones', and the rest's.
 MOST_BATCHES = 2
-
-
-def capacity_of(length: int) -> int:
-    """Positions of a cache for `length` of them."""
-    return -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
+# Where torch stops at the number of shapes for which it compiles a function, 8, calls that are not compared would fail.
+# Lengths, batches and trainings of one process may be more; each is compiled once.
+_LIMITS = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
 
 
 class CompiledDecoding(Decoding):
     """What one rollout leaves to the next: compiled code, and the memory whose addresses it has recorded.
+
+    Compiled code has the noise's seed as a constant, so that another one is compiled anew.
 
     Args:
         one_graph: make one graph of all that a token is; None: on a GPU.
@@ -112,7 +112,7 @@ class CompiledDecoding(Decoding):
         self._tau = torch.ones((), dtype=torch.promote_types(policy.dtype, torch.float32), device=policy.device)
         self._probe()
         if self._one_graph:
-            _remember(self._tau, policy.embedding, policy.head.weight, policy.head.bias)
+            remember(self._tau, policy.embedding, policy.head.weight, policy.head.bias)
             self._token = torch.compile(self._next_token, dynamic=False, mode="reduce-overhead")
             return
         # What several operations read is computed once: of the angles of rotary positions every layer would otherwise
@@ -158,14 +158,17 @@ class CompiledDecoding(Decoding):
 
     def begin(self, sampling: Sampling, *, seed: int, first_rows: Tensor) -> Drawn:
         """As for the plain one, with the temperature in a tensor; in one graph an earlier rollout's, if it fits."""
+        if not isinstance(sampling.tau, Tensor):
+            check_positive("tau", sampling.tau)  # nobody reads the tensor to check it
         self._tau.fill_(sampling.tau)
-        sampling = replace(sampling, tau=self._tau)
+        ours = replace(sampling, tau=self._tau)
         if not self._one_graph:
-            return Drawn(self.policy, sampling, seed=seed, first_rows=first_rows)
+            return Drawn(self.policy, ours, seed=seed, first_rows=first_rows)
         drawn = self._noted.pop(len(first_rows), None)
-        if drawn is None or drawn.sampling != sampling:
-            drawn = Drawn(self.policy, sampling, seed=seed, first_rows=first_rows.clone())
-            _remember(*(tensor for _, tensor in drawn.tensors()))
+        # Compared without the tensors, whose comparison waits for the device.
+        if drawn is None or replace(drawn.sampling, tau=1.0) != replace(sampling, tau=1.0):
+            drawn = Drawn(self.policy, ours, seed=seed, first_rows=first_rows.clone())
+            remember(*(tensor for _, tensor in drawn.tensors()))
         drawn.restart(seed=seed, first_rows=first_rows)
         _keep(self._noted, len(first_rows), drawn)
         return drawn
@@ -184,7 +187,7 @@ class CompiledDecoding(Decoding):
             cache = StaticCache(config=self._config, max_cache_len=capacity)
             places = Places(cache, batch, capacity, self.policy.device)
             if self._one_graph:
-                _remember(places.mask, places.lengths, places.start)
+                remember(places.mask, places.lengths, places.start)
         _keep(self._places, batch, places)
         return places
 
@@ -196,13 +199,13 @@ class CompiledDecoding(Decoding):
             if step == 0:
                 self._note_tokens(hidden, drawn, suppress)
                 return
-            ids = self._suppressed(suppress)
+            ids = self._suppressed(suppress, drawn.sampling)
             torch.compiler.cudagraph_mark_step_begin()
             with self._compiled("token", ids.shape):
                 self._token(drawn, places, ids)
             return
         if step > 0:
-            mask = places.mask[..., : decoder.length_with(step)]
+            mask = self.mask(places, decoder.length_with(step))
             if step == 1:
                 torch._dynamo.mark_dynamic(mask, 3)
             with self._compiled("states"):
@@ -214,13 +217,19 @@ class CompiledDecoding(Decoding):
         with self._compiled("finish", suppress.shape):
             self._finish(product, drawn, suppress)
 
-    def _suppressed(self, suppress: Tensor) -> Tensor:
+    def mask(self, places: Places, length: int) -> Tensor:
+        """[B, 1, 1, length] or, for one graph, [B, 1, 1, capacity]: which of the first `length` positions are seen."""
+        return places.seen(length) if self._one_graph else places.mask[..., :length]
+
+    def _suppressed(self, suppress: Tensor, sampling: Sampling) -> Tensor:
         """The same ids [n] in memory of their own: none, or the first once more up to the most that there can be, so
-        that all tokens are one graph."""
-        number = (len(self.policy.suppressed) + len(self.policy.eos_ids)) if len(suppress) else 0
+        that all tokens are one graph. A nucleus adds up their probabilities, so there each is once."""
+        number = len(suppress)
+        if number and sampling.top_p is None:
+            number = len(self.policy.suppressed) + len(self.policy.eos_ids)
         if number not in self._ids:
             self._ids[number] = torch.zeros(number, dtype=torch.int64, device=self.policy.device)
-            _remember(self._ids[number])
+            remember(self._ids[number])
         kept = self._ids[number]
         if suppress is not self._newest_ids and number:
             kept[: len(suppress)], kept[len(suppress) :] = suppress, suppress[:1]
@@ -230,7 +239,9 @@ class CompiledDecoding(Decoding):
     @contextmanager
     def _compiled(self, *call: Any) -> Iterator[None]:
         """Run compiled code, unless it is known to fit without comparing what it was compiled for."""
-        with explained(_SETTING), grouped_attention(), _unchecked(call in self._known):
+        known = call in self._known
+        how = _unchecked() if known else torch._dynamo.config.patch(_LIMITS)
+        with explained(_SETTING), grouped_attention(), how:
             yield
         self._known.add(call)
 
@@ -253,8 +264,7 @@ class CompiledDecoding(Decoding):
 
     def _next_token(self, drawn: Drawn, places: Places, suppress: Tensor) -> None:
         """All of a token but the first, its states and its draw."""
-        seen = torch.arange(places.mask.shape[-1], device=places.mask.device) < places.start + drawn.at
-        hidden = self._next_states(drawn, places.mask & seen, places.lengths, places.cache)
+        hidden = self._next_states(drawn, places.seen(places.start + drawn.at), places.lengths, places.cache)
         self._note_tokens(hidden, drawn, suppress)
 
     def _note_tokens(self, hidden: Tensor, drawn: Drawn, suppress: Tensor) -> None:
@@ -273,31 +283,6 @@ class CompiledDecoding(Decoding):
         drawn.at += 1
 
 
-class Places:
-    """Where the positions of a batch of responses are kept.
-
-    Attributes:
-        mask: [B, 1, 1, capacity], False where a prompt is padded.
-        lengths: [B, 1], real tokens of the prompts.
-        start: [1], the prompts' length with padding.
-    """
-
-    def __init__(self, cache: StaticCache, batch: int, capacity: int, device: torch.device):
-        self.cache = cache
-        self.mask = torch.ones(batch, 1, 1, capacity, dtype=torch.bool, device=device)
-        self.lengths = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.start = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def fill(self, prompts: Cache, prompt_mask: Tensor) -> None:
-        """Begin with the prompts [B, P], of which `prompts` has keys and values."""
-        for layer, prompt in zip(self.cache.layers, prompts.layers, strict=True):
-            layer.update(prompt.keys, prompt.values)
-        self.mask.fill_(True)
-        self.mask[:, 0, 0, : prompt_mask.shape[1]] = prompt_mask
-        self.lengths.copy_(prompt_mask.sum(1, keepdim=True))
-        self.start.fill_(prompt_mask.shape[1])
-
-
 def _keep(kept: dict[int, Any], rows: int, newest: Any) -> None:
     """Keep it, and of the others those that were used last."""
     kept[rows] = newest
@@ -305,16 +290,9 @@ def _keep(kept: dict[int, Any], rows: int, newest: Any) -> None:
         del kept[next(iter(kept))]
 
 
-def _remember(*tensors: Tensor | None) -> None:
-    """Tell the compiler that the tensors stay where they are, or graphs would copy them for every token."""
-    for tensor in tensors:
-        if tensor is not None:
-            torch._dynamo.mark_static_address(tensor, guard=False)
-
-
-def _unchecked(known: bool) -> AbstractContextManager:
+def _unchecked() -> AbstractContextManager:
     """Where it is known that compiled code fits what it is given, it is not compared again."""
-    return torch.compiler.set_stance(skip_guard_eval_unsafe=True) if known else nullcontext()
+    return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
 
 
 def _find_compiler() -> None:
@@ -345,6 +323,7 @@ class CompiledDecoder(Decoder):
     def feed(self, embeddings: Tensor) -> Tensor:
         """[B, d] embeddings of the newest tokens -> [B, d] states that predict the next, without compiling."""
         self._fed += 1
-        mask, positions = self.places.mask[..., : self._length + self._fed], self.places.lengths + self._fed - 1
+        mask = self._decoding.mask(self.places, self.length_with(self._fed))
+        positions = self.places.lengths + self._fed - 1
         with grouped_attention():
             return self._decoding.forward(embeddings, mask, positions, self.places.cache)

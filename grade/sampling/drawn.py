@@ -80,7 +80,8 @@ class Drawn:
         tokens, weight, indices = (
             x.index_select(1, at).squeeze(1) for x in (self.tokens, self.token_weight, self.indices)
         )
-        # The weights of a token that is fed itself are not noted, and nobody reads them.
+        # The weights of a token that is fed itself are not noted, and nobody reads them; nor the mass of the support,
+        # in whose place is what is at hand.
         weights = indices.to(weight.dtype) if self.weights is None else self.weights.index_select(1, at).squeeze(1)
         return SparseTokens(indices, weights, tokens, weight, hard=self.weights is None)
 

@@ -184,8 +184,9 @@ def sample_cases() -> Iterator[Case]:
             yield from _selections(layout(dtype), 256, *plain)
     for k in CANDIDATES:
         support = Support(_ids(MANY, k), _floats(MANY, k), _floats(MANY))
-        for tokens, tau in product((None, _ids(MANY)), (TAU, _floats())):
-            yield partial(sample.sample, support, _ids(MANY), SEED, 1, tokens, tau)
+        for tokens in (None, _ids(MANY)):
+            for tau in (TAU, _floats()):
+                yield partial(sample.sample, support, _ids(MANY), SEED, 1, tokens, tau)
 
 
 def _selections(logits: Tensor, k: int, suppress: bool, given: bool, chosen: bool) -> Iterator[Case]:

@@ -144,6 +144,19 @@ def test_a_tau_in_a_tensor_is_that_number(backend, device, head):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+def test_a_backward_pass_behind_a_change_of_tau_is_refused(backend, device, head):
+    """Its gradient would be another temperature's than its weights."""
+    x, tau = torch.randn(4, 50, device=device, requires_grad=True), torch.ones((), device=device)
+    if head:
+        weights = linear_gumbel_topk(x, Head(torch.eye(50, device=device)), 6, tau, seed=3).weights
+    else:
+        weights = gumbel_topk(x, 6, tau, seed=3).weights
+    tau.fill_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        weights.square().sum().backward()
+
+
 def test_tau_does_not_touch_the_tokens(backend, device):
     logits, indices = torch.randn(10, 20).to(device), torch.arange(20, device=device).expand(10, 20)
     results = [gumbel_topk(logits, tau=tau, seed=9, indices=indices) for tau in (1e-30, 0.5, 1e30)]

@@ -13,6 +13,7 @@ import torch
 from rollouts import PROMPTS
 from tiny import KeepDouble, tiny_policy
 from torch._dynamo.utils import counters
+from transformers import StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import grade.sampling.compiled
@@ -205,6 +206,59 @@ def test_the_compiled_draw_is_the_draw(packed_heads):
     assert graphs == [3, 5, 5] and not counters["graph_break"]
 
 
+def test_more_shapes_than_torch_compiles_for_are_compiled(traced):
+    """Growing lengths and the trainings of one process; where torch stops compiling, the tokens that follow fail."""
+    torch._dynamo.reset()
+    policy = tiny_policy("llama")
+    decoding = CompiledDecoding(policy, one_graph=True)
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        for number in (1, 2):
+            ids, mask = pad_prompts(PROMPTS[:number], policy.pad_id)
+            draw = dict(seed=0, first_rows=torch.arange(number) * 100, decoding=decoding)
+            sample(policy, ids, mask, Sampling(max_new_tokens=4, top_k=7, ignore_eos=True), **draw)
+    assert counters["stats"]["unique_graphs"] == 2 and len(traced) == 2 * 3
+
+
+def test_a_nucleus_adds_up_what_may_not_be_drawn_once():
+    with KeepDouble():
+        policy = tiny_policy("llama", unknown=3, dtype=torch.float64)
+        policy.eos_ids = torch.arange(0, policy.vocab_size, 6)
+        decoding = CompiledDecoding(policy, one_graph=True)
+        decoding._token = decoding._next_token  # what is compiled computes the same
+        ids, mask = pad_prompts(PROMPTS, policy.pad_id)
+        draw = dict(seed=5, first_rows=torch.arange(len(PROMPTS)) * 100)
+        sampling = Sampling(max_new_tokens=4, min_new_tokens=3, top_k=7, top_p=0.8)
+        plain = sample(policy, ids, mask, sampling, **draw)
+        ours = sample(policy, ids, mask, sampling, decoding=decoding, **draw)
+    assert torch.equal(plain.tokens, ours.tokens) and torch.equal(plain.mask, ours.mask)
+    torch.testing.assert_close(plain.token_weight[plain.mask], ours.token_weight[plain.mask], rtol=1e-9, atol=1e-12)
+
+
+def test_the_probe_decodes_as_the_graph_does(monkeypatch):
+    """Over the whole cache, of which a mask says what is filled."""
+    policy, widths = tiny_policy("llama"), []
+    own = policy.forward
+
+    def forward(embeddings, mask, positions, cache):
+        if isinstance(cache, StaticCache):
+            widths.append(mask.shape[-1] / cache.layers[0].max_cache_len)
+        return own(embeddings, mask, positions, cache)
+
+    monkeypatch.setattr(policy, "forward", forward)
+    CompiledDecoding(policy, one_graph=True)
+    assert widths and set(widths) == {1.0}
+
+
+@pytest.mark.parametrize("one_graph", [False, True])
+def test_a_temperature_that_is_none_is_refused(one_graph):
+    policy = tiny_policy("llama")
+    decoding = CompiledDecoding(policy, one_graph=one_graph)
+    ids, mask = pad_prompts(PROMPTS, policy.pad_id)
+    with pytest.raises(ValueError, match="tau must be a finite number above 0"):
+        sample(policy, ids, mask, Sampling(4, top_k=7, tau=0.0), seed=0, first_rows=torch.arange(4), decoding=decoding)
+
+
 @pytest.mark.parametrize("soft, unknown, graphs", [(False, 3, 1), (True, 0, 2)])
 def test_a_token_is_one_graph_that_stays_in_its_memory(traced, soft, unknown, graphs):
     """On a GPU it is recorded: what it reads and writes lies where it lay in the rollout before, and the compiler knows
@@ -268,15 +322,15 @@ def test_missing_headers_are_told_at_once(monkeypatch, tmp_path):
 
 
 @needs_compiler
-@pytest.mark.parametrize("part", ["_states", "_finish"])
+@pytest.mark.parametrize("part", ["_states", "_finish", "_token"])
 def test_a_failing_compiler_is_told(monkeypatch, part, packed_heads):
     policy = tiny_policy("llama")
-    decoding = CompiledDecoding(policy)
+    decoding = CompiledDecoding(policy, one_graph=part == "_token")
 
     def fail(*_, **__):
         raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
 
-    monkeypatch.setattr(decoding, "_finish", decoding._note_product)
+    monkeypatch.setattr(decoding, "_finish", decoding._note_product, raising=False)
     monkeypatch.setattr(decoding, part, fail)
     ids, mask = pad_prompts(PROMPTS, policy.pad_id)
     with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed"):
@@ -289,4 +343,4 @@ def test_a_failing_compiler_is_told(monkeypatch, part, packed_heads):
             first_rows=torch.arange(len(PROMPTS)),
             decoding=decoding,
         )
-    assert packed_heads
+    assert packed_heads or part == "_token"
