@@ -233,6 +233,8 @@ class _Names:
             return None
         chains = map(self.of_load, loads)
         owners: set[str | None] = {next((n for n in chain if n in self._declared), None) for chain in chains}
+        if owners == {None} and all(len(access.frames) > 1 for access in loads):
+            return None  # whatever else the compiler has moved into it
         if None in owners:
             # Of what is inlined Triton 3.6 names the innermost line alone for NVIDIA. The loop's own instructions, its
             # addresses and sums, then say whose it is.
