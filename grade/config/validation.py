@@ -90,6 +90,11 @@ def validate(config: Config) -> None:
             f"rollout.compile records the weights' own products, which model.quantization={config.model.quantization} "
             "replaces. Set one of them to its default."
         )
+    if config.rollout.compile is True and config.model.attn_implementation not in (None, "sdpa"):
+        raise GradeError(
+            f"rollout.compile masks its cache as sdpa does, but model.attn_implementation is "
+            f"{config.model.attn_implementation}. Set it to sdpa, or rollout.compile to false or auto."
+        )
     if config.model.quantization is not None and train.compile is True:
         raise GradeError(
             f"train.compile fuses layers, and the packed products of model.quantization={config.model.quantization} "

@@ -210,7 +210,9 @@ def _sampling(found: Plan) -> list[str]:
         fix = "Hold the base whole" if engine is None else f"Let an engine sample ({engine}), or hold the base whole"
         lines.append(f"Sampling is bound by the interconnect: every token gathers the sharded layers anew. {fix}.")
     elif bound == LAUNCHING:
-        record = "" if run.records or run.shards > 1 else " --rollout.compile true records the launches;"
+        compiled = replace(run, config=replace(run.config, rollout=replace(run.config.rollout, compile="auto")))
+        does = "records the launches" if run.device.is_beside_host else "fuses operations"
+        record = f" --rollout.compile true {does};" if compiled.records and not run.records else ""
         lines.append(
             f"Sampling is bound by launching a layer at a time, not by the device:{record} more responses sampled "
             "together cost the same time."

@@ -96,8 +96,8 @@ class Run:
 
     @property
     def records(self) -> bool:
-        """Whether the rollout is a compiled, recorded step, which a sharded base cannot have."""
-        if self.shards > 1:
+        """Whether the rollout is a compiled, recorded step, which a sharded base and other attention cannot have."""
+        if self.shards > 1 or self.config.model.attn_implementation not in (None, "sdpa"):
             return False
         wanted = self.config.rollout.compile
         return recording_pays(self.config, on_gpu=self.device.is_beside_host) if wanted == "auto" else wanted

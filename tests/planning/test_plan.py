@@ -208,6 +208,31 @@ def test_the_plan_says_whether_layers_are_compiled_and_why(config, options, comp
     assert lines == [] if said is None else said in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("changed", "records"),
+    [
+        ({}, "--rollout.compile true records the launches"),
+        ({"train": {"steps": 100}}, None),  # 6,400 tokens: compiling takes longer than it saves
+        ({"model": {"quantization": "4bit"}}, None),
+        ({"model": {"attn_implementation": "eager"}}, None),
+    ],
+)
+def test_a_recorded_rollout_is_proposed_only_where_it_can_be_and_pays(changed, records):
+    config = load_config("imdb_qwen3_4b")
+    config = replace(config, rollout=replace(config.rollout, compile=False))
+    for section, settings in changed.items():
+        config = replace(config, **{section: replace(getattr(config, section), **settings)})
+    found = planned(config, gpu="h200")
+    (line,) = (line for line in found.suggestions if line.startswith("Sampling is bound by launching"))
+    assert ("--rollout.compile true" in line) is (records is not None) and (records or "") in line
+
+
+def test_attention_that_is_not_recorded_is_planned_as_such():
+    config = load_config("imdb_qwen3_4b")
+    other = replace(config, model=replace(config.model, attn_implementation="eager"))
+    assert planned(config, gpu="h200").run.records and not planned(other, gpu="h200").run.records
+
+
 def test_on_a_cpu_compiled_layers_are_not_counted():
     config = replace(compiling(True), model=replace(one_by_one().model, dtype="float32"))
     plain = replace(config, train=replace(config.train, compile=False))

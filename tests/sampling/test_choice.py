@@ -52,6 +52,10 @@ def test_long_runs_on_a_gpu_compile(policy, compiled):
     packed = replace(LONG, model=ModelConfig(quantization="4bit"))
     validate(packed)
     assert type(choice.decoding_of(policy, packed)[0]) is Decoding
+    other = replace(LONG, model=ModelConfig(attn_implementation="eager"))
+    validate(other)
+    with pytest.raises(GradeError, match="masks its cache as sdpa does, but model.attn_implementation is eager"):
+        validate(replace(other, rollout=RolloutConfig(compile=True)))
     forced = replace(shorter, rollout=RolloutConfig(compile=True))
     assert type(choice.decoding_of(policy, forced)[0]) is compiled
 
