@@ -76,6 +76,9 @@ def command(
     Args:
         measure: options -> what is kept, as JSON has it.
         keys, of_rows: as `read_saved` takes them.
+
+    Raises:
+        SystemExit: a file is refused, or could not be written; what was measured is then printed.
     """
     parser.add_argument("--save", type=Path, help="keep what was measured, as JSON")
     parser.add_argument("--table", type=Path, help="print the tables of a saved file, measure nothing")
@@ -87,9 +90,16 @@ def command(
     if options.save is not None:
         check_place("--save", options.save)
     saved = json.loads(json.dumps(measure(options)))
+    failure = None
     if options.save is not None:
-        write_saved(options.save, saved)
+        try:
+            write_saved(options.save, saved)
+        except OSError as error:  # such as a full disk: what took minutes is shown all the same
+            failure = f"--save {options.save} could not be written ({reason_of(error)}). Keep the JSON above as a file."
     print(document(saved), end="")
+    if failure is not None:
+        print(json.dumps(saved))
+        sys.exit(failure)
 
 
 def check_place(option: str, path: Path) -> None:

@@ -17,7 +17,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.saved import SAVED, new_parser, read_saved, write_saved
+from benchmarks.saved import SAVED, check_place, new_parser, read_saved, write_saved
 from grade.jsonl import read_rows
 from grade.machine import machine, machine_line
 from grade.tables import Column, Table
@@ -94,6 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run directories, or one file written by --save")
     parser.add_argument("--save", type=Path, help="keep what the table needs, with the machine's description")
     options = parser.parse_args(arguments)
+    if options.save is not None:
+        check_place("--save", options.save)
     if len(options.runs) == 1 and options.runs[0].is_file():
         saved = read_saved(options.runs[0], SAVED, "machine", "runs")
     else:

@@ -73,7 +73,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def check_positive(name: str, value: float) -> None:
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a python number, not a tensor: reading one waits for the device")
-    if not 0 < value < math.inf:  # also refuses NaN
+    try:
+        positive = 0 < value < math.inf and not isinstance(value, bool)  # also refuses NaN
+    except TypeError:
+        raise TypeError(f"{name} must be a finite number above 0, got {type(value).__name__}") from None
+    if not positive:
         raise ValueError(f"{name} must be a finite number above 0, got {value}")
 
 

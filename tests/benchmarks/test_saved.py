@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 
 import pytest
@@ -48,6 +49,17 @@ def test_a_file_that_is_none_is_refused(tmp_path, text, words):
     with pytest.raises(SystemExit, match=words) as refused:
         run("--table", tmp_path / "x.json")
     assert str(tmp_path / "x.json") in str(refused.value)
+
+
+def test_what_cannot_be_kept_after_all_is_shown(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saved, "replace_text", full)
+    with pytest.raises(SystemExit, match=r"--save .*x\.json could not be written \(.*No space left on device\)"):
+        run("--save", tmp_path / "x.json")
+    text, kept = capsys.readouterr().out.splitlines()
+    assert text == "a 1.0" and json.loads(kept) == MEASURED
 
 
 @pytest.mark.parametrize(("place", "words"), [("", "it is a folder"), ("nowhere/x.json", "its folder does not exist")])
