@@ -51,3 +51,10 @@ def quicken(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.device.type == "cpu":  # no subclass with a forward of its own
             module.__class__ = FrozenLinear
+
+
+def unquicken(model: nn.Module) -> None:
+    """Undo `quicken`: what the model computes is again what it computes in other programs, to the bit."""
+    for module in model.modules():
+        if type(module) is FrozenLinear:
+            module.__class__ = nn.Linear

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from grade.errors import GradeError, reason_of, writing
 from grade.files import check_writable, replaced_folder
 from grade.model.checkpoint import CARD_FILE, copy_adapter, save_tokenizer, verified_step
+from grade.model.frozen_linear import unquicken
 from grade.model.policy import Policy
 from grade.model.quantization import quantization_of
 
@@ -150,6 +151,7 @@ def merge(policy: Policy, prompts: Sequence[Sequence[int]]) -> Merged:
             added = [layer.get_delta_weight(name).to(exact) for name in layer.active_adapters]
             weight.data = sum(added, weight.data.to(exact)).to(weight.dtype)
     plain: Any = policy.model.unload()
+    unquicken(plain)
     generation: Any = getattr(plain, "generation_config", None)
     if generation is not None:
         ends = policy.eos_ids.tolist()

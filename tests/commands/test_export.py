@@ -23,6 +23,7 @@ from grade.errors import GradeError
 from grade.model.checkpoint import verified_step
 from grade.training.export import Merged, logits_of, merge
 from grade.training.trained import load_trained, sampled_prompts
+from grade_kernels.common.cpu_products import VARIABLE
 
 LOADED = """
 import sys, torch
@@ -116,6 +117,17 @@ def test_merging_keeps_what_every_architecture_computes(name, tmp_path):
     model.save_pretrained(tmp_path)
     again = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path).eval().requires_grad_(False), prompts)
     assert all(torch.equal(a, b) for a, b in zip(again, merged.logits, strict=True))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_a_merged_model_computes_what_other_programs_do_whatever_made_the_policy_s_products(monkeypatch):
+    """On some processors oneDNN makes a run's products, and rounds otherwise than the MKL of a plain model."""
+    monkeypatch.setenv(VARIABLE, "onednn")
+    policy, prompts = tiny_policy(), [[5, 7, 11, 13] * 12]
+    model, merged = policy.causal_lm, merge(policy, prompts)
+    assert {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
+    monkeypatch.setenv(VARIABLE, "mkl")
+    assert torch.equal(logits_of(model, prompts)[0], merged.logits[0])
 
 
 def test_a_model_whose_layers_share_weights_is_not_merged():
