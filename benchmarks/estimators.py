@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.estimator_problem import LogitGradient, Problem, network_reward, symbol_policy
-from benchmarks.saved import command, new_parser
+from benchmarks.saved import command, new_parser, number
 from grade.machine import machine, machine_line
 from grade.replay.replay import ReplaySettings
 from grade.rollout import Rollout
@@ -323,7 +323,7 @@ def _measured(options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("--problems", type=int, default=5, help="random policies and rewards per spread")
+    parser.add_argument("--problems", type=number(int, 1), default=5, help="random policies and rewards per spread")
     command(parser, arguments, _measured, document, "rows", "steps", "machine", of_rows=("spread", "hops", "batch"))
 
 

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.saved import command, new_parser
+from benchmarks.saved import command, new_parser, number
 from grade.config.reading import load_config
 from grade.machine import machine, machine_line
 from grade.methods.base import kl_weight
@@ -202,9 +202,9 @@ def _measured(options: argparse.Namespace) -> dict:
 def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=["../shared/models/stories260K", "../shared/models/imdb-lm"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256])
-    parser.add_argument("--taus", nargs="+", type=float, default=[1.0, 0.5])
-    parser.add_argument("--seeds", type=int, default=4, help="sequences of each")
+    parser.add_argument("--lengths", nargs="+", type=number(int, 1), default=[64, 256])
+    parser.add_argument("--taus", nargs="+", type=number(float, 0, above=True), default=[1.0, 0.5])
+    parser.add_argument("--seeds", type=number(int, 1), default=4, help="sequences of each")
     command(parser, arguments, _measured, document, "rows", "machine", of_rows=("plain", "gmres", "blocks"))
 
 

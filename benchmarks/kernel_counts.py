@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.saved import command, new_parser, read_saved
+from benchmarks.saved import command, new_parser, number, read_saved
 from grade.tables import Column, Table, numbers
 from grade_kernels.aot import binary
 from grade_kernels.aot.command import configuration
@@ -142,7 +142,7 @@ def _by_name(rows: list[dict], version: str) -> dict[str, dict[str, dict]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: cores)")
+    parser.add_argument("--jobs", type=number(int, 1), default=os.cpu_count() or 1, help="processes (default: cores)")
     parser.add_argument("--only", choices=PARTS, help="one of the tables")
     known, _ = parser.parse_known_args([word for word in arguments or sys.argv[1:] if word not in ("-h", "--help")])
     parts = PARTS if known.only is None else (known.only,)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_counts import cases
+from benchmarks.kernel_counts import cases, main
 from grade_kernels.aot import binary
 from grade_kernels.aot.command import configuration
 from grade_kernels.aot.table import record
@@ -45,3 +45,14 @@ def test_counts_are_those_of_the_kernels(name):
     found = record(row, triton.__version__)
     for number in ("registers", "issue_per_element", "load_bytes_per_element", "shuffles", "barriers", "error"):
         assert found[number] == saved[name][number], number
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "x"])
+def test_a_number_of_processes_that_is_none_is_refused(jobs, tmp_path, capsys):
+    """Before what the file holds of this version is dropped for nothing."""
+    kept = tmp_path / "kept.json"
+    kept.write_text(json.dumps(SAVED), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["--jobs", jobs, "--save", str(kept)])
+    assert "must be a whole number from 1 on" in capsys.readouterr().err
+    assert json.loads(kept.read_text(encoding="utf-8")) == SAVED
