@@ -55,6 +55,6 @@ def quicken(model: nn.Module) -> None:
 
 def unquicken(model: nn.Module) -> None:
     """Undo `quicken`: what the model computes is again what it computes in other programs, to the bit."""
-    for module in model.modules():
-        if type(module) is FrozenLinear:
-            module.__class__ = nn.Linear
+    layers: list[nn.Linear] = [module for module in model.modules() if type(module) is FrozenLinear]
+    for layer in layers:
+        layer.__class__ = nn.Linear
