@@ -229,6 +229,7 @@ def _summary(result: dict, setting: Setting) -> dict:
         "step_gib": result["peak_gib"] - result["before_gib"],
         "tensors_gib": result["tensors_gib"],
         "hops": result["hops"],
+        "apart": result["apart"],
         "first_seconds": result["first_seconds"],
     }
 

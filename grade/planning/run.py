@@ -10,6 +10,7 @@ from grade.config.methods import DIFFERENTIATING, micro_batch_size
 from grade.errors import GradeError
 from grade.planning.adapter import Trained, adapter, whole_backbone
 from grade.planning.devices import DEVICES, Device, DType, Efficiency
+from grade.planning.prompt_pass import FEW_HOPS, PassSizes
 from grade.planning.recording import recording_pays
 from grade.planning.shape import ModelShape
 from grade.planning.work import Passes
@@ -39,6 +40,7 @@ class Run:
         hops: of a step, for `grade` and `grade-ste`.
         recompute: whether activations are computed again in backward passes.
         passed, sampled: responses that pass, and that are sampled, together, where that is not as the settings have it.
+        apart: whether the policy's pass is two, the prompts' first; None: where that pays.
     """
 
     config: Config
@@ -50,6 +52,7 @@ class Run:
     recompute: bool = False
     passed: int | None = None
     sampled: int | None = None
+    apart: bool | None = None
     classifier: ModelShape | None = None
     efficiency: Efficiency = field(default_factory=Efficiency)
 
@@ -182,6 +185,26 @@ class Run:
     @property
     def reads_prompt_cache(self) -> bool:
         return self.config.method.prompt_cache and not (self.recompute and self.differentiates)
+
+    @property
+    def prompts_apart(self) -> bool:
+        """Whether the policy's pass is two, the prompts' first (`PassSizes.pay_apart`)."""
+        method = self.config.method
+        if self.apart is not None:
+            return self.apart
+        if not method.prompt_cache or self.recompute or (self.differentiates and method.replay_dropout):
+            return False
+        sizes = PassSizes(
+            responses=self.micro_batch,
+            prompts=self.prompts_of(self.micro_batch),
+            prompt=self.prompt,
+            response=self.response,
+            width=self.shape.width,
+            item=self.item,
+            padded=True,
+            on_gpu=self.device.is_beside_host,
+        )
+        return sizes.pay_apart(min(method.max_hops, FEW_HOPS) if self.differentiates else 0)
 
     @property
     def chunk_bytes(self) -> int:

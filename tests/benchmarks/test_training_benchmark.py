@@ -31,6 +31,7 @@ def measured(seconds, **others):
         "before_gib": 1.0,
         "tensors_gib": 0.5,
         "hops": None,
+        "apart": None,
         "first_seconds": None,
         "tokens": torch.zeros(2, 3),
         "gradient": torch.ones(3),
