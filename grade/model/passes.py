@@ -66,6 +66,7 @@ def policy_pass(
     *,
     prompt_cache: bool = True,
     hops: int = 0,
+    apart: bool | None = None,
     dropout: bool = False,
     activation_checkpointing: bool = False,
     adapters: bool = True,
@@ -80,15 +81,16 @@ def policy_pass(
             nor with `dropout`, which samples of a prompt would share, nor where the model cannot
             (`Policy.keeps_prompt_graph`).
         hops: about how many backward passes to `x` will follow.
+        apart: whether the prompts' pass is one of its own where that can be; None: where it pays.
         compiled: run compiled layers where the policy has them (`Switches.compile_layers`).
     """
-    apart = prompt_cache and policy.keeps_prompt_graph and not (activation_checkpointing or dropout)
-    # Sharded layers need the same passes of all processes, whose batches differ in their sizes.
-    apart = apart and policy.going_on(pass_sizes(policy, rollout).pay_apart(hops))
+    can = prompt_cache and policy.keeps_prompt_graph and not (activation_checkpointing or dropout)
+    if can and apart is None:  # sharded layers need the same passes of all processes, whose batches differ in sizes
+        apart = policy.going_on(pass_sizes(policy, rollout).pay_apart(hops))
     with policy.state(
         adapters=adapters, dropout=dropout, activation_checkpointing=activation_checkpointing, compiled=compiled
     ):
-        if apart:
+        if can and apart:
             before, response = _prompts_first(policy, rollout, x)
             last = before[:, -1:].repeat_interleave(rollout.samples_per_prompt, dim=0)
             return torch.cat([last, response[:, :-1]], dim=1)

@@ -63,12 +63,11 @@ def _parts(run: Run, passes: Passes, batch: float, *, apart: bool) -> list[tuple
     return [first, (batch * run.response, passes.pairs(batch, run.prompt, run.response))]
 
 
-def _policy(run: Run, batch: float) -> tuple[Work, Work, Work]:
+def _policy(run: Run, passes: Passes, batch: float) -> tuple[Work, Work, Work]:
     """The policy's forward pass, a backward pass to the response's embeddings, and the one to the parameters.
 
     The first of these leaves out the prompts that have a pass of their own, but no part of whole sequences.
     """
-    passes = run.passes
     parts = _parts(run, passes, batch, apart=run.prompts_apart)
     forward = sum((passes.forward(*part, adapters=True) for part in parts), Work())
     hop = passes.backward(*parts[-1], adapters=True, recompute=run.recompute)
@@ -106,7 +105,7 @@ def _replayed(run: Run) -> list[Phase]:
     passes, batch = run.passes, run.micro_batch
     times = run.responses / batch
     rows = batch * run.response
-    forward, hop, final = _policy(run, batch)
+    forward, hop, final = _policy(run, passes, batch)
     hop += passes.rule(rows, run.config.generation.top_k, 1)
     works = {
         "policy_forward": forward,
@@ -125,7 +124,7 @@ def _policy_gradient(run: Run) -> list[Phase]:
     passes, method, batch = run.passes, run.config.method, run.micro_batch
     times = run.responses / batch
     rows = batch * run.response
-    forward, _, back = _policy(run, batch)
+    forward, _, back = _policy(run, passes, batch)
     epochs, reference = 1, True
     if method.name == "ppo":
         sampled, epochs, reference = True, method.ppo.epochs, method.ppo.kl == "loss"

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grade.config import Config
+from grade.config.methods import DIFFERENTIATING
+
 FEW_HOPS = 3
 """Hops that a replay is expected to have at least, where `method.max_hops` allows them."""
 ADVANTAGE = 0.97
@@ -81,3 +84,23 @@ class PassSizes:
         if self.on_gpu:
             return _START_ON_GPU[4 if self.item >= 4 else 2] / position
         return min(_START_ON_CPU / position, _MOST_ON_CPU)
+
+
+def pays_in_run(config: Config, responses: int, *, width: int, item: int, on_gpu: bool) -> bool:
+    """Whether the policy's pass over this many responses of a run, all at their longest and without recomputation, is
+    two. The other arguments are those of `PassSizes`."""
+    method, copies = config.method, config.generation.samples_per_prompt
+    differentiates = method.name in DIFFERENTIATING
+    if not method.prompt_cache or (differentiates and method.replay_dropout):
+        return False
+    sizes = PassSizes(
+        responses=responses,
+        prompts=max(responses / copies, 1),
+        prompt=config.task.prompt_max_tokens,
+        response=config.generation.max_new_tokens,
+        width=width,
+        item=item,
+        padded=True,
+        on_gpu=on_gpu,
+    )
+    return sizes.pay_apart(min(method.max_hops, FEW_HOPS) if differentiates else 0)

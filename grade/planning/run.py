@@ -10,7 +10,7 @@ from grade.config.methods import DIFFERENTIATING, micro_batch_size
 from grade.errors import GradeError
 from grade.planning.adapter import Trained, adapter, whole_backbone
 from grade.planning.devices import DEVICES, Device, DType, Efficiency
-from grade.planning.prompt_pass import FEW_HOPS, PassSizes
+from grade.planning.prompt_pass import pays_in_run
 from grade.planning.recording import recording_pays
 from grade.planning.shape import ModelShape
 from grade.planning.work import Passes
@@ -188,23 +188,11 @@ class Run:
 
     @property
     def prompts_apart(self) -> bool:
-        """Whether the policy's pass is two, the prompts' first (`PassSizes.pay_apart`)."""
-        method = self.config.method
-        if self.apart is not None:
-            return self.apart
-        if not method.prompt_cache or self.recompute or (self.differentiates and method.replay_dropout):
-            return False
-        sizes = PassSizes(
-            responses=self.micro_batch,
-            prompts=self.prompts_of(self.micro_batch),
-            prompt=self.prompt,
-            response=self.response,
-            width=self.shape.width,
-            item=self.item,
-            padded=True,
-            on_gpu=self.device.is_beside_host,
-        )
-        return sizes.pay_apart(min(method.max_hops, FEW_HOPS) if self.differentiates else 0)
+        """Whether the policy's pass is two, the prompts' first."""
+        if self.apart is not None or self.recompute:
+            return bool(self.apart)
+        on_gpu = self.device.is_beside_host
+        return pays_in_run(self.config, self.micro_batch, width=self.shape.width, item=self.item, on_gpu=on_gpu)
 
     @property
     def chunk_bytes(self) -> int:
