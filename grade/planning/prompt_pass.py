@@ -26,9 +26,9 @@ _PRODUCTS = 24
 # Attention's time for an operation over that of the layers' products, forwards and backwards together: its backward
 # pass has 2.5 times the products of its forward pass, theirs has as many.
 _ATTENTION = 2.5
-# Operations in the time that the start of a layer takes: on a CPU fitted to benchmarks/results/prompt_pass.json, about
-# 60 positions of width 288, and no more than 128 of any; on a GPU an estimate, not measured: 250 microseconds of launches
-# at half of an H100's rate, in 16 bits and in float32.
+# Operations in the time that the start of a layer takes. On a CPU fitted to benchmarks/results/prompt_pass.json: about
+# 60 positions of width 288, and no more than 128 of any. On a GPU an estimate, not measured: 250 microseconds of
+# launches at half of an H100's rate, in 16 bits and in float32.
 _START_ON_CPU, _MOST_ON_CPU = 1.2e8, 128
 _START_ON_GPU = {2: 1.25e11, 4: 8.4e9}
 # Keys that kernels for causal attention take at a time: what lies ahead in the same block is computed. On a GPU a mask
