@@ -97,10 +97,12 @@ class Counting:
 
     Attributes:
         phases: work by the names that `phase` was given.
+        answers: what lists of whole numbers hold that code asks for, by their length; those of others are ones.
     """
 
     def __init__(self, recorded: list[launch.Launch]):
         self.phases: dict[str, Work] = {}
+        self.answers: dict[int, list[int]] = {}
         self._recorded, self._work = recorded, Work()
         self._made: set[StorageWeakRef] = set()
         self._read: set[tuple] = set()
@@ -214,14 +216,17 @@ class _OnGpu(TorchFunctionMode):
         if name == "__get__":
             return _attribute(function, args)
         if name == "scaled_dot_product_attention":
-            return _attention(*args, **kwargs)
+            return attention(*args, **kwargs)
         copies = _is_gpu(kwargs.get("device")) and name in ("tensor", "as_tensor")
         if _is_gpu(kwargs.get("device")):
             kwargs["device"] = META
         args = tuple(META if _is_gpu(a) else a for a in args)
         if name in ("tolist", "numpy") and function_free(lambda: args[0].device == META):
             self._found.waited()
-            return getattr(torch.ones(args[0].shape, dtype=args[0].dtype), name)()
+            values = torch.ones(args[0].shape, dtype=args[0].dtype)
+            if values.dtype == torch.int64 and values.dim() == 1 and len(values) in self._found.answers:
+                values = torch.tensor(self._found.answers[len(values)])
+            return getattr(values, name)()
         found = function(*args, **kwargs)
         if copies and found.numel():
             self._found.launched("copy", [], [])
@@ -248,7 +253,7 @@ def _is_gpu(device: Any) -> bool:
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
-def _attention(
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

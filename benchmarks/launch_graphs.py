@@ -7,15 +7,18 @@ what its scheduler would generate or call: fused operations, or a product or att
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks.launch_counter import CUDA, H200, META, Counting
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 _NAMES: dict[str, Any] = dict(
     get_device_properties=lambda device=None: H200,
@@ -87,27 +90,14 @@ def _traced(call: Callable[[], Any]) -> tuple[torch.fx.GraphModule, list[Tensor]
     # As torch.compile has it: what is written in place is new until the end, where it is copied to its place.
     module = make_fx(torch.func.functionalize(module, remove="mutations"))(*inputs)
     module.graph.eliminate_dead_code()
-    for node in module.graph.nodes:
-        node.kwargs = {name: CUDA if value == META else value for name, value in node.kwargs.items()}
-        node.args = tuple(CUDA if isinstance(value, torch.device) else value for value in node.args)
-        node.meta.clear()
-    module.recompile()
+    to_gpu(module)
     return module, inputs
 
 
 def kernels(module: torch.fx.GraphModule, inputs: list[Tensor]) -> int:
     """That Inductor launches for a graph on a GPU."""
     from torch._inductor import config
-    from torch._inductor.compile_fx import (
-        FakeTensorProp,
-        _recursive_joint_graph_passes,
-        _recursive_post_grad_passes,
-        view_to_reshape,
-    )
-    from torch._inductor.debug import DebugContext
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.ir import MultiOutput
-    from torch._inductor.virtualized import V
+    from torch._inductor.compile_fx import FakeTensorProp, _recursive_joint_graph_passes
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -115,18 +105,55 @@ def kernels(module: torch.fx.GraphModule, inputs: list[Tensor]) -> int:
     with fake:
         given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CUDA) for t in inputs]
     # Folding constants would compute on the device.
-    with config.patch(joint_graph_constant_folding=False), torch.no_grad(), V.set_fake_mode(fake):
-        with torch._guards.tracing(torch._guards.TracingContext(fake)):
-            FakeTensorProp(module, mode=fake).propagate(*given)
-            _recursive_joint_graph_passes(module)
-            view_to_reshape(module)
-            FakeTensorProp(module, mode=fake).propagate(*given)
-            _recursive_post_grad_passes(module, is_inference=True)
-            lowering = GraphLowering(module, example_inputs=given, shape_env=fake.shape_env, is_inference=True)
-            with _described(), V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
-                lowering.run(*given)
-                lowering._update_scheduler()
+    with config.patch(joint_graph_constant_folding=False), torch.no_grad():
+        FakeTensorProp(module, mode=fake).propagate(*given)
+        _recursive_joint_graph_passes(module)
+        return scheduled(module, given, fake, is_inference=True)
+
+
+def scheduled(
+    module: torch.fx.GraphModule,
+    given: Sequence[Any],
+    fake: FakeTensorMode,
+    *,
+    is_inference: bool = False,
+    is_backward: bool = False,
+) -> int:
+    """Kernels of a graph after its joint passes.
+
+    Args:
+        given: fake tensors on a GPU, and sizes.
+        is_inference, is_backward: as Inductor takes them.
+    """
+    from torch._inductor.compile_fx import FakeTensorProp, _recursive_post_grad_passes, view_to_reshape
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.fx_passes import reinplace
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.ir import MultiOutput
+    from torch._inductor.virtualized import V
+
+    # What a scatter is tried with, to see whether shapes fit, is the one operator that asks for a device.
+    fits = mock.patch.object(reinplace, "_inplace_generalized_scatter", lambda into, *_: into)
+    tracing = torch._guards.tracing(torch._guards.TracingContext(fake))
+    with fits, torch.no_grad(), V.set_fake_mode(fake), tracing:
+        view_to_reshape(module)
+        FakeTensorProp(module, mode=fake).propagate(*given)
+        _recursive_post_grad_passes(module, is_inference=is_inference)
+        how: dict[str, Any] = {"is_inference": is_inference, "is_backward": is_backward}
+        lowering = GraphLowering(module, example_inputs=given, shape_env=fake.shape_env, **how)
+        with _described(), V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
+            lowering.run(*given)
+            lowering._update_scheduler()
     return sum(not isinstance(node.node, MultiOutput) for node in lowering.scheduler.nodes)
+
+
+def to_gpu(module: torch.fx.GraphModule) -> None:
+    """Let a graph's operators name a GPU where they name the meta device."""
+    for node in module.graph.nodes:
+        node.kwargs = {name: CUDA if value == META else value for name, value in node.kwargs.items()}
+        node.args = tuple(CUDA if isinstance(value, torch.device) else value for value in node.args)
+        node.meta.clear()
+    module.recompile()
 
 
 @contextlib.contextmanager

@@ -1,18 +1,20 @@
 """Kernel launches, waits and bytes of a training step on a GPU, counted without one.
 
-    python -m benchmarks.launches --save benchmarks/results/launches.json        # a minute or two, no weights
+    python -m benchmarks.launches --save benchmarks/results/launches.json        # two minutes, no weights
     python -m benchmarks.launches --table benchmarks/results/launches.json
 
 A step of GRADE-STE with 16 responses of 64 tokens behind prompts of 32, in 16-bit weights of public shapes, with a LoRA
 adapter on the projections of attention and 6 hops. Every operator that computes counts as a launch, whatever a library
-makes of it (`benchmarks/launch_counter.py`); kernels of a compiled step are those that Inductor schedules for an H200
-(`benchmarks/launch_graphs.py`), which the host launches as one recorded graph.
+makes of it (`benchmarks/launch_counter.py`). Kernels of what is compiled are those that Inductor schedules for an H200:
+of a compiled step (`benchmarks/launch_graphs.py`) the host launches them as one recorded graph, of compiled layers
+(`benchmarks/launch_layers.py`) one by one.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -21,6 +23,7 @@ import transformers
 
 from benchmarks.launch_counter import META, Counting, Work, counting
 from benchmarks.launch_graphs import compiled_by
+from benchmarks.launch_layers import Halves, compiling_layers
 from benchmarks.saved import command, new_parser
 from benchmarks.training_setup import SHAPES as TRAINED
 from benchmarks.training_setup import Bench, Setting
@@ -47,11 +50,18 @@ PARTS = {
     "forward": "a replay: passes, head and the base's backward pass",
     "hop": "a hop",
     "backward": "a replay: backward pass into the adapter",
+    "forward_compiled": "a replay: passes, head and the base's backward pass, compiled layers",
+    "hop_compiled": "a hop, compiled layers",
+    "backward_compiled": "a replay: backward pass into the adapter, compiled layers",
     "update": "clipping and AdamW",
     "step": f"a step of {HOPS} hops",
     "step_compiled": f"a step of {HOPS} hops, decoding compiled",
+    "step_layers": f"a step of {HOPS} hops, decoding and layers compiled",
 }
-AFFINE = ("beside", "token", "beside_compiled", "token_compiled", "forward", "hop", "backward")
+LAYERS = ("forward", "hop", "backward")
+"""Parts that go through the layers, and by compiled ones too."""
+COMPILED_LAYERS = tuple(f"{name}_compiled" for name in LAYERS)
+AFFINE = ("beside", "token", "beside_compiled", "token_compiled", *LAYERS, *COMPILED_LAYERS)
 """Parts that take the same for every layer, beside what they take for none."""
 _GPU = DEVICES["h200"]
 
@@ -87,7 +97,13 @@ class Part:
 
 
 def counted(
-    shape: str, layers: int | None = None, *, beside: bool = True, whole: bool = True, compiling: bool = True
+    shape: str,
+    layers: int | None = None,
+    *,
+    beside: bool = True,
+    whole: bool = True,
+    compiling: bool = True,
+    compiled_layers: bool = True,
 ) -> dict[str, Part]:
     """The parts of a step of a model of this shape, by their names in PARTS.
 
@@ -96,23 +112,35 @@ def counted(
         beside: with the tokens whose layers are not joined.
         whole: with the whole steps.
         compiling: with what compiled decoding takes.
+        compiled_layers: with what compiled layers take.
     """
     setting = Setting(shape, 16, 32, 64, dtype="bfloat16", device="meta", hop_tol=0.0, layers=layers)
     bench = Bench(setting, "replay")
-    parts = _replay(bench)
-    rest = parts.pop("rest")
+    passes = _replay(bench)
+    parts = {name: part for name, part in passes.items() if name != "rest"}
     for suffix, compiled in (("", False), ("_compiled", True))[: 1 + compiling]:
         parts["token" + suffix] = token = _token(bench, compiled)
         if whole:
             rollout = _rollout(bench, compiled, setting.prompt, setting.length, token.graph)
-            least = sum(parts[name].least for name in ("forward", "backward", "update")) + parts["hop"].least
-            once = replace(rollout + rest, least=token.least * setting.length + least)
-            parts["step" + suffix] = once + parts["hop"] * (HOPS - 1)
+            tokens = replace(rollout, least=token.least * setting.length)
+            parts["step" + suffix] = _step(tokens, passes)
         if beside:
             present(bench.policy.joined).give_up()
             parts["beside" + suffix] = _token(bench, compiled)
             bench.policy.joined = None
+    if compiled_layers:
+        passes = _replay(bench, compiled=True)
+        parts |= {f"{name}_compiled": passes[name] for name in LAYERS}
+        if whole and compiling:
+            parts["step_layers"] = _step(tokens, passes)
     return {name: parts[name] for name in PARTS if name in parts}
+
+
+def _step(tokens: Part, passes: dict[str, Part]) -> Part:
+    """A whole step, of what samples its tokens and of `_replay`."""
+    least = sum(passes[name].least for name in (*LAYERS, "update"))
+    once = tokens + replace(passes["rest"], least=least)
+    return once + passes["hop"] * (HOPS - 1)
 
 
 def _token(bench: Bench, compiled: bool) -> Part:
@@ -154,16 +182,23 @@ def _sampled(bench: Bench, prompt: int, sampling: Sampling, way: Decoding) -> Ro
     return sample(bench.policy, prompts, prompts == 0, sampling, seed=0, first_rows=rows, decoding=way)
 
 
-def _part(work: Work) -> Part:
-    return Part(work.launches, work.launches, work.waits, work.moved, work.least)
+def _part(work: Work, halves: Halves | None = None) -> Part:
+    """Of work, in which halves of compiled layers may have been called."""
+    launches = work.launches if halves is None else halves.launches(work)
+    return Part(launches, launches, work.waits, work.moved if halves is None else None, work.least)
 
 
-def _replay(bench: Bench) -> dict[str, Part]:
-    """What follows the rollout of a step: its parts, a hop, and "rest", all of it with one hop."""
+def _replay(bench: Bench, compiled: bool = False) -> dict[str, Part]:
+    """What follows the rollout of a step: its parts, a hop, and "rest", all of it with one hop.
+
+    Args:
+        compiled: with compiled layers.
+    """
     policy, setting = bench.policy, bench.setting
     found = []
-    with counting() as counts:
+    with counting() as counts, compiling_layers(policy, counts) if compiled else nullcontext() as halves:
         sampling = replace(sampling_of(bench.config.generation), ignore_eos=False)
+        counts.answers[3] = [setting.prompt, setting.prompt, setting.length]  # `Rollout.cut` asks for the real tokens
         rollout = _sampled(bench, setting.prompt, sampling, Decoding(policy))
         update = _updating(bench, counts)
         for hops in (1, 2):
@@ -174,8 +209,8 @@ def _replay(bench: Bench) -> dict[str, Part]:
     one, two = found
     parts = {"forward": sum((one[name] for name in FORWARD), Work()), "backward": one["policy_backward"]}
     parts |= {"update": one["update"], "rest": one["rest"]}
-    hop = replace(_part(two["hops"] - one["hops"]), least=one["hops"].least)
-    return {name: _part(work) for name, work in parts.items()} | {"hop": hop}
+    hop = replace(_part(two["hops"] - one["hops"], halves), least=one["hops"].least)
+    return {name: _part(work, halves) for name, work in parts.items()} | {"hop": hop}
 
 
 def updated(shape: str) -> Part:
@@ -233,7 +268,7 @@ def measure(options: argparse.Namespace) -> dict:
         one, two = (counted(shape, few) for few in (1, 2))
         whole = {name: part + (two[name] + part * -1) * (layers - 1) for name, part in one.items()}
         update = updated(shape)
-        for name in ("step", "step_compiled"):
+        for name in ("step", "step_compiled", "step_layers"):
             whole[name] = whole[name] + update + whole["update"] * -1
         for name, part in (whole | {"update": update}).items():
             of_layer = two[name].kernels - one[name].kernels if name in AFFINE else None

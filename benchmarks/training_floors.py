@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Machine
-from benchmarks.training_setup import ALGORITHMS, SHAPES, Setting
+from benchmarks.training_setup import ALGORITHMS, COMPILED, SHAPES, Setting
 from grade.planning.shape import shape_of
 from grade.planning.work import Passes
 from grade.tables import Column, Table, numbers
@@ -75,9 +75,10 @@ def floors(setting: Setting, length: int, hops: float, measured: dict[str, float
 
 
 def table(payload: dict) -> str:
-    """Measured seconds over the floor's, for replay and with rollout.compile; "" where the rates were not measured."""
+    """Measured seconds over the floor's, for replay, compiled or not; "" where the rates were not measured."""
     measured = payload.get("rates")
-    rows = [row for row in payload["rows"] if row["status"] == "ok" and row["algorithm"] in ("replay", "compiled")]
+    shown = ("replay", *COMPILED)
+    rows = [row for row in payload["rows"] if row["status"] == "ok" and row["algorithm"] in shown]
     if not measured or not rows:
         return ""
     setting = Setting(**payload["setting"])

@@ -22,6 +22,7 @@ from grade.model.passes import pass_sizes
 from grade.model.policy import Policy
 from grade.planning.prompt_pass import FEW_HOPS
 from grade.planning.public_shapes import PUBLIC
+from grade.replay.compiling import compile_layers
 from grade.rewards.shared import RewardHead, SharedReward
 from grade.sampling.compiled import CompiledDecoding
 from grade.sampling.decode import Decoding
@@ -33,8 +34,10 @@ ALGORITHMS = {
     "replay": "replay",
     "checkpointed": "replay, activation checkpointing",
     "compiled": "replay, rollout.compile",
+    "layers": "replay, rollout.compile and train.compile",
 }
-REPLAYED = ("replay", "checkpointed", "compiled")
+REPLAYED = ("replay", "checkpointed", "compiled", "layers")
+COMPILED = ("compiled", "layers")
 _EOS = 2
 _LORA = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _LLAMA_15M = dict(
@@ -107,7 +110,11 @@ class _Tokenizer:
 
 
 class Bench:
-    """A policy on random weights with an adapter that is not zero, its reward, prompts and optimizer."""
+    """A policy on random weights with an adapter that is not zero, its reward, prompts and optimizer.
+
+    Attributes:
+        compiling_seconds: that compiling took before the first step.
+    """
 
     def __init__(self, setting: Setting, algorithm: str):
         self.setting, self.algorithm = setting, algorithm
@@ -126,11 +133,14 @@ class Bench:
                 kl_coef=setting.kl_coef,
                 activation_checkpointing=algorithm == "checkpointed",
             ),
-            train=TrainConfig(batch_size=setting.batch, accumulation_steps=1),
+            train=TrainConfig(batch_size=setting.batch, accumulation_steps=1, compile=algorithm == "layers"),
         )
         self.device = torch.device(setting.device)
         self.policy = self._policy()
-        self.decoding = (CompiledDecoding if algorithm == "compiled" else Decoding)(self.policy)
+        start = now(self.device)
+        self.decoding = (CompiledDecoding if algorithm in COMPILED else Decoding)(self.policy)
+        compile_layers(self.policy, self.config)
+        self.compiling_seconds = now(self.device) - start
         self.reward = SharedReward(self.policy, RewardHead(self.policy.head.weight.shape[1], 64))
         generator = torch.Generator().manual_seed(setting.seed)
         size = (setting.batch, setting.prompt)
@@ -256,17 +266,17 @@ def measure(
     memory is that of the whole process (resident on CPU, allocated on the accelerator); `before_gib` is what it held
     before the steps. On a CPU `tensors_gib` is the peak of the bytes in living tensors, counted in one step more (not
     where a step takes longer than `counted` seconds): what a heap loses between them is no part of it. `first_seconds`
-    is the step that compiled. `keep` is given every step as soon as it is measured: its seconds and phases, with hops
-    and memory so far.
+    is what compiled: the first step, and layers before it. `keep` is given every step as soon as it is measured: its
+    seconds and phases, with hops and memory so far.
     """
-    if algorithm != "compiled":
+    if algorithm not in COMPILED:
         Bench(replace(setting, length=2), algorithm).step()
         gc.collect()  # checkpointed layers and their policy hold each other
     bench = Bench(setting, algorithm)
     weights = [p.detach().clone() for p in bench.policy.parameters()]
     first = None
-    if algorithm == "compiled":
-        first = bench.step()["seconds"]
+    if algorithm in COMPILED:
+        first = bench.compiling_seconds + bench.step()["seconds"]
         bench.restore(weights)
     reset_peak_memory(bench.device)
     before = peak_memory_gib(bench.device)  # nothing has happened since: what is held now
@@ -282,7 +292,7 @@ def measure(
         bench.restore(weights)
     # The kernel counts pages in batches: a peak can read a little below what was held before.
     peak, living = max(before, peak_memory_gib(bench.device)), None
-    if bench.device.type == "cpu" and algorithm != "compiled" and found["seconds"] <= counted:
+    if bench.device.type == "cpu" and algorithm not in COMPILED and found["seconds"] <= counted:
         bench.restore(weights)
         living = peak_bytes(bench.step, bench.device)[1] / 2**30
     return {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.training_floors import table as floors
-from benchmarks.training_setup import ALGORITHMS
+from benchmarks.training_setup import ALGORITHMS, COMPILED
 from grade.tables import Column, Table, numbers
 
 _CSV = (
@@ -112,11 +112,14 @@ def _ratio(base: dict, row: dict, key: str, before: str) -> str:
 
 
 def compiling(rows: list[dict]) -> str:
-    """What the rows of `rollout.compile` leave out."""
-    first = [f"{row['first_seconds']:.0f} s at S = {row['length']}" for row in rows if row.get("first_seconds")]
-    if not first:
-        return ""
-    return f"The first step of {ALGORITHMS['compiled']}, which compiles, is not in its rows: {', '.join(first)}."
+    """What the rows of `rollout.compile` and `train.compile` leave out."""
+    lines = []
+    for name in COMPILED:
+        found = [row for row in rows if row["algorithm"] == name and row.get("first_seconds")]
+        if found:
+            first = ", ".join(f"{row['first_seconds']:.0f} s at S = {row['length']}" for row in found)
+            lines.append(f"The first step of {ALGORITHMS[name]}, which compiles, is not in its rows: {first}.")
+    return "\n\n".join(lines)
 
 
 def phases(rows: list[dict]) -> str:

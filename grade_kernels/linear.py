@@ -91,7 +91,7 @@ def linear_gumbel_topk(
     hidden: Tensor,
     head: Head,
     k: int = 256,
-    tau: float = 1.0,
+    tau: float | Tensor = 1.0,
     *,
     seed: int,
     rows: Tensor | None = None,

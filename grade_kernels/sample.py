@@ -20,7 +20,7 @@ from grade_kernels.sparse import SparseTokens
 def gumbel_topk(
     logits: Tensor,
     k: int = 256,
-    tau: float = 1.0,
+    tau: float | Tensor = 1.0,
     *,
     seed: int,
     rows: Tensor | None = None,
@@ -46,8 +46,10 @@ def gumbel_topk(
         weights are NaN.  A row that holds a NaN has mass NaN.
     k : int
         Candidates, 1 <= k <= V.  Not used where `indices` is given.
-    tau : float
-        Temperature of the weights, > 0.
+    tau : float or 0-d float32 or float64
+        Temperature of the weights, > 0.  A tensor lies where the logits do, gets no gradient, and is not checked, since
+        reading it would wait for the device; a CUDA graph, or code that was compiled, reads what it holds at each call.
+        A backward pass must come before it is changed.
     seed : int
         Wraps at 64 bits.
     rows : int64 [...], optional
@@ -112,10 +114,13 @@ class SampleArgs:
     """The validated arguments that `gumbel_topk` and `linear_gumbel_topk` share; tensors are flat, [N, ...]."""
 
     def __init__(
-        self, leading: torch.Size, vocab: int, device: torch.device, k: int, tau: float,
+        self, leading: torch.Size, vocab: int, device: torch.device, k: int, tau: float | Tensor,
         seed: int, rows: Tensor | None, draw: int, indices: Tensor | None, tokens: Tensor | None,
     ):  # fmt: skip
-        checks.check_positive("tau", tau)
+        self.tau = checks.check_tau(tau, device)
+        # A tensor is saved as one, so that a backward pass behind a change of it is refused.
+        self.tau_tensors = [self.tau] if isinstance(self.tau, Tensor) else []
+        self.tau_number = None if self.tau_tensors else self.tau
         n = math.prod(leading)
         if indices is None:
             self.k = checks.check_k(k, vocab)
@@ -124,7 +129,6 @@ class SampleArgs:
             self.k = indices.shape[-1]
         if tokens is not None:
             checks.check_ids("tokens", tokens, leading, device)
-        self.tau = float(tau)
         self.seed, self.draw = checks.check_int("seed", seed), checks.check_int("draw", draw)
         self.keys = row_keys(rows, leading, device)
         self.indices = None if indices is None else indices.reshape(n, self.k)
@@ -164,18 +168,18 @@ class _GumbelTopk(torch.autograd.Function):
             args.chosen,
             checks.compute_dtype(logits),
         )
-        ctx.save_for_backward(ids, sample.weights)
-        ctx.like, ctx.tau, ctx.backend = (logits.shape, logits.dtype), args.tau, backend
+        ctx.save_for_backward(ids, sample.weights, *args.tau_tensors)
+        ctx.like, ctx.tau, ctx.backend = (logits.shape, logits.dtype), args.tau_number, backend
         ctx.mark_non_differentiable(ids, sample.tokens, sample.mass)
         return ids, *sample
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _ids: Any, v: Tensor, _tokens: Any, _mass: Any) -> tuple[Tensor | None, ...]:
-        ids, weights = ctx.saved_tensors
+        ids, weights, *tau = ctx.saved_tensors
         shape, dtype = ctx.like
         ops = implementation(ctx.backend).scatter
-        grad = ops.scatter(ids, ops.weights_vjp(weights, v, ctx.tau), shape[-1], dtype)
+        grad = ops.scatter(ids, ops.weights_vjp(weights, v, *(tau or [ctx.tau])), shape[-1], dtype)
         return grad.view(shape), None, None, None
 
 
@@ -189,14 +193,14 @@ class SampleSupport(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ops = implementation(backend).sample
         sample = ops.sample(Support(ids, values, lse), args.keys, args.seed, args.draw, args.chosen, args.tau)
-        ctx.save_for_backward(sample.weights)
-        ctx.tau, ctx.backend = args.tau, backend
+        ctx.save_for_backward(sample.weights, *args.tau_tensors)
+        ctx.tau, ctx.backend = args.tau_number, backend
         ctx.mark_non_differentiable(sample.tokens, sample.mass)
         return tuple(sample)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor, _tokens: Any, _mass: Any) -> tuple[Tensor | None, ...]:
-        (weights,) = ctx.saved_tensors
-        grad = implementation(ctx.backend).scatter.weights_vjp(weights, v, ctx.tau)
+        weights, *tau = ctx.saved_tensors
+        grad = implementation(ctx.backend).scatter.weights_vjp(weights, v, *(tau or [ctx.tau]))
         return grad, None, None, None, None

@@ -7,6 +7,7 @@ import torch
 from published import relative_error
 from rollouts import PROMPTS, gradient, rollout_of
 from tiny import tiny_policy, tiny_reward
+from torch._dynamo.utils import counters
 
 from grade.model.policy import Policy
 from grade.replay.replay import ReplaySettings
@@ -59,21 +60,29 @@ def test_vocab_head(dtype, bound):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_decoding(dtype):
-    """CUDA graphs over a static cache draw what plain decoding draws, also once the weights have changed."""
+    """A CUDA graph of a token draws what plain decoding draws, also once weights and temperature have changed."""
     policy = tiny_policy("llama", dtype=dtype)
     there = Policy(policy.model.to("cuda"), policy.tokenizer)
     decoding = CompiledDecoding(there)
     ids, mask = pad_prompts(PROMPTS, there.pad_id, "cuda")
     rows = torch.arange(2 * len(PROMPTS), device="cuda") * 100
     agree = []
-    for seed in range(3):
-        draw = dict(seed=seed, first_rows=rows, samples_per_prompt=2)
-        plain, ours = (
-            sample(there, ids, mask, Sampling(max_new_tokens=8, top_k=7, ignore_eos=True), decoding=how, **draw)
-            for how in (None, decoding)
-        )
-        agree.append((plain.tokens == ours.tokens).float().mean())
+    counters.clear()
+    for tau in (1.0, 0.5, 2.0):
+        draw = dict(seed=0, first_rows=rows, samples_per_prompt=2)
+        sampling = Sampling(max_new_tokens=8, top_k=7, ignore_eos=True, tau=tau)
+        plain, ours = (sample(there, ids, mask, sampling, decoding=how, **draw) for how in (None, decoding))
+        same = plain.tokens == ours.tokens
+        agree.append(same.float().mean())
+        if dtype == torch.float32:  # the second token is the graph's first, and reads this temperature
+            second = same[:, :2].all(1)
+            torch.testing.assert_close(
+                ours.token_weight[second, 1], plain.token_weight[second, 1], rtol=1e-2, atol=1e-4
+            )
+        rows = rows + 1000
         with torch.no_grad():
             for parameter in there.parameters():
                 parameter += 0.05 * torch.randn_like(parameter)
+    # Compiled once, and recorded: code that cannot be is run without a graph, and only slower.
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["inductor"]["cudagraph_skips"]
     assert min(agree) > (0.99 if dtype == torch.float32 else 0.8)  # roundings differ, and one token changes the next

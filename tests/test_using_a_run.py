@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from forked import forked
 
 from grade import cli
 
@@ -20,11 +19,6 @@ def test_the_examples_run_on_what_the_commands_write(trained_run, tmp_path, monk
     for command in commands:
         assert cli.main([str(trained_run) if word == "runs/demo-seed0" else word for word in command[1:]]) == 0
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0 and "The film was" in done.stdout, done.stderr
+    (tmp_path / "program.py").write_text(code, encoding="utf-8")
+    ((status, said, errors),) = forked([([tmp_path / "program.py"], {})], cwd=tmp_path, timeout=200)
+    assert status == 0 and "The film was" in said, errors

@@ -11,7 +11,7 @@ Every part has a share of the time that is left when it begins, in the order of 
     tests       tests/test_gpu.py, then tests of every kernel against float64, in as many processes as there are cores
     ahead       compiles what the next parts run, in as many processes
     kernels     bfloat16: ours beside the textbook, at Qwen3's vocabulary
-    training    a step of 16 x 64 tokens, eager and compiled, then longer responses
+    training    a step of 16 x 64 tokens, eager, with decoding compiled, and layers too, then longer responses
     more        the kernels beside torch.compile, and in float32
 
 A row is on disk as soon as it is measured. A call that is cut, or whose time is over, is called again for the rest:
@@ -96,6 +96,7 @@ def parts(dry: bool, everything: bool, workers: int) -> list[Part]:
             training.command(dry, i),
             entry.share,
             keys=(*entry.keys, training.RATES),
+            patience=2 * COMPILES if entry.algorithm == "layers" else COMPILES,  # two things to compile
         )
         for i, entry in enumerate(training.entries(dry))
     ]

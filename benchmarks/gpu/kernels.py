@@ -127,10 +127,11 @@ def show(row: Row) -> None:
 
 
 def warm(passes: list[str], sizes: Sizes, machine: Machine, work: Work) -> None:
-    """Compile, by running them on few rows: first a training step, then ours of the set-ups in their order."""
+    """Compile, by running them on few rows: first training steps, then ours of the set-ups in their order."""
     few = replace(sizes, rows=min(sizes.rows, WARM_ROWS))
-    if work.begin("training"):
-        _timed("training", work, _train)
+    for algorithm in ("layers", "replay"):  # what takes the longest first
+        if work.begin(f"training {algorithm}"):
+            _timed(f"training {algorithm}", work, partial(_train, algorithm))
     for key, (case, dtype, _) in tasks_of(passes, few, work.order.dry).items():
         if work.begin(key):
             _timed(key, work, partial(_run, case, few, dtype, machine))
@@ -155,11 +156,11 @@ def _run(case: Case, sizes: Sizes, dtype: torch.dtype, machine: Machine) -> None
     machine.clear()
 
 
-def _train() -> None:
-    """A short step of one decoder layer: its kernels are those of the whole model."""
+def _train(algorithm: str) -> None:
+    """A short step of one decoder layer: its kernels are those of the whole model, and so is the layer's code."""
     from benchmarks.training_setup import Bench
 
-    Bench(entries(ordered().dry)[0].setting(layers=1), "replay").step()
+    Bench(entries(ordered().dry)[0].setting(layers=1), algorithm).step()
 
 
 if __name__ == "__main__":

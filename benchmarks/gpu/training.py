@@ -63,12 +63,16 @@ def _qwen3_4b(batch: int, length: int, algorithm: str, repeats: int, share: floa
 
 ENTRIES = (
     _qwen3_4b(16, 64, "replay", 5, 0.4, goal=1.0),
-    _qwen3_4b(16, 64, "compiled", 5, 0.7, goal=1.0),
+    _qwen3_4b(16, 64, "compiled", 5, 0.5, goal=1.0),
+    _qwen3_4b(16, 64, "layers", 5, 0.8, goal=1.0),
     _qwen3_4b(8, 512, "checkpointed", 3, 0.5),
     _qwen3_4b(8, 2048, "checkpointed", 2, 0.6),
 )
 """Random weights in the shape of Qwen3-4B; in the order of their worth."""
-DRY = (Entry("llama-260k", "float32", "cpu", 1, 2, 3, 4, "replay", 3, 0.5, goal=1.0),)
+DRY = (
+    Entry("llama-260k", "float32", "cpu", 1, 2, 3, 4, "replay", 3, 0.5, goal=1.0),
+    Entry("llama-260k", "float32", "cpu", 1, 2, 3, 4, "layers", 1, 0.5, goal=1.0),
+)
 
 
 def entries(dry: bool) -> tuple[Entry, ...]:

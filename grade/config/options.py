@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -109,17 +110,35 @@ def parse_settings(parser: ArgumentParser, path: Path, options: list[str], own: 
     Args:
         own: types of the options that are no settings, by name.
     """
-    values = read_yaml(path)
-    try:
-        checked = parser.parse_object(_nest(values))
-    except ArgumentError as error:
-        raise GradeError(f"{path}: {explain(error)}") from None
+    values, checked = _of_file(parser, path)
     parser.set_defaults({name: get_setting(checked, name) for name in values})
     check_options(options, {**setting_types(), **(own or {})})
     try:
         return parser.parse_args(options)
     except ArgumentError as error:
         raise GradeError(explain(error, own)) from None
+
+
+def read_settings(path: Path) -> Config:
+    """Defaults, then the file at `path`, validated."""
+    return build_config(_of_file(_settings_parser(), path)[1])
+
+
+@cache
+def _settings_parser() -> ArgumentParser:
+    """Of the settings alone. Making one takes longer than reading a file with it, which leaves its defaults alone."""
+    parser = new_parser()
+    add_settings(parser)
+    return parser
+
+
+def _of_file(parser: ArgumentParser, path: Path) -> tuple[dict[str, Any], Any]:
+    """What a file sets, by name; and the namespace of that over the parser's defaults."""
+    values = read_yaml(path)
+    try:
+        return values, parser.parse_object(_nest(values))
+    except ArgumentError as error:
+        raise GradeError(f"{path}: {explain(error)}") from None
 
 
 def build_config(namespace: Any) -> Config:

@@ -15,7 +15,7 @@ import yaml
 from grade.config import Config
 from grade.config.bounds import check_text
 from grade.config.names import setting_types
-from grade.config.options import add_settings, build_config, new_parser, parse_settings, split_arguments
+from grade.config.options import add_settings, build_config, new_parser, parse_settings, read_settings, split_arguments
 from grade.errors import GradeError
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
@@ -33,11 +33,13 @@ def load_config(name_or_path: str | Path, overrides: list[str] | None = None) ->
     """
     path = find_config(str(name_or_path))
     overrides = list(overrides or [])
-    parser = new_parser()
-    add_settings(parser)
     positionals, options = split_arguments(overrides, list(setting_types()), [])
     if positionals:
         raise GradeError(f"unexpected argument {positionals[0]!r}: write --section.field VALUE.")
+    if not options:
+        return read_settings(path)
+    parser = new_parser()
+    add_settings(parser)
     return build_config(parse_settings(parser, path, options))
 
 
@@ -46,9 +48,7 @@ def config_from_yaml(path: str | Path) -> Config:
     path = Path(path)
     if not path.is_file():
         raise GradeError(f"{path} does not exist.")
-    parser = new_parser()
-    add_settings(parser)
-    return build_config(parse_settings(parser, path, []))
+    return read_settings(path)
 
 
 def config_to_yaml(config: Config) -> str:

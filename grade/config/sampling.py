@@ -61,9 +61,9 @@ class RolloutConfig:
     """Policy gradients weight every token of a server's responses by its probability here over that at the server, at
     most this; null: no weights."""
     compile: bool | Literal["auto"] = setting(False, role="speed")
-    """Decode training's responses by a compiled step over a static KV cache: CUDA graphs on a GPU, fused loops
-    (and the draw with them) on a CPU. Needs sdpa attention without windows; not used with rollout.source. The first
-    rollout of a batch size or greater length takes half a minute or more, the first changed temperature some seconds.
+    """Decode training's responses by compiled code over a static KV cache: one CUDA graph for all of a token on a GPU,
+    fused loops on a CPU. Needs sdpa attention without windows; not used with rollout.source. The first rollout of a
+    batch size or greater length takes half a minute or more.
     `auto`: where the model can be compiled, and the run has 10,000 forwards of a token or more on a GPU, or 20,000 in
     float32 on a CPU."""
 

@@ -32,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grade.errors import GradeError
 from grade.model.compiler import explained
-from grade.model.inductor import vector_options
+from grade.model.inductor import take_quicker_products, vector_options
 
 MOST_KINDS = 4
 """Kinds of layers of which one pass may be made; more means that each is compiled for itself."""
@@ -210,6 +210,7 @@ class CompiledLayers:
         """
         from torch._inductor.compile_fx import compile_fx_inner
 
+        take_quicker_products(graph)
         if not how.get("is_backward"):
             return compile_fx_inner(graph, inputs, **how)
         fewer = copy.deepcopy(graph)

@@ -19,8 +19,8 @@ from grade_kernels.common.cpu_products import product, takes_onednn
 class FrozenLinear(nn.Linear):
     """What an `nn.Linear` on a CPU becomes by `quicken`: the same function of its input, up to rounding.
 
-    Training its weight, another dtype, a sharded or quantized weight, few rows and torch.compile take the product of
-    `nn.Linear`.
+    Training its weight, another dtype, a sharded or quantized weight and few rows take the product of `nn.Linear`, and
+    so does torch.compile, of whose graphs `grade.model.inductor` makes the same.
     """
 
     def forward(self, x: Tensor) -> Tensor:

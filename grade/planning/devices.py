@@ -25,6 +25,9 @@ class Efficiency:
         layer_seconds: that a layer takes at least in a pass, however little it computes, since the host has to launch
             its kernels.
         compiled_seconds: the same where rollout.compile (or another engine) decodes by a recorded graph.
+        fused: share of `layer_seconds` that a layer takes where train.compile compiles it: its kernels in a replay of
+            6 hops over those of its own code, as benchmarks/results/launches.json counts them. What the host takes to
+            call compiled code has not been measured on a GPU.
         exchange_seconds: that an exchange between devices takes at least.
         attention_square: share of the square of positions that attention computes: 1 with the masks that padded
             prompts need; kernels that skip what causality masks compute about half.
@@ -37,6 +40,7 @@ class Efficiency:
     link: float = 0.7
     layer_seconds: float = 250e-6
     compiled_seconds: float = 25e-6
+    fused: float = 0.26
     exchange_seconds: float = 15e-6
     attention_square: float = 1.0
     attention_backward: float = 2.5
@@ -163,8 +167,11 @@ DEVICES = {
             0.0,
             1,
             "measured by python -m benchmarks.training",
-            # Fitted to the phases of that file (benchmarks/scaling.py --seconds), whose prompts have one length.
-            Efficiency(flops=0.45, bandwidth=0.8, layer_seconds=5e-4, compiled_seconds=3.75e-4, attention_square=0.5),
+            # Fitted to the phases of that file (benchmarks/scaling.py --seconds), whose prompts have one length. It has
+            # none of compiled layers.
+            Efficiency(
+                flops=0.45, bandwidth=0.8, layer_seconds=5e-4, compiled_seconds=3.75e-4, fused=1.0, attention_square=0.5
+            ),
             is_beside_host=False,
         ),
     )

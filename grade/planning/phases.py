@@ -102,7 +102,7 @@ def _base_backward(run: Run, passes: Passes, batch: float) -> Work:
 
 def _replayed(run: Run) -> list[Phase]:
     """GRADE and GRADE-STE: forwards, the sweep over the vocabulary, and the backward passes, of every micro-batch."""
-    passes, batch = run.passes, run.micro_batch
+    passes, batch = run.training_passes, run.micro_batch
     times = run.responses / batch
     rows = batch * run.response
     forward, hop, final = _policy(run, passes, batch)
@@ -121,7 +121,7 @@ def _replayed(run: Run) -> list[Phase]:
 def _policy_gradient(run: Run) -> list[Phase]:
     """PPO, REINFORCE and GRPO: what is fixed is scored once, then every pass over the responses is a forward of the
     policy, a sweep over its head, and a backward pass."""
-    passes, method, batch = run.passes, run.config.method, run.micro_batch
+    passes, method, batch = run.training_passes, run.config.method, run.micro_batch
     times = run.responses / batch
     rows = batch * run.response
     forward, _, back = _policy(run, passes, batch)

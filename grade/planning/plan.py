@@ -21,6 +21,8 @@ from grade.planning.work import Work
 
 _MOST_OF_CHUNKS = 2**33
 """Bytes of the head's chunks, beyond which none is suggested."""
+_LEAST_SAVED = 0.01
+"""Of a step's seconds, under which compiling layers is not suggested."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def engine_settings(run: Run) -> str | None:
 def suggestions(found: Plan) -> list[str]:
     """What to change, the most important first."""
     run = found.run
-    return [*_to_fit(found), *_micro_batch(found), *_sampling(found), *_head(run), *_step(run)]
+    return [*_to_fit(found), *_micro_batch(found), *_sampling(found), *_passes(found), *_head(run), *_step(run)]
 
 
 def _to_fit(found: Plan) -> list[str]:
@@ -219,6 +221,20 @@ def _sampling(found: Plan) -> list[str]:
         times = here / quicker.time.seconds
         lines.append(f"{quicker.name[0].upper()}{quicker.name[1:]} would sample {times:.1f} times as fast.")
     return lines
+
+
+def _passes(found: Plan) -> list[str]:
+    """Compiled layers, where training's passes are bound by launching."""
+    run = found.run
+    bound = [p.name for p in found.phases if p.time.bound == LAUNCHING and p.name not in ("rollout", "update")]
+    compiled = replace(run, config=replace(run.config, train=replace(run.config.train, compile="auto")))
+    saved = 1 - _seconds(compiled) / found.seconds
+    if not bound or run.compiles_layers or not compiled.compiles_layers or saved < _LEAST_SAVED:
+        return []
+    return [
+        f"Passes are bound by launching a layer at a time ({', '.join(bound)}): --train.compile true would take "
+        f"{saved:.0%} off a step."
+    ]
 
 
 def _head(run: Run) -> list[str]:

@@ -34,9 +34,26 @@ LEAST_MICRO_BATCHES = 400
 
 def layers_pay(config: Config, *, on_gpu: bool) -> bool:
     """Whether a run passes micro-batches on a GPU, often enough, through weights that are neither packed nor
-    sharded. On a CPU fused operations save less than other libraries' products do (docs/training.md)."""
-    if not on_gpu or config.model.quantization is not None or config.model.fsdp:
-        return False
+    sharded."""
+    return against_layers(config, on_gpu=on_gpu) is None
+
+
+def against_layers(config: Config, *, on_gpu: bool) -> str | None:
+    """Why `auto` of `train.compile` does not compile layers; None: it does."""
+    if not on_gpu:
+        return "on a CPU fused operations save little of what products take"
+    if config.model.quantization is not None:
+        return f"the packed products of model.quantization={config.model.quantization} cannot be fused"
+    if config.model.fsdp:
+        return "compiled layers hold their weights, and model.fsdp shards them"
+    passed = micro_batches(config)
+    if passed < LEAST_MICRO_BATCHES:
+        return f"the run passes {passed:,} micro-batches, and it is taken to pay from {LEAST_MICRO_BATCHES:,} on"
+    return None
+
+
+def micro_batches(config: Config) -> int:
+    """That pass through the layers in a run."""
     responses = config.train.batch_size * config.train.accumulation_steps
     together = micro_batch_size(config.method, config.train.batch_size, responses)
-    return config.train.steps * -(-responses // together) >= LEAST_MICRO_BATCHES
+    return config.train.steps * -(-responses // together)

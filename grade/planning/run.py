@@ -11,7 +11,7 @@ from grade.errors import GradeError
 from grade.planning.adapter import Trained, adapter, whole_backbone
 from grade.planning.devices import DEVICES, Device, DType, Efficiency
 from grade.planning.prompt_pass import pays_in_run
-from grade.planning.recording import recording_pays
+from grade.planning.recording import layers_pay, recording_pays
 from grade.planning.shape import ModelShape
 from grade.planning.work import Passes
 
@@ -104,6 +104,14 @@ class Run:
             return False
         wanted = self.config.rollout.compile
         return recording_pays(self.config, on_gpu=self.device.is_beside_host) if wanted == "auto" else wanted
+
+    @property
+    def compiles_layers(self) -> bool:
+        """Whether the passes of training run compiled layers, which a sharded base cannot have."""
+        if self.shards > 1:
+            return False
+        wanted = self.config.train.compile
+        return layers_pay(self.config, on_gpu=self.device.is_beside_host) if wanted == "auto" else wanted
 
     # -- sizes -----------------------------------------------------------------------------------------------
 
@@ -230,7 +238,7 @@ class Run:
 
     @property
     def passes(self) -> Passes:
-        """Through policy and base."""
+        """Through policy and base, by layers' own code."""
         read = self.layer_bytes
         if self.config.model.quantization is not None:
             read += 2 * self.item * self.shape.products  # written out in model.dtype, and read again
@@ -244,6 +252,11 @@ class Run:
             self.shards,
             self.device.name != "cpu",
         )
+
+    @property
+    def training_passes(self) -> Passes:
+        """Of training, by compiled layers where there are any."""
+        return replace(self.passes, fused=self.compiles_layers)
 
     @property
     def classifier_passes(self) -> Passes | None:

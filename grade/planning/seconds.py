@@ -37,7 +37,8 @@ def time_of_part(work: Work, run: Run, devices: int) -> Time:
     weights, traffic = (x / (device.bandwidth * efficiency.bandwidth) for x in (work.bytes, work.traffic))
     rate = link_rate(run, devices) * efficiency.link
     received = work.received / rate if work.received else 0.0
-    launching = work.layers * efficiency.layer_seconds + work.recorded * efficiency.compiled_seconds
+    layers = work.layers + work.fused * efficiency.fused
+    launching = layers * efficiency.layer_seconds + work.recorded * efficiency.compiled_seconds
     by_bound = {
         PRODUCTS if products > weights + traffic else MEMORY: max(products, weights) + traffic,
         INTERCONNECT: received + work.exchanges * efficiency.exchange_seconds,

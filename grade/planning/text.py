@@ -7,6 +7,7 @@ from typing import Any
 
 from grade.planning.memory import SHARE, room
 from grade.planning.plan import Plan
+from grade.planning.recording import LEAST_MICRO_BATCHES, against_layers, micro_batches
 from grade.planning.run import Run
 from grade.planning.seconds import link_rate
 from grade.tables import Column, Table, numbers
@@ -71,8 +72,11 @@ def device_line(run: Run) -> str:
             parts.append(f"{quantity(device.link, 'B/s')} among shards")
     nodes = f" on {run.nodes} nodes" if run.nodes > 1 else ""
     layer = f"a layer takes {efficiency.layer_seconds * 1e6:g} µs to launch"
-    if run.records:
-        layer += f" ({efficiency.compiled_seconds * 1e6:g} µs in a recorded rollout)"
+    others = [f"{efficiency.compiled_seconds * 1e6:g} µs in a recorded rollout"] if run.records else []
+    if run.compiles_layers and device.is_beside_host:
+        others.append(f"{efficiency.fused:.0%} of it as a compiled layer")
+    if others:
+        layer += f" ({', '.join(others)})"
     shared = "whole base on each" if run.shards == 1 else f"sharded base, {run.shards} devices hold it between them"
     exchange = f"; an exchange {efficiency.exchange_seconds * 1e6:g} µs" if run.devices > 1 else ""
     return (
@@ -143,7 +147,32 @@ def sentences(plan: Plan) -> list[str]:
             f"{'Fits' if plan.fits else 'Does not fit'}. Largest micro-batch: {kept} with activations kept, {again} "
             "recomputed."
         )
-    return [*lines, *plan.suggestions]
+    return [*lines, *compiled_layers(run), *plan.suggestions]
+
+
+def compiled_layers(run: Run) -> list[str]:
+    """Whether train.compile compiles layers, why, and what of it is in the plan's numbers; nothing where it is off."""
+    wanted, on_gpu = run.config.train.compile, run.device.is_beside_host
+    if not wanted:
+        return []
+    line = f"train.compile={'auto' if wanted == 'auto' else 'true'}: layers are"
+    if run.shards > 1:
+        return [f"{line} not compiled, since compiled layers hold their weights, and the base is sharded."]
+    if not run.compiles_layers:
+        return [f"{line} not compiled, since {against_layers(run.config, on_gpu=on_gpu)}."]
+    line += " compiled"
+    if wanted == "auto":
+        line += (
+            f", since the run passes {micro_batches(run.config):,} micro-batches, and it is taken to pay from "
+            f"{LEAST_MICRO_BATCHES:,} on"
+        )
+    if not on_gpu:
+        return [f"{line}. What they save on a CPU is not in these numbers."]
+    return [
+        f"{line}. {run.efficiency.fused:.0%} of a layer's launches are left (counted, not measured). Not in these "
+        "numbers: what calling compiled code takes, what fused kernels need neither move nor hold, and compiling, a "
+        "minute or so before the first step."
+    ]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -168,6 +197,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "device": {"name": run.device.name, "number": run.devices, "shards": run.shards, "source": run.device.source},
         "assumptions": asdict(run.efficiency),
         "recompute": run.recompute,
+        "compiles_layers": run.compiles_layers,
         "phases": [
             {"name": p.name, **asdict(p.work), "bound": p.time.bound, "seconds": p.time.seconds} for p in plan.phases
         ],

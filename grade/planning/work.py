@@ -21,7 +21,8 @@ class Work:
         traffic: bytes that are read and written between products: activations, logits, keys and values.
         received: bytes from other devices.
         layers: that the host launches, one after the other.
-        recorded: of these, launched by a recorded graph.
+        recorded: launched by a recorded graph instead.
+        fused: launched as compiled layers instead.
         exchanges: with other devices, one after the other.
     """
 
@@ -31,6 +32,7 @@ class Work:
     received: float = 0.0
     layers: float = 0.0
     recorded: float = 0.0
+    fused: float = 0.0
     exchanges: float = 0.0
 
     @property
@@ -56,6 +58,7 @@ class Passes:
         attention_square, attention_backward: as `Efficiency` has them.
         shards: devices that hold the layers' weights between them; each pass gathers those of the others.
         accelerated: on a GPU, where the head multiplies 16-bit numbers.
+        fused: by compiled layers.
     """
 
     shape: ModelShape
@@ -66,6 +69,7 @@ class Passes:
     attention_backward: float = 2.5
     shards: int = 1
     accelerated: bool = True
+    fused: bool = False
 
     def pairs(self, batch: float, prompt: int, length: int) -> float:
         """Pairs of positions that attention compares, for the `length` last positions of sequences; those before are in
@@ -83,8 +87,10 @@ class Passes:
         """Reading the layers' weights once, and receiving what other devices hold of them."""
         beside = 4.0 * self.trained.beside if adapters and self.trained is not None else 0.0
         others = self.layer_bytes * (1 - 1 / self.shards)
-        exchanges = self.shape.layers if self.shards > 1 else 0
-        return Work(bytes=self.layer_bytes + beside, received=others, layers=self.shape.layers, exchanges=exchanges)
+        layers = self.shape.layers
+        exchanges = layers if self.shards > 1 else 0
+        launched = {"fused" if self.fused else "layers": float(layers)}
+        return Work(bytes=self.layer_bytes + beside, received=others, exchanges=exchanges, **launched)
 
     def forward(self, tokens: float, pairs: float, *, adapters: bool) -> Work:
         """A parallel pass. What it keeps for a backward pass is written once and read once."""

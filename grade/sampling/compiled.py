@@ -1,12 +1,16 @@
-"""`rollout.compile`: decoding by one compiled step over a static KV cache, in CUDA graphs on a GPU.
+"""`rollout.compile`: decoding by compiled code over a static KV cache, in CUDA graphs on a GPU.
 
 A token of a small batch is hundreds of small operations that cost more to launch than to run. Shapes must not change
 for them to be recorded, so the cache has its final length from the start, a mask says how far it is filled, and
-rows that have ended stay in the batch. On a CPU nothing is recorded, and the step is compiled for every length that
-the mask may have: attention reads the filled part only.
+rows that have ended stay in the batch.
 
-On a GPU the draw is a few kernels of ours already; from a packed head, on a CPU, it is a hundred operations on [B, k],
-so it is compiled too.
+On a GPU all of a token, from what is fed of the draw before to its own draw, is one graph, which the host launches
+once. It reads and writes the same memory every time: what lies elsewhere would be copied there for every token
+(`grade.sampling.places`).
+
+On a CPU nothing is recorded. The step is compiled for every length that the mask may have, since attention reads the
+filled part only; and the draw, which is a few kernels of ours on a GPU, is a hundred operations on [B, k] behind the
+head's product, which may be a library's (`grade.sampling.packed_head`). So the two are compiled apart.
 
 Before compiled code runs, torch compares all that it was compiled for (hundreds of comparisons, a tenth of a token of
 a small model). From one token of a rollout to the next only numbers change, so it compares at the first one.
@@ -18,7 +22,8 @@ import math
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +40,29 @@ from grade.model.policy import Policy
 from grade.model.probe import tolerance_of
 from grade.model.probe_decoding import decoding_error
 from grade.sampling.decode import Decoder, Decoding
-from grade.sampling.draw import Sampling, draw_from_product
+from grade.sampling.draw import Sampling, draw_from_product, draw_tokens
+from grade.sampling.drawn import Drawn, embedded
 from grade.sampling.few_rows import weight_first
 from grade.sampling.grouped_attention import grouped_attention
 from grade.sampling.packed_head import made_at_once
-from grade_kernels import SparseTokens
+from grade.sampling.places import Places, capacity_of, remember
+from grade_kernels.common.checks import check_positive
 
 _SETTING = "rollout.compile"
-# Prompts differ in length, and every other capacity is compiled anew.
-_CAPACITY_STEP = 64
-# Caches that are kept, one a number of rows. A step's rollouts have two: the full ones', and the rest's.
-MOST_CACHES = 2
-
-
-def capacity_of(length: int) -> int:
-    """Positions of a cache for `length` of them."""
-    return -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
+# Numbers of rows whose memory is kept. A step's rollouts have two: the full ones', and the rest's.
+MOST_BATCHES = 2
+# Where torch stops at the number of shapes for which it compiles a function, 8, calls that are not compared would fail.
+# Lengths, batches and trainings of one process may be more; each is compiled once.
+_LIMITS = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
 
 
 class CompiledDecoding(Decoding):
-    """What one rollout leaves to the next: the compiled step, and the caches whose addresses it has recorded.
+    """What one rollout leaves to the next: compiled code, and the memory whose addresses it has recorded.
+
+    Compiled code has the noise's seed as a constant, so that another one is compiled anew.
+
+    Args:
+        one_graph: make one graph of all that a token is; None: on a GPU.
 
     Raises:
         GradeError: the policy's attention needs another kind of mask or cache, or there is no compiler.
@@ -62,8 +70,9 @@ class CompiledDecoding(Decoding):
 
     drops_rows = False
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: Policy, *, one_graph: bool | None = None):
         super().__init__(policy)
+        self._one_graph = policy.device.type == "cuda" if one_graph is None else one_graph
         config = policy.config.get_text_config()
         kinds = {type(layer).__name__ for layer in policy.new_cache().layers if type(layer) is not DynamicLayer}
         if kinds:
@@ -95,20 +104,22 @@ class CompiledDecoding(Decoding):
             except (RuntimeError, OSError) as error:
                 raise compiler_failure(_SETTING, error) from error
         self._config = config
-        self._caches: dict[int, StaticCache] = {}  # by their rows, the one used last at the end
-        self._drawn_from: set[tuple[torch.Size, torch.Size]] = set()  # shapes, in this rollout
-        self._step = self._forward
+        self._places: dict[int, Places] = {}  # by their rows, the ones used last at the end
+        self._noted: dict[int, Drawn] = {}  # likewise
+        self._ids: dict[int, Tensor] = {}  # that may not be drawn, by their number
+        self._newest_ids: Tensor | None = None  # of this rollout, whose values are there
+        self._known: set[tuple] = set()  # calls of this rollout, with the shapes that change within it
+        self._tau = torch.ones((), dtype=torch.promote_types(policy.dtype, torch.float32), device=policy.device)
         self._probe()
+        if self._one_graph:
+            remember(self._tau, policy.embedding, policy.head.weight, policy.head.bias)
+            self._token = torch.compile(self._next_token, dynamic=False, mode="reduce-overhead")
+            return
         # What several operations read is computed once: of the angles of rotary positions every layer would otherwise
         # compute its own sines, one number at a time.
-        how: dict[str, dict[str, Any]] = {
-            "cpu": {"options": {"cpp_wrapper": True, **vector_options(), "realize_reads_threshold": 0}},
-            "cuda": {"mode": "reduce-overhead"},
-        }
-        self._step = torch.compile(self._forward, dynamic=False, **how.get(policy.device.type, {}))
-        if policy.device.type == "cpu":
-            # Not dynamic=False: the temperature changes.
-            self._draw = torch.compile(draw_from_product, options=vector_options())
+        options = {"cpp_wrapper": True, **vector_options(), "realize_reads_threshold": 0}
+        self._states = torch.compile(self._next_states, dynamic=False, options=options)
+        self._finish = torch.compile(self._note_product, dynamic=False, options=vector_options())
 
     @torch.inference_mode()
     def _probe(self) -> None:
@@ -123,15 +134,15 @@ class CompiledDecoding(Decoding):
             error = decoding_error(self.policy, self.start, drops_rows=False)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as failure:
             error, reason = math.inf, reason_of(failure)
-        self._caches.clear()
+        self._places.clear()
         if error > tolerance_of(self.policy.dtype):
             raise GradeError(
                 f"rollout.compile: {name} cannot be decoded with a static cache ({reason}). Set rollout.compile=false."
             )
 
     def state(self, adapters: bool) -> AbstractContextManager:
-        """As for the plain one, but CUDA graphs have recorded where the weights are, so none are merged there."""
-        if adapters and self.policy.device.type == "cuda":
+        """As for the plain one, but graphs have recorded where the weights are, so none are merged there."""
+        if adapters and self._one_graph:
             return decoding(self.policy, recorded=True)
         return super().state(adapters)
 
@@ -140,30 +151,99 @@ class CompiledDecoding(Decoding):
 
     @contextmanager
     def prepared(self, adapters: bool, sampling: Sampling, responses: int) -> Iterator[None]:
-        self._drawn_from.clear()
+        self._known.clear()
+        self._newest_ids = None
         with super().prepared(adapters, sampling, responses):
             yield
 
-    def draw(self, hidden: Tensor, sampling: Sampling, *, seed: int, rows: Tensor, suppress: Tensor) -> SparseTokens:
-        like = (hidden.shape, suppress.shape)  # nothing else that is compiled for changes within a rollout
-        with explained(_SETTING), _unchecked(like in self._drawn_from):
-            draw = super().draw(hidden, sampling, seed=seed, rows=rows, suppress=suppress)
-        self._drawn_from.add(like)
-        return draw
+    def begin(self, sampling: Sampling, *, seed: int, first_rows: Tensor) -> Drawn:
+        """As for the plain one, with the temperature in a tensor; in one graph an earlier rollout's, if it fits."""
+        if not isinstance(sampling.tau, Tensor):
+            check_positive("tau", sampling.tau)  # nobody reads the tensor to check it
+        self._tau.fill_(sampling.tau)
+        ours = replace(sampling, tau=self._tau)
+        if not self._one_graph:
+            return Drawn(self.policy, ours, seed=seed, first_rows=first_rows)
+        drawn = self._noted.pop(len(first_rows), None)
+        # Compared without the tensors, whose comparison waits for the device.
+        if drawn is None or replace(drawn.sampling, tau=1.0) != replace(sampling, tau=1.0):
+            drawn = Drawn(self.policy, ours, seed=seed, first_rows=first_rows.clone())
+            remember(*(tensor for _, tensor in drawn.tensors()))
+        drawn.restart(seed=seed, first_rows=first_rows)
+        _keep(self._noted, len(first_rows), drawn)
+        return drawn
 
-    def cache(self, batch: int, length: int) -> StaticCache:
-        """An empty cache for `length` positions or more; an earlier rollout's where one fits, as any other address or
-        size is compiled or recorded anew."""
+    def kept(self, drawn: Drawn) -> dict[str, Tensor]:
+        return {name: tensor.clone() if self._one_graph else tensor for name, tensor in drawn.tensors()}
+
+    def places(self, batch: int, length: int) -> Places:
+        """Empty ones for `length` positions or more; an earlier rollout's where they fit, as any other address or size
+        is compiled or recorded anew."""
         capacity = capacity_of(length)
-        cache = self._caches.pop(batch, None)
-        if cache is not None and cache.layers[0].max_cache_len >= capacity:
-            cache.reset()
+        places = self._places.pop(batch, None)
+        if places is not None and places.mask.shape[-1] >= capacity:
+            places.cache.reset()
         else:
             cache = StaticCache(config=self._config, max_cache_len=capacity)
-        self._caches[batch] = cache
-        if len(self._caches) > MOST_CACHES:
-            del self._caches[next(iter(self._caches))]
-        return cache
+            places = Places(cache, batch, capacity, self.policy.device)
+            if self._one_graph:
+                remember(places.mask, places.lengths, places.start)
+        _keep(self._places, batch, places)
+        return places
+
+    def write(self, step: int, decoder: Decoder, drawn: Drawn, suppress: Tensor) -> None:
+        """As for the plain one; a token after the first by compiled code."""
+        assert isinstance(decoder, CompiledDecoder)
+        places, hidden = decoder.places, decoder.hidden
+        if self._one_graph:
+            if step == 0:
+                self._note_tokens(hidden, drawn, suppress)
+                return
+            ids = self._suppressed(suppress, drawn.sampling)
+            torch.compiler.cudagraph_mark_step_begin()
+            with self._compiled("token", ids.shape):
+                self._token(drawn, places, ids)
+            return
+        if step > 0:
+            mask = self.mask(places, decoder.length_with(step))
+            if step == 1:
+                torch._dynamo.mark_dynamic(mask, 3)
+            with self._compiled("states"):
+                hidden = self._states(drawn, mask, places.lengths, places.cache)
+        product = self._product(hidden, drawn.sampling)
+        if product is None:
+            self._note_tokens(hidden, drawn, suppress)
+            return
+        with self._compiled("finish", suppress.shape):
+            self._finish(product, drawn, suppress)
+
+    def mask(self, places: Places, length: int) -> Tensor:
+        """[B, 1, 1, length] or, for one graph, [B, 1, 1, capacity]: which of the first `length` positions are seen."""
+        return places.seen(length) if self._one_graph else places.mask[..., :length]
+
+    def _suppressed(self, suppress: Tensor, sampling: Sampling) -> Tensor:
+        """The same ids [n] in memory of their own: none, or the first once more up to the most that there can be, so
+        that all tokens are one graph. A nucleus adds up their probabilities, so there each is once."""
+        number = len(suppress)
+        if number and sampling.top_p is None:
+            number = len(self.policy.suppressed) + len(self.policy.eos_ids)
+        if number not in self._ids:
+            self._ids[number] = torch.zeros(number, dtype=torch.int64, device=self.policy.device)
+            remember(self._ids[number])
+        kept = self._ids[number]
+        if suppress is not self._newest_ids and number:
+            kept[: len(suppress)], kept[len(suppress) :] = suppress, suppress[:1]
+            self._newest_ids = suppress
+        return kept
+
+    @contextmanager
+    def _compiled(self, *call: Any) -> Iterator[None]:
+        """Run compiled code, unless it is known to fit without comparing what it was compiled for."""
+        known = call in self._known
+        how = _unchecked() if known else torch._dynamo.config.patch(_LIMITS)
+        with explained(_SETTING), grouped_attention(), how:
+            yield
+        self._known.add(call)
 
     def _product(self, hidden: Tensor, sampling: Sampling) -> Tensor | None:
         """On a CPU of every head in float32, packed or not: it is the rest of the draw that is worth compiling."""
@@ -173,30 +253,46 @@ class CompiledDecoding(Decoding):
             return weight_first(hidden, head.weight)
         return product
 
-    def step(
-        self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache, *, checked: bool = True
-    ) -> Tensor:
-        """[B, 1, d], mask [B, 1, 1, length or capacity] and positions [B, 1] -> [B, 1, d].
+    def forward(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
+        """[B, d], mask [B, 1, 1, length or capacity] and positions [B, 1] -> [B, d]."""
+        return self.policy.forward(embeddings[:, None], mask, positions, cache)[:, 0]
 
-        Args:
-            checked: compare all that the step was compiled for; False: only numbers and the mask's length have changed
-                since a call that did.
-        """
-        if self.policy.device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
-        elif checked:
-            torch._dynamo.mark_dynamic(mask, 3)
-        with explained(_SETTING), grouped_attention(), _unchecked(not checked):
-            hidden = self._step(embeddings, mask, positions, cache)
-        return hidden.clone() if self.policy.device.type == "cuda" else hidden  # the graph's output is overwritten
+    def _next_states(self, drawn: Drawn, mask: Tensor, lengths: Tensor, cache: StaticCache) -> Tensor:
+        """[B, d], states that predict the next token, from the draw of the newest."""
+        fed = embedded(drawn.before(drawn.at), self.policy)
+        return self.forward(fed, mask, lengths + drawn.at - 1, cache)
 
-    def _forward(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
-        return self.policy.forward(embeddings, mask, positions, cache)
+    def _next_token(self, drawn: Drawn, places: Places, suppress: Tensor) -> None:
+        """All of a token but the first, its states and its draw."""
+        hidden = self._next_states(drawn, places.seen(places.start + drawn.at), places.lengths, places.cache)
+        self._note_tokens(hidden, drawn, suppress)
+
+    def _note_tokens(self, hidden: Tensor, drawn: Drawn, suppress: Tensor) -> None:
+        rows = drawn.first_rows + drawn.at
+        drawn.put(
+            draw_tokens(self.policy, hidden, drawn.sampling, seed=drawn.seed, rows=rows, suppress=suppress), drawn.at
+        )
+        drawn.at += 1
+
+    def _note_product(self, product: Tensor, drawn: Drawn, suppress: Tensor) -> None:
+        how, rows = drawn.sampling, drawn.first_rows + drawn.at
+        draw = draw_from_product(
+            product, self.policy.head, how.top_k, how.tau, drawn.seed, rows, suppress, not how.soft
+        )
+        drawn.put(draw, drawn.at)
+        drawn.at += 1
 
 
-def _unchecked(known: bool) -> AbstractContextManager:
+def _keep(kept: dict[int, Any], rows: int, newest: Any) -> None:
+    """Keep it, and of the others those that were used last."""
+    kept[rows] = newest
+    if len(kept) > MOST_BATCHES:
+        del kept[next(iter(kept))]
+
+
+def _unchecked() -> AbstractContextManager:
     """Where it is known that compiled code fits what it is given, it is not compared again."""
-    return torch.compiler.set_stance(skip_guard_eval_unsafe=True) if known else nullcontext()
+    return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
 
 
 def _find_compiler() -> None:
@@ -215,21 +311,19 @@ class CompiledDecoder(Decoder):
     def __init__(self, decoding: CompiledDecoding, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int):
         super().__init__(decoding.policy, prompt_ids, prompt_mask, copies=copies, steps=0)
         prompt_mask = prompt_mask.repeat_interleave(copies, dim=0)
-        self._decoding, prompts = decoding, self.cache
-        self.cache = decoding.cache(len(prompt_mask), self._length + steps)
-        for layer, prompt in zip(self.cache.layers, prompts.layers, strict=True):
-            layer.update(prompt.keys, prompt.values)
-        self._filled = prompt_mask.new_zeros(len(prompt_mask), 1, 1, self.cache.layers[0].max_cache_len)
-        self._filled[:, 0, 0, : self._length] = prompt_mask
-        self._positions = prompt_mask.sum(1, keepdim=True)
-        self._fits = False  # whether the step has been called with this cache
+        self._decoding, self._fed = decoding, 0
+        self.places = decoding.places(len(prompt_mask), self._length + steps)
+        self.places.fill(self.cache, prompt_mask)
+        self.cache = self.places.cache
+
+    def length_with(self, step: int) -> int:
+        """Positions of prompt and response once token number `step` is drawn from what came before."""
+        return self._length + step
 
     def feed(self, embeddings: Tensor) -> Tensor:
-        """[B, d] embeddings of the newest tokens -> [B, d] states that predict the next."""
-        self._filled[..., self._length] = True
-        self._length += 1
-        mask = self._filled if embeddings.device.type == "cuda" else self._filled[..., : self._length]
-        hidden = self._decoding.step(embeddings[:, None], mask, self._positions, self.cache, checked=not self._fits)
-        self._fits = True
-        self._positions += 1
-        return hidden[:, 0]
+        """[B, d] embeddings of the newest tokens -> [B, d] states that predict the next, without compiling."""
+        self._fed += 1
+        mask = self._decoding.mask(self.places, self.length_with(self._fed))
+        positions = self.places.lengths + self._fed - 1
+        with grouped_attention():
+            return self._decoding.forward(embeddings, mask, positions, self.places.cache)

@@ -11,6 +11,7 @@ from grade.model.decoder import Decoder
 from grade.model.decoding import decoding
 from grade.model.policy import Policy
 from grade.sampling.draw import Sampling, draw_from_product, draw_tokens
+from grade.sampling.drawn import Drawn, embedded
 from grade.sampling.few_rows import quick_products
 from grade.sampling.packed_head import pack, packed_product, worth_packing
 from grade_kernels import SparseTokens
@@ -28,7 +29,6 @@ class Decoding:
     def __init__(self, policy: Policy):
         self.policy = policy
         self._packed: Tensor | None = None  # the head, during a rollout
-        self._draw = draw_from_product
 
     @contextmanager
     def prepared(self, adapters: bool, sampling: Sampling, responses: int) -> Iterator[None]:
@@ -47,21 +47,40 @@ class Decoding:
         """The policy's state for a rollout."""
         return decoding(self.policy) if adapters else self.policy.state(adapters=False)
 
+    def begin(self, sampling: Sampling, *, seed: int, first_rows: Tensor) -> Drawn:
+        """Where the draws of a rollout are noted."""
+        return Drawn(self.policy, sampling, seed=seed, first_rows=first_rows)
+
+    def kept(self, drawn: Drawn) -> dict[str, Tensor]:
+        """What a rollout takes of it, by name; no later one changes it."""
+        return dict(drawn.tensors())
+
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> Decoder:
         """Run the prompts [U, P]; `Decoder` has the arguments."""
         return Decoder(self.policy, prompt_ids, prompt_mask, copies=copies, steps=steps)
+
+    def write(self, step: int, decoder: Decoder, drawn: Drawn, suppress: Tensor) -> None:
+        """Draw token number `step` of the responses that are still written, inside `prepared`.
+
+        Args:
+            suppress: [m] int64, ids that may not be drawn.
+        """
+        hidden = decoder.hidden if step == 0 else decoder.feed(embedded(drawn.last, self.policy))
+        rows = drawn.first_rows + step
+        draw = self.draw(hidden, drawn.sampling, seed=drawn.seed, rows=rows, suppress=suppress)
+        drawn.last = drawn.put(draw, step)
 
     def draw(self, hidden: Tensor, sampling: Sampling, *, seed: int, rows: Tensor, suppress: Tensor) -> SparseTokens:
         """`draw_tokens` of [b, d] hidden states, inside `prepared` for the same `sampling`."""
         product = self._product(hidden, sampling)
         if product is None:
             return draw_tokens(self.policy, hidden, sampling, seed=seed, rows=rows, suppress=suppress)
-        return self._draw(
+        return draw_from_product(
             product, self.policy.head, sampling.top_k, sampling.tau, seed, rows, suppress, not sampling.soft
         )
 
     def _product(self, hidden: Tensor, sampling: Sampling) -> Tensor | None:
-        """hidden @ head.weight^T [b, V], which `_draw` overwrites; None where a draw makes its own."""
+        """hidden @ head.weight^T [b, V], which a draw overwrites; None where a draw makes its own."""
         return None if self._packed is None else packed_product(hidden, self._packed)
 
 

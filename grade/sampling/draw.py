@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class Sampling:
     Args:
         max_new_tokens, min_new_tokens: length of a response, its end-of-sequence token included.
         top_k: candidates per token.
-        tau: temperature of the relaxed weights; tokens do not depend on it.
+        tau: temperature of the relaxed weights, a number or a float tensor of no dimension; tokens do not depend on it.
         soft: feed the relaxed mixture (GRADE) instead of the token (GRADE-STE).
         ignore_eos: end-of-sequence does not end a response.
         top_p: draw from the smallest set of candidates that holds this mass; None draws from all of them.
@@ -30,7 +31,7 @@ class Sampling:
     max_new_tokens: int
     min_new_tokens: int = 0
     top_k: int = 256
-    tau: float = 1.0
+    tau: float | Tensor = 1.0
     soft: bool = False
     ignore_eos: bool = False
     top_p: float | None = None
@@ -48,11 +49,11 @@ def sampling_of(generation: GenerationConfig, *, tau: float = 1.0, soft: bool = 
     )
 
 
-def suppressed_ids(policy: Policy, step: int, min_new_tokens: int, ignore_eos: bool) -> Tensor:
-    """Ids that may not be sampled as token number `step` (from 0)."""
-    if step + 1 < min_new_tokens and not ignore_eos:
-        return torch.cat([policy.suppressed, policy.eos_ids])
-    return policy.suppressed
+def suppressed_ids(policy: Policy, min_new_tokens: int, ignore_eos: bool) -> Callable[[int], Tensor]:
+    """Given the number of a token (from 0), the ids that may not be sampled as it."""
+    early = 0 if ignore_eos else min_new_tokens - 1  # tokens that may not be the last
+    unended = torch.cat([policy.suppressed, policy.eos_ids]) if early > 0 else policy.suppressed
+    return lambda step: unended if step < early else policy.suppressed
 
 
 def draw_tokens(
@@ -90,7 +91,7 @@ def draw_tokens(
 
 
 def draw_from_product(
-    product: Tensor, head: Head, k: int, tau: float, seed: int, rows: Tensor, suppress: Tensor, hard: bool
+    product: Tensor, head: Head, k: int, tau: float | Tensor, seed: int, rows: Tensor, suppress: Tensor, hard: bool
 ) -> SparseTokens:
     """The same without a nucleus, from hidden @ head.weight^T [B, V], which is overwritten.
 

@@ -266,7 +266,7 @@ def recreate_with_states(
         here = torch.zeros_like(mask)
         here[:, columns] = mask[:, columns]
         if here.any():
-            suppress = suppressed_ids(policy, columns.start, sampling.min_new_tokens, sampling.ignore_eos)
+            suppress = suppressed_ids(policy, sampling.min_new_tokens, sampling.ignore_eos)(columns.start)
             _fill(policy, rollout, hidden, here, sampling, suppress)
     return rollout, hidden
 

@@ -7,8 +7,6 @@ response ends with the first end-of-sequence token, which is part of it, and pad
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,6 @@ from grade.model.policy import Policy
 from grade.rollout import Rollout
 from grade.sampling.decode import Decoding
 from grade.sampling.draw import Sampling, suppressed_ids
-from grade_kernels import SparseTokens, soft_embedding
 
 # Decoding asks which rows have ended only this often: the question waits for the device.
 _END_CHECK_INTERVAL = 8
@@ -63,77 +60,36 @@ def sample(
     """
     steps = sampling.max_new_tokens
     decoding = decoding or Decoding(policy)
-    rows = first_rows[:, None] + torch.arange(steps, device=first_rows.device)  # [B, S]
-    suppress = [suppressed_ids(policy, step, sampling.min_new_tokens, sampling.ignore_eos) for step in range(steps)]
-    out = _Drawn(policy, len(prompt_ids) * samples_per_prompt, sampling)
+    suppress = suppressed_ids(policy, sampling.min_new_tokens, sampling.ignore_eos)
+    out = decoding.begin(sampling, seed=seed, first_rows=first_rows)
     # Inference mode takes a tenth off a token of a small model. Its tensors may never enter a graph, so what a rollout
     # keeps is made outside.
-    with decoding.prepared(adapters, sampling, len(out.alive)), torch.inference_mode():
+    with decoding.prepared(adapters, sampling, len(first_rows)), torch.inference_mode():
         decoder = decoding.start(prompt_ids, prompt_mask, copies=samples_per_prompt, steps=steps)
-        hidden = decoder.hidden  # [b, d] of the b <= B responses that are still written
         for step in range(steps):
-            draw = decoding.draw(hidden, sampling, seed=seed, rows=rows[out.where, step], suppress=suppress[step])
-            draw = out.put(step, draw)
-            if not sampling.ignore_eos and (step + 1) % _END_CHECK_INTERVAL == 0:
+            decoding.write(step, decoder, out, suppress(step))
+            if not sampling.ignore_eos and (step + 1) % _END_CHECK_INTERVAL == 0 and step + 1 < steps:
                 going = out.alive.nonzero().squeeze(1)
                 if not policy.going_on(len(going) > 0):
                     break
                 if decoding.drops_rows and 0 < len(going) <= _DROP_AT * len(out.alive):
                     decoder.keep(going)
-                    draw = out.keep(going, draw)
-            if step + 1 < steps:
-                hidden = decoder.feed(soft_embedding(draw, policy.embedding) * policy.embedding_scale)
+                    out.keep(going)
     if samples_per_prompt > 1:
         prompt_ids, prompt_mask = (x.repeat_interleave(samples_per_prompt, dim=0) for x in (prompt_ids, prompt_mask))
+    kept = decoding.kept(out)
     rollout = Rollout(
         prompt_ids,
         prompt_mask,
-        out.tokens,
-        out.mask,
-        out.indices,
-        out.token_weight,
-        rows,
-        weights=out.weights,
+        kept["tokens"],
+        kept["mask"],
+        kept["indices"],
+        kept["token_weight"],
+        first_rows[:, None] + torch.arange(steps, device=first_rows.device),  # [B, S]
+        weights=kept.get("weights"),
         min_new_tokens=sampling.min_new_tokens,
         ignore_eos=sampling.ignore_eos,
         seed=seed,
         samples_per_prompt=samples_per_prompt,
     )
     return rollout.cut(0, len(rollout))
-
-
-class _Drawn:
-    """The draws of B responses so far, as `Rollout` has them; those that have ended may be dropped from the batch."""
-
-    def __init__(self, policy: Policy, batch: int, sampling: Sampling):
-        self.policy, self.sampling = policy, sampling
-        size, device = (batch, sampling.max_new_tokens), policy.device
-        exact = torch.promote_types(policy.dtype, torch.float32)
-        self.tokens = torch.full(size, policy.pad_id, device=device)
-        self.mask = torch.zeros(size, dtype=torch.bool, device=device)
-        self.indices = torch.zeros(*size, sampling.top_k, dtype=torch.int64, device=device)
-        self.token_weight = torch.zeros(size, dtype=exact, device=device)
-        self.weights: Tensor | None = None
-        if sampling.soft:
-            self.weights = torch.zeros(*size, sampling.top_k, dtype=exact, device=device)
-        self.where = torch.arange(batch, device=device)  # [b], the responses that the rows of a draw belong to
-        self.alive = torch.ones(batch, dtype=torch.bool, device=device)  # [b]
-
-    def put(self, step: int, draw: SparseTokens) -> SparseTokens:
-        """Note a step's draw [b]; what is to be fed, pad for those that had ended."""
-        draw = replace(draw, tokens=torch.where(self.alive, draw.tokens, self.policy.pad_id))
-        at = (self.where, step)
-        self.tokens[at], self.mask[at], self.indices[at] = draw.tokens, self.alive, draw.indices
-        self.token_weight[at] = (draw.weights * (draw.indices == draw.tokens[:, None])).sum(-1)
-        if self.weights is not None:
-            self.weights[at] = draw.weights
-        if not self.sampling.ignore_eos:
-            self.alive = self.alive & ~torch.isin(draw.tokens, self.policy.eos_ids)
-        return draw
-
-    def keep(self, rows: Tensor, draw: SparseTokens) -> SparseTokens:
-        """Go on with these rows of the batch only; the draw's share of them."""
-        self.where, self.alive = self.where[rows], self.alive[rows]
-        return replace(
-            draw, indices=draw.indices[rows], weights=draw.weights[rows], tokens=draw.tokens[rows], mass=draw.mass[rows]
-        )

@@ -185,20 +185,23 @@ def sample_cases() -> Iterator[Case]:
     for k in CANDIDATES:
         support = Support(_ids(MANY, k), _floats(MANY, k), _floats(MANY))
         for tokens in (None, _ids(MANY)):
-            yield partial(sample.sample, support, _ids(MANY), SEED, 1, tokens, TAU)
+            for tau in (TAU, _floats()):
+                yield partial(sample.sample, support, _ids(MANY), SEED, 1, tokens, tau)
 
 
 def _selections(logits: Tensor, k: int, suppress: bool, given: bool, chosen: bool) -> Iterator[Case]:
     n = logits.shape[0]
     rest = (_ids(2) if suppress else None, _ids(n, k) if given else None, _ids(n) if chosen else None, torch.float32)
     yield partial(sample.select, logits, k, *rest)
-    yield partial(sample.select_and_sample, logits, k, TAU, _ids(n), SEED, 0, *rest)
+    for tau in (TAU,) if given or chosen else (TAU, _floats()):
+        yield partial(sample.select_and_sample, logits, k, tau, _ids(n), SEED, 0, *rest)
 
 
 def scatter_cases() -> Iterator[Case]:
     for k, dtype in product(CANDIDATES, DTYPES):
         weights = _floats(MANY, k, dtype=dtype)
-        yield partial(scatter.weights_vjp, weights, weights, TAU)
+        for tau in (TAU, _floats()):
+            yield partial(scatter.weights_vjp, weights, weights, tau)
         yield partial(scatter.weights_vjp, _floats(MANY, k), weights, TAU)
         for vocab in VOCABULARIES:
             yield partial(scatter.scatter, _ids(MANY, k), weights, vocab, dtype)

@@ -57,16 +57,17 @@ def configuration(launch: Any, target: str, large_logits: bool = False) -> Confi
     divisibility by 16 and `do_not_specialize` follow its rules.  `large_logits` makes tensors with long rows
     exceed 2 GiB.
     """
-    from grade_kernels.triton_ops.launch import compile_options
+    from grade_kernels.triton_ops.launch import compile_options, constants_for
 
     kernel, where = launch.kernel, TARGETS[target]
-    options = compile_options(launch.num_warps, launch.max_registers, where.warp_size, where.backend == "hip")
+    hip = where.backend == "hip"
+    options = compile_options(launch.num_warps, launch.max_registers, where.warp_size, hip)
     args = [
         _Pointer(a, large_logits and a.dim() > 0 and a.shape[-1] >= _LOGITS_WIDTH) if isinstance(a, Tensor) else a
         for a in launch.args
     ]
     backend, bind = _binder(kernel, target)
-    fixed = {**options, **launch.constants}
+    fixed = {**options, **constants_for(launch.constants, hip)}
     bound, specialization, rest = bind(*args, **fixed)
     _, signature, constants, attrs = kernel._pack_args(backend, fixed, bound, specialization, rest)
     return Configuration(target, kernel.fn.__module__, kernel.fn.__name__, options, signature, constants, attrs)

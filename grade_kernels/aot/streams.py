@@ -63,8 +63,15 @@ STREAMS: dict[str, tuple[Stream, ...]] = {
         Stream("objective.ref_kl_and_grad", _SIDES, share=2),
         Stream("objective.ref_kl_and_grad", ("policy",), given=("entropy_weights",), absent=("ref",), share=2),
     ),
-    "sample.select_kernel": (Stream("topk.survey", ("logits",), absent=("parts",), words=("bits",)),),
-    "sample.survey_kernel": (Stream("topk.survey", ("logits",), words=("bits",)),),
+    # Which ids are suppressed is asked for the maxima alone.
+    "sample.select_kernel": (
+        Stream("topk.survey", ("logits",), absent=("parts", "given"), words=("bits",)),
+        Stream("topk.survey", ("logits",), absent=("parts",), given=("given",)),
+    ),
+    "sample.survey_kernel": (
+        Stream("topk.survey", ("logits",), given=("maxima",), words=("bits",)),
+        Stream("topk.survey", ("logits",), absent=("maxima",)),
+    ),
 }
 # Loops over a row that few rows enter: they must not exchange anything either, but say nothing of the speed. So are the
 # loops of functions that stream in other kernels, or in other configurations.
@@ -226,6 +233,8 @@ class _Names:
             return None
         chains = map(self.of_load, loads)
         owners: set[str | None] = {next((n for n in chain if n in self._declared), None) for chain in chains}
+        if owners == {None} and all(len(access.frames) > 1 for access in loads):
+            return None  # whatever else the compiler has moved into it
         if None in owners:
             # Of what is inlined Triton 3.6 names the innermost line alone for NVIDIA. The loop's own instructions, its
             # addresses and sums, then say whose it is.

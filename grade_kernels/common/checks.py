@@ -77,6 +77,22 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number above 0, got {value}")
 
 
+def check_tau(tau: float | Tensor, device: torch.device) -> float | Tensor:
+    """A temperature: a number above 0, or a 0-d float tensor of a value that is not read."""
+    if not isinstance(tau, Tensor):
+        check_positive("tau", tau)
+        return float(tau)
+    if tau.dim() or tau.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"tau must be a python number or a float32 or float64 tensor of no dimension, got {tau.dtype} of shape "
+            f"{tuple(tau.shape)}"
+        )
+    if tau.requires_grad:
+        raise ValueError("tau requires a gradient, and gets none here; detach it with tau.detach()")
+    check_device("tau", tau, device)
+    return tau
+
+
 def check_int(name: str, value: int) -> int:
     """`value` as a python int: python and numpy integers pass, bools, floats and tensors do not."""
     if isinstance(value, (bool, Tensor)):

@@ -56,6 +56,23 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.T
 
 
+# `product` of x [r, i] and the weight as a [i, o] view, for code that torch.compile generates, which takes the library
+# when it runs. Without a gradient: for graphs in which gradients are operators too. A custom_op would look at what it
+# returns, which takes as long as a small product.
+_NAME = "grade_kernels::cpu_product"
+torch.library.define(_NAME, "(Tensor x, Tensor weight) -> Tensor")
+
+
+@torch.library.impl(_NAME, "CPU")
+def _compiled(x: Tensor, weight: Tensor) -> Tensor:
+    return product(x, weight.T)
+
+
+@torch.library.register_fake(_NAME)
+def _of_shape(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
 def weight_first(x: Tensor, weight: Tensor) -> Tensor:
     """x [r, i] @ weight.T -> [r, o], multiplied with the weight [o, i] on the left: for few rows often the quicker."""
     return (weight @ x.T).T.contiguous()
@@ -78,12 +95,20 @@ def limits() -> Limits | None:
     ValueError
         As `forced_library` does.
     """
-    forced = forced_library()
-    if forced == "mkl" or not torch.backends.mkldnn.is_available():
+    if not may_take_onednn():
         return None
-    if forced == "onednn":
-        return _ALWAYS
-    return measured_limits()
+    return _ALWAYS if forced_library() == "onednn" else measured_limits()
+
+
+def may_take_onednn() -> bool:
+    """Whether some processor would make `product` by oneDNN, with this torch and environment.
+
+    Raises
+    ------
+    ValueError
+        As `forced_library` does.
+    """
+    return forced_library() != "mkl" and torch.backends.mkldnn.is_available()
 
 
 def forced_library() -> str:

@@ -44,7 +44,7 @@ def block(values: Tensor, ids: Tensor, suppress: Tensor | None, tokens: Tensor |
     return values.masked_fill(blocked, -torch.inf)
 
 
-def sample(support: Support, keys: Tensor, seed: int, draw: int, tokens: Tensor | None, tau: float) -> Sample:
+def sample(support: Support, keys: Tensor, seed: int, draw: int, tokens: Tensor | None, tau: float | Tensor) -> Sample:
     """One token per row from its support, or the weights given `tokens`; `keys` [N] are the rows' keys."""
     ids, values, lse = support
     z = ops.noisy_logits(values, ids, keys, seed, draw, tokens)
@@ -55,7 +55,7 @@ def sample(support: Support, keys: Tensor, seed: int, draw: int, tokens: Tensor 
 def select_and_sample(
     logits: Rows,
     k: int,
-    tau: float,
+    tau: float | Tensor,
     keys: Tensor,
     seed: int,
     draw: int,

@@ -8,7 +8,7 @@ from torch import Tensor
 from grade_kernels.torch_ops.support import softmax_vjp
 
 
-def weights_vjp(weights: Tensor, grad: Tensor, tau: float) -> Tensor:
+def weights_vjp(weights: Tensor, grad: Tensor, tau: float | Tensor) -> Tensor:
     """J(w) v / tau [N, k], in the dtype of `weights`."""
     return softmax_vjp(weights, grad.to(weights.dtype)) / tau
 

@@ -60,7 +60,7 @@ def winner(z: Tensor, indices: Tensor) -> Tensor:
     return torch.where(best, indices, torch.iinfo(torch.int64).max).amin(-1)
 
 
-def tempered_softmax(z: Tensor, tau: float) -> Tensor:
+def tempered_softmax(z: Tensor, tau: float | Tensor) -> Tensor:
     """softmax(z / tau) [N, k]; the maximum goes first, so that no tau overflows."""
     return ((z - z.amax(-1, keepdim=True)) / tau).softmax(-1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from grade_kernels.common.environment import interpreting
 
@@ -33,6 +34,14 @@ def fma(x, y, z):
     if INTERPRETED:
         return (x.to(tl.float64) * y + z).to(tl.float32)
     return tl.fma(x, y, z)
+
+
+@triton.jit
+def divide(x, y):
+    """x / y to two units in the last place, for 2^-126 <= |y| <= 2^126: without the scaling that `/` does for all."""
+    if INTERPRETED:
+        return x / y
+    return libdevice.fast_dividef(x, y)
 
 
 @triton.jit
@@ -147,6 +156,35 @@ def lane_offsets(LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
 def lane_sum(x):
     """[STEPS, LANES, WIDTH] -> [LANES]."""
     return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def halves(x, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """A tile [STEPS, LANES, WIDTH] as two: of half the steps, or of half the width where there is one step.
+
+    Entries that are adjacent stay together: on some devices two registers in a row share an instruction.
+    """
+    if STEPS > 1:
+        return tl.split(tl.permute(tl.reshape(x, (2, STEPS // 2, LANES, WIDTH)), (1, 2, 3, 0)))
+    else:
+        return tl.split(tl.permute(tl.reshape(x, (1, LANES, 2, WIDTH // 2)), (0, 1, 3, 2)))
+
+
+@triton.jit
+def lane_dot(x, y, z, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
+    """z + x y, summed over a lane but for its last two entries, by a chain of one multiply-add an entry.
+
+    A reduction of x y adds products in pairs, so that half of them are multiplied first and added on their own.
+    """
+    if STEPS * WIDTH > 2:
+        x0, x1 = halves(x, LANES, WIDTH, STEPS)
+        y0, y1 = halves(y, LANES, WIDTH, STEPS)
+        HALF_WIDTH: tl.constexpr = WIDTH if STEPS > 1 else WIDTH // 2
+        HALF_STEPS: tl.constexpr = STEPS // 2 if STEPS > 1 else STEPS
+        z = lane_dot(x0, y0, z, LANES, HALF_WIDTH, HALF_STEPS)
+        return lane_dot(x1, y1, z, LANES, HALF_WIDTH, HALF_STEPS)
+    else:
+        return fma(x, y, z)
 
 
 @triton.jit

@@ -13,13 +13,15 @@ from torch import Tensor
 from grade_kernels.common.chunks import Rows
 from grade_kernels.common.stats import KLStats
 from grade_kernels.triton_ops import device, half, online
-from grade_kernels.triton_ops.launch import as_tensor, launch, row_addresses, store_width, vector_width
+from grade_kernels.triton_ops.launch import PerVendor, as_tensor, launch, row_addresses, store_width, vector_width
 
 _WARPS = 8
 # Entries of each side that a thread takes per tile: more share the work of moving a lane's centre, fewer leave
 # registers.
 _STATS_ENTRIES = 16
 _GRAD_ENTRIES = 8
+# Tiles that a turn of the 16-bit loop takes. AMD's compiler mixes them, in twice the registers.
+_STATS_TURNS = PerVendor(nvidia=2, amd=1)
 # Tiles of a row that one program of the gradient kernel takes.
 _GRAD_TILES = 8
 
@@ -27,13 +29,13 @@ _GRAD_TILES = 8
 @triton.jit(do_not_specialize=["n", "p_inner", "q_inner"])
 def _stats_kernel(
     p, q, out, n, vocab, p_inner, p_outer, p_stride, q_inner, q_outer, q_stride,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     p = device.aligned(p, device.row_start(row, p_inner, p_outer, p_stride), WIDTH)
     q = device.aligned(q, device.row_start(row, q_inner, q_outer, q_stride), WIDTH)
     if p.dtype.element_ty.primitive_bitwidth + q.dtype.element_ty.primitive_bitwidth == 32:
-        kl, peak_p, norm_p, peak_q, norm_q, shift = half.kl_row(p, q, vocab, LANES, WIDTH, STEPS)
+        kl, peak_p, norm_p, peak_q, norm_q, shift = half.kl_row(p, q, vocab, LANES, WIDTH, STEPS, TURNS)
     else:
         kl, peak_p, norm_p, peak_q, norm_q, shift, _ = online.kl_row(p, q, vocab, 0, LANES, WIDTH, STEPS)
     out += row
@@ -116,7 +118,7 @@ def _kl_stats(p: Tensor, q: Tensor) -> Tensor:
     width = vector_width(a.tensor, b.tensor)
     launch(
         _stats_kernel, (a.n,), a.tensor, b.tensor, out, a.n, p.shape[-1], *a.strides, *b.strides,
-        num_warps=_WARPS, LANES=32 * _WARPS, WIDTH=width, STEPS=_steps(width),
+        num_warps=_WARPS, LANES=32 * _WARPS, WIDTH=width, STEPS=_steps(width), TURNS=_STATS_TURNS,
     )  # fmt: skip
     return out
 

@@ -23,6 +23,13 @@ FUSED = {"enable_fp_fusion": True}
 VECTOR_BYTES = 16
 
 
+class PerVendor(NamedTuple):
+    """A constant of a kernel that differs between NVIDIA's devices (and the interpreter) and AMD's."""
+
+    nvidia: int
+    amd: int
+
+
 @dataclass(frozen=True)
 class Launch:
     """A launch that was recorded: the kernel, its grid, its arguments in order, and what is fixed."""
@@ -55,8 +62,8 @@ def launch(
     """kernel[grid](*args, **constants) on the device of the first tensor; an empty grid is no launch.
 
     Positional arguments are tensors (or None) and numbers that may change from call to call; `constants`
-    are the constexpr ones, each value of which is a compilation.  `max_registers` a thread bounds NVIDIA's compiler,
-    which otherwise takes as many as help one warp, though fewer warps then fit.
+    are the constexpr ones, each value of which is a compilation; one may be a `PerVendor`.  `max_registers` a
+    thread bounds NVIDIA's compiler, which otherwise takes as many as help one warp, though fewer warps then fit.
     """
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, num_warps, max_registers, constants))
@@ -67,13 +74,24 @@ def launch(
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with here:
         options = compile_options(num_warps, max_registers, warp_size(device), torch.version.hip is not None)
-        kernel[grid](*args, **options, **constants)
+        kernel[grid](*args, **options, **constants_for(constants, torch.version.hip is not None))
 
 
 def compile_options(num_warps: int, max_registers: int | None, lanes_per_warp: int, hip: bool) -> dict[str, Any]:
     """The compiler's options for a launch on a device with warps of `lanes_per_warp`."""
     options = {"num_warps": warps_for(num_warps, lanes_per_warp), **FUSED}
     return options if hip or max_registers is None else {**options, "maxnreg": max_registers}
+
+
+def constants_for(constants: dict[str, Any], hip: bool) -> dict[str, Any]:
+    """A launch's constants on a device of either vendor."""
+
+    def value(constant: Any) -> Any:
+        if isinstance(constant, PerVendor):
+            return constant.amd if hip else constant.nvidia
+        return constant
+
+    return {name: value(constant) for name, constant in constants.items()}
 
 
 def warps_for(num_warps: int, lanes_per_warp: int) -> int:
@@ -163,6 +181,11 @@ def words(seed: int) -> tuple[int, int]:
     """The two 32-bit words of a seed as signed integers, so that every seed has one type (no recompilation)."""
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     return low - (low >> 31 << 32), high - (high >> 31 << 32)
+
+
+def split_tau(tau: float | Tensor) -> tuple[float, Tensor | None]:
+    """A temperature as the two arguments of a kernel: a number, or where it lies."""
+    return (1.0, tau) if isinstance(tau, Tensor) else (float(tau), None)
 
 
 def next_power_of_2(n: int) -> int:

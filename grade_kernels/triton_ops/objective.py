@@ -109,7 +109,7 @@ def ref_kl_terms(p, q, gap, peak_q, norm_q, shift):
     """
     prob = device.exp((q - peak_q) - norm_q)
     u = shift - (q - p)
-    near = prob * u * u * online.phi_ratio(u)
+    near = prob * (u * u * online.phi_ratio(u))
     far = -gap - prob * tl.where(q == float("-inf"), 0.0, u)
     terms = tl.where(tl.abs(u) <= online.NEAR, near, far)
     return tl.where(u == float("-inf"), float("inf"), terms)

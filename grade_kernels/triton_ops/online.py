@@ -52,13 +52,14 @@ LARGE: tl.constexpr = tl.constexpr(16.0)
 
 @triton.jit
 def phi_ratio(u):
-    """(e^u - 1 - u) / u^2 for |u| <= NEAR: minimax, exact at 0, relative error below 3.4e-7."""
-    s = 1.989095617318526e-4
-    s = s * u + 1.4083703281357884e-3
-    s = s * u + 8.334076963365078e-3
-    s = s * u + 4.166329279541969e-2
-    s = s * u + 0.16666652262210846
-    return s * u + 0.5
+    """(e^u - 1 - u) / u^2 for |u| <= NEAR, exact at 0: relative error below 3.6e-7, and 6e-7 with its rounding.
+
+    Of degree 6 in four multiply-adds beside u^2, which every caller needs: minimax among products of this form, which
+    is as close as the best polynomial of degree 5, of five multiply-adds.
+    """
+    y = u * u
+    s = 2.0993548969272524e-4 * y + 8.326984010636806e-3
+    return (399.364501953125 * s + u) * (s * y + 0.16666732728481293) - 0.054252516478300095
 
 
 @triton.jit
@@ -84,7 +85,7 @@ def move(delta, exponent):
     gain = tl.exp2(delta * LOG2E + exponent)
     # A floored exponent is not the true one.  Where the state counts nevertheless, the row goes to `careful`.
     gain = tl.where((exponent <= FLOOR) & (gain > 0.0), float("inf"), gain)
-    near = scale * delta * delta * phi_ratio(delta)
+    near = scale * (delta * delta * phi_ratio(delta))
     return gain, tl.where(tl.abs(delta) <= NEAR, near, (gain - scale) - scale * delta)
 
 
@@ -160,7 +161,7 @@ def kl_tile(p, q, valid, m, z, c, low, a, t, zq, tq, TAIL: tl.constexpr, ENTROPY
     if TAIL:
         f = tl.where(valid, f, FLOOR)
     wq = tl.exp2(f)
-    wu = w * u
+    wu = w * u  # of both forms: apart they take AMD more registers than two programs of a multiprocessor have
     terms = tl.where(tl.abs(u) <= NEAR, wu * u * phi_ratio(u), (wq - w) - wu)
     a = gain * a + lift * z + device.lane_sum(terms)
     if ENTROPY == 1:

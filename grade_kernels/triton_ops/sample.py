@@ -26,6 +26,7 @@ from grade_kernels.triton_ops.launch import (
     multiprocessors,
     next_power_of_2,
     row_addresses,
+    split_tau,
     vector_width,
     words,
 )
@@ -91,10 +92,10 @@ def plan(vocab: int, k: int, logits: Tensor) -> Plan:
 _CHANGING = ["first_row", "inner", "k", "groups", "parts_n", "seed_low", "seed_high", "draw", "tau"]
 
 
-@triton.jit(do_not_specialize=_CHANGING)
+@triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=["tau_at"])
 def select_kernel(
     logits, inner, outer_stride, inner_stride, first_row, vocab, k, groups,
-    bits, given, tokens, keys, seed_low, seed_high, draw, tau,
+    bits, given, tokens, keys, seed_low, seed_high, draw, tau, tau_at,
     out_ids, out_values, out_lse, out_weights, out_tokens, out_mass,
     buffer, maxima, parts, parts_n,
     TILES: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, READ: tl.constexpr,
@@ -102,7 +103,8 @@ def select_kernel(
 ):  # fmt: skip
     """A row of logits -> ids, and either values and lse (SAMPLE false) or weights, token and mass.
 
-    `given` ids or None for the top-k; `maxima` and `parts` are what `survey_kernel` left, or None.
+    `given` ids or None for the top-k; `maxima` and `parts` are what `survey_kernel` left, or None; the temperature is
+    read from `tau_at` unless that is None.
     """
     program = tl.program_id(0).to(tl.int64)
     row = program + first_row
@@ -137,7 +139,7 @@ def select_kernel(
     if SAMPLE:
         key = tl.load(keys + row)
         _sample(
-            row, k, valid, lane, ids, values, lse, key, seed_low, seed_high, draw, token, tau,
+            row, k, valid, lane, ids, values, lse, key, seed_low, seed_high, draw, token, tau, tau_at,
             out_weights, out_tokens, out_mass, tokens is not None,
         )  # fmt: skip
     else:
@@ -170,9 +172,11 @@ def _top_ids(
 
 @triton.jit
 def _sample(
-    row, k, valid, lane, ids, values, lse, key, seed_low, seed_high, draw, token, tau,
+    row, k, valid, lane, ids, values, lse, key, seed_low, seed_high, draw, token, tau, tau_at,
     out_weights, out_tokens, out_mass, CONDITIONAL: tl.constexpr,
 ):  # fmt: skip
+    if tau_at is not None:
+        tau = tl.load(tau_at).to(tl.float32)
     z = noise.noisy_logits(values, ids, valid, key, seed_low, seed_high, draw, token, CONDITIONAL)
     if not CONDITIONAL:
         token = noise.winner(z, ids, valid)
@@ -200,9 +204,9 @@ def survey_kernel(
     tl.store(parts + program * 2 + 1, norm)
 
 
-@triton.jit(do_not_specialize=["k", "seed_low", "seed_high", "draw", "tau"])
+@triton.jit(do_not_specialize=["k", "seed_low", "seed_high", "draw", "tau"], do_not_specialize_on_alignment=["tau_at"])
 def sample_kernel(
-    values, ids, lse, keys, tokens, k, seed_low, seed_high, draw, tau, out_weights, out_tokens, out_mass,
+    values, ids, lse, keys, tokens, k, seed_low, seed_high, draw, tau, tau_at, out_weights, out_tokens, out_mass,
     KEPT: tl.constexpr,
 ):  # fmt: skip
     """A row of k candidates -> weights, token and mass."""
@@ -216,7 +220,7 @@ def sample_kernel(
         token = tl.load(tokens + row)
     _sample(
         row, k, valid, lane, support, logits, tl.load(lse + row), tl.load(keys + row), seed_low, seed_high, draw, token,
-        tau, out_weights, out_tokens, out_mass, tokens is not None,
+        tau, tau_at, out_weights, out_tokens, out_mass, tokens is not None,
     )  # fmt: skip
 
 
@@ -227,10 +231,10 @@ def _launch_selection(
     given: Tensor | None,
     tokens: Tensor | None,
     keys: Tensor | None = None,
-    numbers: tuple = (0, 0, 0, 1.0),
+    numbers: tuple = (0, 0, 0, 1.0, None),
 ) -> Any:
-    """(ids, values, lse); with the `keys` of the noise and `numbers` (seed_low, seed_high, draw, tau) it samples:
-    (ids, weights, tokens, mass)."""
+    """(ids, values, lse); with the `keys` of the noise and `numbers` (seed_low, seed_high, draw, tau, tau_at) it
+    samples: (ids, weights, tokens, mass)."""
     given, tokens, keys = (None if x is None else x.contiguous() for x in (given, tokens, keys))
     rows, vocab, device = row_addresses(logits), logits.shape[-1], logits.device
     n, shape = rows.n, plan(vocab, k, rows.tensor)
@@ -286,10 +290,10 @@ def _(logits: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("grade_kernels::select_and_sample", mutates_args=())
 def _select_and_sample(
-    logits: Tensor, k: int, tau: float, keys: Tensor, seed_low: int, seed_high: int, draw: int,
+    logits: Tensor, k: int, tau: float, tau_at: Tensor | None, keys: Tensor, seed_low: int, seed_high: int, draw: int,
     suppress: Tensor | None, indices: Tensor | None, tokens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _launch_selection(logits, k, suppress, indices, tokens, keys, (seed_low, seed_high, draw, tau))
+    return _launch_selection(logits, k, suppress, indices, tokens, keys, (seed_low, seed_high, draw, tau, tau_at))
 
 
 @_select_and_sample.register_fake
@@ -303,7 +307,7 @@ def _(logits: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @torch.library.custom_op("grade_kernels::sample", mutates_args=())
 def _sample_support(
     values: Tensor, ids: Tensor, lse: Tensor, keys: Tensor, seed_low: int, seed_high: int, draw: int,
-    tokens: Tensor | None, tau: float,
+    tokens: Tensor | None, tau: float, tau_at: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n, k = ids.shape
     values, ids, keys = values.contiguous(), ids.contiguous(), keys.contiguous()
@@ -311,7 +315,8 @@ def _sample_support(
     weights, mass = torch.empty_like(values), torch.empty_like(lse)
     chosen = torch.empty(n, dtype=torch.int64, device=ids.device)
     launch(
-        sample_kernel, (n,), values, ids, lse, keys, tokens, k, seed_low, seed_high, draw, tau, weights, chosen, mass,
+        sample_kernel, (n,), values, ids, lse, keys, tokens, k, seed_low, seed_high, draw, tau, tau_at, weights, chosen,
+        mass,
         num_warps=4, KEPT=next_power_of_2(max(k, 16)),
     )  # fmt: skip
     return weights, chosen, mass
@@ -329,18 +334,18 @@ def select(
     return Support(*_select(as_tensor(logits), k, suppress, indices, tokens))
 
 
-def sample(support: Support, keys: Tensor, seed: int, draw: int, tokens: Tensor | None, tau: float) -> Sample:
+def sample(support: Support, keys: Tensor, seed: int, draw: int, tokens: Tensor | None, tau: float | Tensor) -> Sample:
     """See `torch_ops.sample.sample`."""
     ids, values, lse = support
-    return Sample(*_sample_support(values, ids, lse, keys, *words(seed), words(draw)[0], tokens, tau))
+    return Sample(*_sample_support(values, ids, lse, keys, *words(seed), words(draw)[0], tokens, *split_tau(tau)))
 
 
 def select_and_sample(
-    logits: Rows, k: int, tau: float, keys: Tensor, seed: int, draw: int, suppress: Tensor | None,
+    logits: Rows, k: int, tau: float | Tensor, keys: Tensor, seed: int, draw: int, suppress: Tensor | None,
     indices: Tensor | None, tokens: Tensor | None, dtype: torch.dtype,
 ) -> tuple[Tensor, Sample]:  # fmt: skip
     """See `torch_ops.sample.select_and_sample`."""
     ids, *sample = _select_and_sample(
-        as_tensor(logits), k, tau, keys, *words(seed), words(draw)[0], suppress, indices, tokens
+        as_tensor(logits), k, *split_tau(tau), keys, *words(seed), words(draw)[0], suppress, indices, tokens
     )
     return ids, Sample(*sample)

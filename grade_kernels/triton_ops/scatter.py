@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from grade_kernels.common.environment import interpreting
-from grade_kernels.triton_ops.launch import VECTOR_BYTES, launch, next_power_of_2
+from grade_kernels.triton_ops.launch import VECTOR_BYTES, launch, next_power_of_2, split_tau
 from grade_kernels.triton_ops.noise import softmax_vjp
 
 _WARPS = 8
@@ -19,9 +21,9 @@ _CANDIDATES = 1024
 INTERPRETED = tl.constexpr(interpreting())
 
 
-def weights_vjp(weights: Tensor, grad: Tensor, tau: float) -> Tensor:
+def weights_vjp(weights: Tensor, grad: Tensor, tau: float | Tensor) -> Tensor:
     """J(w) v / tau [N, k], in the dtype of `weights`."""
-    return _weights_vjp(weights, grad, float(tau))
+    return _weights_vjp(weights, grad, *split_tau(tau))
 
 
 def scatter(ids: Tensor, values: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
@@ -41,7 +43,7 @@ def store_rounded(out, x, mask):
 
 
 @torch.library.custom_op("grade_kernels::weights_vjp", mutates_args=())
-def _weights_vjp(weights: Tensor, grad: Tensor, tau: float) -> Tensor:
+def _weights_vjp(weights: Tensor, grad: Tensor, tau: float, tau_at: Tensor | None) -> Tensor:
     n, k = weights.shape
     out = torch.empty(n, k, dtype=weights.dtype, device=weights.device)
     row = next_power_of_2(k)
@@ -53,6 +55,7 @@ def _weights_vjp(weights: Tensor, grad: Tensor, tau: float) -> Tensor:
         out,
         k,
         tau,
+        tau_at,
         num_warps=max(1, min(16, row // 256)),
         KP=row,
     )
@@ -60,17 +63,19 @@ def _weights_vjp(weights: Tensor, grad: Tensor, tau: float) -> Tensor:
 
 
 @_weights_vjp.register_fake
-def _(weights: Tensor, grad: Tensor, tau: float) -> Tensor:
+def _(weights: Tensor, *_: Any) -> Tensor:
     return weights.new_empty(weights.shape)
 
 
-@triton.jit(do_not_specialize=["k"])
-def _weights_vjp_kernel(weights, grad, out, k, tau, KP: tl.constexpr):
+@triton.jit(do_not_specialize=["k", "tau"], do_not_specialize_on_alignment=["tau_at"])
+def _weights_vjp_kernel(weights, grad, out, k, tau, tau_at, KP: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, KP)
     valid = lane < k
     w = tl.load(weights + row * k + lane, mask=valid, other=0.0).to(tl.float32)
     v = tl.load(grad + row * k + lane, mask=valid, other=0.0).to(tl.float32)
+    if tau_at is not None:
+        tau = tl.load(tau_at).to(tl.float32)
     store_rounded(out + row * k + lane, softmax_vjp(w, v) / tau, valid)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,9 @@ def test_a_dry_run_that_is_killed_and_called_again(tmp_path):
     ours = [row for row in rows["kernels.jsonl"] if row.get("implementation") == "ours"]
     assert all(row["backend"] == "interpreter" and row["ratio"] == 1 for row in ours)
     steps = [row for row in rows["training.jsonl"] if "entry" in row]
-    assert len(steps) == 3 and all(set(step["floors"]) == set(step["phases"]) - {"update"} for step in steps)
+    assert [step["entry"].split()[-1] for step in steps] == ["replay"] * 3 + ["layers"]
+    assert steps[-1]["first_seconds"] > steps[-1]["seconds"] > 0  # what compiling took is told apart
+    assert all(set(step["floors"]) == set(step["phases"]) - {"update"} for step in steps)
     assert sum("tests/kernels/" in row.get("key", "") for row in rows["tests.jsonl"]) == 10
 
     text = (out / "summary.md").read_text()
@@ -120,6 +123,9 @@ def test_what_is_listed_exists():
     for entry in (*training.ENTRIES, *training.DRY):
         assert entry.shape in SHAPES and entry.algorithm in ALGORITHMS
     assert len({entry.name for entry in training.ENTRIES}) == len(training.ENTRIES)
+    # A step beside the same without one more thing compiled, in the order of their worth.
+    assert [entry.algorithm for entry in training.ENTRIES[:3]] == ["replay", "compiled", "layers"]
+    assert len({replace(entry, algorithm="", share=0.0) for entry in training.ENTRIES[:3]}) == 1
 
 
 # -- parts of it ---------------------------------------------------------------------------------------------

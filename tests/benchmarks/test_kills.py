@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from forked import forked
 
 from benchmarks import damage, kills
 
@@ -23,11 +22,5 @@ def test_of_no_kills_or_damages_nothing_is_said(command, option, number, monkeyp
 
 @pytest.mark.slow
 def test_runs_killed_twice_end_as_the_undisturbed_one():
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kills", "--kills", "3"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0 and "3 of 3 runs" in done.stdout, done.stdout + done.stderr
+    ((code, said, errors),) = forked([(["-m", "benchmarks.kills", "--kills", "3"], {})], timeout=500)
+    assert code == 0 and "3 of 3 runs" in said, said + errors

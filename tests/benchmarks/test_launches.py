@@ -13,7 +13,7 @@ from torch.utils._triton import has_triton
 from benchmarks import launches
 from benchmarks.launch_counter import META, counting, list_launches
 from benchmarks.launch_graphs import compiled_by
-from benchmarks.launches import PARTS, counted
+from benchmarks.launches import COMPILED_LAYERS, LAYERS, PARTS, counted
 from grade_kernels import gumbel_topk
 
 SAVED = json.loads((Path(__file__).parents[2] / "benchmarks/results/launches.json").read_text(encoding="utf-8"))
@@ -48,6 +48,21 @@ def test_inside_inference_mode_too():
     with counting() as counts, torch.inference_mode():
         torch.nn.functional.linear(x, w).softmax(-1)
     assert counts.work().operators == {"mm": 1, "_softmax": 1}
+
+
+def test_lists_that_code_asks_for_are_what_was_answered():
+    with counting() as counts:
+        counts.answers[3] = [32, 32, 64]
+        assert given(3, dtype=torch.int64).tolist() == [32, 32, 64]
+        assert given(2, dtype=torch.int64).tolist() == [1, 1] and given(3).tolist() == [1.0] * 3
+    assert counts.work().waits == 3
+
+
+def test_replay_is_counted_of_whole_responses(small):
+    """Of 16 responses of 64 tokens behind 32: what a hop moves is more than what its layers are given, many times."""
+    one, two = small
+    given = 16 * (32 + 64) * 1024 * 2
+    assert two["hop"].moved - one["hop"].moved > 100 * given
 
 
 def test_reading_a_value_waits():
@@ -112,7 +127,12 @@ def test_compiled_kernels_are_fused_ones_and_products():
 
 @pytest.fixture(scope="module")
 def small():
-    return [counted("qwen3-0.6b", layers, beside=False, whole=False) for layers in (1, 2)]
+    return [counted("qwen3-0.6b", layers, beside=False, whole=False, compiled_layers=False) for layers in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def fused():
+    return counted("qwen3-0.6b", 1, beside=False, whole=False, compiling=False)
 
 
 @of_the_same_versions
@@ -127,9 +147,19 @@ def test_launches_have_not_grown(small, part, number):
             assert one + (row["layers"] - 1) * (two - one) == row[number]
 
 
+@pytest.mark.slow
+@of_the_same_versions
+@pytest.mark.parametrize("part", COMPILED_LAYERS)
+def test_launches_of_compiled_layers_have_not_grown(fused, part):
+    (row,) = (row for row in SAVED["rows"] if row["part"] == part and row["shape"] == "qwen3-0.6b")
+    found = fused[part]
+    assert found.kernels + (row["layers"] - 1) * row["kernels_of_layer"] == row["kernels"]
+    assert found.host == found.kernels and found.waits == row["waits"] and found.moved is None
+
+
 def test_layers_launch_alike(small):
     """As the table takes them to."""
-    four = counted("qwen3-0.6b", 4, beside=False, whole=False, compiling=False)
+    four = counted("qwen3-0.6b", 4, beside=False, whole=False, compiling=False, compiled_layers=False)
     for part in ("token", "forward", "hop", "backward"):
         for number in ("kernels", "host", "waits", "moved", "least"):
             a, b, d = (getattr(parts[part], number) for parts in (*small, four))
@@ -144,7 +174,12 @@ def test_the_saved_table_is_whole():
         assert rows.keys() == PARTS.keys()
         assert rows["token"]["kernels"] < 0.75 * rows["beside"]["kernels"]
         assert rows["token_compiled"]["kernels"] < 0.8 * rows["beside_compiled"]["kernels"]
-        assert rows["token_compiled"]["host"] < 40
+        assert rows["token_compiled"]["host"] == 1
+        for name in LAYERS:  # a fused layer is the products of its weights and adapters, and a few kernels besides
+            assert rows[f"{name}_compiled"]["kernels_of_layer"] < 0.42 * rows[name]["kernels_of_layer"]
+        assert rows["step_layers"]["host"] < 0.4 * rows["step_compiled"]["host"]
+        # Weights are read by either, and what else is there before a part is at most as much with fewer kernels.
+        assert rows["hop_compiled"]["least"] <= rows["hop"]["least"]
 
 
 def test_no_shape_is_refused(capsys):

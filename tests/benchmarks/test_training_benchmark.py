@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import forked
 
 from benchmarks import training
 from benchmarks.training_floors import floors, rates
-from benchmarks.training_setup import ALGORITHMS, Bench, Setting, measure
+from benchmarks.training_setup import ALGORITHMS, COMPILED, Bench, Setting, measure
 from benchmarks.training_text import document, growth
 
 SETTING = Setting(shape="llama-260k", batch=2, prompt=5, length=12, k=16)
@@ -47,7 +50,8 @@ def options_of(line):
 def exact():
     """One step of every algorithm with all hops."""
     setting = replace(SETTING, hop_tol=0.0, max_hops=SETTING.length - 1)
-    return {name: Bench(setting, name).step() for name in ALGORITHMS if name != "compiled"}  # which takes a minute
+    names = [name for name in ALGORITHMS if name not in COMPILED]  # which take a minute
+    return {name: Bench(setting, name).step() for name in names}
 
 
 @pytest.mark.parametrize("name", ["published", "cached", "checkpointed"])
@@ -117,7 +121,23 @@ def test_a_power_law_is_continued():
     assert growth(rows) == {(16, 64): pytest.approx(2), (64, 256): pytest.approx(2)}
 
 
-def test_the_command(tmp_path, capsys):
+@pytest.fixture
+def one_from_nothing(monkeypatch):
+    """Of the processes that the command starts, the first begins from nothing, the others are forked."""
+    start, commands = subprocess.run, []
+
+    def run(command, *, timeout, **how):
+        commands.append(command)
+        if len(commands) == 1:
+            return start(command, timeout=timeout, **how)
+        ((code, out, errors),) = forked([(command[1:], {})], timeout=timeout)
+        return subprocess.CompletedProcess(command, code, out, errors)
+
+    monkeypatch.setattr(training, "subprocess", SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired))
+    return commands
+
+
+def test_the_command(one_from_nothing, tmp_path, capsys):
     stem = tmp_path / "llama-0.3m"  # the dot is part of the name
     saved = tmp_path / "llama-0.3m.json"
     training.main(
@@ -146,6 +166,7 @@ def test_the_command(tmp_path, capsys):
         ]
     )
     printed = capsys.readouterr().out
+    assert len(one_from_nothing) >= 4
     payload = json.loads(saved.read_text())
     assert printed.endswith(document(payload)) and (tmp_path / "llama-0.3m.png").stat().st_size > 10_000
     assert [(row["length"], row["algorithm"]) for row in payload["rows"]] == [(8, "published"), (8, "replay")]

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from in_processes import without_launcher
 from tiny_run import changed
 
 from grade import cli
@@ -125,8 +126,8 @@ def test_two_processes_equal_one_large_batch(tiny_config, tmp_path):
     program.write_text(
         "import sys\nfrom grade import cli\nsys.exit(max(cli.main(['train', path]) for path in sys.argv[1:]))\n"
     )
-    done = started(*TORCHRUN, program, *(configs[method, 2] for method in methods), cwd=tmp_path, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    done = without_launcher(*(configs[method, 2] for method in methods), program=program, cwd=tmp_path, timeout=200)
+    assert [code for code, _, _ in done] == [0, 0], done
 
     def results(method, processes):
         run = tmp_path / f"{method}-{processes}"

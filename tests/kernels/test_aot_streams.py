@@ -249,3 +249,22 @@ def test_what_streams_logits_exchanges_nothing(name):
     assert row.error == "" and row.streamed is not None
     assert row.streamed.has_speed and row.streamed.exchanges == []
     assert devices.ceiling(row.streamed, "H200") > 0.5
+
+
+@needs_compiler
+@pytest.mark.parametrize("given", [False, True])
+def test_suppressed_ids_are_read_for_the_maxima_alone(given):
+    """With a given support no bitmap is read; without one the loop over candidates reads one too, and is no stream,
+    whatever else the compiler moves into it."""
+    from grade_kernels.aot import cases
+
+    def wanted(one):
+        if not (one.name == "sample.select_kernel" and one.given("bits") and one.given("given") == given):
+            return False
+        kind = "*bf16" if given else "*fp32"
+        return one.signature["logits"] == kind and one.constant("KEPT") == 256 and not one.given("parts")
+
+    few = [one for one in command.configurations(cases.record(), ["sm_90"]) if wanted(one)]
+    row = binary.compile_one(min(few, key=lambda one: one.constant("STEPS") * one.constant("WIDTH")))
+    assert not row.error
+    assert {one.function for one in row.streamed.found if not one.rare} == {"topk.survey"}

@@ -63,6 +63,15 @@ def test_compiles_into_one_graph(monkeypatch):
     torch.testing.assert_close(compiled(x, weight), x @ weight.T)
 
 
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
+def test_operator_of_generated_code(library, monkeypatch):
+    monkeypatch.setenv(VARIABLE, library)
+    operator, weight, x = torch.ops.grade_kernels.cpu_product.default, torch.randn(6, 4), torch.randn(3, 4)
+    for factors in ((x, weight.T), (torch.randn(3, 6), weight)):
+        torch.testing.assert_close(operator(*factors), factors[0] @ factors[1])
+        torch.library.opcheck(operator, factors, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_rows_and_work_decide(seconds):
     """A row saves 1 ns an entry, the weight costs 7 ns an entry, and a new size 60 ns a use."""
     assert limits() == Limits(8.0, 64.0)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from kernel_checks import HALF
 from sampling_checks import check_sample
+from torch._dynamo.utils import counters
 
-from grade_kernels import gumbel_topk, place_tokens, reference
+from grade_kernels import Head, gumbel_topk, linear_gumbel_topk, place_tokens, reference
 from grade_kernels.torch_ops import support as support_ops
 
 DTYPES = [torch.float64, torch.float32, *HALF]
@@ -117,6 +118,45 @@ def test_weights_and_tokens_follow_the_definition(ops, device, dtype, tau):
     check_sample(ops, 3 * torch.randn(12, 400).to(device, dtype), 12, tau=tau, indices=indices)
 
 
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+def test_a_tau_in_a_tensor_is_that_number(backend, device, head):
+    """At each call it is what the tensor then holds, in one compiled graph too."""
+    logits, v = (torch.randn(4, n, device=device) for n in (50, 6))
+    tau = torch.ones((), device=device)
+
+    def weights(logits, tau):
+        if head:
+            return linear_gumbel_topk(logits, Head(torch.eye(50, device=device)), 6, tau, seed=3).weights
+        return gumbel_topk(logits, 6, tau, seed=3).weights
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(weights, fullgraph=True, dynamic=False, backend="aot_eager")
+    for value in (0.3, 2.0, 1.1):
+        tau.fill_(value)
+        results = []
+        for call, temperature in ((weights, tau.item()), (weights, tau), (compiled, tau)):
+            x = logits.clone().requires_grad_()
+            out = call(x, temperature)
+            results.append((out, *torch.autograd.grad(out, x, v)))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(results[2], results[0], rtol=1e-6, atol=1e-7)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+def test_a_backward_pass_behind_a_change_of_tau_is_refused(backend, device, head):
+    """Its gradient would be another temperature's than its weights."""
+    x, tau = torch.randn(4, 50, device=device, requires_grad=True), torch.ones((), device=device)
+    if head:
+        weights = linear_gumbel_topk(x, Head(torch.eye(50, device=device)), 6, tau, seed=3).weights
+    else:
+        weights = gumbel_topk(x, 6, tau, seed=3).weights
+    tau.fill_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        weights.square().sum().backward()
+
+
 def test_tau_does_not_touch_the_tokens(backend, device):
     logits, indices = torch.randn(10, 20).to(device), torch.arange(20, device=device).expand(10, 20)
     results = [gumbel_topk(logits, tau=tau, seed=9, indices=indices) for tau in (1e-30, 0.5, 1e30)]
@@ -192,7 +232,7 @@ VIEWS = {
     "turned": lambda x: x.transpose(0, 1),
     "every other entry": lambda x: x[..., ::2],
     "no stride": lambda x: x[:1].expand(3, *x.shape[1:]),
-    "entries not adjacent": lambda x: x.transpose(0, 2),
+    "entries not adjacent": lambda x: x[..., :6].transpose(0, 2),
     "a stride for every dimension": lambda x: x.view(2, 3, 2, 15)[:, :1, :1],
 }
 

@@ -68,7 +68,7 @@ def test_a_shift_of_one_side(ops, pair, offset):
     assert_stats(stats, p, q)
 
 
-@pytest.mark.parametrize("difference", [0.5, 0.74609375, 0.75, 0.75390625, 1.0])
+@pytest.mark.parametrize("difference", [0.25, 0.5, 0.74609375, 0.75, 0.75390625, 1.0])
 def test_where_terms_change_their_form(ops, difference, device, dtype):
     """Half of the mass a step up, half of it down: |u| is the step, the same for all."""
     p = torch.zeros(1, 2 * TILE, device=device, dtype=dtype)

@@ -35,10 +35,12 @@ def test_sample(device):
     some = torch.tensor([3, 5], device=device)
     support = sample.select(logits, 4, None, None, None, torch.float32)
     opcheck(OPS.select, (logits, 4, some, None, None))
-    opcheck(OPS.select_and_sample, (logits, 4, 0.5, keys, 1, 2, 1, None, None, some))
-    opcheck(OPS.sample, (support.values, support.ids, support.lse, keys, 1, 2, 0, None, 0.5))
+    tau = torch.tensor(0.5, device=device)
+    opcheck(OPS.select_and_sample, (logits, 4, 0.5, None, keys, 1, 2, 1, None, None, some))
+    opcheck(OPS.select_and_sample, (logits, 4, 1.0, tau, keys, 1, 2, 1, None, None, some))
+    opcheck(OPS.sample, (support.values, support.ids, support.lse, keys, 1, 2, 0, None, 1.0, tau))
     opcheck(OPS.scatter, (support.ids, support.values, 100, torch.bfloat16))
-    opcheck(OPS.weights_vjp, (support.values, support.values, 0.5))
+    opcheck(OPS.weights_vjp, (support.values, support.values, 1.0, tau))
 
 
 def test_embedding(device):

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,10 +17,10 @@ from grade.commands.plan import planned
 from grade.config import Config, LoraSettings, ModelConfig, RewardConfig, reading
 from grade.errors import GradeError
 from grade.memory import plan as trials
-from grade.planning.devices import DEVICES
+from grade.planning.devices import DEVICES, Efficiency
 from grade.planning.memory import SHARE, memory_of
 from grade.planning.phases import phases_of
-from grade.planning.text import as_json, quantity
+from grade.planning.text import as_json, quantity, sentences
 
 LARGE = "meta-llama/Llama-3.1-70B"
 
@@ -152,6 +153,77 @@ def test_recomputation_is_what_would_not_fit_otherwise():
     assert found.run.recompute and found.fits
     kept = planned(replace(much, method=replace(much.method, activation_checkpointing=False)), gpu="h100")
     assert not kept.run.recompute and not kept.fits
+
+
+def compiling(wanted, **train) -> Config:
+    config = one_by_one()
+    return replace(config, train=replace(config.train, compile=wanted, **train))
+
+
+def test_compiled_layers_launch_less_and_nothing_else():
+    """Those of training's passes; sampling is another setting's."""
+    plain, compiled = (planned(compiling(wanted), gpu="h200") for wanted in (False, True))
+    share = compiled.run.efficiency.fused
+    phases = {phase.name: phase for phase in plain.phases}
+    for phase in compiled.phases:
+        before = phases[phase.name]
+        assert phase.work.flops == before.work.flops and phase.work.moved == before.work.moved
+        assert phase.work.layers + phase.work.fused == before.work.layers
+        if phase.name in ("rollout", "head", "update"):
+            assert phase.time == before.time and not phase.work.fused
+    hops, before = (next(p for p in found.phases if p.name == "hops") for found in (compiled, plain))
+    launched = (hops.work.layers + share * hops.work.fused) * compiled.run.efficiency.layer_seconds
+    assert hops.work.fused == 36 * hops.work.layers  # a rule for each pass of 36 layers
+    assert before.time.bound == "launching" and launched <= hops.time.seconds < 0.3 * before.time.seconds
+    assert compiled.memory == plain.memory
+    assert as_json(compiled)["compiles_layers"] and not as_json(plain)["compiles_layers"]
+    (line,) = (line for line in plain.suggestions if "--train.compile true" in line)
+    assert f"{1 - compiled.seconds / plain.seconds:.0%} off a step" in line and "hops" in line
+    assert not any("--train.compile true" in line for line in compiled.suggestions)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "compiles", "said"),
+    [
+        (
+            compiling("auto", steps=25),
+            {"gpu": "h200"},
+            True,
+            "the run passes 400 micro-batches, and it is taken to pay",
+        ),
+        (compiling("auto", steps=24), {"gpu": "h200"}, False, "not compiled, since the run passes 384 micro-batches"),
+        (compiling(True, steps=1), {"gpu": "h200"}, True, "train.compile=true: layers are compiled. 26% of a layer's"),
+        (compiling("auto"), {"gpu": "h100", "gpus": 2, "shards": 2}, False, "compiled layers hold their weights"),
+        (compiling("auto"), {"gpu": "cpu"}, False, "on a CPU fused operations save little"),
+        (compiling(True), {"gpu": "cpu"}, True, "What they save on a CPU is not in these numbers."),
+        (compiling(False), {"gpu": "h200"}, False, None),
+    ],
+)
+def test_the_plan_says_whether_layers_are_compiled_and_why(config, options, compiles, said):
+    if options["gpu"] == "cpu":
+        config = replace(config, model=replace(config.model, dtype="float32"))
+    found = planned(config, **options)
+    lines = [line for line in sentences(found) if line.startswith("train.compile=")]
+    assert found.run.compiles_layers is compiles
+    assert lines == [] if said is None else said in lines[0]
+
+
+def test_on_a_cpu_compiled_layers_are_not_counted():
+    config = replace(compiling(True), model=replace(one_by_one().model, dtype="float32"))
+    plain = replace(config, train=replace(config.train, compile=False))
+    assert planned(config, gpu="cpu").seconds == planned(plain, gpu="cpu").seconds
+
+
+def test_launches_of_compiled_layers_are_those_that_were_counted():
+    """Of a replay of 6 hops, without what is launched beside the layers."""
+    saved = json.loads((Path(__file__).parents[2] / "benchmarks/results/launches.json").read_text(encoding="utf-8"))
+    for shape in {row["shape"] for row in saved["rows"]}:
+        of_layer = {row["part"]: row["kernels_of_layer"] for row in saved["rows"] if row["shape"] == shape}
+        own, compiled = (
+            of_layer[f"forward{end}"] + saved["hops"] * of_layer[f"hop{end}"] + of_layer[f"backward{end}"]
+            for end in ("", "_compiled")
+        )
+        assert Efficiency().fused == pytest.approx(compiled / own, abs=0.01)
 
 
 def test_a_rollout_of_another_engine_is_no_phase():

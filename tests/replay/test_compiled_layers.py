@@ -23,6 +23,7 @@ from grade.replay.replay import ReplaySettings
 from grade.replay.score import score
 from grade.training.run_folder import prepare_run_dir
 from grade.training.trainer import Trainer
+from grade_kernels.common.cpu_products import VARIABLE
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "c++", "clang++")), reason="needs a C++ compiler"
@@ -47,14 +48,15 @@ def compared(policy, reward, rollout, settings=SETTINGS):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Graphs are made as for the compiler, but run as they are: (whether it is a backward, operations, calls so far) of
-    each half that would have been compiled."""
+    """Graphs are made as for the compiler, but run as they are: (whether it is a backward, operations, calls so far,
+    products that are chosen when they run) of each half that would have been compiled."""
     # What other tests saw change, a size or a number of another model, would be left open in more graphs.
     torch._dynamo.reset()
     halves = []
 
     def run(graph, inputs, **how):
-        half = [bool(how.get("is_backward")), len(graph.graph.nodes), 0]
+        chosen = [node.target for node in graph.graph.nodes].count(torch.ops.grade_kernels.cpu_product.default)
+        half = [bool(how.get("is_backward")), len(graph.graph.nodes), 0, chosen]
         halves.append(half)
 
         def call(arguments):
@@ -85,12 +87,18 @@ def test_compiled_layers_give_the_gradient_of_their_own_code():
     assert policy.switches.compilations == 3 and not any("forward" in vars(m) for m in policy.modules.modules())
 
 
-def test_hops_leave_out_the_gradients_of_weights(traced):
-    """Of the policy's backward there are two: the hops take the smaller, once a layer each, and the end the other."""
+def test_hops_leave_out_the_gradients_of_weights(traced, monkeypatch):
+    """Of the policy's backward there are two: the hops take the smaller, once a layer each, and the end the other.
+
+    Products by weights are chosen when they run, those of 7 linear layers and of two factors of 4 adapters; gradients
+    of weights are products of two things of the batch."""
+    monkeypatch.setenv(VARIABLE, "onednn")
     policy = tiny_policy("llama")
     compile_layers(policy, SHORT)
     policy_forward, whole, part, base_prompts, base_forward, base_backward = traced
     assert [half[0] for half in traced] == [False, True, True, False, False, True]
+    if torch.backends.mkldnn.is_available():
+        assert [half[3] for half in traced] == [7 + 8, 7 + 8, 7 + 8, 7, 7, 7]
     assert part[1] < whole[1] - 14  # two products for each of the four adapters, and what is around them
     before = [half[2] for half in traced]
     rollout = rollout_of(policy, max_new=8)
@@ -155,19 +163,25 @@ def test_policy_gradients_compile_their_passes(traced):
     assert [half[0] for half in traced] == [False, True, True, False, True, True, False, False, False]
 
 
-def test_other_numbers_are_refused(traced, monkeypatch):
-    run = torch._inductor.compile_fx.compile_fx_inner
+class Larger(torch.autograd.Function):
+    """What it is given, and a gradient a hundredth larger."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 1.01
+
+
+def test_other_numbers_are_refused(monkeypatch):
+    torch._dynamo.reset()
 
     def wrong(graph, inputs, **how):
-        right = run(graph, inputs, **how)
+        return lambda *given: tuple(Larger.apply(one) for one in graph(*given))
 
-        def call(arguments):
-            return [gradient if gradient is None else gradient * 1.01 for gradient in right(arguments)]
-
-        call._boxed_call = True
-        return call if how.get("is_backward") else right
-
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", wrong)
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", wrong)
     with pytest.raises(GradeError, match="train.compile: .*other states or gradients than their own code. Set"):
         compile_layers(tiny_policy("llama"), SHORT)
 

@@ -13,6 +13,7 @@ import torch
 from rollouts import PROMPTS
 from tiny import KeepDouble, tiny_policy
 from torch._dynamo.utils import counters
+from transformers import StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import grade.sampling.compiled
@@ -21,8 +22,7 @@ from grade.errors import GradeError
 from grade.memory.peak import peak_bytes
 from grade.rollout import pad_prompts
 from grade.sampling.compiled import CompiledDecoding
-from grade.sampling.draw import Sampling, draw_from_product
-from grade.sampling.packed_head import packed_product
+from grade.sampling.draw import Sampling, draw_from_product, suppressed_ids
 from grade.sampling.sample import sample
 
 needs_compiler = pytest.mark.skipif(
@@ -38,11 +38,11 @@ def test_compiled_decoding_is_decoding():
         policy = tiny_policy("llama", dtype=torch.float64)
         decoding = CompiledDecoding(policy)
         counters.clear()
-        for seed, prompts, adapters in ((0, PROMPTS, True), (1, PROMPTS[::-1], True), (2, PROMPTS, False)):
+        for tau, prompts, adapters in ((1.0, PROMPTS, True), (0.5, PROMPTS[::-1], True), (0.7, PROMPTS, False)):
             ids, mask = pad_prompts(prompts, policy.pad_id)
             rows = torch.arange(2 * len(prompts)) * 100
-            draw = dict(seed=seed, first_rows=rows, samples_per_prompt=2, adapters=adapters)
-            sampling = Sampling(max_new_tokens=6, top_k=7, soft=True)
+            draw = dict(seed=0, first_rows=rows, samples_per_prompt=2, adapters=adapters)
+            sampling = Sampling(max_new_tokens=6, top_k=7, soft=True, tau=tau)
             plain = sample(policy, ids, mask, sampling, **draw)
             ours = sample(policy, ids, mask, sampling, decoding=decoding, **draw)
             assert torch.equal(plain.tokens, ours.tokens) and torch.equal(plain.mask, ours.mask)
@@ -51,15 +51,21 @@ def test_compiled_decoding_is_decoding():
             with torch.no_grad():
                 for parameter in policy.parameters():
                     parameter += 0.1 * torch.randn_like(parameter)
-    assert decoding.cache(1, 1) is decoding.cache(1, 64) is not decoding.cache(1, 65)
-    assert decoding.cache(1, 65) is decoding.cache(1, 64) is not decoding.cache(2, 64)
+    assert decoding.places(1, 1) is decoding.places(1, 64) is not decoding.places(1, 65)
+    assert decoding.places(1, 65) is decoding.places(1, 64) is not decoding.places(2, 64)
 
 
 class Peaks(list):
-    """Of every call of a graph, and the graphs themselves."""
+    """Of every call of a graph.
+
+    Attributes:
+        graphs: themselves.
+        moving: inputs of theirs that the compiler expects anywhere.
+        addresses: of all a graph was given, by graph one set of them for every call.
+    """
 
     def __init__(self):
-        self.graphs = []
+        self.graphs, self.moving, self.addresses = [], [], []
 
 
 @pytest.fixture
@@ -68,9 +74,14 @@ def traced(monkeypatch):
     compiled, peaks = torch.compile, Peaks()
 
     def backend(graph, _):
+        given = graph.graph.find_nodes(op="placeholder")
         peaks.graphs.append(graph.graph)
+        peaks.moving += [x.name for x in given if not x.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")]
+        addresses = set()
+        peaks.addresses.append(addresses)
 
         def run(*arguments):
+            addresses.add(tuple(x.data_ptr() for x in arguments if isinstance(x, torch.Tensor)))
             result, peak = peak_bytes(lambda: graph(*arguments), torch.device("cpu"))
             peaks.append(peak)
             return result
@@ -96,10 +107,10 @@ def test_batches_that_alternate_are_recorded_once(traced):
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [2, 4, 4, 4, 4] and not counters["graph_break"]
     with torch.inference_mode():
-        one, four = decoding.cache(1, 9), decoding.cache(4, 9)
-        three = decoding.cache(3, 9)
-        assert decoding.cache(4, 9) is four and decoding.cache(3, 9) is three
-        assert decoding.cache(1, 9) is not one and decoding.cache(3, 9) is three and decoding.cache(4, 9) is not four
+        one, four = decoding.places(1, 9), decoding.places(4, 9)
+        three = decoding.places(3, 9)
+        assert decoding.places(4, 9) is four and decoding.places(3, 9) is three
+        assert decoding.places(1, 9) is not one and decoding.places(3, 9) is three and decoding.places(4, 9) is not four
 
 
 def _as_transformers(module, query, key, value, mask, **options):
@@ -159,29 +170,123 @@ def test_the_compiled_draw_is_the_draw(packed_heads):
     policy.head = replace(policy.head, bias=torch.linspace(-1, 1, policy.vocab_size), scale=0.3, softcap=2.0)
     eps, compared = torch.finfo(torch.float32).eps, []
 
-    class Both(CompiledDecoding):
-        def draw(self, hidden, sampling, *, seed, rows, suppress):
-            ours = super().draw(hidden, sampling, seed=seed, rows=rows, suppress=suppress)
-            product = packed_product(hidden, self._packed)
-            options = (sampling.top_k, sampling.tau, seed, rows, suppress, not sampling.soft)
-            plain = draw_from_product(product, policy.head, *options)
-            assert torch.equal(plain.tokens, ours.tokens) and torch.equal(plain.indices, ours.indices)
-            # Some eight roundings of logits and noise below 20, which a softmax over tau at most doubles.
-            bound = plain.weights * math.expm1(2 * 8 * eps * 20 / sampling.tau) + eps
-            assert ((ours.weights - plain.weights).abs() <= bound).all()
-            compared.append(sampling.soft)
-            return ours
+    class Noting(CompiledDecoding):
+        def _product(self, hidden, sampling):
+            product = super()._product(hidden, sampling)
+            compared.append(product.clone())
+            return product
 
-    decoding = Both(policy)
+    decoding = Noting(policy)
     ids, mask = pad_prompts(PROMPTS, policy.pad_id)
     graphs = []
     for tau, soft in ((2.0, False), (1.5, True), (1.0, True)):
-        sampling = Sampling(max_new_tokens=16, min_new_tokens=4, top_k=9, tau=tau, soft=soft)
-        sample(policy, ids, mask, sampling, seed=0, first_rows=torch.arange(len(PROMPTS)) * 100, decoding=decoding)
+        early = 0 if soft else 4
+        sampling = Sampling(max_new_tokens=16, min_new_tokens=early, top_k=9, tau=tau, soft=soft)
+        rows = torch.arange(len(PROMPTS)) * 100
+        compared.clear()
+        ours = sample(policy, ids, mask, sampling, seed=0, first_rows=rows, decoding=decoding)
+        assert len(compared) == 16
+        suppressed = suppressed_ids(policy, early, False)
+        for step, product in enumerate(compared[: ours.tokens.shape[1]]):
+            options = (9, tau, 0, rows + step, suppressed(step), not soft)
+            with torch.inference_mode():  # as the product was made
+                plain = draw_from_product(product, policy.head, *options)
+            real = ours.mask[:, step]
+            assert torch.equal(plain.tokens[real], ours.tokens[real, step])
+            assert torch.equal(plain.indices[real], ours.indices[real, step])
+            # Some eight roundings of logits and noise below 20, which a softmax over tau at most doubles.
+            bound = plain.weights * math.expm1(2 * 8 * eps * 20 / tau) + eps
+            if soft:
+                assert ((ours.weights[:, step] - plain.weights).abs() <= bound)[real].all()
+            chosen = (plain.indices == plain.tokens[:, None]).nonzero(as_tuple=True)
+            assert ((ours.token_weight[:, step] - plain.weights[chosen]).abs() <= bound[chosen])[real].all()
         graphs.append(counters["stats"]["unique_graphs"])
-    assert packed_heads == [len(PROMPTS)] * (16 * 3) and len(compared) == 16 * 3
-    # The model and two sets of suppressed ids; another temperature, and after that any.
-    assert graphs[0] == 3 and graphs[1] == graphs[2] <= 5 and not counters["graph_break"]
+    assert packed_heads == [len(PROMPTS)] * (16 * 3)
+    # The model and two sets of suppressed ids; the same for mixtures, with one set; and no more for any temperature.
+    assert graphs == [3, 5, 5] and not counters["graph_break"]
+
+
+def test_more_shapes_than_torch_compiles_for_are_compiled(traced):
+    """Growing lengths and the trainings of one process; where torch stops compiling, the tokens that follow fail."""
+    torch._dynamo.reset()
+    policy = tiny_policy("llama")
+    decoding = CompiledDecoding(policy, one_graph=True)
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        for number in (1, 2):
+            ids, mask = pad_prompts(PROMPTS[:number], policy.pad_id)
+            draw = dict(seed=0, first_rows=torch.arange(number) * 100, decoding=decoding)
+            sample(policy, ids, mask, Sampling(max_new_tokens=4, top_k=7, ignore_eos=True), **draw)
+    assert counters["stats"]["unique_graphs"] == 2 and len(traced) == 2 * 3
+
+
+def test_a_nucleus_adds_up_what_may_not_be_drawn_once():
+    with KeepDouble():
+        policy = tiny_policy("llama", unknown=3, dtype=torch.float64)
+        policy.eos_ids = torch.arange(0, policy.vocab_size, 6)
+        decoding = CompiledDecoding(policy, one_graph=True)
+        decoding._token = decoding._next_token  # what is compiled computes the same
+        ids, mask = pad_prompts(PROMPTS, policy.pad_id)
+        draw = dict(seed=5, first_rows=torch.arange(len(PROMPTS)) * 100)
+        sampling = Sampling(max_new_tokens=4, min_new_tokens=3, top_k=7, top_p=0.8)
+        plain = sample(policy, ids, mask, sampling, **draw)
+        ours = sample(policy, ids, mask, sampling, decoding=decoding, **draw)
+    assert torch.equal(plain.tokens, ours.tokens) and torch.equal(plain.mask, ours.mask)
+    torch.testing.assert_close(plain.token_weight[plain.mask], ours.token_weight[plain.mask], rtol=1e-9, atol=1e-12)
+
+
+def test_the_probe_decodes_as_the_graph_does(monkeypatch):
+    """Over the whole cache, of which a mask says what is filled."""
+    policy, widths = tiny_policy("llama"), []
+    own = policy.forward
+
+    def forward(embeddings, mask, positions, cache):
+        if isinstance(cache, StaticCache):
+            widths.append(mask.shape[-1] / cache.layers[0].max_cache_len)
+        return own(embeddings, mask, positions, cache)
+
+    monkeypatch.setattr(policy, "forward", forward)
+    CompiledDecoding(policy, one_graph=True)
+    assert widths and set(widths) == {1.0}
+
+
+@pytest.mark.parametrize("one_graph", [False, True])
+def test_a_temperature_that_is_none_is_refused(one_graph):
+    policy = tiny_policy("llama")
+    decoding = CompiledDecoding(policy, one_graph=one_graph)
+    ids, mask = pad_prompts(PROMPTS, policy.pad_id)
+    with pytest.raises(ValueError, match="tau must be a finite number above 0"):
+        sample(policy, ids, mask, Sampling(4, top_k=7, tau=0.0), seed=0, first_rows=torch.arange(4), decoding=decoding)
+
+
+@pytest.mark.parametrize("soft, unknown, graphs", [(False, 3, 1), (True, 0, 2)])
+def test_a_token_is_one_graph_that_stays_in_its_memory(traced, soft, unknown, graphs):
+    """On a GPU it is recorded: what it reads and writes lies where it lay in the rollout before, and the compiler knows
+    that of all of it. The first tokens may not end a response; where nothing else is suppressed they have a graph of
+    their own."""
+    with KeepDouble():
+        policy = tiny_policy("llama", unknown=unknown, dtype=torch.float64)
+        policy.eos_ids = torch.arange(0, policy.vocab_size, 6)
+        decoding = CompiledDecoding(policy, one_graph=True)
+        counters.clear()
+        kept = []
+        for tau, prompts in ((0.7, PROMPTS), (1.0, PROMPTS[::-1])):
+            ids, mask = pad_prompts(prompts, policy.pad_id)
+            draw = dict(seed=5, first_rows=torch.arange(len(prompts)) * 100)
+            sampling = Sampling(max_new_tokens=7, min_new_tokens=3, top_k=7, tau=tau, soft=soft)
+            plain = sample(policy, ids, mask, sampling, **draw)
+            ours = sample(policy, ids, mask, sampling, decoding=decoding, **draw)
+            kept.append((ours, ours.tokens.clone(), ours.token_weight.clone()))
+            assert torch.equal(plain.tokens, ours.tokens) and torch.equal(plain.mask, ours.mask)
+            assert torch.equal(plain.indices[plain.mask], ours.indices[plain.mask])
+            torch.testing.assert_close(plain.token_weight, ours.token_weight, rtol=1e-9, atol=1e-12)
+            if soft:
+                torch.testing.assert_close(plain.weights[plain.mask], ours.weights[plain.mask], rtol=1e-9, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    assert len(traced) == 2 * (7 - 1) and [len(places) for places in traced.addresses] == [1] * graphs
+    assert not traced.moving
+    for rollout, tokens, weight in kept:  # of its own
+        assert torch.equal(rollout.tokens, tokens) and torch.equal(rollout.token_weight, weight)
 
 
 @pytest.mark.parametrize(
@@ -217,15 +322,15 @@ def test_missing_headers_are_told_at_once(monkeypatch, tmp_path):
 
 
 @needs_compiler
-@pytest.mark.parametrize("part", ["_step", "_draw"])
+@pytest.mark.parametrize("part", ["_states", "_finish", "_token"])
 def test_a_failing_compiler_is_told(monkeypatch, part, packed_heads):
     policy = tiny_policy("llama")
-    decoding = CompiledDecoding(policy)
+    decoding = CompiledDecoding(policy, one_graph=part == "_token")
 
     def fail(*_, **__):
         raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
 
-    monkeypatch.setattr(decoding, "_draw", draw_from_product)
+    monkeypatch.setattr(decoding, "_finish", decoding._note_product, raising=False)
     monkeypatch.setattr(decoding, part, fail)
     ids, mask = pad_prompts(PROMPTS, policy.pad_id)
     with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed"):
@@ -238,4 +343,4 @@ def test_a_failing_compiler_is_told(monkeypatch, part, packed_heads):
             first_rows=torch.arange(len(PROMPTS)),
             decoding=decoding,
         )
-    assert packed_heads
+    assert packed_heads or part == "_token"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from in_processes import without_launcher
 from peft import get_peft_model_state_dict, load_peft_weights
 from served import begun, fitted, short_pauses, version_of  # noqa: F401
 from stand_in_vllm import StandIn
@@ -154,11 +152,13 @@ def test_two_processes_ask_for_a_share_each(config, server, tmp_path):
     server.faults.extend([""] * 16 + ["stale"])  # each process compares four, and has two a step
     settings = tmp_path / "two.yaml"
     settings.write_text(config_to_yaml(changed(config, train={"batch_size": 2, "run_dir": str(tmp_path / "two")})))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    own = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    words = [*launch, "grade", "train", str(settings)]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=200, env=own, cwd=tmp_path)
-    assert result.returncode != 0 and "another policy's responses are not trained on" in result.stderr, result.stderr
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, grade.cli\ngrade.cli._PATIENCE = 0.1\nsys.exit(grade.cli.main(['train', sys.argv[1]]))\n"
+    )
+    done = without_launcher(settings, program=program, cwd=tmp_path, timeout=200)
+    assert all(code != 0 for code, _, _ in done), done
+    assert any("another policy's responses are not trained on" in errors for _, _, errors in done), done
     assert {(prompt, seed) for name, prompt, seed in server.asked if version_of(name) < 2} == asked
     last = tmp_path / "two" / "checkpoints" / "last"
     assert load_state(last)["step"] == 2 and not server.loaded

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from forked import forked
 from prompt_data import chat_tokenizer
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -227,30 +228,25 @@ def launched(*arguments: str | Path, processes: int, timeout: float = 600) -> su
 
 
 def without_launcher(
-    *arguments: str | Path, program: str | Path = __file__, timeout: float = 600
+    *arguments: str | Path,
+    program: str | Path = __file__,
+    processes: int = 2,
+    cwd: Path | None = None,
+    timeout: float = 600,
 ) -> list[tuple[int, str, str]]:
-    """A program in two processes that nobody ends where the other does: exit code, output and errors of each."""
+    """A program in processes that nobody ends where another does, forked from one that has imported what they need:
+    exit code, output and errors of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    started = []
-    for rank in ("0", "1"):
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, str(Path(program).resolve()), *map(str, arguments)],
-                env={**_environment(), **group, "MASTER_ADDR": "localhost", "MASTER_PORT": port},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        said = [process.communicate(timeout=timeout) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+    group = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = map(str, range(processes))
+    return forked(
+        [([Path(program).resolve(), *arguments], {**group, "RANK": rank, "LOCAL_RANK": rank}) for rank in ranks],
+        cwd=cwd,
+        timeout=timeout,
+    )
 
 
 def _environment() -> dict[str, str]:

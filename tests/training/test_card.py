@@ -4,7 +4,6 @@ what run.json says of who made the run."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forked import forked
 from tiny_run import stopped_after, with_train
 
 from grade import __version__
@@ -105,15 +105,10 @@ def test_peft_loads_a_checkpoint_from_any_directory(trained_run, tmp_path):
         "m = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "print(m(**t('the film', return_tensors='pt')).logits.sum().item(), m.active_adapters)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(trained_run / "checkpoints" / "best")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0 and "['default']" in done.stdout, done.stderr
+    (tmp_path / "program.py").write_text(code)
+    program = [tmp_path / "program.py", trained_run / "checkpoints" / "best"]
+    ((status, said, errors),) = forked([(program, {})], cwd=tmp_path, timeout=120)
+    assert status == 0 and "['default']" in said, errors
 
 
 def test_a_base_is_named_so_that_it_is_found_from_anywhere(tmp_path, monkeypatch):
