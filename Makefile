@@ -41,11 +41,11 @@ demo: $(STAMP)
 
 # Two processes at once, because Triton decides when it is imported whether its kernels are compiled or interpreted; each
 # takes half of the cores. What interprets is the shorter, so files that share no long fixture with the rest go after it,
-# and all whose programs are forked from one process (tests/support/forked.py), which is started once so.
+# and all whose programs are forked from one process (tests/support/forked.py), which is then started once.
 # Status 5 means that PYTEST_ARGS selected no test there.
 APART = tests/kernels/test_aot.py $(addprefix tests/benchmarks/test_,training_benchmark.py gpu_script.py kills.py launches.py) \
     tests/sampling/test_compiled_decoding.py tests/memory tests/commands tests/report tests/test_examples.py \
-    tests/test_using_a_run.py tests/test_files.py \
+    tests/test_using_a_run.py tests/test_files.py tests/test_forked.py \
     tests/sampling/test_vllm_runs.py $(addprefix tests/training/test_,api.py card.py failing_together.py processes.py retry.py)
 test: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // 2))')} \

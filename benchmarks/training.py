@@ -229,6 +229,7 @@ def _summary(result: dict, setting: Setting) -> dict:
         "step_gib": result["peak_gib"] - result["before_gib"],
         "tensors_gib": result["tensors_gib"],
         "hops": result["hops"],
+        "apart": result["apart"],
         "first_seconds": result["first_seconds"],
     }
 
@@ -315,13 +316,7 @@ def new_options() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default="llama-15m")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 512, 1024, 2048], metavar="S")
     usual = [name for name in ALGORITHMS if name != "layers"]
-    parser.add_argument(
-        "--algorithms",
-        nargs="+",
-        choices=ALGORITHMS,
-        default=usual,
-        help="default: all but layers, which train.compile",
-    )
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=usual, help="default: all but layers")
     parser.add_argument("--batch", type=int, default=4, help="responses, one to a prompt")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--top-k", type=int, default=256)

@@ -18,7 +18,9 @@ from grade.methods import make_method
 from grade.methods.metrics import Phases, now, peak_memory_gib, reset_peak_memory
 from grade.methods.services import Services
 from grade.model.loading import add_adapter
+from grade.model.passes import pass_sizes
 from grade.model.policy import Policy
+from grade.planning.prompt_pass import FEW_HOPS
 from grade.planning.public_shapes import PUBLIC
 from grade.replay.compiling import compile_layers
 from grade.rewards.shared import RewardHead, SharedReward
@@ -186,7 +188,7 @@ class Bench:
 
     def step(self) -> dict:
         """One whole training step by the algorithm: {"seconds" by the clock, "phases": their seconds, "tokens": [B, S],
-        "gradient": [p], and for replay "hops"}."""
+        "gradient": [p], and for replay "hops" and "apart", whether the policy's pass was two}."""
         self.phases.take()
         measured: dict = {}
         start = now(self.device)
@@ -227,6 +229,8 @@ class Bench:
                     decoding=self.decoding,
                 )
             measured["tokens"] = rollout.tokens.cpu()
+            sizes, hops = pass_sizes(self.policy, rollout), min(config.method.max_hops, FEW_HOPS)
+            measured["apart"] = self.algorithm != "checkpointed" and sizes.pay_apart(hops)
             measured["hops"] = method.step([rollout], 0, update)["hops"]
         else:
             setting = self.setting
@@ -299,5 +303,6 @@ def measure(
         "tokens": found["tokens"],
         "gradient": found["gradient"],
         "hops": found.get("hops"),
+        "apart": found.get("apart"),
         "first_seconds": first,
     }

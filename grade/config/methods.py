@@ -139,8 +139,8 @@ class MethodConfig:
     """Recompute activations in the backward passes: less memory, more time. `auto`: only if trials of a
     step find that the run would otherwise exceed 80 % of the free memory."""
     prompt_cache: bool = True
-    """The frozen pass reads prompts from a KV cache, one per distinct prompt; off with checkpointing, and for models
-    that keep recurrent states."""
+    """The frozen pass reads prompts from a KV cache, one per distinct prompt, and the policy's where that is quicker;
+    off with checkpointing, and for models that keep recurrent states."""
     head_chunk_mib: int | None = setting(None, ge=1, le=2**20, role="speed")
     """Memory for the head's logits chunks, MiB; null: 64 on a CPU, about what its caches hold, and 256 elsewhere."""
     ppo: PPOConfig = field(default_factory=PPOConfig)

@@ -187,7 +187,15 @@ class PolicyGradient(Method):
         real = RealTokens(rollout)
         x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        hidden = policy_pass(policy, rollout, x, activation_checkpointing=recompute, compiled=True)
+        hidden = policy_pass(
+            policy,
+            rollout,
+            x,
+            # As with a graph, where there is none: the policy that sampled is compared with what it has become.
+            prompt_cache=self.config.prompt_cache and not self.activation_checkpointing,
+            activation_checkpointing=recompute,
+            compiled=True,
+        )
 
         def rows(weight: Tensor | None) -> Tensor | None:
             return None if weight is None else real.rows(weight)

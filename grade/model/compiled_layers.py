@@ -7,11 +7,12 @@ each kind of pass (policy, base, behind a prompt's cache, ...), and not once a l
 
 Three things that PyTorch would do otherwise:
 
-- A hop asks for the gradient at what was fed and for no weight's. Eager autograd then leaves the weights' out, compiled
-  code has them all. So of each backward there is a second one without them, taken inside `gradients_of_inputs`.
+- A hop asks for the gradient at what was fed and for no weight's, nor for that at the prompt's keys and values. Eager
+  autograd then leaves these out, compiled code has them all. So of each backward there is a second one without them,
+  taken inside `gradients_of_inputs`.
 - A hop keeps the graph for the next, so a backward may not overwrite what its forward saved.
 - A cache is Python's own object, which holds all layers' keys, and code that reads it is compiled for one layer. What a
-  layer gets here holds the keys and values of that layer (`Held`).
+  layer gets here holds the keys and values of that layer (`Held`), or takes them for it (`Filled`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,18 @@ class Held:
         return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
 
 
+class Filled:
+    """Stands for the empty cache in a compiled layer, which is given the keys and values [B, heads, T, size] each."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = keys, values
+        return keys, values
+
+
 class CompiledLayers:
     """Puts compiled code in the place of layers' `forward`, for as long as a pass wants it.
 
@@ -74,8 +87,8 @@ class CompiledLayers:
             layer.gradient_checkpointing = bool(layer.gradient_checkpointing)
         self.compilations = 0
         self._calls = {layer: partial(self._run, layer, _number_of(layer)) for layer in layers}
-        self._compiled: dict[Hashable, Callable[..., Any]] = {}
-        self._kinds: dict[Hashable, int] = {}
+        self._compiled: dict[_Kind, Callable[..., Any]] = {}
+        self._kinds: dict[_Kind, int] = {}
         self._recomputed: dict[GradientCheckpointingLayer, bool] = {}
         self._pass: Hashable = None
         self._inputs: dict[Tensor, Tensor] = {}  # of this pass
@@ -104,7 +117,7 @@ class CompiledLayers:
 
     @contextmanager
     def gradients_of_inputs(self) -> Iterator[None]:
-        """Inside, backward passes leave out the gradients of weights."""
+        """Inside, backward passes leave out the gradients of weights and of a cache."""
         before, self._inputs_only = self._inputs_only, True
         try:
             yield
@@ -113,17 +126,22 @@ class CompiledLayers:
 
     def _run(self, layer: GradientCheckpointingLayer, number: int | None, *args: Any, **kwargs: Any) -> Any:
         """What `layer` computes of what its model gives it."""
-        values = []
+        values, cache, read = [], None, None
         for name, value in [*(("", value) for value in args), *kwargs.items()]:
             if isinstance(value, Cache):
-                value = _held(value, number)
-                if value is None:  # still to be filled, or it keeps something else
+                cache, value = value, _held(value, number)
+                if value is None:  # it keeps something else
                     return type(layer).forward(layer, *args, **kwargs)
+                read = value
             values.append(self._input(name, value))
         args, kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
-        cached = any(isinstance(value, Held) for value in values)
         masked = kwargs.get("attention_mask") is not None
-        call = partial(self._code((self._pass, cached, masked, torch.is_grad_enabled())), layer)
+        call = partial(self._code(_Kind(self._pass, type(read), masked, torch.is_grad_enabled())), layer)
+        if isinstance(read, Filled):
+            out = call(*args, **kwargs)
+            if cache is not None and number is not None and read.keys is not None and read.values is not None:
+                cache.layers[number].update(read.keys, read.values)
+            return out
         if layer.training and self._recomputed[layer] and torch.is_grad_enabled():
             again: Any = layer._gradient_checkpointing_func
             return again(partial(call, **kwargs), *args)
@@ -153,7 +171,7 @@ class CompiledLayers:
             self._inputs[value] = plain
         return plain
 
-    def _code(self, kind: Hashable) -> Callable[..., Any]:
+    def _code(self, kind: _Kind) -> Callable[..., Any]:
         """The compiled code of layers in a pass of this kind."""
         if kind not in self._compiled:
             # torch counts what it has compiled of a code object, and gives up after some.
@@ -162,7 +180,7 @@ class CompiledLayers:
             self._compiled[kind] = _explained(compiled)
         return self._compiled[kind]
 
-    def _compile(self, kind: Hashable, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _compile(self, kind: _Kind, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """torch.compile's backend: Inductor, with a second backward where weights have gradients."""
         from torch._inductor.compile_fx import compile_fx  # takes seconds, and is torch's own affair
 
@@ -170,8 +188,9 @@ class CompiledLayers:
         self._kinds[kind] = self._kinds.get(kind, 0) + 1
         if self._kinds[kind] > 2 * MOST_KINDS:  # twice, as a size of 1 is compiled for itself
             raise RuntimeError("its layers differ so much that each would be compiled for itself")
-        given = [node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"]
-        half: Any = partial(self._compile_half, [isinstance(value, nn.Parameter) for value in given])
+        given = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        spared = [isinstance(node.meta.get("example_value"), nn.Parameter) or _is_held(node) for node in given]
+        half: Any = partial(self._compile_half, spared if kind.cache is not Filled else [])
         patches: dict[str, Any] = dict(vector_options())
         if torch.are_deterministic_algorithms_enabled():
             patches["deterministic"] = True
@@ -181,12 +200,13 @@ class CompiledLayers:
         return compiled
 
     def _compile_half(
-        self, weights: Sequence[bool], graph: torch.fx.GraphModule, inputs: Sequence[Any], **how: Any
+        self, spared: Sequence[bool], graph: torch.fx.GraphModule, inputs: Sequence[Any], **how: Any
     ) -> Callable[..., Any]:
-        """A forward, or a backward and the same without the gradients of weights.
+        """A forward, or a backward and the same without the gradients that hops do not ask for.
 
         Args:
-            weights: which of the inputs of the forward, whose gradients a backward returns in their order.
+            spared: at which of the inputs of the forward, whose gradients a backward returns in their order; none of
+                what no hop passes through.
         """
         from torch._inductor.compile_fx import compile_fx_inner
 
@@ -196,11 +216,11 @@ class CompiledLayers:
         fewer = copy.deepcopy(graph)
         (output,) = (node for node in fewer.graph.nodes if node.op == "output")
         gradients = list(output.args[0])
-        if len(gradients) != len(weights) or not any(
-            weight and gradient is not None for weight, gradient in zip(weights, gradients, strict=True)
+        if len(gradients) != len(spared) or not any(
+            spare and gradient is not None for spare, gradient in zip(spared, gradients, strict=True)
         ):
             return compile_fx_inner(graph, inputs, **how)
-        left = [None if weight else gradient for weight, gradient in zip(weights, gradients, strict=True)]
+        left = [None if spare else gradient for spare, gradient in zip(spared, gradients, strict=True)]
         output.args = (type(output.args[0])(left),)
         fewer.graph.eliminate_dead_code()
         fewer.recompile()
@@ -213,6 +233,20 @@ class CompiledLayers:
         return backward
 
 
+class _Kind(NamedTuple):
+    """Of a pass; layers of one are compiled together.
+
+    Attributes:
+        state: what `CompiledLayers.follow` was told.
+        cache: what stands for it, `Held`, `Filled` or None's type.
+    """
+
+    state: Hashable
+    cache: type
+    masked: bool
+    graph: bool
+
+
 def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
 
@@ -223,14 +257,20 @@ def _number_of(layer: nn.Module) -> int | None:
     return numbers.pop() if len(numbers) == 1 else None
 
 
-def _held(cache: Cache, number: int | None) -> Held | None:
-    """What a layer's code reads of a cache; None where it has to be given the cache itself."""
+def _held(cache: Cache, number: int | None) -> Held | Filled | None:
+    """What a layer's code reads of a cache, or what it fills; None where it has to be given the cache itself."""
     if number is None or number >= len(cache.layers):
         return None
     layer = cache.layers[number]
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         return None
-    return Held(layer.keys, layer.values)
+    return Held(layer.keys, layer.values) if layer.is_initialized else Filled()
+
+
+def _is_held(node: torch.fx.Node) -> bool:
+    """Whether an input of a graph is the keys or the values of a `Held`, the one object whose attributes are inputs."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    return getattr(source, "member", None) in ("keys", "values")
 
 
 def _leave_open(tensor: Tensor, dims: Iterable[int]) -> None:

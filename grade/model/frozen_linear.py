@@ -20,7 +20,7 @@ class FrozenLinear(nn.Linear):
     """What an `nn.Linear` on a CPU becomes by `quicken`: the same function of its input, up to rounding.
 
     Training its weight, another dtype, a sharded or quantized weight and few rows take the product of `nn.Linear`, and
-    so does torch.compile, of whose graphs `grade.model.inductor` makes the same.
+    so does torch.compile, in whose graphs `grade.model.inductor` then puts the quicker one.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ def take_quicker_products(graph: fx.GraphModule) -> None:
     """Let the code of a graph multiply by weights as layers' own code does: Inductor would leave all products to MKL.
 
     Float32 products on a CPU become `grade_kernels.common.cpu_products`' operator, which chooses when it runs: by then
-    a resumed run has what an earlier one chose by. Weights are the matrices whose sizes do not follow from the batch,
-    which are left open where a graph is compiled (`grade.model.compiled_layers`).
+    a resumed run has what an earlier one chose by. A matrix whose sizes are all fixed is taken for a weight: sizes that
+    follow from the batch are left open where a graph is compiled (`grade.model.compiled_layers`), except those of 1. A
+    product of two things of a batch of 1 may so be chosen when it runs, too; it is the same by either library.
     """
     if not may_take_onednn():
         return

@@ -71,6 +71,7 @@ class Policy:
         started_from: SHA-256 of the adapter that it went on from; None: it began as the base.
         given: whether a program gave the model as an object, which no setting names.
         reads_prompt_cache: whether a pass with a graph may read a prompt's cache (see `grade.model.passes`).
+        keeps_prompt_graph: whether gradients also flow through such a cache to what the prompt was computed from.
         embedding: [V, d] input table; `embedding_scale` multiplies its rows.
         head: weight [V, d], bias, logit scale and soft cap.
         suppressed: [n] int64, ids the tokenizer does not know (padding of the vocabulary); never sampled.
@@ -117,7 +118,7 @@ class Policy:
         self.embedding, self.embedding_scale = table.weight.detach(), 1.0
         bias = getattr(head, "bias", None)
         self.head = Head(head.weight.detach(), None if bias is None else bias.detach())
-        self.reads_prompt_cache = self._merges = True
+        self.reads_prompt_cache = self.keeps_prompt_graph = self._merges = True
         self.probed = probe
         self.joined: JoinedLayers | None = None  # made at the first use of `grade.model.decoding`
         if probe:
@@ -143,7 +144,7 @@ class Policy:
             probe_decoding(self)
             if length:
                 probe_length(self, length)
-            self.reads_prompt_cache = probe_prompt_cache(self)
+            self.reads_prompt_cache, self.keeps_prompt_graph = probe_prompt_cache(self)
             self._merges = self.trains_all or (self.sharding is None and probe_merged(self))
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
             raise GradeError(

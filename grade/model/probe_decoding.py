@@ -130,42 +130,46 @@ def _length_refusal(policy: Any, length: int) -> GradeError:
 
 
 @torch.no_grad()
-def probe_prompt_cache(policy: Any) -> bool:
-    """Whether a pass with a graph may read prompts' caches, as the base pass does where it can: same states, same
-    gradient.
+def probe_prompt_cache(policy: Any) -> tuple[bool, bool]:
+    """(Whether a pass with a graph may read prompts' caches, as the base pass does where it can: same states, same
+    gradient at the response. Whether these may be part of the graph, as in the policy's pass: same at the prompt, too.)
 
     Never where recurrent states are kept: layers overwrite them, which a graph notices, or start several tokens from
     none, whose error can be small enough to pass for rounding.
     """
     if any(hasattr(layer, "conv_states") for layer in policy.new_cache().layers):
-        return False
+        return False, False
     prompts, mask, sequences = _sequences(policy, (5, 3))
     responses = policy.embed(torch.stack([ids[-_STEPS:] for ids in sequences]))
-    results = []
+    whole = torch.cat([mask, torch.ones_like(mask[:, :1]).expand(-1, _STEPS)], dim=1)
+    whole = whole.repeat_interleave(_COPIES, dim=0)
+
+    @torch.enable_grad()
+    def result(cached: bool, graph: bool = True) -> tuple[Tensor, ...]:
+        """The prompts' last states and the responses', gradients at the responses and, with `graph`, at the prompts."""
+        leaf, before = (x.detach().clone().requires_grad_() for x in (responses, policy.embed(prompts)))
+        if cached:
+            cache = policy.new_cache()
+            with torch.set_grad_enabled(graph):
+                last = policy.hidden(before, mask, cache)[:, -1:].repeat_interleave(_COPIES, dim=0)
+                repeat_rows(cache, _COPIES)
+            states = torch.cat([last, policy.hidden(leaf, whole, cache)], dim=1)
+        else:
+            both = torch.cat([before.repeat_interleave(_COPIES, dim=0), leaf], dim=1)
+            states = policy.hidden(both, whole)[:, -_STEPS - 1 :]
+        at = [leaf, before] if graph else [leaf]
+        return (states.detach(), *torch.autograd.grad(states, at, combination(states)))
+
     with policy.state(adapters=False):
-        before = policy.embed(prompts).repeat_interleave(_COPIES, dim=0)
-        whole = torch.cat([mask, torch.ones_like(mask[:, :1]).expand(-1, _STEPS)], dim=1)
-        whole = whole.repeat_interleave(_COPIES, dim=0)
-        for cached in (False, True):
+        expected = result(cached=False)
+        found = []
+        for graph in (False, True):
             try:
-                with torch.enable_grad():
-                    leaf = responses.detach().clone().requires_grad_()
-                    if cached:
-                        cache = policy.new_cache()
-                        with torch.no_grad():
-                            policy.hidden(policy.embed(prompts), mask, cache)
-                        repeat_rows(cache, _COPIES)
-                        states = policy.hidden(leaf, whole, cache)
-                    else:
-                        states = policy.hidden(torch.cat([before, leaf], dim=1), whole)[:, -_STEPS:]
-                    (gradient,) = torch.autograd.grad(states, leaf, combination(states))
+                errors = [relative_error(b, a) for a, b in zip(expected, result(True, graph), strict=False)]
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError):
-                if not cached:
-                    raise
-                return False
-            results.append((states.detach(), gradient))
-    errors = [relative_error(b, a) for a, b in zip(*results, strict=True)]
-    return max(errors) <= tolerance_of(policy.dtype)
+                errors = [torch.inf]
+            found.append(max(errors) <= tolerance_of(policy.dtype))
+    return found[0], all(found)
 
 
 @torch.no_grad()

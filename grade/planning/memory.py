@@ -86,22 +86,31 @@ def _graph(run: Run, tokens: float, *, adapters: bool) -> float:
 
 def _of_a_layer(run: Run, batch: int) -> float:
     """A backward pass's own: a layer's gradients, as large as what it kept, and with recomputation that too."""
-    return batch * run.whole * run.passes.kept(True) * (2 if run.recompute else 1)
+    apart = max(run.prompts_of(batch) * run.prompt, batch * run.response)  # one after the other
+    return (apart if run.prompts_apart else batch * run.whole) * run.passes.kept(True) * (2 if run.recompute else 1)
 
 
 def base_graph(run: Run, batch: int) -> float:
     """Of the frozen base: behind the prompt's cache the response's positions, and the keys and values of all."""
     if not run.reads_prompt_cache:
         return _graph(run, batch * run.whole, adapters=False)
-    shape, passes = run.shape, run.passes
+    return _graph(run, batch * run.response, adapters=False) + _read_by_responses(run, batch)
+
+
+def _read_by_responses(run: Run, batch: int) -> float:
+    """What a graph keeps of the prompts that responses read: keys and values, repeated for the heads that share them,
+    and as the cache holds them while the pass goes on."""
+    shape = run.shape
     repeated = 2 * shape.queries * run.item * shape.layers * batch * run.prompt
-    kept = shape.layers * passes.kept(False) * batch * run.response
-    return kept + repeated + passes.cache(batch * run.whole)
+    return repeated + run.passes.cache(batch * run.whole)
 
 
 def policy_graph(run: Run, batch: int) -> float:
-    """Of the policy's pass over whole sequences."""
-    return _graph(run, batch * run.whole, adapters=True)
+    """Of the policy's pass over whole sequences, or of the distinct prompts' and the responses'."""
+    if not run.prompts_apart:
+        return _graph(run, batch * run.whole, adapters=True)
+    positions = run.prompts_of(batch) * run.prompt + batch * run.response
+    return _graph(run, positions, adapters=True) + _read_by_responses(run, batch)
 
 
 def _passes(run: Run) -> dict[str, float]:

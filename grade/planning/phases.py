@@ -53,15 +53,32 @@ def rollout(run: Run) -> tuple[Work, ...]:
     return first * times, tokens * times, copies * times
 
 
+def _parts(run: Run, passes: Passes, batch: float, *, apart: bool) -> list[tuple[float, float]]:
+    """(positions, pairs that attention compares) of the one pass over prompts and responses or, `apart`, of the
+    distinct prompts' and the responses'."""
+    if not apart:
+        return [(batch * run.whole, passes.pairs(batch, 0, run.whole))]
+    prompts = run.prompts_of(batch)
+    first = (prompts * run.prompt, passes.pairs(prompts, 0, run.prompt))
+    return [first, (batch * run.response, passes.pairs(batch, run.prompt, run.response))]
+
+
+def _policy(run: Run, passes: Passes, batch: float) -> tuple[Work, Work, Work]:
+    """The policy's forward pass, a backward pass to the response's embeddings, and the one to the parameters.
+
+    The first of these leaves out the prompts that have a pass of their own, but no part of whole sequences.
+    """
+    parts = _parts(run, passes, batch, apart=run.prompts_apart)
+    forward = sum((passes.forward(*part, adapters=True) for part in parts), Work())
+    hop = passes.backward(*parts[-1], adapters=True, recompute=run.recompute)
+    final = (passes.backward(*part, adapters=True, parameters=True, recompute=run.recompute) for part in parts)
+    return forward, hop, sum(final, Work())
+
+
 def _base_forward(run: Run, passes: Passes, batch: float) -> Work:
     """The frozen base over prompt and response, and a reward with a pass of its own."""
-    if run.reads_prompt_cache:
-        prompts = run.prompts_of(batch)
-        work = passes.forward(prompts * run.prompt, passes.pairs(prompts, 0, run.prompt), adapters=False)
-        pairs = passes.pairs(batch, run.prompt, run.response)
-        work += passes.forward(batch * run.response, pairs, adapters=False)
-    else:
-        work = passes.forward(batch * run.whole, passes.pairs(batch, 0, run.whole), adapters=False)
+    parts = _parts(run, passes, batch, apart=run.reads_prompt_cache)
+    work = sum((passes.forward(*part, adapters=False) for part in parts), Work())
     if run.judged:
         judge = run.classifier_passes or passes
         work += judge.forward(batch * run.judged, judge.pairs(batch, 0, run.judged), adapters=False)
@@ -72,9 +89,8 @@ def _base_backward(run: Run, passes: Passes, batch: float) -> Work:
     """Back to what base and reward were fed. Without a cache of the prompt its positions are computed too."""
     work = Work()
     if run.shares_base or run.config.method.kl_prefix_grad == "both":
-        fed, prompt = (run.response, run.prompt) if run.reads_prompt_cache else (run.whole, 0)
-        pairs = passes.pairs(batch, prompt, fed)
-        work += passes.backward(batch * fed, pairs, adapters=False, recompute=run.recompute)
+        response = _parts(run, passes, batch, apart=run.reads_prompt_cache)[-1]
+        work += passes.backward(*response, adapters=False, recompute=run.recompute)
     tables = 1
     if run.judged:
         judge = run.classifier_passes or passes
@@ -88,17 +104,16 @@ def _replayed(run: Run) -> list[Phase]:
     """GRADE and GRADE-STE: forwards, the sweep over the vocabulary, and the backward passes, of every micro-batch."""
     passes, batch = run.training_passes, run.micro_batch
     times = run.responses / batch
-    tokens, rows, pairs = batch * run.whole, batch * run.response, passes.pairs(batch, 0, run.whole)
-    # A hop differentiates the response's embeddings alone, but the layers compute whole sequences.
-    hop = passes.backward(tokens, pairs, adapters=True, recompute=run.recompute)
+    rows = batch * run.response
+    forward, hop, final = _policy(run, passes, batch)
     hop += passes.rule(rows, run.config.generation.top_k, 1)
     works = {
-        "policy_forward": passes.forward(tokens, pairs, adapters=True),
+        "policy_forward": forward,
         "base_forward": _base_forward(run, passes, batch),
         "head": passes.head(rows, 2, 2, run.chunk_rows),
         "base_backward": _base_backward(run, passes, batch),
         "hops": hop * run.hops,
-        "policy_backward": passes.backward(tokens, pairs, adapters=True, parameters=True, recompute=run.recompute),
+        "policy_backward": final,
     }
     return [Phase(name, (work * times,)) for name, work in works.items()]
 
@@ -108,8 +123,8 @@ def _policy_gradient(run: Run) -> list[Phase]:
     policy, a sweep over its head, and a backward pass."""
     passes, method, batch = run.training_passes, run.config.method, run.micro_batch
     times = run.responses / batch
-    tokens, rows, pairs = batch * run.whole, batch * run.response, passes.pairs(batch, 0, run.whole)
-    forward = passes.forward(tokens, pairs, adapters=True)
+    rows = batch * run.response
+    forward, _, back = _policy(run, passes, batch)
     epochs, reference = 1, True
     if method.name == "ppo":
         sampled, epochs, reference = True, method.ppo.epochs, method.ppo.kl == "loss"
@@ -121,7 +136,6 @@ def _policy_gradient(run: Run) -> list[Phase]:
     score = _base_forward(run, passes, batch)
     if sampled:
         score += forward + passes.head(rows, 2, 0, run.chunk_rows)
-    back = passes.backward(tokens, pairs, adapters=True, parameters=True, recompute=run.recompute)
     sweep = passes.head(rows, 2 if reference else 1, 1, run.chunk_rows)
     return [Phase("score", (score * times,)), Phase("backward", ((forward + sweep + back) * (times * epochs),))]
 

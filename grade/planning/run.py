@@ -10,6 +10,7 @@ from grade.config.methods import DIFFERENTIATING, micro_batch_size
 from grade.errors import GradeError
 from grade.planning.adapter import Trained, adapter, whole_backbone
 from grade.planning.devices import DEVICES, Device, DType, Efficiency
+from grade.planning.prompt_pass import pays_in_run
 from grade.planning.recording import layers_pay, recording_pays
 from grade.planning.shape import ModelShape
 from grade.planning.work import Passes
@@ -39,6 +40,7 @@ class Run:
         hops: of a step, for `grade` and `grade-ste`.
         recompute: whether activations are computed again in backward passes.
         passed, sampled: responses that pass, and that are sampled, together, where that is not as the settings have it.
+        apart: whether the policy's pass is two, the prompts' first; None: where that pays.
     """
 
     config: Config
@@ -50,6 +52,7 @@ class Run:
     recompute: bool = False
     passed: int | None = None
     sampled: int | None = None
+    apart: bool | None = None
     classifier: ModelShape | None = None
     efficiency: Efficiency = field(default_factory=Efficiency)
 
@@ -190,6 +193,14 @@ class Run:
     @property
     def reads_prompt_cache(self) -> bool:
         return self.config.method.prompt_cache and not (self.recompute and self.differentiates)
+
+    @property
+    def prompts_apart(self) -> bool:
+        """Whether the policy's pass is two, the prompts' first."""
+        if self.apart is not None or self.recompute:
+            return bool(self.apart)
+        on_gpu = self.device.is_beside_host
+        return pays_in_run(self.config, self.micro_batch, width=self.shape.width, item=self.item, on_gpu=on_gpu)
 
     @property
     def chunk_bytes(self) -> int:

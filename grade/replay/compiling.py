@@ -13,6 +13,7 @@ from grade.model.compiler import without_fix
 from grade.model.passes import base_pass, fed_embeddings, policy_pass
 from grade.model.policy import Policy
 from grade.model.probe import combination, relative_error, tolerance_of
+from grade.planning.prompt_pass import pays_in_run
 from grade.planning.recording import layers_pay
 from grade.rollout import Rollout
 
@@ -88,6 +89,14 @@ def _rollout(policy: Policy, config: Config) -> Rollout:
     )
 
 
+def _prompts_apart(policy: Policy, config: Config) -> bool:
+    """Whether the policy's pass over a micro-batch of the run would be two, the prompts' first."""
+    train = config.train
+    responses = micro_batch_size(config.method, train.batch_size, train.batch_size * train.accumulation_steps)
+    width, on_gpu = policy.embedding.shape[1], policy.device.type != "cpu"
+    return pays_in_run(config, responses, width=width, item=policy.dtype.itemsize, on_gpu=on_gpu)
+
+
 def _fed(policy: Policy, rollout: Rollout) -> Tensor:
     return fed_embeddings(rollout, policy.embedding, policy.embedding_scale)
 
@@ -95,8 +104,8 @@ def _fed(policy: Policy, rollout: Rollout) -> Tensor:
 def _gradients(policy: Policy, rollout: Rollout, config: Config) -> list[Tensor]:
     """Of a replay: states, two hops and the gradient of the policy's weights, states and gradient of the base."""
     with torch.enable_grad():
-        x = _fed(policy, rollout).requires_grad_()
-        hidden = policy_pass(policy, rollout, x, compiled=True)
+        apart, x = _prompts_apart(policy, config), _fed(policy, rollout).requires_grad_()
+        hidden = policy_pass(policy, rollout, x, apart=apart, compiled=True)
         found, gradient = [hidden.detach()], combination(hidden)
         with policy.switches.gradients_of_inputs():
             for _ in range(2):
@@ -111,13 +120,13 @@ def _gradients(policy: Policy, rollout: Rollout, config: Config) -> list[Tensor]
 def _values(policy: Policy, rollout: Rollout, config: Config) -> list[Tensor]:
     """Of a policy gradient: states and the gradient of the policy's weights, those of the policy as it was, and of
     the base."""
-    x = _fed(policy, rollout)
+    apart, x = _prompts_apart(policy, config), _fed(policy, rollout)
     with torch.enable_grad():
-        hidden = policy_pass(policy, rollout, x, compiled=True)
+        hidden = policy_pass(policy, rollout, x, apart=apart, compiled=True)
         found = [hidden.detach(), _of_weights(policy, hidden)]
     with torch.no_grad():
         if config.method.name in ("ppo", "grpo"):  # the old policy's, where there are several updates
-            found.append(policy_pass(policy, rollout, x, compiled=True))
+            found.append(policy_pass(policy, rollout, x, apart=apart, compiled=True))
         base = base_pass(policy, rollout, x, prompt_cache=config.method.prompt_cache, compiled=True)
     return [*found, base.reference, base.response]
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from grade.errors import present
 from grade.model.policy import Policy
+from grade.planning.prompt_pass import FEW_HOPS
 from grade.replay.score import Forward, Incoming, RealTokens, Scores, ScoreSettings, forward, sampled_logits, vjp
 from grade.rewards.base import Reward
 from grade.rollout import Rollout
@@ -57,6 +58,10 @@ class ReplaySettings(ScoreSettings):
     max_hops: int = 16
     hop_tol: float = 1e-2
     any_process: Callable[[bool], bool] = bool
+
+    @property
+    def expected_hops(self) -> int:
+        return min(self.max_hops, FEW_HOPS)
 
 
 @dataclass

@@ -45,6 +45,11 @@ class ScoreSettings:
     chunk_bytes: int = 2**28
     phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
 
+    @property
+    def expected_hops(self) -> int:
+        """Backward passes to the response's embeddings that will follow a forward with a graph."""
+        return 0
+
 
 @dataclass
 class Scores:
@@ -213,6 +218,8 @@ def forward(
                 policy,
                 rollout,
                 real.dense(fed.x),
+                prompt_cache=settings.prompt_cache,
+                hops=settings.expected_hops if grad else 0,
                 dropout=settings.dropout,
                 activation_checkpointing=settings.activation_checkpointing,
                 adapters=adapters,

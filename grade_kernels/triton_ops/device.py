@@ -38,7 +38,7 @@ def fma(x, y, z):
 
 @triton.jit
 def divide(x, y):
-    """x / y to two units in the last place, for 2^-126 <= |y| <= 2^126: without the scaling that `/` does for all."""
+    """x / y to some two units in the last place, for 2^-126 <= |y| <= 2^126: without the scaling that `/` does."""
     if INTERPRETED:
         return x / y
     return libdevice.fast_dividef(x, y)

@@ -9,7 +9,8 @@ multiply-add of the logit.  Its rounding grows with |p - m|.
 
 No exact means.  In `online` the largest entry of a lane has weight 1, so that where it is all of the lane its
 difference is the mean, exactly, whatever the divergence.  Here the mean is rounded, by some 1e-7 of its distance from
-the mean before, and KL has an error of that squared.  Of equal logits all terms are 0, as there.
+the mean before.  KL has an error of that squared, and of that times the way that the mean of the lane still goes, since
+a move takes sum w u for 0.  Of equal logits all terms are 0, as there.
 
 A row whose mass lies too far above m or, under q, above o, or whose divergence is too small for its means, is read
 again by `online.careful`, as are those that are not finite.
@@ -27,7 +28,8 @@ LN2: tl.constexpr = online.LN2
 # Up to this log of the mass of either side, over e^m or e^o, the exponents of likely entries are right to 2^-20, and
 # their weights to 7e-7.
 ABOVE: tl.constexpr = tl.constexpr(16.0)
-# Times the square of the largest step of a mean (its rounding is 2^-23 of that): below, KL may be off by 1e-6.
+# Times the square of the largest step of a mean (its rounding is 2^-23 of that): below, KL may be off by 1e-6 by the
+# square of that rounding alone.
 LEAST: tl.constexpr = tl.constexpr(7e-9)
 
 

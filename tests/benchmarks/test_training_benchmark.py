@@ -16,7 +16,7 @@ from forked import forked
 from benchmarks import training
 from benchmarks.training_floors import floors, rates
 from benchmarks.training_setup import ALGORITHMS, COMPILED, Bench, Setting, measure
-from benchmarks.training_text import document, growth
+from benchmarks.training_text import compiling, document, growth
 
 SETTING = Setting(shape="llama-260k", batch=2, prompt=5, length=12, k=16)
 
@@ -34,6 +34,7 @@ def measured(seconds, **others):
         "before_gib": 1.0,
         "tensors_gib": 0.5,
         "hops": None,
+        "apart": None,
         "first_seconds": None,
         "tokens": torch.zeros(2, 3),
         "gradient": torch.ones(3),
@@ -118,6 +119,13 @@ def test_a_power_law_is_continued():
     assert training.ahead_of(rows, "seconds", 1024) == pytest.approx(3 * 1024**2)
     assert training.ahead_of(rows[:1], "seconds", 1024) is None
     assert growth(rows) == {(16, 64): pytest.approx(2), (64, 256): pytest.approx(2)}
+
+
+def test_what_compiles_is_told_apart():
+    rows = [{"algorithm": name, "length": 8, "first_seconds": 3.2} for name in COMPILED]
+    decoding, layers = compiling([*rows, {"algorithm": "replay", "length": 8, "first_seconds": None}]).split("\n\n")
+    assert decoding == "The first step of replay, rollout.compile, which compiles, is not in its rows: 3 s at S = 8."
+    assert layers.startswith("Compiling the layers of replay, rollout.compile and train.compile, and the first step")
 
 
 @pytest.fixture

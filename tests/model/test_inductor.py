@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
 from grade.model.inductor import take_quicker_products, vector_options
@@ -24,7 +25,8 @@ def test_others_have_no_width_to_name(monkeypatch):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize(
-    ("library", "dtype", "chosen"), [("onednn", "float32", 2), ("onednn", "float64", 0), ("mkl", "float32", 0)]
+    ("library", "dtype", "chosen"),
+    [("onednn", "float32", 2), ("onednn", "float64", 0), ("onednn", "bfloat16", 0), ("mkl", "float32", 0)],
 )
 def test_products_by_weights_are_chosen_when_they_run(library, dtype, chosen, monkeypatch):
     """With and without a bias; a product of two things of the batch is left to the compiler."""
@@ -48,3 +50,20 @@ def test_products_by_weights_are_chosen_when_they_run(library, dtype, chosen, mo
     torch.testing.assert_close(compiled(x), layer(x))
     assert found.count(torch.ops.grade_kernels.cpu_product.default) == chosen
     assert found.count(torch.ops.aten.mm.default) + found.count(torch.ops.aten.addmm.default) == 3 - chosen
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_scaled_products_are_left_to_the_compiler(monkeypatch):
+    """And a bias that is one number is added as addmm does."""
+    monkeypatch.setenv(VARIABLE, "onednn")
+    bias, x, weight = torch.randn(()), torch.randn(5, 4).T.contiguous().T, torch.randn(6, 8)[:, ::2]
+
+    def products(bias, x, weight):
+        return torch.addmm(bias, x, weight.T, alpha=0.5), torch.addmm(bias, x, weight.T)
+
+    graph = make_fx(products, tracing_mode="fake")(bias, x, weight)
+    take_quicker_products(graph)
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(torch.ops.aten.addmm.default) == 1
+    assert targets.count(torch.ops.grade_kernels.cpu_product.default) == 1
+    torch.testing.assert_close(graph(bias, x, weight), products(bias, x, weight))

@@ -159,9 +159,11 @@ def test_adapters_that_change_nothing_are_refused():
 
 
 def test_prompts_caches_are_read_in_a_graph_only_where_that_gives_the_gradient():
-    reads = {name: tiny_policy(name).reads_prompt_cache for name in (*CONFIGS, *FURTHER)}
+    policies = {name: tiny_policy(name) for name in (*CONFIGS, *FURTHER)}
+    reads = {name: {policy.reads_prompt_cache, policy.keeps_prompt_graph} for name, policy in policies.items()}
     recurrent = [reads.pop(name) for name in ("qwen3.5", "zamba", "mamba") if name in reads]
-    assert len(recurrent) >= 2 and not any(recurrent) and all(reads.values())
+    assert len(recurrent) >= 2 and all(found == {False} for found in recurrent)
+    assert all(found == {True} for found in reads.values())
 
 
 def reorder_nothing(monkeypatch):

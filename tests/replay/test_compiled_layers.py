@@ -73,18 +73,18 @@ def traced(monkeypatch):
 
 @needs_compiler
 def test_compiled_layers_give_the_gradient_of_their_own_code():
-    """By real code, in float32; batches of two sizes and lengths. Two graphs: the policy, and the base behind the cache
-    of its prompts, each for both layers."""
+    """By real code, in float32; batches of two sizes and lengths. Three graphs, each for both layers: the policy, the
+    base over prompts, and behind their cache."""
     policy = tiny_policy("llama")
     reward = tiny_reward(policy)
     note = compile_layers(policy, SHORT)
-    assert note is not None and "2 graphs" in note
+    assert note is not None and "3 graphs" in note
     for size, length in ((4, 8), (3, 11)):
         rollout = rollout_of(policy, max_new=length, prompts=PROMPTS[:size])
         assert 0 < compared(policy, reward, rollout) < 1e-5  # 0: nothing was fused
-        assert policy.switches.compilations == 2
+        assert policy.switches.compilations == 3
         score(policy, reward, rollout, SETTINGS)  # evaluations, in batches of other sizes, run the layers' own code
-    assert policy.switches.compilations == 2 and not any("forward" in vars(m) for m in policy.modules.modules())
+    assert policy.switches.compilations == 3 and not any("forward" in vars(m) for m in policy.modules.modules())
 
 
 def test_hops_leave_out_the_gradients_of_weights(traced, monkeypatch):
@@ -95,17 +95,33 @@ def test_hops_leave_out_the_gradients_of_weights(traced, monkeypatch):
     monkeypatch.setenv(VARIABLE, "onednn")
     policy = tiny_policy("llama")
     compile_layers(policy, SHORT)
-    policy_forward, whole, part, base_forward, base_backward = traced
-    assert [half[0] for half in traced] == [False, True, True, False, True]
+    policy_forward, whole, part, base_prompts, base_forward, base_backward = traced
+    assert [half[0] for half in traced] == [False, True, True, False, False, True]
     if torch.backends.mkldnn.is_available():
-        assert [half[3] for half in traced] == [7 + 8, 7 + 8, 7 + 8, 7, 7]
+        assert [half[3] for half in traced] == [7 + 8, 7 + 8, 7 + 8, 7, 7, 7]
     assert part[1] < whole[1] - 14  # two products for each of the four adapters, and what is around them
     before = [half[2] for half in traced]
     rollout = rollout_of(policy, max_new=8)
     gradient(policy, tiny_reward(policy), rollout, replace(SETTINGS, training=True))
     calls = [half[2] - earlier for half, earlier in zip(traced, before, strict=True)]
     layers = 2
-    assert calls == [layers, layers, layers * SETTINGS.max_hops, layers, layers]
+    assert calls == [layers, layers, layers * SETTINGS.max_hops, layers, layers, layers]
+
+
+def test_hops_leave_out_prompts_of_a_pass_of_their_own(traced):
+    """The prompts' backward runs once, and a hop leaves out the gradients at their keys and values, too. The prompts'
+    first layer, whose input has no gradient, has a graph of its own."""
+    policy = tiny_policy("llama")
+    compile_layers(policy, changed(SHORT, task={"prompt_max_tokens": 44}, generation={"max_new_tokens": 6}))
+    first, first_backward, prompts, prompts_backward, policy_forward, whole, part, *base = traced
+    assert [half[0] for half in traced] == [False, True, False, True, False, True, True, False, False, True]
+    assert part[1] < whole[1] - 14 - 6, (part, whole)
+    before = [half[2] for half in traced]
+    rollout = rollout_of(policy, max_new=6, prompts=[list(range(4, 48)), list(range(8, 48))], copies=2)
+    assert compared(policy, tiny_reward(policy), rollout) < 1e-5
+    calls = [half[2] - earlier for half, earlier in zip(traced, before, strict=True)]
+    layers = 2
+    assert calls[:4] == [1, 1, 1, 1] and calls[4:7] == [layers, layers, layers * SETTINGS.max_hops]
 
 
 def test_recomputed_layers_are_compiled_once(traced):
@@ -141,10 +157,10 @@ def test_layers_of_other_kinds(traced, name):
 
 def test_policy_gradients_compile_their_passes(traced):
     """A graph of the first layer, whose input has no gradient, one of the others, and of what needs no backward: the
-    base, and in PPO the policy as it was."""
+    base over prompts and behind their cache, and in PPO the policy as it was."""
     note = compile_layers(tiny_policy("llama"), replace(SHORT, method=MethodConfig(name="ppo")))
-    assert note is not None and "4 graphs" in note
-    assert [half[0] for half in traced] == [False, True, True, False, True, True, False, False]
+    assert note is not None and "5 graphs" in note
+    assert [half[0] for half in traced] == [False, True, True, False, True, True, False, False, False]
 
 
 class Larger(torch.autograd.Function):
@@ -217,12 +233,12 @@ def test_a_run_with_it(traced, tiny_config):
     before = trainer.policy.switches.compilations
     trainer.fit()
     ran = [half[2] for half in traced]
-    assert trainer.step == config.train.steps and before == 2 and all(ran)
+    assert trainer.step == config.train.steps and before == 3 and all(ran)
 
 
 @pytest.mark.parametrize(
     "policy_of, graphs",
-    [(lambda: Policy(base_model(CONFIGS["llama"]()), TinyTokenizer()), 2), (two_references, 3)],
+    [(lambda: Policy(base_model(CONFIGS["llama"]()), TinyTokenizer()), 3), (two_references, 5)],
     ids=["whole model", "second adapter"],
 )
 def test_whole_models_and_other_references(traced, policy_of, graphs):

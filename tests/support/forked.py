@@ -23,6 +23,12 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+_SERVED = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a library that asks for a GPU leaves it fit for forks
+}
+"""In the environment of the process that is forked, and of all that are."""
 _server: subprocess.Popen | None = None
 
 
@@ -34,30 +40,42 @@ def forked(
     Arguments begin with the path of a program or with "-m" and a module.
 
     Returns:
-        Of each the exit code, negative for a signal, and what it wrote to its output and its errors. What still runs
-        after `timeout` seconds is killed, all of it.
+        Of each the exit code, negative for a signal, and what it wrote to its output and its errors.
+
+    Raises:
+        subprocess.TimeoutExpired: one still ran after `timeout` seconds, and was killed with its process group. A code
+            of its own would read as that of a program that failed as it should.
     """
     global _server
     if _server is None or _server.poll() is not None:
         support = Path(__file__).resolve().parent
         paths = [str(support), str(support.parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
-        environment["OMP_NUM_THREADS"] = "1"
-        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a library that asks for a GPU leaves it fit for forks
+        _SERVED["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        own = {**os.environ, **_SERVED}
         command = [sys.executable, __file__]
-        _server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
+        _server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=own, text=True)
         atexit.register(_server.communicate)  # which closes its input, at which it ends
     assert _server.stdin is not None and _server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         streams = [(f"{folder}/{number}.out", f"{folder}/{number}.err") for number in range(len(programs))]
         orders = [
-            {"arguments": [str(argument) for argument in arguments], "environment": dict(added), "streams": paths}
+            {
+                "arguments": [str(argument) for argument in arguments],
+                "environment": {**os.environ, **_SERVED, **added},  # of this test, not of the first one
+                "streams": paths,
+            }
             for (arguments, added), paths in zip(programs, streams, strict=True)
         ]
         said = json.dumps({"programs": orders, "cwd": str(cwd or os.getcwd()), "timeout": timeout})
         _server.stdin.write(said + "\n")
         _server.stdin.flush()
-        codes = json.loads(_server.stdout.readline())
+        answer = _server.stdout.readline()
+        assert answer, "the process that is forked has ended; what it wrote to its errors says why"
+        codes = json.loads(answer)
+        if None in codes:
+            late = codes.index(None)
+            said, errors = (Path(path).read_text() for path in streams[late])
+            raise subprocess.TimeoutExpired([*map(str, programs[late][0])], timeout, said, errors)
         return [(code, *(Path(path).read_text() for path in paths)) for code, paths in zip(codes, streams, strict=True)]
 
 
@@ -70,18 +88,28 @@ def _serve() -> dict | None:
             child = os.fork()
             if child == 0:
                 return {**program, "cwd": asked["cwd"]}
+            os.setpgid(child, child)  # to be killed with what it starts
             running[child] = len(running)
-        codes, until = [0] * len(running), time.monotonic() + asked["timeout"]
-        while running:
+        codes = _codes_of(running, time.monotonic() + asked["timeout"])
+        print(json.dumps(codes), flush=True)
+    return None
+
+
+def _codes_of(running: dict[int, int], until: float) -> list[int | None]:
+    """Exit codes of processes, by their places in the list; None of one that did not end in time, and was killed."""
+    codes: list[int | None] = [None] * len(running)
+    try:
+        while running and time.monotonic() < until:
             for child in list(running):
                 ended, status = os.waitpid(child, os.WNOHANG)
                 if ended:
                     codes[running.pop(child)] = os.waitstatus_to_exitcode(status)
-                elif time.monotonic() > until:
-                    os.kill(child, signal.SIGKILL)
             time.sleep(0.01)
-        print(json.dumps(codes), flush=True)
-    return None
+    finally:
+        for child in running:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    return codes
 
 
 def _code_of(program: dict) -> int:
@@ -106,6 +134,7 @@ def _become(program: dict) -> None:
     for number, descriptor in enumerate(sources):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    os.environ.clear()
     os.environ.update(program["environment"])
     os.chdir(program["cwd"])
     first, *rest = program["arguments"]

@@ -32,6 +32,10 @@ from grade.config import (
     ModelConfig,
     TrainConfig,
 )
+from grade.model.passes import fed_embeddings, policy_pass
+from grade.model.policy import Policy
+from grade.model.probe import combination
+from grade.rollout import Rollout
 
 PROMPTS = ["I saw this", "It", "We saw", "A", "The", "This", "They saw a film", "Is it"]
 RESPONSES = 8
@@ -139,9 +143,46 @@ def work(model: str, folder: Path, methods: list[str]) -> None:
                     "share": here / sum(p.numel() for p in parts.values()) if parts else 1.0,
                     "frozen": sorted(n for n, p in weights.items() if not p.requires_grad),
                     "trained": sorted(n for n, p in trainer.policy.model.named_parameters() if p.requires_grad),
-                    "sent": sent,
+                    "sent": list(sent),
                 }
+            if fsdp and method == "grade-ste":
+                apart = of_one_pass_and_two(trainer.policy)
+                if main:
+                    found["apart"] = apart
+            if main:
                 (folder / f"{name}.json").write_text(json.dumps(found))
+
+
+def of_one_pass_and_two(policy: Policy) -> dict:
+    """How far states and gradients of the policy's two passes are from those of its one, and the positions of the
+    passes. Two pay in the sizes of the first process alone."""
+    batch, prompt, response = (4, 44, 6) if os.environ["RANK"] == "0" else (2, 5, 6)
+    ids = torch.arange(batch * (prompt + response)).view(batch, -1) % len(policy.embedding)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, :3] = False
+    tokens = ids[:, prompt:]
+    weight = torch.ones(tokens.shape)
+    rollout = Rollout(
+        ids[:, :prompt], mask[:, :prompt], tokens, mask[:, prompt:], tokens[..., None], weight, tokens, padded=True
+    )
+    found, lengths, forward = [], [], policy.forward
+
+    def counted(embeddings, *rest):
+        lengths.append(embeddings.shape[1])
+        return forward(embeddings, *rest)
+
+    policy.forward = counted
+    for prompt_cache in (False, True):
+        x = fed_embeddings(rollout, policy.embedding, policy.embedding_scale).requires_grad_()
+        hidden = policy_pass(policy, rollout, x, prompt_cache=prompt_cache, hops=3)
+        gradient = weights = combination(hidden)
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(hidden, x, gradient, retain_graph=True)
+        of_weights = torch.autograd.grad(hidden, policy.parameters(), weights)
+        found.append(torch.cat([part.flatten() for part in (hidden.detach(), gradient, *of_weights)]))
+    policy.forward = forward
+    one, two = found
+    return {"lengths": lengths, "error": ((two - one).norm() / one.norm()).item()}
 
 
 def killed(model: str, folder: Path) -> None:

@@ -103,6 +103,14 @@ def test_hops_send_no_gradients(two):
 
 
 @pytest.mark.slow
+def test_sharded_layers_pass_prompts_first_where_that_pays_in_one_process(two):
+    folder, done = two
+    found = json.loads((folder / "grade-ste-sharded.json").read_text())["apart"]
+    assert found["lengths"] == [50, 44, 6], done.stderr
+    assert found["error"] < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_process_goes_on_with_a_run_of_two(alone, two, model, tmp_path, kind):
     run = two[0] / f"grade-ste-{kind}"
