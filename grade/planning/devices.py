@@ -40,7 +40,7 @@ class Efficiency:
     link: float = 0.7
     layer_seconds: float = 250e-6
     compiled_seconds: float = 25e-6
-    fused: float = 0.26
+    fused: float = 0.23
     exchange_seconds: float = 15e-6
     attention_square: float = 1.0
     attention_backward: float = 2.5

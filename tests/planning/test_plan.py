@@ -192,7 +192,7 @@ def test_compiled_layers_launch_less_and_nothing_else():
             "the run passes 400 micro-batches, and it is taken to pay",
         ),
         (compiling("auto", steps=24), {"gpu": "h200"}, False, "not compiled, since the run passes 384 micro-batches"),
-        (compiling(True, steps=1), {"gpu": "h200"}, True, "train.compile=true: layers are compiled. 26% of a layer's"),
+        (compiling(True, steps=1), {"gpu": "h200"}, True, "train.compile=true: layers are compiled. 23% of a layer's"),
         (compiling("auto"), {"gpu": "h100", "gpus": 2, "shards": 2}, False, "compiled layers hold their weights"),
         (compiling("auto"), {"gpu": "cpu"}, False, "on a CPU fused operations save little"),
         (compiling(True), {"gpu": "cpu"}, True, "What they save on a CPU is not in these numbers."),
