@@ -12,7 +12,7 @@ the probabilities here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -191,6 +191,7 @@ class Problem:
         """[B, P], the gradient of every response by itself, from one `replay` of them all."""
         ones = torch.ones(rollout.tokens.shape, dtype=self.policy.dtype)
         weights = dict(reward_weight=ones[:, 0], kl_weight=self.kl_coef * ones)
+        settings = replace(settings, prompt_cache=False)  # all responses to a prompt would share its pass's gradient
         return response_gradients(self.policy, lambda: replay(self.policy, self.reward, rollout, settings, **weights))
 
     def at_logits(self, rollout: Rollout, settings: ReplaySettings) -> Tensor:
@@ -257,6 +258,8 @@ def response_gradients(policy: Policy, run: Callable[[], object]) -> Tensor:
     inputs, outputs = {}, {}
 
     def record(layer: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
+        if layer in inputs:
+            raise RuntimeError("a layer was passed twice, and its gradient is that of one pass")
         inputs[layer] = args[0].detach()
         output.register_hook(lambda gradient: outputs.update({layer: gradient}))
 
