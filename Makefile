@@ -43,7 +43,7 @@ demo: $(STAMP)
 # takes half of the cores. What interprets is the shorter, so files that share no long fixture with the rest go after it,
 # and all whose programs are forked from one process (tests/support/forked.py), which is then started once.
 # Status 5 means that PYTEST_ARGS selected no test there.
-APART = tests/kernels/test_aot.py $(addprefix tests/benchmarks/test_,training_benchmark.py gpu_script.py kills.py launches.py) \
+APART = tests/kernels/test_aot.py $(addprefix tests/benchmarks/test_,training_benchmark.py gpu_script.py kills.py) \
     tests/sampling/test_compiled_decoding.py tests/memory tests/commands tests/report tests/test_examples.py \
     tests/test_using_a_run.py tests/test_files.py tests/test_forked.py \
     tests/sampling/test_vllm_runs.py $(addprefix tests/training/test_,api.py card.py failing_together.py processes.py retry.py)

@@ -206,20 +206,9 @@ def test_quick_has_every_kernel_for_every_target_the_largest_first(shipped):
     assert "KP=1024" in str(vjp[0])
 
 
-def quick_in_the_suite(shipped):
-    """`--quick`, but of the sampler's sort, which takes as long to compile as all other kernels, the largest on one
-    target of each compiler and a small one on the others of NVIDIA; both sizes of it on all are in the whole table."""
-    chosen = command.quick(shipped)
-    for place, one in enumerate(chosen):
-        if one.name == "sample.select_kernel" and one.target in ("sm_80", "sm_100"):
-            alike = [c for c in shipped if (c.target, c.name) == (one.target, one.name) and not c.given("buffer")]
-            chosen[place] = min(alike, key=lambda c: c.constant("SORT"))
-    return chosen
-
-
 @pytest.mark.slow
 def test_the_quick_table_is_free_of_spills(shipped, tmp_path):
-    chosen = quick_in_the_suite(shipped)
+    chosen = command.quick(shipped)
     assert {(one.target, one.name) for one in chosen} == {(one.target, one.name) for one in shipped}
     status, text = run(chosen, jobs=2, table=str(tmp_path / "table.csv"))
     assert status == 0, text
