@@ -3,7 +3,8 @@
 The same weights give other log-probabilities in another program: by its kernels, its dtype, an adapter in 16 bits. Like
 is compared with like. vLLM's log-probabilities are by default those of the whole distribution; with its option
 `--logprobs-mode processed_logprobs` they are of what is drawn from, the candidates that are left after end-of-sequence
-before its time and ids that the tokenizer does not know are taken out.
+before its time and ids that the tokenizer does not know are taken out. Where the last of k candidates and the next one
+tie, vLLM keeps both, and its log-probabilities of that token are lower by the next one's share, at most log(1 + 1/k).
 """
 
 from __future__ import annotations

