@@ -46,13 +46,16 @@ def against_layers(config: Config, *, on_gpu: bool) -> str | None:
         return f"the packed products of model.quantization={config.model.quantization} cannot be fused"
     if config.model.fsdp:
         return "compiled layers hold their weights, and model.fsdp shards them"
-    passed = micro_batches(config)
-    if passed < LEAST_MICRO_BATCHES:
-        return f"the run passes {passed:,} micro-batches, and it is taken to pay from {LEAST_MICRO_BATCHES:,} on"
-    return None
+    return passed_and_least(config) if _micro_batches(config) < LEAST_MICRO_BATCHES else None
 
 
-def micro_batches(config: Config) -> int:
+def passed_and_least(config: Config) -> str:
+    """In words, the number that decides, and where."""
+    passed = _micro_batches(config)
+    return f"the run passes {passed:,} micro-batches, and it is taken to pay from {LEAST_MICRO_BATCHES:,} on"
+
+
+def _micro_batches(config: Config) -> int:
     """That pass through the layers in a run."""
     responses = config.train.batch_size * config.train.accumulation_steps
     together = micro_batch_size(config.method, config.train.batch_size, responses)

@@ -7,7 +7,7 @@ from typing import Any
 
 from grade.planning.memory import SHARE, room
 from grade.planning.plan import Plan
-from grade.planning.recording import LEAST_MICRO_BATCHES, against_layers, micro_batches
+from grade.planning.recording import against_layers, passed_and_least
 from grade.planning.run import Run
 from grade.planning.seconds import link_rate
 from grade.tables import Column, Table, numbers
@@ -162,10 +162,7 @@ def compiled_layers(run: Run) -> list[str]:
         return [f"{line} not compiled, since {against_layers(run.config, on_gpu=on_gpu)}."]
     line += " compiled"
     if wanted == "auto":
-        line += (
-            f", since the run passes {micro_batches(run.config):,} micro-batches, and it is taken to pay from "
-            f"{LEAST_MICRO_BATCHES:,} on"
-        )
+        line += f", since {passed_and_least(run.config)}"
     if not on_gpu:
         return [f"{line}. What they save on a CPU is not in these numbers."]
     return [

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +46,7 @@ from grade.sampling.few_rows import weight_first
 from grade.sampling.grouped_attention import grouped_attention
 from grade.sampling.packed_head import made_at_once
 from grade.sampling.places import Places, capacity_of, remember
+from grade_kernels import SparseTokens
 from grade_kernels.common.checks import check_positive
 
 _SETTING = "rollout.compile"
@@ -119,7 +120,7 @@ class CompiledDecoding(Decoding):
         # compute its own sines, one number at a time.
         options = {"cpp_wrapper": True, **vector_options(), "realize_reads_threshold": 0}
         self._states = torch.compile(self._next_states, dynamic=False, options=options)
-        self._finish = torch.compile(self._note_product, dynamic=False, options=vector_options())
+        self._finish = torch.compile(self._note, dynamic=False, options=vector_options())
 
     @torch.inference_mode()
     def _probe(self) -> None:
@@ -168,13 +169,15 @@ class CompiledDecoding(Decoding):
         # Compared without the tensors, whose comparison waits for the device.
         if drawn is None or replace(drawn.sampling, tau=1.0) != replace(sampling, tau=1.0):
             drawn = Drawn(self.policy, ours, seed=seed, first_rows=first_rows.clone())
-            remember(*(tensor for _, tensor in drawn.tensors()))
-        drawn.restart(seed=seed, first_rows=first_rows)
+            remember(*drawn.tensors())
+        else:
+            drawn.restart(seed=seed, first_rows=first_rows)
         _keep(self._noted, len(first_rows), drawn)
         return drawn
 
     def kept(self, drawn: Drawn) -> dict[str, Tensor]:
-        return {name: tensor.clone() if self._one_graph else tensor for name, tensor in drawn.tensors()}
+        noted = super().kept(drawn)
+        return {name: tensor.clone() for name, tensor in noted.items()} if self._one_graph else noted
 
     def places(self, batch: int, length: int) -> Places:
         """Empty ones for `length` positions or more; an earlier rollout's where they fit, as any other address or size
@@ -197,7 +200,7 @@ class CompiledDecoding(Decoding):
         places, hidden = decoder.places, decoder.hidden
         if self._one_graph:
             if step == 0:
-                self._note_tokens(hidden, drawn, suppress)
+                self._note(draw_tokens, hidden, drawn, suppress)
                 return
             ids = self._suppressed(suppress, drawn.sampling)
             torch.compiler.cudagraph_mark_step_begin()
@@ -212,10 +215,10 @@ class CompiledDecoding(Decoding):
                 hidden = self._states(drawn, mask, places.lengths, places.cache)
         product = self._product(hidden, drawn.sampling)
         if product is None:
-            self._note_tokens(hidden, drawn, suppress)
+            self._note(draw_tokens, hidden, drawn, suppress)
             return
         with self._compiled("finish", suppress.shape):
-            self._finish(product, drawn, suppress)
+            self._finish(draw_from_product, product, drawn, suppress)
 
     def mask(self, places: Places, length: int) -> Tensor:
         """[B, 1, 1, length] or, for one graph, [B, 1, 1, capacity]: which of the first `length` positions are seen."""
@@ -239,8 +242,8 @@ class CompiledDecoding(Decoding):
     @contextmanager
     def _compiled(self, *call: Any) -> Iterator[None]:
         """Run compiled code, unless it is known to fit without comparing what it was compiled for."""
-        known = call in self._known
-        how = _unchecked() if known else torch._dynamo.config.patch(_LIMITS)
+        known, unchecked = call in self._known, torch.compiler.set_stance
+        how = unchecked(skip_guard_eval_unsafe=True) if known else torch._dynamo.config.patch(_LIMITS)
         with explained(_SETTING), grouped_attention(), how:
             yield
         self._known.add(call)
@@ -265,21 +268,13 @@ class CompiledDecoding(Decoding):
     def _next_token(self, drawn: Drawn, places: Places, suppress: Tensor) -> None:
         """All of a token but the first, its states and its draw."""
         hidden = self._next_states(drawn, places.seen(places.start + drawn.at), places.lengths, places.cache)
-        self._note_tokens(hidden, drawn, suppress)
+        self._note(draw_tokens, hidden, drawn, suppress)
 
-    def _note_tokens(self, hidden: Tensor, drawn: Drawn, suppress: Tensor) -> None:
+    def _note(self, draw: Callable[..., SparseTokens], states: Tensor, drawn: Drawn, suppress: Tensor) -> None:
+        """Note the next token's draw, by `draw_tokens` of hidden states or by `draw_from_product` of the product."""
         rows = drawn.first_rows + drawn.at
-        drawn.put(
-            draw_tokens(self.policy, hidden, drawn.sampling, seed=drawn.seed, rows=rows, suppress=suppress), drawn.at
-        )
-        drawn.at += 1
-
-    def _note_product(self, product: Tensor, drawn: Drawn, suppress: Tensor) -> None:
-        how, rows = drawn.sampling, drawn.first_rows + drawn.at
-        draw = draw_from_product(
-            product, self.policy.head, how.top_k, how.tau, drawn.seed, rows, suppress, not how.soft
-        )
-        drawn.put(draw, drawn.at)
+        noise = {"seed": drawn.seed, "rows": rows, "suppress": suppress}
+        drawn.put(draw(self.policy, states, drawn.sampling, **noise), drawn.at)
         drawn.at += 1
 
 
@@ -288,11 +283,6 @@ def _keep(kept: dict[int, Any], rows: int, newest: Any) -> None:
     kept[rows] = newest
     if len(kept) > MOST_BATCHES:
         del kept[next(iter(kept))]
-
-
-def _unchecked() -> AbstractContextManager:
-    """Where it is known that compiled code fits what it is given, it is not compared again."""
-    return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
 
 
 def _find_compiler() -> None:

@@ -53,7 +53,7 @@ class Decoding:
 
     def kept(self, drawn: Drawn) -> dict[str, Tensor]:
         """What a rollout takes of it, by name; no later one changes it."""
-        return dict(drawn.tensors())
+        return drawn.noted()
 
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor, *, copies: int, steps: int) -> Decoder:
         """Run the prompts [U, P]; `Decoder` has the arguments."""
@@ -73,11 +73,8 @@ class Decoding:
     def draw(self, hidden: Tensor, sampling: Sampling, *, seed: int, rows: Tensor, suppress: Tensor) -> SparseTokens:
         """`draw_tokens` of [b, d] hidden states, inside `prepared` for the same `sampling`."""
         product = self._product(hidden, sampling)
-        if product is None:
-            return draw_tokens(self.policy, hidden, sampling, seed=seed, rows=rows, suppress=suppress)
-        return draw_from_product(
-            product, self.policy.head, sampling.top_k, sampling.tau, seed, rows, suppress, not sampling.soft
-        )
+        draw, states = (draw_tokens, hidden) if product is None else (draw_from_product, product)
+        return draw(self.policy, states, sampling, seed=seed, rows=rows, suppress=suppress)
 
     def _product(self, hidden: Tensor, sampling: Sampling) -> Tensor | None:
         """hidden @ head.weight^T [b, V], which a draw overwrites; None where a draw makes its own."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from grade.config import GenerationConfig
 from grade.model.policy import Policy
 from grade.model.tensors import running_sum
-from grade_kernels import Head, SparseTokens, gumbel_topk, linear_gumbel_topk, vocab_head
+from grade_kernels import SparseTokens, gumbel_topk, linear_gumbel_topk, vocab_head
 from grade_kernels.common.random import gumbel
 
 
@@ -91,15 +91,18 @@ def draw_tokens(
 
 
 def draw_from_product(
-    product: Tensor, head: Head, k: int, tau: float | Tensor, seed: int, rows: Tensor, suppress: Tensor, hard: bool
+    policy: Policy, product: Tensor, sampling: Sampling, *, seed: int, rows: Tensor, suppress: Tensor
 ) -> SparseTokens:
-    """The same without a nucleus, from hidden @ head.weight^T [B, V], which is overwritten.
-
-    Args:
-        rows, suppress: as there; [B] and [m] int64.
-        hard: feed the token instead of the mixture.
-    """
-    return gumbel_topk(head.finish(product), k, tau, seed=seed, rows=rows, suppress=suppress, hard=hard)
+    """The same without a nucleus, from hidden @ head.weight^T [B, V], which is overwritten."""
+    return gumbel_topk(
+        policy.head.finish(product),
+        sampling.top_k,
+        sampling.tau,
+        seed=seed,
+        rows=rows,
+        suppress=suppress,
+        hard=not sampling.soft,
+    )
 
 
 def nucleus(logits: Tensor, lse: Tensor, top_p: float) -> Tensor:

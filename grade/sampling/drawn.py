@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -58,9 +57,14 @@ class Drawn:
             if tensor is not None:
                 tensor.zero_()
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All of them by name, but the newest draw."""
-        return ((name, value) for name, value in vars(self).items() if isinstance(value, Tensor))
+    def tensors(self) -> list[Tensor]:
+        """All of them but the newest draw."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+    def noted(self) -> dict[str, Tensor]:
+        """All draws, by their names in `Rollout`."""
+        noted = {name: getattr(self, name) for name in ("tokens", "mask", "indices", "token_weight", "weights")}
+        return {name: value for name, value in noted.items() if value is not None}
 
     def put(self, draw: SparseTokens, at: int | Tensor) -> SparseTokens:
         """Note a draw [b] as token number `at`, an int or [1]; what is to be fed, pad for those that had ended."""

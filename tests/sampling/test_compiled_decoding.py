@@ -188,9 +188,9 @@ def test_the_compiled_draw_is_the_draw(packed_heads):
         assert len(compared) == 16
         suppressed = suppressed_ids(policy, early, False)
         for step, product in enumerate(compared[: ours.tokens.shape[1]]):
-            options = (9, tau, 0, rows + step, suppressed(step), not soft)
+            noise = {"seed": 0, "rows": rows + step, "suppress": suppressed(step)}
             with torch.inference_mode():  # as the product was made
-                plain = draw_from_product(product, policy.head, *options)
+                plain = draw_from_product(policy, product, sampling, **noise)
             real = ours.mask[:, step]
             assert torch.equal(plain.tokens[real], ours.tokens[real, step])
             assert torch.equal(plain.indices[real], ours.indices[real, step])
@@ -330,7 +330,7 @@ def test_a_failing_compiler_is_told(monkeypatch, part, packed_heads):
     def fail(*_, **__):
         raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
 
-    monkeypatch.setattr(decoding, "_finish", decoding._note_product, raising=False)
+    monkeypatch.setattr(decoding, "_finish", decoding._note, raising=False)
     monkeypatch.setattr(decoding, part, fail)
     ids, mask = pad_prompts(PROMPTS, policy.pad_id)
     with pytest.raises(GradeError, match=r"rollout\.compile: torch\.compile failed"):
